@@ -1,0 +1,41 @@
+"""Package metadata. Build system, linter and test settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_moe_lpr" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="megatron-moe-lpr",
+    version=VERSION,
+    description="MoE-LPR on Megatron-Core: teach a dense language model new languages without losing the old ones",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_moe_lpr", "megatron_moe_lpr.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.17",
+        "numpy",
+        "packaging",
+        # Megatron's asynchronous checkpoint writer hangs for ever where psutil is missing.
+        "psutil",
+        "rich",
+        "safetensors>=0.4",
+        "sentencepiece",
+        "tokenizers",
+        "transformers>=4.51",
+        "tyro>=0.9",
+        "zstandard",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]>=2.9"],
+        "eval": ["lm-eval"],
+        "logging": ["tensorboard", "wandb"],
+        "test": ["pytest", "ruff"],
+    },
+)
