@@ -1,0 +1,1 @@
+"""The model: Hugging Face families as Megatron configurations, the MoE layer, the router, the build."""
