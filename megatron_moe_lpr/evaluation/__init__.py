@@ -1,0 +1,1 @@
+"""What a model knows, measured: logits, losses per language, routing."""
