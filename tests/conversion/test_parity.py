@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_moe_lpr.checkpoint.loading import load_model
-from megatron_moe_lpr.evaluation.forward import compute_logits
+from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
@@ -15,7 +15,6 @@ from tests.conversion.tiny_models import COMMON, MODELS, make_model, save_model
 from tests.conversion.tiny_models import load_model as load_hf
 from tests.distributed import rank_pool
 
-FAMILIES = {name: MODELS[name] for name in MODELS}
 TOLERANCE = 1e-4
 
 LAYOUTS = {

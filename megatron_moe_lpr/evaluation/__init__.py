@@ -1,1 +1,0 @@
-"""What a model knows, measured: logits, losses per language, routing."""
