@@ -1,0 +1,58 @@
+"""Weights between a built model and a Megatron distributed checkpoint, at any parallel layout."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.build import unwrap
+
+# One key per layer and per expert, so that layers and experts may differ and one tensor can be read alone.
+CONTENT_METADATA = {"singleton_local_shards": True, "non_homogeneous_layers": True}
+
+EXTRA_STATE = "_extra_state"
+
+
+def sharded_model_state(chunks: Sequence[torch.nn.Module]) -> ShardedStateDict:
+    """Sharded tensors of this rank's chunks, under `model` or, for several chunks, `model0`, `model1`, ..."""
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=dict(CONTENT_METADATA))
+        for name, chunk in zip(names, chunks, strict=True)
+    }
+
+
+def load_weights(chunks: Sequence[torch.nn.Module], directory: Path) -> None:
+    """Fill the chunks from an iteration directory written at any layout.
+
+    Only Transformer Engine's `_extra_state` entries may be missing.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor of the model, or holds one the model has no place for.
+    """
+    state = sharded_model_state(chunks)
+    loaded, missing, unexpected = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
+    _refuse_differences(directory, missing, unexpected)
+    for name, chunk in zip(state, chunks, strict=True):
+        _fill(unwrap(chunk), loaded[name])
+
+
+def _fill(model: torch.nn.Module, state: dict[str, Any]) -> None:
+    result = model.load_state_dict(state, strict=False)
+    missing = [key for key in result.missing_keys if EXTRA_STATE not in key]
+    if missing or result.unexpected_keys:
+        raise UserError(f"model and checkpoint disagree: missing {missing}, unexpected {result.unexpected_keys}")
+
+
+def _refuse_differences(directory: Path, missing: set[str], unexpected: set[str]) -> None:
+    lacking = sorted(key for key in missing if EXTRA_STATE not in key)
+    surplus = sorted(key for key in unexpected if EXTRA_STATE not in key and not key.startswith("optimizer"))
+    if lacking:
+        raise UserError(f"{directory}: lacks {len(lacking)} tensors of the model, for example {lacking[0]}")
+    if surplus:
+        raise UserError(f"{directory}: holds {len(surplus)} tensors the model has no place for, e.g. {surplus[0]}")

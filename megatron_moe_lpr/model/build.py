@@ -1,0 +1,65 @@
+"""Build the model chunks of this rank."""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.gpt import MoELPRModel
+from megatron_moe_lpr.model.spec import block_spec
+from megatron_moe_lpr.platform import Platform
+
+VOCABULARY_DIVISOR = 128
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding matrix: the next multiple of 128 x TP, as Megatron pads it."""
+    multiple = VOCABULARY_DIVISOR * tensor_parallel_size
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def build_model(
+    shape: ModelShape, config: TransformerConfig, platform: Platform, **kwargs: Any
+) -> list[torch.nn.Module]:
+    """Build this rank's model chunks, unfilled: one, or several for an interleaved pipeline.
+
+    Args:
+        kwargs: further arguments of GPTModel, for example parallel_output.
+
+    Returns:
+        The chunks, on the platform's device, in the configuration's dtype (routers in fp32).
+    """
+    # TransformerLayer warns of each mlp module that is not one of its own.
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    virtual_size = config.virtual_pipeline_model_parallel_size
+    stages = [None] if virtual_size is None else list(range(virtual_size))
+    return [_build_chunk(shape, config, platform, stage, kwargs) for stage in stages]
+
+
+def _build_chunk(
+    shape: ModelShape, config: TransformerConfig, platform: Platform, virtual_stage: int | None, kwargs: dict[str, Any]
+) -> torch.nn.Module:
+    interleaved = virtual_stage is not None
+    chunk = MoELPRModel(
+        config,
+        shape.architecture,
+        block_spec(config, shape.experts_per_layer, platform.transformer_engine, virtual_stage),
+        padded_vocab_size(shape.architecture.vocab_size, config.tensor_model_parallel_size),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=not interleaved, vp_stage=virtual_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=not interleaved, vp_stage=virtual_stage),
+        vp_stage=virtual_stage,
+        **kwargs,
+    ).to(platform.device)
+    return Float16Module(config, chunk) if config.bf16 else chunk
+
+
+def unwrap(module: torch.nn.Module) -> MoELPRModel:
+    """The model inside Float16Module and DistributedDataParallel."""
+    while not isinstance(module, MoELPRModel):
+        module = module.module
+    return module

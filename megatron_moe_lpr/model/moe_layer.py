@@ -1,0 +1,154 @@
+"""The MoE layer: a frozen original expert apart from the expert-parallel group of new experts."""
+
+import copy
+import dataclasses
+import math
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclasses.dataclass
+class MoELPRSubmodules:
+    """The parts of the layer, chosen by the platform."""
+
+    router: type
+    original_expert: ModuleSpec
+    experts: ModuleSpec
+
+
+class MoELPRLayer(MoELayer):
+    """Output of a token x: sum over its top-k experts e of p_e * expert_e(x), where expert 0 is the original FFN.
+
+    - `router` sees all experts.
+    - `original_expert` is the dense model's FFN with the dense model's tensor parallelism, present on every EP rank:
+      tokens that choose it never enter the all-to-all.
+    - `experts` are the new experts, under EP and expert TP, behind Megatron's token dispatcher.
+
+    Mirrors `MoELayer` of megatron-core 0.16, whose single group of experts holds all of them.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoELPRSubmodules,
+        num_experts: int,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        router = partial(_build_for_all_experts, submodules.router, num_experts)
+        super().__init__(
+            _config_of_new_experts(config, num_experts),
+            MoESubmodules(experts=submodules.experts, router=router),
+            layer_number,
+            pg_collection,
+        )
+        for weight in self.experts.parameters():
+            # Megatron reduces these gradients over the expert-data-parallel ranks. Marked at EP=1 too, so that the
+            # optimizer state keeps one form for every EP size.
+            weight.allreduce = False
+        self.original_expert = build_module(
+            submodules.original_expert,
+            config=_config_of_original_expert(config),
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=self.attn_tp_group,
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        intermediate_tensors: None = None,
+        padding_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, None]:
+        """Compute the layer.
+
+        Args:
+            hidden_states: [sequence / TP, batch, hidden] under sequence parallelism, else [sequence, batch, hidden].
+            intermediate_tensors: Megatron's argument for CUDA graphs, which this layer does not take part in.
+            padding_mask: what travels in Megatron's argument of this name, [batch, sequence / TP, ...].
+
+        Returns:
+            [sequence / TP, batch, hidden] and no bias.
+        """
+        token_tags = None if padding_mask is None else padding_mask.transpose(0, 1)
+        if self.moe_layer_recompute:
+            return self._checkpointed(hidden_states, token_tags), None
+        return self._mixture(hidden_states, token_tags), None
+
+    def _checkpointed(self, hidden_states: torch.Tensor, token_tags: torch.Tensor | None) -> torch.Tensor:
+        if self.config.fp8:
+            from megatron.core.extensions.transformer_engine import te_checkpoint
+
+            tracker = tensor_parallel.random.get_cuda_rng_tracker
+            return te_checkpoint(self._mixture, False, tracker, self.attn_tp_group, hidden_states, token_tags)
+        return tensor_parallel.checkpoint(self._mixture, False, hidden_states, token_tags)
+
+    def _mixture(self, hidden_states: torch.Tensor, token_tags: torch.Tensor | None) -> torch.Tensor:
+        weights, choices = self.router(hidden_states, token_tags)
+        new = self._new_experts(hidden_states, weights[:, 1:].contiguous(), choices[:, 1:].contiguous())
+        return self._add_original_expert(new, hidden_states, weights[:, 0], choices[:, 0])
+
+    def _new_experts(self, hidden_states: torch.Tensor, weights: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of the new experts; tokens that chose none of them get zeros."""
+        tokens, token_weights = self.token_dispatcher.dispatch_preprocess(hidden_states, choices, weights)
+        tokens, token_weights = self.dispatch(tokens, token_weights)
+        output, _ = self.routed_experts_compute(tokens, token_weights)
+        return self.token_dispatcher.combine_postprocess(self.combine(output))
+
+    def _add_original_expert(
+        self, output: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, choice: torch.Tensor
+    ) -> torch.Tensor:
+        """Add weight * original_expert(x) at the tokens whose `choice` ([tokens], bool) is set."""
+        hidden = hidden_states.shape[-1]
+        chosen = choice.nonzero().squeeze(1)
+        tokens = hidden_states.reshape(-1, hidden).index_select(0, chosen)
+        padding = self._rows_of_original_expert(chosen.numel()) - chosen.numel()
+        tokens = torch.nn.functional.pad(tokens, (0, 0, 0, padding)).unsqueeze(1)
+        original, _ = self.original_expert(tokens)
+        original = original.squeeze(1)[: chosen.numel()] * weight.index_select(0, chosen).unsqueeze(1)
+        flat = output.reshape(-1, hidden).index_add(0, chosen, original.to(output.dtype))
+        return flat.view(output.shape)
+
+    def _rows_of_original_expert(self, chosen: int) -> int:
+        """Rows each TP rank brings to the original expert: the largest count among them, at least 1, aligned for FP8.
+
+        Sequence parallelism gathers pieces of equal size, but the ranks' parts of the sequence choose the original
+        expert unequally often. A row of zeros comes out as zeros.
+        """
+        if self.config.sequence_parallel:
+            largest = torch.tensor(chosen, device=torch.cuda.current_device())
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.attn_tp_group)
+            chosen = int(largest)
+        alignment = get_align_size_for_quantization(self.config) if self.config.fp8 else 1
+        return max(1, math.ceil(chosen / alignment)) * alignment
+
+
+def _build_for_all_experts(
+    router: type, num_experts: int, *, config: TransformerConfig, pg_collection: ProcessGroupCollection | None
+) -> torch.nn.Module:
+    """Build the router for all experts: the layer's own configuration counts the new experts only."""
+    config = copy.copy(config)
+    config.num_moe_experts, config.moe_expert_capacity_factor = num_experts, None
+    return router(config=config, pg_collection=pg_collection)
+
+
+def _config_of_new_experts(config: TransformerConfig, num_experts: int) -> TransformerConfig:
+    config = copy.copy(config)
+    config.num_moe_experts = num_experts - 1
+    # A token has 0 to k new experts, where the all-to-all dispatcher counts on k. With a capacity it counts for
+    # itself (token_dispatcher.py `preprocess`); an infinite one drops nothing.
+    config.moe_expert_capacity_factor = math.inf
+    return config
+
+
+def _config_of_original_expert(config: TransformerConfig) -> TransformerConfig:
+    config = copy.copy(config)
+    config.num_moe_experts = None
+    return config

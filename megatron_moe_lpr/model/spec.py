@@ -1,0 +1,101 @@
+"""Layer specifications: Megatron's local layers on CPU, Transformer Engine's on CUDA, one set of checkpoint keys."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from megatron.core import parallel_state
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_moe_lpr.model.grouped_linear import ColumnParallelGroupedLinear, RowParallelGroupedLinear
+from megatron_moe_lpr.model.moe_layer import MoELPRLayer, MoELPRSubmodules
+from megatron_moe_lpr.model.norm import RMSNorm
+from megatron_moe_lpr.model.router import LPRRouter
+
+# TransformerLayer writes `pre_mlp_layernorm` under the key of a dense layer's fused norm in the local specification
+# only. Left out for MoE layers, both specifications write `pre_mlp_layernorm.weight`.
+NORM_OF_DENSE_LAYER = "pre_mlp_layernorm."
+
+
+def block_spec(
+    config: TransformerConfig,
+    experts_per_layer: Sequence[int],
+    transformer_engine: bool,
+    virtual_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The layers of this rank's (virtual) pipeline stage.
+
+    Args:
+        experts_per_layer: number of experts of every layer of the whole model; 1 is a dense layer.
+        transformer_engine: Transformer Engine's layers instead of Megatron's local ones.
+        virtual_stage: model chunk of an interleaved pipeline, else None.
+    """
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    first = get_transformer_layer_offset(config, virtual_stage, stage)
+    count = get_num_layers_to_build(config, virtual_stage, stage)
+    layer = _transformer_engine_layer if transformer_engine else _local_layer
+    layers = [layer(config, experts) for experts in experts_per_layer[first : first + count]]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(transformer_engine))
+
+
+def _final_norm(transformer_engine: bool) -> type:
+    if not transformer_engine:
+        return RMSNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def _local_layer(config: TransformerConfig, num_experts: int) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    attention = spec.submodules.self_attention.submodules
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    if num_experts == 1:
+        return spec
+    provider = LocalSpecProvider()
+    dense = MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())
+    grouped = MLPSubmodules(linear_fc1=ColumnParallelGroupedLinear, linear_fc2=RowParallelGroupedLinear)
+    return _with_experts(spec, num_experts, dense, grouped)
+
+
+def _transformer_engine_layer(config: TransformerConfig, num_experts: int) -> ModuleSpec:
+    if num_experts == 1:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=num_experts, moe_grouped_gemm=True, qk_layernorm=config.qk_layernorm
+    )
+    provider = TESpecProvider()
+    dense = MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())
+    _, grouped = provider.grouped_mlp_modules(moe_use_grouped_gemm=True, moe_use_legacy_grouped_gemm=False)
+    return _with_experts(spec, num_experts, dense, grouped)
+
+
+def _with_experts(spec: ModuleSpec, num_experts: int, dense: MLPSubmodules, grouped: MLPSubmodules) -> ModuleSpec:
+    submodules = MoELPRSubmodules(
+        router=LPRRouter,
+        original_expert=ModuleSpec(module=MLP, submodules=dense),
+        experts=ModuleSpec(module=TEGroupedMLP, submodules=grouped),
+    )
+    layer = dataclasses.replace(
+        spec.submodules,
+        mlp=ModuleSpec(module=MoELPRLayer, params={"num_experts": num_experts}, submodules=submodules),
+        sharded_state_dict_keys_map={
+            key: value
+            for key, value in spec.submodules.sharded_state_dict_keys_map.items()
+            if key != NORM_OF_DENSE_LAYER
+        },
+    )
+    return ModuleSpec(module=spec.module, submodules=layer)

@@ -1,0 +1,1 @@
+"""How the ranks share the model and the data."""

@@ -1,0 +1,22 @@
+"""Which numbers of experts fit which expert-parallel sizes."""
+
+from megatron_moe_lpr.errors import UserError
+
+
+def check_expert_parallel(num_new_experts: int, expert_parallel_size: int) -> None:
+    """Check that EP ranks can share a layer's new experts evenly.
+
+    The original expert is present on every EP rank, so only the others count.
+
+    Raises:
+        UserError: naming the expert-parallel sizes and the numbers of experts that would fit.
+    """
+    if num_new_experts % expert_parallel_size == 0:
+        return
+    sizes = ", ".join(str(size) for size in range(1, num_new_experts + 1) if num_new_experts % size == 0)
+    counts = ", ".join(str(expert_parallel_size * multiple + 1) for multiple in range(1, 4))
+    raise UserError(
+        f"--expert-model-parallel-size {expert_parallel_size} does not divide {num_new_experts} new experts "
+        f"({num_new_experts + 1} experts less the original one); it can be one of {sizes}, "
+        f"or convert with --num-experts {counts}, ..."
+    )

@@ -1,0 +1,56 @@
+"""Process groups: the world, and Megatron's groups inside it."""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import Platform
+
+
+def initialize_parallel(
+    platform: Platform, layout: ParallelLayout, seed: int = 1234, timeout_minutes: int = 10
+) -> None:
+    """Join the world that torchrun describes (or be a world of one) and make Megatron's groups for `layout`.
+
+    Calling it again with another layout replaces the groups.
+
+    Raises:
+        UserError: the world does not split into `layout`.
+    """
+    if not dist.is_initialized():
+        _join_world(platform, datetime.timedelta(minutes=timeout_minutes))
+    layout.check_world(dist.get_world_size())
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=platform.backend == "nccl",
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def destroy_parallel() -> None:
+    """Leave Megatron's groups and the world."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join_world(platform: Platform, timeout: datetime.timedelta) -> None:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        device = platform.device if platform.backend == "nccl" else None
+        dist.init_process_group(platform.backend, timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group(platform.backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)

@@ -1,0 +1,133 @@
+"""The parallel layout: how many ranks along each dimension, checked against the model before anything is built."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.parallel.experts import check_expert_parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelLayout:
+    """Ranks along each parallel dimension. Data parallelism takes what the others leave of the world."""
+
+    tensor_model_parallel_size: int = 1
+    """TP: ranks that share each matrix of a layer."""
+    pipeline_model_parallel_size: int = 1
+    """PP: stages that share the layers."""
+    num_virtual_stages_per_pipeline_rank: int = 1
+    """Chunks of layers a pipeline rank holds; more than 1 selects the interleaved schedule."""
+    expert_model_parallel_size: int = 1
+    """EP: ranks that share the new experts of a layer; must divide their number (all experts less one)."""
+    expert_tensor_parallel_size: int = 1
+    """Ranks that share each matrix of a new expert. 1 keeps the grouped matrix products large."""
+    sequence_parallel: bool = True
+    """SP: activations outside the matrices are split along the sequence over the TP ranks. Only matters with TP."""
+    context_parallel_size: int = 1
+    """Not supported yet: must be 1."""
+
+    @property
+    def virtual_pipeline_model_parallel_size(self) -> int | None:
+        """Megatron's number of model chunks per rank: None without interleaving."""
+        chunks = self.num_virtual_stages_per_pipeline_rank
+        return chunks if chunks > 1 else None
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        """Whether the activations really are split along the sequence."""
+        return self.sequence_parallel and self.tensor_model_parallel_size > 1
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the original weights."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """DP: copies of the original weights, each seeing its own micro-batches."""
+        return world_size // self.model_parallel_size
+
+    def check_world(self, world_size: int) -> None:
+        """Check that the world splits into this layout.
+
+        Raises:
+            UserError: naming the numbers that don't fit and what would.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "sequence_parallel" and value < 1:
+                raise UserError(f"{_flag(field.name)} {value}: must be at least 1")
+        if self.context_parallel_size != 1:
+            raise UserError("--context-parallel-size: context parallelism is not supported; leave it at 1")
+        if world_size % self.model_parallel_size:
+            raise UserError(
+                f"{world_size} ranks cannot hold TP {self.tensor_model_parallel_size} x PP "
+                f"{self.pipeline_model_parallel_size} = {self.model_parallel_size} ranks per model copy; "
+                f"start a multiple of {self.model_parallel_size} ranks"
+            )
+        expert_ranks = (
+            self.expert_tensor_parallel_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
+        )
+        if world_size % expert_ranks:
+            raise UserError(
+                f"{world_size} ranks cannot hold expert TP {self.expert_tensor_parallel_size} x EP "
+                f"{self.expert_model_parallel_size} x PP {self.pipeline_model_parallel_size} = {expert_ranks} ranks "
+                f"per copy of the new experts; start a multiple of {expert_ranks} ranks or lower "
+                "--expert-model-parallel-size"
+            )
+        if self.num_virtual_stages_per_pipeline_rank > 1 and self.pipeline_model_parallel_size == 1:
+            raise UserError("--num-virtual-stages-per-pipeline-rank needs --pipeline-model-parallel-size of 2 or more")
+
+    def check_model(
+        self,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        num_attention_heads: int,
+        num_query_groups: int,
+        experts_per_layer: Sequence[int],
+    ) -> None:
+        """Check that the model's dimensions split into this layout.
+
+        Raises:
+            UserError: naming the dimension, the flag and the values that would fit.
+        """
+        tp, flag = self.tensor_model_parallel_size, "--tensor-model-parallel-size"
+        _divides(tp, flag, num_attention_heads, "attention heads")
+        _divides(tp, flag, num_query_groups, "key/value heads")
+        _divides(tp, flag, ffn_hidden_size, "FFN columns")
+        _divides(tp, flag, hidden_size, "hidden columns")
+        _divides(self.expert_tensor_parallel_size, "--expert-tensor-parallel-size", ffn_hidden_size, "FFN columns")
+        stages = self.pipeline_model_parallel_size * self.num_virtual_stages_per_pipeline_rank
+        stage_flag = "--pipeline-model-parallel-size"
+        if self.num_virtual_stages_per_pipeline_rank > 1:
+            stage_flag += " x --num-virtual-stages-per-pipeline-rank"
+        _divides(stages, stage_flag, num_layers, "layers")
+        has_experts = any(experts > 1 for experts in experts_per_layer)
+        for experts in sorted({experts for experts in experts_per_layer if experts > 1}):
+            check_expert_parallel(experts - 1, self.expert_model_parallel_size)
+        if self.expert_model_parallel_size > 1 and not has_experts:
+            raise UserError("--expert-model-parallel-size: the checkpoint is dense, there are no experts to share")
+        if has_experts and tp > 1 and not self.sequence_parallel:
+            raise UserError("--no-sequence-parallel: experts with TP need sequence parallelism; leave the flag out")
+
+    def check_sequence(self, sequence_length: int) -> None:
+        """Check that sequence parallelism can split sequences of this length.
+
+        Raises:
+            UserError: naming both numbers.
+        """
+        if self.uses_sequence_parallel:
+            _divides(
+                self.tensor_model_parallel_size, "--tensor-model-parallel-size", sequence_length, "tokens a sequence"
+            )
+
+
+def _flag(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def _divides(size: int, flag: str, amount: int, what: str) -> None:
+    if amount % size:
+        fitting = ", ".join(str(divisor) for divisor in range(1, min(amount, 64) + 1) if amount % divisor == 0)
+        raise UserError(f"{flag} {size} does not divide {amount} {what}; it can be one of {fitting}")

@@ -1,0 +1,73 @@
+"""Where the code runs: NVIDIA GPUs with NCCL and Transformer Engine, or CPUs with gloo. The only room that knows.
+
+platform = select_platform("auto")      # before anything of Megatron is built
+torch.distributed.init_process_group(platform.backend)
+model.to(platform.device)
+"""
+
+import dataclasses
+import os
+from typing import Literal
+
+import torch
+
+from megatron_moe_lpr.errors import UserError
+
+PlatformName = Literal["auto", "cpu", "cuda"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """The chosen platform of this process."""
+
+    name: Literal["cpu", "cuda"]
+    backend: Literal["gloo", "nccl"]
+    device: torch.device
+    """Where this rank's parameters live."""
+    transformer_engine: bool
+    """Layers come from Transformer Engine; otherwise Megatron's local layers."""
+
+
+_selected: Platform | None = None
+
+
+def select_platform(name: PlatformName = "auto") -> Platform:
+    """Choose the platform once per process; `auto` takes CUDA where a device is visible.
+
+    Choosing the CPU installs the replacements of `platform.cpu`; on CUDA nothing is replaced.
+
+    Raises:
+        UserError: CUDA was asked for and is missing, or another platform was chosen before.
+    """
+    global _selected
+    if name == "auto":
+        name = _selected.name if _selected else ("cuda" if torch.cuda.is_available() else "cpu")
+    if _selected is not None:
+        if _selected.name != name:
+            raise UserError(f"--platform {name}: this process already runs on {_selected.name}")
+        return _selected
+    _selected = _select_cuda() if name == "cuda" else _select_cpu()
+    return _selected
+
+
+def _select_cpu() -> Platform:
+    from megatron_moe_lpr.platform import cpu
+
+    cpu.install()
+    return Platform("cpu", "gloo", torch.device("cpu"), transformer_engine=False)
+
+
+def _select_cuda() -> Platform:
+    if not torch.cuda.is_available():
+        raise UserError(
+            "--platform cuda: no CUDA device is visible to PyTorch; check nvidia-smi, or pass --platform cpu"
+        )
+    from megatron_moe_lpr.platform.cuda import require_transformer_engine
+
+    require_transformer_engine()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        visible = torch.cuda.device_count()
+        raise UserError(f"local rank {local_rank} has no GPU, {visible} visible; lower torchrun's --nproc-per-node")
+    torch.cuda.set_device(local_rank)
+    return Platform("cuda", "nccl", torch.device("cuda", local_rank), transformer_engine=True)

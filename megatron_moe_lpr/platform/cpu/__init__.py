@@ -1,0 +1,24 @@
+"""megatron-core 0.16 on CPUs over gloo.
+
+Megatron assumes CUDA in places. The modules here answer those few calls on the CPU, each replacement with the
+Megatron place that needs it. Installed only when the CPU platform is chosen, once per process.
+"""
+
+_installed = False
+
+
+def install() -> None:
+    """Make megatron-core 0.16.x run unmodified on this machine's CPU."""
+    global _installed
+    if _installed:
+        return
+    from megatron_moe_lpr.platform.cpu import collectives, devices, streams
+
+    streams.install()
+    devices.install()
+    collectives.install()
+    # Last, because it imports megatron-core, which reads torch.cuda while being imported.
+    from megatron_moe_lpr.platform.cpu import internals
+
+    internals.install()
+    _installed = True

@@ -1,0 +1,76 @@
+"""Collectives that NCCL has and gloo lacks: averages, and pieces of unequal size."""
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def _average_by_sum() -> None:
+    """distributed/finalize_model_grads.py, moe/moe_utils.py: all_reduce(op=AVG)."""
+    original = dist.all_reduce
+
+    @functools.wraps(original)
+    def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if op != dist.ReduceOp.AVG:
+            return original(tensor, op, group, async_op)
+        work = original(tensor, dist.ReduceOp.SUM, group, False)
+        tensor /= dist.get_world_size(group)
+        return work
+
+    dist.all_reduce = all_reduce
+
+
+def _gather_unequal_pieces() -> None:
+    """tensor_parallel/mappings.py `_gather_along_first_dim` with output_split_sizes (expert tensor parallelism)."""
+    original = dist.all_gather
+
+    @functools.wraps(original)
+    def all_gather(pieces: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if len({piece.shape for piece in pieces} | {tensor.shape}) == 1:
+            return original(pieces, tensor, group, async_op)
+        rank = dist.get_rank(group)
+        for source, piece in enumerate(pieces):
+            received = (
+                tensor.contiguous()
+                if source == rank
+                else torch.empty_like(piece, memory_format=torch.contiguous_format)
+            )
+            dist.broadcast(received, group=group, group_src=source)
+            piece.copy_(received)
+        return None
+
+    dist.all_gather = all_gather
+
+
+def _scatter_unequal_pieces() -> None:
+    """tensor_parallel/mappings.py `_reduce_scatter_along_first_dim` with input_split_sizes."""
+    original = dist.reduce_scatter
+
+    @functools.wraps(original)
+    def reduce_scatter(
+        output: torch.Tensor,
+        pieces: list[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if len({piece.shape for piece in pieces}) == 1:
+            return original(output, pieces, op, group, async_op)
+        rank = dist.get_rank(group)
+        for target, piece in enumerate(pieces):
+            reduced = piece.clone()
+            dist.reduce(reduced, group=group, group_dst=target, op=op)
+            if target == rank:
+                output.copy_(reduced)
+        return None
+
+    dist.reduce_scatter = reduce_scatter
+
+
+def install() -> None:
+    """Teach torch.distributed the missing collectives; calls that gloo knows pass through unchanged."""
+    _average_by_sum()
+    _gather_unequal_pieces()
+    _scatter_unequal_pieces()

@@ -1,0 +1,67 @@
+"""Device names that say "cuda", answered with the CPU."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+# Factories that megatron-core calls with device="cuda" (optimizer/, moe/, distributed/, dist_checkpointing/).
+FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "ones_like", "tensor", "zeros", "zeros_like")
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def redirected(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return redirected
+
+
+def _redirect_tensor_to() -> None:
+    """moe/router.py, pipeline_parallel/schedules.py: `.cuda()` and `.to("cuda")`."""
+    original = torch.Tensor.to
+
+    @functools.wraps(original)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _names_cuda(args[0]):
+            args = (CPU, *args[1:])
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return original(self, *args, **kwargs)
+
+    torch.Tensor.to = to
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _redirect_tensor_type() -> None:
+    """optimizer.py, distrib_optimizer.py, clip_grads.py compare `.type()` with "torch.cuda.FloatTensor"."""
+    original = torch.Tensor.type
+
+    @functools.wraps(original)
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        if isinstance(answer, str) and "/megatron/core/" in sys._getframe(1).f_code.co_filename.replace("\\", "/"):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.type = tensor_type
+
+
+def install() -> None:
+    """Send every request for a CUDA tensor to the CPU."""
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _redirect_tensor_to()
+    _redirect_tensor_type()

@@ -1,0 +1,37 @@
+"""Functions inside megatron-core 0.16 that only work with a CUDA device or with Transformer Engine."""
+
+import logging
+from typing import Any
+
+import megatron.core.tensor_parallel.random as megatron_random
+import megatron.core.transformer.moe.moe_utils as moe_utils
+import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+import torch
+
+
+def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(state)
+
+
+def _split_sizes_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def install() -> None:
+    """Replace them in the modules that call them."""
+    # tensor_parallel/random.py: the tracker's states are CUDA generator states
+    megatron_random._get_cuda_rng_state = _get_rng_state
+    megatron_random._set_cuda_rng_state = _set_rng_state
+    # The same file warns when CPU numbers are drawn inside the tracker, which here is the purpose.
+    logging.getLogger(megatron_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+    # moe/moe_utils.py RouterGatingLinearFunction reads this name, defined only where Transformer Engine imports
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    # moe/token_dispatcher.py `_maybe_dtoh_and_synchronize`: a device-to-host copy of a tensor already on the host
+    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes_on_host

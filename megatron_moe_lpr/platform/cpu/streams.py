@@ -1,0 +1,72 @@
+"""torch.cuda's streams, events and random states, answered for one device that works in order."""
+
+import contextlib
+from typing import Any
+
+import torch
+
+
+class InOrderStream:
+    """Every CUDA stream at once: work on the CPU is finished when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or FinishedEvent()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, InOrderStream)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __enter__(self) -> "InOrderStream":
+        return self
+
+    def __exit__(self, *error: Any) -> None: ...
+
+
+class FinishedEvent:
+    """An event that has always happened already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+def install() -> None:
+    """Replace the parts of torch.cuda that Megatron calls without asking for a device first."""
+    cuda, stream, cpu = torch.cuda, InOrderStream(), torch.device("cpu")
+    # token_dispatcher.py, param_and_grad_buffer.py, p2p_communication.py: side streams for copies and overlap
+    cuda.Stream, cuda.Event = InOrderStream, FinishedEvent
+    cuda.current_stream = lambda *args, **kwargs: stream
+    cuda.default_stream = lambda *args, **kwargs: stream
+    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.synchronize = lambda *args, **kwargs: None
+    # everywhere: torch.empty(..., device=torch.cuda.current_device())
+    cuda.current_device = lambda: cpu
+    cuda.set_device = lambda *args, **kwargs: None
+    cuda.empty_cache = lambda: None
+    # tensor_parallel/random.py: the model-parallel random number tracker
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)

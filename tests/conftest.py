@@ -1,0 +1,29 @@
+"""Shared by all tests: the CPU platform, and the end of the rank pools."""
+
+import os
+
+# Ranks share the cores: more threads than cores make every small matrix product slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from megatron_moe_lpr.parallel.groups import destroy_parallel, initialize_parallel
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import select_platform
+from tests.distributed import close_pools
+
+
+@pytest.fixture(scope="session")
+def cpu_platform():
+    """The CPU platform of this process, alone in its world."""
+    platform = select_platform("cpu")
+    initialize_parallel(platform, ParallelLayout())
+    yield platform
+    destroy_parallel()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _end_pools():
+    yield
+    close_pools()

@@ -1,0 +1,121 @@
+"""Real gloo ranks for tests: processes that start once per session and run one function after another.
+
+def check(value):                       # at module level: ranks import it by name
+    return dist.get_rank() + value
+
+assert rank_pool(2).run(check, 10) == [10, 11]
+"""
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+TIMEOUT_SECONDS = 180
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or hung."""
+
+
+class RankPool:
+    """`world_size` processes in one gloo world."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        self.processes, self.pipes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process.start()
+            self.processes.append(process)
+            self.pipes.append(ours)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call `function(*args)` on every rank at once; the results in rank order."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        try:
+            return self._collect()
+        except RankFailure:
+            self.close()
+            raise
+
+    def _collect(self) -> list[Any]:
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while len(results) < self.world_size and not errors:
+            for rank in set(range(self.world_size)) - results.keys():
+                if self.pipes[rank].poll(0.01):
+                    kind, value = _receive(self.pipes[rank])
+                    (results if kind == "result" else errors)[rank] = value
+            if time.monotonic() > deadline:
+                errors[-1] = (
+                    f"no answer within {TIMEOUT_SECONDS} s from ranks {set(range(self.world_size)) - set(results)}"
+                )
+        if errors:
+            raise RankFailure("\n".join(f"rank {rank}: {text}" for rank, text in errors.items()))
+        return [results[rank] for rank in range(self.world_size)]
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+        _pools.pop(self.world_size, None)
+
+
+_pools: dict[int, RankPool] = {}
+
+
+def rank_pool(world_size: int) -> RankPool:
+    """The session's pool of this size, started on first use."""
+    if world_size not in _pools:
+        _pools[world_size] = RankPool(world_size)
+    return _pools[world_size]
+
+
+def close_pools() -> None:
+    """End every pool; called once when the test session ends."""
+    for pool in list(_pools.values()):
+        pool.close()
+
+
+def _receive(pipe: Connection) -> tuple[str, Any]:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return "error", "the process died"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import torch
+
+    torch.set_num_threads(1)
+    from megatron_moe_lpr.parallel.groups import initialize_parallel
+    from megatron_moe_lpr.parallel.layout import ParallelLayout
+    from megatron_moe_lpr.platform import select_platform
+
+    initialize_parallel(select_platform("cpu"), ParallelLayout())
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("result", function(*args)))
+        except BaseException:
+            pipe.send(("error", traceback.format_exc()))

@@ -1,0 +1,87 @@
+"""The CPU platform's stand-ins against what NCCL and CUDA would give."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.platform import select_platform
+from tests.distributed import rank_pool
+
+
+def average() -> float:
+    value = torch.tensor([float(dist.get_rank() + 1)])
+    dist.all_reduce(value, op=dist.ReduceOp.AVG)
+    return value.item()
+
+
+def gather_unequal() -> list[list[float]]:
+    rank = dist.get_rank()
+    own = torch.full((rank * 2, 3), float(rank + 1))
+    pieces = [torch.empty(source * 2, 3) for source in range(dist.get_world_size())]
+    dist.all_gather(pieces, own)
+    return [piece.flatten().tolist() for piece in pieces]
+
+
+def scatter_unequal() -> list[float]:
+    rank = dist.get_rank()
+    pieces = [torch.full((target + 1,), float(10 * target + rank)) for target in range(dist.get_world_size())]
+    output = torch.empty(rank + 1)
+    dist.reduce_scatter(output, pieces)
+    return output.tolist()
+
+
+def test_all_reduce_averages():
+    assert rank_pool(2).run(average) == [1.5, 1.5]
+
+
+def test_all_gather_of_unequal_and_empty_pieces():
+    assert rank_pool(2).run(gather_unequal) == [[[], [2.0] * 6]] * 2
+
+
+def test_reduce_scatter_of_unequal_pieces():
+    assert rank_pool(2).run(scatter_unequal) == [[0.0 + 1.0], [10.0 + 11.0] * 2]
+
+
+def test_cuda_requests_land_on_the_cpu(cpu_platform):
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.ones(2).to("cuda:0").device.type == "cpu"
+    assert torch.empty(1, device=torch.cuda.current_device()).device.type == "cpu"
+    assert torch.ones(1).type() == "torch.FloatTensor"
+
+
+def test_random_state_round_trip(cpu_platform):
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_another_platform_is_refused_in_one_process(cpu_platform):
+    assert select_platform("auto") is cpu_platform
+    with pytest.raises(UserError, match="already runs on cpu"):
+        select_platform("cuda")
+
+
+def test_nothing_is_replaced_before_the_cpu_is_chosen():
+    code = (
+        "import torch; before = (torch.zeros, torch.Tensor.to, torch.distributed.all_gather, torch.cuda.Stream);"
+        "import megatron_moe_lpr.model.build, megatron_moe_lpr.checkpoint.model_state;"
+        "after = (torch.zeros, torch.Tensor.to, torch.distributed.all_gather, torch.cuda.Stream);"
+        "assert all(a is b for a, b in zip(before, after))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_says_so():
+    code = (
+        "from megatron_moe_lpr.platform import select_platform; from megatron_moe_lpr.errors import run_command;"
+        "run_command(lambda: select_platform('cuda'))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: --platform cuda: no CUDA device is visible")
