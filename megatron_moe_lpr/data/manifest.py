@@ -42,6 +42,8 @@ class Manifest:
     """UTF-8 bytes of the documents' text."""
     bin_bytes: int
     idx_bytes: int
+    index_sha256: str
+    """Of the .idx: training keeps index maps under it."""
     skipped: dict[str, int]
     """Documents left out, by reason, and documents kept with a repair."""
     sources: list[Source]

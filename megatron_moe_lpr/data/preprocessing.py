@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from megatron_moe_lpr.data.documents import REPAIRED
 from megatron_moe_lpr.data.encoding import EncodedBlock, EncodedDocuments, EncoderOptions, encode_blocks, worker_pool
-from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
+from megatron_moe_lpr.data.indexed import COPY_BYTES, IndexedWriter, shuffle_documents
 from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path
 from megatron_moe_lpr.data.sources import Slice, disk_bytes, expand_inputs, partition_slices, read_blocks
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
@@ -133,6 +134,7 @@ def _manifest_template(plan: PreprocessingPlan, tokenizer: Tokenizer, names: lis
         text_bytes=0,
         bin_bytes=0,
         idx_bytes=0,
+        index_sha256="",
         skipped=dict(sorted((+skipped).items())),
         sources=[Source(name, disk_bytes(name)) for name in names],
         partition="/".join(map(str, plan.partition)) if plan.partition[1] > 1 else None,
@@ -198,10 +200,22 @@ def refuse_existing(prefix: str, overwrite: bool) -> None:
 
 def publish(partial: str, prefix: str, manifest: Manifest) -> Manifest:
     """Move finished files to `prefix` and write the manifest, the last of the three, with their sizes."""
-    sizes = {"bin_bytes": bin_path(partial).stat().st_size, "idx_bytes": idx_path(partial).stat().st_size}
-    manifest = dataclasses.replace(manifest, **sizes)
+    manifest = dataclasses.replace(
+        manifest,
+        bin_bytes=bin_path(partial).stat().st_size,
+        idx_bytes=idx_path(partial).stat().st_size,
+        index_sha256=_sha256(idx_path(partial)),
+    )
     manifest_path(prefix).unlink(missing_ok=True)
     os.replace(bin_path(partial), bin_path(prefix))
     os.replace(idx_path(partial), idx_path(prefix))
     manifest.write(prefix)
     return manifest
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(COPY_BYTES), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
