@@ -56,11 +56,11 @@ def read_documents(
         try:
             language, text = _read_line(line, block, options)
         except DocumentError as error:
-            message = f"{block.source}:{_line_number(block, number)}: {error}"
-            if options.stop_on_error:
-                raise UserError(f"{message}; correct it or pass --on-error skip") from None
             counts[error.reason] += 1
-            first.setdefault(error.reason, message)
+            if options.stop_on_error or error.reason not in first:
+                first[error.reason] = f"{block.source}:{_line_number(block, number)}: {error}"
+            if options.stop_on_error:
+                raise UserError(f"{first[error.reason]}; correct it or pass --on-error skip") from None
             continue
         if not text or text.isspace():
             counts[EMPTY] += 1
@@ -119,4 +119,5 @@ def _language(document: dict, key: str | None) -> str:
 
 def _line_number(block: Block, number: int) -> int:
     """In the whole file, though the block knows only its place in the partition's slice."""
-    return number + block.line_number + count_lines(block.source, block.start_offset)
+    before = count_lines(block.source, block.start_offset) if block.start_offset else 0
+    return number + block.line_number + before
