@@ -13,16 +13,13 @@ class DataConfig:
     """Where the text is and how it becomes batches."""
 
     data_path: list[str] = dataclasses.field(default_factory=list)
-    """Training datasets: prefixes, or `weight prefix` pairs. Without weights each is drawn in proportion to its
-    tokens."""
+    """Training datasets: prefixes, or `weight prefix` pairs. No weights: in proportion to their tokens."""
     valid_data_path: list[str] = dataclasses.field(default_factory=list)
     """Validation datasets: prefixes, each evaluated by itself, whole and in order."""
     split: str | None = None
-    """Parts of each training dataset's documents for training and validation, for example 99,1; instead of
-    --valid-data-path."""
+    """Parts of each dataset's documents for training and validation, e.g. 99,1 (or pass --valid-data-path)."""
     data_cache_path: str | None = None
-    """Directory for the index maps, on a file system that all nodes share; default: index-cache beside the first
-    dataset."""
+    """Directory for index maps, seen by all nodes. Default: index-cache beside the first dataset."""
     original_languages: list[str] = dataclasses.field(default_factory=list)
     """Languages that the dense model already knows, as the datasets name them, for example en es zh."""
     eod_mask_loss: bool = False

@@ -26,6 +26,7 @@ from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_moe_lpr.errors import UserError
 
 BLOCKS_AHEAD = 2
+BATCH_CHARACTERS = 1 << 17
 NO_TOKENS = "no_tokens"
 
 
@@ -86,7 +87,8 @@ class BlockEncoder:
 
     def _encode_texts(self, texts: list[str], counts: Counter) -> EncodedDocuments:
         tokens, lengths, sizes = array.array("i"), [], []
-        for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
+        encoded = (ids for batch in _batches(texts) for ids in self.tokenizer.encode_batch(batch))
+        for text, ids in zip(texts, encoded, strict=True):
             if not ids:
                 counts[NO_TOKENS] += 1
                 continue
@@ -99,6 +101,19 @@ class BlockEncoder:
         return EncodedDocuments(
             ids.astype(self.tokenizer.dtype), np.array(lengths, np.int32), np.array(sizes, np.int64)
         )
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """Short lists: the Rust tokenizer's result takes some 170 bytes for each character while a batch lasts."""
+    batch, characters = [], 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 _worker_encoder: BlockEncoder | None = None
