@@ -31,7 +31,9 @@ def run(*arguments: object) -> None:
 
 def hf_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors of a Hugging Face directory, read by the safetensors library."""
-    return {name: tensor for path in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor for path in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(path).items()
+    }
 
 
 def checkpoint_tensors(directory: Path) -> dict[str, torch.Tensor]:
