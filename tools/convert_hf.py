@@ -3,8 +3,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from megatron_moe_lpr.conversion.exporter import export_hf
@@ -12,7 +13,9 @@ from megatron_moe_lpr.conversion.importer import import_hf
 from megatron_moe_lpr.conversion.inspection import inspect_directory, print_inspection
 from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.conversion.safetensors_writer import parse_size
-from megatron_moe_lpr.errors import run_command
+from megatron_moe_lpr.conversion.verify import print_comparison
+from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.platform import PlatformName, select_platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,36 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class Verify:
+    """Compare logits of a checkpoint and of a Hugging Face model (the dense one, or an export) on the same tokens."""
+
+    load: Path
+    """Checkpoint directory, or one iteration in it."""
+    hf: Path
+    """Hugging Face directory to compare with, loaded by transformers' own class."""
+    tolerance: float = 1e-3
+    """Largest difference of any logit that still counts as equal."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What both models compute in; bfloat16 halves the memory and needs a tolerance of some tenths."""
+    sequence_length: int = 64
+    """Tokens in each of the two sequences."""
+    platform: PlatformName = "auto"
+    """Where to compute."""
+
+    def run(self) -> None:
+        """Compare; models that differ end in exit code 1."""
+        # transformers and Megatron take seconds to import, which the other sub-commands do not need.
+        from megatron_moe_lpr.conversion.verify_models import verify_checkpoint
+
+        comparison = verify_checkpoint(
+            self.load, self.hf, getattr(torch, self.dtype), select_platform(self.platform), self.sequence_length
+        )
+        print_comparison(comparison, self.tolerance)
+        if not comparison.agrees(self.tolerance):
+            raise UserError(f"{self.load} does not compute what {self.hf} does")
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspect:
     """One screen about a checkpoint or a Hugging Face directory."""
 
@@ -92,6 +125,7 @@ class Inspect:
 Command = (
     Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
 )
 

@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_moe_lpr.errors import UserError
 
+# Keys of the model's own tensors; optimizer state and the rest of a training checkpoint lie under others.
+MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 # All that `.metadata` of a checkpoint needs; a pickle that names anything else is not unpickled. Whole names only:
 # a module's own imports (`os`, for one) must stay out of reach.
 ALLOWED_IN_METADATA = {
@@ -40,6 +42,11 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+def is_model_key(key: str) -> bool:
+    """Whether a key of a checkpoint belongs to a weight of the model."""
+    return key.startswith(MODEL_PREFIXES) and "_extra_state" not in key
 
 
 class CheckpointReader:

@@ -14,12 +14,11 @@ from megatron_moe_lpr.checkpoint.directory import (
     CheckpointDirectory,
     resolve_checkpoint,
 )
-from megatron_moe_lpr.checkpoint.reader import CheckpointReader
+from megatron_moe_lpr.checkpoint.reader import CheckpointReader, is_model_key
 from megatron_moe_lpr.conversion.hf_config import SHARED_EXPERT_WIDTH, moe_config
 from megatron_moe_lpr.conversion.hf_directory import ROUTERS_FILE, carry_files
 from megatron_moe_lpr.conversion.names import (
     DENSE_LAYOUT,
-    MODEL_PREFIXES,
     MOE_LAYOUTS,
     VOCABULARY_KEYS,
     Layout,
@@ -113,7 +112,7 @@ def check_model_tensors(rows: list[Row], reader: CheckpointReader) -> None:
         UserError: naming the tensors that are missing, unexpected or of the wrong shape.
     """
     expected = {row.key: row.shape for row in rows}
-    present = {key for key in reader.tensors if key.startswith(MODEL_PREFIXES) and "_extra_state" not in key}
+    present = {key for key in reader.tensors if is_model_key(key)}
     for keys, problem in ((expected.keys() - present, "lacks"), (present - expected.keys(), "has no place for")):
         if keys:
             names = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -135,11 +135,15 @@ def dense_config(moe: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def _refuse_foreign_moe(moe: Mapping[str, Any], model_type: str, source: str) -> None:
     if model_type == "mixtral":
+        if top_k_of(moe) == 1:
+            raise UserError(f"{source}: a Mixtral with one expert per token weights it by 1, not by its probability")
         return
     if moe.get("decoder_sparse_step", 1) != 1:
         raise UserError(f"{source}: decoder_sparse_step other than 1 is not supported; list mlp_only_layers instead")
     if top_k_of(moe) > 1 and not moe.get("norm_topk_prob", False):
         raise UserError(f"{source}: norm_topk_prob=false is not MoE-LPR's routing (the weights must add up to 1)")
+    if top_k_of(moe) == 1 and moe.get("norm_topk_prob", False):
+        raise UserError(f"{source}: norm_topk_prob=true with one expert per token weights it by 1, not its probability")
     if model_type == "qwen2_moe" and not moe.get("qkv_bias", True):
         raise UserError(f"{source}: qkv_bias=false is not supported for qwen2_moe")
 

@@ -17,7 +17,6 @@ EMBEDDING_KEY = "embedding.word_embeddings.weight"
 OUTPUT_KEY = "output_layer.weight"
 # Their first dimension may be padded in a training checkpoint, for tensor parallelism.
 VOCABULARY_KEYS = (EMBEDDING_KEY, OUTPUT_KEY)
-MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 EMBEDDING_NAME = "model.embed_tokens.weight"
 OUTPUT_NAME = "lm_head.weight"
 DENSE_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -63,7 +63,7 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     model = open_hf_directory(options.hf)
     adapter = open_adapter(options.adapter) if options.adapter else None
     experts, top_k = _experts(options, model, adapter)
-    _check_routing(experts, top_k, options.allow_top_1)
+    _check_routing(experts, top_k, options.allow_top_1 or model.is_moe)
     check_expert_parallel(max(experts) - 1, options.expert_parallel_size)
     layout = ADAPTER_LAYOUT if adapter else model.layout
     rows = model_rows(model.architecture, experts, layout)
