@@ -29,7 +29,7 @@ def run_command(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
         place = f" ({error.filename})" if error.filename else ""
         fail(f"{error.strerror}{place}; nothing was left half-written")

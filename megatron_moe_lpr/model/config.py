@@ -8,8 +8,21 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.losses import LPRLossForm
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform
+
+
+@dataclasses.dataclass
+class MoELPRConfig(TransformerConfig):
+    """Megatron's configuration and the router's losses, in the paper's units."""
+
+    load_balancing_coeff: float = 0.0
+    """Weight of the load balancing loss, the mean over MoE layers of N * sum_i f_i P_i."""
+    lpr_loss_coeff: float = 0.0
+    """Weight of the LPR loss, the mean over MoE layers and tokens of original languages."""
+    lpr_loss_form: LPRLossForm = "paper"
+    num_moe_layers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +59,11 @@ class ComputeOptions:
 
 def transformer_config(
     shape: ModelShape, layout: ParallelLayout, platform: Platform, options: ComputeOptions, **overrides: Any
-) -> TransformerConfig:
+) -> MoELPRConfig:
     """Build the configuration and check that the layout fits the model.
 
     Args:
-        overrides: further TransformerConfig fields, for example loss coefficients.
+        overrides: further MoELPRConfig fields, for example loss coefficients.
 
     Raises:
         UserError: the layout does not fit.
@@ -59,7 +72,7 @@ def transformer_config(
     fields = _architecture_fields(shape.architecture)
     fields |= _expert_fields(shape, options) | _layout_fields(layout, options.dtype)
     fields |= _recompute_fields(options) | _platform_fields(platform)
-    return TransformerConfig(**(fields | overrides))
+    return MoELPRConfig(**(fields | overrides))
 
 
 def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
@@ -100,6 +113,7 @@ def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "attention_softmax_in_fp32": True,
+        "cuda_graph_scope": [],
         # Every weight comes from a checkpoint.
         "perform_initialization": False,
     }
@@ -110,6 +124,7 @@ def _expert_fields(shape: ModelShape, options: ComputeOptions) -> dict[str, Any]
         return {}
     return {
         "num_moe_experts": shape.max_experts,
+        "num_moe_layers": shape.num_moe_layers,
         "moe_layer_freq": [int(experts > 1) for experts in shape.experts_per_layer],
         "moe_ffn_hidden_size": shape.architecture.ffn_hidden_size,
         "moe_router_topk": shape.top_k,

@@ -1,17 +1,33 @@
-"""The router over the original expert and the new ones."""
+"""The router over the original expert and the new ones, with Language Priors Routing."""
 
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_moe_lpr.model.config import MoELPRConfig
+from megatron_moe_lpr.model.losses import load_balancing_loss, lpr_negative_log_likelihood
+from megatron_moe_lpr.model.routing_statistics import RoutingStatistics
+from megatron_moe_lpr.model.token_tags import MICRO_BATCH, ORIGINAL_LANGUAGE
 
 
 class LPRRouter(TopKRouter):
-    """Megatron's top-k router whose weights stay in fp32 whatever dtype the model is cast to.
+    """Megatron's top-k router with the paper's losses, and weights that stay in fp32 whatever the model is cast to.
 
     softmax over all experts, top-k and renormalisation over the k is Megatron's top-k-then-softmax
     (`moe_router_pre_softmax=False`) for k of 2 or more.
+
+    The losses are attached to the routing weights by `MoEAuxLossAutoScaler`. Megatron's own load balancing is left
+    off: it is normalised by k, summed over layers, and under `calculate_per_token_loss` with sequence parallelism
+    scaled by this rank's tokens instead of the micro-batch's (router.py `attach_and_log_load_balancing_loss`).
     """
+
+    def __init__(self, config: MoELPRConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.statistics = RoutingStatistics(self.num_experts)
 
     def reset_parameters(self) -> None:
         """Leave the fp32 weights as they are: they come from the checkpoint."""
@@ -21,3 +37,69 @@ class LPRRouter(TopKRouter):
         super()._apply(fn, recurse)
         self.weight.data = self.weight.data.float()
         return self
+
+    def forward(
+        self, hidden_states: torch.Tensor, token_tags: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route tokens.
+
+        Args:
+            hidden_states: [sequence / TP, batch, hidden].
+            token_tags: [sequence / TP, batch, 2] (`model.token_tags`); None: neither losses nor statistics.
+
+        Returns:
+            Weights [tokens, experts], fp32, zero where not chosen, and choices [tokens, experts], bool.
+        """
+        logits = self.gating(hidden_states).view(-1, self.num_experts)
+        weights, choices = self.routing(logits.unsqueeze(1))
+        # Activation recompute runs the layer twice, the first time without gradients: count once.
+        if token_tags is None or (self.training and not torch.is_grad_enabled()):
+            return weights, choices
+        tags = token_tags.reshape(-1, token_tags.shape[-1])
+        probabilities = torch.softmax(logits, dim=-1)
+        likelihood = lpr_negative_log_likelihood(logits, self.config.lpr_loss_form)
+        balance = self._load_balancing(probabilities, choices, tags)
+        self._record(probabilities, choices, tags, likelihood, balance)
+        if self.training:
+            weights = self._attach_losses(weights, tags, likelihood, balance)
+        return weights, choices
+
+    def _load_balancing(self, probabilities: torch.Tensor, choices: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
+        valid = tags[:, MICRO_BATCH] > 0
+        counts = torch.cat(((choices & valid[:, None]).sum(dim=0), valid.sum()[None])).float()
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(counts, group=self.tp_cp_group)
+        return load_balancing_loss(probabilities * valid[:, None], counts[:-1], counts[-1])
+
+    def _attach_losses(
+        self, weights: torch.Tensor, tags: torch.Tensor, likelihood: torch.Tensor, balance: torch.Tensor
+    ) -> torch.Tensor:
+        config = self.config
+        loss = torch.zeros((), device=weights.device)
+        if config.load_balancing_coeff:
+            loss = loss + config.load_balancing_coeff * balance * tags[:, MICRO_BATCH].max()
+        if config.lpr_loss_coeff:
+            loss = loss + config.lpr_loss_coeff * (likelihood * tags[:, ORIGINAL_LANGUAGE]).sum()
+        if not loss.requires_grad:
+            return weights
+        return MoEAuxLossAutoScaler.apply(weights, loss / config.num_moe_layers)
+
+    def _record(
+        self,
+        probabilities: torch.Tensor,
+        choices: torch.Tensor,
+        tags: torch.Tensor,
+        likelihood: torch.Tensor,
+        balance: torch.Tensor,
+    ) -> None:
+        """Under sequence parallelism each rank counts its share of the micro-batch."""
+        with torch.no_grad():
+            self.statistics.add(
+                original=tags[:, ORIGINAL_LANGUAGE] > 0,
+                valid=tags[:, MICRO_BATCH] > 0,
+                probability=probabilities[:, 0],
+                likelihood=likelihood,
+                choices=choices,
+                load_balancing=balance,
+                micro_batches=1.0 / self.tp_cp_group.size(),
+            )

@@ -53,6 +53,14 @@ def test_cuda_requests_land_on_the_cpu(cpu_platform):
     assert torch.ones(1).type() == "torch.FloatTensor"
 
 
+def test_device_contexts_still_work():
+    code = (
+        "from megatron_moe_lpr.platform import select_platform; select_platform('cpu'); import torch\n"
+        "with torch.device('meta'): assert torch.empty(2).is_meta and torch.arange(3).is_meta"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_random_state_round_trip(cpu_platform):
     state = torch.cuda.get_rng_state()
     first = torch.rand(3)

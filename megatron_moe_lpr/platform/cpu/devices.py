@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -61,6 +62,9 @@ def _redirect_tensor_type() -> None:
 
 def install() -> None:
     """Send every request for a CUDA tensor to the CPU."""
+    # `with torch.device("meta")` recognises the factories by identity, in a set made on first use: it must hold the
+    # originals, or transformers would fill its models with uninitialised memory.
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _redirect_tensor_to()

@@ -1,0 +1,1 @@
+"""Checkpoints in Megatron's distributed format: what they know, where they lie, streaming reads and writes."""

@@ -1,0 +1,64 @@
+"""From a checkpoint on disk to a filled model on this rank."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moe_lpr.checkpoint.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.model_state import load_weights
+from megatron_moe_lpr.model.build import build_model
+from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, MoELPRConfig, transformer_config
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import Platform
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """This rank's part of a model, filled from a checkpoint."""
+
+    chunks: list[torch.nn.Module]
+    config: MoELPRConfig
+    shape: ModelShape
+    card: CheckpointCard
+    directory: CheckpointDirectory
+
+
+def model_shape(directory: CheckpointDirectory) -> ModelShape:
+    """The model's sizes and experts, from the files beside its tensors.
+
+    Raises:
+        UserError: a file is missing or invalid.
+    """
+    card = directory.card()
+    return ModelShape(directory.architecture(), tuple(card.experts_per_layer), card.top_k)
+
+
+def load_model(
+    path: Path,
+    layout: ParallelLayout,
+    platform: Platform,
+    options: ComputeOptions | None = None,
+    build_arguments: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> LoadedModel:
+    """Build this rank's part of the model in `layout` and fill it. Megatron's groups must exist.
+
+    Args:
+        path: a checkpoint directory or one iteration in it.
+        options: how to compute; by default in the checkpoint's own dtype.
+        build_arguments: further arguments of GPTModel.
+        overrides: further fields of MoELPRConfig.
+
+    Raises:
+        UserError: no checkpoint, an unfit layout, or tensors that are missing or too many.
+    """
+    directory = resolve_checkpoint(path)
+    shape, card = model_shape(directory), directory.card()
+    options = options or ComputeOptions(dtype=getattr(torch, card.dtype))
+    config = transformer_config(shape, layout, platform, options, **overrides)
+    chunks = build_model(shape, config, platform, **(build_arguments or {}))
+    load_weights(chunks, directory.path)
+    return LoadedModel(chunks, config, shape, card, directory)

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints <-> Megatron checkpoints, tensor by tensor: import, upcycling, export, verification."""

@@ -1,0 +1,137 @@
+"""Hugging Face -> Megatron: a dense model, upcycled or not, an adapter over its base, or an exported MoE."""
+
+import itertools
+import math
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from megatron_moe_lpr.checkpoint.card import CheckpointCard, tool_versions
+from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, RELEASE, SIDE_DIRECTORY, write_latest
+from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
+from megatron_moe_lpr.conversion.fingerprint import OriginalFingerprint
+from megatron_moe_lpr.conversion.hf_directory import ROUTERS_FILE, carry_files, tokenizer_files
+from megatron_moe_lpr.conversion.names import Role, Row
+from megatron_moe_lpr.conversion.plan import ImportOptions, ImportPlan, plan_import
+from megatron_moe_lpr.conversion.safetensors_source import SafetensorsSource
+from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
+from megatron_moe_lpr.conversion.upcycling import initial_router, interleave_qkv
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.filesystem import atomic_directory
+from megatron_moe_lpr.progress import ProgressReport
+
+
+def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> CheckpointCard:
+    """Write the Megatron checkpoint `save` from a Hugging Face directory and return its card.
+
+    Raises:
+        UserError: something in the source, or what was asked for, does not fit; nothing is left at `save`.
+        OSError: the disk is full; nothing is left at `save`.
+    """
+    check_separate(options.hf, "--hf", save, "--save")
+    plan = plan_import(options)
+    _check_shared_experts(plan)
+    total = sum(math.prod(row.shape) * plan.dtype_of(row).itemsize for row in plan.rows)
+    with atomic_directory(save, overwrite) as partial:
+        check_disk_space(partial, total)
+        iteration = partial / RELEASE
+        with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("importing", total) as progress:
+            fingerprint = _write_tensors(plan, writer, progress)
+        card = _card(plan, fingerprint)
+        _write_side_files(plan, card, iteration / SIDE_DIRECTORY)
+        write_latest(partial, None)
+    return card
+
+
+def _write_tensors(plan: ImportPlan, writer: CheckpointWriter, progress: ProgressReport) -> str:
+    fingerprint, routers = OriginalFingerprint(), _saved_routers(plan)
+    # Hashing beside writing costs no time where a second core is free.
+    with ThreadPoolExecutor(1) as pool:
+        for _, group in itertools.groupby(plan.rows, key=lambda row: row.names or row.key):
+            rows = list(group)
+            parts = [plan.source.read(name) for name in rows[0].names]
+            hashing = [pool.submit(fingerprint.add, *pair) for pair in zip(rows[0].dense_names, parts, strict=False)]
+            tensor = _tensor(plan, rows[0], parts, routers)
+            for row in rows:
+                writer.write(row.key, tensor)
+                progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
+            for future in hashing:
+                future.result()
+    _check_complete(plan, writer)
+    return fingerprint.hexdigest()
+
+
+def _tensor(
+    plan: ImportPlan, row: Row, parts: list[torch.Tensor], routers: Callable[[str, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    if row.role is Role.ROUTER:
+        if not parts:
+            num_experts, hidden_size = row.shape
+            return initial_router(num_experts, hidden_size, plan.seed, row.layer)
+        return routers(row.names[0], parts[0])
+    if len(parts) > 1:
+        return interleave_qkv(parts, plan.model.architecture)
+    return parts[0].to(plan.dtype)
+
+
+def _saved_routers(plan: ImportPlan) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Routers in float32: as saved beside an export in a shorter dtype, unless someone has changed the stock tensor."""
+    path = plan.model.path / SIDE_DIRECTORY / ROUTERS_FILE
+    saved = SafetensorsSource([path]) if path.is_file() and not plan.adapter else None
+
+    def router(name: str, stock: torch.Tensor) -> torch.Tensor:
+        if saved and name in saved.tensors:
+            exact = saved.read(name)
+            if torch.equal(exact.to(stock.dtype), stock):
+                return exact
+        return stock.float()
+
+    return router
+
+
+def _check_shared_experts(plan: ImportPlan) -> None:
+    for name in plan.model.shared_experts():
+        if torch.count_nonzero(plan.source.read(name)):
+            raise UserError(
+                f"{plan.source.file_of(name)}: {name} is not zero; a Qwen2-MoE with a real shared expert is not an "
+                "upcycled dense model and cannot be imported"
+            )
+
+
+def _check_complete(plan: ImportPlan, writer: CheckpointWriter) -> None:
+    missing = {row.key for row in plan.rows} ^ set(writer.tensors)
+    if missing:
+        raise UserError(f"{writer.directory}: not written as planned: {', '.join(sorted(missing)[:3])}")
+
+
+def _card(plan: ImportPlan, fingerprint: str) -> CheckpointCard:
+    before = plan.model.card
+    return CheckpointCard(
+        family=plan.model.architecture.family.name,
+        experts_per_layer=plan.experts_per_layer,
+        top_k=plan.top_k,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        original_fingerprint=fingerprint,
+        router_seed=plan.seed if plan.initialises_routers else before.router_seed if before else None,
+        tokenizer_files=tokenizer_files(plan.model.path),
+        tool_versions=tool_versions(),
+        history=before.history if before else _adapter_history(plan),
+    )
+
+
+def _adapter_history(plan: ImportPlan) -> list[dict]:
+    return [{"stage": "imported adapter", "source": plan.adapter.path.name}] if plan.adapter else []
+
+
+def _write_side_files(plan: ImportPlan, card: CheckpointCard, directory: Path) -> None:
+    directory.mkdir()
+    carry_files(plan.model.path, directory)
+    source = plan.model.path / CONFIG_FILE
+    if plan.model.is_moe:
+        write_json(plan.model.config, directory / CONFIG_FILE)
+    else:
+        shutil.copyfile(source, directory / CONFIG_FILE)
+    card.write(directory / CARD_FILE)

@@ -1,0 +1,115 @@
+"""What an import will do: which experts each layer gets and where every tensor comes from, checked before any work."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from megatron_moe_lpr.conversion.adapter import Adapter, open_adapter
+from megatron_moe_lpr.conversion.hf_directory import HFDirectory, check_tensors, common_dtype, open_hf_directory
+from megatron_moe_lpr.conversion.names import ADAPTER_LAYOUT, Role, Row, model_rows
+from megatron_moe_lpr.conversion.safetensors_source import SafetensorsSource, weight_files
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.parallel.experts import check_expert_parallel
+
+PAPER_NUM_EXPERTS = 6
+PAPER_TOP_K = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportOptions:
+    """What the user asked for; None: not given."""
+
+    hf: Path
+    num_experts: int | None = None
+    top_k: int | None = None
+    moe_layer_frequency: int | None = None
+    seed: int = 1234
+    adapter: Path | None = None
+    allow_top_1: bool = False
+    expert_parallel_size: int = 1
+    """Only checked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportPlan:
+    """A checked import."""
+
+    model: HFDirectory
+    adapter: Adapter | None
+    experts_per_layer: list[int]
+    top_k: int
+    seed: int
+    rows: list[Row]
+    source: SafetensorsSource
+    dtype: torch.dtype
+
+    @property
+    def initialises_routers(self) -> bool:
+        """Routers get initial values: the source has none."""
+        return any(row.role is Role.ROUTER and not row.names for row in self.rows)
+
+    def dtype_of(self, row: Row) -> torch.dtype:
+        """The dtype that a tensor is stored in: routers are float32."""
+        return torch.float32 if row.role is Role.ROUTER else self.dtype
+
+
+def plan_import(options: ImportOptions) -> ImportPlan:
+    """Read configurations and headers and check that they fit what was asked for.
+
+    Raises:
+        UserError: anything that does not fit.
+    """
+    model = open_hf_directory(options.hf)
+    adapter = open_adapter(options.adapter) if options.adapter else None
+    experts, top_k = _experts(options, model, adapter)
+    _check_routing(experts, top_k, options.allow_top_1 or model.is_moe)
+    check_expert_parallel(max(experts) - 1, options.expert_parallel_size)
+    layout = ADAPTER_LAYOUT if adapter else model.layout
+    rows = model_rows(model.architecture, experts, layout)
+    files = weight_files(model.path) + ([adapter.weights] if adapter else [])
+    source = SafetensorsSource(files)
+    check_tensors(rows, model.shared_experts(), source, adapter.path if adapter else model.path)
+    originals = [source.tensors[name] for row in rows if row.role.is_original for name in row.names]
+    return ImportPlan(model, adapter, experts, top_k, options.seed, rows, source, common_dtype(originals, model.path))
+
+
+def _experts(options: ImportOptions, model: HFDirectory, adapter: Adapter | None) -> tuple[list[int], int]:
+    num_layers = model.architecture.num_layers
+    if model.is_moe:
+        if adapter:
+            raise UserError(f"--adapter: {model.path} has experts already; give the adapter's dense base model by --hf")
+        return _given(options, model.experts_per_layer, model.top_k, str(model.path))
+    if adapter:
+        return _given(options, adapter.experts_per_layer(num_layers), adapter.top_k, str(adapter.path))
+    num_experts = PAPER_NUM_EXPERTS if options.num_experts is None else options.num_experts
+    frequency = 1 if options.moe_layer_frequency is None else options.moe_layer_frequency
+    if num_experts < 1:
+        raise UserError(f"--num-experts {num_experts}: at least 1 (the dense model itself) is needed")
+    if not 1 <= frequency <= num_layers:
+        raise UserError(f"--moe-layer-frequency {frequency}: must lie between 1 and the number of layers, {num_layers}")
+    experts = [num_experts if layer % frequency == 0 else 1 for layer in range(num_layers)]
+    default_top_k = PAPER_TOP_K if num_experts > 1 else 1
+    return experts, default_top_k if options.top_k is None else options.top_k
+
+
+def _given(options: ImportOptions, experts: list[int], top_k: int, place: str) -> tuple[list[int], int]:
+    """The source decides; what the user says beside it must agree."""
+    if options.num_experts not in (None, max(experts)):
+        raise UserError(f"--num-experts {options.num_experts}: {place} has {max(experts)} experts; leave the flag out")
+    if options.top_k not in (None, top_k):
+        raise UserError(f"--top-k {options.top_k}: {place} was trained with top-k {top_k}; leave the flag out")
+    if options.moe_layer_frequency is not None:
+        raise UserError(f"--moe-layer-frequency: {place} says which layers have experts; leave the flag out")
+    return experts, top_k
+
+
+def _check_routing(experts: list[int], top_k: int, allow_top_1: bool) -> None:
+    num_experts = max(experts)
+    if top_k < 1 or top_k > num_experts:
+        raise UserError(f"--top-k {top_k}: must lie between 1 and the number of experts, {num_experts}")
+    if num_experts > 1 and top_k == 1 and not allow_top_1:
+        raise UserError(
+            "--top-k 1: a single expert is weighted by its probability, which is below 1, so the upcycled model would "
+            "not compute what the dense model does; use --top-k 2, or --allow-top-1 if you want this"
+        )

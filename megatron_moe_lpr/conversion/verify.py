@@ -1,0 +1,78 @@
+"""Compare two models on the same tokens: logits, and where they differ the residual stream after every layer."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What a model computes."""
+
+    logits: torch.Tensor
+    """[batch, sequence, vocabulary], without padding."""
+    layers: list[torch.Tensor]
+    """The residual stream after each layer, [batch, sequence, hidden]."""
+
+
+Forward = Callable[[torch.Tensor], Outputs]
+"""From tokens, int64 [batch, sequence], to outputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How far two models' outputs are apart."""
+
+    logits: float
+    """Largest absolute difference of any logit."""
+    layers: list[float]
+    """Largest absolute difference of the residual stream, by layer."""
+    scale: list[float]
+    """Largest absolute value of the reference's residual stream, by layer."""
+    same_choice: float
+    """Share of positions with the same most likely token."""
+
+    def agrees(self, tolerance: float) -> bool:
+        """Logits differ by no more than `tolerance`; NaN never agrees."""
+        return self.logits <= tolerance
+
+
+@torch.no_grad()
+def compare(reference: Forward, ours: Forward, tokens: torch.Tensor) -> Comparison:
+    """Run both on `tokens`, int64 [batch, sequence]."""
+    expected, found = reference(tokens), ours(tokens)
+    pairs = list(zip(expected.layers, found.layers, strict=True))
+    return Comparison(
+        logits=_distance(expected.logits, found.logits),
+        layers=[_distance(*pair) for pair in pairs],
+        scale=[expected.float().abs().max().item() for expected, _ in pairs],
+        same_choice=(expected.logits.argmax(-1) == found.logits.argmax(-1)).float().mean().item(),
+    )
+
+
+def random_tokens(vocab_size: int, batch: int, sequence: int, seed: int = 1234) -> torch.Tensor:
+    """The same tokens each time, int64 [batch, sequence]."""
+    return torch.randint(0, vocab_size, (batch, sequence), generator=torch.Generator().manual_seed(seed))
+
+
+def print_comparison(comparison: Comparison, tolerance: float, console: Console | None = None) -> None:
+    """One line where the models agree, and a line for each layer where they don't."""
+    console = console or Console()
+    verdict = "agree" if comparison.agrees(tolerance) else "DIFFER"
+    console.print(
+        f"logits {verdict}: largest difference {comparison.logits:.3g} (tolerance {tolerance:g}), "
+        f"same most likely token at {comparison.same_choice:.2%} of the positions"
+    )
+    if comparison.agrees(tolerance):
+        return
+    table = Table("layer", "largest difference", "largest value", title="residual stream after each layer")
+    for layer, (difference, scale) in enumerate(zip(comparison.layers, comparison.scale, strict=True)):
+        table.add_row(str(layer), f"{difference:.3g}", f"{scale:.3g}")
+    console.print(table)
+
+
+def _distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    return (first.float() - second.float().to(first.device)).abs().max().item()

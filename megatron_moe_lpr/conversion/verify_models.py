@@ -1,0 +1,97 @@
+"""The two sides of `verify`: transformers' own class, and the Megatron model in this one process."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.loading import load_model
+from megatron_moe_lpr.conversion.hf_directory import open_hf_directory
+from megatron_moe_lpr.conversion.verify import Comparison, Forward, Outputs, compare, random_tokens
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.build import unwrap
+from megatron_moe_lpr.model.config import ComputeOptions
+from megatron_moe_lpr.parallel.groups import initialize_parallel
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import Platform
+
+
+def verify_checkpoint(
+    load: Path, hf: Path, dtype: torch.dtype, platform: Platform, sequence_length: int, batch: int = 2
+) -> Comparison:
+    """Compare a checkpoint with a Hugging Face directory on random tokens.
+
+    Raises:
+        UserError: one of them cannot be loaded.
+    """
+    checkpoint = resolve_checkpoint(load)
+    vocab_size = checkpoint.architecture().vocab_size
+    reference = open_hf_directory(hf).architecture.vocab_size
+    if reference != vocab_size:
+        raise UserError(f"{hf}: vocabulary of {reference:,} tokens, the checkpoint has {vocab_size:,}")
+    tokens = random_tokens(vocab_size, batch, sequence_length)
+    return compare(
+        transformers_forward(hf, dtype, platform.device), megatron_forward(checkpoint, dtype, platform), tokens
+    )
+
+
+def transformers_forward(directory: Path, dtype: torch.dtype, device: torch.device) -> Forward:
+    """The model of a local Hugging Face directory, dense or MoE, by transformers' stock class.
+
+    Raises:
+        UserError: transformers found weights missing or left over.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, information = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, local_files_only=True, output_loading_info=True, attn_implementation="eager"
+    )
+    problems = {kind: list(names)[:3] for kind, names in information.items() if names}
+    if problems:
+        raise UserError(f"{directory}: transformers does not load it cleanly: {problems}")
+    model.to(device).eval()
+
+    def forward(tokens: torch.Tensor) -> Outputs:
+        with _recorded(model.model.layers) as layers:
+            logits = model(tokens.to(device)).logits
+        return Outputs(logits, layers)
+
+    return forward
+
+
+def megatron_forward(checkpoint: CheckpointDirectory, dtype: torch.dtype, platform: Platform) -> Forward:
+    """The model of a checkpoint, whole in this process.
+
+    Raises:
+        UserError: the checkpoint does not fit the model that its card describes.
+    """
+    initialize_parallel(platform, ParallelLayout())
+    loaded = load_model(checkpoint.path, ParallelLayout(), platform, ComputeOptions(dtype=dtype))
+    model, vocab_size = loaded.chunks[0].eval(), loaded.shape.architecture.vocab_size
+
+    def forward(tokens: torch.Tensor) -> Outputs:
+        tokens = tokens.to(platform.device)
+        positions = torch.arange(tokens.shape[1], device=platform.device).expand_as(tokens)
+        with _recorded(unwrap(model).decoder.layers) as layers:
+            logits = model(tokens, positions, None)
+        return Outputs(logits[..., :vocab_size], [layer.transpose(0, 1) for layer in layers])
+
+    return forward
+
+
+@contextlib.contextmanager
+def _recorded(layers: torch.nn.ModuleList) -> Iterator[list[torch.Tensor]]:
+    """Collects what each layer puts out."""
+    outputs: list[torch.Tensor] = []
+
+    def record(module: torch.nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,57 @@
+"""One forward pass of a model at any layout, outside of training."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_moe_lpr.model.config import MoELPRConfig
+
+
+def compute_logits(
+    chunks: Sequence[torch.nn.Module], config: MoELPRConfig, tokens: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
+    """Logits of a batch, the same on every rank. Every rank must call it, with the same tokens on all of them.
+
+    Args:
+        chunks: this rank's part of the model.
+        tokens: [batch, sequence].
+        vocab_size: columns to keep; the padded vocabulary has more.
+
+    Returns:
+        [batch, sequence, vocab_size], fp32, on the platform's device.
+    """
+    batch, sequence = tokens.shape
+    collected: list[torch.Tensor] = []
+
+    def step(iterator: object, model: torch.nn.Module) -> tuple:
+        positions = torch.arange(sequence, device=tokens.device).expand(batch, -1)
+        return model(tokens, positions, None, runtime_gather_output=True), _keep
+
+    def _keep(output: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
+        collected.append(output[..., :vocab_size].float().contiguous())
+        return output
+
+    for chunk in chunks:
+        chunk.eval()
+    interleaved = len(chunks) > 1
+    forward = get_forward_backward_func()
+    forward(
+        forward_step_func=step,
+        data_iterator=[None] * len(chunks) if interleaved else None,
+        model=list(chunks) if interleaved else chunks[0],
+        num_microbatches=parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1,
+        seq_length=sequence,
+        micro_batch_size=batch,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    logits = collected[0] if collected else torch.empty(batch, sequence, vocab_size, device=tokens.device)
+    dist.broadcast(
+        logits,
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return logits

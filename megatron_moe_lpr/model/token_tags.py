@@ -1,0 +1,33 @@
+"""Token tags: what each token contributes to the router's losses, carried by the model's own arguments."""
+
+import torch
+
+ORIGINAL_LANGUAGE = 0
+"""Tag 0: weight of the token in the LPR loss; above 0 exactly for tokens of original languages."""
+
+MICRO_BATCH = 1
+"""Tag 1: weight of its micro-batch in the load balancing loss; above 0 exactly for tokens that are no padding."""
+
+
+def token_tags(
+    original: torch.Tensor,
+    valid: torch.Tensor,
+    lpr_weight: float | torch.Tensor = 1.0,
+    micro_batch_weight: float | torch.Tensor = 1.0,
+) -> torch.Tensor:
+    """Tag the tokens of a micro-batch.
+
+    The weights carry the normalisation over the whole step, so that sums over micro-batches and ranks are means over
+    the global batch whatever the layout: no router needs to know how many micro-batches there are.
+
+    Args:
+        original: [batch, sequence] bool, F(t) of the paper: the token belongs to an original language.
+        valid: [batch, sequence] bool, the token is no padding.
+        lpr_weight: weight of each valid token of an original language.
+        micro_batch_weight: weight of this micro-batch.
+
+    Returns:
+        [batch, sequence, 2], fp32.
+    """
+    valid = valid.float()
+    return torch.stack((original * valid * lpr_weight, valid * micro_batch_weight), dim=-1)

@@ -1,0 +1,78 @@
+"""Tiny random models of every family, built and saved by transformers: the independent reference of these tests."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+transformers.logging.set_verbosity_error()
+
+COMMON = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS = {
+    "qwen2": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": False}),
+    "qwen3-tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "llama": ("llama", {"rms_norm_eps": 1e-5}),
+    "llama3-tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
+    "mistral": ("mistral", {"head_dim": 24, "sliding_window": 8}),
+    "mistral-full": ("mistral", {"sliding_window": None, "num_key_value_heads": 4}),
+}
+
+
+def make_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
+    """A model with random weights, norms and biases included."""
+    model_type, fields = MODELS[name]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**COMMON, **fields}))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif parameter_name.endswith("bias"):
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def save_model(name: str, directory: Path, dtype: torch.dtype = torch.float32, **options: object) -> Path:
+    """Save such a model, with stand-ins for tokenizer files."""
+    make_model(name).to(dtype).save_pretrained(directory, **options)
+    (directory / "tokenizer.json").write_text('{"version": "1.0"}')
+    (directory / "tokenizer_config.json").write_text("{}")
+    return directory
+
+
+def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    """Load by transformers' own class; nothing may be missing, left over or of the wrong shape."""
+    model, information = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    problems = {kind: found for kind, found in information.items() if found}
+    assert not problems, problems
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: transformers.PreTrainedModel) -> torch.Tensor:
+    """Logits of two fixed sequences, [2, 64, vocabulary]."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, COMMON["vocab_size"], (2, 64), generator=generator)
+    return model(tokens).logits.float()

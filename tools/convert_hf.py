@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""Convert between Hugging Face directories and Megatron checkpoints, upcycling dense models on the way in."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from megatron_moe_lpr.conversion.exporter import export_hf
+from megatron_moe_lpr.conversion.importer import import_hf
+from megatron_moe_lpr.conversion.inspection import inspect_directory, print_inspection
+from megatron_moe_lpr.conversion.plan import ImportOptions
+from megatron_moe_lpr.conversion.safetensors_writer import parse_size
+from megatron_moe_lpr.conversion.verify import print_comparison
+from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.platform import PlatformName, select_platform
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """Hugging Face -> Megatron: a dense model (upcycled unless --num-experts 1), or an exported MoE."""
+
+    hf: Path
+    """Directory with config.json and safetensors weights."""
+    save: Path
+    """Checkpoint directory to write."""
+    num_experts: int | None = None
+    """Experts per layer, the original one included; 1 keeps the model dense. Default: the paper's 6; a stock MoE
+    directory or an adapter decides by itself."""
+    top_k: int | None = None
+    """Experts per token. Default: the paper's 2."""
+    moe_layer_frequency: int | None = None
+    """Give experts to every F-th layer only, from layer 0 on. Default: 1, every layer."""
+    seed: int = 1234
+    """Seed of the routers' initial values."""
+    adapter: Path | None = None
+    """Take experts and routers from an adapter of the authors' Hugging Face implementation (peft_type MOE), with its
+    base model given by --hf."""
+    allow_top_1: bool = False
+    """Accept --top-k 1, although the upcycled model then differs from the dense one from the start."""
+    expert_model_parallel_size: int = 1
+    """Only check that this many ranks could share the new experts evenly."""
+    overwrite: bool = False
+    """Replace what is at --save."""
+
+    def run(self) -> None:
+        """Convert, then print what came out."""
+        options = ImportOptions(
+            hf=self.hf,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            moe_layer_frequency=self.moe_layer_frequency,
+            seed=self.seed,
+            adapter=self.adapter,
+            allow_top_1=self.allow_top_1,
+            expert_parallel_size=self.expert_model_parallel_size,
+        )
+        import_hf(options, self.save, self.overwrite)
+        print_inspection(self.save, inspect_directory(self.save))
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Megatron -> Hugging Face: stock Mixtral, Qwen2-MoE or Qwen3-MoE; a dense checkpoint becomes its own family."""
+
+    load: Path
+    """Checkpoint directory, or one iteration in it."""
+    hf: Path
+    """Hugging Face directory to write."""
+    max_shard_size: str = "5GB"
+    """Largest size of one safetensors file, for example 500MB or 2GiB."""
+    overwrite: bool = False
+    """Replace what is at --hf."""
+
+    def run(self) -> None:
+        """Convert, then print what came out."""
+        export_hf(self.load, self.hf, parse_size(self.max_shard_size), self.overwrite)
+        print_inspection(self.hf, inspect_directory(self.hf))
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Compare logits of a checkpoint and of a Hugging Face model (the dense one, or an export) on the same tokens."""
+
+    load: Path
+    """Checkpoint directory, or one iteration in it."""
+    hf: Path
+    """Hugging Face directory to compare with, loaded by transformers' own class."""
+    tolerance: float = 1e-3
+    """Largest difference of any logit that still counts as equal."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What both models compute in; bfloat16 halves the memory and needs a tolerance of some tenths."""
+    sequence_length: int = 64
+    """Tokens in each of the two sequences."""
+    platform: PlatformName = "auto"
+    """Where to compute."""
+
+    def run(self) -> None:
+        """Compare; models that differ end in exit code 1."""
+        # transformers and Megatron take seconds to import, which the other sub-commands do not need.
+        from megatron_moe_lpr.conversion.verify_models import verify_checkpoint
+
+        comparison = verify_checkpoint(
+            self.load, self.hf, getattr(torch, self.dtype), select_platform(self.platform), self.sequence_length
+        )
+        print_comparison(comparison, self.tolerance)
+        if not comparison.agrees(self.tolerance):
+            raise UserError(f"{self.load} does not compute what {self.hf} does")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """One screen about a checkpoint or a Hugging Face directory."""
+
+    directory: tyro.conf.Positional[Path]
+    """Checkpoint directory, one iteration in it, or a Hugging Face directory."""
+
+    def run(self) -> None:
+        """Print it."""
+        print_inspection(self.directory, inspect_directory(self.directory))
+
+
+Command = (
+    Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one sub-command; bad input ends in one line and exit code 1."""
+    command = tyro.cli(Command, args=arguments, description=__doc__)
+    run_command(command.run)
+
+
+if __name__ == "__main__":
+    main()
