@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_moe_lpr.data.documents import DocumentOptions, read_documents
 from megatron_moe_lpr.data.sources import Block
-from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_moe_lpr.data.tokenizer import Tokenizer
 from megatron_moe_lpr.errors import UserError
 
 BLOCKS_AHEAD = 2
@@ -119,13 +119,13 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 _worker_encoder: BlockEncoder | None = None
 
 
-def _start_worker(options: EncoderOptions) -> None:
+def _start_worker(encoder: BlockEncoder) -> None:
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_encoder = BlockEncoder(load_tokenizer(options.tokenizer, options.eod_token), options)
+    _worker_encoder = encoder
 
 
 def _end_with_parent() -> None:
@@ -145,10 +145,10 @@ def _is_ready() -> bool:
 
 
 @contextlib.contextmanager
-def worker_pool(options: EncoderOptions, workers: int) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(encoder: BlockEncoder, workers: int) -> Iterator[ProcessPoolExecutor]:
     """Worker processes, started before anything else is, so that they may be forked off safely."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(options,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder,))
     try:
         pool.submit(_is_ready).result()
         yield pool

@@ -11,7 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_moe_lpr.data.documents import REPAIRED
-from megatron_moe_lpr.data.encoding import EncodedBlock, EncodedDocuments, EncoderOptions, encode_blocks, worker_pool
+from megatron_moe_lpr.data.encoding import (
+    BlockEncoder,
+    EncodedBlock,
+    EncodedDocuments,
+    EncoderOptions,
+    encode_blocks,
+    worker_pool,
+)
 from megatron_moe_lpr.data.indexed import COPY_BYTES, IndexedWriter, shuffle_documents
 from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path
 from megatron_moe_lpr.data.sources import Slice, disk_bytes, expand_inputs, partition_slices, read_blocks
@@ -113,7 +120,7 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
         try:
             if language:
                 datasets.open(language)
-            skipped = _encode_into(datasets, slices)
+            skipped = _encode_into(datasets, slices, tokenizer)
             template = _manifest_template(plan, tokenizer, names, skipped)
             return {plan.prefix(each): _publish(datasets, each, template) for each in sorted(datasets.writers)}
         finally:
@@ -142,13 +149,14 @@ def _manifest_template(plan: PreprocessingPlan, tokenizer: Tokenizer, names: lis
     )
 
 
-def _encode_into(datasets: PartialDatasets, slices: list[Slice]) -> Counter:
+def _encode_into(datasets: PartialDatasets, slices: list[Slice], tokenizer: Tokenizer) -> Counter:
     plan, skipped, first = datasets.plan, Counter(), {}
     options = plan.encoder.documents
     columns = [options.json_key, *([options.language_key] if options.language_key else [])]
     total = sum(piece.end - piece.start for piece in slices) or None
     blocks = (block for piece in slices for block in read_blocks(piece, columns))
-    with worker_pool(plan.encoder, plan.workers) as pool, ProgressReport("preprocessing", total) as progress:
+    encoder = BlockEncoder(tokenizer, plan.encoder)
+    with worker_pool(encoder, plan.workers) as pool, ProgressReport("preprocessing", total) as progress:
         for block in encode_blocks(pool, blocks, plan.workers):
             skipped.update(block.counts)
             first = {**block.first_errors, **first}

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from megatron_moe_lpr.errors import UserError
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18
 _COMPRESSED_READ_BYTES = 1 << 16  # small: one read of well compressed text may hold a thousand times its size
 _PARQUET_ROWS = 256
 STANDARD_INPUT = "-"
@@ -122,7 +122,7 @@ def _line_start(name: str, offset: int) -> int:
 
 
 def read_blocks(piece: Slice, columns: Sequence[str]) -> Iterator[Block]:
-    """Yield a slice's lines in blocks of about 1 MB; a longer line is a block of its own.
+    """Yield a slice's lines in blocks of about 256 KB; a longer line is a block of its own.
 
     Args:
         piece: what to read.

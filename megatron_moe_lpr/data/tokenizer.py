@@ -60,6 +60,10 @@ class Tokenizer(ABC):
         """What the ids are stored as: uint16 for small vocabularies, else int32 (Megatron's own rule)."""
         return np.dtype(np.uint16) if self.vocab_size < 65500 else np.dtype(np.int32)
 
+    def __reduce__(self) -> tuple:
+        # Where worker processes can't be forked, each reads the file again.
+        return load_tokenizer, (self.path, self.eod_token)
+
     def save(self, directory: Path) -> None:
         """Copy the tokenizer's files, so that `load_tokenizer(directory)` gives the same fingerprint."""
         directory.mkdir(parents=True, exist_ok=True)
