@@ -59,12 +59,15 @@ class DataSources:
         return sum(entry.weight for entry in self.train if entry.language in self.original_languages)
 
 
-def read_data_sources(config: DataConfig, tokenizer_fingerprint: str | None = None) -> DataSources:
+def read_data_sources(
+    config: DataConfig, tokenizer_fingerprint: str | None = None, original_may_be_absent: bool = False
+) -> DataSources:
     """Read and check the manifests behind the flags. Cheap: no index map is built.
 
     Args:
         config: the flags.
         tokenizer_fingerprint: of the checkpoint's tokenizer; a dataset made with another is refused.
+        original_may_be_absent: accept original languages that no dataset has, as post-pretraining does.
 
     Raises:
         UserError: see `blend.read_blend`; or a language in `--original-languages` that no dataset has.
@@ -82,8 +85,11 @@ def read_data_sources(config: DataConfig, tokenizer_fingerprint: str | None = No
     elif valid_part[1] > valid_part[0]:
         valid = read_blend(config.data_path, "--data-path", valid_part)
     languages = LanguageRegistry(entry.language for entry in (*train, *valid))
-    languages.original_ids(config.original_languages)
-    return DataSources(train, valid, languages, tuple(sorted(set(config.original_languages))))
+    original = set(config.original_languages)
+    if original_may_be_absent:
+        original &= set(languages.names)
+    languages.original_ids(sorted(original))
+    return DataSources(train, valid, languages, tuple(sorted(original)))
 
 
 def cache_directory(config: DataConfig) -> Path:

@@ -105,7 +105,6 @@ def _build(
         lpr_loss_coeff=stage.lpr_loss_coeff,
         lpr_loss_form=config.stage.lpr_loss_form,
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
     )
     freeze(model.chunks, stage)
     chunks = wrap_data_parallel(model.chunks, model.config, config.optimizer)
