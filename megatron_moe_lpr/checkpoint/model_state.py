@@ -39,11 +39,16 @@ def load_weights(chunks: Sequence[torch.nn.Module], directory: Path) -> None:
     loaded, missing, unexpected = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
     _refuse_differences(directory, missing, unexpected)
     for name, chunk in zip(state, chunks, strict=True):
-        _fill(unwrap(chunk), loaded[name])
+        fill_model(chunk, loaded[name])
 
 
-def _fill(model: torch.nn.Module, state: dict[str, Any]) -> None:
-    result = model.load_state_dict(state, strict=False)
+def fill_model(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Copy loaded tensors into a chunk.
+
+    Raises:
+        UserError: other than `_extra_state` is missing, or something is left over.
+    """
+    result = unwrap(chunk).load_state_dict(state, strict=False)
     missing = [key for key in result.missing_keys if EXTRA_STATE not in key]
     if missing or result.unexpected_keys:
         raise UserError(f"model and checkpoint disagree: missing {missing}, unexpected {result.unexpected_keys}")

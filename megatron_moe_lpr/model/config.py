@@ -171,5 +171,7 @@ def _platform_fields(platform: Platform) -> dict[str, Any]:
             "bias_activation_fusion": True,
             "moe_permute_fusion": True,
             "persist_layer_norm": True,
+            "deallocate_pipeline_outputs": True,
         }
-    return {"use_cpu_initialization": True, "attention_backend": AttnBackend.local}
+    # Outputs sent to the next pipeline stage are not freed: gloo still reads the memory when the send has returned.
+    return {"transformer_impl": "local", "use_cpu_initialization": True, "attention_backend": AttnBackend.local}

@@ -1,5 +1,6 @@
 """Functions inside megatron-core 0.16 that only work with a CUDA device or with Transformer Engine."""
 
+import contextlib
 import logging
 from typing import Any
 
@@ -21,6 +22,23 @@ def _split_sizes_on_host(tensor: Any, as_numpy: bool = False, record_stream: boo
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+class NoFP8:
+    """Transformer Engine's FP8 state, where there is none."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        """Never."""
+        return False
+
+    @staticmethod
+    def get_fp8_recipe() -> None:
+        """There is none."""
+
+
+def _no_context(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
+
+
 def install() -> None:
     """Replace them in the modules that call them."""
     # tensor_parallel/random.py: the tracker's states are CUDA generator states
@@ -33,5 +51,9 @@ def install() -> None:
     # moe/moe_utils.py RouterGatingLinearFunction reads this name, defined only where Transformer Engine imports
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    # tensor_parallel/random.py CheckpointWithoutOutput (recompute of norms and expert activations), likewise
+    if not hasattr(megatron_random, "FP8GlobalStateManager"):
+        megatron_random.FP8GlobalStateManager = NoFP8
+        megatron_random.activation_recompute_forward = megatron_random.fp8_autocast = _no_context
     # moe/token_dispatcher.py `_maybe_dtoh_and_synchronize`: a device-to-host copy of a tensor already on the host
     token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes_on_host

@@ -1,0 +1,133 @@
+"""Write Megatron's indexed datasets (.bin: token ids, .idx: where each document lies) with numpy alone.
+
+megatron-core's own builder takes a torch tensor for each document and makes the index in a Python loop; this one takes
+whole blocks. The bytes are the same, see tests/data/test_indexed.py.
+"""
+
+import os
+import shutil
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_moe_lpr.data.manifest import bin_path, idx_path
+from megatron_moe_lpr.errors import UserError
+
+_HEADER = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_DTYPE_CODES = {"int32": 4, "uint16": 8}
+_LENGTHS_OFFSET = len(_HEADER) + 8 + 1 + 8 + 8
+COPY_BYTES = 16 << 20
+
+
+class IndexedWriter:
+    """Appends documents to a .bin and writes its .idx at the end. One document is one sequence.
+
+    Args:
+        prefix: the paths without `.bin` and `.idx`.
+        dtype: of a token, uint16 or int32.
+    """
+
+    def __init__(self, prefix: str, dtype: np.dtype) -> None:
+        self.prefix, self.dtype = prefix, np.dtype(dtype)
+        self.lengths: list[np.ndarray] = []
+        self.documents = self.tokens = 0
+        bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = open(bin_path(prefix), "wb")  # noqa: SIM115 (closed by close)
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: `tokens` [sum of lengths] one after the other, `lengths` [documents]."""
+        self._file.write(tokens.astype(self.dtype, copy=False).data)
+        self._count(lengths)
+
+    def append_dataset(self, prefix: str) -> None:
+        """Append another dataset of the same dtype as it stands."""
+        with open(bin_path(prefix), "rb") as source:
+            shutil.copyfileobj(source, self._file, COPY_BYTES)
+        self._count(read_lengths(prefix))
+
+    def finish(self) -> None:
+        """Flush the .bin to the disk and write the .idx."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        lengths = np.concatenate(self.lengths) if self.lengths else np.empty(0, np.int32)
+        write_index(idx_path(self.prefix), lengths, self.dtype)
+
+    def _count(self, lengths: np.ndarray) -> None:
+        self.lengths.append(lengths.astype(np.int32))
+        self.documents += len(lengths)
+        self.tokens += int(lengths.sum())
+
+
+def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
+    """Write an .idx: `lengths` [documents] in tokens."""
+    ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(dtype).itemsize
+    pointers = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+    with open(path, "wb") as file:
+        file.write(_HEADER + struct.pack("<QB", _VERSION, _DTYPE_CODES[np.dtype(dtype).name]))
+        file.write(struct.pack("<QQ", len(lengths), len(lengths) + 1))
+        file.write(lengths.astype("<i4").data)
+        file.write(pointers.astype("<i8").data)
+        file.write(np.arange(len(lengths) + 1, dtype="<i8").data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def index_bytes(documents: int) -> int:
+    """Size of the .idx of that many documents."""
+    return _LENGTHS_OFFSET + documents * (4 + 8) + (documents + 1) * 8
+
+
+def read_lengths(prefix: str) -> np.ndarray:
+    """Tokens of each document [documents], int32, memory-mapped.
+
+    Raises:
+        UserError: not an index of this form.
+    """
+    path = idx_path(prefix)
+    with open(path, "rb") as file:
+        header = file.read(_LENGTHS_OFFSET)
+    if len(header) != _LENGTHS_OFFSET or not header.startswith(_HEADER):
+        raise UserError(f"{path}: not an index of a Megatron indexed dataset")
+    documents = struct.unpack_from("<Q", header, _LENGTHS_OFFSET - 16)[0]
+    if path.stat().st_size != index_bytes(documents):
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes do not hold the index of {documents:,} documents")
+    if not documents:
+        return np.empty(0, np.int32)
+    return np.memmap(path, dtype="<i4", mode="r", offset=_LENGTHS_OFFSET, shape=(documents,))
+
+
+def open_tokens(prefix: str, dtype: np.dtype) -> np.ndarray:
+    """All tokens [tokens] of a .bin, memory-mapped."""
+    if not bin_path(prefix).stat().st_size:
+        return np.empty(0, dtype)
+    return np.memmap(bin_path(prefix), dtype=dtype, mode="r")
+
+
+def shuffle_documents(source: str, target: str, dtype: np.dtype, seed: int) -> None:
+    """Write the documents of prefix `source` to prefix `target` in an order that only `seed` and their number decide.
+
+    Memory is that of the index (20 bytes a document), not of the text: documents are read where they lie.
+    """
+    lengths = read_lengths(source)
+    sizes = lengths.astype(np.int64) * np.dtype(dtype).itemsize
+    offsets = np.cumsum(sizes) - sizes
+    # RandomState, not default_rng: numpy promises its stream never changes.
+    order = np.random.RandomState(seed).permutation(len(lengths))
+    with open(bin_path(source), "rb") as reader, open(bin_path(target), "wb", buffering=COPY_BYTES) as writer:
+        descriptor = reader.fileno()
+        for document in order:
+            writer.write(os.pread(descriptor, sizes[document], offsets[document]))
+        writer.flush()
+        os.fsync(writer.fileno())
+    write_index(idx_path(target), lengths[order], dtype)

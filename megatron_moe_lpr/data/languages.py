@@ -1,0 +1,50 @@
+"""Languages as numbers: the tag that every token of a batch carries."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from megatron_moe_lpr.errors import UserError
+
+PADDING_LANGUAGE = -1
+"""The tag of padding, which belongs to no language and counts nowhere."""
+
+
+class LanguageRegistry:
+    """The languages of a run's data, sorted, numbered from 0. The same data gives the same numbers on every rank."""
+
+    def __init__(self, languages: Iterable[str]) -> None:
+        self.names: tuple[str, ...] = tuple(sorted(set(languages)))
+        self._ids = {name: index for index, name in enumerate(self.names)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def id(self, name: str) -> int:
+        """Number of a language; KeyError where the data has none of that name."""
+        return self._ids[name]
+
+    def name(self, language: int) -> str:
+        """Name of a number; `padding` for PADDING_LANGUAGE."""
+        return "padding" if language == PADDING_LANGUAGE else self.names[language]
+
+    def original_ids(self, names: Sequence[str]) -> frozenset[int]:
+        """Numbers of the languages given to --original-languages.
+
+        Raises:
+            UserError: the data has no such language.
+        """
+        unknown = [name for name in names if name not in self._ids]
+        if unknown:
+            known = ", ".join(self.names) or "none"
+            raise UserError(f"--original-languages {' '.join(unknown)}: not in the data, which has {known}")
+        return frozenset(self._ids[name] for name in names)
+
+    def original_table(self, names: Sequence[str]) -> torch.Tensor:
+        """Bool [languages + 1]: `table[language]` of a batch's tags says which tokens are of original languages.
+
+        The last entry is that of PADDING_LANGUAGE (-1): False.
+        """
+        table = torch.zeros(len(self) + 1, dtype=torch.bool)
+        table[sorted(self.original_ids(names))] = True
+        return table

@@ -1,0 +1,116 @@
+"""`PREFIX.json`: what lies in PREFIX.bin and PREFIX.idx, so that nobody can mislabel or mix them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+import megatron_moe_lpr
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.filesystem import atomic_file
+
+FORMAT = "megatron-moe-lpr indexed dataset 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One input file: its name as given and its bytes on disk (0 for standard input)."""
+
+    name: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The contents of `PREFIX.json`. One prefix holds one language."""
+
+    language: str
+    tokenizer: str
+    """Fingerprint: sha256 in hex, see `tokenizer.Tokenizer`."""
+    vocab_size: int
+    eod: int
+    """The id that ends a document."""
+    append_eod: bool
+    """Every document ends with `eod`."""
+    dtype: str
+    """Of a token in the .bin: uint16 or int32."""
+    documents: int
+    tokens: int
+    """EOD tokens included."""
+    text_bytes: int
+    """UTF-8 bytes of the documents' text."""
+    bin_bytes: int
+    idx_bytes: int
+    index_sha256: str
+    """Of the .idx: training keeps index maps under it."""
+    skipped: dict[str, int]
+    """Documents left out, by reason, and documents kept with a repair."""
+    sources: list[Source]
+    partition: str | None = None
+    """`i/n` for one part of a run split by --partitions."""
+    shuffle_seed: int | None = None
+    version: str = megatron_moe_lpr.__version__
+    """Of the tool that wrote it."""
+
+    def write(self, prefix: str) -> None:
+        """Write `PREFIX.json`, the last of the three files, whole or not at all."""
+        with atomic_file(manifest_path(prefix)) as partial:
+            content = {"format": FORMAT, **dataclasses.asdict(self)}
+            partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def manifest_path(prefix: str) -> Path:
+    """`PREFIX.json`"""
+    return Path(f"{prefix}.json")
+
+
+def bin_path(prefix: str) -> Path:
+    """`PREFIX.bin`"""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str) -> Path:
+    """`PREFIX.idx`"""
+    return Path(f"{prefix}.idx")
+
+
+def strip_suffix(prefix: str) -> str:
+    """The prefix, also where somebody gave one of its three files."""
+    for suffix in (".json", ".bin", ".idx"):
+        if prefix.endswith(suffix):
+            return prefix[: -len(suffix)]
+    return prefix
+
+
+def read_manifest(prefix: str) -> Manifest:
+    """Read `PREFIX.json` and check the sizes of `PREFIX.bin` and `PREFIX.idx` against it.
+
+    Raises:
+        UserError: one of the three is missing, truncated or not what the manifest says.
+    """
+    path = manifest_path(prefix)
+    manifest = _parse(path)
+    for file, size in ((bin_path(prefix), manifest.bin_bytes), (idx_path(prefix), manifest.idx_bytes)):
+        if not file.is_file():
+            raise UserError(f"{file}: missing, though {path} describes it; run tools/preprocess_data.py again")
+        found = file.stat().st_size
+        if found != size:
+            kind = "truncated" if found < size else "too long"
+            raise UserError(f"{file}: {kind}, {found:,} bytes instead of {size:,}; copy it or preprocess again")
+    if manifest.bin_bytes != manifest.tokens * np.dtype(manifest.dtype).itemsize:
+        raise UserError(f"{path}: {manifest.tokens:,} tokens do not fill a .bin of {manifest.bin_bytes:,} bytes")
+    return manifest
+
+
+def _parse(path: Path) -> Manifest:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; datasets are made by tools/preprocess_data.py, give their prefix")
+    try:
+        content = json.loads(path.read_bytes())
+        if content.pop("format") != FORMAT:
+            raise ValueError("unknown format")
+        sources = [Source(**source) for source in content.pop("sources")]
+        return Manifest(sources=sources, **content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a manifest of tools/preprocess_data.py ({error})") from None

@@ -1,0 +1,236 @@
+"""Input files as blocks of whole lines: plain, .gz, .zst, parquet or standard input, and their partitions."""
+
+import dataclasses
+import glob
+import gzip
+import json
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_moe_lpr.errors import UserError
+
+BLOCK_BYTES = 1 << 18
+_COMPRESSED_READ_BYTES = 1 << 16  # small: one read of well compressed text may hold a thousand times its size
+_PARQUET_ROWS = 256
+STANDARD_INPUT = "-"
+_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".txt", ".txt.gz", ".txt.zst")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Whole lines of one file.
+
+    Attributes:
+        source: the file's name.
+        lines: the bytes, lines ending in a newline (the file's last one perhaps not).
+        line_number: of the first line, counted from 1 at byte `start_offset` of the file.
+        start_offset: where the partition's slice of the file begins.
+        plain_text: each line is a document; otherwise it is a JSON object.
+        disk_bytes: of the file on disk, read since the block before.
+    """
+
+    source: str
+    lines: bytes
+    line_number: int
+    start_offset: int
+    plain_text: bool
+    disk_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Bytes [start, end) of a file on disk; compressed files and standard input are read whole."""
+
+    source: str
+    start: int
+    end: int
+
+
+def expand_inputs(inputs: Sequence[str]) -> list[str]:
+    """File names of `--input`: globs become their sorted matches, the order of the arguments stays.
+
+    Raises:
+        UserError: nothing matches, a directory, an unknown suffix, or a file given twice.
+    """
+    names: list[str] = []
+    for pattern in inputs:
+        if pattern == STANDARD_INPUT or Path(pattern).exists():
+            names.append(pattern)
+            continue
+        matches = sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise UserError(f"--input {pattern}: no such file")
+        names += matches
+    for name in names:
+        _check_name(name, names)
+    return names
+
+
+def _check_name(name: str, names: list[str]) -> None:
+    if names.count(name) > 1:
+        raise UserError(f"--input {name}: given twice")
+    if name == STANDARD_INPUT:
+        return
+    if Path(name).is_dir():
+        raise UserError(f"--input {name}: is a directory; give its files, for example '{name}/*.jsonl.gz'")
+    if not name.endswith((*_SUFFIXES, ".parquet")):
+        raise UserError(f"--input {name}: unknown suffix; known are {', '.join((*_SUFFIXES, '.parquet'))} and -")
+
+
+def disk_bytes(name: str) -> int:
+    """Size of an input file; 0 for standard input."""
+    return 0 if name == STANDARD_INPUT else Path(name).stat().st_size
+
+
+def partition_slices(names: Sequence[str], index: int, count: int) -> list[Slice]:
+    """What partition `index` (from 1) of `count` reads: a contiguous stretch of the inputs, by bytes on disk.
+
+    A line belongs to the partition in which its first byte lies, a compressed or parquet file as a whole to that of
+    its first byte. Partitions 1..count in this order give every line once and in order.
+    """
+    if count > 1 and STANDARD_INPUT in names:
+        raise UserError("--partitions: standard input can't be partitioned")
+    total = sum(disk_bytes(name) for name in names)
+    low, high = total * (index - 1) // count, total * index // count
+    slices, position = [], 0
+    for name in names:
+        size = disk_bytes(name)
+        start, end = max(low - position, 0), min(high - position, size)
+        if count == 1 or (not _is_seekable(name) and low <= position < high):
+            slices.append(Slice(name, 0, size))
+        elif _is_seekable(name) and start < end:
+            slices.append(Slice(name, _line_start(name, start), _line_start(name, end)))
+        position += size
+    return [piece for piece in slices if piece.source == STANDARD_INPUT or piece.start < piece.end]
+
+
+def _is_seekable(name: str) -> bool:
+    return not name.endswith((".gz", ".zst", ".parquet")) and name != STANDARD_INPUT
+
+
+def _line_start(name: str, offset: int) -> int:
+    """The first line start at or after `offset`."""
+    if offset == 0:
+        return 0
+    with open(name, "rb") as file:
+        file.seek(offset - 1)
+        file.readline()
+        return file.tell()
+
+
+def read_blocks(piece: Slice, columns: Sequence[str]) -> Iterator[Block]:
+    """Yield a slice's lines in blocks of about 256 KB; a longer line is a block of its own.
+
+    Args:
+        piece: what to read.
+        columns: the columns of a parquet file to read (text, language); others are not touched.
+
+    Raises:
+        UserError: the file can't be read or is damaged.
+    """
+    plain_text = ".txt" in Path(piece.source).suffixes
+    line, carry, disk, position = 1, [], 0, piece.start
+    for chunk, position_now in _chunks(piece, columns):
+        disk, position = disk + position_now - position, position_now
+        cut = chunk.rfind(b"\n") + 1
+        if not cut:
+            carry.append(chunk)
+            continue
+        lines = b"".join([*carry, chunk[:cut]])
+        carry = [chunk[cut:]]
+        yield Block(piece.source, lines, line, piece.start, plain_text, disk)
+        line, disk = line + lines.count(b"\n"), 0
+    rest = b"".join(carry)
+    if rest:
+        yield Block(piece.source, rest, line, piece.start, plain_text, disk)
+
+
+def _chunks(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[bytes, int]]:
+    """Yield (decompressed bytes, position in the file on disk)."""
+    name = piece.source
+    try:
+        if name == STANDARD_INPUT:
+            yield from ((chunk, 0) for chunk in iter(lambda: sys.stdin.buffer.read(BLOCK_BYTES), b""))
+        elif name.endswith(".parquet"):
+            yield from _parquet_chunks(name, columns)
+        else:
+            with open(name, "rb") as file:
+                yield from _file_chunks(file, piece)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{name}: damaged or truncated ({error})") from None
+
+
+def _file_chunks(file: BinaryIO, piece: Slice) -> Iterator[tuple[bytes, int]]:
+    if piece.source.endswith(".gz"):
+        with gzip.open(file) as stream:
+            yield from ((chunk, file.tell()) for chunk in iter(lambda: stream.read(BLOCK_BYTES), b""))
+    elif piece.source.endswith(".zst"):
+        yield from _gathered(_zstd_chunks(file))
+    else:
+        file.seek(piece.start)
+        while file.tell() < piece.end:
+            yield file.read(min(BLOCK_BYTES, piece.end - file.tell())), file.tell()
+
+
+def _zstd_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Decompress frame after frame; the library's stream reader takes a truncated file for a complete one."""
+    import zstandard
+
+    frame = None
+    for raw in iter(lambda: file.read(_COMPRESSED_READ_BYTES), b""):
+        while raw:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                yield frame.decompress(raw), file.tell()
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from None
+            raw = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the last zstd frame is incomplete")
+
+
+def _gathered(chunks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    """Join small chunks to about the size of a block."""
+    parts, size, position = [], 0, 0
+    for chunk, position in chunks:
+        parts.append(chunk)
+        size += len(chunk)
+        if size >= BLOCK_BYTES:
+            yield b"".join(parts), position
+            parts, size = [], 0
+    if parts:
+        yield b"".join(parts), position
+
+
+def _parquet_chunks(name: str, columns: Sequence[str]) -> Iterator[tuple[bytes, int]]:
+    """Rows as JSON lines, so that the rest of the pipeline knows one form only."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{name}: reading parquet needs pyarrow; pip install pyarrow") from None
+    try:
+        with pyarrow.parquet.ParquetFile(name) as file:
+            missing = [column for column in columns if column not in file.schema_arrow.names]
+            if missing:
+                raise UserError(f"{name}: no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
+            rows, done, size = max(file.metadata.num_rows, 1), 0, disk_bytes(name)
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(columns)):
+                done += batch.num_rows
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist()]
+                yield "".join(lines).encode("utf-8", "surrogatepass"), size * done // rows
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{name}: not a readable parquet file ({error})") from None
+
+
+def count_lines(name: str, end: int) -> int:
+    """Newlines before byte `end` of a plain file."""
+    lines = 0
+    with open(name, "rb") as file:
+        while file.tell() < end:
+            lines += file.read(min(BLOCK_BYTES, end - file.tell())).count(b"\n")
+    return lines

@@ -1,0 +1,155 @@
+"""One global batch through Megatron's schedule, for training and evaluation: losses normalised over all of it."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_moe_lpr.data.batches import Batch
+from megatron_moe_lpr.model.config import MoELPRConfig
+from megatron_moe_lpr.model.token_tags import token_tags
+
+
+@dataclasses.dataclass(frozen=True)
+class StepWeights:
+    """What one token weighs in the router's losses, so that the sum over the step is a mean over its global batch.
+
+    Megatron divides every gradient by the number of tokens with a loss (`calculate_per_token_loss`), so the weights
+    carry that number as a factor.
+    """
+
+    lpr: torch.Tensor
+    """Tokens with a loss / tokens of original languages; 0 where there is none."""
+    micro_batch: torch.Tensor
+    """Tokens with a loss / micro-batches of the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSums:
+    """LM loss of a step, summed over all ranks."""
+
+    loss: torch.Tensor
+    """[languages], fp64: summed loss of the tokens with that language's tag."""
+    tokens: torch.Tensor
+    """[languages], fp64."""
+
+    @property
+    def mean(self) -> float:
+        """Loss per token over all languages."""
+        return (self.loss.sum() / self.tokens.sum()).item()
+
+    def of_language(self, language: int) -> float:
+        """Loss per token of one language; NaN where there was none."""
+        return (self.loss[language] / self.tokens[language]).item()
+
+    def __add__(self, other: "LossSums") -> "LossSums":
+        return LossSums(self.loss + other.loss, self.tokens + other.tokens)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch to where the model is."""
+    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+
+
+def step_weights(batches: Sequence[Batch], original_table: torch.Tensor) -> StepWeights:
+    """Count the tokens of the whole step: this rank's micro-batches, then all data-parallel ranks.
+
+    Args:
+        batches: this rank's micro-batches.
+        original_table: bool [languages + 1], whether a language is original; the last entry is padding's.
+    """
+    device = batches[0]["tokens"].device
+    with_loss = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum()
+    original = torch.stack([original_table[batch["language"]].sum() for batch in batches]).sum()
+    counts = torch.stack((with_loss.double(), original.double(), torch.tensor(float(len(batches)), device=device)))
+    dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+    tokens, originals, micro_batches = counts.float()
+    lpr = torch.where(originals > 0, tokens / originals.clamp(min=1.0), 0.0)
+    return StepWeights(lpr, tokens / micro_batches)
+
+
+def run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    config: MoELPRConfig,
+    batches: Sequence[Batch],
+    original_table: torch.Tensor,
+    forward_only: bool = False,
+) -> LossSums:
+    """Forward and, unless `forward_only`, backward of all micro-batches. Every rank must call it.
+
+    Args:
+        chunks: this rank's part of the model.
+        batches: this rank's micro-batches on the model's device, [batch, sequence] each.
+        original_table: see `step_weights`.
+
+    Returns:
+        The summed LM losses, the same on every rank.
+    """
+    languages = len(original_table) - 1
+    forward = partial(
+        _forward_step,
+        weights=step_weights(batches, original_table),
+        original_table=original_table,
+        has_routers=config.num_moe_experts is not None,
+    )
+    interleaved = len(chunks) > 1
+    iterators = [iter(batches) for _ in chunks]
+    batch, sequence = batches[0]["tokens"].shape
+    reports = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iterators if interleaved else iterators[0],
+        model=list(chunks) if interleaved else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=sequence,
+        micro_batch_size=batch,
+        forward_only=forward_only,
+    )
+    return _sum_over_ranks(reports, languages, batches[0]["tokens"].device)
+
+
+def _forward_step(
+    iterator: Iterator[Batch],
+    model: torch.nn.Module,
+    *,
+    weights: StepWeights,
+    original_table: torch.Tensor,
+    has_routers: bool,
+) -> tuple:
+    """Megatron's forward_step_func: output of a stage, and the function that makes a loss of it on the last one."""
+    batch = next(iterator)
+    tags = None
+    if has_routers:
+        language = batch["language"]
+        tags = token_tags(original_table[language], language >= 0, weights.lpr, weights.micro_batch)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], padding_mask=tags)
+    return output, partial(_loss, batch, len(original_table) - 1)
+
+
+def _loss(batch: Batch, languages: int, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Summed loss, number of tokens and the report by language of one micro-batch.
+
+    Args:
+        output: LM loss of each token, [batch, sequence].
+    """
+    mask = batch["loss_mask"]
+    losses = output.float() * mask
+    tokens = mask.sum()
+    report = torch.zeros(2, languages, dtype=torch.float64, device=output.device)
+    language = batch["language"].clamp(min=0).flatten()  # padding has no loss: its zeros may go anywhere
+    report[0].index_add_(0, language, losses.detach().double().flatten())
+    report[1].index_add_(0, language, mask.double().flatten())
+    return losses.sum(), tokens.to(torch.int), report
+
+
+def _sum_over_ranks(reports: list[torch.Tensor], languages: int, device: torch.device) -> LossSums:
+    """The last stage has the reports, equal on its TP ranks: one of these counts for all."""
+    total = torch.zeros(2, languages, dtype=torch.float64, device=device)
+    if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
+        total += torch.stack(reports).sum(dim=0)
+    dist.all_reduce(total)
+    total = total.cpu()
+    return LossSums(total[0], total[1])

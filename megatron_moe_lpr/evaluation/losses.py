@@ -1,0 +1,86 @@
+"""Loss, perplexity and bits per byte of validation text, and where its tokens are routed."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_moe_lpr.data.batches import build_validation_iterator, count_validation_micro_batches
+from megatron_moe_lpr.data.validation_dataset import ValidationDataset
+from megatron_moe_lpr.evaluation.global_batch import run_schedule, to_device
+from megatron_moe_lpr.evaluation.routing import collect_routing, counted_apart
+from megatron_moe_lpr.model.config import ModelShape, MoELPRConfig
+from megatron_moe_lpr.model.routing_statistics import RoutingReport
+
+MICRO_BATCHES_A_PASS = 8
+"""Micro-batches that go through the schedule together: enough to fill a pipeline."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetLoss:
+    """What the model makes of one validation dataset."""
+
+    name: str
+    language: str
+    loss: float
+    """Mean of -ln p over the predicted tokens."""
+    tokens: int
+    bits_per_byte: float | None
+    """None where only a part of the dataset was used: its bytes are not known."""
+    routing: RoutingReport | None
+    """None for a dense model."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that is too large for a float."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+
+@torch.no_grad()
+def evaluate_dataset(
+    chunks: Sequence[torch.nn.Module],
+    config: MoELPRConfig,
+    shape: ModelShape,
+    dataset: ValidationDataset,
+    original_table: torch.Tensor,
+    device: torch.device,
+    micro_batch_size: int,
+    max_micro_batches: int | None = None,
+) -> DatasetLoss:
+    """Run one dataset forward, at any layout. Every rank must call it; all get the same result.
+
+    Args:
+        original_table: bool [languages + 1], whether a language is original; the last entry is padding's.
+        max_micro_batches: use only so many of each rank's micro-batches.
+    """
+    together = MICRO_BATCHES_A_PASS
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    count = count_validation_micro_batches(dataset, micro_batch_size, size, together)
+    passes = count // together if max_micro_batches is None else math.ceil(min(count, max_micro_batches) / together)
+    batches = build_validation_iterator(dataset, micro_batch_size, rank, size, together)
+    for chunk in chunks:
+        chunk.eval()
+    total, routing = None, None
+    with counted_apart(chunks):
+        for _ in range(passes):
+            part = [to_device(batch, device) for batch in itertools.islice(batches, together)]
+            sums = run_schedule(chunks, config, part, original_table, forward_only=True)
+            total = sums if total is None else total + sums
+        if config.num_moe_experts:
+            routing = collect_routing(chunks, shape)
+    tokens = int(total.tokens.sum())
+    whole = tokens == dataset.predicted_tokens and dataset.text_bytes
+    return DatasetLoss(
+        name=dataset.name,
+        language=dataset.language,
+        loss=total.mean,
+        tokens=tokens,
+        bits_per_byte=float(total.loss.sum()) / math.log(2) / dataset.text_bytes if whole else None,
+        routing=routing,
+    )

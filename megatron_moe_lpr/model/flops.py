@@ -1,0 +1,47 @@
+"""Floating-point operations of one training step, counting only what is computed."""
+
+from collections.abc import Collection
+
+from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.parameter_kinds import ParameterKind
+
+
+def training_flops_per_token(shape: ModelShape, trains: Collection[ParameterKind], sequence_length: int) -> float:
+    """Operations per token, a multiply-add counted as two; recomputation is not counted.
+
+    Each matrix costs its size forward and again for the gradient of its input; the gradient of its weights only where
+    it trains. The token's experts are counted top_k times; which of them is the original one is not known beforehand,
+    so the expected share under uniform routing is used. Causal attention scores see half the sequence.
+    """
+    architecture = shape.architecture
+    head = architecture.hidden_size * architecture.vocab_size
+    total = _matrix(head, "embedding" in trains)
+    for experts in shape.experts_per_layer:
+        total += _matrix(_attention_weights(shape), "attention" in trains)
+        total += _ffn(shape, experts, trains)
+        total += 3 * 2 * architecture.num_attention_heads * architecture.head_dim * sequence_length
+    return float(total)
+
+
+def _matrix(weights: float, trains: bool) -> float:
+    return 2 * weights * (3 if trains else 2)
+
+
+def _attention_weights(shape: ModelShape) -> int:
+    architecture = shape.architecture
+    query = architecture.num_attention_heads * architecture.head_dim
+    key_value = architecture.num_query_groups * architecture.head_dim
+    return architecture.hidden_size * (2 * query + 2 * key_value)
+
+
+def _ffn(shape: ModelShape, experts: int, trains: Collection[ParameterKind]) -> float:
+    architecture = shape.architecture
+    ffn = 3 * architecture.hidden_size * architecture.ffn_hidden_size
+    if experts == 1:
+        return _matrix(ffn, "dense FFN" in trains)
+    original = shape.top_k / experts
+    return (
+        _matrix(architecture.hidden_size * experts, "router" in trains)
+        + original * _matrix(ffn, "original expert" in trains)
+        + (shape.top_k - original) * _matrix(ffn, "new experts" in trains)
+    )

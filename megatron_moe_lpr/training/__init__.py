@@ -1,0 +1,1 @@
+"""The two stages of MoE-LPR, and the loop that runs them."""

@@ -1,0 +1,142 @@
+"""The state of a run on disk: written whole or not at all, read back at any layout."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_moe_lpr.checkpoint.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.directory import (
+    CARD_FILE,
+    LATEST_FILE,
+    SIDE_DIRECTORY,
+    CheckpointDirectory,
+    finish_iteration,
+    iteration_directory_name,
+    resolve_checkpoint,
+)
+from megatron_moe_lpr.checkpoint.model_state import CONTENT_METADATA, fill_model, sharded_model_state
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.training.guards import gather_objects
+
+# Optimizer state in the parameters' own shapes, so that TP, PP, EP and DP may all change between save and resume.
+STATE_METADATA = CONTENT_METADATA | {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+@dataclasses.dataclass
+class RunState:
+    """Everything of a run that a checkpoint holds."""
+
+    chunks: list[torch.nn.Module]
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+
+    def counters(self) -> dict[str, int]:
+        """Where in the run this is."""
+        return {
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            "consumed_tokens": self.consumed_tokens,
+        }
+
+
+def find_own_checkpoint(save: Path, settings: dict[str, Any]) -> CheckpointDirectory | None:
+    """The latest checkpoint in --save, if a run with the same `settings` left one there.
+
+    Raises:
+        UserError: the checkpoint there is of another run.
+    """
+    if not (save / LATEST_FILE).exists():
+        return None
+    found = resolve_checkpoint(save)
+    history = found.card().history
+    last = history[-1] if history else {}
+    differing = [name for name, value in settings.items() if last.get(name) != value]
+    if found.iteration is None or differing:
+        what = ", ".join(f"{name} {last.get(name)!r} there and {settings[name]!r} here" for name in differing)
+        raise UserError(f"--save {save}: holds a checkpoint of another run ({what}); choose another directory")
+    return found
+
+
+def save_run(state: RunState, save: Path, source: CheckpointDirectory, card: CheckpointCard) -> None:
+    """Write a checkpoint of this step. Every rank must call it.
+
+    Args:
+        source: the checkpoint the run started from, whose tokenizer and configuration travel along.
+        card: what the new checkpoint knows about itself.
+
+    Raises:
+        UserError: it can't be written, on every rank with the reason; the latest checkpoint stays as it was.
+    """
+    partial = save / f".{iteration_directory_name(state.iteration)}.partial"
+    _together(lambda: _make_empty(partial), state.iteration, save)
+    try:
+        dist_checkpointing.save(_sharded_state(state), str(partial), content_metadata=dict(STATE_METADATA))
+    except Exception as error:
+        # The other ranks wait inside Megatron's collectives: end this process, and its launcher ends them.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"--save {save}: checkpoint of step {state.iteration} was not written: {error}") from error
+
+    def finish() -> None:
+        shutil.copytree(source.side_directory, partial / SIDE_DIRECTORY, dirs_exist_ok=True)
+        card.write(partial / SIDE_DIRECTORY / CARD_FILE)
+        finish_iteration(partial, save, state.iteration)
+
+    _together(finish, state.iteration, save)
+
+
+def _together(action: Callable[[], object], iteration: int, save: Path) -> None:
+    """Run `action` on rank 0; where it fails, fail on every rank."""
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as caught:
+            error = str(caught)
+    reason = gather_objects(error)[0]
+    if reason:
+        raise UserError(f"--save {save}: checkpoint of step {iteration} was not written: {reason}")
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def load_run(state: RunState, directory: CheckpointDirectory) -> None:
+    """Fill model, optimizer, schedule and counters from a checkpoint of this run, written at any layout."""
+    loaded = dist_checkpointing.load(_sharded_state(state, is_loading=True), str(directory.path))
+    for name, chunk in zip(_model_names(loaded), state.chunks, strict=True):
+        fill_model(chunk, loaded[name])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.schedule.load_state_dict(loaded["schedule"])
+    for name, value in loaded["counters"].items():
+        setattr(state, name, value)
+
+
+def _model_names(state: dict[str, Any]) -> list[str]:
+    return sorted(name for name in state if name.startswith("model"))
+
+
+def _sharded_state(state: RunState, is_loading: bool = False) -> dict[str, Any]:
+    model = sharded_model_state(state.chunks)
+    optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(STATE_METADATA))
+    return {
+        **model,
+        "optimizer": optimizer,
+        "schedule": state.schedule.state_dict(),
+        "counters": state.counters(),
+    }

@@ -1,0 +1,168 @@
+"""All flags of a training run, one dataclass per subject. Flags carry Megatron's names."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from megatron_moe_lpr.data.config import DataConfig
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.config import ComputeOptions
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import PlatformName
+from megatron_moe_lpr.training.stages import StageOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchOptions:
+    """How much text a step takes, and how many steps there are."""
+
+    train_iters: int
+    """Optimizer steps of the whole run."""
+    micro_batch_size: int = 1
+    """Sequences a data-parallel rank computes at once."""
+    global_batch_size: int = 512
+    """Sequences of an optimizer step, over all ranks and accumulated micro-batches. Paper: 512."""
+    seq_length: int = 1024
+    """Tokens of a sequence. Paper: 1024 in stage 1, 512 in stage 2."""
+
+    def num_microbatches(self, data_parallel_size: int) -> int:
+        """Micro-batches a rank accumulates in one step.
+
+        Raises:
+            UserError: the global batch does not divide.
+        """
+        together = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % together:
+            raise UserError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
+                f"{self.micro_batch_size} x {data_parallel_size} data-parallel ranks = {together}"
+            )
+        return self.global_batch_size // together
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW, its learning rate over time, and gradient clipping. Defaults are the paper's."""
+
+    lr: float = 5e-5
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+    lr_decay_style: Literal["cosine", "linear", "WSD", "constant"] = "cosine"
+    """WSD: warm up, stay, decay in the last --lr-wsd-decay-iters steps."""
+    lr_decay_iters: int | None = None
+    """Steps until --min-lr. Default: --train-iters."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up from 0."""
+    lr_wsd_decay_iters: int | None = None
+    """Steps of WSD's decay. Default: a tenth of --lr-decay-iters."""
+    lr_wsd_decay_style: Literal["cosine", "linear", "exponential", "minus_sqrt"] = "linear"
+    """Shape of WSD's decay."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of trainable matrices."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest norm of all gradients together; 0: no clipping."""
+    use_distributed_optimizer: bool = False
+    """Split the optimizer's state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters during the next forward pass; needs the two above."""
+
+    def __post_init__(self) -> None:
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionOptions:
+    """Number formats and what is recomputed instead of kept."""
+
+    bf16: bool = False
+    """Compute in bfloat16, with fp32 gradients, routers and optimizer. Default: the checkpoint's own dtype."""
+    fp32: bool = False
+    """Compute in fp32."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """How tokens travel to new experts on other ranks."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in the backward pass: whole layers, or --recompute-modules."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """Full recompute: groups of --recompute-num-layers layers, or only the first so many of a stage."""
+    recompute_num_layers: int | None = None
+    """See --recompute-method."""
+    recompute_modules: tuple[str, ...] | None = None
+    """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
+
+    def compute_options(self, checkpoint_dtype: str) -> ComputeOptions:
+        """What the model room needs to know.
+
+        Raises:
+            UserError: both formats were asked for.
+        """
+        if self.bf16 and self.fp32:
+            raise UserError("--bf16 and --fp32: give one of them")
+        dtype = getattr(torch, checkpoint_dtype)
+        if self.bf16 or self.fp32:
+            dtype = torch.bfloat16 if self.bf16 else torch.float32
+        full = self.recompute_granularity == "full"
+        return ComputeOptions(
+            dtype=dtype,
+            moe_token_dispatcher_type=self.moe_token_dispatcher_type,
+            recompute_granularity=self.recompute_granularity,
+            recompute_method=self.recompute_method or ("uniform" if full else None),
+            recompute_num_layers=self.recompute_num_layers or (1 if full else None),
+            recompute_modules=self.recompute_modules,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointOptions:
+    """Where weights come from and where the run's state goes."""
+
+    load: Path
+    """Checkpoint to start from, at any layout: its weights, never its optimizer. A run that finds a checkpoint of its
+    own in --save goes on from that one instead."""
+    save: Path
+    """Directory for this run's checkpoints, and its logs."""
+    save_interval: int | None = None
+    """Steps between checkpoints. One is always written at the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingOptions:
+    """What the run tells, and when."""
+
+    log_interval: int = 10
+    """Steps between log lines."""
+    eval_interval: int | None = None
+    """Steps between evaluations. Default: only at the end, where there is validation data."""
+    eval_iters: int | None = None
+    """Micro-batches of each validation dataset to use; default: all of it."""
+    tensorboard_dir: Path | None = None
+    """Write TensorBoard events there."""
+    wandb_project: str | None = None
+    """Log to this Weights & Biases project too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """A training run."""
+
+    stage: tyro.conf.OmitArgPrefixes[StageOptions]
+    checkpoint: tyro.conf.OmitArgPrefixes[CheckpointOptions]
+    batch: tyro.conf.OmitArgPrefixes[BatchOptions]
+    data: tyro.conf.OmitArgPrefixes[DataConfig]
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = dataclasses.field(default_factory=OptimizerOptions)
+    precision: tyro.conf.OmitArgPrefixes[PrecisionOptions] = dataclasses.field(default_factory=PrecisionOptions)
+    layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
+    logging: tyro.conf.OmitArgPrefixes[LoggingOptions] = dataclasses.field(default_factory=LoggingOptions)
+    platform: PlatformName = "auto"
+    """Where to run; auto: CUDA where there is a device."""
+    distributed_timeout_minutes: Annotated[int, tyro.conf.arg(name="distributed-timeout-minutes")] = 10
+    """A collective that takes longer ends the run."""

@@ -1,0 +1,205 @@
+"""The training loop."""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_moe_lpr.data.batches import Batch, build_data_iterator
+from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
+from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
+from megatron_moe_lpr.evaluation.routing import collect_routing, reset_routing
+from megatron_moe_lpr.model.flops import training_flops_per_token
+from megatron_moe_lpr.training.checkpointing import save_run
+from megatron_moe_lpr.training.guards import GradientWatch, explain_non_finite_gradient, explain_non_finite_loss
+from megatron_moe_lpr.training.metrics import IntervalMetrics, MetricsWriter, routing_scalars
+from megatron_moe_lpr.training.setup import Run, card_of
+from megatron_moe_lpr.training.signals import StopRequest
+
+
+class Trainer:
+    """Steps a prepared run until its end, or until a signal asks it to save and leave."""
+
+    def __init__(self, run: Run, writer: MetricsWriter) -> None:
+        self.run, self.state, self.writer = run, run.state, writer
+        self.original_table = run.original_table
+        self.stop = StopRequest()
+        self.interval: LossSums | None = None
+        self.interval_start, self.interval_first = time.monotonic(), run.state.iteration
+        self.saved_iteration = run.state.iteration if run.state.iteration else None
+        self.grad_norm = 0.0
+        self.is_first_step = True
+
+    def train(self) -> bool:
+        """Run to the end.
+
+        Returns:
+            Whether the run is finished; False: it was asked to stop, and has saved.
+        """
+        config, state = self.run.config, self.state
+        batches = self._batches()
+        reset_routing(state.chunks)
+        while state.iteration < config.batch.train_iters:
+            self.step(batches)
+            if state.iteration % config.logging.log_interval == 0 or state.iteration == config.batch.train_iters:
+                self._log()
+            if config.logging.eval_interval and state.iteration % config.logging.eval_interval == 0:
+                self.evaluate()
+            if config.checkpoint.save_interval and state.iteration % config.checkpoint.save_interval == 0:
+                self.save()
+            if self._asked_to_stop() and state.iteration < config.batch.train_iters:
+                self.save()
+                return False
+        if self.saved_iteration != state.iteration:
+            self.save()
+        if self.run.datasets.valid and not self._evaluated_last():
+            self.evaluate()
+        return True
+
+    def _evaluated_last(self) -> bool:
+        interval = self.run.config.logging.eval_interval
+        return bool(interval) and self.state.iteration % interval == 0
+
+    def _batches(self) -> Iterator[Batch]:
+        config = self.run.config
+        if self.state.iteration >= config.batch.train_iters:
+            return iter(())
+        return build_data_iterator(
+            self.run.datasets.train,
+            self.state.consumed_samples,
+            config.batch.micro_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+            config.data.num_workers,
+            pin_memory=self.run.platform.name == "cuda",
+        )
+
+    def step(self, iterator: Iterator[Batch]) -> None:
+        """One optimizer step. Raises UserError where a loss, a gradient or its absence is wrong."""
+        run, state, batch = self.run, self.state, self.run.config.batch
+        watch = (
+            GradientWatch(state.chunks) if self.interval is None and state.iteration == self.interval_first else None
+        )
+        device = run.platform.device
+        batches = [to_device(part, device) for part in itertools.islice(iterator, run.num_microbatches)]
+        for chunk in state.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        state.optimizer.zero_grad()
+        sums = run_schedule(state.chunks, run.model.config, batches, self.original_table)
+        if watch:
+            watch.check()
+            self.is_first_step = False
+        if not torch.isfinite(sums.loss).all():
+            raise explain_non_finite_loss(
+                state.chunks, run.model.config, batches, self.original_table, state.iteration + 1
+            )
+        _, grad_norm, _ = state.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise explain_non_finite_gradient(state.chunks, state.iteration + 1)
+        state.schedule.step(increment=batch.global_batch_size)
+        state.iteration += 1
+        state.consumed_samples += batch.global_batch_size
+        state.consumed_tokens += batch.global_batch_size * batch.seq_length
+        self.grad_norm = float(grad_norm)
+        self.interval = sums if self.interval is None else self.interval + sums
+
+    def _log(self) -> None:
+        run, state = self.run, self.state
+        seconds, steps = time.monotonic() - self.interval_start, state.iteration - self.interval_first
+        tokens = steps * run.config.batch.global_batch_size * run.config.batch.seq_length
+        shape, length = run.model.shape, run.config.batch.seq_length
+        flops = training_flops_per_token(shape, run.stage.trains, length) * tokens
+        names = run.sources.languages.names
+        metrics = IntervalMetrics(
+            iteration=state.iteration,
+            consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_tokens,
+            loss=self.interval.mean,
+            language_losses={
+                name: self.interval.of_language(index)
+                for index, name in enumerate(names)
+                if self.interval.tokens[index] > 0
+            },
+            grad_norm=self.grad_norm,
+            lr=current_lr(run),
+            tokens_per_second=tokens / seconds,
+            flops_per_second=flops / seconds,
+            memory_gigabytes=peak_memory_gigabytes(run),
+            seconds_left=seconds / steps * (run.config.batch.train_iters - state.iteration),
+            routing=collect_routing(state.chunks, shape) if run.model.config.num_moe_experts else None,
+        )
+        self.writer.say(metrics.line(run.stage.name, run.config.batch.train_iters))
+        counters = {"consumed_samples": metrics.consumed_samples, "consumed_tokens": metrics.consumed_tokens}
+        self.writer.write("train", state.iteration, counters | metrics.scalars())
+        self._new_interval()
+
+    def _new_interval(self) -> None:
+        self.interval, self.interval_first, self.interval_start = None, self.state.iteration, time.monotonic()
+
+    def evaluate(self) -> list[DatasetLoss]:
+        """Loss of every validation dataset."""
+        run, paused = self.run, time.monotonic()
+        results = [
+            evaluate_dataset(
+                self.state.chunks,
+                run.model.config,
+                run.model.shape,
+                dataset,
+                self.original_table,
+                run.platform.device,
+                run.config.batch.micro_batch_size,
+                run.config.logging.eval_iters,
+            )
+            for dataset in run.datasets.valid
+        ]
+        for result in results:
+            self._report(result)
+        self.interval_start += time.monotonic() - paused
+        return results
+
+    def _report(self, result: DatasetLoss) -> None:
+        bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte is not None else ""
+        name = f"validation {result.language} ({result.name})"
+        self.writer.say(f"step {self.state.iteration:,} {name}: loss {result.loss:.4f}{bits}, {result.tokens:,} tokens")
+        values = {"dataset": result.name, "language": result.language, "lm_loss": result.loss, "tokens": result.tokens}
+        if result.bits_per_byte is not None:
+            values["bits_per_byte"] = result.bits_per_byte
+        if result.routing:
+            scalars = routing_scalars(result.routing)
+            values |= {name: value for name, value in scalars.items() if value == value}
+        self.writer.write(f"valid/{result.language}", self.state.iteration, values)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        run, start = self.run, time.monotonic()
+        save_run(self.state, run.config.checkpoint.save, run.model.directory, card_of(run))
+        self.saved_iteration = self.state.iteration
+        seconds = time.monotonic() - start
+        self.writer.say(f"saved step {self.state.iteration:,} to {run.config.checkpoint.save} in {seconds:.1f} s")
+        self.interval_start += seconds
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank received a signal: all stop after the same step."""
+        flag = torch.tensor(int(self.stop.received is not None), device=self.run.platform.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+def current_lr(run: Run) -> float:
+    """Learning rate of the next step."""
+    groups = run.state.optimizer.param_groups
+    return float(groups[0]["lr"]) if groups else run.config.optimizer.lr
+
+
+def peak_memory_gigabytes(run: Run) -> float:
+    """Most memory this rank has held: the device's, or on a CPU the process's."""
+    if run.platform.name == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

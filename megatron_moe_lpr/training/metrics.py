@@ -1,0 +1,144 @@
+"""What a run tells: a line for people, JSON lines and TensorBoard (or Weights & Biases) for programs."""
+
+import dataclasses
+import datetime
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.routing_statistics import GROUPS, RoutingReport
+from megatron_moe_lpr.training.config import LoggingOptions
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class IntervalMetrics:
+    """One log interval."""
+
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+    loss: float
+    language_losses: dict[str, float]
+    grad_norm: float
+    lr: float
+    tokens_per_second: float
+    flops_per_second: float
+    memory_gigabytes: float
+    seconds_left: float
+    routing: RoutingReport | None
+
+    def scalars(self) -> dict[str, float]:
+        """Flat names and values; NaN ones are left out, since JSON has none."""
+        values = {
+            "lm_loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "lr": self.lr,
+            "tokens_per_second": self.tokens_per_second,
+            "tflops_per_second": self.flops_per_second / 1e12,
+            "memory_gigabytes": self.memory_gigabytes,
+            **{f"lm_loss/{language}": loss for language, loss in self.language_losses.items()},
+            **(routing_scalars(self.routing) if self.routing else {}),
+        }
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def line(self, stage: str, train_iters: int) -> str:
+        """The line a person reads."""
+        languages = " ".join(f"{name} {loss:.3f}" for name, loss in self.language_losses.items())
+        parts = [f"stage {stage}", f"step {self.iteration:,}/{train_iters:,}", f"loss {self.loss:.4f} ({languages})"]
+        if self.routing:
+            parts.append(_routing_words(self.routing))
+        parts += [f"grad norm {self.grad_norm:.3f}", f"lr {self.lr:.2e}"]
+        parts += [f"{self.tokens_per_second:,.0f} tokens/s", f"{self.flops_per_second / 1e12:.2g} TFLOP/s"]
+        parts.append(f"{datetime.timedelta(seconds=round(self.seconds_left))} left")
+        return " | ".join(parts)
+
+
+def routing_scalars(routing: RoutingReport) -> dict[str, float]:
+    """Losses of the routers and, for each group of languages, what it makes of the original expert, in all and by
+    layer."""
+    values = {
+        "load_balancing_loss": routing.load_balancing.nanmean().item(),
+        "lpr_loss": routing.mean_over_layers(routing.lpr_loss, "original"),
+    }
+    for column, group in enumerate(GROUPS):
+        values[f"expert0_probability/{group}"] = routing.mean_over_layers(routing.probability, group)
+        values[f"expert0_top_k_share/{group}"] = routing.mean_over_layers(routing.top_k_share, group)
+        for layer in range(len(routing.tokens)):
+            values[f"expert0_probability/{group}/layer{layer}"] = routing.probability[layer, column].item()
+            values[f"expert0_top_k_share/{group}/layer{layer}"] = routing.top_k_share[layer, column].item()
+    return values
+
+
+def _routing_words(routing: RoutingReport) -> str:
+    words = [f"balance {routing.load_balancing.nanmean().item():.3f}"]
+    lpr = routing.mean_over_layers(routing.lpr_loss, "original")
+    if math.isfinite(lpr):
+        words.append(f"LPR {lpr:.4f}")
+    for group in GROUPS:
+        probability = routing.mean_over_layers(routing.probability, group)
+        if math.isfinite(probability):
+            words.append(f"expert 0 {group} {probability:.2f}")
+    return " ".join(words)
+
+
+class MetricsWriter:
+    """Writes on rank 0, and nowhere else."""
+
+    def __init__(self, options: LoggingOptions, directory: Path, run_name: str) -> None:
+        self.enabled = dist.get_rank() == 0
+        self.file, self.tensorboard, self.wandb = directory / METRICS_FILE, None, None
+        if not self.enabled:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        if options.tensorboard_dir:
+            self.tensorboard = _tensorboard(options.tensorboard_dir)
+        if options.wandb_project:
+            self.wandb = _wandb(options.wandb_project, run_name)
+
+    def say(self, text: str) -> None:
+        """A line for people, with the time of day."""
+        if self.enabled:
+            print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+    def write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
+        """One record: a JSON line, and the numbers in it to TensorBoard and Weights & Biases."""
+        if not self.enabled:
+            return
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"kind": kind, "iteration": iteration, **values}, ensure_ascii=False) + "\n")
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        if self.tensorboard:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, iteration)
+        if self.wandb:
+            self.wandb.log(numbers, step=iteration)
+
+    def close(self) -> None:
+        """Flush what is open."""
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _tensorboard(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard-dir: TensorBoard is not installed; pip install tensorboard") from None
+    return SummaryWriter(str(directory))
+
+
+def _wandb(project: str, name: str) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb-project: Weights & Biases is not installed; pip install wandb") from None
+    return wandb.init(project=project, name=name)

@@ -1,0 +1,91 @@
+"""Megatron's data parallelism, optimizer and learning rate schedule around the model chunks."""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_moe_lpr.model.config import MoELPRConfig
+from megatron_moe_lpr.platform import Platform
+from megatron_moe_lpr.training.config import BatchOptions, OptimizerOptions
+
+
+def wrap_data_parallel(
+    chunks: Sequence[torch.nn.Module], config: MoELPRConfig, options: OptimizerOptions
+) -> list[DistributedDataParallel]:
+    """Give every trainable parameter a place in a gradient buffer; frozen ones get none."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+    )
+    return [
+        # Only the first chunk's gradients are worth splitting into buckets: the others are reduced in its shadow.
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(
+    chunks: Sequence[DistributedDataParallel], config: MoELPRConfig, options: OptimizerOptions, platform: Platform
+) -> MegatronOptimizer:
+    """AdamW over the trainable parameters, and the hooks by which Megatron's schedules use it."""
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_param_gather=options.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(settings, list(chunks), use_gloo_process_groups=platform.backend == "nccl")
+    _connect(chunks, config, options, optimizer)
+    return optimizer
+
+
+def _connect(
+    chunks: Sequence[DistributedDataParallel],
+    config: MoELPRConfig,
+    options: OptimizerOptions,
+    optimizer: MegatronOptimizer,
+) -> None:
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if options.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        grad_sync = [chunk.start_grad_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        config.grad_sync_func = grad_sync if len(chunks) > 1 else grad_sync[0]
+
+
+def build_schedule(
+    optimizer: MegatronOptimizer, options: OptimizerOptions, batch: BatchOptions
+) -> OptimizerParamScheduler:
+    """Learning rate by consumed samples, as Megatron counts."""
+    decay_iters = options.lr_decay_iters or batch.train_iters
+    wsd_iters = options.lr_wsd_decay_iters or max(1, decay_iters // 10)
+    samples = batch.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.lr_warmup_iters * samples,
+        lr_decay_steps=decay_iters * samples,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=batch.train_iters * samples,
+        wd_incr_style="constant",
+        wsd_decay_steps=wsd_iters * samples if options.lr_decay_style == "WSD" else None,
+        lr_wsd_decay_style=options.lr_wsd_decay_style if options.lr_decay_style == "WSD" else None,
+    )

@@ -1,0 +1,196 @@
+"""From flags to a run that is ready to step: everything checked, built and, where there is a checkpoint, resumed."""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from rich.console import Console
+from rich.table import Table
+
+from megatron_moe_lpr.checkpoint.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_shape
+from megatron_moe_lpr.checkpoint.reader import CheckpointReader
+from megatron_moe_lpr.data.config import DataSources, read_data_sources
+from megatron_moe_lpr.data.datasets import Datasets, build_datasets
+from megatron_moe_lpr.data.tokenizer import load_tokenizer
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.config import ModelShape, check_layout
+from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
+from megatron_moe_lpr.parallel.groups import initialize_parallel
+from megatron_moe_lpr.platform import Platform, select_platform
+from megatron_moe_lpr.training.checkpointing import RunState, find_own_checkpoint, load_run
+from megatron_moe_lpr.training.config import TrainingConfig
+from megatron_moe_lpr.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from megatron_moe_lpr.training.stages import Stage, check_stage, freeze
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is ready to step."""
+
+    config: TrainingConfig
+    stage: Stage
+    platform: Platform
+    model: LoadedModel
+    sources: DataSources
+    datasets: Datasets
+    state: RunState
+    num_microbatches: int
+
+    @property
+    def original_table(self) -> torch.Tensor:
+        """Bool [languages + 1] on the model's device; the last entry is padding's."""
+        table = self.sources.languages.original_table(self.sources.original_languages)
+        return table.to(self.platform.device)
+
+    def settings(self) -> dict[str, Any]:
+        """What makes two runs the same run, as kept in the checkpoint's history."""
+        return run_settings(self.config, self.sources)
+
+
+def run_settings(config: TrainingConfig, sources: DataSources) -> dict[str, Any]:
+    """Stage, data and length of a run: what may not change when it is resumed."""
+    return {
+        "stage": config.stage.stage,
+        "languages": sorted({entry.language for entry in sources.train}),
+        "original_languages": list(sources.original_languages),
+        "train_iters": config.batch.train_iters,
+        "global_batch_size": config.batch.global_batch_size,
+        "seq_length": config.batch.seq_length,
+        "seed": config.data.seed,
+    }
+
+
+def prepare(config: TrainingConfig) -> Run:
+    """Check everything that can be checked without building, then build.
+
+    Raises:
+        UserError: a flag, checkpoint, dataset or layout that does not fit.
+    """
+    stage = config.stage.resolve()
+    start = resolve_checkpoint(config.checkpoint.load)
+    shape, card = model_shape(start), start.card()
+    fingerprint = load_tokenizer(start.side_directory).fingerprint if card.tokenizer_files else None
+    sources = read_data_sources(config.data, fingerprint, original_may_be_absent=stage.original_languages != "required")
+    check_stage(stage, card.is_moe, sources)
+    _check_lengths(config, shape)
+    check_layout(shape, config.layout)
+    own = find_own_checkpoint(config.checkpoint.save, run_settings(config, sources))
+
+    platform = select_platform(config.platform)
+    initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
+    num_microbatches = _num_microbatches(config)
+    train_samples = config.batch.train_iters * config.batch.global_batch_size
+    datasets = build_datasets(sources, config.data, config.batch.seq_length, train_samples)
+    model, state = _build(config, stage, platform, start, own)
+    return Run(config, stage, platform, model, sources, datasets, state, num_microbatches)
+
+
+def _build(
+    config: TrainingConfig,
+    stage: Stage,
+    platform: Platform,
+    start: CheckpointDirectory,
+    own: CheckpointDirectory | None,
+) -> tuple[LoadedModel, RunState]:
+    model = load_model(
+        start.path,
+        config.layout,
+        platform,
+        config.precision.compute_options(start.card().dtype),
+        load_balancing_coeff=stage.load_balancing_coeff,
+        lpr_loss_coeff=stage.lpr_loss_coeff,
+        lpr_loss_form=config.stage.lpr_loss_form,
+        calculate_per_token_loss=True,
+    )
+    freeze(model.chunks, stage)
+    chunks = wrap_data_parallel(model.chunks, model.config, config.optimizer)
+    optimizer = build_optimizer(chunks, model.config, config.optimizer, platform)
+    state = RunState(chunks, optimizer, build_schedule(optimizer, config.optimizer, config.batch))
+    if own:
+        load_run(state, own)
+    return dataclasses.replace(model, chunks=chunks), state
+
+
+def _num_microbatches(config: TrainingConfig) -> int:
+    count = config.batch.num_microbatches(config.layout.data_parallel_size(dist.get_world_size()))
+    stages = config.layout.pipeline_model_parallel_size
+    if config.layout.num_virtual_stages_per_pipeline_rank > 1 and count % stages:
+        raise UserError(
+            f"--num-virtual-stages-per-pipeline-rank needs the {count} micro-batches of a step to be a multiple of "
+            f"--pipeline-model-parallel-size {stages}; change --global-batch-size or --micro-batch-size"
+        )
+    return count
+
+
+def _check_lengths(config: TrainingConfig, shape: ModelShape) -> None:
+    longest = shape.architecture.max_position_embeddings
+    if config.batch.seq_length > longest:
+        raise UserError(f"--seq-length {config.batch.seq_length}: the model has only {longest} positions")
+    config.layout.check_sequence(config.batch.seq_length)
+    for name in ("train_iters", "micro_batch_size", "global_batch_size", "seq_length"):
+        if getattr(config.batch, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config.batch, name)}: must be at least 1")
+
+
+def history_entry(run: Run) -> dict[str, Any]:
+    """What the checkpoint will say of this run."""
+    return {
+        **run.settings(),
+        "iterations": run.state.iteration,
+        "tokens": run.state.consumed_tokens,
+        "load_balancing_coeff": run.stage.load_balancing_coeff,
+        "lpr_loss_coeff": run.stage.lpr_loss_coeff,
+        "lr": run.config.optimizer.lr,
+    }
+
+
+def card_of(run: Run) -> CheckpointCard:
+    """The card of a checkpoint of this run: the starting one's, one stage further."""
+    start = run.model.card
+    dtype = str(run.model.config.params_dtype).removeprefix("torch.")
+    return dataclasses.replace(start, dtype=dtype, history=[*start.history, history_entry(run)])
+
+
+def print_overview(run: Run) -> None:
+    """On rank 0: what trains and what is frozen, and what the data holds."""
+    if dist.get_rank() != 0:
+        return
+    console = Console()
+    console.print(_parameter_table(run))
+    console.print(_data_table(run))
+
+
+def _parameter_table(run: Run) -> Table:
+    counts = dict.fromkeys(KINDS, 0)
+    for key, info in CheckpointReader(run.model.directory.path).tensors.items():
+        if key.startswith(("embedding.", "decoder.", "output_layer.")):
+            counts[kind_of(key)] += torch.Size(info.shape).numel()
+    layout = run.config.layout
+    title = (
+        f"Stage {run.stage.name}: {run.stage.title} on {run.platform.name}, TP {layout.tensor_model_parallel_size} "
+        f"PP {layout.pipeline_model_parallel_size} EP {layout.expert_model_parallel_size} "
+        f"DP {parallel_state.get_data_parallel_world_size()}"
+    )
+    table = Table("parameters", "count", "", title=title, title_justify="left")
+    for kind, count in counts.items():
+        if count:
+            trains = kind in run.stage.trains
+            table.add_row(kind, f"{count:,}", "[green]trains[/green]" if trains else "frozen")
+    trainable = sum(count for kind, count in counts.items() if kind in run.stage.trains)
+    table.add_row("all", f"{sum(counts.values()):,}", f"{trainable:,} train", style="bold")
+    return table
+
+
+def _data_table(run: Run) -> Table:
+    batch = run.config.batch
+    tokens = batch.train_iters * batch.global_batch_size * batch.seq_length
+    table = Table("language", "", "share", "tokens to draw", "epochs", title="Training data", title_justify="left")
+    for share in run.sources.shares(tokens):
+        kind = "original" if share.is_original else "expanded"
+        numbers = (f"{share.share:.2%}", f"{share.tokens_drawn:,.0f}", f"{share.epochs:.2f}")
+        table.add_row(share.language, kind, *numbers)
+    return table

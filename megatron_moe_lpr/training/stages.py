@@ -1,0 +1,134 @@
+"""The stages of the method as data: what trains, which losses, which languages."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+
+from megatron_moe_lpr.data.config import DataSources
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.parameter_kinds import KINDS, ParameterKind, kind_of
+
+StageName = Literal["1", "2", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One way to train."""
+
+    name: StageName
+    title: str
+    trains: frozenset[ParameterKind]
+    load_balancing_coeff: float
+    """Default of --load-balancing-coeff."""
+    lpr_loss_coeff: float
+    """Default of --lpr-loss-coeff."""
+    original_languages: Literal["refused", "required", "allowed"]
+    """What the stage says to training data of original languages."""
+    needs_experts: bool
+
+
+STAGES: dict[StageName, Stage] = {
+    "1": Stage(
+        "1",
+        "post-pretraining",
+        frozenset({"router", "new experts"}),
+        load_balancing_coeff=0.01,
+        lpr_loss_coeff=0.0,
+        original_languages="refused",
+        needs_experts=True,
+    ),
+    "2": Stage(
+        "2",
+        "review",
+        frozenset({"router"}),
+        load_balancing_coeff=0.0,
+        lpr_loss_coeff=0.1,
+        original_languages="required",
+        needs_experts=True,
+    ),
+    "full": Stage(
+        "full",
+        "continued pre-training of every parameter",
+        frozenset(KINDS),
+        load_balancing_coeff=0.01,
+        lpr_loss_coeff=0.0,
+        original_languages="allowed",
+        needs_experts=False,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StageOptions:
+    """Which stage, and its losses in the paper's units."""
+
+    stage: StageName
+    """1: post-pretraining, trains new experts and routers; 2: review, trains routers; full: trains everything."""
+    load_balancing_coeff: float | None = None
+    """Weight of the load balancing loss, mean over layers of N * sum f_i P_i. Default: 0.01, in stage 2 0."""
+    lpr_loss_coeff: float | None = None
+    """Weight of the LPR loss. Default: 0.1 in stage 2, else 0."""
+    lpr_loss_form: Literal["paper", "reference"] = "paper"
+    """reference: cross-entropy of probabilities normalised twice, as in an earlier implementation; to compare only."""
+    train_embeddings: bool = False
+    """Stage 1: train input and output embeddings too."""
+    allow_original_languages: bool = False
+    """Stage 1: accept training data of original languages."""
+
+    def resolve(self) -> Stage:
+        """The stage with this run's choices in place of its defaults.
+
+        Raises:
+            UserError: a choice the stage does not offer.
+        """
+        stage = STAGES[self.stage]
+        if self.train_embeddings and self.stage != "1":
+            raise UserError("--train-embeddings is for --stage 1 only")
+        if self.allow_original_languages:
+            stage = dataclasses.replace(stage, original_languages="allowed")
+        return dataclasses.replace(
+            stage,
+            trains=stage.trains | {"embedding"} if self.train_embeddings else stage.trains,
+            load_balancing_coeff=_given(self.load_balancing_coeff, stage.load_balancing_coeff),
+            lpr_loss_coeff=_given(self.lpr_loss_coeff, stage.lpr_loss_coeff),
+        )
+
+
+def check_stage(stage: Stage, is_moe: bool, sources: DataSources) -> None:
+    """Check that checkpoint and training data are what the stage takes.
+
+    Raises:
+        UserError: saying what is wrong with which flag.
+    """
+    if stage.needs_experts and not is_moe:
+        raise UserError(
+            f"--load: --stage {stage.name} needs experts and the checkpoint is dense; "
+            "upcycle it with tools/convert_hf.py import --num-experts"
+        )
+    original = {entry.language for entry in sources.train} & set(sources.original_languages)
+    if stage.original_languages == "refused" and original:
+        raise UserError(
+            f"--data-path: stage {stage.name} trains on expanded languages only, and {', '.join(sorted(original))} "
+            "is original; leave it out, or pass --allow-original-languages"
+        )
+    if stage.original_languages == "required" and not original:
+        raise UserError(
+            f"--original-languages: stage {stage.name} replays original languages, and --data-path has none; "
+            "name them and add their data"
+        )
+    expanded = {entry.language for entry in sources.train} - original
+    if stage.original_languages == "required" and not expanded:
+        raise UserError(f"--data-path: stage {stage.name} wants text of expanded languages beside the replay")
+
+
+def freeze(chunks: Iterable[torch.nn.Module], stage: Stage) -> None:
+    """Let only what the stage trains require gradients."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(kind_of(name) in stage.trains)
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

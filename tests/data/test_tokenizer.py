@@ -1,0 +1,97 @@
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+
+from megatron_moe_lpr.data.tokenizer import load_tokenizer
+from megatron_moe_lpr.errors import UserError
+from tests.data.builders import EOD_TOKEN
+
+TEXTS = ["Γειά σου, κόσμε", "a\nb", "😀 zh 中文", "nul\0nul", " two  spaces "]
+
+
+def test_ids_are_those_of_the_library(hf_tokenizer, sp_model):
+    reference = tokenizers.Tokenizer.from_file(str(hf_tokenizer / "tokenizer.json"))
+    ours = load_tokenizer(hf_tokenizer)
+    assert ours.encode_batch(TEXTS) == [reference.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(sp_model))
+    assert load_tokenizer(sp_model).encode_batch(TEXTS) == [reference.encode(text) for text in TEXTS]
+
+
+def test_decodes_back(any_tokenizer):
+    tokenizer = load_tokenizer(any_tokenizer)
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(TEXTS)] == TEXTS
+
+
+def test_no_special_tokens_no_truncation_no_padding(hf_tokenizer, tmp_path):
+    library = tokenizers.Tokenizer.from_file(str(hf_tokenizer / "tokenizer.json"))
+    plain = library.encode("some text").ids
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{EOD_TOKEN} $A", special_tokens=[(EOD_TOKEN, library.token_to_id(EOD_TOKEN))]
+    )
+    library.enable_truncation(2)
+    library.enable_padding(length=30)
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path, EOD_TOKEN).encode_batch(["some text"]) == [plain]
+
+
+def test_fingerprint_survives_copies_and_other_spelling(any_tokenizer, hf_tokenizer, tmp_path):
+    tokenizer = load_tokenizer(any_tokenizer)
+    tokenizer.save(tmp_path / "copy")
+    copy = load_tokenizer(tmp_path / "copy")
+    assert (copy.fingerprint, copy.eod) == (tokenizer.fingerprint, tokenizer.eod)
+
+    content = json.loads((hf_tokenizer / "tokenizer.json").read_text())
+    content["truncation"] = {"max_length": 512, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content, indent=7, ensure_ascii=True))
+    assert load_tokenizer(tmp_path).fingerprint == load_tokenizer(hf_tokenizer).fingerprint
+    content["model"]["merges"].pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(tmp_path).fingerprint != load_tokenizer(hf_tokenizer).fingerprint
+
+
+def test_eod_is_found(hf_tokenizer, sp_model, tmp_path):
+    library = tokenizers.Tokenizer.from_file(str(hf_tokenizer / "tokenizer.json"))
+    eod = library.token_to_id(EOD_TOKEN)
+    assert load_tokenizer(hf_tokenizer).eod == eod
+    assert load_tokenizer(sp_model).eod == sentencepiece.SentencePieceProcessor(model_file=str(sp_model)).eos_id()
+    assert load_tokenizer(sp_model, "<s>").eod == 1
+
+    bare = tmp_path / "tokenizer.json"
+    library.save(str(bare))
+    assert load_tokenizer(bare, "!").eod == library.token_to_id("!")
+    with pytest.raises(UserError, match="pass --eod-token"):
+        _ = load_tokenizer(bare).eod
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    assert load_tokenizer(bare).eod == 7
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": EOD_TOKEN}}))
+    assert load_tokenizer(bare).eod == eod
+    with pytest.raises(UserError, match="not in the vocabulary"):
+        _ = load_tokenizer(bare, "<nope>").eod
+
+
+def test_sizes(hf_tokenizer, sp_model):
+    assert (load_tokenizer(hf_tokenizer).vocab_size, load_tokenizer(sp_model).vocab_size) == (800, 1500)
+    assert load_tokenizer(hf_tokenizer).dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{", "not JSON"),
+        ("tokenizer.json", "[]", "not a JSON object"),
+        ("tokenizer.json", "{}", "not a tokenizer.json"),
+        ("a.model", "text", "not a SentencePiece model"),
+        ("other.txt", "", "neither a tokenizer.json nor"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    with pytest.raises(UserError, match="no such tokenizer"):
+        load_tokenizer(tmp_path / "missing")

@@ -1,0 +1,48 @@
+"""Show what is in indexed datasets: counts, and decoded documents to look at."""
+
+import dataclasses
+import sys
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from megatron_moe_lpr.data.inspection import counts_table, samples_table
+from megatron_moe_lpr.data.manifest import read_manifest
+from megatron_moe_lpr.data.merging import expand_prefixes
+from megatron_moe_lpr.data.tokenizer import load_tokenizer
+from megatron_moe_lpr.errors import run_command
+
+
+@dataclasses.dataclass
+class Flags:
+    """Show what is in indexed datasets."""
+
+    input: list[str]
+    """Dataset prefixes, or a quoted glob."""
+    tokenizer: str | None = None
+    """The tokenizer that made them, to decode samples."""
+    samples: int = 3
+    """Documents to decode from each dataset, spread evenly over it."""
+    documents: list[int] = dataclasses.field(default_factory=list)
+    """Decode these documents instead, counted from 0."""
+    max_tokens: int = 200
+    """Of a document, decode so many tokens."""
+
+
+def main() -> None:
+    flags = tyro.cli(Flags, description=__doc__)
+    manifests = {prefix: read_manifest(prefix) for prefix in expand_prefixes(flags.input)}
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(counts_table(manifests))
+    if flags.tokenizer is None:
+        return
+    tokenizer = load_tokenizer(flags.tokenizer)
+    for prefix, manifest in manifests.items():
+        count = min(flags.samples, manifest.documents)
+        documents = flags.documents or np.linspace(0, manifest.documents - 1, count).astype(int).tolist()
+        console.print(samples_table(prefix, manifest, tokenizer, documents, flags.max_tokens))
+
+
+if __name__ == "__main__":
+    run_command(main)

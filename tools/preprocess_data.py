@@ -1,0 +1,108 @@
+"""Turn text into Megatron indexed datasets, one language a prefix.
+
+Writes PREFIX.bin, PREFIX.idx and PREFIX.json (the manifest) for --language, or PREFIX_LANGUAGE.* for each language that
+--language-key finds. Reads .jsonl, .jsonl.gz, .jsonl.zst, .txt (a document a line) and .parquet.
+"""
+
+import dataclasses
+import os
+import re
+import signal
+import sys
+from typing import Annotated, Literal
+
+import tyro
+
+from megatron_moe_lpr.data.documents import LANGUAGE_PATTERN, DocumentOptions
+from megatron_moe_lpr.data.encoding import EncoderOptions
+from megatron_moe_lpr.data.preprocessing import PreprocessingPlan, preprocess
+from megatron_moe_lpr.errors import UserError, run_command
+
+
+@dataclasses.dataclass
+class Flags:
+    """Turn text into Megatron indexed datasets, one language a prefix."""
+
+    input: list[str]
+    """Files or globs (quoted), or - for JSON lines on standard input."""
+    output_prefix: str
+    """Where to write: PREFIX.bin, PREFIX.idx and PREFIX.json."""
+    tokenizer: str
+    """A directory with a tokenizer.json or a SentencePiece .model, or such a file."""
+    language: str | None = None
+    """The language of the whole input, for example el."""
+    language_key: str | None = None
+    """The JSON key (or parquet column) of each document's language; one PREFIX_LANGUAGE each."""
+    json_key: str = "text"
+    """The JSON key (or parquet column) of the text."""
+    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    """Worker processes. The output is the same for every number."""
+    max_documents: int | None = None
+    """Keep only the first N documents (of each language)."""
+    shuffle_seed: int | None = None
+    """Shuffle the documents at the end, deterministically; needs room for a second copy on the disk meanwhile."""
+    partitions: Annotated[str, tyro.conf.arg(metavar="I/N")] = "1/1"
+    """Do only partition I (from 1) of N and write PREFIX-0000I-of-0000N; tools/merge_datasets.py joins them."""
+    append_eod: bool = True
+    """End each document with the end-of-document token."""
+    eod_token: str | None = None
+    """That token; default: the tokenizer's end-of-sequence token."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do about a line that is not a document; skipped ones are counted in the manifest."""
+    overwrite: bool = False
+    """Replace existing output."""
+
+
+def main() -> None:
+    flags = tyro.cli(Flags, description=__doc__)
+    # A batch system's SIGTERM cleans up like an error does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for prefix, manifest in preprocess(plan(flags)).items():
+        print(
+            f"{prefix}: {manifest.language}, {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+            f"{manifest.text_bytes / 1e6:,.1f} MB of text"
+        )
+
+
+def plan(flags: Flags) -> PreprocessingPlan:
+    """Check the flags against each other."""
+    if (flags.language is None) == (flags.language_key is None):
+        raise UserError("give either --language, for a whole input, or --language-key, to split it by a field")
+    if flags.language is not None and not LANGUAGE_PATTERN.fullmatch(flags.language):
+        raise UserError(f"--language {flags.language!r}: letters and digits, perhaps joined by _ or -")
+    if flags.language_key and any(".txt" in name for name in flags.input):
+        raise UserError("--language-key: a .txt has no keys; pass --language")
+    partition = parse_partition(flags.partitions)
+    for name in ("max_documents", "shuffle_seed"):
+        if partition[1] > 1 and getattr(flags, name) is not None:
+            hint = "; pass it to tools/merge_datasets.py" if name == "shuffle_seed" else ""
+            raise UserError(f"--{name.replace('_', '-')}: acts on the whole dataset, not on one partition{hint}")
+    if flags.workers < 1 or (flags.max_documents is not None and flags.max_documents < 1):
+        raise UserError("--workers and --max-documents: at least 1")
+    if flags.shuffle_seed is not None and not 0 <= flags.shuffle_seed < 2**32:
+        raise UserError("--shuffle-seed: from 0 to 4294967295")
+    documents = DocumentOptions(flags.json_key, flags.language, flags.language_key, flags.on_error == "stop")
+    encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents)
+    return PreprocessingPlan(
+        inputs=flags.input,
+        output_prefix=flags.output_prefix,
+        encoder=encoder,
+        workers=flags.workers,
+        max_documents=flags.max_documents,
+        shuffle_seed=flags.shuffle_seed,
+        partition=partition,
+        overwrite=flags.overwrite,
+    )
+
+
+def parse_partition(text: str) -> tuple[int, int]:
+    """`2/8` to (2, 8)."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    index, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= index <= count:
+        raise UserError(f"--partitions {text}: write I/N with I from 1 to N, for example 1/8 to 8/8")
+    return index, count
+
+
+if __name__ == "__main__":
+    run_command(main)
