@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import tyro
+from megatron_moe_lpr.command_line import parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "convert_hf.py"
@@ -39,6 +39,7 @@ CONFIG = {
 SYNTHESISE = """
 import json, sys, torch
 from pathlib import Path
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.names import DENSE_LAYOUT, model_rows
 from megatron_moe_lpr.conversion.safetensors_writer import TensorSpec, write_safetensors
 from megatron_moe_lpr.model.architecture import read_architecture
@@ -138,4 +139,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(parse_flags(Options, description=__doc__))
