@@ -64,8 +64,11 @@ class OptimizerOptions:
     weight_decay: float = 0.0
     """Decoupled weight decay of trainable matrices."""
     adam_beta1: float = 0.9
+    """Decay of the first moment."""
     adam_beta2: float = 0.999
+    """Decay of the second moment."""
     adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Largest norm of all gradients together; 0: no clipping."""
     use_distributed_optimizer: bool = False
