@@ -41,12 +41,12 @@ def make_checkpoint(root: Path, model: str = "qwen2-tied", experts: int = 5, per
 
 
 def make_data(root: Path) -> dict[str, str]:
-    """A dataset per language: token sequences with a pattern that a model can learn."""
+    """A dataset per language: 30 tokens of its own each, in a pattern that a model can learn."""
     generator = np.random.default_rng(3)
     prefixes = {}
     for index, language in enumerate(LANGUAGES):
-        start = generator.integers(0, 90, size=60)
-        documents = [[int((first + step * (index + 1)) % 90) + 1 for step in range(80)] for first in start]
+        start = generator.integers(0, 30, size=60)
+        documents = [[int((first + step * 7) % 30) + 30 * index + 1 for step in range(80)] for first in start]
         prefixes[language] = write_dataset(root / language, language, documents)
     return prefixes
 
