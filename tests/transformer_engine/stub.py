@@ -2,8 +2,6 @@
 
 Tests only, in the environment that `environment.sh` makes; nothing of it is reachable from the package. With it
 Transformer Engine imports, its modules construct and its autograd functions run up to the first kernel, which raises.
-
-python -m pytest -p tests.transformer_engine.stub tests/transformer_engine
 """
 
 import enum
@@ -67,6 +65,11 @@ def is_available() -> bool:
     return _installed("transformer-engine") and not _installed("transformer-engine-torch")
 
 
+def version() -> str:
+    """Version of the real Python part."""
+    return metadata.version("transformer-engine")
+
+
 def is_installed() -> bool:
     """Whether this process runs on the stand-in."""
     return isinstance(sys.modules.get(EXTENSION), Extension)
@@ -101,9 +104,3 @@ def _installed(package: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-def pytest_configure() -> None:
-    """As a plugin: before any conftest imports Megatron."""
-    if is_available():
-        install()
