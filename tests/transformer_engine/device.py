@@ -20,3 +20,5 @@ def install() -> None:
     # quantization.py: which recipes the device has; dot_product_attention/utils.py: which attention kernels
     cuda.get_device_capability = lambda *args, **kwargs: CAPABILITY
     cuda.get_device_properties = lambda *args, **kwargs: properties
+    # quantization.py: block scaling asks which CUDA PyTorch was built for
+    torch.version.cuda = "13.0"
