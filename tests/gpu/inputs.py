@@ -1,0 +1,57 @@
+"""What the GPU tests compute with, and the processes they compute it in.
+
+The test process itself never touches a device: every run is a process of its own, as a user would start it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.conversion.tiny_models import COMMON
+from tests.training.runs import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+TIMEOUT_SECONDS = 900
+
+
+def gpu_checkpoint(root: Path) -> Path:
+    """Four layers, five different experts each, every dimension a multiple of 128."""
+    before = dict(COMMON)
+    COMMON.update(SIZES, initializer_range=0.05)
+    try:
+        return make_checkpoint(root)
+    finally:
+        COMMON.update(before)
+
+
+def run_ranks(ranks: int, module: str, *arguments: object) -> str:
+    """`torchrun --nproc-per-node RANKS -m MODULE ARGUMENTS...`; its output, or an AssertionError with it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", module, *(str(argument) for argument in arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return done.stdout
+
+
+def compute(checkpoint: Path, out: Path, *flags: object, ranks: int = 1) -> dict[str, torch.Tensor]:
+    """Logits, loss and gradients by checkpoint key, computed in processes of their own (`tests.gpu.compute`)."""
+    run_ranks(ranks, "tests.gpu.compute", "--load", checkpoint, "--out", out, *flags)
+    return torch.load(out, weights_only=True)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def worst_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[str, float]:
+    """The gradient that differs most."""
+    assert found.keys() == expected.keys()
+    errors = {key: relative_error(found[key], expected[key]) for key in expected}
+    worst = max(errors, key=errors.get)
+    return worst, errors[worst]
