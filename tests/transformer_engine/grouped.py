@@ -1,5 +1,7 @@
 """Transformer Engine's grouped linear layers on the CPU: its own autograd function over plain matrix products."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,21 @@ def plain_grouped_gemm(
 
 
 def _replace_kernels() -> None:
-    """On a rank with Transformer Engine: the product, and the switch to a device that is not there."""
+    """On a rank with Transformer Engine: the product, and the entrance that lets CUDA tensors alone in."""
     if not stub.is_installed():
         return
     from transformer_engine.pytorch.module import grouped_linear
 
     grouped_linear.general_grouped_gemm = plain_grouped_gemm
+    grouped_linear.GroupedLinear.prepare_forward = _prepare_forward
+
+
+@contextlib.contextmanager
+def _prepare_forward(self: Any, inp: torch.Tensor, num_gemms: int = 1) -> Iterator[torch.Tensor]:
+    """What `TransformerEngineBaseModule.prepare_forward` does without FP8, less its look at the device."""
+    self.set_activation_dtype(inp)
+    self.init_fp8_metadata(num_gemms=num_gemms)
+    yield inp.contiguous()
 
 
 def _run_experts(model: LoadedModel) -> tuple[torch.Tensor, torch.Tensor]:

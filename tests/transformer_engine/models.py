@@ -81,11 +81,14 @@ def save_again(path: Path, target: Path, expert_parallel: int = 1) -> None:
 
 
 def missing_keys(path: Path) -> tuple[list[str], list[str]]:
-    """Keys the model asks for and the checkpoint lacks, and the other way round."""
+    """Keys the model asks for and does not get, by Megatron's loading and by torch's, and those it has no place for."""
     model = load(path)
     state = sharded_model_state(model.chunks)
-    _, missing, unexpected = dist_checkpointing.load(state, str(model.directory.path), strict=StrictHandling.RETURN_ALL)
-    return sorted(missing), sorted(unexpected)
+    loaded, missing, unexpected = dist_checkpointing.load(
+        state, str(model.directory.path), strict=StrictHandling.RETURN_ALL
+    )
+    result = unwrap(model.chunks[0]).load_state_dict(loaded["model"], strict=False)
+    return sorted({*missing, *result.missing_keys}), sorted({*unexpected, *result.unexpected_keys})
 
 
 def trainable_and_frozen(path: Path, stage: str) -> tuple[list[str], list[str]]:
