@@ -120,3 +120,12 @@ def construct(path: Path, fp8: FP8Options) -> dict[str, str]:
 
             found["entered"] = str(FP8GlobalStateManager.is_fp8_enabled())
     return found
+
+
+def first_fp8_parameter(path: Path, fp8: FP8Options) -> str:
+    """Build with FP8 parameters until the first weight is quantised, which needs a kernel: the error that ends it."""
+    try:
+        construct(path, fp8)
+    except NotImplementedError as error:
+        return str(error)
+    return "no weight was quantised"

@@ -62,6 +62,15 @@ def test_every_recipe_is_entered(recipe, format, checkpoint):
     assert {part: found[part] for part in WITH_TE} == WITH_TE
 
 
+def test_fp8_parameters_begin_with_the_new_experts(checkpoint):
+    """Attention is built before them and the original expert after; of these only the new experts may be rounded."""
+    gather = FP8Options("hybrid", "tensorwise", fp8_param_gather=True)
+    message = ranks(True, 1).run(models.first_fp8_parameter, checkpoint("qwen2"), gather)[0]
+    assert "is a CUDA kernel" in message
+    assert "GroupedLinear" in message or "TEGroupedMLP" in message
+    assert "SelfAttention" not in message
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_converted_checkpoint_fills_both_specifications_alike(name, checkpoint):
     """Every parameter was spoilt before loading: none that the checkpoint does not fill could agree."""
