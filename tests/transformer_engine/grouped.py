@@ -52,6 +52,7 @@ def _replace_kernels() -> None:
 @contextlib.contextmanager
 def _prepare_forward(self: Any, inp: torch.Tensor, num_gemms: int = 1) -> Iterator[torch.Tensor]:
     """What `TransformerEngineBaseModule.prepare_forward` does without FP8, less its look at the device."""
+    self.allow_different_data_and_param_types = False
     self.set_activation_dtype(inp)
     self.init_fp8_metadata(num_gemms=num_gemms)
     yield inp.contiguous()
