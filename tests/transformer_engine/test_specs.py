@@ -95,7 +95,8 @@ def test_only_extra_states_are_missing(checkpoint):
     differing = ranks(True, 1).run(models.differing_keys, checkpoint("llama"))[0]
     assert differing
     assert all("_extra_state" in key for key in differing)
-    assert not ranks(False, 1).run(models.differing_keys, checkpoint("llama"))[0]
+    local = ranks(False, 1).run(models.differing_keys, checkpoint("llama"))[0]
+    assert all("_extra_state" in key for key in local)
 
 
 @pytest.mark.parametrize("stage", ["1", "2", "full"])
