@@ -32,8 +32,10 @@ class GradientWatch:
                     self.hooks.append(parameter.register_hook(self._arrival(full_name)))
 
     def _arrival(self, name: str):
-        def arrived(gradient: torch.Tensor) -> None:
-            self.waiting.pop(name, None)
+        def arrived(gradient: torch.Tensor | None) -> None:
+            # torch calls hooks with None too, where an autograd function returned no gradient for this input.
+            if gradient is not None:
+                self.waiting.pop(name, None)
 
         return arrived
 

@@ -80,15 +80,14 @@ def save_again(path: Path, target: Path, expert_parallel: int = 1) -> None:
     dist_checkpointing.save(state, str(partial), content_metadata=dict(CONTENT_METADATA))
 
 
-def missing_keys(path: Path) -> tuple[list[str], list[str]]:
-    """Keys the model asks for and does not get, by Megatron's loading and by torch's, and those it has no place for."""
+def differing_keys(path: Path) -> list[str]:
+    """Keys that the model or the checkpoint has alone, by Megatron's loading and by torch's."""
     model = load(path)
-    state = sharded_model_state(model.chunks)
-    loaded, missing, unexpected = dist_checkpointing.load(
-        state, str(model.directory.path), strict=StrictHandling.RETURN_ALL
+    loaded, *differing = dist_checkpointing.load(
+        sharded_model_state(model.chunks), str(model.directory.path), strict=StrictHandling.RETURN_ALL
     )
     result = unwrap(model.chunks[0]).load_state_dict(loaded["model"], strict=False)
-    return sorted({*missing, *result.missing_keys}), sorted({*unexpected, *result.unexpected_keys})
+    return sorted({*differing[0], *differing[1], *result.missing_keys, *result.unexpected_keys})
 
 
 def trainable_and_frozen(path: Path, stage: str) -> tuple[list[str], list[str]]:
