@@ -54,11 +54,22 @@ find_gpus() {
         die "GPUS_PER_NODE=$GPUS_PER_NODE, but $(hostname) has $(wc -l <<<"$found")"
 }
 
-# prefixes PART LANGUAGE...: the datasets that preprocess.sh wrote, DATA/PART-LANGUAGE.
-prefixes() {
-    local part=$1 language
-    shift
-    for language in "$@"; do echo "$DATA/$part-$language"; done
+# read_languages: EXPANDED and ORIGINAL as arrays, and the validation data of all.
+read_languages() {
+    local language
+    read -ra expanded_ones <<<"$EXPANDED"
+    read -ra original_ones <<<"$ORIGINAL"
+    ((${#expanded_ones[@]} && ${#original_ones[@]})) ||
+        die "EXPANDED='$EXPANDED' ORIGINAL='$ORIGINAL': name languages, as in 'el hu'"
+    valid_data=()
+    for language in "${expanded_ones[@]}" "${original_ones[@]}"; do add_dataset valid_data "valid-$language"; done
+}
+
+# add_dataset ARRAY NAME [WEIGHT]: append a dataset of preprocess.sh, DATA/NAME, to ARRAY; it must be there.
+add_dataset() {
+    local -n array=$1
+    need_file DATA "$DATA/$2.idx" "preprocess.sh writes it"
+    array+=(${3:+"$3"} "$DATA/$2")
 }
 
 # one_epoch PREFIX...: steps that draw every token of the datasets once.
@@ -69,29 +80,56 @@ tokens = sum(json.load(open(f"{prefix}.json"))["tokens"] for prefix in sys.argv[
 print(max(1, tokens // int(sys.argv[1])))' "$((GLOBAL_BATCH * SEQ_LENGTH))" "$@"
 }
 
-layout_flags() {
-    LAYOUT=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP")
-}
-
 # estimate STAGE: layout and memory of this run; stops where they don't fit.
 estimate() {
+    local precision=bf16
+    [[ "$PLATFORM" == cuda ]] || precision=fp32
+    [[ "$FP8" == 0 ]] || precision=fp8
     "$PYTHON" "$ROOT/tools/plan.py" --load "$LOAD" --stage "$1" --gpus $((GPUS_PER_NODE * NUM_NODES)) \
-        --gpus-per-node "$GPUS_PER_NODE" --gpu-memory "$GPU_MEMORY" "${LAYOUT[@]}" --seq-length "$SEQ_LENGTH" \
-        --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH" "${RECOMPUTE_FLAGS[@]}"
+        --gpus-per-node "$GPUS_PER_NODE" --gpu-memory "$GPU_MEMORY" "${layout[@]}" --seq-length "$SEQ_LENGTH" \
+        --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH" --precision "$precision" \
+        --recompute "$RECOMPUTE"
+}
+
+# convert FLAG...: upcycle a dense Hugging Face model.
+convert() {
+    need HF "the directory of the dense model"
+    need_file HF "$HF/config.json" "HF must be the directory of a dense Hugging Face model"
+    run "$PYTHON" "$ROOT/tools/convert_hf.py" import --hf "$HF" --save "$SAVE" --num-experts "$NUM_EXPERTS" \
+        --top-k "$TOP_K" "$@"
+}
+
+# train_stage1 FLAG...: every expanded language with the same weight.
+train_stage1() {
+    local language train_data=()
+    need_file LOAD "$LOAD" "a convert_*.sh writes it"
+    read_languages
+    for language in "${expanded_ones[@]}"; do add_dataset train_data "train-$language" 1; done
+    train 1 "$@"
+}
+
+# train_stage2 FLAG...: each dataset by its size, so that one pass draws every document once.
+train_stage2() {
+    local language train_data=()
+    need_file LOAD "$LOAD" "it is SAVE of stage1_*.sh"
+    read_languages
+    for language in "${original_ones[@]}" "${expanded_ones[@]}"; do add_dataset train_data "review-$language"; done
+    TRAIN_ITERS=${TRAIN_ITERS:-$(one_epoch "${train_data[@]}")}
+    train 2 "$@"
 }
 
 # train STAGE FLAG...: start this stage's run on this node.
 train() {
-    local stage=$1 prefix precision=() logs
+    local stage=$1 precision=() recompute=() logs
     shift
-    need_file LOAD "$LOAD" "convert_*.sh writes it (stage 2 starts from stage 1's SAVE)"
-    for prefix in "${TRAIN_DATA[@]}" "${VALID_DATA[@]}"; do
-        [[ "$prefix" == [0-9.]* && "$prefix" != */* ]] || need_file DATA "$prefix.idx" "preprocess.sh writes it"
-    done
     find_gpus
-    layout_flags
-    RECOMPUTE_FLAGS=()
-    [[ -z "${RECOMPUTE:-}" ]] || RECOMPUTE_FLAGS=(--recompute-granularity "$RECOMPUTE")
+    layout=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP")
+    case "${RECOMPUTE:=none}" in
+        none) ;;
+        moe) recompute=(--recompute-granularity selective --recompute-modules moe) ;;
+        full) recompute=(--recompute-granularity full) ;;
+        *) die "RECOMPUTE=$RECOMPUTE: none, moe or full" ;;
+    esac
     [[ "$PLATFORM" == cpu ]] || precision=(--bf16)
     [[ "$FP8" == 0 ]] || precision+=(--fp8-format hybrid --fp8-recipe "$FP8_RECIPE")
     logs=${LOG_DIR:-$SAVE/logs}/node${SLURM_NODEID:-0}
@@ -102,8 +140,8 @@ train() {
         --master-port "${MASTER_PORT:-29500}" --log-dir "$logs" --tee 3 --local-ranks-filter 0 \
         -m megatron_moe_lpr.pretrain --stage "$stage" --platform "$PLATFORM" \
         --load "$LOAD" --save "$SAVE" --save-interval "$SAVE_INTERVAL" --log-interval "${LOG_INTERVAL:-10}" \
-        --data-path "${TRAIN_DATA[@]}" --valid-data-path "${VALID_DATA[@]}" --original-languages "${ORIGINAL[@]}" \
+        --data-path "${train_data[@]}" --valid-data-path "${valid_data[@]}" --original-languages "${original_ones[@]}" \
         --train-iters "$TRAIN_ITERS" --lr "$LR" --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH" \
         --global-batch-size "$GLOBAL_BATCH" --use-distributed-optimizer --overlap-grad-reduce \
-        "${LAYOUT[@]}" "${RECOMPUTE_FLAGS[@]}" "${precision[@]}" "$@"
+        "${layout[@]}" "${recompute[@]}" "${precision[@]}" "$@"
 }
