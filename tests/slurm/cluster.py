@@ -10,11 +10,15 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
 NODES = ("n1", "n2")
 START_SECONDS = 60
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY")
+DAEMON = "TEST_DAEMON"
+"""Environment variable that says which daemon started a process."""
 
 CONFIGURATION = """\
 ClusterName=test
@@ -30,7 +34,7 @@ MpiDefault=none
 SwitchType=switch/none
 SelectType=select/linear
 SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1,max_rpc_cnt=0
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool-%n
 SlurmctldPidFile={directory}/slurmctld.pid
@@ -43,7 +47,6 @@ MessageTimeout=20
 KillWait=5
 MinJobAge=3600
 ReturnToService=2
-RequeueExitHold=
 JobRequeue=1
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} State=UNKNOWN\n"
@@ -76,7 +79,6 @@ class Cluster:
         host = socket.gethostname().split(".")[0]
         ports = _free_ports(1 + len(NODES))
         text = CONFIGURATION.format(host=host, directory=self.directory, controller_port=ports[0])
-        text = text.replace("RequeueExitHold=\n", "")
         for name, port in zip(NODES, ports[1:], strict=True):
             text += NODE.format(name=name, host=host, port=port, cpus=os.cpu_count())
         text += f"PartitionName=all Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP\n"
@@ -89,13 +91,14 @@ class Cluster:
         files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log"}
         flags = [f"--{flag}={self.directory / name}" for flag, name in (*files.items(), ("seed-file", "munge.seed"))]
         self._start("munged", "munged", "--foreground", "--force", *flags)
-        _wait(lambda: (self.directory / "munge.socket").exists(), "munged did not start")
+        wait_until(lambda: (self.directory / "munge.socket").exists(), "munged did not start")
 
     def _start(self, name: str, *command: str) -> None:
-        log = (self.directory / f"{name}.out").open("ab")
-        self.daemons[name] = subprocess.Popen(
-            command, env=self.environment, stdout=log, stderr=log, start_new_session=True
-        )
+        environment = {**self.environment, DAEMON: name}
+        with (self.directory / f"{name}.out").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd."""
@@ -103,28 +106,29 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """Kill a node's slurmd and everything that runs on the node, as a power cut would."""
-        self._kill_steps(node)
-        self.daemons.pop(node).kill()
+        slurmd = self.daemons.pop(node)
+        slurmd.kill()
+        slurmd.wait()
         self._kill_steps(node)
 
     def _kill_steps(self, node: str) -> None:
-        """Kill processes whose environment says that they belong to a step on this node, and their slurmstepd."""
+        """Kill what the node's slurmd has started: slurmstepd has its environment, tasks have SLURM's own."""
         for process in Path("/proc").iterdir():
             if not process.name.isdigit():
                 continue
             try:
                 environment = (process / "environ").read_bytes().split(b"\0")
-                command = (process / "cmdline").read_bytes()
             except OSError:
                 continue
             ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in environment
-            on_node = f"SLURMD_NODENAME={node}".encode() in environment or b"slurmstepd" in command
-            if ours and on_node:
-                os.kill(int(process.name), signal.SIGKILL)
+            on_node = f"SLURMD_NODENAME={node}".encode() in environment or f"{DAEMON}={node}".encode() in environment
+            if ours and on_node and int(process.name) != getattr(self.daemons.get(node), "pid", None):
+                _kill(int(process.name))
 
-    def run(self, *command: str) -> str:
+    def run(self, *command: str, environment: dict[str, str] | None = None, cwd: Path | None = None) -> str:
         """Run one of SLURM's commands; its output."""
-        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        environment = environment or self.environment
+        result = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
         assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
         return result.stdout.strip()
 
@@ -133,17 +137,24 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for(self, job: str, state: str, seconds: float) -> dict[str, str]:
-        """Wait until a job is in a state."""
-        _wait(lambda: self.job(job)["JobState"] == state, lambda: f"{self.job(job)}", seconds)
-        return self.job(job)
+    def wait_for(self, job: str, state: str, seconds: float) -> None:
+        """Wait until a job is in a state; fail at once where it ends in another."""
+
+        def reached() -> bool:
+            now = self.job(job)["JobState"]
+            assert now == state or now not in ENDS, f"job {job}: {now} instead of {state}"
+            return now == state
+
+        wait_until(reached, lambda: f"{self.job(job)}", seconds)
 
     def _wait_for_nodes(self) -> None:
         def idle() -> bool:
-            result = subprocess.run(["sinfo", "-h", "-o", "%T %D"], env=self.environment, capture_output=True, text=True)
+            result = subprocess.run(
+                ["sinfo", "-h", "-o", "%T %D"], env=self.environment, capture_output=True, text=True
+            )
             return result.stdout.strip() == f"idle {len(NODES)}"
 
-        _wait(idle, lambda: (self.directory / "slurmctld.log").read_text()[-2000:])
+        wait_until(idle, lambda: (self.directory / "slurmctld.log").read_text()[-2000:])
 
     def stop(self) -> None:
         """End all jobs and daemons."""
@@ -159,11 +170,19 @@ class Cluster:
                 daemon.kill()
 
 
-def _wait(condition, message, seconds: float = START_SECONDS) -> None:
+def wait_until(condition: Callable[[], bool], message: str | Callable[[], str], seconds: float = START_SECONDS) -> None:
+    """Wait for a condition; fail with the message after so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, message() if callable(message) else message
         time.sleep(0.3)
+
+
+def _kill(process: int) -> None:
+    try:
+        os.kill(process, signal.SIGKILL)
+    except ProcessLookupError:
+        return
 
 
 def _free_ports(count: int) -> list[int]:
