@@ -32,9 +32,13 @@ need_file() {
 
 # run COMMAND...: run it, or under DRY_RUN only show it.
 run() {
+    show "$@"
+    [[ "$DRY_RUN" == 1 ]] || "$@"
+}
+
+show() {
     printf '%q ' "$@"
     echo
-    [[ "$DRY_RUN" == 1 ]] || "$@"
 }
 
 # Sets GPUS_PER_NODE, NUM_NODES and GPU_MEMORY.
@@ -120,7 +124,7 @@ train_stage2() {
 
 # train STAGE FLAG...: start this stage's run on this node.
 train() {
-    local stage=$1 precision=() recompute=() logs
+    local stage=$1 precision=() recompute=() layout command logs
     shift
     find_gpus
     layout=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP")
@@ -135,7 +139,7 @@ train() {
     logs=${LOG_DIR:-$SAVE/logs}/node${SLURM_NODEID:-0}
     # Inside a step of a SLURM job the batch script has shown and checked this already, once for all nodes.
     [[ -n "${SLURM_STEP_ID:-}" && "$DRY_RUN" != 1 ]] || estimate "$stage"
-    run "$PYTHON" -m megatron_moe_lpr.launch --nproc-per-node "$GPUS_PER_NODE" --nnodes "$NUM_NODES" \
+    command=("$PYTHON" -m megatron_moe_lpr.launch --nproc-per-node "$GPUS_PER_NODE" --nnodes "$NUM_NODES" \
         --node-rank "${SLURM_NODEID:-0}" --master-addr "${MASTER_ADDR:-127.0.0.1}" \
         --master-port "${MASTER_PORT:-29500}" --log-dir "$logs" --tee 3 --local-ranks-filter 0 \
         -m megatron_moe_lpr.pretrain --stage "$stage" --platform "$PLATFORM" \
@@ -143,5 +147,10 @@ train() {
         --data-path "${train_data[@]}" --valid-data-path "${valid_data[@]}" --original-languages "${original_ones[@]}" \
         --train-iters "$TRAIN_ITERS" --lr "$LR" --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH" \
         --global-batch-size "$GLOBAL_BATCH" --use-distributed-optimizer --overlap-grad-reduce \
-        "${layout[@]}" "${recompute[@]}" "${precision[@]}" "$@"
+        "${layout[@]}" "${recompute[@]}" "${precision[@]}" "$@")
+    show "${command[@]}"
+    [[ "$DRY_RUN" != 1 ]] || return 0
+    mkdir -p "$logs"
+    echo $$ >"$logs/launcher.pid" # `kill -USR1` it, and the run saves and stops
+    exec "${command[@]}"
 }

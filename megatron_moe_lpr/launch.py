@@ -17,10 +17,11 @@ from megatron_moe_lpr.training.signals import EXIT_REQUEUE
 
 
 def forward_to_workers(number: int, frame: object) -> None:
-    """Hand a signal on to the worker processes."""
-    for worker in psutil.Process().children():
+    """Hand a signal on to the workers, told from torchrun's other children by their rank."""
+    for child in psutil.Process().children():
         try:
-            worker.send_signal(number)
+            if "LOCAL_RANK" in child.environ():
+                child.send_signal(number)
         except psutil.NoSuchProcess:
             continue
 
