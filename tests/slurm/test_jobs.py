@@ -8,7 +8,7 @@ from tests.slurm.cluster import wait_until
 
 SECONDS = 600
 """A quiet machine needs a twentieth; the limit is for one that is shared."""
-ITERATIONS = 80
+ITERATIONS = 300
 TRAIN = ("examples/slurm/train.sbatch", "examples/stage1_qwen.sh", "--eval-iters", "1", "--num-workers", "0")
 
 
@@ -29,29 +29,27 @@ def wait_for_restart(cluster, job: str, restarts: int) -> None:
     wait_until(lambda: int(cluster.job(job)["Restarts"]) >= restarts, lambda: f"{cluster.job(job)}", SECONDS)
 
 
-def test_a_job_outlives_its_time_limit_and_a_dead_node(cluster, submit, inputs, tmp_path):
+def test_a_job_outlives_a_stop_signal_and_a_dead_node(cluster, submit, inputs, tmp_path):
     save, log = tmp_path / "run", tmp_path / "job.log"
-    settings = {"SAVE": save, "TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": 15, "EP": 2}
+    settings = {"SAVE": save, "TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": 1000, "EP": 2}
     job = submit("sbatch", "--parsable", "--nodes=2", f"--output={log}", *TRAIN, **settings)
 
     wait_for_step(save, 3)
-    # Less is left of the time than `--signal` of train.sbatch says: SLURM sends the signal.
-    minutes = int(cluster.run("squeue", "-h", "-j", job, "-o", "%M").split(":")[-2]) + 2
-    cluster.run("scontrol", "update", f"jobid={job}", f"TimeLimit={minutes}")
+    # What `--signal` of train.sbatch makes SLURM do before the time limit, without waiting for its next look at limits.
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_for_restart(cluster, job, 1)
     assert "stopped by request" in log.read_text() and "ended with code 75" in log.read_text()
     stopped_at = max(losses(save))
     assert stopped_at < ITERATIONS and (save / "latest_checkpointed_iteration.txt").read_text() == str(stopped_at)
 
-    cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=UNLIMITED")
-    wait_for_step(save, stopped_at + 16)
+    wait_for_step(save, stopped_at + 5)
     cluster.kill_node("n2")
     wait_for_restart(cluster, job, 2)
     cluster.start_node("n2")
     cluster.wait_for(job, "COMPLETED", SECONDS)
 
     text = log.read_text()
-    assert text.count(f"resuming from step {stopped_at}") >= 1
+    assert text.count(f"resuming from step {stopped_at} ") == 2
     assert (save / "logs" / f"job{job}-start0" / "node1").is_dir()
     reference = tmp_path / "reference"
     result = run_script(
