@@ -27,14 +27,15 @@ class RankFailure(AssertionError):
 class RankPool:
     """`world_size` processes in one gloo world."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, serve: Callable[..., None] | None = None) -> None:
+        """Start them; `serve` is what each runs, by default `_serve`."""
         self.world_size = world_size
         context = multiprocessing.get_context("spawn")
         port = _free_port()
         self.processes, self.pipes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs))
+            process = context.Process(target=serve or _serve, args=(rank, world_size, port, theirs))
             process.start()
             self.processes.append(process)
             self.pipes.append(ours)
@@ -74,7 +75,8 @@ class RankPool:
         for process in self.processes:
             process.join(timeout=GRACE_SECONDS)
             process.kill()
-        _pools.pop(self.world_size, None)
+        if _pools.get(self.world_size) is self:
+            del _pools[self.world_size]
 
 
 _pools: dict[int, RankPool] = {}

@@ -4,10 +4,11 @@ import dataclasses
 from typing import Any, Literal
 
 import torch
-from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.fp8 import FP8Options, check_fp8_device, check_fp8_flags, check_fp8_shapes
+from megatron_moe_lpr.model.kernels import check_dispatcher, platform_fields
 from megatron_moe_lpr.model.losses import LPRLossForm
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform
@@ -23,6 +24,8 @@ class MoELPRConfig(TransformerConfig):
     """Weight of the LPR loss, the mean over MoE layers and tokens of original languages."""
     lpr_loss_form: LPRLossForm = "paper"
     num_moe_layers: int = 0
+    fp8_new_expert_parameters: bool = False
+    """Keep the new experts' weights, and only these, in FP8; Megatron's own `fp8_param` means every matrix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +58,27 @@ class ComputeOptions:
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None
     recompute_modules: tuple[str, ...] | None = None
+    fp8: FP8Options = dataclasses.field(default_factory=FP8Options)
 
 
 def transformer_config(
     shape: ModelShape, layout: ParallelLayout, platform: Platform, options: ComputeOptions, **overrides: Any
 ) -> MoELPRConfig:
-    """Build the configuration and check that the layout fits the model.
+    """Build the configuration and check that layout, model, options and platform fit each other.
 
     Args:
         overrides: further MoELPRConfig fields, for example loss coefficients.
 
     Raises:
-        UserError: the layout does not fit.
+        UserError: something does not fit.
     """
     check_layout(shape, layout)
+    check_options(shape, layout, options)
+    check_platform(shape, layout, options, platform)
     fields = _architecture_fields(shape.architecture)
     fields |= _expert_fields(shape, options) | _layout_fields(layout, options.dtype)
-    fields |= _recompute_fields(options) | _platform_fields(platform)
+    fields |= _recompute_fields(options) | platform_fields(platform)
+    fields |= options.fp8.transformer_fields()
     return MoELPRConfig(**(fields | overrides))
 
 
@@ -90,6 +97,31 @@ def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
         num_query_groups=architecture.num_query_groups,
         experts_per_layer=shape.experts_per_layer,
     )
+
+
+def check_options(
+    shape: ModelShape, layout: ParallelLayout, options: ComputeOptions, tokens: int | None = None
+) -> None:
+    """Check the options against model and layout, without a device.
+
+    Args:
+        tokens: of a micro-batch; None: not known here.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    check_fp8_flags(options.fp8, options.dtype)
+    check_fp8_shapes(options.fp8, shape.architecture, layout, tokens)
+
+
+def check_platform(shape: ModelShape, layout: ParallelLayout, options: ComputeOptions, platform: Platform) -> None:
+    """Check that the platform can compute the model this way.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    check_fp8_device(options.fp8, platform)
+    check_dispatcher(options.moe_token_dispatcher_type, layout, shape.max_experts, shape.top_k, platform)
 
 
 def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
@@ -161,17 +193,3 @@ def _recompute_fields(options: ComputeOptions) -> dict[str, Any]:
         "recompute_num_layers": options.recompute_num_layers,
         "recompute_modules": list(modules) if modules is not None else None,
     }
-
-
-def _platform_fields(platform: Platform) -> dict[str, Any]:
-    if platform.transformer_engine:
-        return {
-            "attention_backend": AttnBackend.auto,
-            "apply_rope_fusion": True,
-            "bias_activation_fusion": True,
-            "moe_permute_fusion": True,
-            "persist_layer_norm": True,
-            "deallocate_pipeline_outputs": True,
-        }
-    # Outputs sent to the next pipeline stage are not freed: gloo still reads the memory when the send has returned.
-    return {"transformer_impl": "local", "use_cpu_initialization": True, "attention_backend": AttnBackend.local}

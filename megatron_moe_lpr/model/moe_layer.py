@@ -1,18 +1,22 @@
 """The MoE layer: a frozen original expert apart from the expert-parallel group of new experts."""
 
+import contextlib
 import copy
 import dataclasses
 import math
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_moe_lpr.model.fp8 import row_alignment
 
 
 @dataclasses.dataclass
@@ -42,14 +46,16 @@ class MoELPRLayer(MoELayer):
         num_experts: int,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        fp8_parameters: bool = False,
     ) -> None:
         router = partial(_build_for_all_experts, submodules.router, num_experts)
-        super().__init__(
-            _config_of_new_experts(config, num_experts),
-            MoESubmodules(experts=submodules.experts, router=router),
-            layer_number,
-            pg_collection,
-        )
+        with _parameters_in_fp8(config) if fp8_parameters else contextlib.nullcontext():
+            super().__init__(
+                _config_of_new_experts(config, num_experts),
+                MoESubmodules(experts=submodules.experts, router=router),
+                layer_number,
+                pg_collection,
+            )
         for weight in self.experts.parameters():
             # Megatron reduces these gradients over the expert-data-parallel ranks. Marked at EP=1 too, so that the
             # optimizer state keeps one form for every EP size.
@@ -126,8 +132,23 @@ class MoELPRLayer(MoELayer):
             largest = torch.tensor(chosen, device=torch.cuda.current_device())
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.attn_tp_group)
             chosen = int(largest)
-        alignment = get_align_size_for_quantization(self.config) if self.config.fp8 else 1
+        alignment = 1
+        if self.config.fp8:
+            alignment = row_alignment(self.config.fp8_recipe, self.config.sequence_parallel)
         return max(1, math.ceil(chosen / alignment)) * alignment
+
+
+@contextlib.contextmanager
+def _parameters_in_fp8(config: TransformerConfig) -> Iterator[None]:
+    """Transformer Engine's linear layers built inside keep their weights in FP8.
+
+    Without gradients, so that fp8_utils.py `get_fp8_context` does not ask for a second copy of the initial values: the
+    optimizer would start from these, and here the weights come from a checkpoint that is read later.
+    """
+    config = copy.copy(config)
+    config.fp8_param = True
+    with torch.no_grad(), get_fp8_context(config, is_init=True):
+        yield
 
 
 def _build_for_all_experts(

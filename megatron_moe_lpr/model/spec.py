@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -43,8 +44,18 @@ def block_spec(
     first = get_transformer_layer_offset(config, virtual_stage, stage)
     count = get_num_layers_to_build(config, virtual_stage, stage)
     layer = _transformer_engine_layer if transformer_engine else _local_layer
-    layers = [layer(config, experts) for experts in experts_per_layer[first : first + count]]
+    layers = [layer(config, experts_per_layer[index]) for index in range(first, first + count)]
+    if config.fp8 and config.fp8_new_expert_parameters:
+        _keep_new_experts_in_fp8(config, layers, first)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(transformer_engine))
+
+
+def _keep_new_experts_in_fp8(config: TransformerConfig, layers: Sequence[ModuleSpec], first: int) -> None:
+    """In all layers but those that compute in bf16. Only here is a layer's number in the whole model known."""
+    for index, layer in enumerate(layers, start=first):
+        mlp = layer.submodules.mlp
+        if mlp.module is MoELPRLayer and not is_first_last_bf16_layer(config, index):
+            mlp.params["fp8_parameters"] = True
 
 
 def _final_norm(transformer_engine: bool) -> type:

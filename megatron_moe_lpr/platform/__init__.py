@@ -12,6 +12,9 @@ from typing import Literal
 import torch
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.platform.facts import GPUFacts
+
+__all__ = ["GPUFacts", "Platform", "PlatformName", "select_platform"]
 
 PlatformName = Literal["auto", "cpu", "cuda"]
 
@@ -26,27 +29,34 @@ class Platform:
     """Where this rank's parameters live."""
     transformer_engine: bool
     """Layers come from Transformer Engine; otherwise Megatron's local layers."""
+    gpu: GPUFacts | None = None
+    """What the device can do; None on the CPU."""
 
 
 _selected: Platform | None = None
 
 
-def select_platform(name: PlatformName = "auto") -> Platform:
+def select_platform(name: PlatformName = "auto", tensor_parallel_size: int = 1) -> Platform:
     """Choose the platform once per process; `auto` takes CUDA where a device is visible.
 
-    Choosing the CPU installs the replacements of `platform.cpu`; on CUDA nothing is replaced.
+    Choosing the CPU installs the replacements of `platform.cpu`; on CUDA nothing is replaced, and with
+    `tensor_parallel_size` over 1 the environment is made to launch kernels in order.
 
     Raises:
         UserError: CUDA was asked for and is missing, or another platform was chosen before.
     """
     global _selected
+    if name != "cpu" and _selected is None:
+        from megatron_moe_lpr.platform.cuda import order_kernel_launches
+
+        order_kernel_launches(os.environ, tensor_parallel_size)
     if name == "auto":
         name = _selected.name if _selected else ("cuda" if torch.cuda.is_available() else "cpu")
     if _selected is not None:
         if _selected.name != name:
             raise UserError(f"--platform {name}: this process already runs on {_selected.name}")
         return _selected
-    _selected = _select_cuda() if name == "cuda" else _select_cpu()
+    _selected = _select_cuda(tensor_parallel_size) if name == "cuda" else _select_cpu()
     return _selected
 
 
@@ -57,12 +67,12 @@ def _select_cpu() -> Platform:
     return Platform("cpu", "gloo", torch.device("cpu"), transformer_engine=False)
 
 
-def _select_cuda() -> Platform:
+def _select_cuda(tensor_parallel_size: int) -> Platform:
     if not torch.cuda.is_available():
         raise UserError(
             "--platform cuda: no CUDA device is visible to PyTorch; check nvidia-smi, or pass --platform cpu"
         )
-    from megatron_moe_lpr.platform.cuda import require_transformer_engine
+    from megatron_moe_lpr.platform.cuda import check_kernel_launch_order, gpu_facts, require_transformer_engine
 
     require_transformer_engine()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -70,4 +80,6 @@ def _select_cuda() -> Platform:
         visible = torch.cuda.device_count()
         raise UserError(f"local rank {local_rank} has no GPU, {visible} visible; lower torchrun's --nproc-per-node")
     torch.cuda.set_device(local_rank)
-    return Platform("cuda", "nccl", torch.device("cuda", local_rank), transformer_engine=True)
+    facts = gpu_facts()
+    check_kernel_launch_order(os.environ, tensor_parallel_size, facts.capability)
+    return Platform("cuda", "nccl", torch.device("cuda", local_rank), transformer_engine=True, gpu=facts)

@@ -1,10 +1,18 @@
-"""What the CUDA platform needs beside PyTorch."""
+"""What the CUDA platform needs beside PyTorch, and what it finds: nothing here has run on a device yet."""
 
 import importlib.util
+from collections.abc import MutableMapping
+from importlib import metadata
+
+import torch
+from packaging.version import Version
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.platform.facts import GPUFacts
 
 INSTALL_HINT = "use the project's Docker image, or pip install 'megatron-moe-lpr[gpu]'"
+MAX_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+BLACKWELL = (10, 0)
 
 
 def require_transformer_engine() -> None:
@@ -16,8 +24,56 @@ def require_transformer_engine() -> None:
     _refuse_foreign_apex()
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # a wheel without its libraries raises RuntimeError
+    except (ImportError, RuntimeError, OSError) as error:  # a wheel without its libraries raises RuntimeError
         raise UserError(f"Transformer Engine does not import ({error}); {INSTALL_HINT}") from error
+
+
+def gpu_facts() -> GPUFacts:
+    """Ask the device of this rank and the installed libraries."""
+    major, minor, *_ = (int(part) for part in torch.version.cuda.split("."))
+    return GPUFacts(
+        capability=torch.cuda.get_device_capability(),
+        cuda=(major, minor),
+        transformer_engine=Version(metadata.version("transformer-engine")),
+        fused_weight_gradients=_imports("fused_weight_gradient_mlp_cuda"),
+        deep_ep=_imports("deep_ep"),
+    )
+
+
+def order_kernel_launches(environment: MutableMapping[str, str], tensor_parallel_size: int) -> None:
+    """Set CUDA_DEVICE_MAX_CONNECTIONS=1 for tensor parallelism; call it before CUDA is initialised.
+
+    With one hardware queue kernels start in the order of their launches. Megatron's tensor-parallel layers launch the
+    collective before the matrix product that hides it (tensor_parallel/layers.py); on Hopper and older with more queues
+    the product may take every multiprocessor first, and the collective waits until it is over. Without tensor
+    parallelism nothing counts on the order and CUDA's default of 8 queues is left alone.
+    """
+    if tensor_parallel_size > 1:
+        environment.setdefault(MAX_CONNECTIONS, "1")
+
+
+def check_kernel_launch_order(
+    environment: MutableMapping[str, str], tensor_parallel_size: int, capability: tuple[int, int]
+) -> None:
+    """Refuse an environment that undoes `order_kernel_launches`; Blackwell orders launches by priority instead.
+
+    Raises:
+        UserError: naming the variable.
+    """
+    value = environment.get(MAX_CONNECTIONS)
+    if tensor_parallel_size > 1 and capability < BLACKWELL and value != "1":
+        raise UserError(f"{MAX_CONNECTIONS}={value}: --tensor-model-parallel-size over 1 needs 1 on this device")
+
+
+def _imports(module: str) -> bool:
+    """Whether a module that is there can also load its libraries."""
+    if importlib.util.find_spec(module) is None:
+        return False
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
 
 
 def _refuse_foreign_apex() -> None:

@@ -82,6 +82,7 @@ def save_run(state: RunState, save: Path, source: CheckpointDirectory, card: Che
     Raises:
         UserError: it can't be written, on every rank with the reason; the latest checkpoint stays as it was.
     """
+    _finish_parameter_gather(state.chunks)
     partial = save / f".{iteration_directory_name(state.iteration)}.partial"
     _together(lambda: _make_empty(partial), state.iteration, save)
     try:
@@ -97,6 +98,14 @@ def save_run(state: RunState, save: Path, source: CheckpointDirectory, card: Che
         finish_iteration(partial, save, state.iteration)
 
     _together(finish, state.iteration, save)
+
+
+def _finish_parameter_gather(chunks: list[torch.nn.Module]) -> None:
+    """With overlapped gathering a rank has only its own share of the last step's weights until the next forward pass
+    (distrib_optimizer.py `step_with_ready_grads`)."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _together(action: Callable[[], object], iteration: int, save: Path) -> None:

@@ -10,8 +10,9 @@ import tyro
 from megatron_moe_lpr.data.config import DataConfig
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.config import ComputeOptions
+from megatron_moe_lpr.model.fp8 import FP8Options
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.platform import PlatformName
+from megatron_moe_lpr.platform import Platform, PlatformName
 from megatron_moe_lpr.training.stages import StageOptions
 
 
@@ -64,8 +65,11 @@ class OptimizerOptions:
     weight_decay: float = 0.0
     """Decoupled weight decay of trainable matrices."""
     adam_beta1: float = 0.9
+    """Decay of the first moment."""
     adam_beta2: float = 0.999
+    """Decay of the second moment."""
     adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Largest norm of all gradients together; 0: no clipping."""
     use_distributed_optimizer: bool = False
@@ -74,10 +78,21 @@ class OptimizerOptions:
     """Reduce gradients while the backward pass goes on."""
     overlap_param_gather: bool = False
     """Gather updated parameters during the next forward pass; needs the two above."""
+    overlap_on_gpus: bool = True
+    """On GPUs turn the three above on: a step then neither waits for gradients nor for parameters to travel, and a
+    rank keeps its share of the optimizer's state only."""
 
     def __post_init__(self) -> None:
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+
+    def on(self, platform: Platform) -> "OptimizerOptions":
+        """These options with the platform's launch defaults."""
+        if platform.name != "cuda" or not self.overlap_on_gpus:
+            return self
+        return dataclasses.replace(
+            self, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +114,7 @@ class PrecisionOptions:
     recompute_modules: tuple[str, ...] | None = None
     """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
 
-    def compute_options(self, checkpoint_dtype: str) -> ComputeOptions:
+    def compute_options(self, checkpoint_dtype: str, fp8: FP8Options | None = None) -> ComputeOptions:
         """What the model room needs to know.
 
         Raises:
@@ -118,6 +133,7 @@ class PrecisionOptions:
             recompute_method=self.recompute_method or ("uniform" if full else None),
             recompute_num_layers=self.recompute_num_layers or (1 if full else None),
             recompute_modules=self.recompute_modules,
+            fp8=fp8 or FP8Options(),
         )
 
 
@@ -160,6 +176,7 @@ class TrainingConfig:
     data: tyro.conf.OmitArgPrefixes[DataConfig]
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = dataclasses.field(default_factory=OptimizerOptions)
     precision: tyro.conf.OmitArgPrefixes[PrecisionOptions] = dataclasses.field(default_factory=PrecisionOptions)
+    fp8: tyro.conf.OmitArgPrefixes[FP8Options] = dataclasses.field(default_factory=FP8Options)
     layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
     logging: tyro.conf.OmitArgPrefixes[LoggingOptions] = dataclasses.field(default_factory=LoggingOptions)
     platform: PlatformName = "auto"

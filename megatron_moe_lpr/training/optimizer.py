@@ -21,6 +21,7 @@ def wrap_data_parallel(
         overlap_grad_reduce=options.overlap_grad_reduce,
         overlap_param_gather=options.overlap_param_gather,
         use_distributed_optimizer=options.use_distributed_optimizer,
+        fp8_param_gather=config.fp8_new_expert_parameters,
     )
     return [
         # Only the first chunk's gradients are worth splitting into buckets: the others are reduced in its shadow.
@@ -46,6 +47,7 @@ def build_optimizer(
         params_dtype=config.params_dtype,
         use_distributed_optimizer=options.use_distributed_optimizer,
         overlap_param_gather=options.overlap_param_gather,
+        fp8_recipe=config.fp8_recipe if config.fp8 else None,
     )
     optimizer = get_megatron_optimizer(settings, list(chunks), use_gloo_process_groups=platform.backend == "nccl")
     _connect(chunks, config, options, optimizer)

@@ -17,7 +17,8 @@ from megatron_moe_lpr.data.config import DataSources, read_data_sources
 from megatron_moe_lpr.data.datasets import Datasets, build_datasets
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.config import ModelShape, check_layout
+from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, check_layout, check_options, check_platform
+from megatron_moe_lpr.model.fp8 import FP8Options
 from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.platform import Platform, select_platform
@@ -78,14 +79,21 @@ def prepare(config: TrainingConfig) -> Run:
     check_stage(stage, card.is_moe, sources)
     _check_lengths(config, shape)
     check_layout(shape, config.layout)
+    options = config.precision.compute_options(card.dtype, config.fp8)
+    check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
+    check_parameter_gather(config.fp8, stage)
     own = find_own_checkpoint(config.checkpoint.save, run_settings(config, sources))
 
-    platform = select_platform(config.platform)
+    platform = select_platform(config.platform, config.layout.tensor_model_parallel_size)
+    check_platform(shape, config.layout, options, platform)
+    config = dataclasses.replace(config, optimizer=config.optimizer.on(platform))
+    if config.fp8.fp8_param_gather and not config.optimizer.use_distributed_optimizer:
+        raise UserError("--fp8-param-gather needs --use-distributed-optimizer")
     initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
     num_microbatches = _num_microbatches(config)
     train_samples = config.batch.train_iters * config.batch.global_batch_size
     datasets = build_datasets(sources, config.data, config.batch.seq_length, train_samples)
-    model, state = _build(config, stage, platform, start, own)
+    model, state = _build(config, stage, platform, options, start, own)
     return Run(config, stage, platform, model, sources, datasets, state, num_microbatches)
 
 
@@ -93,6 +101,7 @@ def _build(
     config: TrainingConfig,
     stage: Stage,
     platform: Platform,
+    options: ComputeOptions,
     start: CheckpointDirectory,
     own: CheckpointDirectory | None,
 ) -> tuple[LoadedModel, RunState]:
@@ -100,7 +109,7 @@ def _build(
         start.path,
         config.layout,
         platform,
-        config.precision.compute_options(start.card().dtype),
+        options,
         load_balancing_coeff=stage.load_balancing_coeff,
         lpr_loss_coeff=stage.lpr_loss_coeff,
         lpr_loss_form=config.stage.lpr_loss_form,
@@ -116,6 +125,18 @@ def _build(
     if own:
         load_run(state, own)
     return dataclasses.replace(model, chunks=chunks), state
+
+
+def check_parameter_gather(options: FP8Options, stage: Stage) -> None:
+    """Weights that are frozen must stay as they are, to the bit: FP8 would round them.
+
+    Raises:
+        UserError: the new experts don't train.
+    """
+    if options.fp8_param_gather and "new experts" not in stage.trains:
+        raise UserError(
+            f"--fp8-param-gather: stage {stage.name} keeps the new experts frozen, to the bit; leave it out"
+        )
 
 
 def _num_microbatches(config: TrainingConfig) -> int:

@@ -1,0 +1,20 @@
+"""What a GPU and the libraries beside it can do, as data that tests can make up."""
+
+import dataclasses
+
+from packaging.version import Version
+
+
+@dataclasses.dataclass(frozen=True)
+class GPUFacts:
+    """The device of this rank and the installed libraries."""
+
+    capability: tuple[int, int]
+    """Compute capability: (8, 9) Ada, (9, 0) Hopper, (10, 0) Blackwell."""
+    cuda: tuple[int, int]
+    """Version of CUDA that PyTorch was built for."""
+    transformer_engine: Version
+    fused_weight_gradients: bool = False
+    """NVIDIA apex's `fused_weight_gradient_mlp_cuda` imports."""
+    deep_ep: bool = False
+    """DeepEP imports."""

@@ -1,0 +1,67 @@
+"""What the GPU tests compute with, and the processes they compute it in.
+
+The test process itself never touches a device: every run is a process of its own, as a user would start it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.conversion.helpers import rewrite_checkpoint
+from tests.conversion.tiny_models import COMMON
+from tests.training.runs import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+TIMEOUT_SECONDS = 900
+
+
+def gpu_checkpoint(root: Path) -> Path:
+    """Four layers, five different experts each, every dimension a multiple of 128."""
+    before = dict(COMMON)
+    COMMON.update(SIZES, initializer_range=0.05)
+    try:
+        checkpoint = make_checkpoint(root, perturbed=False)
+    finally:
+        COMMON.update(before)
+    rewrite_checkpoint(checkpoint, _perturb_a_little)
+    return checkpoint
+
+
+def _perturb_a_little(tensors: dict[str, torch.Tensor]) -> None:
+    """Experts differ, but not by much: a token whose two best experts change places by rounding must not decide."""
+    generator = torch.Generator().manual_seed(7)
+    for key, tensor in tensors.items():
+        if ".mlp.experts." in key or ".router." in key:
+            size = 0.2 if ".router." in key else 0.01
+            tensors[key] = tensor + size * torch.randn(tensor.shape, generator=generator)
+
+
+def run_ranks(ranks: int, module: str, *arguments: object) -> str:
+    """`torchrun --nproc-per-node RANKS -m MODULE ARGUMENTS...`; its output, or an AssertionError with it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", module, *(str(argument) for argument in arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return done.stdout
+
+
+def compute(checkpoint: Path, out: Path, *flags: object, ranks: int = 1) -> dict[str, torch.Tensor]:
+    """Logits, loss and gradients by checkpoint key, computed in processes of their own (`tests.gpu.compute`)."""
+    run_ranks(ranks, "tests.gpu.compute", "--load", checkpoint, "--out", out, *flags)
+    return torch.load(out, weights_only=True)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def gradient_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The same of all gradients as one vector."""
+    assert found.keys() == expected.keys()
+    return relative_error(*(torch.cat([part[key].flatten() for key in expected]) for part in (found, expected)))

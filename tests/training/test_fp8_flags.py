@@ -1,0 +1,57 @@
+"""FP8 flags of a training run: refused with one line, before a model or a process group is built."""
+
+import dataclasses
+
+import pytest
+import torch
+from packaging.version import Version
+
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.fp8 import FP8Options
+from megatron_moe_lpr.platform import GPUFacts, Platform
+from megatron_moe_lpr.training.config import OptimizerOptions
+from megatron_moe_lpr.training.setup import check_parameter_gather, prepare
+from megatron_moe_lpr.training.stages import STAGES
+from tests.training.runs import make_checkpoint, make_data, training_config
+
+CUDA = Platform(
+    "cuda", "nccl", torch.device("cuda"), transformer_engine=True, gpu=GPUFacts((9, 0), (13, 0), Version("2.11"))
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return make_checkpoint(root), make_data(root)
+
+
+@pytest.mark.parametrize(
+    ("precision", "fp8", "message"),
+    [
+        ({"fp32": True}, {}, "--fp8-format needs bf16"),
+        ({"fp32": False, "bf16": True}, {}, "needs NVIDIA GPUs, and this run is on --platform cpu"),
+        ({"fp32": False, "bf16": True}, {"fp8_recipe": "mxfp8"}, "FFN columns of a rank is 48, not a multiple of 32"),
+        ({"fp32": False, "bf16": True, "seq_length": 20}, {}, "--micro-batch-size x --seq-length of a rank is 40"),
+    ],
+)
+def test_refused_before_anything_is_built(precision, fp8, message, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_moe_lpr.training.setup.initialize_parallel", None)
+    config = training_config(inputs[0], tmp_path / "run", inputs[1], **precision)
+    with pytest.raises(UserError, match=message):
+        prepare(dataclasses.replace(config, fp8=FP8Options(fp8_format="hybrid", **fp8)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp8_weights_need_experts_that_train():
+    gather = FP8Options(fp8_format="hybrid", fp8_param_gather=True)
+    check_parameter_gather(gather, STAGES["1"])
+    with pytest.raises(UserError, match="stage 2 keeps the new experts frozen"):
+        check_parameter_gather(gather, STAGES["2"])
+
+
+def test_overlap_is_the_default_on_gpus_only(cpu_platform):
+    given = OptimizerOptions()
+    assert given.on(cpu_platform) == given
+    resolved = given.on(CUDA)
+    assert resolved.use_distributed_optimizer and resolved.overlap_grad_reduce and resolved.overlap_param_gather
+    assert OptimizerOptions(overlap_on_gpus=False).on(CUDA) == OptimizerOptions(overlap_on_gpus=False)

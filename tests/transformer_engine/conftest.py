@@ -1,0 +1,21 @@
+"""These tests run in the environment of `environment.sh`, with the stand-in as a plugin: `make test-te`."""
+
+import pytest
+
+from tests.transformer_engine import ranks, stub
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip where Transformer Engine's Python part is not there, or the real thing is."""
+    if stub.is_installed():
+        return
+    reason = "needs Transformer Engine's Python part and the tests' stand-in: make test-te"
+    for item in items:
+        if "tests/transformer_engine/" in str(item.path).replace("\\", "/"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _end_ranks():
+    yield
+    ranks.close()

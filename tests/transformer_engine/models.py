@@ -1,0 +1,131 @@
+"""What the ranks do: build, load, save and compare models of either specification."""
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
+
+from megatron_moe_lpr.checkpoint import loading
+from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_shape
+from megatron_moe_lpr.checkpoint.model_state import CONTENT_METADATA, EXTRA_STATE, sharded_model_state
+from megatron_moe_lpr.model.build import build_model, unwrap
+from megatron_moe_lpr.model.config import ComputeOptions, transformer_config
+from megatron_moe_lpr.model.fp8 import FP8Options
+from megatron_moe_lpr.parallel.groups import initialize_parallel
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.training.stages import STAGES, freeze
+from tests.transformer_engine.ranks import platform_of_this_rank
+
+NEVER_A_WEIGHT = 12345.0
+
+
+def load(path: Path, expert_parallel: int = 1, options: ComputeOptions | None = None) -> LoadedModel:
+    """Load as the package does, every parameter spoilt beforehand so that none can stay at its initial value."""
+    platform, layout = platform_of_this_rank(), ParallelLayout(expert_model_parallel_size=expert_parallel)
+    initialize_parallel(platform, layout)
+    with _spoilt_parameters():
+        return load_model(path, layout, platform, options, use_cpu_initialization=True)
+
+
+@contextlib.contextmanager
+def _spoilt_parameters():
+    def build_and_spoil(*args: Any, **kwargs: Any) -> list[torch.nn.Module]:
+        chunks = build_model(*args, **kwargs)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.data.fill_(NEVER_A_WEIGHT)
+        return chunks
+
+    loading.build_model = build_and_spoil
+    try:
+        yield
+    finally:
+        loading.build_model = build_model
+
+
+def parameters(path: Path, expert_parallel: int = 1) -> dict[str, torch.Tensor]:
+    """This rank's parameters under their checkpoint keys (local shards), after loading."""
+    return local_shards(load(path, expert_parallel))
+
+
+def local_shards(model: LoadedModel) -> dict[str, torch.Tensor]:
+    """This rank's tensors by checkpoint key and place in the whole tensor; extra states left out."""
+    state = sharded_model_state(model.chunks)
+    apply_factories(state)
+    return {
+        f"{part.key} {part.global_offset} of {part.global_shape}": part.data.detach().clone()
+        for part in nested_values(state)
+        if isinstance(part, ShardedTensor) and EXTRA_STATE not in part.key
+    }
+
+
+def save_again(path: Path, target: Path, expert_parallel: int = 1) -> None:
+    """Load a checkpoint and write it by Megatron's own dist_checkpointing, with the files that lie beside it."""
+    model = load(path, expert_parallel)
+    partial = target / "release"
+    if torch.distributed.get_rank() == 0:
+        partial.mkdir(parents=True)
+        shutil.copytree(model.directory.side_directory, partial / "moe_lpr")
+        (target / "latest_checkpointed_iteration.txt").write_text("release")
+    torch.distributed.barrier()
+    state = sharded_model_state(model.chunks)
+    dist_checkpointing.save(state, str(partial), content_metadata=dict(CONTENT_METADATA))
+
+
+def missing_keys(path: Path) -> tuple[list[str], list[str]]:
+    """Keys the model asks for and does not get, by Megatron's loading and by torch's, and those it has no place for."""
+    model = load(path)
+    state = sharded_model_state(model.chunks)
+    loaded, missing, unexpected = dist_checkpointing.load(
+        state, str(model.directory.path), strict=StrictHandling.RETURN_ALL
+    )
+    result = unwrap(model.chunks[0]).load_state_dict(loaded["model"], strict=False)
+    return sorted({*missing, *result.missing_keys}), sorted({*unexpected, *result.unexpected_keys})
+
+
+def trainable_and_frozen(path: Path, stage: str) -> tuple[list[str], list[str]]:
+    """Checkpoint keys of what trains and of what is frozen in a stage."""
+    model = load(path)
+    freeze(model.chunks, STAGES[stage])
+    shards = unwrap(model.chunks[0]).sharded_state_dict(metadata=dict(CONTENT_METADATA))
+    trainable, frozen = [], []
+    for name, parameter in unwrap(model.chunks[0]).named_parameters():
+        part = shards[name]
+        # A gated fc1 lies in two halves under one key.
+        (trainable if parameter.requires_grad else frozen).append(part.key)
+    return sorted(trainable), sorted(frozen)
+
+
+def construct(path: Path, fp8: FP8Options) -> dict[str, str]:
+    """Build with FP8 set, enter the recipe's context as the transformer block does; classes of the layer's parts."""
+    platform, layout = platform_of_this_rank(), ParallelLayout()
+    initialize_parallel(platform, layout)
+    shape = model_shape(resolve_checkpoint(path))
+    options = ComputeOptions(dtype=torch.bfloat16, fp8=fp8)
+    config = transformer_config(shape, layout, platform, options, use_cpu_initialization=True)
+    model = unwrap(build_model(shape, config, platform)[0])
+    found = {name: type(module).__name__ for name, module in model.decoder.layers[0].named_modules()}
+    if fp8.enabled:
+        found["recipe"] = type(get_fp8_recipe(config)).__name__
+        with get_fp8_context(config, 1):
+            from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+            found["entered"] = str(FP8GlobalStateManager.is_fp8_enabled())
+    return found
+
+
+def first_fp8_parameter(path: Path, fp8: FP8Options) -> str:
+    """Build with FP8 parameters until the first weight is quantised, which needs a kernel: the error that ends it."""
+    try:
+        construct(path, fp8)
+    except NotImplementedError as error:
+        return str(error)
+    return "no weight was quantised"
