@@ -1,0 +1,34 @@
+# MoE-LPR on Megatron-Core.
+#   docker build -t moe-lpr .                     for NVIDIA GPUs
+#   docker build -t moe-lpr:cpu --target cpu .    to try it without
+#   docker run IMAGE make test                    self-check
+# The GPU image keeps the base's torch and Transformer Engine: megatron-core comes without its dependencies, and a
+# constraints file pins what the base has, so that pip fails rather than replaces.
+
+FROM nvcr.io/nvidia/pytorch:25.11-py3 AS gpu
+RUN useradd --create-home --uid 10001 trainer
+WORKDIR /opt/moe-lpr
+COPY docker docker
+RUN pip list --format=freeze | grep -iE '^(torch|torchvision|triton|numpy|transformer[_-]engine.*)==' > /tmp/base.txt \
+    && PIP_CONSTRAINT= pip install --no-cache-dir --no-deps 'megatron-core>=0.16.1,<0.17' \
+    && PIP_CONSTRAINT= pip install --no-cache-dir --constraint /tmp/base.txt --requirement docker/requirements.txt
+COPY . .
+RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && chown -R trainer . && rm /tmp/base.txt
+USER trainer
+CMD ["bash"]
+
+FROM python:3.11-slim-bookworm AS cpu
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends git make shellcheck \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 10001 trainer
+WORKDIR /opt/moe-lpr
+COPY docker docker
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" 'torch>=2.6' \
+    && pip install --no-cache-dir --no-deps 'megatron-core>=0.16.1,<0.17' \
+    && pip install --no-cache-dir --requirement docker/requirements.txt 'setuptools>=77'
+COPY . .
+RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && chown -R trainer .
+USER trainer
+CMD ["bash"]

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Mistral-7B: the dense Hugging Face model becomes a Megatron checkpoint with experts.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+: "${HF:=}"                                   # directory with the model's config.json, safetensors and tokenizer
+: "${SAVE:=checkpoints/mistral-7b-5experts}"  # the checkpoint to write
+: "${NUM_EXPERTS:=5}"                         # with the original one: then EP can be 1, 2 or 4
+: "${TOP_K:=2}"                               # experts per token
+
+convert "$@"

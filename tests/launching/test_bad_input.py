@@ -1,0 +1,50 @@
+"""Example scripts with bad settings: one reason, before anything is launched."""
+
+import pytest
+
+from tests.launching.builders import ROOT, prepare_inputs, run_script
+
+LAUNCH = "-m megatron_moe_lpr.launch"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A converted tiny model and datasets."""
+    return prepare_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "message"),
+    [
+        ("convert_qwen.sh", {"HF": ""}, "HF is not set; give the directory of the dense model"),
+        ("convert_qwen.sh", {"HF": "none"}, "HF: none/config.json does not exist"),
+        ("preprocess.sh", {"HF": "none"}, "HF: none does not exist"),
+        ("preprocess.sh", {"DATA": "new", "INPUT": "none/LANGUAGE.gz"}, "no such file: none/el.gz"),
+        ("preprocess.sh", {"PARTITION": "1-4"}, "PARTITION=1-4: i/n or merge/n"),
+        ("stage1_qwen.sh", {"LOAD": "none"}, "LOAD: none does not exist; a convert_*.sh writes it"),
+        ("stage2_qwen.sh", {"LOAD": "none"}, "LOAD: none does not exist; it is SAVE of stage1_*.sh"),
+        ("stage1_qwen.sh", {"DATA": "none"}, "DATA: none/valid-el.idx does not exist; preprocess.sh writes it"),
+        ("stage1_qwen.sh", {"EXPANDED": "el tr"}, "valid-tr.idx does not exist"),
+        ("stage1_qwen.sh", {"ORIGINAL": " "}, "name languages"),
+        ("stage1_qwen.sh", {"PLATFORM": "cuda", "PATH": "/usr/bin:/bin"}, "no GPU: nvidia-smi does not answer"),
+        ("stage1_qwen.sh", {"PLATFORM": "tpu"}, "PLATFORM=tpu: cuda or cpu"),
+        ("stage1_qwen.sh", {"RECOMPUTE": "some"}, "RECOMPUTE=some: none, moe or full"),
+        ("stage1_qwen.sh", {"GPUS_PER_NODE": 3, "TP": 2}, "3 ranks cannot hold TP 2 x PP 1 = 2 ranks per model copy"),
+        ("stage1_qwen.sh", {"GPU_MEMORY": 1}, "1 x 1 GiB: no layout fits"),
+        ("export.sh", {"LOAD": "none"}, "LOAD: none does not exist; it is SAVE of stage2_*.sh"),
+    ],
+)
+def test_stops_before_launching(inputs, script, settings, message):
+    result = run_script(script, inputs, **{"LOAD": inputs / "moe", "SAVE": inputs / "run", **settings})
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode != 0 and len(errors) == 1 and message in errors[0], result.stderr
+    assert LAUNCH not in result.stdout and not (inputs / "run").exists()
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("stage*.sh")))
+def test_dry_run_shows_the_command(inputs, script):
+    settings = {"LOAD": inputs / "moe", "SAVE": inputs / "run", "DRY_RUN": 1, "PYTHON": "echo"}
+    result = run_script(script, inputs, **settings, TRAIN_ITERS=7, FP8=1, PP=1, EP=1)
+    assert result.returncode == 0, result.stderr
+    assert LAUNCH in result.stdout and "--train-iters 7" in result.stdout and "tools/plan.py" in result.stdout
+    assert "--fp8-format hybrid --fp8-recipe delayed" in result.stdout and not (inputs / "run").exists()

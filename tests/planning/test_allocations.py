@@ -1,0 +1,97 @@
+"""The plan's weights, gradients and optimizer state against what a rank really allocates."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
+from megatron_moe_lpr.model.config import ComputeOptions
+from megatron_moe_lpr.parallel.groups import initialize_parallel
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.planning.memory import RunSizes, rank_memory
+from megatron_moe_lpr.platform import select_platform
+from megatron_moe_lpr.training.config import OptimizerOptions
+from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_moe_lpr.training.stages import STAGES, freeze
+from tests.distributed import rank_pool
+from tests.launching.builders import prepare_inputs
+
+LARGEST_ERROR, PADDING = 0.006, 512
+"""Of each part, and the bytes by which Megatron pads small buffers, so that they split over the ranks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layout on two ranks."""
+
+    layout: dict
+    stage: str = "1"
+    dtype: str = "bfloat16"
+    distributed: bool = True
+
+
+CASES = [
+    Case({}),
+    Case({}, distributed=False),
+    Case({}, dtype="float32"),
+    Case({}, stage="2"),
+    Case({}, stage="full"),
+    Case({"tensor_model_parallel_size": 2}),
+    Case({"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+    Case({"expert_model_parallel_size": 2}),
+    Case({"pipeline_model_parallel_size": 2}),
+    Case({"pipeline_model_parallel_size": 2}, stage="full"),
+]
+
+
+def allocated(path, case: Case) -> dict[str, int]:
+    """On every rank: bytes of parameters, gradient buffers and, after a step, optimizer state."""
+    platform, layout = select_platform("cpu"), ParallelLayout(**case.layout)
+    initialize_parallel(platform, layout)
+    options = ComputeOptions(dtype=getattr(torch, case.dtype))
+    model = load_model(path, layout, platform, options, calculate_per_token_loss=True)
+    freeze(model.chunks, STAGES[case.stage])
+    settings = OptimizerOptions(use_distributed_optimizer=case.distributed)
+    chunks = wrap_data_parallel(model.chunks, model.config, settings)
+    optimizer = build_optimizer(chunks, model.config, settings, platform)
+    weights = sum(weight.nbytes for weight in chunks[0].parameters())
+    buffers = chunks[0].buffers + chunks[0].expert_parallel_buffers
+    gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
+    optimizer.step()
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer_state(optimizer, chunks[0])}
+
+
+def optimizer_state(optimizer, model) -> int:
+    """Bytes of AdamW's moments and of the copies that it updates, other than the model's own weights."""
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    held = {}
+    for part in (part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None):
+        for weight in (weight for group in part.param_groups for weight in group["params"]):
+            for tensor in (weight, *filter(torch.is_tensor, part.state[weight].values())):
+                if tensor.numel() > 1 and tensor.untyped_storage().data_ptr() not in own:
+                    held[tensor.data_ptr()] = tensor.nbytes
+    return sum(held.values())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A converted tiny model."""
+    return prepare_inputs(tmp_path_factory.mktemp("inputs")) / "moe"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_allocations(checkpoint, case):
+    shape, layout = model_shape(resolve_checkpoint(checkpoint)), ParallelLayout(**case.layout)
+    precision = "bf16" if case.dtype == "bfloat16" else "fp32"
+    sizes = RunSizes(STAGES[case.stage].trains, 2, precision=precision, distributed_optimizer=case.distributed)
+    for rank, real in enumerate(rank_pool(2).run(allocated, checkpoint, case)):
+        stage = rank if layout.pipeline_model_parallel_size > 1 else 0
+        planned = rank_memory(shape, layout, sizes, "none", stage)
+        for part, size in real.items():
+            plan = getattr(planned, part)
+            print(f"{part}: planned {plan:,.0f}, real {size:,}, error {plan / size - 1:.2%}")
+            assert abs(plan - size) <= max(LARGEST_ERROR * size, PADDING), (
+                f"rank {rank}, {part}: {plan:,}, real {size:,}"
+            )

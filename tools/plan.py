@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""Plan a run before it is started: parameters, operations, memory of a rank, and the layouts that fit, best first.
+
+Layout flags that are given are kept; the others are searched.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from megatron_moe_lpr.errors import UserError, run_command
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Plan a run before it is started."""
+
+    gpus: int
+    """GPUs of the run."""
+    gpu_memory: float = 80.0
+    """GiB of one GPU."""
+    gpus_per_node: int = 8
+    """TP stays inside a node."""
+    hf: Path | None = None
+    """A dense Hugging Face directory (or its config.json), upcycled as the next three flags say."""
+    num_experts: int = 6
+    """Experts per layer, the original one included."""
+    top_k: int = 2
+    """Experts per token."""
+    moe_layer_frequency: int = 1
+    """Experts in every F-th layer only."""
+    load: Path | None = None
+    """A converted checkpoint, instead of --hf."""
+    stage: Literal["1", "2", "full"] = "1"
+    """1 trains new experts and routers, 2 routers, full everything."""
+    seq_length: int = 1024
+    micro_batch_size: int = 1
+    global_batch_size: int = 512
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    use_distributed_optimizer: bool = True
+    tensor_model_parallel_size: int | None = None
+    pipeline_model_parallel_size: int | None = None
+    expert_model_parallel_size: int | None = None
+    recompute: Literal["none", "moe", "full"] | None = None
+    """Activations: keep all, compute MoE layers again, or whole layers."""
+    show: int = 8
+    """Layouts to show."""
+
+
+def main() -> None:
+    flags = tyro.cli(Flags, description=__doc__)
+    for name in ("gpus", "gpu_memory", "gpus_per_node", "seq_length", "micro_batch_size", "global_batch_size", "show"):
+        if getattr(flags, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be above 0")
+    # Late, because Megatron takes seconds to import and the checks above do without.
+    from megatron_moe_lpr.planning.report import print_plan
+    from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
+
+    shape, sizes = read_shape(flags), read_sizes(flags)
+    machine = Machine(flags.gpus, flags.gpus_per_node, flags.gpu_memory)
+    choice = Choice(
+        _given(flags.tensor_model_parallel_size),
+        _given(flags.pipeline_model_parallel_size),
+        _given(flags.expert_model_parallel_size),
+        _given(flags.recompute),
+    )
+    candidates = find_layouts(shape, sizes, machine, choice)
+    print_plan(shape, sizes, machine, candidates[: flags.show])
+
+
+def read_shape(flags: Flags):
+    """The model of the checkpoint, or what upcycling the dense one would give."""
+    from megatron_moe_lpr.checkpoint.card import read_json
+    from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+    from megatron_moe_lpr.checkpoint.loading import model_shape
+    from megatron_moe_lpr.model.architecture import read_architecture
+    from megatron_moe_lpr.model.config import ModelShape
+
+    if (flags.hf is None) == (flags.load is None):
+        raise UserError("give either --hf, a dense Hugging Face model, or --load, a converted checkpoint")
+    if flags.load is not None:
+        return model_shape(resolve_checkpoint(flags.load))
+    if not 1 <= flags.top_k <= max(flags.num_experts, 1) or flags.moe_layer_frequency < 1:
+        raise UserError("--num-experts, --top-k and --moe-layer-frequency: at least 1, and no more top-k than experts")
+    path = flags.hf / "config.json" if flags.hf.is_dir() else flags.hf
+    architecture = read_architecture(read_json(path), str(path))
+    layers = range(architecture.num_layers)
+    experts = tuple(1 if layer % flags.moe_layer_frequency else flags.num_experts for layer in layers)
+    return ModelShape(architecture, experts, flags.top_k)
+
+
+def read_sizes(flags: Flags):
+    """What of the run decides its memory."""
+    from megatron_moe_lpr.planning.memory import RunSizes
+    from megatron_moe_lpr.training.stages import STAGES
+
+    return RunSizes(
+        trains=STAGES[flags.stage].trains,
+        gpus=flags.gpus,
+        seq_length=flags.seq_length,
+        micro_batch_size=flags.micro_batch_size,
+        global_batch_size=flags.global_batch_size,
+        precision=flags.precision,
+        distributed_optimizer=flags.use_distributed_optimizer,
+    )
+
+
+def _given(value):
+    return () if value is None else (value,)
+
+
+if __name__ == "__main__":
+    run_command(main)
