@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 ITERS=${ITERS:-500}
 
-train() {
+make() {
     # shellcheck disable=SC2046,SC2086  # lists of words
     ranks -m megatron_moe_lpr.pretrain --stage full --load "$RUNS/random" --save "$RUNS/trained" $PRECISION \
         --train-iters "$ITERS" --micro-batch-size 4 --global-batch-size 8 --seq-length 256 \
@@ -24,7 +24,7 @@ step "$RUNS/random_hf/config.json" "tokenizer and random weights" \
 preprocess "$RUNS/random_hf"
 step "$RUNS/random/latest_checkpointed_iteration.txt" "to Megatron" \
     "$PYTHON" tools/convert_hf.py import --hf "$RUNS/random_hf" --save "$RUNS/random" --num-experts 1
-step "$RUNS/trained/.done" "training" train
+step "$RUNS/trained/.done" "training" make
 step "$RUNS/hf/config.json" "to Hugging Face" "$PYTHON" tools/convert_hf.py export --load "$RUNS/trained" --hf "$RUNS/hf"
 cp "$RUNS/trained/metrics.jsonl" "$RUNS/hf/metrics.jsonl"
 echo "the base model is in $RUNS/hf; cp -r it to data/base_model to use it in the demo"
