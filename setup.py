@@ -36,6 +36,6 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "eval": ["lm-eval"],
         "logging": ["tensorboard", "wandb"],
-        "test": ["pytest", "ruff"],
+        "test": ["pytest", "ruff", "tensorboard"],
     },
 )

@@ -6,6 +6,7 @@ def check(value):                       # at module level: ranks import it by na
 assert rank_pool(2).run(check, 10) == [10, 11]
 """
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -16,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 TIMEOUT_SECONDS = 180
+GRACE_SECONDS = 3
 
 
 class RankFailure(AssertionError):
@@ -32,7 +34,7 @@ class RankPool:
         self.processes, self.pipes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs))
             process.start()
             self.processes.append(process)
             self.pipes.append(ours)
@@ -65,8 +67,12 @@ class RankPool:
         return [results[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes: politely, so that they end their own children, and else by force."""
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
         for process in self.processes:
+            process.join(timeout=GRACE_SECONDS)
             process.kill()
         _pools.pop(self.world_size, None)
 
@@ -112,9 +118,12 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     initialize_parallel(select_platform("cpu"), ParallelLayout())
     while True:
         try:
-            function, args = pipe.recv()
+            task = pipe.recv()
         except EOFError:
             return
+        if task is None:
+            return
+        function, args = task
         try:
             pipe.send(("result", function(*args)))
         except BaseException:

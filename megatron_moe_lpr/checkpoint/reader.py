@@ -14,8 +14,9 @@ from megatron_moe_lpr.errors import UserError
 
 # Keys of the model's own tensors; optimizer state and the rest of a training checkpoint lie under others.
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
-# All that `.metadata` of a checkpoint needs; a pickle that names anything else is not unpickled. Whole names only:
-# a module's own imports (`os`, for one) must stay out of reach.
+# All that reading tensors needs of `.metadata`. Whatever else the pickle names (Megatron puts save plans into it)
+# becomes a placeholder that does nothing. Whole names only: a module's own imports (`os`, for one) must stay out of
+# reach.
 ALLOWED_IN_METADATA = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -99,11 +100,23 @@ class CheckpointReader:
         return tensor
 
 
+class _Placeholder:
+    """Takes the place of an object that is not needed; accepts what unpickling does to objects."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def append(self, value: Any) -> None: ...
+
+    def extend(self, values: Any) -> None: ...
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name not in ALLOWED_IN_METADATA.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")
-        return super().find_class(module, name)
+        return super().find_class(module, name) if name in ALLOWED_IN_METADATA.get(module, ()) else _Placeholder
 
 
 def _read_metadata(path: Path) -> Metadata:

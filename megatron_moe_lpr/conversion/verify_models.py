@@ -13,6 +13,7 @@ from megatron_moe_lpr.conversion.verify import Comparison, Forward, Outputs, com
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.config import ComputeOptions
+from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform
@@ -69,14 +70,12 @@ def megatron_forward(checkpoint: CheckpointDirectory, dtype: torch.dtype, platfo
     """
     initialize_parallel(platform, ParallelLayout())
     loaded = load_model(checkpoint.path, ParallelLayout(), platform, ComputeOptions(dtype=dtype))
-    model, vocab_size = loaded.chunks[0].eval(), loaded.shape.architecture.vocab_size
+    vocab_size = loaded.shape.architecture.vocab_size
 
     def forward(tokens: torch.Tensor) -> Outputs:
-        tokens = tokens.to(platform.device)
-        positions = torch.arange(tokens.shape[1], device=platform.device).expand_as(tokens)
-        with _recorded(unwrap(model).decoder.layers) as layers:
-            logits = model(tokens, positions, None)
-        return Outputs(logits[..., :vocab_size], [layer.transpose(0, 1) for layer in layers])
+        with _recorded(unwrap(loaded.chunks[0]).decoder.layers) as layers:
+            logits = compute_logits(loaded.chunks, loaded.config, tokens.to(platform.device), vocab_size)
+        return Outputs(logits, [layer.transpose(0, 1) for layer in layers])
 
     return forward
 

@@ -25,8 +25,7 @@ def initialize_parallel(
     if not dist.is_initialized():
         _join_world(platform, datetime.timedelta(minutes=timeout_minutes))
     layout.check_world(dist.get_world_size())
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _destroy_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
@@ -42,10 +41,19 @@ def initialize_parallel(
 
 def destroy_parallel() -> None:
     """Leave Megatron's groups and the world."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _destroy_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _destroy_groups() -> None:
+    """Megatron only forgets its groups: their threads and connections would pile up with each new layout."""
+    groups = parallel_state._global_process_group_list or []
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    for group in groups:
+        if group not in (None, dist.GroupMember.NON_GROUP_MEMBER):
+            dist.destroy_process_group(group)
 
 
 def _join_world(platform: Platform, timeout: datetime.timedelta) -> None:

@@ -1,5 +1,6 @@
 """The streaming writer and reader against torch's and Megatron's own."""
 
+import multiprocessing
 import pickle
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def _load_on_two_ranks(directory: str) -> bool:
 
 def _save_on_two_ranks(directory: str) -> None:
     """Megatron's own writer: one tensor in two chunks of two files, and objects beside the tensors."""
+    # Megatron's writer starts processes, which the pool's daemonic ranks may not.
+    multiprocessing.current_process()._config["daemon"] = False
     rank = torch.distributed.get_rank()
     state = _sharded(slice(6 * rank, 6 * rank + 6), rank)
     dist_checkpointing.save({**state, "iteration": 7}, directory)

@@ -18,7 +18,8 @@ def install() -> None:
     devices.install()
     collectives.install()
     # Last, because it imports megatron-core, which reads torch.cuda while being imported.
-    from megatron_moe_lpr.platform.cpu import internals
+    from megatron_moe_lpr.platform.cpu import internals, optimizer
 
     internals.install()
+    optimizer.install()
     _installed = True

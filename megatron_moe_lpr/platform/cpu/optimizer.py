@@ -1,0 +1,58 @@
+"""torch's AdamW under Megatron's DistributedOptimizer, which counts on Transformer Engine's or apex's.
+
+torch keeps a `step` tensor per parameter and adds to it in place. distrib_optimizer.py of megatron-core 0.16 gives all
+parameters one and the same tensor on resume, fails where there is no state yet, and copies `step` like a moment.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def _steps_taken(optimizer: DistributedOptimizer) -> float:
+    """Steps of the whole optimizer: a rank whose shard is empty has no state to tell it."""
+    steps = [float(state["step"]) for state in optimizer.optimizer.state.values() if "step" in state]
+    most = torch.tensor(max(steps, default=0.0))
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=optimizer.data_parallel_group)
+    return most.item()
+
+
+def _state_dict(self: DistributedOptimizer) -> dict[str, Any]:
+    """`DistributedOptimizer.state_dict`, also before the first step."""
+    if self.is_stub_optimizer:
+        return {"optimizer": {"param_groups": []}}
+    inner, step = self.optimizer.state_dict(), _steps_taken(self)
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in inner["param_groups"]]
+    return {"optimizer": {"param_groups": [group | {"step": step} for group in groups]}}
+
+
+def install() -> None:
+    """Replace the methods, where neither library is there."""
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    load_state_dict = DistributedOptimizer.load_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(load_state_dict)
+    def load_with_separate_steps(self: DistributedOptimizer, state_dict: dict[str, Any]) -> None:
+        if self.is_stub_optimizer:
+            return
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    @functools.wraps(set_states)
+    def set_all_but_step(
+        self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
+    ) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        set_states(self, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
+
+    DistributedOptimizer.state_dict = _state_dict
+    DistributedOptimizer.load_state_dict = load_with_separate_steps
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_all_but_step

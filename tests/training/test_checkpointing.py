@@ -1,0 +1,68 @@
+"""Runs that are saved at one layout go on at another with the same losses."""
+
+import functools
+
+import pytest
+import torch
+
+from tests.conversion.helpers import checkpoint_tensors
+from tests.distributed import rank_pool
+from tests.training.runs import make_checkpoint, make_data, metrics, rewind, train
+
+TP2 = {"tensor_model_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP = PP2 | {"num_virtual_stages_per_pipeline_rank": 2}
+DISTRIBUTED = {"use_distributed_optimizer": True}
+
+RESUMED = {
+    "one process": (1, {}),
+    "TP2": (2, TP2),
+    "EP2": (2, EP2),
+    "PP2": (2, PP2),
+    "PP2 interleaved": (2, VPP),
+    "DP2": (2, {}),
+    "TP2xEP2xDP2": (4, TP2 | EP2),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return make_checkpoint(root), make_data(root)
+
+
+def run_pool(world, load, save, data, **changes):
+    return rank_pool(world).run(functools.partial(train, load, save, data, **changes))
+
+
+@pytest.fixture(scope="module", params=["plain", "distributed"])
+def original_run(request, inputs, tmp_path_factory):
+    """Six steps at EP2 x DP2, saved after three; once with and once without the distributed optimizer."""
+    save = tmp_path_factory.mktemp("original") / "run"
+    options = DISTRIBUTED if request.param == "distributed" else {}
+    run_pool(4, inputs[0], save, inputs[1], save_interval=3, **EP2, **options)
+    return save, options
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_at_another_layout(name, original_run, inputs, tmp_path):
+    world, layout = RESUMED[name]
+    first, options = original_run
+    save = rewind(first, tmp_path / "run", 3)
+    run_pool(world, inputs[0], save, inputs[1], **layout, **options)
+    expected, found = metrics(first), metrics(save)
+    assert sorted(found) == [4, 5, 6]
+    for step, record in found.items():
+        for value in ("lm_loss", "grad_norm", "load_balancing_loss"):
+            assert record[value] == pytest.approx(expected[step][value], rel=2e-5), (step, value)
+        assert record["lr"] == expected[step]["lr"]
+
+
+def test_resume_at_the_same_layout_is_exact(original_run, inputs, tmp_path):
+    first, options = original_run
+    save = rewind(first, tmp_path / "run", 3)
+    run_pool(4, inputs[0], save, inputs[1], **EP2, **options)
+    before = {key: tensor for key, tensor in checkpoint_tensors(first).items() if key.startswith("decoder.")}
+    after = checkpoint_tensors(save)
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
