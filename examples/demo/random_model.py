@@ -25,7 +25,7 @@ class Flags:
     """JSON lines to train the tokenizer on, as tools/preprocess_data.py reads them."""
     hf: Path
     """Hugging Face directory to write."""
-    vocab_size: int = 8192
+    vocab_size: int = 4096
     """Tokens, the 256 bytes and the end of document included."""
     hidden_size: int = 256
     """Width of the residual stream."""
