@@ -36,8 +36,9 @@ def load_weights(chunks: Sequence[torch.nn.Module], directory: Path) -> None:
         UserError: the checkpoint lacks a tensor of the model, or holds one the model has no place for.
     """
     state = sharded_model_state(chunks)
-    loaded, missing, unexpected = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
-    _refuse_differences(directory, missing, unexpected)
+    # Megatron's words: "missing" keys are the checkpoint's that the model did not ask for, "unexpected" the reverse.
+    loaded, surplus, lacking = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
+    _refuse_differences(directory, lacking, surplus)
     for name, chunk in zip(state, chunks, strict=True):
         fill_model(chunk, loaded[name])
 
@@ -54,9 +55,9 @@ def fill_model(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
         raise UserError(f"model and checkpoint disagree: missing {missing}, unexpected {result.unexpected_keys}")
 
 
-def _refuse_differences(directory: Path, missing: set[str], unexpected: set[str]) -> None:
-    lacking = sorted(key for key in missing if EXTRA_STATE not in key)
-    surplus = sorted(key for key in unexpected if EXTRA_STATE not in key and not key.startswith("optimizer"))
+def _refuse_differences(directory: Path, lacking: set[str], surplus: set[str]) -> None:
+    lacking = sorted(key for key in lacking if EXTRA_STATE not in key)
+    surplus = sorted(key for key in surplus if EXTRA_STATE not in key and not key.startswith("optimizer"))
     if lacking:
         raise UserError(f"{directory}: lacks {len(lacking)} tensors of the model, for example {lacking[0]}")
     if surplus:

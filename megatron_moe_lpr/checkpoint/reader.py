@@ -14,9 +14,8 @@ from megatron_moe_lpr.errors import UserError
 
 # Keys of the model's own tensors; optimizer state and the rest of a training checkpoint lie under others.
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
-# All that reading tensors needs of `.metadata`. Whatever else the pickle names (Megatron puts save plans into it)
-# becomes a placeholder that does nothing. Whole names only: a module's own imports (`os`, for one) must stay out of
-# reach.
+# All that reading tensors needs of `.metadata`. Whatever else the pickle names (Megatron adds save plans) becomes
+# a placeholder that does nothing. Whole names only: a module's own imports (`os`, for one) must stay out of reach.
 ALLOWED_IN_METADATA = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
