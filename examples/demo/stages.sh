@@ -22,7 +22,8 @@ train() {
     # shellcheck disable=SC2086  # lists of words
     ranks -m megatron_moe_lpr.pretrain --stage "$stage" --load "$load" --save "$save" $PRECISION \
         --micro-batch-size $((BATCH / RANKS)) --global-batch-size $BATCH --seq-length $LENGTH \
-        --original-languages $ORIGINAL --num-workers 0 --log-interval 10 --save-interval 50 "$@"
+        --original-languages $ORIGINAL --num-workers 0 --log-interval 10 --save-interval 50 \
+        --use-distributed-optimizer "$@"
 }
 
 # learn_expanded STAGE LOAD SAVE ARGUMENTS...: el, hu and tr, as stage 1 does.
