@@ -6,11 +6,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 BASE=${BASE:-data/base_model}
 EXPERTS=5
-BATCH=8
+BATCH=4
 LENGTH=256
-STAGE1_ITERS=${STAGE1_ITERS:-300}
+STAGE1_ITERS=${STAGE1_ITERS:-500}
 STAGE1_LR=${STAGE1_LR:-2e-3}
-STAGE2_ITERS=${STAGE2_ITERS:-60}
+STAGE2_ITERS=${STAGE2_ITERS:-100}
 STAGE2_LR=${STAGE2_LR:-1e-2}
 REPLAY_DOCUMENTS=${REPLAY_DOCUMENTS:-40}
 EXPERT_PARALLEL="--expert-model-parallel-size $RANKS"
@@ -22,7 +22,7 @@ train() {
     # shellcheck disable=SC2086  # lists of words
     ranks -m megatron_moe_lpr.pretrain --stage "$stage" --load "$load" --save "$save" $PRECISION \
         --micro-batch-size $((BATCH / RANKS)) --global-batch-size $BATCH --seq-length $LENGTH \
-        --original-languages $ORIGINAL --num-workers 0 --log-interval 10 --save-interval 50 \
+        --original-languages $ORIGINAL --num-workers 0 --log-interval 10 --save-interval 100 \
         --use-distributed-optimizer "$@"
 }
 
