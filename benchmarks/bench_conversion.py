@@ -15,8 +15,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-import tyro
+from megatron_moe_lpr.command_line import parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "convert_hf.py"
@@ -38,6 +39,7 @@ CONFIG = {
 SYNTHESISE = """
 import json, sys, torch
 from pathlib import Path
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.names import DENSE_LAYOUT, model_rows
 from megatron_moe_lpr.conversion.safetensors_writer import TensorSpec, write_safetensors
 from megatron_moe_lpr.model.architecture import read_architecture
@@ -66,8 +68,17 @@ class Options:
     """OMP_NUM_THREADS of the conversions."""
 
 
-def timed(command: list[str | Path], threads: int) -> tuple[float, float]:
-    """Seconds and peak resident gigabytes of a fresh process."""
+class Cost(NamedTuple):
+    """What a process took."""
+
+    seconds: float
+    cpu_seconds: float
+    peak: float
+    """Resident memory, in gigabytes."""
+
+
+def timed(command: list[str | Path], threads: int) -> Cost:
+    """Run a fresh process."""
     os.sync()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     start = time.monotonic()
@@ -79,25 +90,25 @@ def timed(command: list[str | Path], threads: int) -> tuple[float, float]:
     seconds = time.monotonic() - start
     if status:
         sys.exit(f"error: {command} failed: {errors}")
-    return seconds, usage.ru_maxrss * 1024 / 1e9
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
 
 
 def measure(name: str, command: list[str | Path], output: Path, options: Options, largest_two: float) -> None:
     """Run `command` and `cp -r` of what it wrote in turns, and print one line of the table."""
-    conversions, copies, peaks = [], [], []
+    conversions, copies = [], []
     for _ in range(options.repeats):
         shutil.rmtree(output, ignore_errors=True)
-        seconds, peak = timed(command, options.threads)
-        conversions.append(seconds)
-        peaks.append(peak)
+        conversions.append(timed(command, options.threads))
         copy = output.with_name(output.name + "-copy")
-        copies.append(timed(["cp", "-r", output, copy], options.threads)[0])
+        copies.append(timed(["cp", "-r", output, copy], options.threads))
         shutil.rmtree(copy)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) / 1e9
-    ours, theirs = statistics.median(conversions), statistics.median(copies)
+    peak = max(cost.peak for cost in conversions)
+    ours, theirs = (statistics.median(cost.seconds for cost in costs) for costs in (conversions, copies))
+    cpu, copy_cpu = (statistics.median(cost.cpu_seconds for cost in costs) for costs in (conversions, copies))
     print(
-        f"| {name} | {size:.2f} GB | {max(peaks):.2f} GB | {max(peaks) - largest_two:+.2f} GB "
-        f"| {ours:.1f} s | {theirs:.1f} s | {ours / theirs:.2f} |",
+        f"| {name} | {size:.2f} GB | {peak:.2f} GB | {peak - largest_two:+.2f} GB | {ours:.1f} s | {theirs:.1f} s "
+        f"| {ours / theirs:.1f} | {cpu:.1f} s | {copy_cpu:.1f} s |",
         flush=True,
     )
 
@@ -112,8 +123,8 @@ def main(options: Options) -> None:
         timed([sys.executable, "-c", SYNTHESISE, dense], options.threads)
         vocabulary = CONFIG["vocab_size"] * CONFIG["hidden_size"] * 2 / 1e9
         print(f"two largest tensors: {2 * vocabulary:.2f} GB")
-        print("| command | output | peak | beyond the two largest | time | cp -r | ratio |")
-        print("|---|---|---|---|---|---|---|")
+        print("| command | output | peak | beyond the two largest | time | cp -r | ratio | CPU | CPU of cp |")
+        print("|---|---|---|---|---|---|---|---|---|")
         for experts in (1, options.num_experts):
             checkpoint, back = work / f"checkpoint-{experts}", work / f"hf-{experts}"
             python = [sys.executable, TOOL]
@@ -128,4 +139,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(parse_flags(Options, description=__doc__))

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import tyro
 import zstandard
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer as RustTokenizer
 
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.documents import DocumentOptions
 from megatron_moe_lpr.data.encoding import BlockEncoder, EncoderOptions
 from megatron_moe_lpr.data.sources import Slice, read_blocks
@@ -67,7 +67,7 @@ class Flags:
 
 
 def main() -> None:
-    flags = tyro.cli(Flags, description=__doc__)
+    flags = parse_flags(Flags, description=__doc__)
     if not flags.input:
         raise UserError("--input: no files")
     # Before the Rust library starts its threads.

@@ -10,10 +10,10 @@ class UserError(Exception):
     """Something the user gave is wrong: the message names the file or flag and says what to do."""
 
 
-def fail(message: str) -> NoReturn:
-    """Print one `error:` line on standard error and exit with code 1."""
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Print one `error:` line on standard error and exit."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def run_command(main: Callable[[], None]) -> None:

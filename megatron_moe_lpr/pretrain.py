@@ -2,8 +2,7 @@
 
 import sys
 
-import tyro
-
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import run_command
 from megatron_moe_lpr.parallel.groups import destroy_parallel
 from megatron_moe_lpr.training.config import TrainingConfig
@@ -30,7 +29,7 @@ def pretrain(config: TrainingConfig) -> bool:
 
 def main() -> None:
     """Command line."""
-    config = tyro.cli(TrainingConfig, description=__doc__)
+    config = parse_flags(TrainingConfig, description=__doc__)
     finished = True
 
     def command() -> None:

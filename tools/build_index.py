@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.config import DataConfig, cache_directory, read_data_sources
 from megatron_moe_lpr.errors import UserError, run_command
 
@@ -25,7 +26,7 @@ class Flags:
 
 
 def main() -> None:
-    flags = tyro.cli(Flags, description=__doc__)
+    flags = parse_flags(Flags, description=__doc__)
     if flags.sequence_length < 1 or flags.train_samples < 1:
         raise UserError("--sequence-length and --train-samples: at least 1")
     sources = read_data_sources(flags.data)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.exporter import export_hf
 from megatron_moe_lpr.conversion.importer import import_hf
 from megatron_moe_lpr.conversion.inspection import inspect_directory, print_inspection
@@ -132,7 +133,7 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one sub-command; bad input ends in one line and exit code 1."""
-    command = tyro.cli(Command, args=arguments, description=__doc__)
+    command = parse_flags(Command, arguments, __doc__)
     run_command(command.run)
 
 

@@ -4,9 +4,9 @@ import dataclasses
 import sys
 
 import numpy as np
-import tyro
 from rich.console import Console
 
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.inspection import counts_table, samples_table
 from megatron_moe_lpr.data.manifest import read_manifest
 from megatron_moe_lpr.data.merging import expand_prefixes
@@ -31,7 +31,7 @@ class Flags:
 
 
 def main() -> None:
-    flags = tyro.cli(Flags, description=__doc__)
+    flags = parse_flags(Flags, description=__doc__)
     manifests = {prefix: read_manifest(prefix) for prefix in expand_prefixes(flags.input)}
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(counts_table(manifests))

@@ -2,8 +2,7 @@
 
 import dataclasses
 
-import tyro
-
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.merging import merge
 from megatron_moe_lpr.errors import run_command
 
@@ -25,7 +24,7 @@ class Flags:
 
 
 def main() -> None:
-    flags = tyro.cli(Flags, description=__doc__)
+    flags = parse_flags(Flags, description=__doc__)
     manifest = merge(
         flags.input, flags.output_prefix, flags.shuffle_seed, flags.overwrite, flags.allow_missing_partitions
     )

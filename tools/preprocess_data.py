@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.documents import LANGUAGE_PATTERN, DocumentOptions
 from megatron_moe_lpr.data.encoding import EncoderOptions
 from megatron_moe_lpr.data.preprocessing import PreprocessingPlan, preprocess
@@ -54,7 +55,7 @@ class Flags:
 
 
 def main() -> None:
-    flags = tyro.cli(Flags, description=__doc__)
+    flags = parse_flags(Flags, description=__doc__)
     # A batch system's SIGTERM cleans up like an error does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for prefix, manifest in preprocess(plan(flags)).items():

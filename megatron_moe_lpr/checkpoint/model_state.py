@@ -9,11 +9,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
+from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
-
-# One key per layer and per expert, so that layers and experts may differ and one tensor can be read alone.
-CONTENT_METADATA = {"singleton_local_shards": True, "non_homogeneous_layers": True}
 
 EXTRA_STATE = "_extra_state"
 

@@ -28,8 +28,8 @@ def check_disk_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
         raise UserError(
-            f"{directory.parent}: no space left on device: {num_bytes / 1e9:,.3f} GB are needed, "
-            f"{free / 1e9:,.3f} GB are free"
+            f"{directory.parent}: no space left on device: {num_bytes / 1e6:,.1f} MB are needed, "
+            f"{free / 1e6:,.1f} MB are free"
         )
 
 

@@ -8,6 +8,9 @@ from megatron_moe_lpr.errors import UserError
 
 HFConfig = Mapping[str, Any]
 
+MISTRAL_SLIDING_WINDOW = 4096
+"""What transformers takes where a Mistral configuration names no window; null is no window."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -80,7 +83,7 @@ def read_architecture(config: HFConfig, source: str = "config.json") -> Architec
             hidden_size=hidden,
             ffn_hidden_size=int(config["intermediate_size"]),
             num_attention_heads=heads,
-            num_query_groups=int(config.get("num_key_value_heads") or heads),
+            num_query_groups=_num_query_groups(config, family, heads),
             head_dim=int(config.get("head_dim") or family.explicit_head_dim or hidden // heads),
             vocab_size=int(config["vocab_size"]),
             max_position_embeddings=int(config["max_position_embeddings"]),
@@ -125,9 +128,17 @@ def _rope(config: HFConfig, source: str) -> Mapping[str, Any]:
     return rope
 
 
+def _num_query_groups(config: HFConfig, family: Family, heads: int) -> int:
+    """Absent means one group per head for Llama alone; the other families' defaults are numbers of their own."""
+    groups = config.get("num_key_value_heads")
+    if groups is None and family.name != "llama":
+        raise KeyError("num_key_value_heads")
+    return int(groups or heads)
+
+
 def _sliding_window(config: HFConfig, family: Family, source: str) -> int | None:
     if family.name == "mistral":
-        return config.get("sliding_window")
+        return config.get("sliding_window", MISTRAL_SLIDING_WINDOW)
     if config.get("use_sliding_window"):
         raise UserError(f"{source}: use_sliding_window=true (a window in some layers only) is not supported")
     return None

@@ -22,7 +22,8 @@ from megatron_moe_lpr.checkpoint.directory import (
     iteration_directory_name,
     resolve_checkpoint,
 )
-from megatron_moe_lpr.checkpoint.model_state import CONTENT_METADATA, fill_model, sharded_model_state
+from megatron_moe_lpr.checkpoint.model_state import fill_model, sharded_model_state
+from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.training.guards import gather_objects
 

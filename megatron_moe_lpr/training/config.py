@@ -69,7 +69,7 @@ class OptimizerOptions:
     clip_grad: float = 1.0
     """Largest norm of all gradients together; 0: no clipping."""
     use_distributed_optimizer: bool = False
-    """Split the optimizer's state over the data-parallel ranks."""
+    """Split the optimizer's state over the data-parallel ranks. Always so in bf16."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass goes on."""
     overlap_param_gather: bool = False

@@ -107,9 +107,12 @@ def _build(
         calculate_per_token_loss=True,
     )
     freeze(model.chunks, stage)
-    chunks = wrap_data_parallel(model.chunks, model.config, config.optimizer)
-    optimizer = build_optimizer(chunks, model.config, config.optimizer, platform)
-    state = RunState(chunks, optimizer, build_schedule(optimizer, config.optimizer, config.batch))
+    # Megatron's plain bf16 optimizer cannot save what is fp32 beside bf16, as the routers are.
+    distributed = config.optimizer.use_distributed_optimizer or model.config.bf16
+    options = dataclasses.replace(config.optimizer, use_distributed_optimizer=distributed)
+    chunks = wrap_data_parallel(model.chunks, model.config, options)
+    optimizer = build_optimizer(chunks, model.config, options, platform)
+    state = RunState(chunks, optimizer, build_schedule(optimizer, options, config.batch))
     if own:
         load_run(state, own)
     return dataclasses.replace(model, chunks=chunks), state

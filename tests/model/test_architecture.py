@@ -51,7 +51,16 @@ def test_rope_of_transformers_4():
 
 def test_sliding_window_is_mistrals_alone():
     assert read_architecture({"model_type": "mistral", **SIZES, "sliding_window": 32}).sliding_window == 32
+    assert read_architecture({"model_type": "mistral", **SIZES, "sliding_window": None}).sliding_window is None
+    assert read_architecture({"model_type": "mistral", **SIZES}).sliding_window == MistralConfig().sliding_window
     assert read_architecture({"model_type": "qwen2", **SIZES, "sliding_window": 32}).sliding_window is None
+
+
+def test_absent_key_value_heads():
+    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    assert read_architecture({"model_type": "llama", **sizes}).num_query_groups == SIZES["num_attention_heads"]
+    with pytest.raises(UserError, match="num_key_value_heads"):
+        read_architecture({"model_type": "mistral", **sizes})
 
 
 @pytest.mark.parametrize(

@@ -66,3 +66,15 @@ def test_resume_at_the_same_layout_is_exact(original_run, inputs, tmp_path):
     before = {key: tensor for key, tensor in checkpoint_tensors(first).items() if key.startswith("decoder.")}
     after = checkpoint_tensors(save)
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_bf16_with_fp32_routers_is_saved_and_resumed(inputs, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    changes = {"fp32": False, "bf16": True}
+    run_pool(2, inputs[0], first, inputs[1], save_interval=3, **EP2, **changes)
+    tensors = checkpoint_tensors(first)
+    assert tensors["decoder.layers.0.mlp.router.weight"].dtype == torch.float32
+    assert tensors["decoder.layers.0.mlp.original_expert.linear_fc2.weight"].dtype == torch.bfloat16
+    run_pool(2, inputs[0], rewind(first, second, 3), inputs[1], **EP2, **changes)
+    again = checkpoint_tensors(second)
+    assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items() if key.startswith("decoder."))
