@@ -11,8 +11,13 @@ LOW, HIGH = (247, 250, 252), (30, 64, 175)
 """Colours of 0 and 1 in heat maps."""
 
 
-def line_chart(log: TrainingLog, width: int = 520, height: int = 280) -> str:
-    """Loss per token over tokens seen, a line per language, named at its end."""
+def line_chart(log: TrainingLog, languages: Sequence[str], width: int = 520, height: int = 280) -> str:
+    """Loss per token over tokens seen, a line per language, named at its end.
+
+    Args:
+        languages: of all charts, so that a language has one colour everywhere.
+    """
+    colors = {language: COLORS[index % len(COLORS)] for index, language in enumerate(sorted(languages))}
     left, right, top, bottom = 44, 44, 14, 34
     points = [point for line in log.losses.values() for point in line]
     if not points:
@@ -34,7 +39,8 @@ def line_chart(log: TrainingLog, width: int = 520, height: int = 280) -> str:
         parts.append(f'<text class="tick" x="{at:.1f}" y="{base + 16:.1f}" text-anchor="middle">{short(x)}</text>')
     parts.append(f'<text class="tick" x="{width - right}" y="{height - 2}" text-anchor="end">tokens seen</text>')
     ends = spread({language: place(*line[-1])[1] for language, line in log.losses.items()})
-    for color, (language, line) in zip(cycle(len(log.losses)), log.losses.items(), strict=True):
+    for language, line in log.losses.items():
+        color = colors[language]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         parts.append(f'<polyline points="{path}" stroke="{color}" fill="none" stroke-width="2"/>')
         at, _ = place(*line[-1])
@@ -92,11 +98,6 @@ def spread(heights: dict[str, float], distance: float = 13) -> dict[str, float]:
         last = max(height, last + distance)
         moved[name] = last
     return moved
-
-
-def cycle(count: int) -> list[str]:
-    """So many colours."""
-    return [COLORS[index % len(COLORS)] for index in range(count)]
 
 
 def short(number: float) -> str:

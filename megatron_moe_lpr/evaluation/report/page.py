@@ -93,7 +93,10 @@ def _routing(inputs: ReportInputs) -> str:
 def _curves(inputs: ReportInputs) -> str:
     if not inputs.logs:
         return ""
-    charts = "".join(f"<figure><h4>{escape(log.title)}</h4>{line_chart(log)}</figure>" for log in inputs.logs)
+    languages = {language for log in inputs.logs for language in log.losses}
+    charts = "".join(
+        f"<figure><h4>{escape(log.title)}</h4>{line_chart(log, sorted(languages))}</figure>" for log in inputs.logs
+    )
     return (
         "<section><h2>Training</h2><p>Loss per token of the text trained on, by language.</p>"
         f"<div class='charts'>{charts}</div></section>"
