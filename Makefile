@@ -37,3 +37,5 @@ lint: $(INSTALLED)
 clean:
 	rm -rf .venv build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+include examples/demo/demo.mk

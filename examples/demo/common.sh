@@ -1,0 +1,59 @@
+# Shared by the demo's scripts: where things are, and steps that run once.
+#
+# step DONE TITLE COMMAND...   runs COMMAND unless the file DONE exists; DONE is made when it succeeds.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+PYTHON=${PYTHON:-python}
+ORIGINAL="en es zh"
+EXPANDED="el hu tr"
+CORPUS=data/help_corpus
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Nothing here needs the network.
+export HF_HUB_OFFLINE=1
+
+# Ranks: two where there are two cores.
+CORES=$($PYTHON -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+RANKS=${RANKS:-$((CORES >= 2 ? 2 : 1))}
+
+# bf16 products are several times faster than fp32 ones on CPUs that have them in hardware, and slower on others.
+if grep -qsw -e avx512_bf16 -e amx_bf16 /proc/cpuinfo; then PRECISION=${PRECISION:---bf16}; fi
+PRECISION=${PRECISION:---fp32}
+
+step() {
+    local done=$1 title=$2
+    shift 2
+    if [ -e "$done" ]; then
+        echo "== $title: done before, reusing it"
+        return
+    fi
+    echo "== $title"
+    "$@"
+    mkdir -p "$(dirname "$done")"
+    [ -e "$done" ] || touch "$done"
+}
+
+ranks() {
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" "$@"
+}
+
+# preprocess TOKENIZER: the six languages, training and validation text, to $RUNS/data/SPLIT-LANGUAGE.
+preprocess() {
+    local split language
+    for split in train valid; do
+        for language in $ORIGINAL $EXPANDED; do
+            step "$RUNS/data/$split-$language.json" "tokens of $split $language" \
+                "$PYTHON" tools/preprocess_data.py --input "$CORPUS/$split/$language.jsonl.zst" --language "$language" \
+                --tokenizer "$1" --output-prefix "$RUNS/data/$split-$language"
+        done
+    done
+}
+
+# datasets SPLIT LANGUAGE...: their prefixes.
+datasets() {
+    local split=$1 language
+    shift
+    for language in "$@"; do echo "$RUNS/data/$split-$language"; done
+}

@@ -1,0 +1,86 @@
+"""A sentence in each language from an exported model, by transformers alone: none of this project's model code."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+import tyro
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from megatron_moe_lpr.data.documents import DocumentOptions, read_documents
+from megatron_moe_lpr.data.sources import Slice, disk_bytes, read_blocks
+from megatron_moe_lpr.errors import UserError, run_command
+
+
+@dataclasses.dataclass
+class Flags:
+    """A sentence in each language from an exported model."""
+
+    hf: Path
+    """Hugging Face directory."""
+    corpus: Path
+    """Directory with LANGUAGE.jsonl.zst, whose first document's beginning is the prompt."""
+    languages: list[str]
+    """Which ones."""
+    output: Path
+    """JSON file to write: a list of language, prompt, text."""
+    prompt_characters: int = 60
+    """Length of the prompt, up to the end of a word."""
+    new_tokens: int = 40
+    """Tokens to generate."""
+
+
+def main() -> None:
+    """Command line."""
+    flags = tyro.cli(Flags, description=__doc__)
+    tokenizer = AutoTokenizer.from_pretrained(flags.hf)
+    model = load(flags.hf)
+    samples = []
+    for language in flags.languages:
+        prompt = first_words(flags.corpus / f"{language}.jsonl.zst", flags.prompt_characters)
+        text = continue_text(model, tokenizer, prompt, flags.new_tokens)
+        samples.append({"language": language, "prompt": prompt, "text": text})
+        print(f"{language}: {prompt} [...] {text}")
+    flags.output.write_text(json.dumps(samples, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load(directory: Path) -> PreTrainedModel:
+    """The stock class, with nothing missing and nothing left over."""
+    model, information = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    problems = {kind: names for kind, names in information.items() if names}
+    if problems:
+        raise UserError(f"--hf {directory}: weights do not fit {type(model).__name__}: {problems}")
+    print(f"{directory}: {type(model).__name__}, every weight in its place")
+    return model.eval()
+
+
+def first_words(path: Path, characters: int) -> str:
+    """The beginning of a file's first long document, cut after a word."""
+    block = next(read_blocks(Slice(str(path), 0, disk_bytes(str(path))), ("text",)))
+    documents = read_documents(block, DocumentOptions(language="any"), Counter(), {})
+    text = next(text for _, text in documents if len(text) > 4 * characters)
+    start = text.index("\n") + 1 if "\n" in text[: 2 * characters] else 0  # behind the heading
+    words = text[start : start + characters].replace("\n", " ")
+    return words.rsplit(" ", 1)[0] if " " in words else words
+
+
+@torch.no_grad()
+def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
+    """The most likely continuation, without the loops that small models fall into."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        repetition_penalty=1.2,
+    )
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Remake data/base_model, the demo's small dense model: a tokenizer over the demo corpus, random weights, then
+# `--stage full` on English, Spanish and Chinese with 12% of Greek, Hungarian and Turkish, as a real model would have
+# seen some of every language. Writes $RUNS/hf. See docs/demo.md for what was tried and how long it takes.
+
+RUNS=${RUNS:-runs/base_model}
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+ITERS=${ITERS:-1500}
+
+make() {
+    # shellcheck disable=SC2046,SC2086  # lists of words
+    ranks -m megatron_moe_lpr.pretrain --stage full --load "$RUNS/random" --save "$RUNS/trained" $PRECISION \
+        --train-iters "$ITERS" --micro-batch-size $((4 / RANKS)) --global-batch-size 4 --seq-length 256 \
+        --lr 2e-3 --min-lr 1e-4 --lr-warmup-iters 100 --weight-decay 0.1 --adam-beta2 0.95 \
+        --data-path 35 "$RUNS/data/train-en" 31 "$RUNS/data/train-es" 22 "$RUNS/data/train-zh" \
+        4 "$RUNS/data/train-el" 4 "$RUNS/data/train-hu" 4 "$RUNS/data/train-tr" \
+        --valid-data-path $(datasets valid $ORIGINAL $EXPANDED) --original-languages $ORIGINAL \
+        --num-workers 0 --log-interval 20 --save-interval 200
+}
+
+step "$RUNS/random_hf/config.json" "tokenizer and random weights" \
+    "$PYTHON" examples/demo/random_model.py --input "$CORPUS/train/*.jsonl.zst" --hf "$RUNS/random_hf"
+preprocess "$RUNS/random_hf"
+step "$RUNS/random/latest_checkpointed_iteration.txt" "to Megatron" \
+    "$PYTHON" tools/convert_hf.py import --hf "$RUNS/random_hf" --save "$RUNS/random" --num-experts 1
+step "$RUNS/trained/.done" "training" make
+step "$RUNS/hf/config.json" "to Hugging Face" "$PYTHON" tools/convert_hf.py export --load "$RUNS/trained" --hf "$RUNS/hf"
+cp "$RUNS/trained/metrics.jsonl" "$RUNS/hf/metrics.jsonl"
+echo "the base model is in $RUNS/hf; cp -r it to data/base_model to use it in the demo"

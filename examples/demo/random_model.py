@@ -1,0 +1,94 @@
+"""The base model before its training: a tokenizer over the demo corpus and a small Qwen2 with random weights."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import tyro
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_moe_lpr.data.documents import DocumentOptions, read_documents
+from megatron_moe_lpr.data.sources import Slice, disk_bytes, expand_inputs, read_blocks
+from megatron_moe_lpr.errors import UserError, run_command
+
+END_OF_DOCUMENT = "<|endoftext|>"
+
+
+@dataclasses.dataclass
+class Flags:
+    """A tokenizer and a small Qwen2 with random weights."""
+
+    input: list[str]
+    """JSON lines to train the tokenizer on, as tools/preprocess_data.py reads them."""
+    hf: Path
+    """Hugging Face directory to write."""
+    vocab_size: int = 4096
+    """Tokens, the 256 bytes and the end of document included."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    intermediate_size: int = 704
+    """Width of the FFN."""
+    num_layers: int = 4
+    """Transformer layers."""
+    seed: int = 1234
+    """Decides the weights."""
+
+
+def main() -> None:
+    """Command line."""
+    flags = tyro.cli(Flags, description=__doc__)
+    if flags.hf.exists():
+        raise UserError(f"--hf {flags.hf}: exists; remove it or choose another directory")
+    tokenizer = train_tokenizer(expand_inputs(flags.input), flags.vocab_size)
+    model = random_model(flags)
+    tokenizer.save_pretrained(flags.hf)
+    model.save_pretrained(flags.hf)
+    print(f"{flags.hf}: {sum(weight.numel() for weight in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
+
+
+def texts(names: list[str]) -> Iterator[str]:
+    """The text of every document."""
+    for name in names:
+        for block in read_blocks(Slice(name, 0, disk_bytes(name)), ("text",)):
+            yield from (text for _, text in read_documents(block, DocumentOptions(language="any"), Counter(), {}))
+
+
+def train_tokenizer(names: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: it can write every text of every language."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(names), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_DOCUMENT)
+
+
+def random_model(flags: Flags) -> Qwen2ForCausalLM:
+    """Qwen2 as transformers initialises it: grouped-query attention, QKV bias, tied embeddings."""
+    torch.manual_seed(flags.seed)
+    config = Qwen2Config(
+        vocab_size=flags.vocab_size,
+        hidden_size=flags.hidden_size,
+        intermediate_size=flags.intermediate_size,
+        num_hidden_layers=flags.num_layers,
+        num_attention_heads=flags.hidden_size // 64,
+        num_key_value_heads=flags.hidden_size // 128,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The whole method on real text, on a CPU: data/base_model (a small model that knows en, es and zh) learns el, hu and
+# tr, then reviews. Ends in runs/demo/report.html. Interrupt it whenever you like: the next start goes on from there.
+# Start over with `rm -r runs/demo`.
+
+source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
+
+SECONDS=0
+[ -d "$RUNS" ] && echo "reusing what is complete in $RUNS; to start over: rm -r $RUNS"
+
+preprocess "$BASE"
+for language in $ORIGINAL; do
+    step "$RUNS/data/replay-$language.json" "replay: $REPLAY_DOCUMENTS documents of $language" \
+        "$PYTHON" tools/preprocess_data.py --input "$CORPUS/train/$language.jsonl.zst" --language "$language" \
+        --tokenizer "$BASE" --max-documents "$REPLAY_DOCUMENTS" --output-prefix "$RUNS/data/replay-$language"
+done
+step "$RUNS/base/latest_checkpointed_iteration.txt" "dense model to Megatron" \
+    "$PYTHON" tools/convert_hf.py import --hf "$BASE" --save "$RUNS/base" --num-experts 1
+step "$RUNS/moe/latest_checkpointed_iteration.txt" "dense model to a mixture of $EXPERTS experts" \
+    "$PYTHON" tools/convert_hf.py import --hf "$BASE" --save "$RUNS/moe" --num-experts $EXPERTS
+
+# shellcheck disable=SC2086  # a list of words
+{
+step "$RUNS/stage1/.done" "stage 1: learn el, hu, tr" \
+    learn_expanded 1 "$RUNS/moe" "$RUNS/stage1" $EXPERT_PARALLEL
+step "$RUNS/stage2/.done" "stage 2: review en, es, zh" review "$RUNS/stage1" "$RUNS/stage2" $EXPERT_PARALLEL
+evaluate base "$RUNS/base"
+evaluate stage1 "$RUNS/stage1" $EXPERT_PARALLEL
+evaluate stage2 "$RUNS/stage2" $EXPERT_PARALLEL
+}
+
+step "$RUNS/hf/config.json" "export to Hugging Face" \
+    "$PYTHON" tools/convert_hf.py export --load "$RUNS/stage2" --hf "$RUNS/hf"
+# A bf16 export rounds the routers too, which Megatron keeps in fp32; in fp32 both are equal to rounding.
+if [ "$PRECISION" = --bf16 ]; then TOLERANCE=0.1; else TOLERANCE=1e-3; fi
+step "$RUNS/.verified" "the export computes what Megatron does" \
+    "$PYTHON" tools/convert_hf.py verify --load "$RUNS/stage2" --hf "$RUNS/hf" \
+    --tolerance "$TOLERANCE"
+step "$RUNS/samples.json" "a sentence in each language" "$PYTHON" examples/demo/generate.py --hf "$RUNS/hf" \
+    --corpus "$CORPUS/valid" --languages $ORIGINAL $EXPANDED --output "$RUNS/samples.json"
+bash examples/demo/write_report.sh
+echo "took $((SECONDS / 60)) min $((SECONDS % 60)) s"

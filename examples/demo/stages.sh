@@ -1,0 +1,54 @@
+# The demo's runs, shared by run.sh and baselines.sh so that all of them see the same tokens. docs/demo.md says what
+# was tried. One step takes BATCH x LENGTH tokens.
+
+RUNS=${RUNS:-runs/demo}
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+BASE=${BASE:-data/base_model}
+EXPERTS=5
+BATCH=4
+LENGTH=256
+STAGE1_ITERS=${STAGE1_ITERS:-500}
+STAGE1_LR=${STAGE1_LR:-2e-3}
+STAGE2_ITERS=${STAGE2_ITERS:-100}
+STAGE2_LR=${STAGE2_LR:-1e-2}
+REPLAY_DOCUMENTS=${REPLAY_DOCUMENTS:-40}
+EXPERT_PARALLEL="--expert-model-parallel-size $RANKS"
+
+# train STAGE LOAD SAVE ARGUMENTS...: goes on where an earlier start was interrupted.
+train() {
+    local stage=$1 load=$2 save=$3
+    shift 3
+    # shellcheck disable=SC2086  # lists of words
+    ranks -m megatron_moe_lpr.pretrain --stage "$stage" --load "$load" --save "$save" $PRECISION \
+        --micro-batch-size $((BATCH / RANKS)) --global-batch-size $BATCH --seq-length $LENGTH \
+        --original-languages $ORIGINAL --num-workers 0 --log-interval 10 --save-interval 100 \
+        --use-distributed-optimizer "$@"
+}
+
+# learn_expanded STAGE LOAD SAVE ARGUMENTS...: el, hu and tr, as stage 1 does.
+learn_expanded() {
+    # shellcheck disable=SC2046,SC2086
+    train "$@" --train-iters "$STAGE1_ITERS" --lr "$STAGE1_LR" --lr-warmup-iters $((STAGE1_ITERS / 20)) \
+        --data-path $(datasets train $EXPANDED)
+}
+
+# review LOAD SAVE ARGUMENTS...: half replay of a few documents of en, es and zh, half el, hu and tr.
+review() {
+    local load=$1 save=$2 language blend=()
+    shift 2
+    for language in $ORIGINAL; do blend+=(1 "$RUNS/data/replay-$language"); done
+    for language in $EXPANDED; do blend+=(1 "$RUNS/data/train-$language"); done
+    train 2 "$load" "$save" --train-iters "$STAGE2_ITERS" --lr "$STAGE2_LR" --data-path "${blend[@]}" "$@"
+}
+
+# evaluate NAME CHECKPOINT ARGUMENTS...: the six validation sets, to $RUNS/evaluation/NAME.json.
+evaluate() {
+    local name=$1 checkpoint=$2
+    shift 2
+    mkdir -p "$RUNS/evaluation"
+    # shellcheck disable=SC2046,SC2086
+    step "$RUNS/evaluation/$name.json" "evaluation of $name" ranks tools/evaluate.py --load "$checkpoint" \
+        --valid-data-path $(datasets valid $ORIGINAL $EXPANDED) --original-languages $ORIGINAL \
+        --seq-length $LENGTH --micro-batch-size 4 $PRECISION --output "$RUNS/evaluation/$name.json" "$@"
+}

@@ -1,0 +1,99 @@
+"""Evaluate a checkpoint: from flags to one result for each validation dataset."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from megatron_moe_lpr.checkpoint.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
+from megatron_moe_lpr.data.blend import BlendEntry, read_blend
+from megatron_moe_lpr.data.languages import LanguageRegistry
+from megatron_moe_lpr.data.tokenizer import load_tokenizer
+from megatron_moe_lpr.data.validation_dataset import ValidationDataset
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
+from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, check_layout
+from megatron_moe_lpr.parallel.groups import initialize_parallel
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import PlatformName, select_platform
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationPlan:
+    """What to evaluate, on what, and how."""
+
+    load: Path
+    valid_data_path: list[str]
+    original_languages: list[str]
+    """Empty: those that the checkpoint was trained with."""
+    seq_length: int
+    micro_batch_size: int
+    dtype: torch.dtype | None
+    """What to compute in; None: the checkpoint's own."""
+    layout: ParallelLayout
+    platform: PlatformName
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What came out, the same on every rank."""
+
+    directory: CheckpointDirectory
+    card: CheckpointCard
+    dtype: str
+    seq_length: int
+    original_languages: tuple[str, ...]
+    datasets: list[DatasetLoss]
+
+
+def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
+    """Check, build, load and run. Every rank must call it.
+
+    Raises:
+        UserError: a checkpoint, dataset, language or layout that does not fit.
+    """
+    directory = resolve_checkpoint(plan.load)
+    shape, card = model_shape(directory), directory.card()
+    _check_sizes(plan, shape)
+    fingerprint = load_tokenizer(directory.side_directory).fingerprint if card.tokenizer_files else None
+    entries = read_blend(plan.valid_data_path, "--valid-data-path", tokenizer_fingerprint=fingerprint)
+    languages = LanguageRegistry(entry.language for entry in entries)
+    original = _original_languages(plan, card, languages)
+    check_layout(shape, plan.layout)
+
+    platform = select_platform(plan.platform)
+    initialize_parallel(platform, plan.layout)
+    dtype = plan.dtype or getattr(torch, card.dtype)
+    model = load_model(directory.path, plan.layout, platform, ComputeOptions(dtype=dtype))
+    table = languages.original_table(original).to(platform.device)
+    results = [
+        evaluate_dataset(model.chunks, model.config, shape, dataset, table, platform.device, plan.micro_batch_size)
+        for dataset in _datasets(entries, languages, plan.seq_length)
+    ]
+    return Evaluation(directory, card, str(dtype).removeprefix("torch."), plan.seq_length, original, results)
+
+
+def _check_sizes(plan: EvaluationPlan, shape: ModelShape) -> None:
+    longest = shape.architecture.max_position_embeddings
+    if not 1 <= plan.seq_length <= longest:
+        raise UserError(f"--seq-length {plan.seq_length}: from 1 to the model's {longest} positions")
+    if plan.micro_batch_size < 1:
+        raise UserError(f"--micro-batch-size {plan.micro_batch_size}: must be at least 1")
+    plan.layout.check_sequence(plan.seq_length)
+    if not plan.valid_data_path:
+        raise UserError("--valid-data-path: give the datasets to evaluate on")
+
+
+def _original_languages(plan: EvaluationPlan, card: CheckpointCard, languages: LanguageRegistry) -> tuple[str, ...]:
+    """Those given, or else those of the checkpoint's history that there is data for."""
+    if plan.original_languages:
+        languages.original_ids(plan.original_languages)
+        return tuple(sorted(set(plan.original_languages)))
+    known = {language for entry in card.history for language in entry.get("original_languages", [])}
+    return tuple(sorted(known & set(languages.names)))
+
+
+def _datasets(entries: list[BlendEntry], languages: LanguageRegistry, seq_length: int) -> list[ValidationDataset]:
+    return [ValidationDataset(entry, languages.id(entry.language), seq_length, entry.manifest.eod) for entry in entries]

@@ -1,0 +1,1 @@
+"""The page that compares evaluations: one self-contained HTML file, drawn without any library."""

@@ -1,0 +1,119 @@
+"""An evaluation as JSON for programs and as tables for people."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_moe_lpr.evaluation.checkpoint import Evaluation
+from megatron_moe_lpr.evaluation.losses import DatasetLoss
+from megatron_moe_lpr.model.routing_statistics import GROUPS, RoutingReport
+
+
+def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
+    """The evaluation as a JSON object; numbers that do not exist are null."""
+    card = evaluation.card
+    datasets = [_dataset_record(result, evaluation.original_languages) for result in evaluation.datasets]
+    return {
+        "checkpoint": str(evaluation.directory.path),
+        "iteration": evaluation.directory.iteration,
+        "experts_per_layer": card.experts_per_layer,
+        "top_k": card.top_k,
+        "dtype": evaluation.dtype,
+        "sequence_length": evaluation.seq_length,
+        "original_languages": list(evaluation.original_languages),
+        "history": card.history,
+        "datasets": datasets,
+        "averages": {group: _averages([one for one in datasets if one["group"] == group]) for group in GROUPS},
+    }
+
+
+def _dataset_record(result: DatasetLoss, original_languages: Sequence[str]) -> dict[str, Any]:
+    group = GROUPS[0] if result.language in original_languages else GROUPS[1]
+    return {
+        "name": Path(result.name).name,
+        "language": result.language,
+        "group": group,
+        "tokens": result.tokens,
+        "loss": _number(result.loss),
+        "perplexity": _number(result.perplexity),
+        "bits_per_byte": _number(result.bits_per_byte),
+        "routing": _routing_record(result.routing, group) if result.routing else None,
+    }
+
+
+def _routing_record(routing: RoutingReport, group: str) -> dict[str, Any]:
+    """Of a dataset's one group of languages; lists have an entry per layer, null for a dense one."""
+    column = GROUPS.index(group)
+    return {
+        "expert0_probability": _numbers(routing.probability[:, column]),
+        "expert0_top_k_share": _numbers(routing.top_k_share[:, column]),
+        "expert_share": [_numbers(row) for row in routing.expert_share[:, column]],
+        "mean_expert0_probability": _number(routing.mean_over_layers(routing.probability, group)),
+        "mean_expert0_top_k_share": _number(routing.mean_over_layers(routing.top_k_share, group)),
+    }
+
+
+def _averages(datasets: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Plain means over a group's datasets: each language counts the same, whatever its size."""
+    values = {name: [one[name] for one in datasets] for name in ("loss", "bits_per_byte")}
+    for name in ("mean_expert0_probability", "mean_expert0_top_k_share"):
+        values[name.removeprefix("mean_")] = [(one["routing"] or {}).get(name) for one in datasets]
+    return {
+        name: sum(numbers) / len(numbers) if numbers and None not in numbers else None
+        for name, numbers in values.items()
+    }
+
+
+def print_evaluation(record: dict[str, Any], console: Console | None = None) -> None:
+    """One line for each dataset, averages below, and for a MoE the original expert's part layer by layer."""
+    console = console or Console()
+    console.print(_loss_table(record))
+    if any(one["routing"] for one in record["datasets"]):
+        console.print(_routing_table(record))
+
+
+def _loss_table(record: dict[str, Any]) -> Table:
+    table = Table("language", "", "tokens", "loss", "perplexity", "bits per byte", title_justify="left")
+    table.title = f"{record['checkpoint']}, sequences of {record['sequence_length']} tokens, {record['dtype']}"
+    for one in record["datasets"]:
+        numbers = (_text(one["loss"]), _text(one["perplexity"], 2), _text(one["bits_per_byte"]))
+        table.add_row(one["language"], one["group"], f"{one['tokens']:,}", *numbers)
+    for group, means in record["averages"].items():
+        if means["loss"] is not None:
+            table.add_row("mean", group, "", _text(means["loss"]), "", _text(means["bits_per_byte"]), style="bold")
+    return table
+
+
+def _routing_table(record: dict[str, Any]) -> Table:
+    title = f"Expert 0: share of tokens with it in the top {record['top_k']} (its mean probability)"
+    layers = range(len(record["experts_per_layer"]))
+    table = Table("language", "", *(f"layer {layer}" for layer in layers), "mean", title=title, title_justify="left")
+    for one in record["datasets"]:
+        routing = one["routing"]
+        shares = [*routing["expert0_top_k_share"], routing["mean_expert0_top_k_share"]]
+        probabilities = [*routing["expert0_probability"], routing["mean_expert0_probability"]]
+        cells = [_share_text(share, mean) for share, mean in zip(shares, probabilities, strict=True)]
+        table.add_row(one["language"], one["group"], *cells)
+    return table
+
+
+def _share_text(share: float | None, probability: float | None) -> str:
+    return "dense" if share is None or probability is None else f"{share:.1%} ({probability:.2f})"
+
+
+def _text(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _numbers(values: torch.Tensor) -> list[float | None]:
+    return [_number(value) for value in values.tolist()]
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if value is not None and math.isfinite(value) else None

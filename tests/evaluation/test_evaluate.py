@@ -1,0 +1,166 @@
+"""Evaluation's numbers: against transformers on the exported model, and the same at every layout."""
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
+from megatron_moe_lpr.evaluation.results import evaluation_record
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from tests.conversion.helpers import run
+from tests.conversion.tiny_models import load_model
+from tests.data.builders import write_dataset
+from tests.distributed import rank_pool
+from tests.evaluation.tools import TOOLS, load_tool
+from tests.training.runs import make_checkpoint
+
+SEQUENCE = 32
+TOP_K = 2
+LAYOUTS = {
+    "EP2": {"expert_model_parallel_size": 2},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "TP2": {"tensor_model_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """An MoE checkpoint whose experts differ, its export, and a dataset of two languages; token ids by language."""
+    root = tmp_path_factory.mktemp("evaluation")
+    checkpoint = make_checkpoint(root)
+    run("export", "--load", checkpoint, "--hf", root / "exported")
+    generator = np.random.default_rng(5)
+    # Neither a multiple of the sequence length nor of a pass: the padding must count nowhere.
+    documents = {
+        "en": [generator.integers(1, 99, 70).tolist(), generator.integers(1, 99, 33).tolist()],
+        "el": [generator.integers(1, 99, 47).tolist()],
+    }
+    data = {language: write_dataset(root / language, language, each) for language, each in documents.items()}
+    tokens = {language: [token for document in each for token in document] for language, each in documents.items()}
+    return root, checkpoint, data, tokens
+
+
+def evaluate(load: Path, data: dict[str, str], layout: dict) -> dict:
+    """On every rank of a pool."""
+    plan = EvaluationPlan(
+        load=load,
+        valid_data_path=list(data.values()),
+        original_languages=["en"],
+        seq_length=SEQUENCE,
+        micro_batch_size=2,
+        dtype=torch.float32,
+        layout=ParallelLayout(**layout),
+        platform="cpu",
+    )
+    return evaluation_record(evaluate_checkpoint(plan))
+
+
+@pytest.fixture(scope="module")
+def alone(setting):
+    """The record of one process."""
+    _, checkpoint, data, _ = setting
+    return rank_pool(1).run(evaluate, checkpoint, data, {})[0]
+
+
+@functools.cache
+def exported(directory: Path):
+    return load_model(directory)
+
+
+def keeper(states: list[torch.Tensor]):
+    """A hook that keeps what goes into a layer."""
+    return lambda module, inputs: states.append(inputs[0][0])
+
+
+@torch.no_grad()
+def by_transformers(directory: Path, tokens: list[int]) -> dict:
+    """Summed loss, and per layer the share of tokens with expert 0 in the top k and its mean probability."""
+    model = exported(directory)
+    loss, routed = 0.0, []
+    for start in range(0, len(tokens) - 1, SEQUENCE):
+        window = torch.tensor(tokens[start : start + SEQUENCE + 1])
+        states: list[torch.Tensor] = []
+        hooks = [layer.mlp.register_forward_pre_hook(keeper(states)) for layer in model.model.layers]
+        logits = model(window[None, :-1]).logits[0]
+        for hook in hooks:
+            hook.remove()
+        loss += functional.cross_entropy(logits, window[1:], reduction="sum").item()
+        gates = [layer.mlp.gate.weight for layer in model.model.layers]
+        routed.append(torch.stack([(state @ gate.T).softmax(-1) for state, gate in zip(states, gates, strict=True)]))
+    probabilities = torch.cat(routed, dim=1)
+    chosen = functional.one_hot(probabilities.topk(TOP_K).indices, probabilities.shape[-1]).sum(-2).float()
+    return {"loss": loss, "probability": probabilities[..., 0].mean(1), "expert_share": chosen.mean(1)}
+
+
+@pytest.mark.parametrize("language", ["en", "el"])
+def test_equals_transformers(setting, alone, language):
+    root, _, _, tokens = setting
+    found = next(one for one in alone["datasets"] if one["language"] == language)
+    expected = by_transformers(root / "exported", tokens[language])
+    predicted = len(tokens[language]) - 1
+    assert found["tokens"] == predicted
+    assert found["loss"] == pytest.approx(expected["loss"] / predicted, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(expected["loss"] / predicted), rel=1e-4)
+    text_bytes = 3 * len(tokens[language])  # as write_dataset says
+    assert found["bits_per_byte"] == pytest.approx(expected["loss"] / math.log(2) / text_bytes, rel=1e-5)
+    routing = found["routing"]
+    assert routing["expert0_probability"] == pytest.approx(expected["probability"].tolist(), abs=1e-5)
+    share = torch.tensor(routing["expert_share"])
+    assert torch.allclose(share, expected["expert_share"], atol=1e-6)
+    assert routing["expert0_top_k_share"] == pytest.approx(share[:, 0].tolist())
+    assert 0.02 < share[:, 0].mean() < 0.98, "the choice does not show"
+
+
+def test_averages(alone):
+    by_language = {one["language"]: one for one in alone["datasets"]}
+    assert alone["averages"]["original"]["bits_per_byte"] == by_language["en"]["bits_per_byte"]
+    assert alone["averages"]["expanded"]["loss"] == by_language["el"]["loss"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_one_process(setting, alone, layout):
+    _, checkpoint, data, _ = setting
+    for record in rank_pool(2).run(evaluate, checkpoint, data, LAYOUTS[layout]):
+        for one, reference in zip(record["datasets"], alone["datasets"], strict=True):
+            assert one["tokens"] == reference["tokens"]
+            assert one["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+            for name in ("expert0_probability", "expert0_top_k_share"):
+                assert one["routing"][name] == pytest.approx(reference["routing"][name], abs=1e-4)
+
+
+def test_command_line_writes_json(setting, alone, tmp_path):
+    _, checkpoint, data, _ = setting
+    options = ["--original-languages", "en", "--seq-length", str(SEQUENCE), "--micro-batch-size", "2"]
+    arguments = ["--load", str(checkpoint), "--valid-data-path", *data.values(), *options]
+    command = [sys.executable, TOOLS / "evaluate.py", *arguments, "--output", str(tmp_path / "result.json")]
+    # A process of its own: the command leaves the process groups that other tests here still use.
+    environment = os.environ | {"PYTHONPATH": str(TOOLS.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["averages"]["original"]["loss"] == pytest.approx(alone["averages"]["original"]["loss"])
+    assert "bits per byte" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--seq-length", "100000"], "--seq-length 100000"),
+        (["--original-languages", "xx", "--seq-length", "32"], "not in the data"),
+        (["--bf16", "--fp32"], "give one of them"),
+        (["--output", "no/such/place.json"], "there is no directory"),
+    ],
+)
+def test_bad_input_is_one_line(setting, change, message):
+    _, checkpoint, data, _ = setting
+    tool = load_tool("evaluate")
+    with pytest.raises(tool.UserError, match=message):
+        tool.main(["--load", str(checkpoint), "--valid-data-path", *data.values(), *change])

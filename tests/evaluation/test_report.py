@@ -1,0 +1,126 @@
+"""The report from tiny inputs: what it says is what the files say, and it needs nothing from outside."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megatron_moe_lpr.evaluation.report.charts import ticks
+from tests.evaluation.tools import load_tool
+
+report = load_tool("report")
+
+
+def evaluation(bits: dict[str, float], share: float | None) -> dict:
+    """A file of tools/evaluate.py, reduced to what the report reads."""
+    groups = {"en": "original", "el": "expanded"}
+    routing = None if share is None else {"expert0_top_k_share": [share, None]}
+    datasets = [
+        {"language": name, "group": groups[name], "tokens": 10, "bits_per_byte": value, "routing": routing}
+        for name, value in bits.items()
+    ]
+    averages = {groups[one["language"]]: {"bits_per_byte": one["bits_per_byte"]} for one in datasets}
+    if share is not None:
+        averages["original"]["expert0_top_k_share"] = share
+    return {
+        "datasets": datasets,
+        "averages": averages,
+        "experts_per_layer": [3, 1],
+        "top_k": 2,
+        "sequence_length": 8,
+    }
+
+
+@pytest.fixture
+def files(tmp_path):
+    records = {
+        "base": evaluation({"en": 2.0, "el": 4.0}, None),
+        "one": evaluation({"en": 2.5, "el": 2.0}, 0.4),
+        "two": evaluation({"en": 2.01, "el": 2.02}, 0.97),
+    }
+    for name, record in records.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    lines = [
+        {"kind": "train", "iteration": step, "consumed_tokens": 8 * step, "lm_loss/el": 5 - step} for step in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "samples.json").write_text(json.dumps([{"language": "el", "prompt": "<b>", "text": "ναι & όχι"}]))
+    return tmp_path
+
+
+def write_report(files: Path, **changes: str) -> str:
+    evaluations = [f"{name.title()}={files / name}.json" for name in ("base", "one", "two")]
+    options = {
+        "--metrics": f"Stage 1={files / 'metrics.jsonl'}",
+        "--samples": str(files / "samples.json"),
+        "--output": str(files / "report.html"),
+    } | changes
+    report.main(["--evaluation", *evaluations, *(word for pair in options.items() for word in pair)])
+    return (files / "report.html").read_text(encoding="utf-8")
+
+
+class Balance(HTMLParser):
+    """Every tag that opens closes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs): ...
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_holds_the_figures_and_nothing_external(files, capsys):
+    page = write_report(files)
+    for figure in ("2.010", "2.020", "+0.5%", "-49.5%", "97.0%", "+25.0%"):
+        assert f">{figure}<" in page, figure
+    assert "&lt;b&gt;" in page and "ναι &amp; όχι" in page
+    assert not re.search(r"(src|href)\s*=|url\(|https?:", page)
+    parser = Balance()
+    parser.feed(page)
+    assert parser.open == []
+    printed = capsys.readouterr().out
+    assert "-49.5%" in printed and "97.0%" in printed
+
+
+def test_heat_maps_before_and_after(files):
+    page = write_report(files)
+    assert page.count("<figcaption>") == 2
+    assert ">40%</text>" in page and ">97%</text>" in page and 'class="empty"' in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--metrics": "no-title"}, "write TITLE=FILE"),
+        ({"--metrics": "Stage 1=gone.jsonl"}, "no such file"),
+        ({"--output": "no/such/place.html"}, "there is no directory"),
+    ],
+)
+def test_bad_input_is_one_line(files, change, message):
+    with pytest.raises(report.UserError, match=message):
+        write_report(files, **change)
+
+
+def test_evaluations_of_different_text_are_refused(files):
+    record = json.loads((files / "two.json").read_text())
+    record["datasets"][0]["tokens"] += 1
+    (files / "two.json").write_text(json.dumps(record))
+    with pytest.raises(report.UserError, match="different texts"):
+        write_report(files)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 512000), (3.9, 6.2), (0.011, 0.012)])
+def test_ticks_are_round_and_inside(low, high):
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 7
+    assert low <= found[0] and found[-1] <= high + sys.float_info.epsilon

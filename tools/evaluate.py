@@ -1,0 +1,77 @@
+"""Evaluate a checkpoint: loss, perplexity and bits per byte of each validation dataset, and where tokens are routed.
+
+Runs alone or under torchrun at any layout: `torchrun --nproc-per-node 2 tools/evaluate.py --load DIR ...`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
+from megatron_moe_lpr.evaluation.results import evaluation_record, print_evaluation
+from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.parallel.groups import destroy_parallel
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import PlatformName
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Evaluate a checkpoint."""
+
+    load: Path
+    """Checkpoint directory, dense or MoE, or one iteration in it."""
+    valid_data_path: list[str]
+    """Datasets: prefixes, each evaluated by itself, whole and in order."""
+    original_languages: list[str] = dataclasses.field(default_factory=list)
+    """Languages that the dense model already knows. Default: those that the checkpoint was trained with."""
+    output: Path | None = None
+    """Write the results to this file as JSON too."""
+    seq_length: int = 512
+    """Tokens of a sequence: the longest context a prediction gets."""
+    micro_batch_size: int = 4
+    """Sequences a data-parallel rank computes at once."""
+    bf16: bool = False
+    """Compute in bfloat16. Default: the checkpoint's own dtype."""
+    fp32: bool = False
+    """Compute in fp32."""
+    layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
+    platform: PlatformName = "auto"
+    """Where to run; auto: CUDA where there is a device."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    flags = tyro.cli(Flags, args=arguments, description=__doc__)
+    if flags.output and not flags.output.parent.is_dir():
+        raise UserError(f"--output {flags.output}: there is no directory {flags.output.parent}")
+    record = evaluation_record(evaluate_checkpoint(plan(flags)))
+    if dist.get_rank() == 0:
+        print_evaluation(record)
+        if flags.output:
+            write(record, flags.output)
+    destroy_parallel()
+
+
+def plan(flags: Flags) -> EvaluationPlan:
+    """Flags as the evaluation room takes them. Raises UserError where they contradict each other."""
+    if flags.bf16 and flags.fp32:
+        raise UserError("--bf16 and --fp32: give one of them")
+    dtype = torch.bfloat16 if flags.bf16 else torch.float32 if flags.fp32 else None
+    fields = {field.name for field in dataclasses.fields(EvaluationPlan)} - {"dtype"}
+    return EvaluationPlan(dtype=dtype, **{name: getattr(flags, name) for name in fields})
+
+
+def write(record: dict, path: Path) -> None:
+    """The JSON file, whole or not at all."""
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,45 @@
+"""Compare evaluations in one self-contained HTML file: the table, expert 0's share by layer and language, loss curves.
+
+tools/report.py --evaluation "Base model=base.json" "Stage 1=stage1.json" "Stage 2=stage2.json" --output report.html
+"""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.evaluation.report.inputs import read_inputs
+from megatron_moe_lpr.evaluation.report.page import build_page
+from megatron_moe_lpr.evaluation.report.tables import print_table
+from megatron_moe_lpr.filesystem import atomic_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Compare evaluations in one HTML file."""
+
+    evaluation: list[str]
+    """TITLE=FILE of tools/evaluate.py --output; the first is what the others are compared with, the third (base,
+    stage 1, stage 2) is the page's subject."""
+    output: Path
+    """HTML file to write."""
+    metrics: list[str] = dataclasses.field(default_factory=list)
+    """TITLE=FILE of a run's metrics.jsonl, for its loss curves."""
+    samples: Path | None = None
+    """JSON file with generated text: a list of objects with language, prompt and text."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    flags = tyro.cli(Flags, args=arguments, description=__doc__)
+    if not flags.output.parent.is_dir():
+        raise UserError(f"--output {flags.output}: there is no directory {flags.output.parent}")
+    inputs = read_inputs(flags.evaluation, flags.metrics, flags.samples)
+    print_table(inputs)
+    with atomic_file(flags.output) as partial:
+        partial.write_text(build_page(inputs), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)
