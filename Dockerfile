@@ -8,12 +8,15 @@
 FROM nvcr.io/nvidia/pytorch:25.11-py3 AS gpu
 RUN useradd --create-home --uid 10001 trainer
 WORKDIR /opt/moe-lpr
-COPY docker docker
 RUN pip list --format=freeze | grep -iE '^(torch|torchvision|triton|numpy|transformer[_-]engine.*)==' > /tmp/base.txt \
     && PIP_CONSTRAINT= pip install --no-cache-dir --no-deps 'megatron-core>=0.16.1,<0.17' \
-    && PIP_CONSTRAINT= pip install --no-cache-dir --constraint /tmp/base.txt --requirement docker/requirements.txt
+    && PIP_CONSTRAINT= pip install --no-cache-dir --constraint /tmp/base.txt \
+        numpy packaging psutil rich 'safetensors>=0.4' sentencepiece tensorboard tokenizers 'transformers>=4.51' \
+        'tyro>=0.9' zstandard pytest ruff
 COPY . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && chown -R trainer . && rm /tmp/base.txt
+# make uses this Python instead of an environment of its own.
+ENV SYSTEM_PYTHON=1
 USER trainer
 CMD ["bash"]
 
@@ -23,12 +26,16 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 trainer
 WORKDIR /opt/moe-lpr
-COPY docker docker
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" 'torch>=2.6' \
+# PyTorch's index of CPU builds makes a smaller image than the default one: --build-arg TORCH_INDEX=...
+ARG TORCH_INDEX
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} 'torch>=2.6' \
     && pip install --no-cache-dir --no-deps 'megatron-core>=0.16.1,<0.17' \
-    && pip install --no-cache-dir --requirement docker/requirements.txt 'setuptools>=77'
+    && pip install --no-cache-dir \
+        numpy packaging psutil rich 'safetensors>=0.4' sentencepiece tensorboard tokenizers 'transformers>=4.51' \
+        'tyro>=0.9' zstandard pytest ruff 'setuptools>=77'
 COPY . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && chown -R trainer .
+# make uses this Python instead of an environment of its own.
+ENV SYSTEM_PYTHON=1
 USER trainer
 CMD ["bash"]
