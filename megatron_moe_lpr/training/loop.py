@@ -54,8 +54,7 @@ class Trainer:
             if self._asked_to_stop() and state.iteration < config.batch.train_iters:
                 self.save()
                 return False
-        if self.saved_iteration != state.iteration:
-            self.save()
+        self.save()
         if self.run.datasets.valid and not self._evaluated_last():
             self.evaluate()
         return True
@@ -175,7 +174,9 @@ class Trainer:
         self.writer.write(f"valid/{result.language}", self.state.iteration, values)
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step, unless there is one."""
+        if self.saved_iteration == self.state.iteration:
+            return
         run, start = self.run, time.monotonic()
         save_run(self.state, run.config.checkpoint.save, run.model.directory, card_of(run))
         self.saved_iteration = self.state.iteration
