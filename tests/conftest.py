@@ -23,7 +23,8 @@ def cpu_platform():
     destroy_parallel()
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _end_pools():
+    """With each file: gloo threads of every layout a rank has been in stay, and thousands of them starve it."""
     yield
     close_pools()

@@ -1,6 +1,7 @@
 """Process groups: the world, and Megatron's groups inside it."""
 
 import datetime
+import gc
 import os
 
 import torch
@@ -48,6 +49,7 @@ def destroy_parallel() -> None:
 
 def _destroy_groups() -> None:
     """Megatron only forgets its groups: their threads and connections would pile up with each new layout."""
+    gc.collect()  # models of the old layout hold its groups, in reference cycles
     groups = parallel_state._global_process_group_list or []
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
