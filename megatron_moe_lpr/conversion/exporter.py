@@ -16,7 +16,7 @@ from megatron_moe_lpr.checkpoint.directory import (
 )
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader, is_model_key
 from megatron_moe_lpr.conversion.hf_config import SHARED_EXPERT_WIDTH, moe_config
-from megatron_moe_lpr.conversion.hf_directory import ROUTERS_FILE, carry_files
+from megatron_moe_lpr.conversion.hf_directory import carry_files
 from megatron_moe_lpr.conversion.names import (
     DENSE_LAYOUT,
     MOE_LAYOUTS,
@@ -27,7 +27,7 @@ from megatron_moe_lpr.conversion.names import (
     model_rows,
     shared_expert_shapes,
 )
-from megatron_moe_lpr.conversion.safetensors_writer import TensorSpec, write_safetensors, write_safetensors_file
+from megatron_moe_lpr.conversion.safetensors_writer import TensorSpec, write_safetensors
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.upcycling import split_qkv
 from megatron_moe_lpr.errors import UserError
@@ -50,9 +50,12 @@ class ExportPlan:
     dtype: torch.dtype
 
     def specs(self) -> list[TensorSpec]:
-        """All tensors of the Hugging Face checkpoint, in the order they are written."""
+        """All tensors of the Hugging Face checkpoint, in the order they are written.
+
+        Routers keep float32: rounded to bfloat16, they would send a few tokens to another expert.
+        """
         written = [
-            TensorSpec(name, shape, self.dtype)
+            TensorSpec(name, shape, torch.float32 if row.role is Role.ROUTER else self.dtype)
             for row in self.rows
             for name, shape in zip(row.names, row.shapes, strict=True)
         ]
@@ -161,14 +164,3 @@ def _write_side_files(plan: ExportPlan, directory: Path) -> None:
     target.mkdir()
     shutil.copyfile(side / CONFIG_FILE, target / CONFIG_FILE)
     plan.card.write(target / CARD_FILE)
-    if plan.card.is_moe and plan.dtype is not torch.float32:
-        _write_exact_routers(plan, target)
-
-
-def _write_exact_routers(plan: ExportPlan, directory: Path) -> None:
-    """The stock file holds routers in the model's dtype; the exact ones lie beside it, for importing again."""
-    routers = {row.names[0]: row for row in plan.rows if row.role is Role.ROUTER}
-    specs = [TensorSpec(name, row.shape, torch.float32) for name, row in routers.items()]
-    write_safetensors_file(
-        directory / ROUTERS_FILE, specs, lambda spec: plan.reader.read(routers[spec.name].key).float()
-    )

@@ -46,8 +46,6 @@ TOKENIZER_PATTERNS = (
 CARRIED_PATTERNS = (*TOKENIZER_PATTERNS, "generation_config.json")
 # Old checkpoints store these buffers; every reader computes them.
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
-# Routers in full precision, for checkpoints whose dtype cannot hold them exactly.
-ROUTERS_FILE = "routers.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)

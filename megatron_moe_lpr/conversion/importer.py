@@ -3,7 +3,6 @@
 import itertools
 import math
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,10 +12,9 @@ from megatron_moe_lpr.checkpoint.card import CheckpointCard, tool_versions
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, RELEASE, SIDE_DIRECTORY, write_latest
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.fingerprint import OriginalFingerprint
-from megatron_moe_lpr.conversion.hf_directory import ROUTERS_FILE, carry_files, tokenizer_files
+from megatron_moe_lpr.conversion.hf_directory import carry_files, tokenizer_files
 from megatron_moe_lpr.conversion.names import Role, Row
 from megatron_moe_lpr.conversion.plan import ImportOptions, ImportPlan, plan_import
-from megatron_moe_lpr.conversion.safetensors_source import SafetensorsSource
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.upcycling import initial_router, interleave_qkv
 from megatron_moe_lpr.errors import UserError
@@ -47,14 +45,14 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
 
 
 def _write_tensors(plan: ImportPlan, writer: CheckpointWriter, progress: ProgressReport) -> str:
-    fingerprint, routers = OriginalFingerprint(), _saved_routers(plan)
+    fingerprint = OriginalFingerprint()
     # Hashing beside writing costs no time where a second core is free.
     with ThreadPoolExecutor(1) as pool:
         for _, group in itertools.groupby(plan.rows, key=lambda row: row.names or row.key):
             rows = list(group)
             parts = [plan.source.read(name) for name in rows[0].names]
             hashing = [pool.submit(fingerprint.add, *pair) for pair in zip(rows[0].dense_names, parts, strict=False)]
-            tensor = _tensor(plan, rows[0], parts, routers)
+            tensor = _tensor(plan, rows[0], parts)
             for row in rows:
                 writer.write(row.key, tensor)
                 progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
@@ -64,32 +62,13 @@ def _write_tensors(plan: ImportPlan, writer: CheckpointWriter, progress: Progres
     return fingerprint.hexdigest()
 
 
-def _tensor(
-    plan: ImportPlan, row: Row, parts: list[torch.Tensor], routers: Callable[[str, torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    if row.role is Role.ROUTER:
-        if not parts:
-            num_experts, hidden_size = row.shape
-            return initial_router(num_experts, hidden_size, plan.seed, row.layer)
-        return routers(row.names[0], parts[0])
+def _tensor(plan: ImportPlan, row: Row, parts: list[torch.Tensor]) -> torch.Tensor:
+    if row.role is Role.ROUTER and not parts:
+        num_experts, hidden_size = row.shape
+        return initial_router(num_experts, hidden_size, plan.seed, row.layer)
     if len(parts) > 1:
         return interleave_qkv(parts, plan.model.architecture)
-    return parts[0].to(plan.dtype)
-
-
-def _saved_routers(plan: ImportPlan) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """Routers in float32: as saved beside an export in a shorter dtype, unless someone has changed the stock tensor."""
-    path = plan.model.path / SIDE_DIRECTORY / ROUTERS_FILE
-    saved = SafetensorsSource([path]) if path.is_file() and not plan.adapter else None
-
-    def router(name: str, stock: torch.Tensor) -> torch.Tensor:
-        if saved and name in saved.tensors:
-            exact = saved.read(name)
-            if torch.equal(exact.to(stock.dtype), stock):
-                return exact
-        return stock.float()
-
-    return router
+    return parts[0].to(plan.dtype_of(row))
 
 
 def _check_shared_experts(plan: ImportPlan) -> None:

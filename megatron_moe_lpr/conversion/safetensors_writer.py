@@ -35,11 +35,13 @@ def write_safetensors(
     produce: Callable[[TensorSpec], torch.Tensor],
     max_shard_bytes: int,
 ) -> None:
-    """Write `specs` in their order, one shard after the other, with an index where there is more than one shard.
+    """Write `specs` one shard after the other, with an index where there is more than one shard.
+
+    Within a shard the widest dtype comes first and the order is kept otherwise, so that values lie aligned.
 
     Args:
         directory: an existing directory.
-        produce: called once for each spec, in order; gives a contiguous CPU tensor of that shape and dtype.
+        produce: called once for each spec, in the order of writing; gives a contiguous CPU tensor of that shape and dtype.
         max_shard_bytes: a shard is larger only where a single tensor is.
 
     Raises:
@@ -48,7 +50,7 @@ def write_safetensors(
     shards = _split(specs, max_shard_bytes)
     names = _file_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
-        write_safetensors_file(directory / name, shard, produce)
+        _write_file(directory / name, shard, produce)
     if len(shards) > 1:
         weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
         total = sum(spec.num_bytes for spec in specs)
@@ -56,10 +58,7 @@ def write_safetensors(
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_safetensors_file(
-    path: Path, specs: Sequence[TensorSpec], produce: Callable[[TensorSpec], torch.Tensor]
-) -> None:
-    """Write one file; the arguments and errors are those of `write_safetensors`."""
+def _write_file(path: Path, specs: Sequence[TensorSpec], produce: Callable[[TensorSpec], torch.Tensor]) -> None:
     with open(path, "wb") as stream:
         stream.write(_header(specs))
         for spec in specs:
@@ -96,7 +95,7 @@ def _split(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[Tenso
             size = 0
         shards[-1].append(spec)
         size += spec.num_bytes
-    return shards
+    return [sorted(shard, key=lambda spec: -spec.dtype.itemsize) for shard in shards]
 
 
 def _file_names(count: int) -> list[str]:
