@@ -41,7 +41,7 @@ def write_safetensors(
 
     Args:
         directory: an existing directory.
-        produce: called once for each spec, in the order of writing; gives a contiguous CPU tensor of that shape and dtype.
+        produce: called once for each spec as it is written; gives a contiguous CPU tensor of that shape and dtype.
         max_shard_bytes: a shard is larger only where a single tensor is.
 
     Raises:
