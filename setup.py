@@ -34,7 +34,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9"],
-        "eval": ["lm-eval"],
+        "eval": ["lm-eval[hf]>=0.4.10"],
         "logging": ["tensorboard", "wandb"],
         "test": ["pytest", "ruff", "tensorboard"],
     },

@@ -1,6 +1,6 @@
 # The demo's targets, included by the Makefile.
 
-.PHONY: demo demo-baselines base-model
+.PHONY: demo demo-baselines demo-eval base-model
 
 # The whole method on real text; ends in runs/demo/report.html. Goes on where it was interrupted.
 demo: $(INSTALLED)
@@ -9,6 +9,13 @@ demo: $(INSTALLED)
 # What else one could do with the same tokens, for the table.
 demo-baselines: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/baselines.sh
+
+# lm_eval on the base model and the exported one: which of four endings continues a held-out passage?
+demo-eval: $(INSTALLED)
+ifndef SYSTEM_PYTHON
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
+endif
+	PYTHON=$(BIN)/python bash examples/demo/evaluate_choices.sh
 
 # Remake data/base_model from a random initialisation, in runs/base_model/hf.
 base-model: $(INSTALLED)

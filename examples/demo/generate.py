@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-from collections import Counter
 from pathlib import Path
 
 import torch
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from megatron_moe_lpr.data.documents import DocumentOptions, read_documents
-from megatron_moe_lpr.data.sources import Slice, disk_bytes, read_blocks
+from corpus import texts
 from megatron_moe_lpr.errors import UserError, run_command
 
 
@@ -60,9 +58,7 @@ def load(directory: Path) -> PreTrainedModel:
 
 def first_words(path: Path, characters: int) -> str:
     """The beginning of a file's first long document, cut after a word."""
-    block = next(read_blocks(Slice(str(path), 0, disk_bytes(str(path))), ("text",)))
-    documents = read_documents(block, DocumentOptions(language="any"), Counter(), {})
-    text = next(text for _, text in documents if len(text) > 4 * characters)
+    text = next(text for text in texts([str(path)]) if len(text) > 4 * characters)
     start = text.index("\n") + 1 if "\n" in text[: 2 * characters] else 0  # behind the heading
     words = text[start : start + characters].replace("\n", " ")
     return words.rsplit(" ", 1)[0] if " " in words else words

@@ -1,8 +1,6 @@
 """The base model before its training: a tokenizer over the demo corpus and a small Qwen2 with random weights."""
 
 import dataclasses
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,8 +8,7 @@ import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from megatron_moe_lpr.data.documents import DocumentOptions, read_documents
-from megatron_moe_lpr.data.sources import Slice, disk_bytes, expand_inputs, read_blocks
+from corpus import texts
 from megatron_moe_lpr.errors import UserError, run_command
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -42,21 +39,14 @@ def main() -> None:
     flags = tyro.cli(Flags, description=__doc__)
     if flags.hf.exists():
         raise UserError(f"--hf {flags.hf}: exists; remove it or choose another directory")
-    tokenizer = train_tokenizer(expand_inputs(flags.input), flags.vocab_size)
+    tokenizer = train_tokenizer(flags.input, flags.vocab_size)
     model = random_model(flags)
     tokenizer.save_pretrained(flags.hf)
     model.save_pretrained(flags.hf)
     print(f"{flags.hf}: {sum(weight.numel() for weight in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
 
 
-def texts(names: list[str]) -> Iterator[str]:
-    """The text of every document."""
-    for name in names:
-        for block in read_blocks(Slice(name, 0, disk_bytes(name)), ("text",)):
-            yield from (text for _, text in read_documents(block, DocumentOptions(language="any"), Counter(), {}))
-
-
-def train_tokenizer(names: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(inputs: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE: it can write every text of every language."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -67,7 +57,7 @@ def train_tokenizer(names: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts(names), trainer)
+    tokenizer.train_from_iterator(texts(inputs), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_DOCUMENT)
 
 

@@ -1,0 +1,14 @@
+"""Reading the demo's corpus: JSON lines, compressed or not."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from megatron_moe_lpr.data.documents import DocumentOptions, read_documents
+from megatron_moe_lpr.data.sources import Slice, disk_bytes, expand_inputs, read_blocks
+
+
+def texts(inputs: list[str]) -> Iterator[str]:
+    """The text of every document of some files or patterns. Raises UserError where there is none."""
+    for name in expand_inputs(inputs):
+        for block in read_blocks(Slice(name, 0, disk_bytes(name)), ("text",)):
+            yield from (text for _, text in read_documents(block, DocumentOptions(language="any"), Counter(), {}))
