@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import tyro
+from make_choices import PREFIX
 from rich.console import Console
 from rich.table import Table
 
-from make_choices import PREFIX
 from megatron_moe_lpr.errors import UserError, run_command
 
 
@@ -39,9 +39,7 @@ def read_scores(directory: Path) -> dict[str, str]:
     if not files:
         raise UserError(f"--results {directory}: no results_*.json of lm_eval there")
     results = json.loads(files[-1].read_text(encoding="utf-8"))["results"]
-    return {
-        task: f"{scores['acc,none']:.1%} ± {scores['acc_stderr,none']:.1%}" for task, scores in results.items()
-    }
+    return {task: f"{scores['acc,none']:.1%} ± {scores['acc_stderr,none']:.1%}" for task, scores in results.items()}
 
 
 if __name__ == "__main__":

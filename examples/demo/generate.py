@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 import tyro
+from corpus import texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from corpus import texts
 from megatron_moe_lpr.errors import UserError, run_command
 
 

@@ -9,8 +9,8 @@ import random
 from pathlib import Path
 
 import tyro
-
 from corpus import texts
+
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.filesystem import atomic_directory
 

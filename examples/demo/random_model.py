@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 import tyro
+from corpus import texts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from corpus import texts
 from megatron_moe_lpr.errors import UserError, run_command
 
 END_OF_DOCUMENT = "<|endoftext|>"

@@ -4,8 +4,14 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megatron_moe_lpr.model.config import MoELPRConfig
 from megatron_moe_lpr.platform import Platform
@@ -49,7 +55,17 @@ def build_optimizer(
         overlap_param_gather=options.overlap_param_gather,
         fp8_recipe=config.fp8_recipe if config.fp8 else None,
     )
-    optimizer = get_megatron_optimizer(settings, list(chunks), use_gloo_process_groups=platform.backend == "nccl")
+    # Routers are float32 beside bfloat16 weights. In a parameter group of both, the distributed optimizer of
+    # Megatron-Core 0.16 puts all float32 parameters first and then saves each one's state under another's name.
+    overrides = get_standard_config_overrides(settings) | {
+        ParamKey(name="*.router.weight"): ParamGroupOverride(wd_mult=1.0)
+    }
+    optimizer = get_megatron_optimizer(
+        settings,
+        list(chunks),
+        config_overrides=overrides,
+        use_gloo_process_groups=platform.backend == "nccl",
+    )
     _connect(chunks, config, options, optimizer)
     return optimizer
 

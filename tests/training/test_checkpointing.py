@@ -68,9 +68,11 @@ def test_resume_at_the_same_layout_is_exact(original_run, inputs, tmp_path):
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
 
 
-def test_bf16_with_fp32_routers_is_saved_and_resumed(inputs, tmp_path):
+@pytest.mark.parametrize("trained", [{}, {"train_embeddings": True}, {"stage": "full"}])
+def test_bf16_with_fp32_routers_is_saved_and_resumed(trained, inputs, tmp_path):
+    """Also where routers train beside dense bf16 weights: Megatron's optimizer mixed their states up."""
     first, second = tmp_path / "first", tmp_path / "second"
-    changes = {"fp32": False, "bf16": True}
+    changes = {"fp32": False, "bf16": True} | trained
     run_pool(2, inputs[0], first, inputs[1], save_interval=3, **EP2, **changes)
     tensors = checkpoint_tensors(first)
     assert tensors["decoder.layers.0.mlp.router.weight"].dtype == torch.float32
