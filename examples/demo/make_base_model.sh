@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # Remake data/base_model, the demo's small dense model: a tokenizer over the demo corpus, random weights, then
-# `--stage full` on English, Spanish and Chinese with 12% of Greek, Hungarian and Turkish, as a real model would have
-# seen some of every language. Writes $RUNS/hf. See docs/demo.md for what was tried and how long it takes.
+# `--stage full` on English, Spanish and Chinese with 1% each of Greek, Hungarian and Turkish, as a real model would
+# have seen some of every language. Writes $RUNS/hf. See docs/demo.md for what was tried and how long it takes.
 
 RUNS=${RUNS:-runs/base_model}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-ITERS=${ITERS:-1500}
+ITERS=${ITERS:-2000}
 
 make() {
     # shellcheck disable=SC2046,SC2086  # lists of words
     ranks -m megatron_moe_lpr.pretrain --stage full --load "$RUNS/random" --save "$RUNS/trained" $PRECISION \
-        --train-iters "$ITERS" --micro-batch-size $((4 / RANKS)) --global-batch-size 4 --seq-length 256 \
+        --train-iters "$ITERS" --micro-batch-size $((8 / RANKS)) --global-batch-size 8 --seq-length 256 \
         --lr 2e-3 --min-lr 1e-4 --lr-warmup-iters 100 --weight-decay 0.1 --adam-beta2 0.95 \
-        --data-path 35 "$RUNS/data/train-en" 31 "$RUNS/data/train-es" 22 "$RUNS/data/train-zh" \
-        4 "$RUNS/data/train-el" 4 "$RUNS/data/train-hu" 4 "$RUNS/data/train-tr" \
+        --data-path 38.8 "$RUNS/data/train-en" 34.92 "$RUNS/data/train-es" 23.28 "$RUNS/data/train-zh" \
+        1 "$RUNS/data/train-el" 1 "$RUNS/data/train-hu" 1 "$RUNS/data/train-tr" \
         --valid-data-path $(datasets valid $ORIGINAL $EXPANDED) --original-languages $ORIGINAL \
-        --num-workers 0 --log-interval 20 --save-interval 200
+        --num-workers 0 --log-interval 50 --save-interval 500
 }
 
 step "$RUNS/random_hf/config.json" "tokenizer and random weights" \

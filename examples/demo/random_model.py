@@ -22,11 +22,11 @@ class Flags:
     """JSON lines to train the tokenizer on, as tools/preprocess_data.py reads them."""
     hf: Path
     """Hugging Face directory to write."""
-    vocab_size: int = 4096
+    vocab_size: int = 1024
     """Tokens, the 256 bytes and the end of document included."""
     hidden_size: int = 256
     """Width of the residual stream."""
-    intermediate_size: int = 704
+    intermediate_size: int = 1024
     """Width of the FFN."""
     num_layers: int = 4
     """Transformer layers."""

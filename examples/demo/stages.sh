@@ -1,36 +1,38 @@
 # The demo's runs, shared by run.sh and baselines.sh so that all of them see the same tokens. docs/demo.md says what
-# was tried. One step takes BATCH x LENGTH tokens.
+# was tried. A step takes BATCH x LENGTH tokens.
 
 RUNS=${RUNS:-runs/demo}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 BASE=${BASE:-data/base_model}
 EXPERTS=5
-BATCH=4
 LENGTH=256
-STAGE1_ITERS=${STAGE1_ITERS:-500}
-STAGE1_LR=${STAGE1_LR:-2e-3}
-STAGE2_ITERS=${STAGE2_ITERS:-100}
+STAGE1_ITERS=${STAGE1_ITERS:-300}
+STAGE1_BATCH=8
+STAGE1_LR=${STAGE1_LR:-3e-3}
+STAGE2_ITERS=${STAGE2_ITERS:-800}
+STAGE2_BATCH=2
 STAGE2_LR=${STAGE2_LR:-1e-2}
 REPLAY_DOCUMENTS=${REPLAY_DOCUMENTS:-40}
 EXPERT_PARALLEL="--expert-model-parallel-size $RANKS"
 
-# train STAGE LOAD SAVE ARGUMENTS...: goes on where an earlier start was interrupted.
+# train STAGE BATCH LOAD SAVE ARGUMENTS...: goes on where an earlier start was interrupted.
 train() {
-    local stage=$1 load=$2 save=$3
-    shift 3
+    local stage=$1 batch=$2 load=$3 save=$4
+    shift 4
     # shellcheck disable=SC2086  # lists of words
     ranks -m megatron_moe_lpr.pretrain --stage "$stage" --load "$load" --save "$save" $PRECISION \
-        --micro-batch-size $((BATCH / RANKS)) --global-batch-size $BATCH --seq-length $LENGTH \
-        --original-languages $ORIGINAL --num-workers 0 --log-interval 10 --save-interval 100 \
-        --use-distributed-optimizer "$@"
+        --micro-batch-size $((batch / RANKS)) --global-batch-size "$batch" --seq-length $LENGTH \
+        --original-languages $ORIGINAL --num-workers 0 --log-interval 10 --save-interval 200 "$@"
 }
 
 # learn_expanded STAGE LOAD SAVE ARGUMENTS...: el, hu and tr, as stage 1 does.
 learn_expanded() {
+    local stage=$1
+    shift
     # shellcheck disable=SC2046,SC2086
-    train "$@" --train-iters "$STAGE1_ITERS" --lr "$STAGE1_LR" --lr-warmup-iters $((STAGE1_ITERS / 20)) \
-        --data-path $(datasets train $EXPANDED)
+    train "$stage" $STAGE1_BATCH "$@" --train-iters "$STAGE1_ITERS" --lr "$STAGE1_LR" \
+        --lr-warmup-iters $((STAGE1_ITERS / 20)) --data-path $(datasets train $EXPANDED)
 }
 
 # review LOAD SAVE ARGUMENTS...: half replay of a few documents of en, es and zh, half el, hu and tr.
@@ -39,7 +41,8 @@ review() {
     shift 2
     for language in $ORIGINAL; do blend+=(1 "$RUNS/data/replay-$language"); done
     for language in $EXPANDED; do blend+=(1 "$RUNS/data/train-$language"); done
-    train 2 "$load" "$save" --train-iters "$STAGE2_ITERS" --lr "$STAGE2_LR" --data-path "${blend[@]}" "$@"
+    train 2 $STAGE2_BATCH "$load" "$save" --train-iters "$STAGE2_ITERS" --lr "$STAGE2_LR" \
+        --data-path "${blend[@]}" "$@"
 }
 
 # evaluate NAME CHECKPOINT ARGUMENTS...: the six validation sets, to $RUNS/evaluation/NAME.json.
@@ -50,5 +53,5 @@ evaluate() {
     # shellcheck disable=SC2046,SC2086
     step "$RUNS/evaluation/$name.json" "evaluation of $name" ranks tools/evaluate.py --load "$checkpoint" \
         --valid-data-path $(datasets valid $ORIGINAL $EXPANDED) --original-languages $ORIGINAL \
-        --seq-length $LENGTH --micro-batch-size 4 $PRECISION --output "$RUNS/evaluation/$name.json" "$@"
+        --seq-length $LENGTH --micro-batch-size 8 $PRECISION --output "$RUNS/evaluation/$name.json" "$@"
 }

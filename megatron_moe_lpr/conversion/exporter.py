@@ -93,7 +93,7 @@ def plan_export(load: Path) -> ExportPlan:
     """
     checkpoint = resolve_checkpoint(load)
     card, architecture = checkpoint.card(), checkpoint.architecture()
-    config = read_json(checkpoint.side_directory / CONFIG_FILE)
+    config = _with_dtype(read_json(checkpoint.side_directory / CONFIG_FILE), card.dtype)
     if len(card.experts_per_layer) != architecture.num_layers or card.family != architecture.family.name:
         raise UserError(f"{checkpoint.side_directory}: {CARD_FILE} and {CONFIG_FILE} do not belong to one model")
     layout = DENSE_LAYOUT
@@ -104,6 +104,11 @@ def plan_export(load: Path) -> ExportPlan:
     reader = CheckpointReader(checkpoint.path)
     check_model_tensors(rows, reader)
     return ExportPlan(checkpoint, card, architecture, layout, config, rows, reader, getattr(torch, card.dtype))
+
+
+def _with_dtype(config: dict, dtype: str) -> dict:
+    """The configuration naming the dtype of the weights, which training may have changed."""
+    return config | {name: dtype for name in ("dtype", "torch_dtype") if name in config}
 
 
 def check_model_tensors(rows: list[Row], reader: CheckpointReader) -> None:
@@ -156,10 +161,10 @@ class _Producer:
 def _write_side_files(plan: ExportPlan, directory: Path) -> None:
     side = plan.checkpoint.side_directory
     carry_files(side, directory)
-    if plan.card.is_moe:
-        write_json(plan.config, directory / CONFIG_FILE)
-    else:
+    if plan.config == read_json(side / CONFIG_FILE):
         shutil.copyfile(side / CONFIG_FILE, directory / CONFIG_FILE)
+    else:
+        write_json(plan.config, directory / CONFIG_FILE)
     target = directory / SIDE_DIRECTORY
     target.mkdir()
     shutil.copyfile(side / CONFIG_FILE, target / CONFIG_FILE)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from tests.conversion.helpers import (
     assert_same_tensors,
     change_hf,
@@ -126,6 +127,15 @@ def test_fields_left_to_defaults_mean_the_same_after_export(tmp_path: Path) -> N
     run("import", "--hf", dense, "--save", tmp_path / "checkpoint", "--num-experts", 2)
     run("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "moe")
     assert (logits(load_model(tmp_path / "moe")) - logits(load_model(dense))).abs().max() < 1e-4
+
+
+def test_config_names_the_dtype_that_training_left(dense_directory: Dense, tmp_path: Path) -> None:
+    run("import", "--hf", dense_directory("qwen2"), "--save", tmp_path / "checkpoint", "--num-experts", 1)
+    card = resolve_checkpoint(tmp_path / "checkpoint").side_directory / "card.json"
+    card.write_text(card.read_text().replace('"float32"', '"bfloat16"'))
+    run("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in hf_tensors(tmp_path / "back").values()} == {torch.bfloat16}
 
 
 def test_shards_in_and_out(tmp_path: Path) -> None:
