@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034  # sourced by scripts that use what is set here
 # Shared by the demo's scripts: where things are, and steps that run once.
 #
 # step DONE TITLE COMMAND...   runs COMMAND unless the file DONE exists; DONE is made when it succeeds.

@@ -10,6 +10,7 @@ SECONDS=0
 step "$RUNS/choices/.done" "a multiple-choice task for each language" "$PYTHON" examples/demo/make_choices.py \
     --corpus "$CORPUS/valid" --languages $ORIGINAL $EXPANDED --output "$RUNS/choices"
 if [ "$PRECISION" = --bf16 ]; then DTYPE=bfloat16; else DTYPE=float32; fi
+# shellcheck disable=SC2086  # a list of words
 tasks=$(printf "continuation_%s," $ORIGINAL $EXPANDED)
 
 # choose NAME MODEL: lm_eval's results in $RUNS/choices/NAME.

@@ -33,6 +33,7 @@ step "$RUNS/hf/config.json" "export to Hugging Face" \
     "$PYTHON" tools/convert_hf.py export --load "$RUNS/stage2" --hf "$RUNS/hf"
 step "$RUNS/.verified" "the export computes what Megatron does" \
     "$PYTHON" tools/convert_hf.py verify --load "$RUNS/stage2" --hf "$RUNS/hf" --tolerance 1e-3
+# shellcheck disable=SC2086  # a list of words
 step "$RUNS/samples.json" "a sentence in each language" "$PYTHON" examples/demo/generate.py --hf "$RUNS/hf" \
     --corpus "$CORPUS/valid" --languages $ORIGINAL $EXPANDED --output "$RUNS/samples.json"
 bash examples/demo/write_report.sh

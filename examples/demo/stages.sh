@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034  # sourced by scripts that use what is set here
 # The demo's runs, shared by run.sh and baselines.sh so that all of them see the same tokens. docs/demo.md says what
 # was tried. A step takes BATCH x LENGTH tokens.
 
@@ -13,7 +14,7 @@ STAGE1_LR=${STAGE1_LR:-3e-3}
 STAGE2_ITERS=${STAGE2_ITERS:-800}
 STAGE2_BATCH=2
 STAGE2_LR=${STAGE2_LR:-1e-2}
-REPLAY_DOCUMENTS=${REPLAY_DOCUMENTS:-40}
+REPLAY_DOCUMENTS=${REPLAY_DOCUMENTS:-12}
 EXPERT_PARALLEL="--expert-model-parallel-size $RANKS"
 
 # train STAGE BATCH LOAD SAVE ARGUMENTS...: goes on where an earlier start was interrupted.
