@@ -40,16 +40,13 @@ ranks() {
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" "$@"
 }
 
-# preprocess TOKENIZER: the six languages, training and validation text, to $RUNS/data/SPLIT-LANGUAGE.
-preprocess() {
-    local split language
-    for split in train valid; do
-        for language in $ORIGINAL $EXPANDED; do
-            step "$RUNS/data/$split-$language.json" "tokens of $split $language" \
-                "$PYTHON" tools/preprocess_data.py --input "$CORPUS/$split/$language.jsonl.zst" --language "$language" \
-                --tokenizer "$1" --output-prefix "$RUNS/data/$split-$language"
-        done
-    done
+# tokens NAME SPLIT LANGUAGE TOKENIZER ARGUMENTS...: the dataset $RUNS/data/NAME-LANGUAGE.
+tokens() {
+    local name=$1 split=$2 language=$3 tokenizer=$4
+    shift 4
+    step "$RUNS/data/$name-$language.json" "tokens of $name $language" \
+        "$PYTHON" tools/preprocess_data.py --input "$CORPUS/$split/$language.jsonl.zst" --language "$language" \
+        --tokenizer "$tokenizer" --output-prefix "$RUNS/data/$name-$language" "$@"
 }
 
 # datasets SPLIT LANGUAGE...: their prefixes.

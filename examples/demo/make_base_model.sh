@@ -21,7 +21,10 @@ make() {
 
 step "$RUNS/random_hf/config.json" "tokenizer and random weights" \
     "$PYTHON" examples/demo/random_model.py --input "$CORPUS/train/*.jsonl.zst" --hf "$RUNS/random_hf"
-preprocess "$RUNS/random_hf"
+for language in $ORIGINAL $EXPANDED; do
+    tokens train train "$language" "$RUNS/random_hf"
+    tokens valid valid "$language" "$RUNS/random_hf"
+done
 step "$RUNS/random/latest_checkpointed_iteration.txt" "to Megatron" \
     "$PYTHON" tools/convert_hf.py import --hf "$RUNS/random_hf" --save "$RUNS/random" --num-experts 1
 step "$RUNS/trained/.done" "training" make

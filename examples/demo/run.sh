@@ -8,11 +8,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 SECONDS=0
 [ -d "$RUNS" ] && echo "reusing what is complete in $RUNS; to start over: rm -r $RUNS"
 
-preprocess "$BASE"
-for language in $ORIGINAL; do
-    step "$RUNS/data/replay-$language.json" "replay: $REPLAY_DOCUMENTS documents of $language" \
-        "$PYTHON" tools/preprocess_data.py --input "$CORPUS/train/$language.jsonl.zst" --language "$language" \
-        --tokenizer "$BASE" --max-documents "$REPLAY_DOCUMENTS" --output-prefix "$RUNS/data/replay-$language"
+for language in $EXPANDED; do tokens train train "$language" "$BASE"; done
+for language in $ORIGINAL; do tokens replay train "$language" "$BASE" --max-documents "$REPLAY_DOCUMENTS"; done
+for language in $ORIGINAL $EXPANDED; do
+    tokens valid valid "$language" "$BASE" --max-documents "$VALIDATION_DOCUMENTS"
 done
 step "$RUNS/base/latest_checkpointed_iteration.txt" "dense model to Megatron" \
     "$PYTHON" tools/convert_hf.py import --hf "$BASE" --save "$RUNS/base" --num-experts 1

@@ -3,6 +3,7 @@
 import datetime
 import gc
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ def initialize_parallel(
     Raises:
         UserError: the world does not split into `layout`.
     """
+    _silence_dependencies()
     if not dist.is_initialized():
         _join_world(platform, datetime.timedelta(minutes=timeout_minutes))
     layout.check_world(dist.get_world_size())
@@ -38,6 +40,12 @@ def initialize_parallel(
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _silence_dependencies() -> None:
+    """Every rank would print what Megatron-Core 0.16 does in a way that torch calls old: a user can't change it."""
+    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
 
 
 def destroy_parallel() -> None:
