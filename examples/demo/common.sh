@@ -12,6 +12,8 @@ EXPANDED="el hu tr"
 CORPUS=data/help_corpus
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Experts get another number of tokens in each step; glibc's heap, left to itself, falls to pieces over their buffers.
+export MALLOC_MMAP_THRESHOLD_=1048576
 # Nothing here needs the network.
 export HF_HUB_OFFLINE=1
 
@@ -22,6 +24,8 @@ RANKS=${RANKS:-$((CORES >= 2 ? 2 : 1))}
 # bf16 products are several times faster than fp32 ones on CPUs that have them in hardware, and slower on others.
 if grep -qsw -e avx512_bf16 -e amx_bf16 /proc/cpuinfo; then PRECISION=${PRECISION:---bf16}; fi
 PRECISION=${PRECISION:---fp32}
+
+trap 'echo "interrupted; the same command goes on from here" >&2; exit 130' INT
 
 step() {
     local done=$1 title=$2
