@@ -29,10 +29,13 @@ def forward_to_workers(number: int, frame: object) -> None:
 def exit_code(codes: Sequence[int]) -> int:
     """One exit code for a node from its workers' (negative: died of that signal).
 
-    A worker that SIGUSR1 reaches before it can save dies of it: that run too was asked to stop. Any other code is a
-    failure, and outweighs its peers' request to be started again.
+    A worker that SIGUSR1 reaches before it can save dies of it: that run too was asked to stop. As soon as one worker
+    has left, torchrun ends the slower ones by SIGTERM. Any other code is a failure, and outweighs its peers' request to
+    be started again.
     """
     asked_to_stop = {EXIT_REQUEUE, -signal.SIGUSR1}
+    if asked_to_stop.intersection(codes):
+        asked_to_stop.add(-signal.SIGTERM)
     failures = [code for code in codes if code not in asked_to_stop]
     if not failures:
         return EXIT_REQUEUE

@@ -29,6 +29,8 @@ sys.exit(75 if asked else 1)
     [
         ([75, 75], EXIT_REQUEUE),
         ([-signal.SIGUSR1, 75], EXIT_REQUEUE),
+        ([75, -signal.SIGTERM], EXIT_REQUEUE),
+        ([-signal.SIGTERM], 128 + signal.SIGTERM),
         ([75, 1], 1),
         ([-signal.SIGKILL], 128 + signal.SIGKILL),
     ],
