@@ -32,8 +32,9 @@ class Import:
     directory or an adapter decides by itself."""
     top_k: int | None = None
     """Experts per token. Default: the paper's 2."""
-    moe_layer_frequency: int | None = None
-    """Give experts to every F-th layer only, from layer 0 on. Default: 1, every layer."""
+    moe_layer_freq: str | None = None
+    """Which layers get experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31" (all but the
+    first). Default: 1, every layer."""
     seed: int = 1234
     """Seed of the routers' initial values."""
     adapter: Path | None = None
@@ -52,7 +53,7 @@ class Import:
             hf=self.hf,
             num_experts=self.num_experts,
             top_k=self.top_k,
-            moe_layer_frequency=self.moe_layer_frequency,
+            moe_layer_freq=self.moe_layer_freq,
             seed=self.seed,
             adapter=self.adapter,
             allow_top_1=self.allow_top_1,

@@ -29,8 +29,8 @@ class Flags:
     """Experts per layer, the original one included."""
     top_k: int = 2
     """Experts per token."""
-    moe_layer_frequency: int = 1
-    """Experts in every F-th layer only."""
+    moe_layer_freq: str = "1"
+    """Which layers have experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31"."""
     load: Path | None = None
     """A converted checkpoint, instead of --hf."""
     stage: Literal["1", "2", "full"] = "1"
@@ -75,6 +75,7 @@ def read_shape(flags: Flags):
     from megatron_moe_lpr.checkpoint.card import read_json
     from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
     from megatron_moe_lpr.checkpoint.loading import model_shape
+    from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
     from megatron_moe_lpr.model.architecture import read_architecture
     from megatron_moe_lpr.model.config import ModelShape
 
@@ -82,12 +83,12 @@ def read_shape(flags: Flags):
         raise UserError("give either --hf, a dense Hugging Face model, or --load, a converted checkpoint")
     if flags.load is not None:
         return model_shape(resolve_checkpoint(flags.load))
-    if not 1 <= flags.top_k <= max(flags.num_experts, 1) or flags.moe_layer_frequency < 1:
-        raise UserError("--num-experts, --top-k and --moe-layer-frequency: at least 1, and no more top-k than experts")
+    if not 1 <= flags.top_k <= max(flags.num_experts, 1):
+        raise UserError("--num-experts and --top-k: at least 1, and no more top-k than experts")
     path = flags.hf / "config.json" if flags.hf.is_dir() else flags.hf
     architecture = read_architecture(read_json(path), str(path))
-    layers = range(architecture.num_layers)
-    experts = tuple(1 if layer % flags.moe_layer_frequency else flags.num_experts for layer in layers)
+    chosen = layers_with_experts(flags.moe_layer_freq, architecture.num_layers)
+    experts = tuple(flags.num_experts if has_experts else 1 for has_experts in chosen)
     return ModelShape(architecture, experts, flags.top_k)
 
 

@@ -76,7 +76,7 @@ def _mixtral_fields(
     if dense_layers:
         raise UserError(
             f"cannot export: layers {', '.join(map(str, dense_layers))} are dense, and MixtralForCausalLM (the stock "
-            f"form for {architecture.family.name}) has experts in every layer; convert with --moe-layer-frequency 1"
+            f"form for {architecture.family.name}) has experts in every layer; convert with --moe-layer-freq 1"
         )
     if top_k == 1:
         raise UserError(

@@ -7,6 +7,7 @@ import torch
 
 from megatron_moe_lpr.conversion.adapter import Adapter, open_adapter
 from megatron_moe_lpr.conversion.hf_directory import HFDirectory, check_tensors, common_dtype, open_hf_directory
+from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
 from megatron_moe_lpr.conversion.names import ADAPTER_LAYOUT, Role, Row, model_rows
 from megatron_moe_lpr.conversion.safetensors_source import SafetensorsSource, weight_files
 from megatron_moe_lpr.errors import UserError
@@ -23,7 +24,7 @@ class ImportOptions:
     hf: Path
     num_experts: int | None = None
     top_k: int | None = None
-    moe_layer_frequency: int | None = None
+    moe_layer_freq: str | None = None
     seed: int = 1234
     adapter: Path | None = None
     allow_top_1: bool = False
@@ -83,12 +84,10 @@ def _experts(options: ImportOptions, model: HFDirectory, adapter: Adapter | None
     if adapter:
         return _given(options, adapter.experts_per_layer(num_layers), adapter.top_k, str(adapter.path))
     num_experts = PAPER_NUM_EXPERTS if options.num_experts is None else options.num_experts
-    frequency = 1 if options.moe_layer_frequency is None else options.moe_layer_frequency
     if num_experts < 1:
         raise UserError(f"--num-experts {num_experts}: at least 1 (the dense model itself) is needed")
-    if not 1 <= frequency <= num_layers:
-        raise UserError(f"--moe-layer-frequency {frequency}: must lie between 1 and the number of layers, {num_layers}")
-    experts = [num_experts if layer % frequency == 0 else 1 for layer in range(num_layers)]
+    chosen = layers_with_experts(options.moe_layer_freq or "1", num_layers)
+    experts = [num_experts if has_experts else 1 for has_experts in chosen]
     default_top_k = PAPER_TOP_K if num_experts > 1 else 1
     return experts, default_top_k if options.top_k is None else options.top_k
 
@@ -99,8 +98,8 @@ def _given(options: ImportOptions, experts: list[int], top_k: int, place: str) -
         raise UserError(f"--num-experts {options.num_experts}: {place} has {max(experts)} experts; leave the flag out")
     if options.top_k not in (None, top_k):
         raise UserError(f"--top-k {options.top_k}: {place} was trained with top-k {top_k}; leave the flag out")
-    if options.moe_layer_frequency is not None:
-        raise UserError(f"--moe-layer-frequency: {place} says which layers have experts; leave the flag out")
+    if options.moe_layer_freq is not None:
+        raise UserError(f"--moe-layer-freq: {place} says which layers have experts; leave the flag out")
     return experts, top_k
 
 

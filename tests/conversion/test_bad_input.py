@@ -135,7 +135,9 @@ def test_pickles_only(dense: Path, tmp_path: Path, refuse: Callable[..., str]) -
         (("--num-experts", 0), "--num-experts 0"),
         (("--num-experts", 3, "--top-k", 4), "--top-k 4"),
         (("--num-experts", 3, "--top-k", 1), "would not compute what the dense model does"),
-        (("--num-experts", 3, "--moe-layer-frequency", 9), "--moe-layer-frequency 9"),
+        (("--num-experts", 3, "--moe-layer-freq", 9), "--moe-layer-freq 9: must lie between 1 and"),
+        (("--num-experts", 3, "--moe-layer-freq", "[1]*9"), "names 9 layers"),
+        (("--num-experts", 3, "--moe-layer-freq", "often"), "--moe-layer-freq often: neither a number nor a pattern"),
     ],
 )
 def test_flags_that_do_not_fit(
@@ -277,7 +279,7 @@ def test_shard_size_that_is_none(size: str, checkpoint: Path, tmp_path: Path, re
 
 
 def test_mixtral_has_no_dense_layers(tmp_path: Path, dense_directory: Callable, refuse: Callable[..., str]) -> None:
-    arguments = ("--num-experts", 3, "--moe-layer-frequency", 2)
+    arguments = ("--num-experts", 3, "--moe-layer-freq", 2)
     run("import", "--hf", dense_directory("llama"), "--save", tmp_path / "checkpoint", *arguments)
     line = refuse("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "out")
     assert "layers 1 are dense" in line and "MixtralForCausalLM" in line
@@ -308,7 +310,7 @@ def test_qwen2_moe_with_a_shared_expert_of_its_own(
 
 def test_flags_that_contradict_the_source(checkpoint: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
     run("export", "--load", checkpoint, "--hf", tmp_path / "moe")
-    for flags in (("--num-experts", 4), ("--top-k", 3), ("--moe-layer-frequency", 2)):
+    for flags in (("--num-experts", 4), ("--top-k", 3), ("--moe-layer-freq", 2)):
         assert flags[0] in refuse("import", "--hf", tmp_path / "moe", "--save", tmp_path / "out", *flags)
 
 

@@ -65,7 +65,7 @@ def test_parameter_counts_are_transformers_own(name: str, dense_directory: Dense
 
 def test_inspect_shows_one_screen(dense_directory: Dense, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save = tmp_path / "checkpoint"
-    run("import", "--hf", dense_directory("qwen3"), "--save", save, "--num-experts", 4, "--moe-layer-frequency", 2)
+    run("import", "--hf", dense_directory("qwen3"), "--save", save, "--num-experts", 4, "--moe-layer-freq", 2)
     run("export", "--load", save, "--hf", tmp_path / "moe")
     capsys.readouterr()
     for directory in (save, save / "release", tmp_path / "moe", dense_directory("qwen3")):

@@ -91,7 +91,7 @@ def test_stock_moe_without_our_files_comes_back(name: str, dense_directory: Dens
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_every_other_layer_dense(name: str, dense_directory: Dense, tmp_path: Path) -> None:
     first, moe, second = (tmp_path / part for part in ("first", "moe", "second"))
-    run("import", "--hf", dense_directory(name), "--save", first, "--num-experts", 3, "--moe-layer-frequency", 2)
+    run("import", "--hf", dense_directory(name), "--save", first, "--num-experts", 3, "--moe-layer-freq", 2)
     run("export", "--load", first, "--hf", moe)
     config = json.loads((moe / "config.json").read_text())
     assert config["mlp_only_layers"] == [1]
