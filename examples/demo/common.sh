@@ -12,8 +12,6 @@ EXPANDED="el hu tr"
 CORPUS=data/help_corpus
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-# Experts get another number of tokens in each step; glibc's heap, left to itself, falls to pieces over their buffers.
-export MALLOC_MMAP_THRESHOLD_=1048576
 # Nothing here needs the network.
 export HF_HUB_OFFLINE=1
 

@@ -1,5 +1,6 @@
 """The CPU platform's stand-ins against what NCCL and CUDA would give."""
 
+import os
 import subprocess
 import sys
 
@@ -59,6 +60,17 @@ def test_device_contexts_still_work():
         "with torch.device('meta'): assert torch.empty(2).is_meta and torch.arange(3).is_meta"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [({}, "64"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, "7")])
+def test_kernels_of_few_shapes_are_kept_unless_the_user_says_otherwise(chosen, expected):
+    code = (
+        "from megatron_moe_lpr.platform import select_platform; select_platform('cpu'); import os\n"
+        "print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'], os.environ['LRU_CACHE_CAPACITY'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name} | chosen
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [expected, "64"]
 
 
 def test_random_state_round_trip(cpu_platform):

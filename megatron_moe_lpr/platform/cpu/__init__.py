@@ -4,6 +4,12 @@ Megatron assumes CUDA in places. The modules here answer those few calls on the 
 Megatron place that needs it. Installed only when the CPU platform is chosen, once per process.
 """
 
+import os
+
+# oneDNN keeps the kernels it compiled for the last 1,024 shapes and torch their operands' layouts. Experts get another
+# number of tokens in each step, so hardly any shape returns: memory grows by gigabytes, and steps take longer.
+CACHED_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+
 _installed = False
 
 
@@ -12,6 +18,8 @@ def install() -> None:
     global _installed
     if _installed:
         return
+    for variable, capacity in CACHED_SHAPES.items():
+        os.environ.setdefault(variable, capacity)
     from megatron_moe_lpr.platform.cpu import collectives, devices, streams
 
     streams.install()
