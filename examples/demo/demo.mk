@@ -1,6 +1,6 @@
 # The demo's targets, included by the Makefile.
 
-.PHONY: demo demo-baselines demo-eval base-model
+.PHONY: demo demo-baselines demo-eval demo-other-text base-model
 
 # The whole method on real text; ends in runs/demo/report.html. Goes on where it was interrupted.
 demo: $(INSTALLED)
@@ -16,6 +16,10 @@ ifndef SYSTEM_PYTHON
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
 endif
 	PYTHON=$(BIN)/python bash examples/demo/evaluate_choices.sh
+
+# The demo's models on text of another program, fetched as a Debian package.
+demo-other-text: $(INSTALLED)
+	PYTHON=$(BIN)/python bash examples/demo/other_text.sh
 
 # Remake data/base_model from a random initialisation, in runs/base_model/hf.
 base-model: $(INSTALLED)

@@ -16,7 +16,8 @@ done
 step "$RUNS/base/latest_checkpointed_iteration.txt" "dense model to Megatron" \
     "$PYTHON" tools/convert_hf.py import --hf "$BASE" --save "$RUNS/base" --num-experts 1
 step "$RUNS/moe/latest_checkpointed_iteration.txt" "dense model to a mixture of $EXPERTS experts" \
-    "$PYTHON" tools/convert_hf.py import --hf "$BASE" --save "$RUNS/moe" --num-experts $EXPERTS
+    "$PYTHON" tools/convert_hf.py import --hf "$BASE" --save "$RUNS/moe" --num-experts $EXPERTS \
+    --moe-layer-freq "$MOE_LAYERS"
 
 # shellcheck disable=SC2086  # a list of words
 {

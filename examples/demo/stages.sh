@@ -7,12 +7,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 BASE=${BASE:-data/base_model}
 EXPERTS=5
-LENGTH=256
+# Layer 0 stays dense: its router cannot tell the languages apart.
+MOE_LAYERS='[0]+[1]*3'
+LENGTH=512
 STAGE1_ITERS=${STAGE1_ITERS:-280}
-STAGE1_BATCH=8
+STAGE1_BATCH=4
 STAGE1_LR=${STAGE1_LR:-3e-3}
 STAGE2_ITERS=${STAGE2_ITERS:-360}
-STAGE2_BATCH=4
+STAGE2_BATCH=2
 STAGE2_LR=${STAGE2_LR:-1e-2}
 REPLAY_DOCUMENTS=${REPLAY_DOCUMENTS:-10}
 VALIDATION_DOCUMENTS=${VALIDATION_DOCUMENTS:-40}
@@ -55,5 +57,5 @@ evaluate() {
     # shellcheck disable=SC2046,SC2086
     step "$RUNS/evaluation/$name.json" "evaluation of $name" ranks tools/evaluate.py --load "$checkpoint" \
         --valid-data-path $(datasets valid $ORIGINAL $EXPANDED) --original-languages $ORIGINAL \
-        --seq-length $LENGTH --micro-batch-size 8 $PRECISION --output "$RUNS/evaluation/$name.json" "$@"
+        --seq-length $LENGTH --micro-batch-size 4 $PRECISION --output "$RUNS/evaluation/$name.json" "$@"
 }

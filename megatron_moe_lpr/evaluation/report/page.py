@@ -30,7 +30,7 @@ def _introduction(inputs: ReportInputs) -> str:
     known, new = (", ".join(map(escape, inputs.languages(group))) for group in GROUPS)
     return (
         f"<p class='lead'>A language model that knew <b>{known}</b> was taught <b>{new}</b>. Its own weights stayed "
-        "frozen: new experts beside every feed-forward layer learned the new languages, then a short review taught "
+        "frozen: new experts beside its feed-forward layers learned the new languages, then a short review taught "
         "the routers to send text of the old languages back to the original weights.</p>"
     )
 
@@ -74,18 +74,20 @@ def _routing(inputs: ReportInputs) -> str:
     if not models:
         return ""
     top_k = models[0].record["top_k"]
+    has_dense_layers = min(models[0].record["experts_per_layer"]) == 1
+    caption = f"expert 0 among the top {top_k}" + ("; empty: a layer without experts" if has_dense_layers else "")
     maps = "".join(
         heat_map(
             one.title,
             [(data["language"], data["routing"]["expert0_top_k_share"]) for data in one.record["datasets"]],
-            f"expert 0 among the top {top_k}",
+            caption,
         )
         for one in models
     )
     return (
         "<section><h2>Who uses the original expert?</h2><p>Expert 0 is the model's own feed-forward layer, frozen. "
-        f"Every token chooses {top_k} experts in every layer. A cell is the share of a language's tokens for which "
-        "expert 0 is one of them. After the review the old languages should be dark (they use what they were "
+        f"Every token chooses {top_k} experts in each layer that has any. A cell is the share of a language's tokens "
+        "for which expert 0 is one of them. After the review the old languages should be dark (they use what they were "
         f"trained with) and the new languages free to go elsewhere.</p><div class='maps'>{maps}</div></section>"
     )
 
@@ -119,12 +121,14 @@ def _samples(inputs: ReportInputs) -> str:
 
 
 def _method(inputs: ReportInputs) -> str:
-    experts = max(final(inputs).record["experts_per_layer"])
-    count = f"{experts} experts per layer" if experts > 1 else "several experts per layer"
+    per_layer = final(inputs).record["experts_per_layer"]
+    count = f"{max(per_layer)} experts" if max(per_layer) > 1 else "several experts"
+    chosen = sum(experts > 1 for experts in per_layer)
+    which = f"{chosen} of the {len(per_layer)} layers" if 0 < chosen < len(per_layer) else "each layer"
     return (
         "<section><h2>How it works</h2><ol>"
-        f"<li><b>Upcycling.</b> Each feed-forward layer becomes {count}, at first all copies of it, with a router "
-        "that picks some for each token. The model still computes exactly what it did.</li>"
+        f"<li><b>Upcycling.</b> The feed-forward network of {which} becomes {count}, at first all copies of it, "
+        "with a router that picks some for each token. The model still computes exactly what it did.</li>"
         "<li><b>Stage 1, post-pretraining.</b> Text of the new languages only. New experts and routers train, "
         "everything else is frozen, so nothing is lost; but the routers now send old languages to new experts too.</li>"
         "<li><b>Stage 2, review.</b> Only the routers train, on a little text of the old languages beside the new. "
