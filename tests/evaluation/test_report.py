@@ -83,7 +83,7 @@ def test_page_holds_the_figures_and_nothing_external(files, capsys):
     page = write_report(files)
     for figure in ("2.010", "2.020", "+0.5%", "-49.5%", "97.0%", "+25.0%"):
         assert f">{figure}<" in page, figure
-    assert "The feed-forward network of 1 of the 2 layers becomes 3 experts" in page and "empty: a layer without" in page
+    assert "network of 1 of the 2 layers becomes 3 experts" in page and "empty: a layer without" in page
     assert "&lt;b&gt;" in page and "ναι &amp; όχι" in page
     assert not re.search(r"(src|href)\s*=|url\(|https?:", page)
     parser = Balance()
