@@ -6,12 +6,13 @@
 RUNS=${RUNS:-runs/base_model}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# learn LOAD SAVE LENGTH STEPS LR: windows of LENGTH tokens, eight a step.
-learn() {
+ITERS=${ITERS:-2000}
+
+make() {
     # shellcheck disable=SC2046,SC2086  # lists of words
-    ranks -m megatron_moe_lpr.pretrain --stage full --load "$1" --save "$2" $PRECISION \
-        --train-iters "$4" --micro-batch-size $((8 / RANKS)) --global-batch-size 8 --seq-length "$3" \
-        --lr "$5" --min-lr 1e-4 --lr-warmup-iters $(($4 / 20)) --weight-decay 0.1 --adam-beta2 0.95 \
+    ranks -m megatron_moe_lpr.pretrain --stage full --load "$RUNS/random" --save "$RUNS/trained" $PRECISION \
+        --train-iters "$ITERS" --micro-batch-size $((8 / RANKS)) --global-batch-size 8 --seq-length 256 \
+        --lr 2e-3 --min-lr 1e-4 --lr-warmup-iters 100 --weight-decay 0.1 --adam-beta2 0.95 \
         --data-path 38.8 "$RUNS/data/train-en" 34.92 "$RUNS/data/train-es" 23.28 "$RUNS/data/train-zh" \
         1 "$RUNS/data/train-el" 1 "$RUNS/data/train-hu" 1 "$RUNS/data/train-tr" \
         --valid-data-path $(datasets valid $ORIGINAL $EXPANDED) --original-languages $ORIGINAL \
@@ -26,9 +27,7 @@ for language in $ORIGINAL $EXPANDED; do
 done
 step "$RUNS/random/latest_checkpointed_iteration.txt" "to Megatron" \
     "$PYTHON" tools/convert_hf.py import --hf "$RUNS/random_hf" --save "$RUNS/random" --num-experts 1
-# Short windows first: from random weights they teach more per token, and long ones are then soon learned.
-step "$RUNS/short/.done" "training on windows of 256 tokens" learn "$RUNS/random" "$RUNS/short" 256 2000 2e-3
-step "$RUNS/trained/.done" "training on windows of 512 tokens" learn "$RUNS/short" "$RUNS/trained" 512 800 1e-3
+step "$RUNS/trained/.done" "training" make
 step "$RUNS/hf/config.json" "to Hugging Face" "$PYTHON" tools/convert_hf.py export --load "$RUNS/trained" --hf "$RUNS/hf"
-cat "$RUNS/short/metrics.jsonl" "$RUNS/trained/metrics.jsonl" >"$RUNS/hf/metrics.jsonl"
+cp "$RUNS/trained/metrics.jsonl" "$RUNS/hf/metrics.jsonl"
 echo "the base model is in $RUNS/hf; cp -r it to data/base_model to use it in the demo"

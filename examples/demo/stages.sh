@@ -9,13 +9,13 @@ BASE=${BASE:-data/base_model}
 EXPERTS=5
 # Layer 0 stays dense: its router cannot tell the languages apart.
 MOE_LAYERS='[0]+[1]*3'
-LENGTH=512
+LENGTH=256
 STAGE1_ITERS=${STAGE1_ITERS:-280}
-STAGE1_BATCH=4
+STAGE1_BATCH=8
 STAGE1_LR=${STAGE1_LR:-3e-3}
-STAGE2_ITERS=${STAGE2_ITERS:-360}
+STAGE2_ITERS=${STAGE2_ITERS:-1200}
 STAGE2_BATCH=2
-STAGE2_LR=${STAGE2_LR:-1e-2}
+STAGE2_LR=${STAGE2_LR:-5e-3}
 REPLAY_DOCUMENTS=${REPLAY_DOCUMENTS:-10}
 VALIDATION_DOCUMENTS=${VALIDATION_DOCUMENTS:-40}
 EXPERT_PARALLEL="--expert-model-parallel-size $RANKS"
@@ -27,7 +27,7 @@ train() {
     # shellcheck disable=SC2086  # lists of words
     ranks -m megatron_moe_lpr.pretrain --stage "$stage" --load "$load" --save "$save" $PRECISION \
         --micro-batch-size $((batch / RANKS)) --global-batch-size "$batch" --seq-length $LENGTH \
-        --original-languages $ORIGINAL --num-workers 0 --log-interval 10 --save-interval 200 "$@"
+        --original-languages $ORIGINAL --num-workers 0 --log-interval 20 --save-interval 200 "$@"
 }
 
 # learn_expanded STAGE LOAD SAVE ARGUMENTS...: el, hu and tr, as stage 1 does.
@@ -39,12 +39,12 @@ learn_expanded() {
         --lr-warmup-iters $((STAGE1_ITERS / 20)) --data-path $(datasets train $EXPANDED)
 }
 
-# review LOAD SAVE ARGUMENTS...: half replay of a few documents of en, es and zh, half el, hu and tr.
+# review LOAD SAVE ARGUMENTS...: a third replay of a few documents of en, es and zh, two thirds el, hu and tr.
 review() {
     local load=$1 save=$2 language blend=()
     shift 2
     for language in $ORIGINAL; do blend+=(1 "$RUNS/data/replay-$language"); done
-    for language in $EXPANDED; do blend+=(1 "$RUNS/data/train-$language"); done
+    for language in $EXPANDED; do blend+=(2 "$RUNS/data/train-$language"); done
     train 2 $STAGE2_BATCH "$load" "$save" --train-iters "$STAGE2_ITERS" --lr "$STAGE2_LR" \
         --data-path "${blend[@]}" "$@"
 }
@@ -57,5 +57,5 @@ evaluate() {
     # shellcheck disable=SC2046,SC2086
     step "$RUNS/evaluation/$name.json" "evaluation of $name" ranks tools/evaluate.py --load "$checkpoint" \
         --valid-data-path $(datasets valid $ORIGINAL $EXPANDED) --original-languages $ORIGINAL \
-        --seq-length $LENGTH --micro-batch-size 4 $PRECISION --output "$RUNS/evaluation/$name.json" "$@"
+        --seq-length $LENGTH --micro-batch-size 8 $PRECISION --output "$RUNS/evaluation/$name.json" "$@"
 }
