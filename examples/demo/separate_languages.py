@@ -36,7 +36,7 @@ class Flags:
     """Expanded languages."""
     windows: int = 50
     """Windows of each language and split."""
-    length: int = 512
+    length: int = 256
     """Tokens of a window."""
 
 
