@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from megatron_moe_lpr.errors import run_command
+from megatron_moe_lpr.errors import UserError, run_command
 
 FIRST = 8
 """Tokens of a window that have nearly no context."""
@@ -63,13 +63,15 @@ def main() -> None:
 
 
 def windows(flags: Flags, tokenizer: PreTrainedTokenizerBase, split: str, language: str) -> torch.Tensor:
-    """Token ids [windows, length] of a language's first documents, one after the other."""
+    """Token ids [windows, length] of a language's first documents, one after the other. Raises UserError."""
     ids: list[int] = []
     for text in texts([str(flags.corpus / split / f"{language}.jsonl.zst")]):
         ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         if len(ids) >= flags.windows * flags.length:
             break
     count = min(flags.windows, len(ids) // flags.length)
+    if count < 1:
+        raise UserError(f"--length {flags.length}: {split}/{language}.jsonl.zst has fewer tokens; choose a smaller one")
     return torch.tensor(ids[: count * flags.length]).view(count, flags.length)
 
 

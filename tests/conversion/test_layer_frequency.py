@@ -1,4 +1,4 @@
-"""`--moe-layer-freq` against Megatron's own reading of it (`moe_freq_type`), which evaluates the text as Python."""
+"""`--moe-layer-freq` against Python's evaluation of the text, which is how Megatron reads it (`moe_freq_type`)."""
 
 import pytest
 
