@@ -108,8 +108,9 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, pipe: Connection, platform: str = "cpu") -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["LOCAL_RANK"] = str(rank)
     import torch
 
     torch.set_num_threads(1)
@@ -117,7 +118,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     from megatron_moe_lpr.parallel.layout import ParallelLayout
     from megatron_moe_lpr.platform import select_platform
 
-    initialize_parallel(select_platform("cpu"), ParallelLayout())
+    # With the largest TP that a test may ask for: it decides how kernels are launched.
+    initialize_parallel(select_platform(platform, tensor_parallel_size=world_size), ParallelLayout())
     while True:
         try:
             task = pipe.recv()

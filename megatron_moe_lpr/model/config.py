@@ -77,7 +77,7 @@ def transformer_config(
     check_platform(shape, layout, options, platform)
     fields = _architecture_fields(shape.architecture)
     fields |= _expert_fields(shape, options) | _layout_fields(layout, options.dtype)
-    fields |= _recompute_fields(options) | platform_fields(platform)
+    fields |= _recompute_fields(options) | platform_fields(platform, options.dtype)
     fields |= options.fp8.transformer_fields()
     return MoELPRConfig(**(fields | overrides))
 

@@ -5,6 +5,7 @@ A kernel whose requirement is missing stays off. On CUDA none of them has run ye
 
 from typing import Any
 
+import torch
 from megatron.core.transformer.enums import AttnBackend
 from packaging.version import Version
 
@@ -16,17 +17,17 @@ PERMUTE_FUSION = Version("2.1.0")
 ROUTER_FUSION = Version("2.7.0")
 
 
-def platform_fields(platform: Platform) -> dict[str, Any]:
-    """Fields of TransformerConfig that choose kernels."""
+def platform_fields(platform: Platform, dtype: torch.dtype) -> dict[str, Any]:
+    """Fields of TransformerConfig that choose kernels for weights and activations of `dtype`."""
     if not platform.transformer_engine:
         # Outputs sent to the next pipeline stage are not freed: gloo still reads the memory when the send has returned.
         return {"transformer_impl": "local", "use_cpu_initialization": True, "attention_backend": AttnBackend.local}
     if platform.gpu is None:
         raise ValueError("Transformer Engine's layers need the facts about the GPU")
-    return _cuda_fields(platform.gpu)
+    return _cuda_fields(platform.gpu, dtype)
 
 
-def _cuda_fields(gpu: GPUFacts) -> dict[str, Any]:
+def _cuda_fields(gpu: GPUFacts, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "transformer_impl": "transformer_engine",
         # Transformer Engine picks cuDNN's or Flash Attention by shape and device.
@@ -35,8 +36,9 @@ def _cuda_fields(gpu: GPUFacts) -> dict[str, Any]:
         "apply_rope_fusion": True,
         # SiLU, its gate and the expert's weight in one kernel, compiled by torch.
         "bias_activation_fusion": True,
-        # The loss over the vocabulary without a second copy of the logits, compiled by torch.
-        "cross_entropy_loss_fusion": True,
+        # The loss over the vocabulary without a second copy of the logits, compiled by torch. Megatron's function
+        # rounds the gradients to bf16, whatever the logits are (fused_cross_entropy.py `calculate_gradients`).
+        "cross_entropy_loss_fusion": dtype == torch.bfloat16,
         "cross_entropy_fusion_impl": "native",
         # Sorting tokens by expert in one kernel, instead of a gather per expert.
         "moe_permute_fusion": gpu.transformer_engine >= PERMUTE_FUSION,

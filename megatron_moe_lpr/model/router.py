@@ -1,6 +1,7 @@
 """The router over the original expert and the new ones, with Language Priors Routing."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,35 @@ from megatron_moe_lpr.model.config import MoELPRConfig
 from megatron_moe_lpr.model.losses import load_balancing_loss, lpr_negative_log_likelihood
 from megatron_moe_lpr.model.routing_statistics import RoutingStatistics
 from megatron_moe_lpr.model.token_tags import MICRO_BATCH, ORIGINAL_LANGUAGE
+
+
+class RouterProduct(torch.autograd.Function):
+    """Hidden states times router weights, both taken as fp32; backward keeps the hidden states in their own dtype.
+
+    Mirrors moe_utils.py `RouterGatingLinearFunction` without its choice of Transformer Engine's product: version 2.9
+    would multiply fp32 weights with bf16 hidden states, which cuBLASLt refuses, and other versions round otherwise.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] and [experts, hidden] to fp32 [..., experts]."""
+        ctx.save_for_backward(hidden_states, weight)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits = torch.mm(rows.float(), weight.float().t())
+        return logits.view(*hidden_states.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gradients in the dtypes of the inputs, none for what is frozen."""
+        hidden_states, weight = ctx.saved_tensors
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        gradient = gradient.reshape(-1, weight.shape[0])
+        of_input = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_input = torch.mm(gradient, weight.float()).to(hidden_states.dtype).view(hidden_states.shape)
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.mm(gradient.t(), rows.float()).to(weight.dtype)
+        return of_input, of_weight
 
 
 class LPRRouter(TopKRouter):
@@ -37,6 +67,10 @@ class LPRRouter(TopKRouter):
         super()._apply(fn, recurse)
         self.weight.data = self.weight.data.float()
         return self
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Router logits in fp32, [..., experts] of [..., hidden] in any dtype."""
+        return RouterProduct.apply(input, self.weight)
 
     def forward(
         self, hidden_states: torch.Tensor, token_tags: torch.Tensor | None = None

@@ -56,14 +56,26 @@ def destroy_parallel() -> None:
 
 
 def _destroy_groups() -> None:
-    """Megatron only forgets its groups: their threads and connections would pile up with each new layout."""
+    """Megatron forgets its groups without ending them: threads and connections would pile up with each new layout.
+
+    All but the gloo groups that it makes beside NCCL's: those it ends itself (parallel_state.py
+    `destroy_model_parallel`), and to end a group twice is an error.
+    """
     gc.collect()  # models of the old layout hold its groups, in reference cycles
     groups = parallel_state._global_process_group_list or []
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     for group in groups:
-        if group not in (None, dist.GroupMember.NON_GROUP_MEMBER):
+        if group not in (None, dist.GroupMember.NON_GROUP_MEMBER) and _exists(group):
             dist.destroy_process_group(group)
+
+
+def _exists(group: dist.ProcessGroup) -> bool:
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError):
+        return False
+    return True
 
 
 def _join_world(platform: Platform, timeout: datetime.timedelta) -> None:

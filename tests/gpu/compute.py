@@ -1,79 +1,107 @@
-"""One step on either platform: logits, loss and all gradients to a file. Started by the GPU tests through torchrun.
-
-torchrun ... -m tests.gpu.compute --load DIR --out FILE --platform cuda --bf16 --fp8-format hybrid
-"""
+"""One step on either platform, in a rank of a pool: logits, loss and all gradients."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
-import tyro
+from megatron.core import parallel_state
 
 from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model
-from megatron_moe_lpr.errors import run_command
 from megatron_moe_lpr.evaluation.global_batch import run_schedule, to_device
+from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.model.fp8 import FP8Options
-from megatron_moe_lpr.parallel.groups import destroy_parallel, initialize_parallel
+from megatron_moe_lpr.model.router import LPRRouter
+from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.platform import PlatformName, select_platform
+from megatron_moe_lpr.platform import Platform, select_platform
 from megatron_moe_lpr.training.config import OptimizerOptions, PrecisionOptions
 from megatron_moe_lpr.training.guards import GradientWatch
 from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_moe_lpr.training.stages import STAGES, StageName, freeze
+from megatron_moe_lpr.training.stages import STAGES, freeze
 from tests.training.one_step import ORIGINAL_TABLE, VOCABULARY, gather_gradients, micro_batches, samples
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    """What to compute, and how."""
+class Step:
+    """How to compute it. The dictionaries are fields of the dataclasses that flags fill."""
 
-    load: Path
-    out: Path
-    platform: PlatformName = "cuda"
-    stage: StageName = "1"
-    precision: tyro.conf.OmitArgPrefixes[PrecisionOptions] = dataclasses.field(default_factory=PrecisionOptions)
-    fp8: tyro.conf.OmitArgPrefixes[FP8Options] = dataclasses.field(default_factory=FP8Options)
-    layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
+    stage: str = "1"
+    precision: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fp8: dict[str, Any] = dataclasses.field(default_factory=dict)
+    layout: dict[str, int] = dataclasses.field(default_factory=dict)
+    optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    micro_batch_size: int = 2
+    fixed_routing: bool = False
+    """Experts by position instead of by the router: rounding cannot send a token elsewhere."""
 
 
-def main() -> None:
-    """Command line."""
-    arguments = tyro.cli(Arguments)
-    platform = select_platform(arguments.platform, arguments.layout.tensor_model_parallel_size)
-    initialize_parallel(platform, arguments.layout)
+def compute(platform_name: str, checkpoint: Path, step: Step) -> dict[str, Any]:
+    """On every rank: logits [batch, sequence, vocabulary], loss and whole gradients by checkpoint key, on the host."""
+    layout = ParallelLayout(**step.layout)
+    platform = select_platform(platform_name, layout.tensor_model_parallel_size)
+    initialize_parallel(platform, layout)
     model = load_model(
-        arguments.load,
-        arguments.layout,
+        checkpoint,
+        layout,
         platform,
-        arguments.precision.compute_options("float32", arguments.fp8),
+        PrecisionOptions(**step.precision).compute_options("float32", FP8Options(**step.fp8)),
         load_balancing_coeff=0.3,
         lpr_loss_coeff=0.5,
         calculate_per_token_loss=True,
     )
+    if step.fixed_routing:
+        _route_by_position(model.chunks)
     with torch.no_grad():
         logits = compute_logits(model.chunks, model.config, samples()["tokens"].to(platform.device), VOCABULARY)
-    loss, gradients = _step(model, arguments.stage, platform)
-    if dist.get_rank() == 0:
-        torch.save({"logits": logits.cpu(), "loss": torch.tensor(loss), "gradients": gradients}, arguments.out)
-    destroy_parallel()
+    loss, gradients = _step(model, step, platform)
+    return {"logits": logits.float().cpu(), "loss": loss, "gradients": gradients}
 
 
-def _step(model: LoadedModel, stage: StageName, platform) -> tuple[float, dict[str, torch.Tensor]]:
-    freeze(model.chunks, STAGES[stage])
-    options = OptimizerOptions()
+def _step(model: LoadedModel, step: Step, platform: Platform) -> tuple[float, dict[str, torch.Tensor]]:
+    freeze(model.chunks, STAGES[step.stage])
+    options = OptimizerOptions(**step.optimizer)
     chunks = wrap_data_parallel(model.chunks, model.config, options)
     build_optimizer(chunks, model.config, options, platform)
     watch = GradientWatch(chunks)
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    batches = [to_device(batch, platform.device) for batch in micro_batches(2)]
+    batches = [to_device(batch, platform.device) for batch in micro_batches(step.micro_batch_size)]
     sums = run_schedule(chunks, model.config, batches, ORIGINAL_TABLE.to(platform.device))
     watch.check()
-    return sums.mean, {key: gradient.cpu() for key, gradient in gather_gradients(chunks).items()}
+    return sums.mean, {key: gradient.float().cpu() for key, gradient in gather_gradients(chunks).items()}
 
 
-if __name__ == "__main__":
-    run_command(main)
+def _route_by_position(chunks: list[torch.nn.Module]) -> None:
+    for chunk in chunks:
+        for router in unwrap(chunk).modules():
+            if isinstance(router, LPRRouter):
+                router.routing = _Fixed(router)
+
+
+class _Fixed:
+    """`LPRRouter.routing` over logits in which two experts of each position stand far above the others."""
+
+    def __init__(self, router: LPRRouter) -> None:
+        self.router, self.route = router, router.routing
+
+    def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        experts = logits.shape[-1]
+        length = self._length()
+        # Rows are [sequence / TP, batch]; every sample of a micro-batch has the same experts at a position.
+        positions = torch.arange(logits.shape[0], device=logits.device) // (logits.shape[0] // length)
+        if self.router.config.sequence_parallel:
+            positions += parallel_state.get_tensor_model_parallel_rank() * length
+        first = positions % experts
+        second = (first + 1 + (positions // experts) % (experts - 1)) % experts
+        chosen = torch.stack((first, second), 1).view(-1, 1, 2)
+        lowered = torch.full_like(logits, -1e4).scatter(-1, chosen, 0.0)
+        return self.route(logits + lowered)
+
+    def _length(self) -> int:
+        sequence = samples()["tokens"].shape[1]
+        if self.router.config.sequence_parallel:
+            sequence //= parallel_state.get_tensor_model_parallel_world_size()
+        return sequence

@@ -1,7 +1,4 @@
-"""What the GPU tests compute with, and the processes they compute it in.
-
-The test process itself never touches a device: every run is a process of its own, as a user would start it.
-"""
+"""What the GPU tests compute with, and the command as a user would start it."""
 
 import os
 import subprocess
@@ -12,6 +9,8 @@ import torch
 
 from tests.conversion.helpers import rewrite_checkpoint
 from tests.conversion.tiny_models import COMMON
+from tests.emulation import start
+from tests.gpu.device import EMULATED
 from tests.training.runs import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -44,16 +43,10 @@ def run_ranks(ranks: int, module: str, *arguments: object) -> str:
     """`torchrun --nproc-per-node RANKS -m MODULE ARGUMENTS...`; its output, or an AssertionError with it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", module, *(str(argument) for argument in arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (start.environment() if EMULATED else {})
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
     return done.stdout
-
-
-def compute(checkpoint: Path, out: Path, *flags: object, ranks: int = 1) -> dict[str, torch.Tensor]:
-    """Logits, loss and gradients by checkpoint key, computed in processes of their own (`tests.gpu.compute`)."""
-    run_ranks(ranks, "tests.gpu.compute", "--load", checkpoint, "--out", out, *flags)
-    return torch.load(out, weights_only=True)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -19,17 +19,27 @@ def gpu(version: str = "2.11.0", **facts) -> Platform:
 
 
 def test_cpu_takes_local_layers_and_no_fusion():
-    fields = platform_fields(CPU)
+    fields = platform_fields(CPU, torch.float32)
     assert fields["transformer_impl"] == "local"
     assert not any(name.endswith("fusion") for name in fields)
 
 
 def test_fusions_follow_what_is_installed():
-    old, new = platform_fields(gpu("2.6.0")), platform_fields(gpu("2.7.0", fused_weight_gradients=True))
+    old, new = (
+        platform_fields(found, torch.bfloat16) for found in (gpu("2.6.0"), gpu("2.7.0", fused_weight_gradients=True))
+    )
     assert (old["moe_router_fusion"], new["moe_router_fusion"]) == (False, True)
     assert (old["gradient_accumulation_fusion"], new["gradient_accumulation_fusion"]) == (False, True)
     assert old["moe_permute_fusion"]
-    assert not platform_fields(gpu("2.0"))["moe_permute_fusion"]
+    assert not platform_fields(gpu("2.0"), torch.bfloat16)["moe_permute_fusion"]
+
+
+def test_fused_cross_entropy_is_for_bf16_alone():
+    """Megatron's rounds the gradients to bf16."""
+    fused = {
+        dtype: platform_fields(gpu(), dtype)["cross_entropy_loss_fusion"] for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert fused == {torch.float32: False, torch.bfloat16: True}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 
 from megatron_moe_lpr.checkpoint.loading import load_model
 from megatron_moe_lpr.checkpoint.model_state import sharded_model_state
@@ -121,10 +121,9 @@ def gather_gradients(chunks) -> dict[str, torch.Tensor]:
     """Every trainable parameter's whole gradient, on every rank, under the parameter's checkpoint key."""
     for chunk in chunks:
         _complete_shards(chunk)
-        for parameter in unwrap(chunk).parameters():
-            parameter.data = parameter.main_grad.float() if parameter.requires_grad else torch.zeros_like(parameter)
     pieces = []
-    for state in sharded_model_state(chunks).values():
+    for chunk, state in zip(chunks, sharded_model_state(chunks).values(), strict=True):
+        _put_gradients(state, chunk)
         apply_factories(state)
         pieces += [
             (part.key, part.global_shape, part.global_offset, part.data.detach().clone())
@@ -140,6 +139,17 @@ def gather_gradients(chunks) -> dict[str, torch.Tensor]:
     # Rows of the padded vocabulary differ in number between layouts.
     whole = {key: tensor[:VOCABULARY] if kind_of(key) == "embedding" else tensor for key, tensor in whole.items()}
     return {key: tensor for key, tensor in whole.items() if tensor.abs().sum() > 0}
+
+
+def _put_gradients(state: dict, chunk) -> None:
+    """In the place of each parameter of a sharded state its gradient, zeros where it is frozen."""
+    gradients = {
+        id(parameter): parameter.main_grad.float() if parameter.requires_grad else torch.zeros(parameter.shape)
+        for parameter in unwrap(chunk).parameters()
+    }
+    for part in nested_values(state):
+        if isinstance(part, (ShardedTensor, ShardedTensorFactory)):
+            part.data = gradients[id(part.data)]
 
 
 def _complete_shards(chunk) -> None:

@@ -5,7 +5,6 @@ import logging
 from typing import Any
 
 import megatron.core.tensor_parallel.random as megatron_random
-import megatron.core.transformer.moe.moe_utils as moe_utils
 import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 import torch
 
@@ -48,9 +47,6 @@ def install() -> None:
     logging.getLogger(megatron_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
-    # moe/moe_utils.py RouterGatingLinearFunction reads this name, defined only where Transformer Engine imports
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
     # tensor_parallel/random.py CheckpointWithoutOutput (recompute of norms and expert activations), likewise
     if not hasattr(megatron_random, "FP8GlobalStateManager"):
         megatron_random.FP8GlobalStateManager = NoFP8

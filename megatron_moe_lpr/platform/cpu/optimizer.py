@@ -1,5 +1,6 @@
 """torch's AdamW under Megatron's DistributedOptimizer, which counts on Transformer Engine's or apex's.
 
+Where one of these is installed Megatron has chosen their kernels while it was imported, and none reaches host memory.
 torch keeps a `step` tensor per parameter and adds to it in place. distrib_optimizer.py of megatron-core 0.16 gives all
 parameters one and the same tensor on resume, fails where there is no state yet, and copies `step` like a moment.
 """
@@ -9,8 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.utils import (
+    local_multi_tensor_applier,
+    local_multi_tensor_l2_norm,
+    local_multi_tensor_scale,
+)
 
 
 def _steps_taken(optimizer: DistributedOptimizer) -> float:
@@ -30,10 +37,21 @@ def _state_dict(self: DistributedOptimizer) -> dict[str, Any]:
     return {"optimizer": {"param_groups": [group | {"step": step} for group in groups]}}
 
 
+def _choose_torch() -> None:
+    """optimizer/__init__.py, distrib_optimizer.py, optimizer.py, clip_grads.py: what each takes without either."""
+    megatron_optimizer.Adam, megatron_optimizer.SGD = torch.optim.AdamW, torch.optim.SGD
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = torch.optim.Adam, False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = local_multi_tensor_applier
+        module.multi_tensor_scale_impl = local_multi_tensor_scale
+    clip_grads.l2_norm_impl = local_multi_tensor_l2_norm
+
+
 def install() -> None:
-    """Replace the methods, where neither library is there."""
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return
+    """Replace the choices and the methods."""
+    _choose_torch()
     load_state_dict = DistributedOptimizer.load_state_dict
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 

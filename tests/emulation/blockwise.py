@@ -1,0 +1,111 @@
+"""Quantisation with a scale for every 128 values of a row (activations, gradients) or every 128 x 128 (weights)."""
+
+import torch
+
+from tests.emulation.engine import Quantized, Quantizer, engine
+from tests.emulation.fp8 import encode, scale_for
+from tests.emulation.kernels import kernel, refuse_unless
+from tests.emulation.names import DType, Float8BlockScaleTensorFormat
+
+BLOCK = 128
+FIELDS = ("rowwise_data", "rowwise_scale_inv", "columnwise_data", "columnwise_scale_inv")
+
+
+def quantize_blockwise(tensor: torch.Tensor, quantizer: Quantizer, output: Quantized | None) -> Quantized:
+    """A tensor in FP8 with block scales, in the forms that the quantizer's usages ask for."""
+    matrix = tensor.detach().float().reshape(-1, tensor.shape[-1])
+    refuse_unless(
+        matrix.numel() == 0 or matrix.shape[1] % 16 == 0,
+        f"block scaling: inner dimension {matrix.shape[1]} is not a multiple of 16",
+    )
+    parts = dict.fromkeys(FIELDS)
+    if quantizer.rowwise_usage:
+        parts["rowwise_data"], parts["rowwise_scale_inv"] = _rowwise(matrix, tensor.shape, quantizer)
+    if quantizer.columnwise_usage:
+        parts["columnwise_data"], parts["columnwise_scale_inv"] = _columnwise(matrix, tensor.shape, quantizer)
+    if output is not None:
+        return _write(output, parts, quantizer)
+    compact = quantizer.all_gather_usage
+    parts |= {
+        "fp8_dtype": quantizer.dtype,
+        "quantizer": quantizer,
+        "is_2D_scaled": quantizer.block_scaling_dim == 2,
+        "data_format": Float8BlockScaleTensorFormat.COMPACT if compact else Float8BlockScaleTensorFormat.GEMM_READY,
+    }
+    if quantizer.internal:
+        return engine().Float8BlockwiseQTensorStorage(**parts)
+    return engine().Float8BlockwiseQTensor(shape=tensor.shape, dtype=tensor.dtype, requires_grad=False, **parts)
+
+
+def _rowwise(matrix: torch.Tensor, shape: torch.Size, quantizer: Quantizer) -> tuple:
+    two = quantizer.block_scaling_dim == 2
+    data, inverse = _blocks(matrix, BLOCK if two else 1, quantizer)
+    # One-dimensional scales lie transposed for cuBLAS, unless the tensor is still to be gathered.
+    inverse = inverse if two or quantizer.all_gather_usage else inverse.t()
+    return data.view(shape), _padded(inverse, quantizer.get_scale_shape(shape, False))
+
+
+def _columnwise(matrix: torch.Tensor, shape: torch.Size, quantizer: Quantizer) -> tuple:
+    two = quantizer.block_scaling_dim == 2
+    data, inverse = _blocks(matrix.t().contiguous(), BLOCK if two else 1, quantizer)
+    data = data.t().contiguous() if quantizer.all_gather_usage and not two else data
+    inverse = inverse if two else inverse.t()
+    return data.view(quantizer.get_columnwise_shape(shape)), _padded(inverse, quantizer.get_scale_shape(shape, True))
+
+
+def _blocks(matrix: torch.Tensor, rows: int, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes [M, K] and the scales' inverses [ceil(M / rows), ceil(K / 128)]."""
+    height, width = matrix.shape
+    whole = torch.nn.functional.pad(matrix, (0, -width % BLOCK, 0, -height % rows))
+    tiles = whole.view(whole.shape[0] // rows, rows, whole.shape[1] // BLOCK, BLOCK)
+    scale = scale_for(
+        tiles.abs().amax(dim=(1, 3)), quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon
+    )
+    scaled = (tiles * scale[:, None, :, None]).reshape(whole.shape)[:height, :width]
+    return encode(scaled.contiguous(), quantizer.dtype), 1.0 / scale
+
+
+def _padded(inverse: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    result = torch.zeros(tuple(shape), dtype=torch.float32)
+    result[: inverse.shape[0], : inverse.shape[1]] = inverse
+    return result
+
+
+def _write(output: Quantized, parts: dict, quantizer: Quantizer) -> Quantized:
+    for name in FIELDS:
+        old, new = getattr(output, f"_{name}"), parts[name]
+        if old is not None and new is not None:
+            old.copy_(new.view(old.shape))
+        elif new is not None:
+            setattr(output, f"_{name}", new)
+    output._fp8_dtype = quantizer.dtype
+    return output
+
+
+@kernel("tensor/utils.py `_cast_master_weights_to_fp8_blockwise_scaling`")
+def fp8_block_scaling_compute_partial_amax(
+    tensor: torch.Tensor, amax: torch.Tensor, h: int, w: int, start_offset: int, block_len: int
+) -> None:
+    """Largest magnitude of each block that a rank's share of a [h, w] weight touches."""
+    whole = torch.zeros(h * w)
+    whole[start_offset : start_offset + tensor.numel()] = tensor.detach().float().abs().reshape(-1)
+    whole = torch.nn.functional.pad(whole.view(h, w), (0, -w % block_len, 0, -h % block_len))
+    tiles = whole.view(whole.shape[0] // block_len, block_len, -1, block_len).amax(dim=(1, 3))
+    amax[: tiles.shape[0], : tiles.shape[1]].copy_(tiles)
+
+
+@kernel("tensor/utils.py `_cast_master_weights_to_fp8_blockwise_scaling`")
+def fp8_block_scaling_partial_cast(
+    inp: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor,
+    h: int,
+    w: int,
+    start_offset: int,
+    block_len: int,
+    out_dtype: DType,
+) -> None:
+    """A rank's share of a [h, w] weight in FP8, by the scales of its blocks."""
+    scales = scale.repeat_interleave(block_len, 0).repeat_interleave(block_len, 1)[:h, :w].reshape(-1)
+    own = scales[start_offset : start_offset + inp.numel()]
+    out.copy_(encode(inp.detach().float().reshape(-1) * own, out_dtype).view(out.shape))

@@ -1,0 +1,115 @@
+"""Quantisation with one scale a tensor: the recipes delayed (scales from history) and tensorwise (from the tensor)."""
+
+import torch
+
+from tests.emulation.engine import Quantized, Quantizer, engine
+from tests.emulation.fp8 import LARGEST, decode, encode, scale_for, transposed
+from tests.emulation.kernels import kernel, refuse_unless
+from tests.emulation.names import TORCH_DTYPE, DType
+
+
+def quantize_tensorwise(tensor: torch.Tensor, quantizer: Quantizer, output: Quantized | None) -> Quantized:
+    """A tensor in FP8 with one scale; the quantizer's `amax` (and for tensorwise its `scale`) are written."""
+    source = tensor.detach().float()
+    if isinstance(quantizer, engine().Float8CurrentScalingQuantizer):
+        _scale_by_the_tensor(source, quantizer)
+    elif source.numel() and quantizer.amax.numel():
+        largest = torch.maximum(quantizer.amax, source.abs().amax())
+        quantizer.amax.copy_(largest.reshape(quantizer.amax.shape))
+    inverse = quantizer.scale.detach().reciprocal().reshape(1).clone()
+    data = encode(source * quantizer.scale.reshape(()), quantizer.dtype).view(tensor.shape)
+    if output is not None:
+        return _write(output, data, inverse, quantizer)
+    return _new(tensor, data, inverse, quantizer)
+
+
+def _scale_by_the_tensor(source: torch.Tensor, quantizer: Quantizer) -> None:
+    if not quantizer.use_existing_amax:
+        quantizer.amax.copy_(source.abs().amax().reshape(1) if source.numel() else torch.zeros(1))
+    if quantizer.with_amax_reduction:
+        group = quantizer._canonicalized_amax_reduction_group()
+        torch.distributed.all_reduce(quantizer.amax, op=torch.distributed.ReduceOp.MAX, group=group)
+    scale = scale_for(quantizer.amax, quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
+    quantizer.scale.copy_(scale)
+
+
+def _new(tensor: torch.Tensor, data: torch.Tensor, inverse: torch.Tensor, quantizer: Quantizer) -> Quantized:
+    """Hopper multiplies rows by rows only, so the column-wise form is a transposed copy."""
+    parts = {
+        "data": data if quantizer.rowwise_usage else None,
+        "data_transpose": transposed(data) if quantizer.columnwise_usage else None,
+        "fp8_scale_inv": inverse,
+        "fp8_dtype": quantizer.dtype,
+        "quantizer": quantizer,
+    }
+    if quantizer.internal:
+        return engine().Float8TensorStorage(**parts)
+    return engine().Float8Tensor(shape=tensor.shape, dtype=tensor.dtype, requires_grad=False, **parts)
+
+
+def _write(output: Quantized, data: torch.Tensor, inverse: torch.Tensor, quantizer: Quantizer) -> Quantized:
+    if output._data is not None:
+        output._data.copy_(data.view(output._data.shape))
+    if quantizer.columnwise_usage:
+        turned = transposed(data)
+        if output._transpose is None:
+            output._transpose = turned
+        else:
+            output._transpose.copy_(turned.view(output._transpose.shape))
+    output._transpose_invalid = not quantizer.columnwise_usage
+    output._scale_inv.copy_(inverse.view(output._scale_inv.shape))
+    output._fp8_dtype = quantizer.dtype
+    return output
+
+
+def dequantize_tensorwise(tensor: Quantized, dtype: torch.dtype) -> torch.Tensor:
+    """Back from row-wise data."""
+    refuse_unless(tensor._data is not None, "dequantize: the tensor has no row-wise data")
+    return (decode(tensor._data, tensor._fp8_dtype) * tensor._scale_inv.reshape(())).to(dtype)
+
+
+@kernel("tensor/float8_tensor.py Float8Tensor, tensor/storage/float8_tensor_storage.py `_create_transpose`")
+def fp8_transpose(input: torch.Tensor, dtype: DType, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Bytes [..., n] as [n, ...]."""
+    refuse_unless(input.dtype == torch.uint8, f"fp8_transpose: bytes are expected, not {input.dtype}")
+    result = transposed(input)
+    if out is None:
+        return result
+    out.copy_(result.view(out.shape))
+    return out
+
+
+@kernel("tensor/utils.py `_cast_master_weights_to_fp8_current_scaling`")
+def compute_amax(tensor: torch.Tensor, amax: torch.Tensor) -> None:
+    """Largest magnitude of a tensor into `amax`."""
+    amax.copy_(tensor.detach().float().abs().amax().reshape(amax.shape))
+
+
+@kernel("quantization.py FP8GlobalStateManager `reduce_and_update_fp8_tensors`")
+def fused_amax_and_scale_update_after_reduction(
+    amax_reduction_buffer: torch.Tensor,
+    amax_histories: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    amax_compute_algo: str,
+    fp8_dtype: DType,
+    margin: float,
+) -> None:
+    """Mirrors common/recipe/delayed_scaling.cu: histories roll by one, row 0 is cleared, scales follow."""
+    refuse_unless(amax_compute_algo in ("max", "most_recent"), f"amax_compute_algo {amax_compute_algo!r}")
+    limit, offset = LARGEST[DType(fp8_dtype)] * 2.0**-margin, 0
+    for history, scale in zip(amax_histories, scales, strict=True):
+        count = history.shape[1]
+        last = amax_reduction_buffer[offset : offset + count]
+        last = torch.where(last != 0, last, history[0])
+        offset += count
+        rolled = torch.cat((history[1:], last[None]))
+        amax = last.clone() if amax_compute_algo == "most_recent" else rolled.amax(0)
+        history.copy_(rolled)
+        history[0].zero_()
+        new = torch.where(torch.isfinite(amax) & (amax > 0), limit / amax, scale)
+        scale.copy_(torch.where(torch.isinf(new), torch.full_like(new, torch.finfo(torch.float32).max), new))
+
+
+def dequantized_dtype(dtype: DType) -> torch.dtype:
+    """PyTorch's name of a wide format."""
+    return TORCH_DTYPE[DType(dtype)]

@@ -1,0 +1,39 @@
+"""The device of these tests: real GPUs with NCCL, or the emulated one over gloo. What differs between them is here."""
+
+import dataclasses
+
+import torch
+
+from tests.emulation import extension
+
+EMULATED = extension.is_available()
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerances:
+    """Largest relative errors, in the norm of logits or of all gradients together."""
+
+    fp32: float
+    """fp32 against the CPU platform, and a layout against one rank."""
+    bf16_layout: float
+    """bf16, a layout against one rank: other sums round otherwise, and near ties are routed otherwise."""
+    fp8_layout: float
+    """FP8 with routing held fixed: a tensor that is split has other scales."""
+
+
+# The emulated ones stand a little above what is measured; those of GPUs are chosen, no GPU has been seen.
+TOLERANCES = (
+    Tolerances(fp32=2e-6, bf16_layout=0.03, fp8_layout=0.06)
+    if EMULATED
+    else Tolerances(fp32=1e-4, bf16_layout=0.06, fp8_layout=0.1)
+)
+
+
+def count() -> int:
+    """Devices a test may use; the emulated ones share this machine's cores."""
+    return 4 if EMULATED else torch.cuda.device_count()
+
+
+def is_present() -> bool:
+    """Whether there is a device."""
+    return EMULATED or (torch.version.cuda is not None and torch.cuda.is_available())

@@ -1,0 +1,35 @@
+"""Ranks on the device or on the CPU platform beside it, a pool of processes for each kind and size.
+
+The test process itself never touches a device.
+"""
+
+import contextlib
+from multiprocessing.connection import Connection
+
+from tests.distributed import RankPool, _serve
+from tests.emulation.start import processes_on_the_device
+from tests.gpu.device import EMULATED
+
+
+def _serve_cuda(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    _serve(rank, world_size, port, pipe, "cuda")
+
+
+_SERVERS = {"cuda": _serve_cuda, "cpu": _serve}
+_pools: dict[tuple[str, int], RankPool] = {}
+
+
+def ranks(world_size: int, platform: str = "cuda") -> RankPool:
+    """The session's pool of this kind and size, started on first use and again after a failure."""
+    key = (platform, world_size)
+    if key not in _pools or not all(process.is_alive() for process in _pools[key].processes):
+        with processes_on_the_device() if EMULATED else contextlib.nullcontext():
+            _pools[key] = RankPool(world_size, _SERVERS[platform])
+    return _pools[key]
+
+
+def close() -> None:
+    """End every pool; called once when the test session ends."""
+    for pool in _pools.values():
+        pool.close()
+    _pools.clear()
