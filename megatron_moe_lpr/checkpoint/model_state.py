@@ -1,6 +1,7 @@
 """Weights between a built model and a Megatron distributed checkpoint, at any parallel layout."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,12 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.fp8_utils import is_float8tensor
 
 from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
-
-EXTRA_STATE = "_extra_state"
+from megatron_moe_lpr.model.expert_states import EXTRA_STATE
 
 
 def sharded_model_state(chunks: Sequence[torch.nn.Module]) -> ShardedStateDict:
@@ -39,6 +40,19 @@ def load_weights(chunks: Sequence[torch.nn.Module], directory: Path) -> None:
     _refuse_differences(directory, lacking, surplus)
     for name, chunk in zip(state, chunks, strict=True):
         fill_model(chunk, loaded[name])
+        _keep_unrounded(chunk, loaded[name])
+
+
+def _keep_unrounded(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Weights in FP8 keep what the checkpoint says until the optimizer has its fp32 copies from it.
+
+    distrib_optimizer.py `_build_model_and_main_param_groups` asks for it by these names. Copies of the rounded weights
+    would lie on FP8's grid, and the first small steps away from it would be rounded back.
+    """
+    for name, parameter in unwrap(chunk).named_parameters():
+        if is_float8tensor(parameter):
+            parameter.get_high_precision_init_val = state[name].detach().cpu().clone
+            parameter.clear_high_precision_init_val = partial(vars(parameter).pop, "get_high_precision_init_val", None)
 
 
 def fill_model(chunk: torch.nn.Module, state: dict[str, Any]) -> None:

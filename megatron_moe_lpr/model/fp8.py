@@ -39,6 +39,11 @@ RECIPES: dict[FP8Recipe, RecipeNeeds] = {
 }
 
 
+# Recipes that scale a weight by its own values. Under `delayed` a weight keeps the scale it was built with: Transformer
+# Engine makes new scale tensors when the layer is first used in FP8, and the weight goes on looking at the old ones.
+PARAMETERS_IN_FP8: tuple[FP8Recipe, ...] = ("tensorwise", "blockwise")
+
+
 @dataclasses.dataclass(frozen=True)
 class FP8Options:
     """Matrix products in FP8. The router, embeddings, the output layer, norms and the optimizer stay as they are."""
@@ -100,8 +105,11 @@ def check_fp8_flags(options: FP8Options, dtype: torch.dtype) -> None:
             "--first-last-layers-bf16: the recipe delayed keeps one history for all layers and cannot leave some out; "
             "choose --fp8-recipe tensorwise or blockwise"
         )
-    if options.fp8_param_gather and options.fp8_recipe == "mxfp8":
-        raise UserError("--fp8-param-gather is not supported with --fp8-recipe mxfp8; leave it out")
+    if options.fp8_param_gather and options.fp8_recipe not in PARAMETERS_IN_FP8:
+        raise UserError(
+            f"--fp8-param-gather is not supported with --fp8-recipe {options.fp8_recipe}; leave it out, or choose "
+            f"{' or '.join(PARAMETERS_IN_FP8)}"
+        )
 
 
 def check_fp8_shapes(

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_moe_lpr.model.expert_states import grouped_linear_layers
 from megatron_moe_lpr.model.grouped_linear import ColumnParallelGroupedLinear, RowParallelGroupedLinear
 from megatron_moe_lpr.model.moe_layer import MoELPRLayer, MoELPRSubmodules
 from megatron_moe_lpr.model.norm import RMSNorm
@@ -90,7 +91,8 @@ def _transformer_engine_layer(config: TransformerConfig, num_experts: int) -> Mo
     )
     provider = TESpecProvider()
     dense = MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())
-    _, grouped = provider.grouped_mlp_modules(moe_use_grouped_gemm=True, moe_use_legacy_grouped_gemm=False)
+    column, row = grouped_linear_layers()
+    grouped = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     return _with_experts(spec, num_experts, dense, grouped)
 
 

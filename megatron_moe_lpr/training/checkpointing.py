@@ -25,6 +25,7 @@ from megatron_moe_lpr.checkpoint.directory import (
 from megatron_moe_lpr.checkpoint.model_state import fill_model, sharded_model_state
 from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.training.guards import gather_objects
 
 # Optimizer state in the parameters' own shapes, so that TP, PP, EP and DP may all change between save and resume.
@@ -132,9 +133,22 @@ def load_run(state: RunState, directory: CheckpointDirectory) -> None:
     for name, chunk in zip(_model_names(loaded), state.chunks, strict=True):
         fill_model(chunk, loaded[name])
     state.optimizer.load_state_dict(loaded["optimizer"])
+    if unwrap(state.chunks[0]).config.fp8_new_expert_parameters:
+        _round_weights_again(state)
     state.schedule.load_state_dict(loaded["schedule"])
     for name, value in loaded["counters"].items():
         setattr(state, name, value)
+
+
+def _round_weights_again(state: RunState) -> None:
+    """Weights in FP8 from the optimizer's fp32 ones, as after each step.
+
+    The checkpoint holds them dequantised in bf16, which rounds once more: their scales would be others.
+    """
+    for optimizer in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+        optimizer._copy_main_params_to_model_params()
+    for chunk in state.chunks:
+        chunk.start_param_sync(force_sync=True)
 
 
 def _model_names(state: dict[str, Any]) -> list[str]:

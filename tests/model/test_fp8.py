@@ -54,6 +54,11 @@ def test_without_fp8_nothing_is_asked():
         (FP8Options(first_last_layers_bf16=True), torch.bfloat16, "--first-last-layers-bf16 needs --fp8-format"),
         (options("delayed", first_last_layers_bf16=True), torch.bfloat16, "recipe delayed keeps one history"),
         (options("mxfp8", fp8_param_gather=True), torch.bfloat16, "not supported with --fp8-recipe mxfp8"),
+        (
+            options("delayed", fp8_param_gather=True),
+            torch.bfloat16,
+            "not supported with --fp8-recipe delayed; .*tensorwise",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(given, dtype, message):

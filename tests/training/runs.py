@@ -8,7 +8,9 @@ import numpy as np
 
 from megatron_moe_lpr.checkpoint.directory import write_latest
 from megatron_moe_lpr.data.config import DataConfig
+from megatron_moe_lpr.model.fp8 import FP8Options
 from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import PlatformName
 from megatron_moe_lpr.pretrain import pretrain
 from megatron_moe_lpr.training.config import (
     BatchOptions,
@@ -51,7 +53,9 @@ def make_data(root: Path) -> dict[str, str]:
     return prefixes
 
 
-def training_config(load: Path, save: Path, data: dict[str, str], stage: str = "1", **changes) -> TrainingConfig:
+def training_config(
+    load: Path, save: Path, data: dict[str, str], stage: str = "1", platform: PlatformName = "cpu", **changes
+) -> TrainingConfig:
     """A short run. `changes` go to the dataclass that has the field."""
     languages = {"1": ("el", "hu"), "2": LANGUAGES, "full": LANGUAGES}[stage]
     fields = {
@@ -80,9 +84,10 @@ def training_config(load: Path, save: Path, data: dict[str, str], stage: str = "
         data=part(DataConfig),
         optimizer=part(OptimizerOptions),
         precision=part(PrecisionOptions),
+        fp8=part(FP8Options),
         layout=part(ParallelLayout),
         logging=part(LoggingOptions),
-        platform="cpu",
+        platform=platform,
     )
 
 

@@ -17,8 +17,8 @@ WITH_TE = {
     "mlp": "MoELPRLayer",
     "mlp.router": "LPRRouter",
     "mlp.experts": "TEGroupedMLP",
-    "mlp.experts.linear_fc1": "TEColumnParallelGroupedLinear",
-    "mlp.experts.linear_fc2": "TERowParallelGroupedLinear",
+    "mlp.experts.linear_fc1": "TEColumnParallelExperts",
+    "mlp.experts.linear_fc2": "TERowParallelExperts",
     "mlp.original_expert.linear_fc1": "TEColumnParallelLinear",
     "mlp.original_expert.linear_fc2": "TERowParallelLinear",
 }
