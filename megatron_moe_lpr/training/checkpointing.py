@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -106,7 +107,17 @@ def _finish_parameter_gather(chunks: list[torch.nn.Module]) -> None:
     (distrib_optimizer.py `step_with_ready_grads`)."""
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
+            _gather_parameters(chunk)
+
+
+def _gather_parameters(chunk: torch.nn.Module) -> None:
+    """Gather now. Weights in FP8 get their transposed copies too, which Megatron-Core 0.16 leaves to the gathering in
+    the forward pass (param_and_grad_buffer.py `finish_param_sync`): it would find this one done, and the next backward
+    pass would multiply with the copies of the step before."""
+    chunk.start_param_sync(force_sync=True)
+    in_fp8 = [parameter for parameter in chunk.parameters() if is_float8tensor(parameter)]
+    if in_fp8:
+        post_all_gather_processing(in_fp8)
 
 
 def _together(action: Callable[[], object], iteration: int, save: Path) -> None:
@@ -148,7 +159,7 @@ def _round_weights_again(state: RunState) -> None:
     for optimizer in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
         optimizer._copy_main_params_to_model_params()
     for chunk in state.chunks:
-        chunk.start_param_sync(force_sync=True)
+        _gather_parameters(chunk)
 
 
 def _model_names(state: dict[str, Any]) -> list[str]:
