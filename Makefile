@@ -1,8 +1,8 @@
 # One command each, from nothing: a machine needs Python 3.10 or newer and make.
 #
 #   make test            install, then run the tests on this machine's CPU
-#   make test-te         the tests of the Transformer Engine layers, in an environment of their own, without a GPU
-#   make test-gpu        the tests that need GPUs
+#   make test-te         the GPU tests on an emulated device, in an environment of their own, without a GPU
+#   make test-gpu        the same tests on GPUs
 #   make lint            ruff
 #   make demo            the whole method on real text; make demo-baselines for what else one could do
 #
@@ -46,7 +46,7 @@ $(TE_VENV)/.installed: tests/transformer_engine/environment.sh setup.py constrai
 	@touch $@
 
 test-te: $(TE_VENV)/.installed
-	$(TE_VENV)/bin/python -m pytest -p tests.transformer_engine.plugin tests/transformer_engine
+	$(TE_VENV)/bin/python -m pytest -p tests.emulation.plugin $(or $(TESTS),tests/emulation tests/transformer_engine tests/gpu)
 
 # With the Python that has the real Transformer Engine, as the Docker image's has; installs nothing.
 test-gpu:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-TIMEOUT_SECONDS = 420
+TIMEOUT_SECONDS = 240
 GRACE_SECONDS = 3
 
 

@@ -3,6 +3,7 @@
 Tensors stay where they are. To Transformer Engine and Megatron they say that they lie on the device.
 """
 
+import contextlib
 import sys
 import types
 from typing import Any
@@ -103,5 +104,26 @@ def _answer_nccl() -> None:
         return new_group(*args, backend="gloo" if backend == "nccl" else backend, **kwargs)
 
     dist.init_process_group, dist.new_group = init_process_group, gloo_group
+    dist._coalescing_manager = dist.distributed_c10d._coalescing_manager = _without_device(dist._coalescing_manager)
     # torch checks that a P2POp's function is the one of its own module.
     dist.isend = dist.distributed_c10d.isend = isend
+
+
+def _without_device(manager: Any) -> Any:
+    """With a device the manager asks the backend to start coalescing, which gloo lacks: call after call does too."""
+
+    @contextlib.contextmanager
+    def coalescing_manager(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
+        if device is None:
+            with manager(group, None, async_ops) as handle:
+                yield handle
+        else:
+            yield _Finished()
+
+    return coalescing_manager
+
+
+class _Finished:
+    """Work that is done."""
+
+    def wait(self) -> None: ...

@@ -4,7 +4,10 @@ The test process itself never touches a device.
 """
 
 import contextlib
+import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 from tests.distributed import RankPool, _serve
 from tests.emulation.start import processes_on_the_device
@@ -26,6 +29,21 @@ def ranks(world_size: int, platform: str = "cuda") -> RankPool:
         with processes_on_the_device() if EMULATED else contextlib.nullcontext():
             _pools[key] = RankPool(world_size, _SERVERS[platform])
     return _pools[key]
+
+
+def run(world_size: int, function: Callable[..., Any], *arguments: Any, platform: str = "cuda") -> list[Any]:
+    """Call `function(*arguments)` on every rank, as the first model of its process."""
+    return ranks(world_size, platform).run(_first_model, function, *arguments)
+
+
+def _first_model(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Transformer Engine's list of tensors with delayed scaling lives as long as the process, and would go on reducing
+    those of the models before, in groups that are gone."""
+    if "transformer_engine.pytorch" in sys.modules:
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()
+    return function(*arguments)
 
 
 def close() -> None:

@@ -1,13 +1,14 @@
-"""These tests run in the environment of `environment.sh`, with the stand-in as a plugin: `make test-te`."""
+"""These tests run in the environment of `environment.sh`: `make test-te`."""
 
 import pytest
 
-from tests.transformer_engine import ranks, stub
+from tests.emulation import extension
+from tests.transformer_engine import ranks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip where Transformer Engine's Python part is not there, or the real thing is."""
-    if stub.is_installed():
+    if extension.is_installed():
         return
     reason = "needs Transformer Engine's Python part and the tests' stand-in: make test-te"
     for item in items:

@@ -1,0 +1,76 @@
+"""Transformer Engine's grouped linear layers, with the FP8 scales of each expert saved and loaded as that expert's.
+
+A grouped layer holds the scales of its experts in one vector, expert by expert: (input, weight, output) of the first,
+of the second, and so on (grouped_linear.py `_offsets`). Megatron-Core 0.16 cuts it as if all inputs came first
+(extensions/transformer_engine.py `_split_extra_state`): on another number of expert-parallel ranks the scales would be
+mixed up. It also joins the parts in a hook that runs after Transformer Engine has read them where weights are in FP8.
+"""
+
+import functools
+from typing import Any
+
+import torch
+
+EXTRA_STATE = "_extra_state"
+# Of three tensors an expert forward (input, weight, output), of two backward (gradients of output and input).
+PER_EXPERT = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
+
+
+def split_state(state: dict[str, Any], experts: int) -> list[dict[str, Any]]:
+    """A grouped layer's state as one for each expert; vectors [tensors x experts], histories [steps, the same]."""
+    variables = state["extra_fp8_variables"] | {"num_gemms": 1}
+    parts: list[dict[str, Any]] = [
+        {"recipe": state["recipe"], "extra_fp8_variables": dict(variables)} for _ in range(experts)
+    ]
+    for name in state.keys() & set(PER_EXPERT):
+        for part, piece in zip(parts, state[name].tensor_split(experts, dim=-1), strict=True):
+            part[name] = piece.clone()
+    return parts
+
+
+def merge_states(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The reverse of `split_state`."""
+    first = parts[0]
+    state = {
+        "recipe": first["recipe"],
+        "extra_fp8_variables": first["extra_fp8_variables"] | {"num_gemms": len(parts)},
+    }
+    for name in PER_EXPERT:
+        if name in first:
+            state[name] = torch.cat([part[name] for part in parts], dim=-1)
+    return state
+
+
+class ExpertStates:
+    """Beside a grouped linear layer of Megatron and Transformer Engine: its extra state by expert."""
+
+    def _split_extra_state(self, state: torch.Tensor) -> list[torch.Tensor]:
+        if state.numel() == 0:
+            return [state] * self.num_gemms
+        return [self._encode_extra_state(part) for part in split_state(self._decode_extra_state(state), self.num_gemms)]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        self._join_extra_states(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _join_extra_states(self, state_dict: dict[str, Any], prefix: str) -> None:
+        names = [f"{prefix}{EXTRA_STATE}{index or ''}" for index in range(self.num_gemms)]
+        if not all(name in state_dict for name in names):
+            return
+        self.init_fp8_metadata(num_gemms=self.num_gemms)
+        parts = [self._decode_extra_state(state_dict.pop(name)) for name in names]
+        if all(part is not None for part in parts):
+            state_dict[names[0]] = self._encode_extra_state(merge_states(parts))
+
+
+@functools.cache
+def grouped_linear_layers() -> tuple[type, type]:
+    """Column- and row-parallel grouped layers; Transformer Engine must be there."""
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelGroupedLinear,
+        TERowParallelGroupedLinear,
+    )
+
+    column = type("TEColumnParallelExperts", (ExpertStates, TEColumnParallelGroupedLinear), {})
+    row = type("TERowParallelExperts", (ExpertStates, TERowParallelGroupedLinear), {})
+    return column, row
