@@ -27,7 +27,7 @@ def inputs(tmp_path_factory):
     return gpu_checkpoint(root), make_data(root)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _end_ranks():
     yield
     ranks.close()

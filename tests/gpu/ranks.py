@@ -47,7 +47,7 @@ def _first_model(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def close() -> None:
-    """End every pool; called once when the test session ends."""
+    """End every pool, with each file: the threads of all groups a rank has been in stay."""
     for pool in _pools.values():
         pool.close()
     _pools.clear()
