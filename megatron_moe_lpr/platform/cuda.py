@@ -12,6 +12,7 @@ from megatron_moe_lpr.platform.facts import GPUFacts
 
 INSTALL_HINT = "use the project's Docker image, or pip install 'megatron-moe-lpr[gpu]'"
 MAX_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 BLACKWELL = (10, 0)
 
 
@@ -50,6 +51,15 @@ def order_kernel_launches(environment: MutableMapping[str, str], tensor_parallel
     """
     if tensor_parallel_size > 1:
         environment.setdefault(MAX_CONNECTIONS, "1")
+
+
+def keep_fp32_products(environment: MutableMapping[str, str]) -> None:
+    """Set NVIDIA_TF32_OVERRIDE=0 unless the user has set it; call it before CUDA is initialised.
+
+    Transformer Engine multiplies fp32 matrices in TF32, with 10 bits of mantissa, and has no switch of its own
+    (common/gemm/cublaslt_gemm.cu: "Use TF32 only for pure FP32 GEMM"). Products in bf16 and FP8 are not touched.
+    """
+    environment.setdefault(TF32_OVERRIDE, "0")
 
 
 def check_kernel_launch_order(

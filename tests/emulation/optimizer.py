@@ -71,8 +71,7 @@ def multi_tensor_adam(
     """Gradients, parameters, two moments and, for half precision, fp32 parameters; mode 1 decays like AdamW."""
     _check("multi_tensor_adam", noop_flag, tensor_lists)
     refuse_unless(len(tensor_lists) in (4, 5), f"multi_tensor_adam: {len(tensor_lists)} lists")
-    if noop_flag.item():
-        return
+    # The flag is not looked at: an infinite gradient goes through, as in common/multi_tensor/adam.cu.
     first_correction, second_correction = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
     gradients, parameters, firsts, seconds = tensor_lists[:4]
     masters = tensor_lists[4] if len(tensor_lists) == 5 else parameters

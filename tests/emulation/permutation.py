@@ -170,12 +170,24 @@ def fused_multi_row_padding(
     input: torch.Tensor, output: torch.Tensor, input_row_list: list[int], padded_input_row_list: list[int]
 ) -> None:
     """Each expert's rows, followed by zeros up to the padded number."""
-    contiguous("fused_multi_row_padding", input, output)
-    output.zero_()
+    _check_padding("fused_multi_row_padding", input, output, input_row_list, padded_input_row_list)
     source = target = 0
     for rows, padded in zip(input_row_list, padded_input_row_list, strict=True):
-        output[target : target + rows] = input[source : source + rows]
+        if rows:  # an expert without a row is left out, and what lies in its padding stays
+            output[target : target + rows] = input[source : source + rows]
+            output[target + rows : target + padded] = 0
         source, target = source + rows, target + padded
+
+
+def _check_padding(
+    name: str, input: torch.Tensor, output: torch.Tensor, first: list[int], second: list[int]
+) -> None:
+    contiguous(name, input, output)
+    refuse_unless(input.dim() == output.dim() == 2, f"{name}: two dimensions are expected")
+    refuse_unless(len(first) == len(second), f"{name}: {len(first)} and {len(second)} counts of rows")
+    fits = input.shape[0] >= sum(first) and output.shape[0] >= sum(second)
+    refuse_unless(fits and input.shape[1] == output.shape[1], f"{name}: reads or writes past its tensors")
+    refuse_unless(input.dtype == output.dtype, f"{name}: {input.dtype} into {output.dtype}")
 
 
 @kernel("module/fp8_unpadding.py `_Fp8Unpadding`, module/fp8_padding.py")
@@ -183,7 +195,7 @@ def fused_multi_row_unpadding(
     input: torch.Tensor, output: torch.Tensor, input_row_list: list[int], unpadded_input_row_list: list[int]
 ) -> None:
     """Each expert's rows without the zeros."""
-    contiguous("fused_multi_row_unpadding", input, output)
+    _check_padding("fused_multi_row_unpadding", input, output, input_row_list, unpadded_input_row_list)
     source = target = 0
     for padded, rows in zip(input_row_list, unpadded_input_row_list, strict=True):
         output[target : target + rows] = input[source : source + rows]

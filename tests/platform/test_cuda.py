@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.platform.cuda import MAX_CONNECTIONS, check_kernel_launch_order, order_kernel_launches
+from megatron_moe_lpr.platform.cuda import (
+    MAX_CONNECTIONS,
+    TF32_OVERRIDE,
+    check_kernel_launch_order,
+    keep_fp32_products,
+    order_kernel_launches,
+)
 
 ROOT = Path(__file__).parents[2]
 HOPPER, BLACKWELL = (9, 0), (10, 0)
@@ -28,6 +34,15 @@ def test_an_environment_against_it_is_refused():
         check_kernel_launch_order(environment, 2, HOPPER)
     check_kernel_launch_order(environment, 2, BLACKWELL)
     check_kernel_launch_order(environment, 1, HOPPER)
+
+
+def test_fp32_means_fp32_unless_the_user_says_otherwise():
+    environment = {}
+    keep_fp32_products(environment)
+    assert environment == {TF32_OVERRIDE: "0"}
+    chosen = {TF32_OVERRIDE: "1"}
+    keep_fp32_products(chosen)
+    assert chosen == {TF32_OVERRIDE: "1"}
 
 
 def test_the_tests_stand_in_for_transformer_engine_is_out_of_the_package_s_reach():
