@@ -7,7 +7,7 @@ import importlib
 
 import torch
 
-from tests.emulation.kernels import contiguous, kernel, refuse_unless
+from tests.emulation.kernels import contiguous, counted, kernel, refuse_unless
 
 NOWHERE = -(2**30)
 TRITON_MODULE = "transformer_engine.pytorch.triton.permutation"
@@ -162,7 +162,7 @@ def install() -> None:
     module = importlib.import_module(TRITON_MODULE)
     for function in TRITON:
         refuse_unless(hasattr(module, function.__name__), f"{TRITON_MODULE} has no {function.__name__}")
-        setattr(module, function.__name__, function)
+        setattr(module, function.__name__, counted(function))
 
 
 @kernel("module/fp8_padding.py `_Fp8Padding`, module/fp8_unpadding.py")
@@ -179,9 +179,7 @@ def fused_multi_row_padding(
         source, target = source + rows, target + padded
 
 
-def _check_padding(
-    name: str, input: torch.Tensor, output: torch.Tensor, first: list[int], second: list[int]
-) -> None:
+def _check_padding(name: str, input: torch.Tensor, output: torch.Tensor, first: list[int], second: list[int]) -> None:
     contiguous(name, input, output)
     refuse_unless(input.dim() == output.dim() == 2, f"{name}: two dimensions are expected")
     refuse_unless(len(first) == len(second), f"{name}: {len(first)} and {len(second)} counts of rows")

@@ -71,7 +71,7 @@ def dequantize_tensorwise(tensor: Quantized, dtype: torch.dtype) -> torch.Tensor
     return (decode(tensor._data, tensor._fp8_dtype) * tensor._scale_inv.reshape(())).to(dtype)
 
 
-@kernel("tensor/float8_tensor.py Float8Tensor, tensor/storage/float8_tensor_storage.py `_create_transpose`")
+@kernel("tensor/storage/float8_tensor_storage.py `_create_transpose`")
 def fp8_transpose(input: torch.Tensor, dtype: DType, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Bytes [..., n] as [n, ...]."""
     refuse_unless(input.dtype == torch.uint8, f"fp8_transpose: bytes are expected, not {input.dtype}")
@@ -113,7 +113,7 @@ def fused_amax_and_scale_update_after_reduction(
         amax = torch.where(met, last if amax_compute_algo == "most_recent" else rolled.amax(0), 0.0)
         rolled[0] = 0
         history.copy_(torch.where(met, rolled, history))
-        new = torch.where(torch.isfinite(amax) & (amax > 0), limit / amax, scale)
+        new = torch.where(torch.isfinite(amax) & (amax > 0), torch.full_like(amax, limit) / amax, scale)
         scale.copy_(torch.where(torch.isinf(new), torch.full_like(new, torch.finfo(torch.float32).max), new))
 
 
