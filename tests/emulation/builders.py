@@ -38,8 +38,5 @@ def values(quantised: Quantized) -> torch.Tensor:
 def by_element(scales: torch.Tensor, shape: torch.Size, squares: bool) -> torch.Tensor:
     """The scale of every number: [blocks, blocks] of squares, [blocks of a row, rows] of rows."""
     rows, columns = shape
-    if squares:
-        scales = scales.repeat_interleave(128, 0)
-    else:
-        scales = scales.t()
+    scales = scales.repeat_interleave(128, 0) if squares else scales.t()
     return scales.repeat_interleave(128, 1)[:rows, :columns]

@@ -33,6 +33,8 @@ class Step:
     layout: dict[str, int] = dataclasses.field(default_factory=dict)
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     micro_batch_size: int = 2
+    frozen_by_mistake: str = ""
+    """Parameters whose names end so are frozen too, whatever the stage."""
     fixed_routing: bool = False
     """Experts by position instead of by the router: rounding cannot send a token elsewhere."""
 
@@ -61,6 +63,9 @@ def compute(platform_name: str, checkpoint: Path, step: Step) -> dict[str, Any]:
 
 def _step(model: LoadedModel, step: Step, platform: Platform) -> tuple[float, dict[str, torch.Tensor]]:
     freeze(model.chunks, STAGES[step.stage])
+    for chunk in model.chunks if step.frozen_by_mistake else []:
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and not name.endswith(step.frozen_by_mistake))
     options = OptimizerOptions(**step.optimizer)
     chunks = wrap_data_parallel(model.chunks, model.config, options)
     build_optimizer(chunks, model.config, options, platform)

@@ -41,8 +41,12 @@ def _perturb_a_little(tensors: dict[str, torch.Tensor]) -> None:
 
 def run_ranks(ranks: int, module: str, *arguments: object) -> str:
     """`torchrun --nproc-per-node RANKS -m MODULE ARGUMENTS...`; its output, or an AssertionError with it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", module, *(str(argument) for argument in arguments)]
+    return run_command("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module, *arguments)
+
+
+def run_command(module: str, *arguments: object) -> str:
+    """`python -m MODULE ARGUMENTS...`; its output, or an AssertionError with it."""
+    command = [sys.executable, "-m", module, *(str(argument) for argument in arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | (start.environment() if EMULATED else {})
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
