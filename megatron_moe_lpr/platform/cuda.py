@@ -88,5 +88,11 @@ def _imports(module: str) -> bool:
 
 def _refuse_foreign_apex() -> None:
     """Any package named `apex` makes Megatron choose NVIDIA's kernels; PyPI's is an unrelated web library."""
-    if importlib.util.find_spec("apex") and not importlib.util.find_spec("apex.normalization"):
+    if importlib.util.find_spec("apex") is None:
+        return
+    try:
+        nvidias = importlib.util.find_spec("apex.normalization") is not None
+    except ModuleNotFoundError:  # a single file named apex.py
+        nvidias = False
+    if not nvidias:
         raise UserError("the installed package 'apex' is not NVIDIA's; run: pip uninstall apex")

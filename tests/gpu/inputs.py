@@ -18,12 +18,12 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
 TIMEOUT_SECONDS = 900
 
 
-def gpu_checkpoint(root: Path) -> Path:
+def gpu_checkpoint(root: Path, model: str = "qwen2-tied") -> Path:
     """Four layers, five different experts each, every dimension a multiple of 128."""
     before = dict(COMMON)
     COMMON.update(SIZES, initializer_range=0.05)
     try:
-        checkpoint = make_checkpoint(root, perturbed=False)
+        checkpoint = make_checkpoint(root, model, perturbed=False)
     finally:
         COMMON.update(before)
     rewrite_checkpoint(checkpoint, _perturb_a_little)
