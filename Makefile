@@ -50,7 +50,7 @@ test-te: $(TE_VENV)/.installed
 
 # With the Python that has the real Transformer Engine, as the Docker image's has; installs nothing.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu tests/gpu -rs
+	$(PYTHON) -m pytest -m gpu $(or $(TESTS),tests/gpu) -rs -s
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What the CUDA platform needs beside PyTorch, and what it finds: nothing here has run on a device yet."""
+"""What the CUDA platform needs beside PyTorch, and what it finds: run emulated, never on a device (docs/gpu.md)."""
 
 import importlib.util
 from collections.abc import MutableMapping
