@@ -1,0 +1,56 @@
+"""The planner's activations, logits and FP8 copies against what a step really holds.
+
+`make test-te TESTS="tests/gpu/test_memory.py -s"` prints the table of some cases; MEMORY=all before it that of all.
+"""
+
+import os
+
+import pytest
+
+from tests.gpu import device
+from tests.gpu.figures import Figures
+from tests.gpu.memory import MODELS, Case, measure
+from tests.gpu.ranks import run
+
+LARGEST_ERROR = 0.1
+TP = (("tensor_model_parallel_size", 2),)
+EP = (("expert_model_parallel_size", 2),)
+PP = (("pipeline_model_parallel_size", 2),)
+VPP = (*PP, ("num_virtual_stages_per_pipeline_rank", 2))
+ETP = (*TP, ("expert_tensor_parallel_size", 2))
+SELECTIVE = ("core_attn", "layernorm", "moe_act", "moe")
+FP8 = ("delayed", "tensorwise", "blockwise")
+ALL = [
+    *(Case(stage=stage) for stage in ("1", "2", "full")),
+    *(Case(number="fp32", stage=stage) for stage in ("1", "full")),
+    *(Case(recompute=mode) for mode in (*SELECTIVE, "full")),
+    *(Case(number=recipe, stage=stage) for recipe in FP8 for stage in ("1", "full")),
+    *(Case(number="tensorwise", recompute=mode) for mode in (*SELECTIVE, "full")),
+    *(Case(number=recipe, fp8_parameters=True) for recipe in ("tensorwise", "blockwise")),
+    *(Case(number=number, layout=layout) for layout in (TP, EP, PP, VPP, ETP) for number in ("bf16", "tensorwise")),
+]
+CASES = ALL
+
+
+@pytest.fixture(scope="module")
+def figures():
+    rows = Figures("kB planned / measured", "case", "rank", "activations", "logits", "peak", "FP8 weights")
+    yield rows
+    rows.print()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_planned_and_measured(case, figures):
+    if device.count() < case.ranks:
+        pytest.skip(f"needs {case.ranks} GPUs")
+    wrong = []
+    for rank, (found, planned) in enumerate(run(case.ranks, measure, MODELS[case.model], case)):
+        cells = {}
+        for part in ("kept", "logits", "peak", "fp8"):
+            plan, real = getattr(planned, part), getattr(found, part)
+            error = plan / real - 1 if real else float(plan > 0)
+            cells[part] = f"{plan / 1e3:,.0f} / {real / 1e3:,.0f} {error:+.1%}"
+            if abs(error) > LARGEST_ERROR:
+                wrong.append(f"rank {rank}, {part}: {cells[part]}")
+        figures.add(str(case), rank=str(rank), **cells)
+    assert not wrong
