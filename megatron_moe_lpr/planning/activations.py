@@ -7,6 +7,7 @@ Left out: the rows by which each expert's tokens are padded for FP8, at most 15 
 
 from typing import Literal
 
+from megatron_moe_lpr.model.build import padded_vocab_size
 from megatron_moe_lpr.model.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.parameters import stage_layers
@@ -23,8 +24,9 @@ def activation_bytes(
     shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute, stage: int
 ) -> float:
     """Activations of all micro-batches that a pipeline stage has in flight, and what the backward pass of one layer
-    adds."""
-    return kept_bytes(shape, layout, sizes, recompute, stage) + working_bytes(shape, layout, sizes, stage)
+    needs beyond the memory of the logits, which are gone by then."""
+    working = working_bytes(shape, layout, sizes, recompute, stage) - logit_bytes(shape, layout, sizes, stage)
+    return kept_bytes(shape, layout, sizes, recompute, stage) + max(working, 0.0)
 
 
 def kept_bytes(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute, stage: int) -> float:
@@ -42,11 +44,16 @@ def kept_bytes(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recom
     return per_token * _tokens(layout, sizes) + angles
 
 
-def working_bytes(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, stage: int) -> float:
-    """Most that the backward pass of one layer needs beside what is kept: the layer's activations computed again, or
-    their gradients."""
+def working_bytes(
+    shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute, stage: int
+) -> float:
+    """Most that the backward pass of one layer needs beside what is kept: what it computes again, and gradients."""
     layers = (shape.experts_per_layer[layer] for layer in stage_layers(shape, layout, stage))
-    return max(_layer(shape, experts, layout, sizes, "none") for experts in layers) * _tokens(layout, sizes)
+    most = max(
+        _again(shape, experts, layout, sizes, recompute) + _gradients(shape, experts, layout, sizes)
+        for experts in layers
+    )
+    return most * _tokens(layout, sizes)
 
 
 def chunks_in_flight(layout: ParallelLayout, sizes: RunSizes, stage: int) -> int:
@@ -58,9 +65,8 @@ def chunks_in_flight(layout: ParallelLayout, sizes: RunSizes, stage: int) -> int
 
 
 def logit_bytes(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, stage: int) -> float:
-    """Logits, their fp32 softmax and their gradient, on the last pipeline stage."""
-    elements = _logits(shape, layout, sizes, stage)
-    return elements * (2 * sizes.element_bytes + FP32)
+    """Logits and their fp32 softmax, then the softmax and their gradient, on the last pipeline stage."""
+    return (sizes.element_bytes + FP32) * _logits(shape, layout, sizes, stage)
 
 
 def kept_logit_bytes(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, stage: int) -> float:
@@ -71,7 +77,8 @@ def kept_logit_bytes(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes,
 def _logits(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, stage: int) -> float:
     if stage != layout.pipeline_model_parallel_size - 1:
         return 0.0
-    return _tokens(layout, sizes) * shape.architecture.vocab_size
+    columns = padded_vocab_size(shape.architecture.vocab_size, layout.tensor_model_parallel_size)
+    return _tokens(layout, sizes) * columns
 
 
 def _tokens(layout: ParallelLayout, sizes: RunSizes) -> float:
@@ -80,12 +87,11 @@ def _tokens(layout: ParallelLayout, sizes: RunSizes) -> float:
 
 
 def _beside_layers(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, stage: int) -> float:
-    """Bytes a token leaves in a stage outside of its layers: the first layer's input and the output matrix's.
-
-    A stage that is not the last frees its last layer's output as soon as it is sent."""
-    hidden = shape.architecture.hidden_size * sizes.element_bytes
+    """Bytes a token leaves in a stage outside of its layers: the first layer's input, and the output matrix's where it
+    trains. A stage that is not the last frees its last layer's output once it is sent, which makes up for its input."""
     if stage != layout.pipeline_model_parallel_size - 1:
-        return hidden - hidden
+        return 0.0
+    hidden = shape.architecture.hidden_size * sizes.element_bytes
     return hidden + (hidden if "embedding" in sizes.trains else 0)
 
 
@@ -102,6 +108,25 @@ def _layer(
     norm_output = 0 if recompute == "layernorm" else hidden
     mixture = 0 if recompute == "moe" else _mixture(shape, experts, layout, sizes, recompute)
     return 2 * hidden + attention + norm_output + mixture
+
+
+def _again(
+    shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute
+) -> float:
+    """Bytes of a token that a layer's backward pass computes again before it begins."""
+    if recompute == "full":
+        return _layer(shape, experts, layout, sizes, "none")
+    if experts == 1:
+        return _dense_ffn(shape, sizes) if recompute == "mlp" else 0.0
+    return _mixture(shape, experts, layout, sizes, "none") if recompute == "moe" else 0.0
+
+
+def _gradients(shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes) -> float:
+    """Bytes of a token's gradients at the fullest moment: between the FFN's two products, of the second one's input,
+    the first one's output and the tokens; beside them those of the layer's output and of the norm's."""
+    hidden, ffn = shape.architecture.hidden_size, shape.architecture.ffn_hidden_size
+    rows = 1.0 if experts == 1 else _rows(shape, experts, layout, sizes)[1]
+    return (rows * (3 * ffn + hidden) + 2 * hidden) * sizes.element_bytes
 
 
 def _attention(shape: ModelShape, sizes: RunSizes, recompute: Recompute) -> float:

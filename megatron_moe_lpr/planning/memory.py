@@ -1,7 +1,7 @@
 """Memory of one rank, by part.
 
 Weights, gradients and optimizer state follow from the code and are checked against real allocations (tests/planning).
-Activations and logits are estimates for Transformer Engine's fused attention.
+Weights in FP8, activations and logits are checked on Transformer Engine's emulation (tests/gpu/test_memory.py).
 """
 
 import dataclasses
@@ -27,12 +27,13 @@ class RankMemory:
     gradients: float
     optimizer: float
     activations: float
+    """What is kept, and what a layer's backward pass needs beyond the logits' memory."""
     logits: float
     reserved: float = RESERVED_BYTES
 
     @property
     def total(self) -> float:
-        """All parts; logits are freed before the activations are all there, but the peak comes close to the sum."""
+        """All parts: the peak of a step, without what the allocator loses to fragmentation."""
         return sum(dataclasses.astuple(self))
 
 
@@ -54,6 +55,13 @@ def rank_memory(
         activations=activation_bytes(shape, layout, sizes, recompute, stage),
         logits=logit_bytes(shape, layout, sizes, stage),
     )
+
+
+def worst_total(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute) -> float:
+    """Bytes of the fullest rank should every token of its EP group choose its experts: routing is learned, and nothing
+    but a loss holds it in balance."""
+    worst = dataclasses.replace(sizes, routing="worst")
+    return max(largest_rank(shape, layout, way, recompute).total for way in (sizes, worst))
 
 
 def weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:

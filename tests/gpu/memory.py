@@ -20,7 +20,7 @@ from megatron_moe_lpr.model.fp8 import FP8Options
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import activation_bytes, kept_bytes, kept_logit_bytes, logit_bytes
-from megatron_moe_lpr.planning.memory import RunSizes, fp8_weight_bytes
+from megatron_moe_lpr.planning.memory import RunSizes, weight_bytes
 from megatron_moe_lpr.planning.parameters import stage_parameters
 from megatron_moe_lpr.platform import Platform, select_platform
 from megatron_moe_lpr.training.config import OptimizerOptions, PrecisionOptions
@@ -67,7 +67,12 @@ class Model:
 
 
 MODELS = {
-    "small": Model("qwen2", 256, 512, 4, 2, 64, 1024, 4, (5,), 320),
+    # Sequences that give every expert equally many tokens, in multiples of 16 on every rank.
+    "grouped heads": Model("qwen2", 256, 512, 4, 2, 64, 1024, 4, (5,), 320),
+    "many heads": Model("llama", 128, 384, 8, 8, 16, 512, 4, (3,), 192, micro_batch_size=2),
+    "wide FFN": Model("qwen2", 128, 1024, 4, 1, 32, 2000, 2, (9,), 144),
+    "some dense": Model("qwen3", 128, 256, 4, 2, 64, 1000, 4, (1, 4), 192),
+    "large vocabulary": Model("llama", 192, 512, 6, 3, 32, 4000, 2, (1,), 256),
 }
 
 
@@ -75,7 +80,7 @@ MODELS = {
 class Case:
     """A step."""
 
-    model: str = "small"
+    model: str = "grouped heads"
     number: str = "bf16"
     stage: str = "1"
     recompute: str = "none"
@@ -105,8 +110,8 @@ class Bytes:
     """Kept for the loss's backward pass."""
     peak: float
     """Most that lived at once, kept and logits included."""
-    fp8: float
-    """Weights' copies in FP8, and weights that are in FP8."""
+    weights: float
+    """Parameters and their copies in FP8."""
 
 
 def measure(model: Model, case: Case, micro_batches: int = 4) -> tuple[Bytes, Bytes]:
@@ -125,7 +130,7 @@ def measure(model: Model, case: Case, micro_batches: int = 4) -> tuple[Bytes, By
     step()  # makes workspaces and FP8 copies that stay
     with _meter(chunks) as meter:
         step()
-    found = Bytes(*meter.largest(), meter.peak(), sum(_fp8_bytes(chunk) for chunk in chunks))
+    found = Bytes(*meter.largest(), meter.peak(), sum(_weight_bytes(chunk) for chunk in chunks))
     return found, plan(model, case, layout, micro_batches)
 
 
@@ -147,7 +152,7 @@ def plan(model: Model, case: Case, layout: ParallelLayout, micro_batches: int) -
     counts = stage_parameters(shape, layout, stage)
     kept = kept_bytes(shape, layout, sizes, case.recompute, stage)
     peak = activation_bytes(shape, layout, sizes, case.recompute, stage) + logit_bytes(shape, layout, sizes, stage)
-    return Bytes(kept, kept_logit_bytes(shape, layout, sizes, stage), peak, fp8_weight_bytes(counts, sizes))
+    return Bytes(kept, kept_logit_bytes(shape, layout, sizes, stage), peak, weight_bytes(counts, sizes))
 
 
 def _build(model: Model, case: Case, layout: ParallelLayout, platform: Platform) -> tuple[list, Any]:
@@ -182,17 +187,20 @@ def _batch(model: Model, device: torch.device) -> dict[str, torch.Tensor]:
     return {"tokens": tokens, "labels": tokens, "loss_mask": ones, "position_ids": positions, "language": languages}
 
 
-def _fp8_bytes(chunk: torch.nn.Module) -> int:
-    """Bytes of FP8 weights and of the copies that Transformer Engine's layers keep from step to step."""
+def _weight_bytes(chunk: torch.nn.Module) -> int:
+    """Bytes of the parameters, and of the FP8 copies that Transformer Engine's layers keep from step to step."""
     from tests.gpu.storages import storages_of
 
-    held: dict[int, torch.UntypedStorage] = {}
+    own, held = 0, {}
     for module in chunk.modules():
-        held |= storages_of(list(getattr(module, "_fp8_workspaces", {}).values()))
+        for copy in getattr(module, "_fp8_workspaces", {}).values():
+            held |= storages_of(copy.get_metadata(), depth=0)
     for weight in chunk.parameters():
-        if type(weight) is not torch.nn.Parameter:
-            held |= storages_of(weight)
-    return sum(storage.nbytes() for storage in held.values())
+        if hasattr(weight, "get_metadata"):
+            held |= storages_of(weight.get_metadata(), depth=0)
+        else:
+            own += weight.nbytes  # the storage is a buffer of many
+    return own + sum(storage.nbytes() for storage in held.values())
 
 
 class _Followed:
@@ -207,7 +215,7 @@ class _Followed:
     def active(self) -> Iterator[None]:
         hooks = []
         for model in map(unwrap, self.chunks):
-            hooks.append(model.register_forward_pre_hook(lambda *_: self._label("")))
+            hooks.append(model.register_forward_hook(lambda *_: self._label("")))
             if model.post_process:
                 hooks.append(model.output_layer.register_forward_pre_hook(lambda *_: self._label("logits")))
         with self.log, self.log.kernels():

@@ -1,5 +1,5 @@
-"""Memory of a step on the emulated device, which has no allocator that would tell: every storage counts once, as long as
-anything holds it, be it autograd, a tensor on an autograd function's context or a pipeline buffer.
+"""Memory of a step on the emulated device, which has no allocator to ask: every storage counts once, as long as anything
+holds it, be it autograd, a tensor on an autograd function's context or a pipeline buffer.
 
 A kernel of Transformer Engine counts by what it returns: what its emulation needs inside, the kernel needs not.
 """
@@ -69,6 +69,11 @@ class StorageLog(TorchDispatchMode):
         """Inside, emulated kernels count by their results."""
         places = [(sys.modules[EXTENSION], name) for name in FUNCTIONS]
         places += [(sys.modules[permutation.TRITON_MODULE], function.__name__) for function in permutation.TRITON]
+        # With torch.compile, which the emulation switches off, these are kernels too.
+        fusions = [module for name, module in sys.modules.items() if name.startswith("megatron.core.fusions.")]
+        for module in fusions:
+            compiled = (name for name, value in vars(module).items() if hasattr(value, "_torchdynamo_orig_callable"))
+            places += [(module, name) for name in compiled]
         before = [(module, name, getattr(module, name)) for module, name in places]
         for module, name, function in before:
             setattr(module, name, self._as_one(function))
