@@ -48,12 +48,12 @@ def working_bytes(
     shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute, stage: int
 ) -> float:
     """Most that the backward pass of one layer needs beside what is kept: what it computes again, and gradients."""
+    tokens = _tokens(layout, sizes)
     layers = (shape.experts_per_layer[layer] for layer in stage_layers(shape, layout, stage))
-    most = max(
-        _again(shape, experts, layout, sizes, recompute) + _gradients(shape, experts, layout, sizes)
+    return max(
+        _again(shape, experts, layout, sizes, recompute) * tokens + _gradients(shape, experts, layout, sizes)
         for experts in layers
     )
-    return most * _tokens(layout, sizes)
 
 
 def chunks_in_flight(layout: ParallelLayout, sizes: RunSizes, stage: int) -> int:
@@ -95,9 +95,7 @@ def _beside_layers(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, s
     return hidden + (hidden if "embedding" in sizes.trains else 0)
 
 
-def _layer(
-    shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute
-) -> float:
+def _layer(shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute) -> float:
     """Bytes a token leaves in a layer between its forward and its backward pass: the layer's output, and the rest."""
     hidden = shape.architecture.hidden_size * sizes.element_bytes
     if recompute == "full":
@@ -110,23 +108,38 @@ def _layer(
     return 2 * hidden + attention + norm_output + mixture
 
 
-def _again(
-    shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute
-) -> float:
+def _again(shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute) -> float:
     """Bytes of a token that a layer's backward pass computes again before it begins."""
     if recompute == "full":
         return _layer(shape, experts, layout, sizes, "none")
     if experts == 1:
         return _dense_ffn(shape, sizes) if recompute == "mlp" else 0.0
-    return _mixture(shape, experts, layout, sizes, "none") if recompute == "moe" else 0.0
+    kept = _mixture(shape, experts, layout, sizes, "none")
+    left = {"moe": 0.0, "moe_act": _mixture(shape, experts, layout, sizes, "moe_act")}
+    return kept - left.get(recompute, kept)
 
 
 def _gradients(shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes) -> float:
-    """Bytes of a token's gradients at the fullest moment: between the FFN's two products, of the second one's input,
-    the first one's output and the tokens; beside them those of the layer's output and of the norm's."""
-    hidden, ffn = shape.architecture.hidden_size, shape.architecture.ffn_hidden_size
-    rows = 1.0 if experts == 1 else _rows(shape, experts, layout, sizes)[1]
-    return (rows * (3 * ffn + hidden) + 2 * hidden) * sizes.element_bytes
+    """Bytes of a rank's gradients in the FFN's backward pass at its fullest moment, less what is freed by then.
+
+    Weight gradients of all the rank's experts come in the weights' format and are then added to the fp32 buffer.
+    """
+    hidden, element = shape.architecture.hidden_size, sizes.element_bytes
+    rows, ranks, local = _tokens(layout, sizes), layout.tensor_model_parallel_size, 1
+    trains = "dense FFN" in sizes.trains
+    if experts > 1:
+        rows *= _rows(shape, experts, layout, sizes)[1]
+        ranks, local = layout.expert_tensor_parallel_size, (experts - 1) // layout.expert_model_parallel_size
+        trains = "new experts" in sizes.trains
+    # The copies that the products take: by rows, and for the weight's gradient by columns.
+    in_fp8 = (2 if trains else 1) if sizes.precision == "fp8" else 0
+    tokens, inner = rows * hidden * ranks, rows * shape.architecture.ffn_hidden_size
+    matrix = local * hidden * shape.architecture.ffn_hidden_size / ranks * element if trains else 0.0
+    freed = inner * _input_bytes(sizes) if trains else 0.0
+    second_product = tokens * (element + in_fp8) + inner * element + matrix
+    activation = 3 * inner * element - freed
+    first_product = 2 * inner * in_fp8 + tokens * element + 2 * matrix - freed
+    return max(second_product, activation, first_product) + _tokens(layout, sizes) * hidden * element
 
 
 def _attention(shape: ModelShape, sizes: RunSizes, recompute: Recompute) -> float:
@@ -155,9 +168,7 @@ def _dense_ffn(shape: ModelShape, sizes: RunSizes) -> float:
     return 2 * ffn * sizes.element_bytes + inputs
 
 
-def _mixture(
-    shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute
-) -> float:
+def _mixture(shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute) -> float:
     """Routing, and what the experts of a token keep."""
     original, new = _rows(shape, experts, layout, sizes)
     return (

@@ -1,5 +1,6 @@
-"""Memory of a step on the emulated device, which has no allocator to ask: every storage counts once, as long as anything
-holds it, be it autograd, a tensor on an autograd function's context or a pipeline buffer.
+"""Memory of a step on the emulated device, which has no allocator to ask.
+
+Every storage counts once, as long as anything holds it: autograd, an autograd function's context, a pipeline buffer.
 
 A kernel of Transformer Engine counts by what it returns: what its emulation needs inside, the kernel needs not.
 """
