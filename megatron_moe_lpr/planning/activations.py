@@ -99,12 +99,12 @@ def _layer(shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSi
     """Bytes a token leaves in a layer between its forward and its backward pass: the layer's output, and the rest."""
     hidden = shape.architecture.hidden_size * sizes.element_bytes
     if recompute == "full":
-        return hidden
+        return hidden + _dispatcher(experts)
     attention = _attention(shape, sizes, recompute)
     if experts == 1:
         return 2 * hidden + attention + (0 if recompute == "mlp" else _dense_ffn(shape, sizes))
     norm_output = 0 if recompute == "layernorm" else hidden
-    mixture = 0 if recompute == "moe" else _mixture(shape, experts, layout, sizes, recompute)
+    mixture = _dispatcher(experts) if recompute == "moe" else _mixture(shape, experts, layout, sizes, recompute)
     return 2 * hidden + attention + norm_output + mixture
 
 
@@ -143,22 +143,25 @@ def _gradients(shape: ModelShape, experts: int, layout: ParallelLayout, sizes: R
 
 
 def _attention(shape: ModelShape, sizes: RunSizes, recompute: Recompute) -> float:
-    """The input of the QKV matrix where it trains, and what fused attention keeps; without it (fp32) the softmax."""
+    """The input of the QKV matrix where it trains, queries and keys before their norm, and what fused attention keeps;
+    without it (fp32) the softmax."""
     architecture, element = shape.architecture, sizes.element_bytes
     query = architecture.num_attention_heads * architecture.head_dim
     key = value = architecture.num_query_groups * architecture.head_dim
     trains = "attention" in sizes.trains
-    norm_output = architecture.hidden_size * _input_bytes(sizes) if trains else 0
+    before = architecture.hidden_size * _input_bytes(sizes) if trains else 0
+    if architecture.family.qk_norm:
+        before += element * (query + key)
     if sizes.precision == "fp32":
         softmax = architecture.num_attention_heads * sizes.seq_length
-        return norm_output + element * (3 * query + softmax) + sizes.seq_length
+        return before + element * (3 * query + softmax) + sizes.seq_length
     statistics = FP32 * architecture.num_attention_heads
     output = query
     output_in_fp8 = query if trains and sizes.precision == "fp8" and sizes.fp8_recipe == "delayed" else 0
     if recompute == "core_attn":
         # The values are a view of the whole QKV product, which so stays as well.
-        return norm_output + element * (2 * (query + key) + value + (output if trains else 0)) + output_in_fp8
-    return norm_output + element * (query + key + value + output) + statistics + output_in_fp8
+        return before + element * (2 * (query + key) + value + (output if trains else 0)) + output_in_fp8
+    return before + element * (query + key + value + output) + statistics + output_in_fp8
 
 
 def _dense_ffn(shape: ModelShape, sizes: RunSizes) -> float:
@@ -188,11 +191,16 @@ def _rows(shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSiz
 
 
 def _routing(experts: int, original: float, new: float) -> float:
-    """Maps and weights of the router and the dispatcher: the row of each copy, probabilities, choices."""
-    row_map = FP32 * (2 * (experts - 1) + 1)
-    weights = 2 * FP32 * experts + FP32 * (experts - 1)
-    choices = 2 * experts - 1
-    return row_map + weights + choices + 2 * FP32 * new + 8 * original
+    """Maps and weights of the router and the dispatcher: logits, probabilities, choices, the row of each copy."""
+    router = 2 * FP32 * experts + experts
+    return router + _dispatcher(experts) + 2 * FP32 * new + 8 * original
+
+
+def _dispatcher(experts: int) -> float:
+    """What a layer's dispatcher holds until the next micro-batch, recomputed or not: the row of each copy, weights and
+    choices of the new experts."""
+    new = experts - 1
+    return FP32 * (2 * new + 1) + (FP32 + 1) * new if new else 0.0
 
 
 def _original_expert(shape: ModelShape, sizes: RunSizes) -> float:
