@@ -1,6 +1,8 @@
 """Which recompute modes are tried, what they are said to save, and what unbalanced routing would need."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -54,6 +56,20 @@ def test_moe_act_is_tried_before_the_whole_layer():
 def test_delayed_scaling_refuses_what_megatron_refuses(recompute):
     with pytest.raises(UserError, match="choose tensorwise or blockwise"):
         find_layouts(shape(), DELAYED, MACHINE, Choice(recompute=(recompute,)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--precision", "bf16"), "--fp8-param-gather needs --precision fp8"),
+        (("--precision", "fp8"), "--fp8-param-gather is not supported with --fp8-recipe delayed"),
+    ],
+)
+def test_weights_in_fp8_are_planned_only_where_training_has_them(flags, message):
+    command = [sys.executable, "tools/plan.py", "--hf", "x", "--gpus", "8", "--fp8-param-gather", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.startswith(f"error: {message}")
 
 
 def test_weights_in_fp8_save_their_bf16_copies():
