@@ -54,7 +54,8 @@ def _blockwise(tensor: Quantized, rowwise: bool, what: str) -> torch.Tensor:
     data = tensor._rowwise_data if rowwise else tensor._columnwise_data
     refuse_unless(data is not None, f"{what}: no {'row' if rowwise else 'column'}-wise data")
     contiguous(what, data)
-    _aligned(data.shape[-1], f"{what}: inner dimension")
+    # Column-wise data of [..., n] lies as [n, ...], which the product takes as n rows.
+    _aligned(data.shape[-1] if rowwise else data[0].numel(), f"{what}: inner dimension")
     parts = tensor.get_metadata()
     other = "columnwise" if rowwise else "rowwise"
     parts |= {f"{other}_data": None, f"{other}_scale_inv": None}
