@@ -23,6 +23,7 @@ from megatron_moe_lpr.checkpoint.directory import (
     iteration_directory_name,
     resolve_checkpoint,
 )
+from megatron_moe_lpr.checkpoint.distributed_loading import load_distributed
 from megatron_moe_lpr.checkpoint.model_state import fill_model, sharded_model_state
 from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
 from megatron_moe_lpr.errors import UserError
@@ -140,7 +141,7 @@ def _make_empty(directory: Path) -> None:
 
 def load_run(state: RunState, directory: CheckpointDirectory) -> None:
     """Fill model, optimizer, schedule and counters from a checkpoint of this run, written at any layout."""
-    loaded = dist_checkpointing.load(_sharded_state(state, is_loading=True), str(directory.path))
+    loaded = load_distributed(_sharded_state(state, is_loading=True), directory.path)
     for name, chunk in zip(_model_names(loaded), state.chunks, strict=True):
         fill_model(chunk, loaded[name])
     state.optimizer.load_state_dict(loaded["optimizer"])
