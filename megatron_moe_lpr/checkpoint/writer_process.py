@@ -40,11 +40,11 @@ def main() -> None:
 
 def _answer(request: dict[str, Any], memory: int) -> dict[str, Any]:
     try:
-        with mmap.mmap(memory, request["memory"], prot=mmap.PROT_READ) as content, memoryview(content) as view:
-            written = {
-                name: _write(Path(request["directory"], name), view, begin, end)
-                for name, begin, end in request["files"]
-            }
+        # Not closed by name: after an error its traceback still looks into it.
+        view = memoryview(mmap.mmap(memory, request["memory"], prot=mmap.PROT_READ))
+        written = {
+            name: _write(Path(request["directory"], name), view, begin, end) for name, begin, end in request["files"]
+        }
     except OSError as error:
         return {"error": [error.errno, f"{error.strerror}: {error.filename or request['directory']}"]}
     except Exception as error:
