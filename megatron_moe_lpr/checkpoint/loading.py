@@ -9,6 +9,7 @@ import torch
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
 from megatron_moe_lpr.checkpoint.model_state import load_weights
+from megatron_moe_lpr.checkpoint.retention import being_read
 from megatron_moe_lpr.model.build import build_model
 from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, MoELPRConfig, transformer_config
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -60,5 +61,6 @@ def load_model(
     options = options or ComputeOptions(dtype=getattr(torch, card.dtype))
     config = transformer_config(shape, layout, platform, options, **overrides)
     chunks = build_model(shape, config, platform, **(build_arguments or {}))
-    load_weights(chunks, directory.path)
+    with being_read(directory.path):
+        load_weights(chunks, directory.path)
     return LoadedModel(chunks, config, shape, card, directory)

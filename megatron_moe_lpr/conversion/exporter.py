@@ -15,6 +15,7 @@ from megatron_moe_lpr.checkpoint.directory import (
     resolve_checkpoint,
 )
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader, is_model_key
+from megatron_moe_lpr.checkpoint.retention import being_read
 from megatron_moe_lpr.conversion.hf_config import SHARED_EXPERT_WIDTH, moe_config
 from megatron_moe_lpr.conversion.hf_directory import carry_files
 from megatron_moe_lpr.conversion.names import (
@@ -77,7 +78,7 @@ def export_hf(load: Path, hf: Path, max_shard_bytes: int, overwrite: bool = Fals
     plan = plan_export(load)
     specs = plan.specs()
     total = sum(spec.num_bytes for spec in specs)
-    with atomic_directory(hf, overwrite) as partial:
+    with being_read(plan.checkpoint.path), atomic_directory(hf, overwrite) as partial:
         check_disk_space(partial, total)
         with ProgressReport("exporting", total) as progress:
             write_safetensors(partial, specs, _Producer(plan, progress), max_shard_bytes)

@@ -6,6 +6,7 @@ import torch
 
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader
+from megatron_moe_lpr.checkpoint.retention import being_read
 from megatron_moe_lpr.conversion.exporter import check_model_tensors, read_row
 from megatron_moe_lpr.conversion.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.names import DENSE_LAYOUT, model_rows
@@ -23,8 +24,8 @@ def fingerprint_of_checkpoint(load: Path) -> str:
     reader = CheckpointReader(checkpoint.path)
     check_model_tensors(rows, reader)
     fingerprint = OriginalFingerprint()
-    for row in rows:
-        if row.role.is_original:
+    with being_read(checkpoint.path):
+        for row in (row for row in rows if row.role.is_original):
             tensors = read_row(row, reader, architecture, getattr(torch, card.dtype))
             for name, tensor in zip(row.dense_names, tensors, strict=True):
                 fingerprint.add(name, tensor)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from megatron_moe_lpr.checkpoint.retention import Retention
 from megatron_moe_lpr.data.config import DataConfig
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.config import ComputeOptions
@@ -148,8 +149,18 @@ class CheckpointOptions:
     """Directory for this run's checkpoints, and its logs."""
     save_interval: int | None = None
     """Steps between checkpoints. One is always written at the end."""
+    save_retain_interval: int | None = None
+    """Keep the checkpoints of every so many steps; of the others only --keep-last-checkpoints (default then: 2)."""
+    keep_last_checkpoints: int | None = None
+    """Keep this many of the newest checkpoints, and those of --save-retain-interval. Default: all are kept. The one the
+    run started from and one that is being read are never removed."""
     async_save: bool = True
     """Train on while a checkpoint is written, by a process beside each rank from a copy of its share in host memory."""
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints are kept."""
+        return Retention(self.save_retain_interval, self.keep_last_checkpoints)
 
 
 @dataclasses.dataclass(frozen=True)

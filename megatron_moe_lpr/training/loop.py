@@ -4,11 +4,14 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_moe_lpr.checkpoint.directory import iteration_of
+from megatron_moe_lpr.checkpoint.retention import being_read, remove_superfluous
 from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_partial
 from megatron_moe_lpr.data.batches import Batch, build_data_iterator
 from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
@@ -29,7 +32,7 @@ class Trainer:
         self.run, self.state, self.writer = run, run.state, writer
         self.original_table = run.original_table
         self.stop = StopRequest()
-        self.saver = _saver(run)
+        self.saver = self._saver()
         self.interval: LossSums | None = None
         self.interval_start, self.interval_first = time.monotonic(), run.state.iteration
         self.saved_iteration = run.state.iteration if run.state.iteration else None
@@ -43,7 +46,9 @@ class Trainer:
             Whether the run is finished; False: it was asked to stop, and has saved.
         """
         try:
-            return self._train()
+            # Each checkpoint takes files of the one that the run started from.
+            with being_read(self.run.model.directory.path):
+                return self._train()
         finally:
             self.saver.close()
 
@@ -195,6 +200,18 @@ class Trainer:
         self.interval_start += time.monotonic() - start
         self._tell_saved(saved)
 
+    def _saver(self) -> CheckpointSaver:
+        options = self.run.config.checkpoint
+        if dist.get_rank() == 0:
+            remove_partial(options.save)
+
+        def tidy(path: Path) -> None:
+            kept = [self.run.model.directory.path]
+            for note in remove_superfluous(options.save, iteration_of(path), options.retention, kept):
+                self.writer.say(note)
+
+        return CheckpointSaver(options.save, options.async_save, tidy)
+
     def _tell_saved(self, saved: Saved | None) -> None:
         if saved:
             self.writer.say(
@@ -207,13 +224,6 @@ class Trainer:
         flag = torch.tensor(int(self.stop.received is not None), device=self.run.platform.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
-
-
-def _saver(run: Run) -> CheckpointSaver:
-    options = run.config.checkpoint
-    if dist.get_rank() == 0:
-        remove_partial(options.save)
-    return CheckpointSaver(options.save, options.async_save)
 
 
 def current_lr(run: Run) -> float:

@@ -78,6 +78,7 @@ def prepare(config: TrainingConfig) -> Run:
     sources = read_data_sources(config.data, fingerprint, original_may_be_absent=stage.original_languages != "required")
     check_stage(stage, card.is_moe, sources)
     _check_lengths(config, shape)
+    config.checkpoint.retention.check(config.checkpoint.save_interval)
     check_layout(shape, config.layout)
     options = config.precision.compute_options(card.dtype, config.fp8)
     check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
