@@ -71,6 +71,8 @@ class Export:
     """Checkpoint directory, or one iteration in it."""
     hf: Path
     """Hugging Face directory to write."""
+    base_checkpoint: Path | None = None
+    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
     max_shard_size: str = "5GB"
     """Largest size of one safetensors file, for example 500MB or 2GiB."""
     overwrite: bool = False
@@ -78,7 +80,7 @@ class Export:
 
     def run(self) -> None:
         """Convert, then print what came out."""
-        export_hf(self.load, self.hf, parse_size(self.max_shard_size), self.overwrite)
+        export_hf(self.load, self.hf, parse_size(self.max_shard_size), self.overwrite, self.base_checkpoint)
         print_inspection(self.hf, inspect_directory(self.hf))
 
 
@@ -90,6 +92,8 @@ class Verify:
     """Checkpoint directory, or one iteration in it."""
     hf: Path
     """Hugging Face directory to compare with, loaded by transformers' own class."""
+    base_checkpoint: Path | None = None
+    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
     tolerance: float = 1e-3
     """Largest difference of any logit that still counts as equal."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -105,7 +109,12 @@ class Verify:
         from megatron_moe_lpr.conversion.verify_models import verify_checkpoint
 
         comparison = verify_checkpoint(
-            self.load, self.hf, getattr(torch, self.dtype), select_platform(self.platform), self.sequence_length
+            self.load,
+            self.hf,
+            getattr(torch, self.dtype),
+            select_platform(self.platform),
+            self.sequence_length,
+            base=self.base_checkpoint,
         )
         print_comparison(comparison, self.tolerance)
         if not comparison.agrees(self.tolerance):

@@ -28,6 +28,8 @@ class Flags:
     """Checkpoint directory, dense or MoE, or one iteration in it."""
     valid_data_path: list[str]
     """Datasets: prefixes, each evaluated by itself, whole and in order."""
+    base_checkpoint: Path | None = None
+    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
     original_languages: list[str] = dataclasses.field(default_factory=list)
     """Languages that the dense model already knows. Default: those that the checkpoint was trained with."""
     output: Path | None = None

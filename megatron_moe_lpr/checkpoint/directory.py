@@ -30,6 +30,8 @@ class CheckpointDirectory:
     """The iteration directory."""
     iteration: int | None
     """None for a converted model that has not been trained."""
+    base_path: Path | None = None
+    """Where --base-checkpoint says that the weights are which this one does not hold; None: where its card says."""
 
     @property
     def side_directory(self) -> Path:
@@ -51,8 +53,11 @@ def iteration_directory_name(iteration: int | None) -> str:
     return RELEASE if iteration is None else f"iter_{iteration:07d}"
 
 
-def resolve_checkpoint(path: Path) -> CheckpointDirectory:
+def resolve_checkpoint(path: Path, base_path: Path | None = None) -> CheckpointDirectory:
     """Find the checkpoint that `path` means: an iteration directory, or a root with its latest iteration.
+
+    Args:
+        base_path: for a checkpoint with only trained weights, where the others are.
 
     Raises:
         UserError: there is no checkpoint, or an incomplete one.
@@ -64,7 +69,7 @@ def resolve_checkpoint(path: Path) -> CheckpointDirectory:
         path = path / iteration_directory_name(_latest_iteration(path))
     if not is_iteration_directory(path):
         raise UserError(f"{path}: no complete checkpoint: .metadata or metadata.json is missing")
-    return CheckpointDirectory(path.resolve(), iteration_of(path.resolve()))
+    return CheckpointDirectory(path.resolve(), iteration_of(path.resolve()), base_path)
 
 
 def is_iteration_directory(path: Path) -> bool:

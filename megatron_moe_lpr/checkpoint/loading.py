@@ -38,7 +38,7 @@ def model_shape(directory: CheckpointDirectory) -> ModelShape:
 
 
 def load_model(
-    path: Path,
+    path: Path | CheckpointDirectory,
     layout: ParallelLayout,
     platform: Platform,
     options: ComputeOptions | None = None,
@@ -56,11 +56,11 @@ def load_model(
     Raises:
         UserError: no checkpoint, an unfit layout, or tensors that are missing or too many.
     """
-    directory = resolve_checkpoint(path)
+    directory = path if isinstance(path, CheckpointDirectory) else resolve_checkpoint(path)
     shape, card = model_shape(directory), directory.card()
     options = options or ComputeOptions(dtype=getattr(torch, card.dtype))
     config = transformer_config(shape, layout, platform, options, **overrides)
     chunks = build_model(shape, config, platform, **(build_arguments or {}))
     with being_read(directory.path):
-        load_weights(chunks, directory.path)
+        load_weights(chunks, directory)
     return LoadedModel(chunks, config, shape, card, directory)

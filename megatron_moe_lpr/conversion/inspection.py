@@ -116,6 +116,8 @@ def _history_lines(card: CheckpointCard | None) -> list[tuple[str, str]]:
     if card is None:
         return []
     lines = [("fingerprint", card.original_fingerprint)]
+    if card.base:
+        lines.append(("holds", f"only what was trained; the other weights are in {card.base.path}"))
     for entry in card.history or [{"stage": "none yet"}]:
         lines.append(("trained", ", ".join(_field(name, value) for name, value in entry.items())))
     return lines

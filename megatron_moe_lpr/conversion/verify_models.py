@@ -20,14 +20,20 @@ from megatron_moe_lpr.platform import Platform
 
 
 def verify_checkpoint(
-    load: Path, hf: Path, dtype: torch.dtype, platform: Platform, sequence_length: int, batch: int = 2
+    load: Path,
+    hf: Path,
+    dtype: torch.dtype,
+    platform: Platform,
+    sequence_length: int,
+    batch: int = 2,
+    base: Path | None = None,
 ) -> Comparison:
     """Compare a checkpoint with a Hugging Face directory on random tokens.
 
     Raises:
         UserError: one of them cannot be loaded.
     """
-    checkpoint = resolve_checkpoint(load)
+    checkpoint = resolve_checkpoint(load, base)
     vocab_size = checkpoint.architecture().vocab_size
     reference = open_hf_directory(hf).architecture.vocab_size
     if reference != vocab_size:
@@ -69,7 +75,7 @@ def megatron_forward(checkpoint: CheckpointDirectory, dtype: torch.dtype, platfo
         UserError: the checkpoint does not fit the model that its card describes.
     """
     initialize_parallel(platform, ParallelLayout())
-    loaded = load_model(checkpoint.path, ParallelLayout(), platform, ComputeOptions(dtype=dtype))
+    loaded = load_model(checkpoint, ParallelLayout(), platform, ComputeOptions(dtype=dtype))
     vocab_size = loaded.shape.architecture.vocab_size
 
     def forward(tokens: torch.Tensor) -> Outputs:

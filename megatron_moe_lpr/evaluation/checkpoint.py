@@ -34,6 +34,8 @@ class EvaluationPlan:
     """What to compute in; None: the checkpoint's own."""
     layout: ParallelLayout
     platform: PlatformName
+    base_checkpoint: Path | None = None
+    """Where the weights are that `load` does not hold; None: where it says, or it holds all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
     Raises:
         UserError: a checkpoint, dataset, language or layout that does not fit.
     """
-    directory = resolve_checkpoint(plan.load)
+    directory = resolve_checkpoint(plan.load, plan.base_checkpoint)
     shape, card = model_shape(directory), directory.card()
     _check_sizes(plan, shape)
     fingerprint = load_tokenizer(directory.side_directory).fingerprint if card.tokenizer_files else None
@@ -66,7 +68,7 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
     platform = select_platform(plan.platform)
     initialize_parallel(platform, plan.layout)
     dtype = plan.dtype or getattr(torch, card.dtype)
-    model = load_model(directory.path, plan.layout, platform, ComputeOptions(dtype=dtype))
+    model = load_model(directory, plan.layout, platform, ComputeOptions(dtype=dtype))
     table = languages.original_table(original).to(platform.device)
     results = [
         evaluate_dataset(model.chunks, model.config, shape, dataset, table, platform.device, plan.micro_batch_size)

@@ -22,7 +22,9 @@ from megatron_moe_lpr.checkpoint.distributed_loading import load_distributed
 from megatron_moe_lpr.checkpoint.integrity import MANIFEST
 from megatron_moe_lpr.checkpoint.model_state import fill_model, sharded_model_state, shared_reading
 from megatron_moe_lpr.checkpoint.optimizer_state import keep_shares_apart
+from megatron_moe_lpr.checkpoint.retention import being_read
 from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved
+from megatron_moe_lpr.checkpoint.trainable_only import base_of, trained_part
 from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
@@ -74,13 +76,18 @@ def find_own_checkpoint(save: Path, settings: dict[str, Any]) -> CheckpointDirec
 
 
 def start_save(
-    saver: CheckpointSaver, state: RunState, source: CheckpointDirectory, card: CheckpointCard
+    saver: CheckpointSaver,
+    state: RunState,
+    source: CheckpointDirectory,
+    card: CheckpointCard,
+    trainable_only: bool = False,
 ) -> Saved | None:
     """Begin to save this step. Every rank must call it.
 
     Args:
         source: the checkpoint the run started from, whose tokenizer and configuration travel along.
         card: what the new checkpoint knows about itself.
+        trainable_only: leave out the weights that don't train.
 
     Returns:
         The checkpoint where it is complete already (a saver that is not asynchronous), else None.
@@ -95,7 +102,8 @@ def start_save(
         shutil.copytree(source.side_directory, directory / SIDE_DIRECTORY, dirs_exist_ok=True, ignore=ignored)
         card.write(directory / SIDE_DIRECTORY / CARD_FILE)
 
-    return saver.start(state.iteration, _sharded_state(state), dict(STATE_METADATA), add_side_files)
+    content = _sharded_state(state, trainable_only=trainable_only)
+    return saver.start(state.iteration, content, dict(STATE_METADATA), add_side_files)
 
 
 def _finish_parameter_gather(chunks: list[torch.nn.Module]) -> None:
@@ -116,11 +124,23 @@ def _gather_parameters(chunk: torch.nn.Module) -> None:
         post_all_gather_processing(in_fp8)
 
 
-def load_run(state: RunState, directory: CheckpointDirectory) -> None:
-    """Fill model, optimizer, schedule and counters from a checkpoint of this run, written at any layout."""
-    loaded = load_distributed(_sharded_state(state, is_loading=True), directory.path, shared_reading(directory.path))
+def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointDirectory) -> None:
+    """Fill model, optimizer, schedule and counters from a checkpoint of this run, written at any layout.
+
+    Args:
+        start: the checkpoint with which the model is filled; what `directory` does not hold must be that one's.
+
+    Raises:
+        UserError: `start` is not the base of `directory`.
+    """
+    trainable_only = directory.card().base is not None
+    if trainable_only:
+        base_of(dataclasses.replace(directory, base_path=start.path))
+    content = _sharded_state(state, is_loading=True, trainable_only=trainable_only)
+    with being_read(directory.path):
+        loaded = load_distributed(content, directory.path, shared_reading(directory.path))
     for name, chunk in zip(_model_names(loaded), state.chunks, strict=True):
-        fill_model(chunk, loaded[name])
+        fill_model(chunk, loaded[name], is_complete=not trainable_only)
     state.optimizer.load_state_dict(loaded["optimizer"])
     if unwrap(state.chunks[0]).config.fp8_new_expert_parameters:
         _round_weights_again(state)
@@ -144,10 +164,12 @@ def _model_names(state: dict[str, Any]) -> list[str]:
     return sorted(name for name in state if name.startswith("model"))
 
 
-def _sharded_state(state: RunState, is_loading: bool = False) -> dict[str, Any]:
+def _sharded_state(state: RunState, is_loading: bool = False, trainable_only: bool = False) -> dict[str, Any]:
     model = sharded_model_state(state.chunks)
     keep_shares_apart(state.optimizer)
     optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(STATE_METADATA))
+    if trainable_only:
+        model = {name: trained_part(part) for name, part in model.items()}
     return {
         **model,
         "optimizer": optimizer,

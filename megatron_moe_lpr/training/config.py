@@ -149,6 +149,10 @@ class CheckpointOptions:
     """Directory for this run's checkpoints, and its logs."""
     save_interval: int | None = None
     """Steps between checkpoints. One is always written at the end."""
+    base_checkpoint: Path | None = None
+    """For --load of a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
+    save_trainable_only: bool = False
+    """Save only the weights that train, and their optimizer; --load keeps the others, and is needed with them."""
     save_retain_interval: int | None = None
     """Keep the checkpoints of every so many steps; of the others only --keep-last-checkpoints (default then: 2)."""
     keep_last_checkpoints: int | None = None

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron_moe_lpr.checkpoint.directory import iteration_of
 from megatron_moe_lpr.checkpoint.retention import being_read, remove_superfluous
 from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_partial
+from megatron_moe_lpr.checkpoint.trainable_only import record_base
 from megatron_moe_lpr.data.batches import Batch, build_data_iterator
 from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
@@ -33,6 +34,9 @@ class Trainer:
         self.original_table = run.original_table
         self.stop = StopRequest()
         self.saver = self._saver()
+        # Only rank 0 writes cards.
+        is_partial = run.config.checkpoint.save_trainable_only and dist.get_rank() == 0
+        self.base = record_base(run.model.directory) if is_partial else None
         self.interval: LossSums | None = None
         self.interval_start, self.interval_first = time.monotonic(), run.state.iteration
         self.saved_iteration = run.state.iteration if run.state.iteration else None
@@ -195,7 +199,8 @@ class Trainer:
             return
         run, start = self.run, time.monotonic()
         self._tell_saved(self.saver.wait())
-        saved = start_save(self.saver, self.state, run.model.directory, card_of(run))
+        card = card_of(run, self.base)
+        saved = start_save(self.saver, self.state, run.model.directory, card, run.config.checkpoint.save_trainable_only)
         self.saved_iteration = self.state.iteration
         self.interval_start += time.monotonic() - start
         self._tell_saved(saved)

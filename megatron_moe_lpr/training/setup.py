@@ -9,10 +9,10 @@ from megatron.core import parallel_state
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.card import Base, CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_shape
-from megatron_moe_lpr.checkpoint.reader import CheckpointReader
+from megatron_moe_lpr.checkpoint.trainable_only import open_reader
 from megatron_moe_lpr.data.config import DataSources, read_data_sources
 from megatron_moe_lpr.data.datasets import Datasets, build_datasets
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
@@ -72,12 +72,14 @@ def prepare(config: TrainingConfig) -> Run:
         UserError: a flag, checkpoint, dataset or layout that does not fit.
     """
     stage = config.stage.resolve()
-    start = resolve_checkpoint(config.checkpoint.load)
+    start = resolve_checkpoint(config.checkpoint.load, config.checkpoint.base_checkpoint)
     shape, card = model_shape(start), start.card()
     fingerprint = load_tokenizer(start.side_directory).fingerprint if card.tokenizer_files else None
     sources = read_data_sources(config.data, fingerprint, original_may_be_absent=stage.original_languages != "required")
     check_stage(stage, card.is_moe, sources)
     _check_lengths(config, shape)
+    if config.checkpoint.save_trainable_only and stage.name == "full":
+        raise UserError("--save-trainable-only: with --stage full every weight trains; leave it out")
     config.checkpoint.retention.check(config.checkpoint.save_interval)
     check_layout(shape, config.layout)
     options = config.precision.compute_options(card.dtype, config.fp8)
@@ -107,7 +109,7 @@ def _build(
     own: CheckpointDirectory | None,
 ) -> tuple[LoadedModel, RunState]:
     model = load_model(
-        start.path,
+        start,
         config.layout,
         platform,
         options,
@@ -124,7 +126,7 @@ def _build(
     optimizer = build_optimizer(chunks, model.config, options, platform)
     state = RunState(chunks, optimizer, build_schedule(optimizer, options, config.batch))
     if own:
-        load_run(state, own)
+        load_run(state, own, start)
     return dataclasses.replace(model, chunks=chunks), state
 
 
@@ -173,11 +175,15 @@ def history_entry(run: Run) -> dict[str, Any]:
     }
 
 
-def card_of(run: Run) -> CheckpointCard:
-    """The card of a checkpoint of this run: the starting one's, one stage further."""
+def card_of(run: Run, base: Base | None = None) -> CheckpointCard:
+    """The card of a checkpoint of this run: the starting one's, one stage further.
+
+    Args:
+        base: where the weights are that the checkpoint does not hold; None: it holds all.
+    """
     start = run.model.card
     dtype = str(run.model.config.params_dtype).removeprefix("torch.")
-    return dataclasses.replace(start, dtype=dtype, history=[*start.history, history_entry(run)])
+    return dataclasses.replace(start, dtype=dtype, history=[*start.history, history_entry(run)], base=base)
 
 
 def print_overview(run: Run) -> None:
@@ -191,7 +197,7 @@ def print_overview(run: Run) -> None:
 
 def _parameter_table(run: Run) -> Table:
     counts = dict.fromkeys(KINDS, 0)
-    for key, info in CheckpointReader(run.model.directory.path).tensors.items():
+    for key, info in open_reader(run.model.directory).tensors.items():
         if key.startswith(("embedding.", "decoder.", "output_layer.")):
             counts[kind_of(key)] += torch.Size(info.shape).numel()
     layout = run.config.layout
