@@ -1,4 +1,4 @@
-"""Checkpoints of trained weights alone: with their base they are worth a complete one, with another they are refused."""
+"""Checkpoints of trained weights alone: with their base as good as a complete one, with another base refused."""
 
 import functools
 import json
@@ -46,9 +46,11 @@ def runs(tmp_path_factory):
     return root, checkpoint, data
 
 
-def everything(path) -> dict[str, torch.Tensor]:
+def model_tensors(path) -> dict[str, torch.Tensor]:
+    """The model's, without the rows that pad the vocabulary while it trains."""
     reader = open_reader(resolve_checkpoint(path))
-    return {key: reader.read(key) for key in reader.tensors if key.startswith(("decoder.", "embedding."))}
+    tensors = {key: reader.read(key) for key in reader.tensors if key.startswith(("decoder.", "embedding."))}
+    return {key: tensor[:99] if key.startswith("embedding.") else tensor for key, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("stage, kinds", [("1", ("router", "experts")), ("2", ("router",))])
@@ -56,10 +58,7 @@ def test_it_holds_what_trains_and_with_its_base_all(stage, kinds, runs):
     root = runs[0]
     own = checkpoint_tensors(root / "only" / stage)
     assert own and all(any(f".mlp.{kind}." in key for kind in kinds) for key in own)
-    whole = {
-        key: tensor for key, tensor in checkpoint_tensors(root / "whole" / stage).items() if "optimizer" not in key
-    }
-    assert_same_tensors(everything(root / "only" / stage), whole)
+    assert_same_tensors(model_tensors(root / "only" / stage), model_tensors(root / "whole" / stage))
 
 
 def test_a_review_is_small(runs):
@@ -173,6 +172,6 @@ def test_a_converted_base_may_be_converted_again(runs, tmp_path, capsys):
 
 
 def test_everything_trains_in_full(runs, tmp_path):
-    root, checkpoint, data = runs
+    _, checkpoint, data = runs
     with pytest.raises(AssertionError, match="--save-trainable-only: with --stage full every weight trains"):
         run_pool(checkpoint, tmp_path / "run", data, "full", **ONLY)
