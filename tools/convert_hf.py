@@ -75,10 +75,12 @@ class Export:
     """Largest size of one safetensors file, for example 500MB or 2GiB."""
     overwrite: bool = False
     """Replace what is at --hf."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums before anything in them is used."""
 
     def run(self) -> None:
         """Convert, then print what came out."""
-        export_hf(self.load, self.hf, parse_size(self.max_shard_size), self.overwrite)
+        export_hf(self.load, self.hf, parse_size(self.max_shard_size), self.overwrite, self.verify)
         print_inspection(self.hf, inspect_directory(self.hf))
 
 
@@ -98,6 +100,8 @@ class Verify:
     """Tokens in each of the two sequences."""
     platform: PlatformName = "auto"
     """Where to compute."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums before anything in them is used."""
 
     def run(self) -> None:
         """Compare; models that differ end in exit code 1."""
@@ -105,7 +109,12 @@ class Verify:
         from megatron_moe_lpr.conversion.verify_models import verify_checkpoint
 
         comparison = verify_checkpoint(
-            self.load, self.hf, getattr(torch, self.dtype), select_platform(self.platform), self.sequence_length
+            self.load,
+            self.hf,
+            getattr(torch, self.dtype),
+            select_platform(self.platform),
+            self.sequence_length,
+            verified=self.verify,
         )
         print_comparison(comparison, self.tolerance)
         if not comparison.agrees(self.tolerance):
@@ -118,10 +127,12 @@ class Inspect:
 
     directory: tyro.conf.Positional[Path]
     """Checkpoint directory, one iteration in it, or a Hugging Face directory."""
+    verify: bool = False
+    """Compare every file of a checkpoint with its checksum; without it only the small ones are."""
 
     def run(self) -> None:
         """Print it."""
-        print_inspection(self.directory, inspect_directory(self.directory))
+        print_inspection(self.directory, inspect_directory(self.directory, self.verify))
 
 
 Command = (

@@ -12,9 +12,9 @@ from megatron_moe_lpr.checkpoint.directory import (
     CONFIG_FILE,
     SIDE_DIRECTORY,
     CheckpointDirectory,
-    resolve_checkpoint,
 )
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader, is_model_key
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hf_config import SHARED_EXPERT_WIDTH, moe_config
 from megatron_moe_lpr.conversion.hf_directory import carry_files
 from megatron_moe_lpr.conversion.names import (
@@ -66,15 +66,18 @@ class ExportPlan:
         return shared_expert_shapes(self.architecture, self.card.experts_per_layer, self.layout, SHARED_EXPERT_WIDTH)
 
 
-def export_hf(load: Path, hf: Path, max_shard_bytes: int, overwrite: bool = False) -> ExportPlan:
+def export_hf(load: Path, hf: Path, max_shard_bytes: int, overwrite: bool = False, verified: bool = True) -> ExportPlan:
     """Write the Hugging Face directory `hf` from a Megatron checkpoint.
+
+    Args:
+        verified: compare every file with its checksum first.
 
     Raises:
         UserError: the checkpoint is damaged or the stock architecture cannot hold it; nothing is left at `hf`.
         OSError: the disk is full; nothing is left at `hf`.
     """
     check_separate(load, "--load", hf, "--hf")
-    plan = plan_export(load)
+    plan = plan_export(load, verified)
     specs = plan.specs()
     total = sum(spec.num_bytes for spec in specs)
     with atomic_directory(hf, overwrite) as partial:
@@ -85,13 +88,15 @@ def export_hf(load: Path, hf: Path, max_shard_bytes: int, overwrite: bool = Fals
     return plan
 
 
-def plan_export(load: Path) -> ExportPlan:
-    """Read the card and the index and check that every tensor is there and no other.
+def plan_export(load: Path, verified: bool = True) -> ExportPlan:
+    """Verify the files, read the card and the index and check that every tensor is there and no other.
 
     Raises:
         UserError: something does not fit.
     """
-    checkpoint = resolve_checkpoint(load)
+    checkpoint = open_checkpoint(load, verified)
+    if verified:
+        verify_all(checkpoint.path)
     card, architecture = checkpoint.card(), checkpoint.architecture()
     config = _with_dtype(read_json(checkpoint.side_directory / CONFIG_FILE), card.dtype)
     if len(card.experts_per_layer) != architecture.num_layers or card.family != architecture.family.name:

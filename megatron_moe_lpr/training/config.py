@@ -148,8 +148,24 @@ class CheckpointOptions:
     """Directory for this run's checkpoints, and its logs."""
     save_interval: int | None = None
     """Steps between checkpoints. One is always written at the end."""
+    verify: bool = True
+    """Compare every file of a checkpoint with its checksum before anything in it is used."""
+    fall_back: bool = True
+    """Where the latest checkpoint in --save is damaged, set it aside under another name and go on from
+    the one before."""
+    accept_changes: tuple[str, ...] = ()
+    """Go on although these settings differ from those that the run's checkpoint records, by flag, e.g. lr data
+    train-iters. They count from the checkpoint's step on."""
+    override_opt_param_scheduler: bool = False
+    """Accept changes of all learning rate and weight decay settings; the given ones count."""
+    use_checkpoint_opt_param_scheduler: bool = False
+    """Take learning rate and weight decay settings from the run's checkpoint, whatever is given."""
     async_save: bool = True
     """Train on while a checkpoint is written, by a process beside each rank from a copy of its share in host memory."""
+
+    def __post_init__(self) -> None:
+        if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
+            raise UserError("--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler: give one of them")
 
 
 @dataclasses.dataclass(frozen=True)
