@@ -77,10 +77,13 @@ class Export:
     """Largest size of one safetensors file, for example 500MB or 2GiB."""
     overwrite: bool = False
     """Replace what is at --hf."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums before anything in them is used."""
 
     def run(self) -> None:
         """Convert, then print what came out."""
-        export_hf(self.load, self.hf, parse_size(self.max_shard_size), self.overwrite, self.base_checkpoint)
+        size = parse_size(self.max_shard_size)
+        export_hf(self.load, self.hf, size, self.overwrite, self.verify, self.base_checkpoint)
         print_inspection(self.hf, inspect_directory(self.hf))
 
 
@@ -102,6 +105,8 @@ class Verify:
     """Tokens in each of the two sequences."""
     platform: PlatformName = "auto"
     """Where to compute."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums before anything in them is used."""
 
     def run(self) -> None:
         """Compare; models that differ end in exit code 1."""
@@ -115,6 +120,7 @@ class Verify:
             select_platform(self.platform),
             self.sequence_length,
             base=self.base_checkpoint,
+            verified=self.verify,
         )
         print_comparison(comparison, self.tolerance)
         if not comparison.agrees(self.tolerance):
@@ -127,10 +133,12 @@ class Inspect:
 
     directory: tyro.conf.Positional[Path]
     """Checkpoint directory, one iteration in it, or a Hugging Face directory."""
+    verify: bool = False
+    """Compare every file of a checkpoint with its checksum; without it only the small ones are."""
 
     def run(self) -> None:
         """Print it."""
-        print_inspection(self.directory, inspect_directory(self.directory))
+        print_inspection(self.directory, inspect_directory(self.directory, self.verify))
 
 
 Command = (

@@ -43,6 +43,8 @@ class Flags:
     fp32: bool = False
     """Compute in fp32."""
     layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums before anything in them is used."""
     platform: PlatformName = "auto"
     """Where to run; auto: CUDA where there is a device."""
 

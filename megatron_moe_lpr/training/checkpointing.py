@@ -1,4 +1,4 @@
-"""What of a run a checkpoint holds, and how a run finds its own."""
+"""What of a run a checkpoint holds, and how a run goes on from it."""
 
 import dataclasses
 import shutil
@@ -13,10 +13,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import (
     CARD_FILE,
-    LATEST_FILE,
     SIDE_DIRECTORY,
     CheckpointDirectory,
-    resolve_checkpoint,
 )
 from megatron_moe_lpr.checkpoint.distributed_loading import load_distributed
 from megatron_moe_lpr.checkpoint.integrity import MANIFEST
@@ -26,7 +24,6 @@ from megatron_moe_lpr.checkpoint.retention import being_read
 from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved
 from megatron_moe_lpr.checkpoint.trainable_only import base_of, trained_part
 from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
-from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
 
 # Optimizer state in the parameters' own shapes, so that TP, PP, EP and DP may all change between save and resume.
@@ -55,24 +52,6 @@ class RunState:
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.consumed_tokens,
         }
-
-
-def find_own_checkpoint(save: Path, settings: dict[str, Any]) -> CheckpointDirectory | None:
-    """The latest checkpoint in --save, if a run with the same `settings` left one there.
-
-    Raises:
-        UserError: the checkpoint there is of another run.
-    """
-    if not (save / LATEST_FILE).exists():
-        return None
-    found = resolve_checkpoint(save)
-    history = found.card().history
-    last = history[-1] if history else {}
-    differing = [name for name, value in settings.items() if last.get(name) != value]
-    if found.iteration is None or differing:
-        what = ", ".join(f"{name} {last.get(name)!r} there and {settings[name]!r} here" for name in differing)
-        raise UserError(f"--save {save}: holds a checkpoint of another run ({what}); choose another directory")
-    return found
 
 
 def start_save(
@@ -127,12 +106,16 @@ def _gather_parameters(chunk: torch.nn.Module) -> None:
 def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointDirectory) -> None:
     """Fill model, optimizer, schedule and counters from a checkpoint of this run, written at any layout.
 
+    Settings of optimizer and schedule stay those that this state was built with: where they differ from the
+    checkpoint's, `resuming.find_own_checkpoint` has seen to it that this is wanted.
+
     Args:
         start: the checkpoint with which the model is filled; what `directory` does not hold must be that one's.
 
     Raises:
         UserError: `start` is not the base of `directory`.
     """
+    settings = _optimizer_settings(state.optimizer)
     trainable_only = directory.card().base is not None
     if trainable_only:
         base_of(dataclasses.replace(directory, base_path=start.path))
@@ -142,11 +125,19 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
     for name, chunk in zip(_model_names(loaded), state.chunks, strict=True):
         fill_model(chunk, loaded[name], is_complete=not trainable_only)
     state.optimizer.load_state_dict(loaded["optimizer"])
+    for group, kept in zip(state.optimizer.param_groups, settings, strict=True):
+        group.update(kept)
     if unwrap(state.chunks[0]).config.fp8_new_expert_parameters:
         _round_weights_again(state)
     state.schedule.load_state_dict(loaded["schedule"])
     for name, value in loaded["counters"].items():
         setattr(state, name, value)
+
+
+def _optimizer_settings(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    """By parameter group: what a checkpoint holds beside the state, and would otherwise bring back."""
+    names = ("max_lr", "min_lr", "betas", "eps")
+    return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
 
 
 def _round_weights_again(state: RunState) -> None:

@@ -160,6 +160,22 @@ class CheckpointOptions:
     run started from and one that is being read are never removed."""
     async_save: bool = True
     """Train on while a checkpoint is written, by a process beside each rank from a copy of its share in host memory."""
+    verify: bool = True
+    """Compare every file of a checkpoint with its checksum before anything in it is used."""
+    fall_back: bool = True
+    """Where the latest checkpoint in --save is damaged, set it aside under another name and go on from
+    the one before."""
+    accept_changes: tuple[str, ...] = ()
+    """Go on although these settings differ from those that the run's checkpoint records, by flag, e.g. lr data
+    train-iters. They count from the checkpoint's step on."""
+    override_opt_param_scheduler: bool = False
+    """Accept changes of all learning rate and weight decay settings; the given ones count."""
+    use_checkpoint_opt_param_scheduler: bool = False
+    """Take learning rate and weight decay settings from the run's checkpoint, whatever is given."""
+
+    def __post_init__(self) -> None:
+        if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
+            raise UserError("--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler: give one of them")
 
     @property
     def retention(self) -> Retention:
