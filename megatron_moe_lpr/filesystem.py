@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -81,6 +82,15 @@ def sync_tree(directory: Path) -> None:
         for name in names:
             sync_file(Path(parent, name))
         sync_directory(Path(parent))
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(16 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _sync(path: Path, flags: int) -> None:

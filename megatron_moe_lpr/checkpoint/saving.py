@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_moe_lpr.checkpoint.background import BackgroundWriter
 from megatron_moe_lpr.checkpoint.directory import finish_iteration, iteration_directory_name
 from megatron_moe_lpr.checkpoint.integrity import ChecksumStream, FileChecksum, write_manifest
+from megatron_moe_lpr.checkpoint.retention import remove_hidden
 from megatron_moe_lpr.checkpoint.share_writer import ShareStrategy, ShareWriter
 from megatron_moe_lpr.checkpoint.writer import TORCH_DIST_CONFIG
 from megatron_moe_lpr.errors import UserError
@@ -190,7 +191,8 @@ class CheckpointSaver:
 
 
 def remove_partial(root: Path) -> None:
-    """Remove what a run that was killed while it saved has left in `root`. Only for who owns the directory."""
+    """Remove what a run that was killed while it saved or removed has left in `root`. Only for who owns it."""
+    remove_hidden(root)
     for path in Path(root).glob(f".iter_*{PARTIAL_SUFFIX}"):
         shutil.rmtree(path, ignore_errors=True)
 

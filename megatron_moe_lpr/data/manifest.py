@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import megatron_moe_lpr
 from megatron_moe_lpr.checkpoint.integrity import checksum_of_file
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.filesystem import atomic_file, sha256_of_file
 
 FORMAT = "megatron-moe-lpr indexed dataset 1"
 
@@ -132,15 +131,6 @@ def verify_tokens(prefix: str, manifest: Manifest) -> bool:
     if checksum_of_file(bin_path(prefix)).checksum != manifest.bin_xxh3_128:
         raise UserError(f"{bin_path(prefix)}: damaged: its checksum is another one; copy it or preprocess again")
     return True
-
-
-def sha256_of_file(path: Path) -> str:
-    """In hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(16 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=1024)

@@ -19,11 +19,11 @@ from megatron_moe_lpr.data.encoding import (
     worker_pool,
 )
 from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
-from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path, sha256_of_file
+from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path
 from megatron_moe_lpr.data.sources import Slice, disk_bytes, expand_inputs, partition_slices, read_blocks
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.filesystem import sync_directory
+from megatron_moe_lpr.filesystem import sha256_of_file, sync_directory
 from megatron_moe_lpr.progress import ProgressReport
 
 MAX_LANGUAGES = 500

@@ -3,12 +3,16 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_moe_lpr.checkpoint.directory import iteration_of
+from megatron_moe_lpr.checkpoint.retention import being_read, remove_superfluous
 from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_partial
+from megatron_moe_lpr.checkpoint.trainable_only import record_base
 from megatron_moe_lpr.data.batches import Batch, build_data_iterator
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
@@ -36,7 +40,10 @@ class Trainer:
         self.stop = stop_request()
         self.steps = FiniteSteps(run.state.optimizer, run.config.guards)
         self.losses = LossWatch()
-        self.saver = _saver(run)
+        self.saver = self._saver()
+        # Only rank 0 writes cards.
+        is_partial = run.config.checkpoint.save_trainable_only and dist.get_rank() == 0
+        self.base = record_base(run.model.directory) if is_partial else None
         self.interval: LossSums | None = None
         self.interval_start, self.interval_first = time.monotonic(), run.state.iteration
         self.saved_iteration = run.state.iteration if run.state.iteration else None
@@ -50,7 +57,9 @@ class Trainer:
             Whether the run is finished; False: it was asked to stop, and has saved.
         """
         try:
-            return self._train()
+            # Each checkpoint takes files of the one that the run started from.
+            with being_read(self.run.model.directory.path):
+                return self._train()
         finally:
             self.saver.close()
 
@@ -216,10 +225,23 @@ class Trainer:
         run, start = self.run, time.monotonic()
         self.lock.check()
         self._tell_saved(self.saver.wait())
-        saved = start_save(self.saver, self.state, run.model.directory, card_of(run))
+        card = card_of(run, self.base)
+        saved = start_save(self.saver, self.state, run.model.directory, card, run.config.checkpoint.save_trainable_only)
         self.saved_iteration = self.state.iteration
         self.interval_start += time.monotonic() - start
         self._tell_saved(saved)
+
+    def _saver(self) -> CheckpointSaver:
+        options = self.run.config.checkpoint
+        if dist.get_rank() == 0:
+            remove_partial(options.save)
+
+        def tidy(path: Path) -> None:
+            kept = [self.run.model.directory.path]
+            for note in remove_superfluous(options.save, iteration_of(path), options.retention, kept):
+                self.writer.say(note)
+
+        return CheckpointSaver(options.save, options.async_save, tidy)
 
     def _tell_saved(self, saved: Saved | None) -> None:
         if saved:
@@ -233,13 +255,6 @@ class Trainer:
         flag = torch.tensor(int(self.stop.received is not None), device=self.run.platform.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
-
-
-def _saver(run: Run) -> CheckpointSaver:
-    options = run.config.checkpoint
-    if dist.get_rank() == 0:
-        remove_partial(options.save)
-    return CheckpointSaver(options.save, options.async_save)
 
 
 def current_lr(run: Run) -> float:
