@@ -149,6 +149,8 @@ class CheckpointOptions:
     """Directory for this run's checkpoints, and its logs."""
     save_interval: int | None = None
     """Steps between checkpoints. One is always written at the end."""
+    take_over: bool = False
+    """Take the lock in --save from a run on another host, which this one cannot see: only where it has ended."""
     base_checkpoint: Path | None = None
     """For --load of a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
     save_trainable_only: bool = False
@@ -184,6 +186,20 @@ class CheckpointOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardOptions:
+    """What to do about a loss or a gradient that is not finite."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """skip: leave the step out, weights and optimizer as they were, and go on with the next batch."""
+    max_consecutive_skips: int = 10
+    """Steps in a row that may be skipped; one more ends the run."""
+
+    def __post_init__(self) -> None:
+        if self.max_consecutive_skips < 1:
+            raise UserError(f"--max-consecutive-skips {self.max_consecutive_skips}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class LoggingOptions:
     """What the run tells, and when."""
 
@@ -212,6 +228,7 @@ class TrainingConfig:
     fp8: tyro.conf.OmitArgPrefixes[FP8Options] = dataclasses.field(default_factory=FP8Options)
     layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
     logging: tyro.conf.OmitArgPrefixes[LoggingOptions] = dataclasses.field(default_factory=LoggingOptions)
+    guards: tyro.conf.OmitArgPrefixes[GuardOptions] = dataclasses.field(default_factory=GuardOptions)
     platform: PlatformName = "auto"
     """Where to run; auto: CUDA where there is a device."""
     distributed_timeout_minutes: Annotated[int, tyro.conf.arg(name="distributed-timeout-minutes")] = 10
