@@ -71,14 +71,19 @@ class Export:
     """Checkpoint directory, or one iteration in it."""
     hf: Path
     """Hugging Face directory to write."""
+    base_checkpoint: Path | None = None
+    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
     max_shard_size: str = "5GB"
     """Largest size of one safetensors file, for example 500MB or 2GiB."""
     overwrite: bool = False
     """Replace what is at --hf."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums before anything in them is used."""
 
     def run(self) -> None:
         """Convert, then print what came out."""
-        export_hf(self.load, self.hf, parse_size(self.max_shard_size), self.overwrite)
+        size = parse_size(self.max_shard_size)
+        export_hf(self.load, self.hf, size, self.overwrite, self.verify, self.base_checkpoint)
         print_inspection(self.hf, inspect_directory(self.hf))
 
 
@@ -90,6 +95,8 @@ class Verify:
     """Checkpoint directory, or one iteration in it."""
     hf: Path
     """Hugging Face directory to compare with, loaded by transformers' own class."""
+    base_checkpoint: Path | None = None
+    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
     tolerance: float = 1e-3
     """Largest difference of any logit that still counts as equal."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -98,6 +105,8 @@ class Verify:
     """Tokens in each of the two sequences."""
     platform: PlatformName = "auto"
     """Where to compute."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums before anything in them is used."""
 
     def run(self) -> None:
         """Compare; models that differ end in exit code 1."""
@@ -105,7 +114,13 @@ class Verify:
         from megatron_moe_lpr.conversion.verify_models import verify_checkpoint
 
         comparison = verify_checkpoint(
-            self.load, self.hf, getattr(torch, self.dtype), select_platform(self.platform), self.sequence_length
+            self.load,
+            self.hf,
+            getattr(torch, self.dtype),
+            select_platform(self.platform),
+            self.sequence_length,
+            base=self.base_checkpoint,
+            verified=self.verify,
         )
         print_comparison(comparison, self.tolerance)
         if not comparison.agrees(self.tolerance):
@@ -118,10 +133,12 @@ class Inspect:
 
     directory: tyro.conf.Positional[Path]
     """Checkpoint directory, one iteration in it, or a Hugging Face directory."""
+    verify: bool = False
+    """Compare every file of a checkpoint with its checksum; without it only the small ones are."""
 
     def run(self) -> None:
         """Print it."""
-        print_inspection(self.directory, inspect_directory(self.directory))
+        print_inspection(self.directory, inspect_directory(self.directory, self.verify))
 
 
 Command = (

@@ -14,6 +14,16 @@ RECORDED_PACKAGES = ("megatron-moe-lpr", "megatron-core", "torch", "safetensors"
 
 
 @dataclasses.dataclass
+class Base:
+    """The checkpoint that holds the weights which one with only trained weights does not."""
+
+    path: str
+    """Where it was when the run started from it."""
+    checksum: str
+    """What identifies its weights (`trainable_only.weights_checksum`)."""
+
+
+@dataclasses.dataclass
 class CheckpointCard:
     """The facts about a checkpoint that its tensors do not tell."""
 
@@ -35,6 +45,8 @@ class CheckpointCard:
     """Versions of the packages that converted the dense model."""
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """One entry per stage of training: stage, languages, original_languages, iterations, tokens, ..."""
+    base: Base | None = None
+    """Only where --save-trainable-only left out what did not train: the checkpoint that has it."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -66,7 +78,8 @@ def read_card(path: Path) -> CheckpointCard:
             "install a newer megatron-moe-lpr"
         )
     try:
-        card = CheckpointCard(**fields)
+        base = Base(**fields["base"]) if fields.get("base") else None
+        card = CheckpointCard(**fields | {"base": base})
     except TypeError as error:
         raise UserError(f"{path}: not a valid card: {error}") from None
     if not card.experts_per_layer or not all(isinstance(count, int) for count in card.experts_per_layer):

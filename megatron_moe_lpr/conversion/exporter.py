@@ -12,9 +12,11 @@ from megatron_moe_lpr.checkpoint.directory import (
     CONFIG_FILE,
     SIDE_DIRECTORY,
     CheckpointDirectory,
-    resolve_checkpoint,
 )
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader, is_model_key
+from megatron_moe_lpr.checkpoint.retention import being_read
+from megatron_moe_lpr.checkpoint.trainable_only import layers_of, open_reader
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hf_config import SHARED_EXPERT_WIDTH, moe_config
 from megatron_moe_lpr.conversion.hf_directory import carry_files
 from megatron_moe_lpr.conversion.names import (
@@ -66,18 +68,28 @@ class ExportPlan:
         return shared_expert_shapes(self.architecture, self.card.experts_per_layer, self.layout, SHARED_EXPERT_WIDTH)
 
 
-def export_hf(load: Path, hf: Path, max_shard_bytes: int, overwrite: bool = False) -> ExportPlan:
+def export_hf(
+    load: Path,
+    hf: Path,
+    max_shard_bytes: int,
+    overwrite: bool = False,
+    verified: bool = True,
+    base: Path | None = None,
+) -> ExportPlan:
     """Write the Hugging Face directory `hf` from a Megatron checkpoint.
+
+    Args:
+        verified: compare every file with its checksum first.
 
     Raises:
         UserError: the checkpoint is damaged or the stock architecture cannot hold it; nothing is left at `hf`.
         OSError: the disk is full; nothing is left at `hf`.
     """
     check_separate(load, "--load", hf, "--hf")
-    plan = plan_export(load)
+    plan = plan_export(load, verified, base)
     specs = plan.specs()
     total = sum(spec.num_bytes for spec in specs)
-    with atomic_directory(hf, overwrite) as partial:
+    with being_read(plan.checkpoint.path), atomic_directory(hf, overwrite) as partial:
         check_disk_space(partial, total)
         with ProgressReport("exporting", total) as progress:
             write_safetensors(partial, specs, _Producer(plan, progress), max_shard_bytes)
@@ -85,13 +97,16 @@ def export_hf(load: Path, hf: Path, max_shard_bytes: int, overwrite: bool = Fals
     return plan
 
 
-def plan_export(load: Path) -> ExportPlan:
-    """Read the card and the index and check that every tensor is there and no other.
+def plan_export(load: Path, verified: bool = True, base: Path | None = None) -> ExportPlan:
+    """Verify the files, read the card and the index and check that every tensor is there and no other.
 
     Raises:
         UserError: something does not fit.
     """
-    checkpoint = resolve_checkpoint(load)
+    checkpoint = open_checkpoint(load, verified, base)
+    if verified:
+        for layer in layers_of(checkpoint):
+            verify_all(layer.path)
     card, architecture = checkpoint.card(), checkpoint.architecture()
     config = _with_dtype(read_json(checkpoint.side_directory / CONFIG_FILE), card.dtype)
     if len(card.experts_per_layer) != architecture.num_layers or card.family != architecture.family.name:
@@ -101,7 +116,7 @@ def plan_export(load: Path) -> ExportPlan:
         config = moe_config(config, architecture, card.experts_per_layer, card.top_k)
         layout = MOE_LAYOUTS[architecture.family.moe_model_type]
     rows = model_rows(architecture, card.experts_per_layer, layout)
-    reader = CheckpointReader(checkpoint.path)
+    reader = open_reader(checkpoint)
     check_model_tensors(rows, reader)
     return ExportPlan(checkpoint, card, architecture, layout, config, rows, reader, getattr(torch, card.dtype))
 
@@ -168,4 +183,5 @@ def _write_side_files(plan: ExportPlan, directory: Path) -> None:
     target = directory / SIDE_DIRECTORY
     target.mkdir()
     shutil.copyfile(side / CONFIG_FILE, target / CONFIG_FILE)
-    plan.card.write(target / CARD_FILE)
+    # An exported model is complete.
+    dataclasses.replace(plan.card, base=None).write(target / CARD_FILE)

@@ -10,6 +10,7 @@ import torch
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, tool_versions
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, RELEASE, SIDE_DIRECTORY, write_latest
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.hf_directory import carry_files, tokenizer_files
@@ -40,6 +41,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
             fingerprint = _write_tensors(plan, writer, progress)
         card = _card(plan, fingerprint)
         _write_side_files(plan, card, iteration / SIDE_DIRECTORY)
+        write_manifest(iteration, writer.checksums)
         write_latest(partial, None)
     return card
 

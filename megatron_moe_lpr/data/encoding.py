@@ -8,11 +8,9 @@ import array
 import contextlib
 import dataclasses
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
-import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,6 +22,7 @@ from megatron_moe_lpr.data.documents import DocumentOptions, read_documents
 from megatron_moe_lpr.data.sources import Block
 from megatron_moe_lpr.data.tokenizer import Tokenizer
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.processes import end_with_parent
 
 BLOCKS_AHEAD = 2
 BATCH_CHARACTERS = 1 << 17
@@ -123,16 +122,9 @@ def _start_worker(encoder: BlockEncoder) -> None:
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_encoder = encoder
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def _encode_in_worker(block: Block) -> EncodedBlock:

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.data.blend import BlendEntry, read_blend
 from megatron_moe_lpr.data.languages import LanguageRegistry
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
@@ -34,6 +35,10 @@ class EvaluationPlan:
     """What to compute in; None: the checkpoint's own."""
     layout: ParallelLayout
     platform: PlatformName
+    base_checkpoint: Path | None = None
+    """Where the weights are that `load` does not hold; None: where it says, or it holds all."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,7 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
     Raises:
         UserError: a checkpoint, dataset, language or layout that does not fit.
     """
-    directory = resolve_checkpoint(plan.load)
+    directory = open_checkpoint(plan.load, plan.verify, plan.base_checkpoint)
     shape, card = model_shape(directory), directory.card()
     _check_sizes(plan, shape)
     fingerprint = load_tokenizer(directory.side_directory).fingerprint if card.tokenizer_files else None
@@ -66,7 +71,7 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
     platform = select_platform(plan.platform)
     initialize_parallel(platform, plan.layout)
     dtype = plan.dtype or getattr(torch, card.dtype)
-    model = load_model(directory.path, plan.layout, platform, ComputeOptions(dtype=dtype))
+    model = load_model(directory, plan.layout, platform, ComputeOptions(dtype=dtype), verified=plan.verify)
     table = languages.original_table(original).to(platform.device)
     results = [
         evaluate_dataset(model.chunks, model.config, shape, dataset, table, platform.device, plan.micro_batch_size)
