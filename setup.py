@@ -30,6 +30,7 @@ setup(
         "tokenizers",
         "transformers>=4.51",
         "tyro>=0.9",
+        "xxhash>=3.0",
         "zstandard",
     ],
     extras_require={

@@ -2,7 +2,7 @@
 
 DIR/latest_checkpointed_iteration.txt   `release` for a converted model, else the iteration; written last
 DIR/release/ or DIR/iter_0000100/       .metadata, *.distcp, common.pt, metadata.json
-    moe_lpr/                            card.json, config.json (the dense model's), tokenizer files
+    moe_lpr/                            card.json, config.json (the dense model's), tokenizer files, checksums.json
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_card, read_json
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.filesystem import atomic_file, sync_directory
 from megatron_moe_lpr.model.architecture import Architecture, read_architecture
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -79,11 +79,15 @@ def write_latest(root: Path, iteration: int | None) -> None:
 
 
 def finish_iteration(partial: Path, root: Path, iteration: int) -> Path:
-    """Give a completely written directory its name under `root`, and only then point the latest file at it."""
+    """Give a completely written directory its name under `root`, and only then point the latest file at it.
+
+    Its content must be on the disk already (`integrity.write_manifest` sees to it).
+    """
     target = root / iteration_directory_name(iteration)
     if target.exists():
         shutil.rmtree(target)
     os.rename(partial, target)
+    sync_directory(root)
     write_latest(root, iteration)
     return target
 

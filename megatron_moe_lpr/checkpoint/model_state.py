@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.fp8_utils import is_float8tensor
 
+from megatron_moe_lpr.checkpoint.distributed_loading import load_distributed
 from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
@@ -32,15 +35,25 @@ def load_weights(chunks: Sequence[torch.nn.Module], directory: Path) -> None:
     Only Transformer Engine's `_extra_state` entries may be missing.
 
     Raises:
-        UserError: the checkpoint lacks a tensor of the model, or holds one the model has no place for.
+        UserError: a damaged file; the checkpoint lacks a tensor of the model, or holds one it has no place for.
     """
     state = sharded_model_state(chunks)
     # Megatron's words: "missing" keys are the checkpoint's that the model did not ask for, "unexpected" the reverse.
-    loaded, surplus, lacking = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
+    loaded, surplus, lacking = load_distributed(
+        state, directory, shared_reading(directory), strict=StrictHandling.RETURN_ALL
+    )
     _refuse_differences(directory, lacking, surplus)
     for name, chunk in zip(state, chunks, strict=True):
         fill_model(chunk, loaded[name])
         _keep_unrounded(chunk, loaded[name])
+
+
+def shared_reading(directory: Path) -> FullyParallelLoadStrategyWrapper:
+    """Each rank of a data-parallel group reads a part of what all of them need, and sends it to the others."""
+    strategy = get_default_load_sharded_strategy(str(directory))
+    return FullyParallelLoadStrategyWrapper(
+        strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
 
 
 def _keep_unrounded(chunk: torch.nn.Module, state: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from megatron_moe_lpr.errors import UserError
 
 # Keys of the model's own tensors; optimizer state and the rest of a training checkpoint lie under others.
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
-# All that reading tensors needs of `.metadata`. Whatever else the pickle names (Megatron adds save plans) becomes
-# a placeholder that does nothing. Whole names only: a module's own imports (`os`, for one) must stay out of reach.
+# All that reading needs of `.metadata`. Whole names only: a module's own imports (`os`, for one) must stay out of
+# reach.
 ALLOWED_IN_METADATA = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -34,6 +34,8 @@ ALLOWED_IN_METADATA = {
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
     "collections": {"OrderedDict"},
 }
+# Megatron adds its save plans; what these name becomes a placeholder that does nothing. All else is refused.
+UNREAD_MODULES = ("torch.distributed.checkpoint.", "megatron.core.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class CheckpointReader:
             UserError: the index is missing, or is not one of a checkpoint.
         """
         self.directory = Path(directory)
-        self.metadata = _read_metadata(self.directory / ".metadata")
+        self.metadata = read_index(self.directory / ".metadata")
         self.tensors = {
             key: TensorInfo(tuple(entry.size), entry.properties.dtype)
             for key, entry in self.metadata.state_dict_metadata.items()
@@ -115,10 +117,19 @@ class _Placeholder:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(module, name) if name in ALLOWED_IN_METADATA.get(module, ()) else _Placeholder
+        if name in ALLOWED_IN_METADATA.get(module, ()):
+            return super().find_class(module, name)
+        if module.startswith(UNREAD_MODULES):
+            return _Placeholder
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index needs")
 
 
-def _read_metadata(path: Path) -> Metadata:
+def read_index(path: Path) -> Metadata:
+    """Read a `.metadata`, which is a pickle, without running anything it may hold.
+
+    Raises:
+        UserError: it is missing, damaged, or names what no index of a checkpoint does.
+    """
     try:
         content = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
     except FileNotFoundError:

@@ -117,7 +117,7 @@ class _RecordingStream:
 
 def _save_blob(tensor: torch.Tensor, stream: _RecordingStream) -> None:
     try:
-        with _no_checksum():
+        with without_crc():
             torch.save(tensor, stream)
     except Exception:
         if stream.error is not None:
@@ -126,7 +126,7 @@ def _save_blob(tensor: torch.Tensor, stream: _RecordingStream) -> None:
 
 
 @contextlib.contextmanager
-def _no_checksum() -> Iterator[None]:
+def without_crc() -> Iterator[None]:
     """torch.save's CRC32 takes a third of the time of writing, and torch.load does not look at it."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_moe_lpr.data.indexed import read_lengths
 from megatron_moe_lpr.data.inspection import check_tokenizer
-from megatron_moe_lpr.data.manifest import Manifest, read_manifest, strip_suffix
+from megatron_moe_lpr.data.manifest import Manifest, read_manifest, strip_suffix, verify_index
 from megatron_moe_lpr.data.merging import check_agreement
 from megatron_moe_lpr.errors import UserError
 
@@ -118,6 +118,7 @@ def read_blend(
 def _entry(
     prefix: str, manifest: Manifest, weight: float | None, documents: tuple[float, float], flag: str
 ) -> BlendEntry:
+    verify_index(prefix, manifest)
     lengths = read_lengths(prefix)
     if len(lengths) != manifest.documents:
         raise UserError(f"{prefix}.idx: {len(lengths):,} documents, but {manifest.documents:,} in {prefix}.json")

@@ -9,10 +9,10 @@ import shutil
 import struct
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 
+from megatron_moe_lpr.checkpoint.integrity import ChecksumStream
 from megatron_moe_lpr.data.manifest import bin_path, idx_path
 from megatron_moe_lpr.errors import UserError
 
@@ -36,7 +36,7 @@ class IndexedWriter:
         self.lengths: list[np.ndarray] = []
         self.documents = self.tokens = 0
         bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = open(bin_path(prefix), "wb")  # noqa: SIM115 (closed by close)
+        self._file = ChecksumStream(open(bin_path(prefix), "wb"))  # noqa: SIM115 (closed by close)
 
     def __enter__(self) -> "IndexedWriter":
         return self
@@ -55,10 +55,13 @@ class IndexedWriter:
             shutil.copyfileobj(source, self._file, COPY_BYTES)
         self._count(read_lengths(prefix))
 
+    @property
+    def checksum(self) -> str:
+        """Of the .bin as far as it is written."""
+        return self._file.entry().checksum
+
     def finish(self) -> None:
         """Flush the .bin to the disk and write the .idx."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         lengths = np.concatenate(self.lengths) if self.lengths else np.empty(0, np.int32)
         write_index(idx_path(self.prefix), lengths, self.dtype)
@@ -114,8 +117,10 @@ def open_tokens(prefix: str, dtype: np.dtype) -> np.ndarray:
     return np.memmap(bin_path(prefix), dtype=dtype, mode="r")
 
 
-def shuffle_documents(source: str, target: str, dtype: np.dtype, seed: int) -> None:
+def shuffle_documents(source: str, target: str, dtype: np.dtype, seed: int) -> str:
     """Write the documents of prefix `source` to prefix `target` in an order that only `seed` and their number decide.
+
+    Returns the checksum of the new .bin.
 
     Memory is that of the index (20 bytes a document), not of the text: documents are read where they lie.
     """
@@ -124,10 +129,10 @@ def shuffle_documents(source: str, target: str, dtype: np.dtype, seed: int) -> N
     offsets = np.cumsum(sizes) - sizes
     # RandomState, not default_rng: numpy promises its stream never changes.
     order = np.random.RandomState(seed).permutation(len(lengths))
-    with open(bin_path(source), "rb") as reader, open(bin_path(target), "wb", buffering=COPY_BYTES) as writer:
+    file = open(bin_path(target), "wb", buffering=COPY_BYTES)  # noqa: SIM115 (closed by the stream)
+    with open(bin_path(source), "rb") as reader, ChecksumStream(file) as writer:
         descriptor = reader.fileno()
         for document in order:
             writer.write(os.pread(descriptor, sizes[document], offsets[document]))
-        writer.flush()
-        os.fsync(writer.fileno())
     write_index(idx_path(target), lengths[order], dtype)
+    return writer.entry().checksum

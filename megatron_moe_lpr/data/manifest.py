@@ -1,12 +1,15 @@
 """`PREFIX.json`: what lies in PREFIX.bin and PREFIX.idx, so that nobody can mislabel or mix them."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 
 import megatron_moe_lpr
+from megatron_moe_lpr.checkpoint.integrity import checksum_of_file
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import atomic_file
 
@@ -43,10 +46,12 @@ class Manifest:
     bin_bytes: int
     idx_bytes: int
     index_sha256: str
-    """Of the .idx: training keeps index maps under it."""
+    """Of the .idx: training compares it, and keeps index maps under it."""
     skipped: dict[str, int]
     """Documents left out, by reason, and documents kept with a repair."""
     sources: list[Source]
+    bin_xxh3_128: str | None = None
+    """Of the .bin, made while it was written; None where an older version wrote it."""
     partition: str | None = None
     """`i/n` for one part of a run split by --partitions."""
     shuffle_seed: int | None = None
@@ -101,6 +106,47 @@ def read_manifest(prefix: str) -> Manifest:
     if manifest.bin_bytes != manifest.tokens * np.dtype(manifest.dtype).itemsize:
         raise UserError(f"{path}: {manifest.tokens:,} tokens do not fill a .bin of {manifest.bin_bytes:,} bytes")
     return manifest
+
+
+def verify_index(prefix: str, manifest: Manifest) -> None:
+    """Compare `PREFIX.idx` with its checksum: the content of 20 bytes a document.
+
+    Raises:
+        UserError: it is not the index that was written.
+    """
+    path = idx_path(prefix)
+    if _index_sha256(path, path.stat().st_mtime_ns) != manifest.index_sha256:
+        raise UserError(
+            f"{path}: damaged: not the index that {manifest_path(prefix)} describes; copy it or preprocess again"
+        )
+
+
+def verify_tokens(prefix: str, manifest: Manifest) -> bool:
+    """Compare `PREFIX.bin` with its checksum: reads all of it. False: an older version wrote it, without a checksum.
+
+    Raises:
+        UserError: it is not the text that was written.
+    """
+    if manifest.bin_xxh3_128 is None:
+        return False
+    if checksum_of_file(bin_path(prefix)).checksum != manifest.bin_xxh3_128:
+        raise UserError(f"{bin_path(prefix)}: damaged: its checksum is another one; copy it or preprocess again")
+    return True
+
+
+def sha256_of_file(path: Path) -> str:
+    """In hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(16 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _index_sha256(path: Path, modified: int) -> str:
+    """A run reads each manifest two or three times; `modified` keeps a changed file from being taken for the old."""
+    return sha256_of_file(path)
 
 
 def _parse(path: Path) -> Manifest:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
-from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, read_manifest, strip_suffix
+from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, read_manifest, strip_suffix, verify_index
 from megatron_moe_lpr.data.preprocessing import partial_directory, publish, refuse_existing
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.progress import ProgressReport
@@ -33,6 +33,8 @@ def merge(
     """
     prefixes = expand_prefixes(inputs)
     manifests = {prefix: read_manifest(prefix) for prefix in prefixes}
+    for prefix, manifest in manifests.items():
+        verify_index(prefix, manifest)
     check_agreement(manifests, _MUST_AGREE)
     prefixes = _in_partition_order(manifests, allow_missing_partitions)
     refuse_existing(output_prefix, overwrite)
@@ -46,11 +48,13 @@ def merge(
                 writer.append_dataset(prefix)
                 progress.advance(manifests[prefix].bin_bytes / 1e9, {"tokens": manifests[prefix].tokens})
             writer.finish()
+        checksum = writer.checksum
         if shuffle_seed is not None:
-            shuffle_documents(merged, f"{merged}.shuffled", dtype, shuffle_seed)
+            checksum = shuffle_documents(merged, f"{merged}.shuffled", dtype, shuffle_seed)
             bin_path(merged).unlink()
             merged = f"{merged}.shuffled"
-        return publish(merged, output_prefix, _merged(list(map(manifests.get, prefixes)), shuffle_seed))
+        manifest = _merged(list(map(manifests.get, prefixes)), shuffle_seed)
+        return publish(merged, output_prefix, dataclasses.replace(manifest, bin_xxh3_128=checksum))
 
 
 def expand_prefixes(inputs: Sequence[str]) -> list[str]:

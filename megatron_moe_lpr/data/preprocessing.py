@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import sys
 import tempfile
@@ -19,11 +18,12 @@ from megatron_moe_lpr.data.encoding import (
     encode_blocks,
     worker_pool,
 )
-from megatron_moe_lpr.data.indexed import COPY_BYTES, IndexedWriter, shuffle_documents
-from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path
+from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
+from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path, sha256_of_file
 from megatron_moe_lpr.data.sources import Slice, disk_bytes, expand_inputs, partition_slices, read_blocks
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.filesystem import sync_directory
 from megatron_moe_lpr.progress import ProgressReport
 
 MAX_LANGUAGES = 500
@@ -74,16 +74,16 @@ class PartialDatasets:
         language = self.plan.encoder.documents.language
         return language in self.writers and self.writers[language].documents == self.plan.max_documents
 
-    def finish(self, language: str) -> str:
-        """Complete the files of a language; return their prefix."""
+    def finish(self, language: str) -> tuple[str, str]:
+        """Complete the files of a language; return their prefix and the .bin's checksum."""
         writer = self.writers[language]
         writer.finish()
         if self.plan.shuffle_seed is None:
-            return writer.prefix
+            return writer.prefix, writer.checksum
         shuffled = f"{writer.prefix}.shuffled"
-        shuffle_documents(writer.prefix, shuffled, writer.dtype, self.plan.shuffle_seed)
+        checksum = shuffle_documents(writer.prefix, shuffled, writer.dtype, self.plan.shuffle_seed)
         bin_path(writer.prefix).unlink()
-        return shuffled
+        return shuffled, checksum
 
     def close(self) -> None:
         """Release the files, finished or not."""
@@ -179,13 +179,14 @@ def _append_block(datasets: PartialDatasets, block: EncodedBlock, progress: Prog
 
 
 def _publish(datasets: PartialDatasets, language: str, template: Manifest) -> Manifest:
-    partial, writer = datasets.finish(language), datasets.writers[language]
+    (partial, checksum), writer = datasets.finish(language), datasets.writers[language]
     manifest = dataclasses.replace(
         template,
         language=language,
         documents=writer.documents,
         tokens=writer.tokens,
         text_bytes=datasets.text_bytes[language],
+        bin_xxh3_128=checksum,
     )
     return publish(partial, datasets.plan.prefix(language), manifest)
 
@@ -212,18 +213,11 @@ def publish(partial: str, prefix: str, manifest: Manifest) -> Manifest:
         manifest,
         bin_bytes=bin_path(partial).stat().st_size,
         idx_bytes=idx_path(partial).stat().st_size,
-        index_sha256=_sha256(idx_path(partial)),
+        index_sha256=sha256_of_file(idx_path(partial)),
     )
     manifest_path(prefix).unlink(missing_ok=True)
     os.replace(bin_path(partial), bin_path(prefix))
     os.replace(idx_path(partial), idx_path(prefix))
+    sync_directory(manifest_path(prefix).parent)
     manifest.write(prefix)
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(COPY_BYTES), b""):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -148,6 +148,8 @@ class CheckpointOptions:
     """Directory for this run's checkpoints, and its logs."""
     save_interval: int | None = None
     """Steps between checkpoints. One is always written at the end."""
+    async_save: bool = True
+    """Train on while a checkpoint is written, by a process beside each rank from a copy of its share in host memory."""
 
 
 @dataclasses.dataclass(frozen=True)

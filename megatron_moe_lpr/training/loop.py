@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_partial
 from megatron_moe_lpr.data.batches import Batch, build_data_iterator
 from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
 from megatron_moe_lpr.evaluation.routing import collect_routing, reset_routing
 from megatron_moe_lpr.model.flops import training_flops_per_token
-from megatron_moe_lpr.training.checkpointing import save_run
+from megatron_moe_lpr.training.checkpointing import start_save
 from megatron_moe_lpr.training.guards import GradientWatch, explain_non_finite_gradient, explain_non_finite_loss
 from megatron_moe_lpr.training.metrics import IntervalMetrics, MetricsWriter, routing_scalars
 from megatron_moe_lpr.training.setup import Run, card_of
@@ -28,6 +29,7 @@ class Trainer:
         self.run, self.state, self.writer = run, run.state, writer
         self.original_table = run.original_table
         self.stop = StopRequest()
+        self.saver = _saver(run)
         self.interval: LossSums | None = None
         self.interval_start, self.interval_first = time.monotonic(), run.state.iteration
         self.saved_iteration = run.state.iteration if run.state.iteration else None
@@ -40,11 +42,18 @@ class Trainer:
         Returns:
             Whether the run is finished; False: it was asked to stop, and has saved.
         """
+        try:
+            return self._train()
+        finally:
+            self.saver.close()
+
+    def _train(self) -> bool:
         config, state = self.run.config, self.state
         batches = self._batches()
         reset_routing(state.chunks)
         while state.iteration < config.batch.train_iters:
             self.step(batches)
+            self._tell_saved(self.saver.poll())
             if state.iteration % config.logging.log_interval == 0 or state.iteration == config.batch.train_iters:
                 self._log()
             if config.logging.eval_interval and state.iteration % config.logging.eval_interval == 0:
@@ -53,8 +62,10 @@ class Trainer:
                 self.save()
             if self._asked_to_stop() and state.iteration < config.batch.train_iters:
                 self.save()
+                self._tell_saved(self.saver.wait())
                 return False
         self.save()
+        self._tell_saved(self.saver.wait())
         if self.run.datasets.valid and not self._evaluated_last():
             self.evaluate()
         return True
@@ -174,21 +185,35 @@ class Trainer:
         self.writer.write(f"valid/{result.language}", self.state.iteration, values)
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one."""
+        """Begin to write a checkpoint of this step, unless there is one; the one before is waited for."""
         if self.saved_iteration == self.state.iteration:
             return
         run, start = self.run, time.monotonic()
-        save_run(self.state, run.config.checkpoint.save, run.model.directory, card_of(run))
+        self._tell_saved(self.saver.wait())
+        saved = start_save(self.saver, self.state, run.model.directory, card_of(run))
         self.saved_iteration = self.state.iteration
-        seconds = time.monotonic() - start
-        self.writer.say(f"saved step {self.state.iteration:,} to {run.config.checkpoint.save} in {seconds:.1f} s")
-        self.interval_start += seconds
+        self.interval_start += time.monotonic() - start
+        self._tell_saved(saved)
+
+    def _tell_saved(self, saved: Saved | None) -> None:
+        if saved:
+            self.writer.say(
+                f"saved step {saved.iteration:,} to {self.run.config.checkpoint.save} in {saved.seconds:.1f} s, "
+                f"of which training waited {saved.stalled:.1f} s"
+            )
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank received a signal: all stop after the same step."""
         flag = torch.tensor(int(self.stop.received is not None), device=self.run.platform.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
+
+
+def _saver(run: Run) -> CheckpointSaver:
+    options = run.config.checkpoint
+    if dist.get_rank() == 0:
+        remove_partial(options.save)
+    return CheckpointSaver(options.save, options.async_save)
 
 
 def current_lr(run: Run) -> float:
