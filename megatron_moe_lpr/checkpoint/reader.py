@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import math
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import is_integer
 
 # Keys of the model's own tensors; optimizer state and the rest of a training checkpoint lie under others.
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
@@ -62,6 +65,7 @@ class CheckpointReader:
         """
         self.directory = Path(directory)
         self.metadata = read_index(self.directory / ".metadata")
+        check_index(self.metadata, self.directory)
         self.tensors = {
             key: TensorInfo(tuple(entry.size), entry.properties.dtype)
             for key, entry in self.metadata.state_dict_metadata.items()
@@ -90,15 +94,92 @@ class CheckpointReader:
         path = self.directory / place.relative_path
         try:
             with open(path, "rb") as stream:
-                tensor = torch.load(_create_file_view(stream, place.offset, place.length), "cpu", weights_only=True)
+                view = _create_file_view(stream, place.offset, place.length)
+                _refuse_compression(view)
+                tensor = torch.load(view, "cpu", weights_only=True)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file, but {key} should lie there; copy the checkpoint again") from None
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).splitlines()[0]
+        except UserError as error:
+            raise UserError(f"{path}: {key}: {error}") from None
+        except Exception as error:  # damaged pickles and archives raise almost anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: {key} cannot be read, the file is damaged or cut short ({reason})") from None
-        if tensor.shape != chunk.sizes:
-            raise UserError(f"{path}: {key} has shape {list(tensor.shape)}, the index says {list(chunk.sizes)}")
+        if type(tensor) is not torch.Tensor or tensor.layout != torch.strided:
+            raise UserError(f"{path}: {key} is not a plain tensor")
+        if tensor.shape != chunk.sizes or tensor.dtype != self.tensors[key].dtype:
+            found, wanted = (list(tensor.shape), tensor.dtype), (list(chunk.sizes), self.tensors[key].dtype)
+            raise UserError(
+                f"{path}: {key} has shape {found[0]} and dtype {found[1]}, the index says {wanted[0]} and {wanted[1]}"
+            )
         return tensor
+
+
+def _refuse_compression(view: Any) -> None:
+    """torch.save stores without compression; a compressed tensor could unpack to a thousand times its file."""
+    with zipfile.ZipFile(view) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise UserError("is compressed, which no checkpoint is")
+    view.seek(0)
+
+
+def check_index(metadata: Metadata, directory: Path) -> None:
+    """Check an index against the files beside it, before memory is taken for what it declares. Reads no tensor.
+
+    Raises:
+        UserError: sizes that are none, chunks that do not make up their tensor, files missing or cut short.
+    """
+    sizes: dict[str, int] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise UserError(f"{directory / '.metadata'}: {key!r:.60} is no name of a tensor")
+        if isinstance(entry, TensorStorageMetadata):
+            try:
+                _check_entry(key, entry, metadata, directory, sizes)
+            except (AttributeError, TypeError, KeyError, ValueError) as error:
+                raise UserError(f"{directory / '.metadata'}: the entry of {key} is damaged ({error!r:.80})") from None
+
+
+def _check_entry(
+    key: str, entry: TensorStorageMetadata, metadata: Metadata, directory: Path, sizes: dict[str, int]
+) -> None:
+    shape, dtype = _numbers(entry.size), entry.properties.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError("no dtype")
+    covered = 0
+    for chunk in entry.chunks:
+        offsets, extent = _numbers(chunk.offsets), _numbers(chunk.sizes)
+        ends = (begin + size for begin, size in zip(offsets, extent, strict=True))
+        if any(end > size for end, size in zip(ends, shape, strict=True)):
+            raise ValueError("a part lies outside of it")
+        covered += math.prod(extent)
+        place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        begin, length = _numbers((place.offset, place.length))
+        _check_file(directory, place.relative_path, begin + length, key, sizes)
+        if math.prod(extent) * dtype.itemsize > length:
+            raise ValueError(f"{length:,} bytes do not hold a part of shape {list(extent)}")
+    if covered != math.prod(shape):
+        raise ValueError(f"its parts have {covered:,} values, its shape {list(shape)} has others")
+
+
+def _check_file(directory: Path, name: object, end: int, key: str, sizes: dict[str, int]) -> None:
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError("its file is not one of this directory")
+    path = directory / name
+    if name not in sizes:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file, but {key} should lie there; copy the checkpoint again")
+        sizes[name] = path.stat().st_size
+    if end > sizes[name]:
+        raise UserError(
+            f"{path}: cut short: {key} ends at byte {end:,}, the file has {sizes[name]:,}; copy the checkpoint again"
+        )
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    numbers = tuple(values)
+    if not all(is_integer(value) for value in numbers):
+        raise ValueError("a size or a place is not a number of bytes or values")
+    return numbers
 
 
 class _Placeholder:
@@ -136,6 +217,12 @@ def read_index(path: Path) -> Metadata:
         raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
     except Exception as error:  # a damaged pickle raises almost anything
         raise UserError(f"{path}: not the index of a checkpoint ({error})") from None
-    if not isinstance(content, Metadata) or content.storage_data is None:
+    if not isinstance(content, Metadata) or not _has_tables(content):
         raise UserError(f"{path}: not the index of a checkpoint")
     return content
+
+
+def _has_tables(content: Metadata) -> bool:
+    # An object out of a pickle need not have the fields of its class.
+    tables = (getattr(content, "state_dict_metadata", None), getattr(content, "storage_data", None))
+    return all(isinstance(table, dict) for table in tables)

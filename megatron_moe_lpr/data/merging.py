@@ -103,6 +103,7 @@ def _in_partition_order(manifests: dict[str, Manifest], allow_missing: bool) -> 
 def _merged(manifests: list[Manifest], shuffle_seed: int | None) -> Manifest:
     sources: dict[str, Source] = {source.name: source for manifest in manifests for source in manifest.sources}
     skipped = sum((Counter(manifest.skipped) for manifest in manifests), Counter())
+    known = all(manifest.largest_token is not None for manifest in manifests)
     return dataclasses.replace(
         manifests[0],
         documents=sum(manifest.documents for manifest in manifests),
@@ -110,6 +111,7 @@ def _merged(manifests: list[Manifest], shuffle_seed: int | None) -> Manifest:
         text_bytes=sum(manifest.text_bytes for manifest in manifests),
         skipped=dict(sorted(skipped.items())),
         sources=list(sources.values()),
+        largest_token=max((one.largest_token for one in manifests), default=0) if known else None,
         partition=None,
         shuffle_seed=shuffle_seed,
     )
