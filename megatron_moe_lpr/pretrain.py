@@ -15,7 +15,7 @@ from megatron_moe_lpr.training.signals import EXIT_REQUEUE
 def pretrain(config: TrainingConfig) -> bool:
     """Run a stage; False: it was asked to stop and has saved."""
     run = prepare(config)
-    writer = MetricsWriter(config.logging, config.checkpoint.save, f"stage {config.stage.stage}")
+    writer = MetricsWriter(config.logging, config.checkpoint.save, f"stage {config.stage.stage}", run.state.iteration)
     print_overview(run)
     if run.state.iteration:
         writer.say(f"resuming from step {run.state.iteration:,} in {config.checkpoint.save}")

@@ -23,7 +23,7 @@ from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path,
 from megatron_moe_lpr.data.output_lock import output_lock
 from megatron_moe_lpr.data.sources import Slice, disk_bytes, expand_inputs, partition_slices, read_blocks
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer, model_vocabulary
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import sync_directory
 from megatron_moe_lpr.progress import ProgressReport
 
@@ -68,9 +68,7 @@ class PartialDatasets:
         if self.plan.max_documents is not None:
             documents = documents.head(self.plan.max_documents - writer.documents)
         writer.append(documents.tokens, documents.lengths)
-        self.largest_token[language] = max(
-            self.largest_token.get(language, 0), int(documents.tokens.max(initial=0))
-        )
+        self.largest_token[language] = max(self.largest_token.get(language, 0), int(documents.tokens.max(initial=0)))
         self.text_bytes[language] += int(documents.text_bytes.sum())
         self.documents += len(documents.lengths)
         self.tokens += len(documents.tokens)
@@ -123,7 +121,7 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
     slices = partition_slices(names, *plan.partition)
     tokenizer = load_tokenizer(plan.encoder.tokenizer, plan.encoder.eod_token)
     language = plan.encoder.documents.language
-    with partial_directory(plan.output_prefix) as directory:
+    with naming(plan.output_prefix), partial_directory(plan.output_prefix) as directory:
         datasets = PartialDatasets(directory, plan, tokenizer.dtype)
         try:
             if language:
@@ -199,6 +197,8 @@ def _publish(datasets: PartialDatasets, language: str, template: Manifest) -> Ma
         largest_token=datasets.largest_token.get(language, 0),
         bin_xxh3_128=checksum,
     )
+    # Once more: not every file system knows the lock that keeps another run from this prefix.
+    refuse_existing(datasets.plan.prefix(language), datasets.plan.overwrite)
     return publish(partial, datasets.plan.prefix(language), manifest)
 
 
