@@ -1,12 +1,13 @@
 """Read Megatron's `torch_dist` format one tensor at a time, without building a model."""
 
 import dataclasses
+import errno
 import io
 import math
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
@@ -94,8 +95,8 @@ class CheckpointReader:
         path = self.directory / place.relative_path
         try:
             with open(path, "rb") as stream:
+                _refuse_compression(_Window(stream, place.offset, place.length))
                 view = _create_file_view(stream, place.offset, place.length)
-                _refuse_compression(view)
                 tensor = torch.load(view, "cpu", weights_only=True)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file, but {key} should lie there; copy the checkpoint again") from None
@@ -114,12 +115,41 @@ class CheckpointReader:
         return tensor
 
 
-def _refuse_compression(view: Any) -> None:
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own, with all that zipfile asks of one; torch's view lacks reading to its end."""
+
+    def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
+        self.stream, self.offset, self.length, self.place = stream, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.length}[whence]
+        if place < 0:
+            raise OSError(errno.EINVAL, "before the beginning")
+        self.place = place
+        return place
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(self.length - self.place, 0)]
+        self.stream.seek(self.offset + self.place)
+        count = self.stream.readinto(view)
+        self.place += count
+        return count
+
+
+def _refuse_compression(view: _Window) -> None:
     """torch.save stores without compression; a compressed tensor could unpack to a thousand times its file."""
     with zipfile.ZipFile(view) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise UserError("is compressed, which no checkpoint is")
-    view.seek(0)
 
 
 def check_index(metadata: Metadata, directory: Path) -> None:

@@ -67,8 +67,8 @@ def _read_finite(plan: ImportPlan, name: str) -> torch.Tensor:
     tensor = plan.source.read(name)
     if not is_finite(tensor):
         raise UserError(
-            f"{plan.source.file_of(name)}: {name} holds NaN or infinite values; the model is spoilt or the file damaged, "
-            "copy it again"
+            f"{plan.source.file_of(name)}: {name} holds NaN or infinite values; copy the file again, "
+            "or use a model without them"
         )
     return tensor
 

@@ -27,8 +27,8 @@ def check_finite_weights(chunks: Sequence[torch.nn.Module], directory: Path) -> 
     for rank, names in enumerate(found):
         if names:
             raise UserError(
-                f"{directory}: {len(names)} weights on rank {rank} hold NaN or infinite values, for example {names[0]}; "
-                "use a checkpoint from before they appeared"
+                f"{directory}: {len(names)} weights on rank {rank} hold NaN or infinite values, for example "
+                f"{names[0]}; use a checkpoint from before they appeared"
             )
 
 

@@ -107,10 +107,10 @@ def _check_comparable(first: NamedEvaluation, other: NamedEvaluation) -> None:
 def _log(title: str, path: Path) -> TrainingLog:
     losses: dict[str, dict[float, float]] = {}
     lines = _read(path).split("\n")
+    if not lines[-1].endswith("}"):
+        # Nothing, or what a kill or a full disk has cut short.
+        lines.pop()
     for number, line in enumerate(lines, 1):
-        if number == len(lines):
-            # Nothing, or what a kill or a full disk has cut short.
-            break
         for name, value in _training_losses(line, f"--metrics {path}:{number}"):
             # A resumed run of an older version logs a step again: the later line counts.
             losses.setdefault(name, {})[value[0]] = value[1]

@@ -9,11 +9,12 @@ from megatron_moe_lpr.model.routing_statistics import GROUPS
 
 def is_evaluation(record: Any) -> bool:
     """Whether every field that the report reads is there and of its type."""
-    if not isinstance(record, dict) or not is_integer(record.get("sequence_length"), 1):
+    if not isinstance(record, dict) or not all(is_integer(record.get(name), 1) for name in ("sequence_length", "top_k")):
         return False
     experts, averages, datasets = (record.get(name) for name in ("experts_per_layer", "averages", "datasets"))
     return (
         _are(experts, lambda value: is_integer(value, 1))
+        and bool(experts)
         and isinstance(averages, dict)
         and all(_is_averages(averages.get(group)) for group in GROUPS)
         and _are(datasets, lambda one: _is_dataset(one, len(experts)))
@@ -34,26 +35,24 @@ def _is_optional(value: Any) -> bool:
 
 
 def _is_averages(value: Any) -> bool:
-    names = ("loss", "bits_per_byte", "expert0_probability", "expert0_top_k_share")
-    return isinstance(value, dict) and all(name in value and _is_optional(value[name]) for name in names)
+    if not isinstance(value, dict) or "bits_per_byte" not in value:
+        return False
+    return all(_is_optional(value.get(name)) for name in ("bits_per_byte", "expert0_top_k_share"))
 
 
 def _is_dataset(one: Any, layers: int) -> bool:
     return (
         isinstance(one, dict)
         and isinstance(one.get("language"), str)
-        and one.get("group") in GROUPS
+        and isinstance(one.get("group"), str)
+        and one["group"] in GROUPS
         and is_integer(one.get("tokens"))
-        and all(name in one and _is_optional(one[name]) for name in ("loss", "bits_per_byte"))
-        and "routing" in one
+        and {"bits_per_byte", "routing"} <= one.keys()
+        and _is_optional(one["bits_per_byte"])
         and (one["routing"] is None or _is_routing(one["routing"], layers))
     )
 
 
 def _is_routing(routing: Any, layers: int) -> bool:
-    if not isinstance(routing, dict):
-        return False
-    names = ("expert0_probability", "expert0_top_k_share")
-    lists = [routing.get(name) for name in names]
-    means = [routing.get(f"mean_{name}") for name in names]
-    return all(_are(value, _is_optional) and len(value) == layers for value in lists) and all(map(_is_optional, means))
+    shares = routing.get("expert0_top_k_share") if isinstance(routing, dict) else None
+    return _are(shares, _is_optional) and len(shares) == layers
