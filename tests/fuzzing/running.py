@@ -34,7 +34,11 @@ def fuzz(name: str, inputs: int, number: int | None = None) -> dict[str, int]:
         target.read(path)
 
         @settings(
-            max_examples=inputs, deadline=None, database=None, derandomize=False, suppress_health_check=list(HealthCheck)
+            max_examples=inputs,
+            deadline=None,
+            database=None,
+            derandomize=False,
+            suppress_health_check=list(HealthCheck),
         )
         @given(hostile_files(valid))
         def check(data: bytes) -> None:

@@ -9,7 +9,9 @@ from megatron_moe_lpr.model.routing_statistics import GROUPS
 
 def is_evaluation(record: Any) -> bool:
     """Whether every field that the report reads is there and of its type."""
-    if not isinstance(record, dict) or not all(is_integer(record.get(name), 1) for name in ("sequence_length", "top_k")):
+    if not isinstance(record, dict) or not all(
+        is_integer(record.get(name), 1) for name in ("sequence_length", "top_k")
+    ):
         return False
     experts, averages, datasets = (record.get(name) for name in ("experts_per_layer", "averages", "datasets"))
     return (
