@@ -116,7 +116,7 @@ class CheckpointReader:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own, with all that zipfile asks of one; torch's view lacks reading to its end."""
+    """A part of a file as a file of its own. zipfile reads to the end, which the view of torch does not."""
 
     def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
         self.stream, self.offset, self.length, self.place = stream, offset, length, 0

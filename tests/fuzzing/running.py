@@ -1,4 +1,4 @@
-"""Feed a reader hostile files and look at what it does: only UserError, no more memory than the file warrants, no hang."""
+"""Feed a reader hostile files: only UserError comes out, no more memory is taken than the file warrants, no hang."""
 
 import gc
 import signal
