@@ -226,7 +226,9 @@ class _Placeholder:
     def extend(self, values: Any) -> None: ...
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle._Unpickler):
+    """Python's own form of the unpickler: the one in C takes whatever memory a length or a memo's number declares."""
+
     def find_class(self, module: str, name: str) -> Any:
         if name in ALLOWED_IN_METADATA.get(module, ()):
             return super().find_class(module, name)
