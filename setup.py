@@ -37,6 +37,6 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "eval": ["lm-eval[hf]>=0.4.10"],
         "logging": ["tensorboard", "wandb"],
-        "test": ["pytest", "ruff", "tensorboard"],
+        "test": ["hypothesis", "pytest", "ruff", "tensorboard"],
     },
 )

@@ -29,7 +29,9 @@ def pretrain(config: "TrainingConfig") -> bool:
 
     with run_lock(config.checkpoint.save, config.checkpoint.take_over) as lock:
         run = prepare(config)
-        writer = MetricsWriter(config.logging, config.checkpoint.save, f"stage {config.stage.stage}")
+        writer = MetricsWriter(
+            config.logging, config.checkpoint.save, f"stage {config.stage.stage}", run.state.iteration
+        )
         print_overview(run)
         if run.state.iteration:
             writer.say(f"resuming from step {run.state.iteration:,} in {config.checkpoint.save}")

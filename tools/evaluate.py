@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.errors import UserError, naming, run_command
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
 from megatron_moe_lpr.evaluation.results import evaluation_record, print_evaluation
 from megatron_moe_lpr.filesystem import atomic_file
@@ -73,7 +73,7 @@ def plan(flags: Flags) -> EvaluationPlan:
 
 def write(record: dict, path: Path) -> None:
     """The JSON file, whole or not at all."""
-    with atomic_file(path) as partial:
+    with naming(path), atomic_file(path) as partial:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ DIR/release/ or DIR/iter_0000100/       .metadata, *.distcp, common.pt, metadata
 
 import dataclasses
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -107,7 +108,9 @@ def _latest_iteration(root: Path) -> int | None:
         text = latest.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         raise UserError(f"{root}: no checkpoint here: neither {LATEST_FILE} nor .metadata exists") from None
-    if text != RELEASE and not text.isdigit():
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{latest}: cannot be read: {error}") from None
+    if text != RELEASE and not re.fullmatch("[0-9]{1,15}", text):
         raise UserError(f"{latest}: an iteration number or `{RELEASE}` is expected, not {text[:40]!r}")
     return None if text == RELEASE else int(text)
 

@@ -32,9 +32,10 @@ from megatron_moe_lpr.conversion.names import (
 from megatron_moe_lpr.conversion.safetensors_writer import TensorSpec, write_safetensors
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.upcycling import split_qkv
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import atomic_directory
 from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.progress import ProgressReport
 
 
@@ -89,7 +90,7 @@ def export_hf(
     plan = plan_export(load, verified, base)
     specs = plan.specs()
     total = sum(spec.num_bytes for spec in specs)
-    with being_read(plan.checkpoint.path), atomic_directory(hf, overwrite) as partial:
+    with being_read(plan.checkpoint.path), naming(hf), atomic_directory(hf, overwrite) as partial:
         check_disk_space(partial, total)
         with ProgressReport("exporting", total) as progress:
             write_safetensors(partial, specs, _Producer(plan, progress), max_shard_bytes)
@@ -150,6 +151,10 @@ def check_model_tensors(rows: list[Row], reader: CheckpointReader) -> None:
 def read_row(row: Row, reader: CheckpointReader, architecture: Architecture, dtype: torch.dtype) -> list[torch.Tensor]:
     """The Hugging Face tensors of one row: query, key and value apart, the vocabulary's padding cut off."""
     tensor = reader.read(row.key)
+    if not is_finite(tensor):
+        raise UserError(
+            f"{reader.directory}: {row.key} holds NaN or infinite values; use a checkpoint from before they appeared"
+        )
     parts = split_qkv(tensor, architecture) if len(row.shapes) > 1 else (tensor[: row.shapes[0][0]],)
     return [part.reshape(shape).to(dtype) for part, shape in zip(parts, row.shapes, strict=True)]
 

@@ -7,8 +7,10 @@ readers all find their own spelling. Written out are the fields whose default di
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS, check_experts
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.architecture import FAMILIES, Architecture
+from megatron_moe_lpr.json_files import checked_integer, integer, is_integer, shown
+from megatron_moe_lpr.model.architecture import FAMILIES, MAX_LAYERS, MAX_SIZE, Architecture
 
 # Wide enough that tensor-parallel servers can split it; all its weights are zero.
 SHARED_EXPERT_WIDTH = 128
@@ -129,47 +131,59 @@ def dense_config(moe: Mapping[str, Any], source: str) -> dict[str, Any]:
         dense["intermediate_size"] = _qwen_intermediate_size(moe, source)
     if model_type == "qwen3_moe" and not moe.get("head_dim"):
         # Qwen3 reads an absent head_dim as 128.
-        dense["head_dim"] = int(moe["hidden_size"]) // int(moe["num_attention_heads"])
+        heads = integer(moe, "num_attention_heads", source, 1, MAX_SIZE)
+        dense["head_dim"] = integer(moe, "hidden_size", source, 1, MAX_SIZE) // heads
     return dense
 
 
 def _refuse_foreign_moe(moe: Mapping[str, Any], model_type: str, source: str) -> None:
     if model_type == "mixtral":
-        if top_k_of(moe) == 1:
+        if top_k_of(moe, source) == 1:
             raise UserError(f"{source}: a Mixtral with one expert per token weights it by 1, not by its probability")
         return
     if moe.get("decoder_sparse_step", 1) != 1:
         raise UserError(f"{source}: decoder_sparse_step other than 1 is not supported; list mlp_only_layers instead")
-    if top_k_of(moe) > 1 and not moe.get("norm_topk_prob", False):
+    if top_k_of(moe, source) > 1 and not moe.get("norm_topk_prob", False):
         raise UserError(f"{source}: norm_topk_prob=false is not MoE-LPR's routing (the weights must add up to 1)")
-    if top_k_of(moe) == 1 and moe.get("norm_topk_prob", False):
+    if top_k_of(moe, source) == 1 and moe.get("norm_topk_prob", False):
         raise UserError(f"{source}: norm_topk_prob=true with one expert per token weights it by 1, not its probability")
     if model_type == "qwen2_moe" and not moe.get("qkv_bias", True):
         raise UserError(f"{source}: qkv_bias=false is not supported for qwen2_moe")
 
 
 def _qwen_intermediate_size(moe: Mapping[str, Any], source: str) -> int:
-    expert, dense = moe.get("moe_intermediate_size"), moe.get("intermediate_size")
-    if not expert:
-        raise UserError(f"{source}: the field 'moe_intermediate_size' is missing")
+    expert, dense = integer(moe, "moe_intermediate_size", source, 1, MAX_SIZE), moe.get("intermediate_size")
     if moe.get("mlp_only_layers") and dense != expert:
-        raise UserError(f"{source}: experts ({expert}) and dense layers ({dense}) must have the same intermediate size")
-    return int(expert)
+        raise UserError(
+            f"{source}: experts ({expert}) and dense layers ({shown(dense)}) must have the same intermediate size"
+        )
+    return expert
 
 
-def top_k_of(moe: Mapping[str, Any]) -> int:
-    """Experts per token of a stock MoE configuration."""
-    return int(moe.get("num_experts_per_tok") or MOE_DEFAULTS[moe["model_type"]]["num_experts_per_tok"])
+def top_k_of(moe: Mapping[str, Any], source: str) -> int:
+    """Experts per token of a stock MoE configuration.
+
+    Raises:
+        UserError: no such number.
+    """
+    given = moe.get("num_experts_per_tok")
+    value = MOE_DEFAULTS[moe["model_type"]]["num_experts_per_tok"] if given is None else given
+    return checked_integer(value, "num_experts_per_tok", source, 1, MAX_EXPERTS)
 
 
 def experts_per_layer_of(moe: Mapping[str, Any], source: str) -> list[int]:
     """Number of experts of each layer of a stock MoE configuration; 1 for a dense layer.
 
     Raises:
-        UserError: a field is missing.
+        UserError: a field is missing, or is no such number or list.
     """
-    experts = moe.get("num_local_experts") or moe.get("num_experts")
-    if not experts or "num_hidden_layers" not in moe:
-        raise UserError(f"{source}: the number of experts or of layers is missing")
-    dense = set(moe.get("mlp_only_layers") or ())
-    return [1 if layer in dense else int(experts) for layer in range(int(moe["num_hidden_layers"]))]
+    name = "num_local_experts" if moe.get("num_local_experts") is not None else "num_experts"
+    experts = integer(moe, name, source, 1, MAX_EXPERTS)
+    layers = integer(moe, "num_hidden_layers", source, 1, MAX_LAYERS)
+    dense = moe.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(is_integer(layer, 0, layers - 1) for layer in dense):
+        raise UserError(f"{source}: mlp_only_layers must be a list of layers from 0 to {layers - 1}")
+    chosen = set(dense)
+    counts = [1 if layer in chosen else experts for layer in range(layers)]
+    check_experts(counts, f"{source}: {name}")
+    return counts

@@ -30,7 +30,8 @@ from megatron_moe_lpr.conversion.names import (
 )
 from megatron_moe_lpr.conversion.safetensors_source import SafetensorsSource, weight_files
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.architecture import Architecture, read_architecture
+from megatron_moe_lpr.json_files import checked_integer
+from megatron_moe_lpr.model.architecture import MAX_SIZE, Architecture, read_architecture
 
 TOKENIZER_PATTERNS = (
     "tokenizer*",
@@ -88,7 +89,8 @@ def open_hf_directory(path: Path) -> HFDirectory:
         raise UserError(f"{path}: no such directory; a Hugging Face model directory is expected")
     config_path = path / CONFIG_FILE
     config = read_json(config_path)
-    if config.get("model_type") in DENSE_FAMILY_OF_MOE:
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in DENSE_FAMILY_OF_MOE:
         return _open_moe(path, config)
     architecture = read_architecture(config, str(config_path))
     layers = [1] * architecture.num_layers
@@ -102,8 +104,10 @@ def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
     architecture = read_architecture(config, source)
     if architecture.family.moe_model_type != moe["model_type"] or (card and card.experts_per_layer != experts):
         raise UserError(f"{path / SIDE_DIRECTORY}: does not belong to {source}; remove it to read the MoE as it is")
-    width = int(moe.get("shared_expert_intermediate_size") or SHARED_EXPERT_WIDTH)
-    return HFDirectory(path, config, architecture, MOE_LAYOUTS[moe["model_type"]], experts, top_k_of(moe), width, card)
+    width = moe.get("shared_expert_intermediate_size") or SHARED_EXPERT_WIDTH
+    checked_integer(width, "shared_expert_intermediate_size", source, 1, MAX_SIZE)
+    top_k = top_k_of(moe, source)
+    return HFDirectory(path, config, architecture, MOE_LAYOUTS[moe["model_type"]], experts, top_k, width, card)
 
 
 def _card(path: Path) -> CheckpointCard | None:

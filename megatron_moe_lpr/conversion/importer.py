@@ -18,8 +18,9 @@ from megatron_moe_lpr.conversion.names import Role, Row
 from megatron_moe_lpr.conversion.plan import ImportOptions, ImportPlan, plan_import
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.upcycling import initial_router, interleave_qkv
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import atomic_directory
+from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.progress import ProgressReport
 
 
@@ -34,7 +35,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
     plan = plan_import(options)
     _check_shared_experts(plan)
     total = sum(math.prod(row.shape) * plan.dtype_of(row).itemsize for row in plan.rows)
-    with atomic_directory(save, overwrite) as partial:
+    with naming(save), atomic_directory(save, overwrite) as partial:
         check_disk_space(partial, total)
         iteration = partial / RELEASE
         with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("importing", total) as progress:
@@ -52,7 +53,7 @@ def _write_tensors(plan: ImportPlan, writer: CheckpointWriter, progress: Progres
     with ThreadPoolExecutor(1) as pool:
         for _, group in itertools.groupby(plan.rows, key=lambda row: row.names or row.key):
             rows = list(group)
-            parts = [plan.source.read(name) for name in rows[0].names]
+            parts = [_read_finite(plan, name) for name in rows[0].names]
             hashing = [pool.submit(fingerprint.add, *pair) for pair in zip(rows[0].dense_names, parts, strict=False)]
             tensor = _tensor(plan, rows[0], parts)
             for row in rows:
@@ -62,6 +63,16 @@ def _write_tensors(plan: ImportPlan, writer: CheckpointWriter, progress: Progres
                 future.result()
     _check_complete(plan, writer)
     return fingerprint.hexdigest()
+
+
+def _read_finite(plan: ImportPlan, name: str) -> torch.Tensor:
+    tensor = plan.source.read(name)
+    if not is_finite(tensor):
+        raise UserError(
+            f"{plan.source.file_of(name)}: {name} holds NaN or infinite values; copy the file again, "
+            "or use a model without them"
+        )
+    return tensor
 
 
 def _tensor(plan: ImportPlan, row: Row, parts: list[torch.Tensor]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS, check_experts
 from megatron_moe_lpr.conversion.adapter import Adapter, open_adapter
 from megatron_moe_lpr.conversion.hf_directory import HFDirectory, check_tensors, common_dtype, open_hf_directory
 from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
@@ -64,6 +65,7 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     model = open_hf_directory(options.hf)
     adapter = open_adapter(options.adapter) if options.adapter else None
     experts, top_k = _experts(options, model, adapter)
+    check_experts(experts, "--num-experts")
     _check_routing(experts, top_k, options.allow_top_1 or model.is_moe)
     check_expert_parallel(max(experts) - 1, options.expert_parallel_size)
     layout = ADAPTER_LAYOUT if adapter else model.layout
@@ -84,8 +86,8 @@ def _experts(options: ImportOptions, model: HFDirectory, adapter: Adapter | None
     if adapter:
         return _given(options, adapter.experts_per_layer(num_layers), adapter.top_k, str(adapter.path))
     num_experts = PAPER_NUM_EXPERTS if options.num_experts is None else options.num_experts
-    if num_experts < 1:
-        raise UserError(f"--num-experts {num_experts}: at least 1 (the dense model itself) is needed")
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise UserError(f"--num-experts {num_experts}: from 1 (the dense model itself) to {MAX_EXPERTS:,}")
     chosen = layers_with_experts(options.moe_layer_freq or "1", num_layers)
     experts = [num_experts if has_experts else 1 for has_experts in chosen]
     default_top_k = PAPER_TOP_K if num_experts > 1 else 1

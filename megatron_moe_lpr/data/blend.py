@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_moe_lpr.data.indexed import read_lengths
+from megatron_moe_lpr.data.indexed import check_index, read_lengths
 from megatron_moe_lpr.data.inspection import check_tokenizer
 from megatron_moe_lpr.data.manifest import Manifest, read_manifest, strip_suffix, verify_index
 from megatron_moe_lpr.data.merging import check_agreement
@@ -122,6 +122,7 @@ def _entry(
     lengths = read_lengths(prefix)
     if len(lengths) != manifest.documents:
         raise UserError(f"{prefix}.idx: {len(lengths):,} documents, but {manifest.documents:,} in {prefix}.json")
+    check_index(prefix, manifest.dtype, manifest.tokens)
     first, end = (round(fraction * len(lengths)) for fraction in documents)
     whole = (first, end) == (0, len(lengths))
     tokens = manifest.tokens if whole else int(np.sum(lengths[first:end], dtype=np.int64))

@@ -37,6 +37,8 @@ class EncoderOptions:
     eod_token: str | None
     append_eod: bool
     documents: DocumentOptions
+    model_vocabulary: int | None = None
+    """Ids of the model that the tokenizer belongs to, where it is known; more are refused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,12 @@ class BlockEncoder:
             lengths.append(len(ids) + self.options.append_eod)
             sizes.append(len(text) if text.isascii() else len(text.encode("utf-8")))
         ids = np.frombuffer(tokens, dtype=np.int32) if tokens else np.empty(0, np.int32)
+        limit = self.options.model_vocabulary
+        if limit is not None and len(ids) and int(ids.max()) >= limit:
+            raise UserError(
+                f"{self.tokenizer.path}: gives the token id {int(ids.max())}, and config.json beside it says that the "
+                f"model has {limit:,} ids (vocab_size); use the model's own tokenizer"
+            )
         return EncodedDocuments(
             ids.astype(self.tokenizer.dtype), np.array(lengths, np.int32), np.array(sizes, np.int64)
         )

@@ -21,6 +21,8 @@ _VERSION = 1
 _DTYPE_CODES = {"int32": 4, "uint16": 8}
 _LENGTHS_OFFSET = len(_HEADER) + 8 + 1 + 8 + 8
 COPY_BYTES = 16 << 20
+INDEX_BLOCK = 1 << 20
+"""Documents looked at together."""
 
 
 class IndexedWriter:
@@ -98,8 +100,11 @@ def read_lengths(prefix: str) -> np.ndarray:
         UserError: not an index of this form.
     """
     path = idx_path(prefix)
-    with open(path, "rb") as file:
-        header = file.read(_LENGTHS_OFFSET)
+    try:
+        with open(path, "rb") as file:
+            header = file.read(_LENGTHS_OFFSET)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if len(header) != _LENGTHS_OFFSET or not header.startswith(_HEADER):
         raise UserError(f"{path}: not an index of a Megatron indexed dataset")
     documents = struct.unpack_from("<Q", header, _LENGTHS_OFFSET - 16)[0]
@@ -108,6 +113,41 @@ def read_lengths(prefix: str) -> np.ndarray:
     if not documents:
         return np.empty(0, np.int32)
     return np.memmap(path, dtype="<i4", mode="r", offset=_LENGTHS_OFFSET, shape=(documents,))
+
+
+def check_index(prefix: str, dtype: str, tokens: int) -> None:
+    """Check every number of an .idx, in blocks, before megatron-core reads where documents lie from it.
+
+    Args:
+        prefix: the dataset.
+        dtype: of a token, as the manifest has it.
+        tokens: in the .bin.
+
+    Raises:
+        UserError: it is not the index of such documents, one after the other.
+    """
+    lengths, path = read_lengths(prefix), idx_path(prefix)
+    documents = len(lengths)
+    with open(path, "rb") as file:
+        version, code, _, indices = struct.unpack("<QBQQ", file.read(_LENGTHS_OFFSET)[len(_HEADER) :])
+    if (version, code, indices) != (_VERSION, _DTYPE_CODES[dtype], documents + 1):
+        raise UserError(f"{path}: not an index of {documents:,} documents of {dtype}; preprocess again")
+    # Unaligned, therefore not memory-mapped as a whole.
+    pointers = np.memmap(path, dtype="<i8", mode="r", offset=_LENGTHS_OFFSET + 4 * documents)
+    end, itemsize = 0, np.dtype(dtype).itemsize
+    for start in range(0, documents, INDEX_BLOCK):
+        block = lengths[start : start + INDEX_BLOCK].astype(np.int64)
+        ends = end + np.cumsum(block)
+        places = pointers[start : start + len(block)]
+        if block.min() < 0 or not np.array_equal(places, (ends - block) * itemsize):
+            raise UserError(f"{path}: damaged: a document's length or place is wrong; copy it or preprocess again")
+        end = int(ends[-1])
+    for start in range(0, documents + 1, INDEX_BLOCK):
+        numbers = pointers[documents + start : documents + min(start + INDEX_BLOCK, documents + 1)]
+        if not np.array_equal(numbers, np.arange(start, start + len(numbers))):
+            raise UserError(f"{path}: damaged: documents are not one sequence each; copy it or preprocess again")
+    if end != tokens:
+        raise UserError(f"{path}: documents of {end:,} tokens, and the .bin has {tokens:,}; preprocess again")
 
 
 def open_tokens(prefix: str, dtype: np.dtype) -> np.ndarray:

@@ -20,9 +20,10 @@ from megatron_moe_lpr.data.encoding import (
 )
 from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
 from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path
+from megatron_moe_lpr.data.output_lock import output_lock
 from megatron_moe_lpr.data.sources import Slice, disk_bytes, expand_inputs, partition_slices, read_blocks
-from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer, model_vocabulary
+from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import sha256_of_file, sync_directory
 from megatron_moe_lpr.progress import ProgressReport
 
@@ -56,7 +57,9 @@ class PartialDatasets:
     def __init__(self, directory: Path, plan: PreprocessingPlan, dtype: str) -> None:
         self.directory, self.plan, self.dtype = directory, plan, dtype
         self.writers: dict[str, IndexedWriter] = {}
+        self.locks = contextlib.ExitStack()
         self.text_bytes: Counter = Counter()
+        self.largest_token: dict[str, int] = {}
         self.documents = self.tokens = 0
 
     def append(self, language: str, documents: EncodedDocuments) -> None:
@@ -65,6 +68,7 @@ class PartialDatasets:
         if self.plan.max_documents is not None:
             documents = documents.head(self.plan.max_documents - writer.documents)
         writer.append(documents.tokens, documents.lengths)
+        self.largest_token[language] = max(self.largest_token.get(language, 0), int(documents.tokens.max(initial=0)))
         self.text_bytes[language] += int(documents.text_bytes.sum())
         self.documents += len(documents.lengths)
         self.tokens += len(documents.tokens)
@@ -86,9 +90,10 @@ class PartialDatasets:
         return shuffled, checksum
 
     def close(self) -> None:
-        """Release the files, finished or not."""
-        for writer in self.writers.values():
-            writer.__exit__(None, None, None)
+        """Release the files, finished or not, and their prefixes."""
+        with self.locks:
+            for writer in self.writers.values():
+                writer.__exit__(None, None, None)
 
     def open(self, language: str) -> IndexedWriter:
         """Start the dataset of a language; raises UserError where its output exists."""
@@ -97,6 +102,7 @@ class PartialDatasets:
         prefix = self.plan.prefix(language)
         if str(manifest_path(prefix)) in self.plan.inputs:
             raise UserError(f"--output-prefix {prefix}: its manifest would replace the input {prefix}.json")
+        self.locks.enter_context(output_lock(prefix))
         refuse_existing(prefix, self.plan.overwrite)
         self.writers[language] = IndexedWriter(str(self.directory / language), self.dtype)
         return self.writers[language]
@@ -115,7 +121,7 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
     slices = partition_slices(names, *plan.partition)
     tokenizer = load_tokenizer(plan.encoder.tokenizer, plan.encoder.eod_token)
     language = plan.encoder.documents.language
-    with partial_directory(plan.output_prefix) as directory:
+    with naming(plan.output_prefix), partial_directory(plan.output_prefix) as directory:
         datasets = PartialDatasets(directory, plan, tokenizer.dtype)
         try:
             if language:
@@ -155,7 +161,9 @@ def _encode_into(datasets: PartialDatasets, slices: list[Slice], tokenizer: Toke
     columns = [options.json_key, *([options.language_key] if options.language_key else [])]
     total = sum(piece.end - piece.start for piece in slices) or None
     blocks = (block for piece in slices for block in read_blocks(piece, columns))
-    encoder = BlockEncoder(tokenizer, plan.encoder)
+    encoder = BlockEncoder(
+        tokenizer, dataclasses.replace(plan.encoder, model_vocabulary=model_vocabulary(tokenizer.path))
+    )
     with worker_pool(encoder, plan.workers) as pool, ProgressReport("preprocessing", total) as progress:
         for block in encode_blocks(pool, blocks, plan.workers):
             skipped.update(block.counts)
@@ -186,8 +194,11 @@ def _publish(datasets: PartialDatasets, language: str, template: Manifest) -> Ma
         documents=writer.documents,
         tokens=writer.tokens,
         text_bytes=datasets.text_bytes[language],
+        largest_token=datasets.largest_token.get(language, 0),
         bin_xxh3_128=checksum,
     )
+    # Once more: not every file system knows the lock that keeps another run from this prefix.
+    refuse_existing(datasets.plan.prefix(language), datasets.plan.overwrite)
     return publish(partial, datasets.plan.prefix(language), manifest)
 
 

@@ -13,7 +13,9 @@ from megatron_moe_lpr.data.blend import BlendEntry, read_blend
 from megatron_moe_lpr.data.languages import LanguageRegistry
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.data.validation_dataset import ValidationDataset
+from megatron_moe_lpr.data.vocabulary import check_token_ids
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.evaluation.finite import check_finite_losses, check_finite_weights
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
 from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, check_layout
 from megatron_moe_lpr.parallel.groups import initialize_parallel
@@ -65,6 +67,7 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
     fingerprint = load_tokenizer(directory.side_directory).fingerprint if card.tokenizer_files else None
     entries = read_blend(plan.valid_data_path, "--valid-data-path", tokenizer_fingerprint=fingerprint)
     languages = LanguageRegistry(entry.language for entry in entries)
+    check_token_ids(entries, shape.architecture.vocab_size, str(directory.path))
     original = _original_languages(plan, card, languages)
     check_layout(shape, plan.layout)
 
@@ -72,11 +75,13 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
     initialize_parallel(platform, plan.layout)
     dtype = plan.dtype or getattr(torch, card.dtype)
     model = load_model(directory, plan.layout, platform, ComputeOptions(dtype=dtype), verified=plan.verify)
+    check_finite_weights(model.chunks, directory.path)
     table = languages.original_table(original).to(platform.device)
     results = [
         evaluate_dataset(model.chunks, model.config, shape, dataset, table, platform.device, plan.micro_batch_size)
         for dataset in _datasets(entries, languages, plan.seq_length)
     ]
+    check_finite_losses(results, directory.path, dtype)
     return Evaluation(directory, card, str(dtype).removeprefix("torch."), plan.seq_length, original, results)
 
 

@@ -17,6 +17,7 @@ from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.data.config import DataSources, read_data_sources
 from megatron_moe_lpr.data.datasets import Datasets, build_datasets
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
+from megatron_moe_lpr.data.vocabulary import check_token_ids
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, check_layout, check_options, check_platform
 from megatron_moe_lpr.model.fp8 import FP8Options
@@ -72,6 +73,7 @@ def prepare(config: TrainingConfig) -> Run:
     shape, card = model_shape(start), start.card()
     fingerprint = load_tokenizer(start.side_directory).fingerprint if card.tokenizer_files else None
     sources = read_data_sources(config.data, fingerprint, original_may_be_absent=stage.original_languages != "required")
+    check_token_ids([*sources.train, *sources.valid], shape.architecture.vocab_size, str(start.path))
     check_stage(stage, card.is_moe, sources)
     _check_lengths(config, shape)
     if config.checkpoint.save_trainable_only and stage.name == "full":

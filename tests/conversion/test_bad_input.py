@@ -334,3 +334,41 @@ def write_bad_adapter(directory: Path, config: dict, tensors: Tensors) -> Path:
 def test_bad_adapters(config: dict, words: str, dense: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
     adapter = write_bad_adapter(tmp_path / "adapter", config, {"odd": torch.ones(1)})
     assert words in refuse("import", "--hf", dense, "--adapter", adapter, "--save", tmp_path / "out")
+
+
+def test_weights_that_are_not_finite_are_not_imported(dense: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_hf(dense, lambda tensors: tensors[name].view(-1)[:1].fill_(torch.nan))
+    line = refuse("import", "--hf", dense, "--save", tmp_path / "out")
+    assert f"model.safetensors: {name} holds NaN or infinite values" in line
+
+
+def test_weights_that_are_not_finite_are_not_exported(
+    checkpoint: Path, tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+    router = "decoder.layers.1.mlp.router.weight"
+    rewrite_checkpoint(checkpoint, lambda tensors: tensors[router].view(-1)[:1].fill_(torch.inf))
+    line = refuse("export", "--load", checkpoint, "--hf", tmp_path / "out")
+    assert f"{router} holds NaN or infinite values" in line
+
+
+def test_a_billion_experts_in_a_card_take_no_memory(
+    checkpoint: Path, tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+    card = checkpoint / "release" / "moe_lpr" / "card.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"experts_per_layer": [10**9] * 3}))
+    line = refuse("export", "--load", checkpoint, "--hf", tmp_path / "out")
+    assert "card.json: experts_per_layer: a layer has 1 to 1,024 experts, not 1000000000" in line
+
+
+def test_overlapping_tensors(dense: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
+    path = dense / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    first, second = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.k_proj.weight"
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    line = refuse("import", "--hf", dense, "--save", tmp_path / "out")
+    assert "model.safetensors" in line and "lies over" in line
