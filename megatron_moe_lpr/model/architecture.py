@@ -108,9 +108,8 @@ def _family(config: HFConfig, source: str) -> Family:
 def _refuse_unsupported(config: HFConfig, family: Family, source: str) -> None:
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{source}: hidden_act={config['hidden_act']!r} is not supported, only 'silu'")
-    for switch in ("attention_bias", "mlp_bias"):
-        if family.name != "qwen2" and config.get(switch):
-            raise UserError(f"{source}: {switch}=true is not supported for {family.architecture}")
+    if family.name != "qwen2" and config.get("mlp_bias"):
+        raise UserError(f"{source}: mlp_bias=true is not supported for {family.architecture}")
     if config.get("quantization_config"):
         raise UserError(f"{source}: quantised weights are not supported; convert from the bf16 checkpoint")
 
@@ -121,11 +120,26 @@ def _rope(config: HFConfig, source: str) -> Mapping[str, Any]:
     rope.update(config.get("rope_parameters") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise UserError(f"{source}: rope_type {rope['rope_type']!r} is not supported; default, linear and llama3 are")
+    if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
+        raise UserError(
+            f"{source}: rope_type {rope['rope_type']!r} is not supported; default, linear, llama3 and yarn are"
+        )
+    if rope["rope_type"] == "yarn":
+        _check_yarn(rope, source)
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError(f"{source}: partial_rotary_factor other than 1 is not supported")
     return rope
+
+
+def _check_yarn(rope: Mapping[str, Any], source: str) -> None:
+    """Qwen's form: the factor and the original context, and perhaps betas and the attention factor."""
+    for name in ("factor", "original_max_position_embeddings"):
+        if not rope.get(name):
+            raise UserError(f"{source}: rope_type 'yarn' without {name}")
+    known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"}
+    unknown = {name for name, value in rope.items() if value is not None} - known - {"beta_fast", "beta_slow"}
+    if unknown - {"type"}:
+        raise UserError(f"{source}: rope_type 'yarn' with {', '.join(sorted(unknown))} is not supported")
 
 
 def _num_query_groups(config: HFConfig, family: Family, heads: int) -> int:
@@ -137,8 +151,19 @@ def _num_query_groups(config: HFConfig, family: Family, heads: int) -> int:
 
 
 def _sliding_window(config: HFConfig, family: Family, source: str) -> int | None:
+    """The one window of all layers; a window in some of them only is refused."""
     if family.name == "mistral":
-        return config.get("sliding_window", MISTRAL_SLIDING_WINDOW)
-    if config.get("use_sliding_window"):
-        raise UserError(f"{source}: use_sliding_window=true (a window in some layers only) is not supported")
-    return None
+        window = config.get("sliding_window", MISTRAL_SLIDING_WINDOW)
+    else:
+        layers = int(config["num_hidden_layers"])
+        # transformers gives a window to the layers from max_window_layers on.
+        if config.get("use_sliding_window") and int(config.get("max_window_layers", 28)) < layers:
+            raise UserError(f"{source}: use_sliding_window=true (a window in some layers only) is not supported")
+        window = None
+    kinds = set(config.get("layer_types") or ())
+    if kinds - {"sliding_attention" if window else "full_attention"}:
+        raise UserError(
+            f"{source}: layer_types holds {' and '.join(sorted(map(str, kinds)))}; all layers must be alike, and "
+            + (f"this model's window is {window} in all of them" if window else "without a window here")
+        )
+    return window
