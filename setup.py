@@ -20,6 +20,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",
+        "huggingface_hub",
         "numpy",
         "packaging",
         # Megatron's asynchronous checkpoint writer hangs for ever where psutil is missing.

@@ -9,9 +9,11 @@ import torch
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.conversion.exporter import export_hf
+from megatron_moe_lpr.conversion.exporter import Engine, export_hf
 from megatron_moe_lpr.conversion.importer import import_hf
 from megatron_moe_lpr.conversion.inspection import inspect_directory, print_inspection
+from megatron_moe_lpr.conversion.model_card import CardOptions
+from megatron_moe_lpr.conversion.notes import import_notes
 from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.conversion.safetensors_writer import parse_size
 from megatron_moe_lpr.conversion.verify import print_comparison
@@ -59,7 +61,9 @@ class Import:
             allow_top_1=self.allow_top_1,
             expert_parallel_size=self.expert_model_parallel_size,
         )
-        import_hf(options, self.save, self.overwrite)
+        card = import_hf(options, self.save, self.overwrite)
+        for note in import_notes(self.hf, card):
+            print(f"note: {note}")
         print_inspection(self.save, inspect_directory(self.save))
 
 
@@ -75,6 +79,14 @@ class Export:
     """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
     max_shard_size: str = "5GB"
     """Largest size of one safetensors file, for example 500MB or 2GiB."""
+    engine: Annotated[Engine, tyro.conf.arg(name="for")] = "transformers"
+    """What reads it: transformers stands for vLLM and SGLang too; llama.cpp needs a form of its own."""
+    base_model: str | None = None
+    """For the model card: the base model's name on the hub. Default: what its config.json says."""
+    licence: str | None = None
+    """For the model card: the base model's licence in the hub's spelling. Default: what its README.md says."""
+    evaluation: Path | None = None
+    """For the model card: the file that tools/evaluate.py --output wrote."""
     overwrite: bool = False
     """Replace what is at --hf."""
     verify: bool = True
@@ -82,9 +94,23 @@ class Export:
 
     def run(self) -> None:
         """Convert, then print what came out."""
+        options = CardOptions(self.base_model, self.licence, self.evaluation)
         size = parse_size(self.max_shard_size)
-        export_hf(self.load, self.hf, size, self.overwrite, self.verify, self.base_checkpoint)
-        print_inspection(self.hf, inspect_directory(self.hf))
+        plan = export_hf(
+            self.load,
+            self.hf,
+            size,
+            overwrite=self.overwrite,
+            verified=self.verify,
+            base=self.base_checkpoint,
+            engine=self.engine,
+            card_options=options,
+        )
+        for warning in plan.warnings:
+            print(f"warning: {warning}")
+        # Not every form for llama.cpp is a Hugging Face model.
+        shown = self.hf if self.engine == "transformers" else self.load
+        print_inspection(self.hf, inspect_directory(shown))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`config.json` of the stock MoE architecture from the dense model's, and back.
 
-Fields stay as the source had them wherever both architectures read them alike, so that transformers 4 and 5 and other
-readers all find their own spelling. Written out are the fields whose default differs between the two architectures.
+Fields stay as the source had them wherever both architectures read them alike. Written out are the fields whose default
+differs between the two architectures, and the rotary embedding in the spellings of transformers 4 and 5.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,11 +54,24 @@ def moe_config(
         output_router_logits=False,
         router_aux_loss_coef=0.001,
     )
-    if "rope_parameters" not in dense:
-        config["rope_theta"] = architecture.rope["rope_theta"]
+    config = with_both_rope_spellings(config, architecture)
+    if config.get("attention_bias"):
+        config["attention_bias"] = False  # Zero, or the import would have refused them.
     if family.moe_model_type == "mixtral":
-        return {**config, **_mixtral_fields(architecture, experts_per_layer, num_experts, top_k)}
+        return {**config, **mixtral_fields(architecture, num_experts, top_k)}
     return {**config, **_qwen_fields(architecture, experts_per_layer, num_experts, top_k)}
+
+
+def with_both_rope_spellings(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The configuration with `rope_theta` and `rope_scaling`, which transformers 4 reads, beside `rope_parameters`.
+
+    A reader that does not know `rope_parameters` takes its own defaults without a word.
+    """
+    config = {**config, "rope_theta": architecture.rope["rope_theta"]}
+    if "rope_parameters" in config:
+        scaling = {name: value for name, value in architecture.rope.items() if name != "rope_theta"}
+        config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    return config
 
 
 def _common_number_of_experts(experts_per_layer: Sequence[int], architecture: Architecture) -> int:
@@ -71,15 +84,12 @@ def _common_number_of_experts(experts_per_layer: Sequence[int], architecture: Ar
     return counts[0]
 
 
-def _mixtral_fields(
-    architecture: Architecture, experts_per_layer: Sequence[int], num_experts: int, top_k: int
-) -> dict[str, Any]:
-    dense_layers = [layer for layer, experts in enumerate(experts_per_layer) if experts == 1]
-    if dense_layers:
-        raise UserError(
-            f"cannot export: layers {', '.join(map(str, dense_layers))} are dense, and MixtralForCausalLM (the stock "
-            f"form for {architecture.family.name}) has experts in every layer; convert with --moe-layer-freq 1"
-        )
+def mixtral_fields(architecture: Architecture, num_experts: int, top_k: int) -> dict[str, Any]:
+    """What MixtralForCausalLM reads beside the fields of every family.
+
+    Raises:
+        UserError: top-k 1, which it cannot hold.
+    """
     if top_k == 1:
         raise UserError(
             "cannot export: with top-k 1 the expert is weighted by its probability, and MixtralForCausalLM weights a "
@@ -123,7 +133,8 @@ def dense_config(moe: Mapping[str, Any], source: str) -> dict[str, Any]:
     dense = {name: value for name, value in config.items() if name not in MOE_FIELDS}
     dense.update(model_type=family.name, architectures=[family.architecture])
     if "rope_parameters" in dense:
-        dense.pop("rope_theta", None)
+        for name in ("rope_theta", "rope_scaling"):
+            dense.pop(name, None)
     if model_type == "mixtral":
         # Mistral reads an absent window as 4096, Mixtral as none.
         dense["sliding_window"] = moe.get("sliding_window")

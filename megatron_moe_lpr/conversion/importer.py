@@ -33,7 +33,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
     """
     check_separate(options.hf, "--hf", save, "--save")
     plan = plan_import(options)
-    _check_shared_experts(plan)
+    _check_extra_tensors(plan)
     total = sum(math.prod(row.shape) * plan.dtype_of(row).itemsize for row in plan.rows)
     with naming(save), atomic_directory(save, overwrite) as partial:
         check_disk_space(partial, total)
@@ -53,7 +53,7 @@ def _write_tensors(plan: ImportPlan, writer: CheckpointWriter, progress: Progres
     with ThreadPoolExecutor(1) as pool:
         for _, group in itertools.groupby(plan.rows, key=lambda row: row.names or row.key):
             rows = list(group)
-            parts = [_read_finite(plan, name) for name in rows[0].names]
+            parts = [_read_finite(plan, name).to(plan.dtype_of(rows[0])) for name in rows[0].names]
             hashing = [pool.submit(fingerprint.add, *pair) for pair in zip(rows[0].dense_names, parts, strict=False)]
             tensor = _tensor(plan, rows[0], parts)
             for row in rows:
@@ -81,16 +81,18 @@ def _tensor(plan: ImportPlan, row: Row, parts: list[torch.Tensor]) -> torch.Tens
         return initial_router(num_experts, hidden_size, plan.seed, row.layer)
     if len(parts) > 1:
         return interleave_qkv(parts, plan.model.architecture)
-    return parts[0].to(plan.dtype_of(row))
+    return parts[0]
 
 
-def _check_shared_experts(plan: ImportPlan) -> None:
-    for name in plan.model.shared_experts():
-        if torch.count_nonzero(plan.source.read(name)):
-            raise UserError(
-                f"{plan.source.file_of(name)}: {name} is not zero; a Qwen2-MoE with a real shared expert is not an "
-                "upcycled dense model and cannot be imported"
-            )
+def _check_extra_tensors(plan: ImportPlan) -> None:
+    for extra in plan.model.extra():
+        tensor = plan.source.read(extra.name)
+        if extra.copy_of is not None:
+            fits, wanted = torch.equal(tensor, plan.source.read(extra.copy_of)), f"is not equal to {extra.copy_of}"
+        else:
+            fits, wanted = not torch.count_nonzero(tensor), "is not zero"
+        if not fits:
+            raise UserError(f"{plan.source.file_of(extra.name)}: {extra.name} {wanted}; {extra.otherwise}")
 
 
 def _check_complete(plan: ImportPlan, writer: CheckpointWriter) -> None:

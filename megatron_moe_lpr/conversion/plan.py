@@ -72,7 +72,7 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     rows = model_rows(model.architecture, experts, layout)
     files = weight_files(model.path) + ([adapter.weights] if adapter else [])
     source = SafetensorsSource(files)
-    check_tensors(rows, model.shared_experts(), source, adapter.path if adapter else model.path)
+    check_tensors(rows, model.extra(), source, adapter.path if adapter else model.path)
     originals = [source.tensors[name] for row in rows if row.role.is_original for name in row.names]
     return ImportPlan(model, adapter, experts, top_k, options.seed, rows, source, common_dtype(originals, model.path))
 

@@ -79,16 +79,18 @@ class SafetensorsSource:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face directory: those that the index names, or the single file.
+    """The safetensors files of a Hugging Face directory: the single file, or those that the index names.
+
+    Where both are there, transformers reads the single file; so does this.
 
     Raises:
         UserError: a file that the index names is missing, or there are no safetensors files.
     """
     index = directory / INDEX_FILE
-    if index.is_file():
-        return _indexed_files(index)
     if (directory / SINGLE_FILE).is_file():
         return [directory / SINGLE_FILE]
+    if index.is_file():
+        return _indexed_files(index)
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
         raise UserError(
             f"{directory}: only pickled weights (.bin) here; they can run code and are not read; rewrite them "

@@ -22,6 +22,7 @@ MISTRAL_SLIDING_WINDOW = 4096
 ROPE_PARAMETERS = {
     "default": ("rope_theta",),
     "linear": ("rope_theta", "factor"),
+    "yarn": ("rope_theta", "factor", "original_max_position_embeddings"),
     "llama3": (
         "rope_theta",
         "factor",
@@ -127,9 +128,8 @@ def _family(config: HFConfig, source: str) -> Family:
 def _refuse_unsupported(config: HFConfig, family: Family, source: str) -> None:
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{source}: hidden_act={shown(config['hidden_act'])} is not supported, only 'silu'")
-    for name in ("attention_bias", "mlp_bias"):
-        if family.name != "qwen2" and config.get(name):
-            raise UserError(f"{source}: {name}=true is not supported for {family.architecture}")
+    if family.name != "qwen2" and config.get("mlp_bias"):
+        raise UserError(f"{source}: mlp_bias=true is not supported for {family.architecture}")
     if config.get("quantization_config"):
         raise UserError(f"{source}: quantised weights are not supported; convert from the bf16 checkpoint")
 
@@ -145,7 +145,7 @@ def _rope(config: HFConfig, source: str) -> Mapping[str, Any]:
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in ROPE_PARAMETERS:
-        known = "default, linear and llama3"
+        known = "default, linear, llama3 and yarn"
         raise UserError(f"{source}: rope_type {shown(rope['rope_type'])} is not supported; {known} are")
     for name in ROPE_PARAMETERS[rope["rope_type"]]:
         # Megatron and transformers compute with them in fp32, and divide by them.
@@ -153,9 +153,23 @@ def _rope(config: HFConfig, source: str) -> Mapping[str, Any]:
             raise UserError(f"{source}: rope's {name} must be a number above 0, not {shown(rope.get(name))}")
     if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise UserError(f"{source}: rope's high_freq_factor must be above its low_freq_factor")
+    if rope["rope_type"] == "yarn":
+        _check_yarn(rope, source)
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError(f"{source}: partial_rotary_factor other than 1 is not supported")
     return rope
+
+
+def _check_yarn(rope: Mapping[str, Any], source: str) -> None:
+    """Qwen's form: the factor and the original context, and perhaps betas and the attention factor."""
+    optional = {"attention_factor", "beta_fast", "beta_slow"}
+    for name in optional & rope.keys():
+        if rope[name] is not None and not is_number(rope[name], 1e-30, 1e30):
+            raise UserError(f"{source}: rope's {name} must be a number above 0, not {shown(rope[name])}")
+    unknown = {name for name, value in rope.items() if value is not None} - {"rope_type", "type", *optional}
+    unknown -= set(ROPE_PARAMETERS["yarn"])
+    if unknown:
+        raise UserError(f"{source}: rope_type 'yarn' with {', '.join(sorted(unknown))} is not supported")
 
 
 def _num_query_groups(config: HFConfig, family: Family, heads: int, source: str) -> int:
@@ -179,9 +193,28 @@ def _head_dim(config: HFConfig, family: Family, hidden: int, heads: int, source:
 
 
 def _sliding_window(config: HFConfig, family: Family, source: str) -> int | None:
+    """The one window of all layers; a window in some of them only is refused."""
     if family.name == "mistral":
         window = config.get("sliding_window", MISTRAL_SLIDING_WINDOW)
-        return None if window is None else checked_integer(window, "sliding_window", source, 1, MAX_POSITIONS)
-    if config.get("use_sliding_window"):
-        raise UserError(f"{source}: use_sliding_window=true (a window in some layers only) is not supported")
-    return None
+        window = None if window is None else checked_integer(window, "sliding_window", source, 1, MAX_POSITIONS)
+    else:
+        # transformers gives a window to the layers from max_window_layers on.
+        layers, first = config["num_hidden_layers"], config.get("max_window_layers", 28)
+        checked_integer(first, "max_window_layers", source, 0, MAX_POSITIONS)
+        if config.get("use_sliding_window") and first < layers:
+            raise UserError(f"{source}: use_sliding_window=true (a window in some layers only) is not supported")
+        window = None
+    _check_layer_types(config, window, source)
+    return window
+
+
+def _check_layer_types(config: HFConfig, window: int | None, source: str) -> None:
+    kinds = config.get("layer_types") or ()
+    if not isinstance(kinds, list | tuple):
+        raise UserError(f"{source}: layer_types must be a list, not {shown(kinds)}")
+    unlike = {str(kind) for kind in kinds} - {"sliding_attention" if window else "full_attention"}
+    if unlike:
+        raise UserError(
+            f"{source}: layer_types holds {' and '.join(sorted({str(kind) for kind in kinds}))}; all layers must be "
+            "alike, and " + (f"this model's window is {window} in all of them" if window else "without a window here")
+        )

@@ -86,7 +86,7 @@ def reshape_tensor(tensors: Tensors) -> None:
 
 
 def mix_dtypes(tensors: Tensors) -> None:
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].bfloat16()
 
 
 @pytest.mark.parametrize(
@@ -278,11 +278,34 @@ def test_shard_size_that_is_none(size: str, checkpoint: Path, tmp_path: Path, re
     assert "--max-shard-size" in line
 
 
-def test_mixtral_has_no_dense_layers(tmp_path: Path, dense_directory: Callable, refuse: Callable[..., str]) -> None:
+def test_attention_biases_that_are_not_zero(
+    tmp_path: Path, dense_directory: Callable, refuse: Callable[..., str]
+) -> None:
+    llama = Path(shutil.copytree(dense_directory("llama"), tmp_path / "llama"))
+    change_config(llama, attention_bias=True)
+    name = "model.layers.2.self_attn.o_proj.bias"
+
+    def add(tensors: Tensors) -> None:
+        for layer in range(3):
+            for projection, size in {"q": 32, "k": 16, "v": 16, "o": 32}.items():
+                tensors[f"model.layers.{layer}.self_attn.{projection}_proj.bias"] = torch.zeros(size)
+        tensors[name][5] = 0.1
+
+    change_hf(llama, add)
+    line = refuse("import", "--hf", llama, "--save", tmp_path / "out")
+    assert f"{name} is not zero" in line and "no place for attention biases" in line
+
+
+def test_dense_layer_whose_experts_were_changed(
+    tmp_path: Path, dense_directory: Callable, refuse: Callable[..., str]
+) -> None:
     arguments = ("--num-experts", 3, "--moe-layer-freq", 2)
     run("import", "--hf", dense_directory("llama"), "--save", tmp_path / "checkpoint", *arguments)
-    line = refuse("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "out")
-    assert "layers 1 are dense" in line and "MixtralForCausalLM" in line
+    run("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "moe")
+    expert = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    change_hf(tmp_path / "moe", lambda tensors: tensors[expert].mul_(2))
+    line = refuse("import", "--hf", tmp_path / "moe", "--save", tmp_path / "out")
+    assert f"{expert} is not equal to model.layers.1.block_sparse_moe.experts.0.w3.weight" in line
 
 
 def test_unequal_expert_counts(checkpoint: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
