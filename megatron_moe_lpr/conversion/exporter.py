@@ -16,8 +16,7 @@ from megatron_moe_lpr.checkpoint.directory import (
     CheckpointDirectory,
 )
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader, is_model_key
-from megatron_moe_lpr.checkpoint.retention import being_read
-from megatron_moe_lpr.checkpoint.trainable_only import layers_of, open_reader
+from megatron_moe_lpr.checkpoint.trainable_only import layers_of, open_reader, reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.extra_tensors import ExtraTensor, extra_tensors
 from megatron_moe_lpr.conversion.hf_config import SHARED_EXPERT_WIDTH, moe_config, with_both_rope_spellings
@@ -107,7 +106,7 @@ def export_hf(
     plan = plan_export(load, engine, verified, base)
     specs = plan.specs()
     total = sum(spec.num_bytes for spec in specs)
-    with being_read(plan.checkpoint.path), naming(hf), atomic_directory(hf, overwrite) as partial:
+    with reading(plan.checkpoint), naming(hf), atomic_directory(hf, overwrite) as partial:
         check_disk_space(partial, total)
         with ProgressReport("exporting", total) as progress:
             write_safetensors(partial, specs, _Producer(plan, progress), max_shard_bytes)
