@@ -56,6 +56,7 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be above 0")
     # Late, because Megatron takes seconds to import and the checks above do without.
     from megatron_moe_lpr.planning.report import print_plan
+    from megatron_moe_lpr.planning.saving import describe_needs
     from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
 
     shape, sizes = read_shape(flags), read_sizes(flags)
@@ -68,6 +69,7 @@ def main() -> None:
     )
     candidates = find_layouts(shape, sizes, machine, choice)
     print_plan(shape, sizes, machine, candidates[: flags.show])
+    print(describe_needs(shape, candidates[0].layout, sizes, flags.gpus_per_node))
 
 
 def read_shape(flags: Flags):

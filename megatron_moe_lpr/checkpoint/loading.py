@@ -9,8 +9,7 @@ import torch
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.model_state import load_weights
-from megatron_moe_lpr.checkpoint.retention import being_read
-from megatron_moe_lpr.checkpoint.trainable_only import layers_of
+from megatron_moe_lpr.checkpoint.trainable_only import reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.model.build import build_model
 from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, MoELPRConfig, transformer_config
@@ -61,13 +60,12 @@ def load_model(
         UserError: no checkpoint, a damaged one, an unfit layout, or tensors that are missing or too many.
     """
     directory = path if isinstance(path, CheckpointDirectory) else open_checkpoint(path, verified)
-    if verified:
-        for layer in layers_of(directory):
-            verify_all(layer.path)
     shape, card = model_shape(directory), directory.card()
     options = options or ComputeOptions(dtype=getattr(torch, card.dtype))
     config = transformer_config(shape, layout, platform, options, **overrides)
     chunks = build_model(shape, config, platform, **(build_arguments or {}))
-    with being_read(directory.path):
+    with reading(directory) as layers:
+        for layer in layers if verified else ():
+            verify_all(layer.path)
         load_weights(chunks, directory)
     return LoadedModel(chunks, config, shape, card, directory)

@@ -1,7 +1,8 @@
 """Checkpoints that hold only what a run trains, and the checkpoint that holds the rest: their base."""
 
+import contextlib
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_moe_lpr.checkpoint.card import Base
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
 from megatron_moe_lpr.checkpoint.integrity import checksum_of_file, read_manifest
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader, TensorInfo, is_model_key
+from megatron_moe_lpr.checkpoint.retention import being_read
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.parameter_kinds import kind_of
 
@@ -95,6 +97,16 @@ def layers_of(directory: CheckpointDirectory) -> list[CheckpointDirectory]:
     """A checkpoint and what it builds on, the complete one first; of a tensor that several hold the last counts."""
     base = base_of(directory)
     return [directory] if base is None else [*layers_of(base), directory]
+
+
+@contextlib.contextmanager
+def reading(directory: CheckpointDirectory) -> Iterator[list[CheckpointDirectory]]:
+    """While the block runs, no run removes a checkpoint or what it builds on; yields `layers_of` it."""
+    layers = layers_of(directory)
+    with contextlib.ExitStack() as locks:
+        for layer in layers:
+            locks.enter_context(being_read(layer.path))
+        yield layers
 
 
 class LayeredReader:

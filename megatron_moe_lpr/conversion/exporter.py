@@ -14,8 +14,7 @@ from megatron_moe_lpr.checkpoint.directory import (
     CheckpointDirectory,
 )
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader, is_model_key
-from megatron_moe_lpr.checkpoint.retention import being_read
-from megatron_moe_lpr.checkpoint.trainable_only import layers_of, open_reader
+from megatron_moe_lpr.checkpoint.trainable_only import layers_of, open_reader, reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hf_config import SHARED_EXPERT_WIDTH, moe_config
 from megatron_moe_lpr.conversion.hf_directory import carry_files
@@ -89,7 +88,7 @@ def export_hf(
     plan = plan_export(load, verified, base)
     specs = plan.specs()
     total = sum(spec.num_bytes for spec in specs)
-    with being_read(plan.checkpoint.path), atomic_directory(hf, overwrite) as partial:
+    with reading(plan.checkpoint), atomic_directory(hf, overwrite) as partial:
         check_disk_space(partial, total)
         with ProgressReport("exporting", total) as progress:
             write_safetensors(partial, specs, _Producer(plan, progress), max_shard_bytes)

@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.retention import being_read
-from megatron_moe_lpr.checkpoint.trainable_only import open_reader
+from megatron_moe_lpr.checkpoint.trainable_only import open_reader, reading
 from megatron_moe_lpr.conversion.exporter import check_model_tensors, read_row
 from megatron_moe_lpr.conversion.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.names import DENSE_LAYOUT, model_rows
@@ -24,7 +23,7 @@ def fingerprint_of_checkpoint(load: Path, base: Path | None = None) -> str:
     reader = open_reader(checkpoint)
     check_model_tensors(rows, reader)
     fingerprint = OriginalFingerprint()
-    with being_read(checkpoint.path):
+    with reading(checkpoint):
         for row in (row for row in rows if row.role.is_original):
             tensors = read_row(row, reader, architecture, getattr(torch, card.dtype))
             for name, tensor in zip(row.dense_names, tensors, strict=True):

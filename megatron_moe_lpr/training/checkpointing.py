@@ -81,7 +81,7 @@ def start_save(
         shutil.copytree(source.side_directory, directory / SIDE_DIRECTORY, dirs_exist_ok=True, ignore=ignored)
         card.write(directory / SIDE_DIRECTORY / CARD_FILE)
 
-    content = _sharded_state(state, trainable_only=trainable_only)
+    content = sharded_state(state, trainable_only=trainable_only)
     return saver.start(state.iteration, content, dict(STATE_METADATA), add_side_files)
 
 
@@ -119,7 +119,7 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
     trainable_only = directory.card().base is not None
     if trainable_only:
         base_of(dataclasses.replace(directory, base_path=start.path))
-    content = _sharded_state(state, is_loading=True, trainable_only=trainable_only)
+    content = sharded_state(state, is_loading=True, trainable_only=trainable_only)
     with being_read(directory.path):
         loaded = load_distributed(content, directory.path, shared_reading(directory.path))
     for name, chunk in zip(_model_names(loaded), state.chunks, strict=True):
@@ -155,7 +155,8 @@ def _model_names(state: dict[str, Any]) -> list[str]:
     return sorted(name for name in state if name.startswith("model"))
 
 
-def _sharded_state(state: RunState, is_loading: bool = False, trainable_only: bool = False) -> dict[str, Any]:
+def sharded_state(state: RunState, is_loading: bool = False, trainable_only: bool = False) -> dict[str, Any]:
+    """What a checkpoint of this run holds, as Megatron's dist_checkpointing takes it."""
     model = sharded_model_state(state.chunks)
     keep_shares_apart(state.optimizer)
     optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(STATE_METADATA))

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_moe_lpr.checkpoint.directory import iteration_of
-from megatron_moe_lpr.checkpoint.retention import being_read, remove_superfluous
+from megatron_moe_lpr.checkpoint.retention import remove_superfluous
 from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_partial
-from megatron_moe_lpr.checkpoint.trainable_only import record_base
+from megatron_moe_lpr.checkpoint.trainable_only import layers_of, reading, record_base
 from megatron_moe_lpr.data.batches import Batch, build_data_iterator
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
@@ -58,7 +58,7 @@ class Trainer:
         """
         try:
             # Each checkpoint takes files of the one that the run started from.
-            with being_read(self.run.model.directory.path):
+            with reading(self.run.model.directory):
                 return self._train()
         finally:
             self.saver.close()
@@ -238,7 +238,7 @@ class Trainer:
             remove_partial(options.save)
 
         def tidy(path: Path) -> None:
-            kept = [self.run.model.directory.path]
+            kept = [layer.path for layer in layers_of(self.run.model.directory)]
             for note in remove_superfluous(options.save, iteration_of(path), options.retention, kept):
                 self.writer.say(note)
 
