@@ -127,8 +127,8 @@ def _first_cause(error: CheckpointException, directory: Path) -> UserError:
 
 
 def _line(error: BaseException) -> str:
-    """The first sentence of an error; torch's go on with advice to load without restriction."""
-    lines = str(error).strip().splitlines()
-    reasons = [line for line in lines if "WeightsUnpickler error" in line or "Unsupported" in line]
-    line = (reasons or lines or [type(error).__name__])[0].strip().removeprefix("WeightsUnpickler error: ")
-    return line.strip("'\"").partition(": [")[0][:MAX_REASON]
+    """An error's reason in one line; torch hides it behind advice to load without restriction."""
+    lines = [line.strip("'\" ") for line in str(error).splitlines() if line.strip("'\" ")] or [type(error).__name__]
+    advice = lines[0].startswith("Weights only load failed") and len(lines) > 1
+    reason = lines[1 if advice else 0].rpartition("WeightsUnpickler error: ")[2]
+    return reason.partition(": [")[0][:MAX_REASON]

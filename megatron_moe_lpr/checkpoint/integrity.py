@@ -181,8 +181,8 @@ def verify(directory: Path, rank: int = 0, world_size: int = 1, small_only: bool
         found = checksum_of_file(directory / name)
         if found != entries[name]:
             raise UserError(
-                f"{directory / name}: damaged: its checksum is {found.checksum}, {entries[name].checksum} was written; "
-                "copy the file again, or use another checkpoint"
+                f"{directory / name}: damaged: its checksum is {found.checksum}, {MANIFEST} says "
+                f"{entries[name].checksum}; copy the file again, or use another checkpoint"
             )
     return True
 

@@ -26,7 +26,7 @@ PATIENCE = 0.75
 BEATS_A_TIMEOUT = 60
 LONGEST_PERIOD = 10.0
 SILENCE_SECONDS = 10.0
-"""A rank that beats in none of so many seconds (and in three periods) does not answer: a busy machine takes its time."""
+"""A rank without a beat for so long (and three periods) does not answer: a busy machine takes its time."""
 SHOWN = 4
 
 
