@@ -50,8 +50,8 @@ def main() -> None:
     try:
         finished = _run()
     except BaseException:
-        # Peers that left for the same signal make this rank's start fail in many ways.
-        if stop.received and stop.nothing_to_save:
+        # Peers that left for the same signal make this rank's start and first step fail in many ways.
+        if stop.received and not stop.has_stepped:
             _leave_at_once(stop)
         raise
     if not finished:

@@ -72,6 +72,7 @@ class Trainer:
             # From the first step on there is something to save, so all ranks do it together.
             self.stop.nothing_to_save = False
             self.step(batches)
+            self.stop.has_stepped = True
             self._tell_saved(self.saver.poll())
             if state.iteration % config.logging.log_interval == 0 or state.iteration == config.batch.train_iters:
                 self._log()

@@ -21,6 +21,7 @@ class StopRequest:
     def __init__(self, nothing_to_save: bool = False) -> None:
         self.received: signal.Signals | None = None
         self.nothing_to_save = nothing_to_save
+        self.has_stepped = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
         if nothing_to_save:
