@@ -15,7 +15,6 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.endurance_faults import FAULTS, SHORT, Failure, Fault
@@ -29,6 +28,8 @@ class Flags:
 
     work: Path
     """A directory for runs; what an earlier call left there is removed."""
+    again: bool = False
+    """Keep the model, the data and the undisturbed run that an earlier call has left in --work."""
     short: bool = False
     """Only the faults of the short form."""
     only: str | None = None
@@ -50,27 +51,27 @@ class Outcome:
 def main() -> None:
     flags = parse_flags(Flags, description=__doc__)
     faults = [fault for fault in (SHORT if flags.short else FAULTS) if not flags.only or flags.only in fault.name]
-    outcomes = endure(flags.work, faults, flags.seed)
+    outcomes = endure(flags.work, faults, flags.seed, again=flags.again)
     print_table(outcomes)
     sys.exit(any(not outcome.passed for outcome in outcomes))
 
 
-def endure(work: Path, faults: list[Fault], seed: int = 0, say: Callable[[str], None] = print) -> list[Outcome]:
+def endure(work: Path, faults: list[Fault], seed: int = 0, again: bool = False) -> list[Outcome]:
     """Do all faults, one after the other, to runs in `work`."""
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     generator = random.Random(seed)
+    if not again:
+        shutil.rmtree(work, ignore_errors=True)
     inputs = make_inputs(work)
     begin = time.monotonic()
     expected = reference_steps(inputs)
-    say(f"undisturbed run: {len(expected)} steps in {time.monotonic() - begin:.0f} s")
+    print(f"undisturbed run: {len(expected)} steps in {time.monotonic() - begin:.0f} s", flush=True)
     campaign = Campaign(inputs, expected)
     outcomes = []
     for number, fault in enumerate(faults, 1):
         outcomes.append(campaign.suffer(fault, generator))
-        say(f"{number}/{len(faults)} {_line(outcomes[-1])}")
+        print(f"{number}/{len(faults)} {_line(outcomes[-1])}", flush=True)
     outcomes.append(campaign.finish())
-    say(_line(outcomes[-1]))
+    print(_line(outcomes[-1]), flush=True)
     return outcomes
 
 
@@ -87,6 +88,7 @@ class Campaign:
 
     def _new_run(self) -> TrainingRun:
         self.count += 1
+        shutil.rmtree(self.inputs.work / f"run{self.count}", ignore_errors=True)
         return TrainingRun(self.inputs, self.inputs.work / f"run{self.count}")
 
     def suffer(self, fault: Fault, generator: random.Random) -> Outcome:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import random
 import resource
@@ -363,7 +364,9 @@ OTHERS = [
     Fault("a full disk", full_disk),
     Fault("a hung rank (SIGSTOP)", hung),
 ]
-FAULTS = [*RANDOM_KILLS, *RANDOM_KILLS, *SAVING_KILLS, *STOPS, *DAMAGES, *OTHERS]
+_KINDS = ([*RANDOM_KILLS, *RANDOM_KILLS], SAVING_KILLS, STOPS, DAMAGES, OTHERS)
+FAULTS = [fault for row in itertools.zip_longest(*_KINDS) for fault in row if fault]
+"""In turn from each kind."""
 SHORT = [
     _kill("launcher"),
     _kill("rank 0", SAVING),

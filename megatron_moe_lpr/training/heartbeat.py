@@ -14,15 +14,19 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
+from megatron_moe_lpr.errors import UserError
+
 PREFIX = "moe_lpr/heartbeat"
-PATIENCE = 0.8
+PATIENCE = 0.75
 """Share of the timeout after which a rank asks what it waits for."""
 BEATS_A_TIMEOUT = 60
 LONGEST_PERIOD = 10.0
+SILENCE_SECONDS = 10.0
+"""A rank without a beat for so long (and three periods) does not answer: a busy machine takes its time."""
 SHOWN = 4
 
 
@@ -58,10 +62,18 @@ class Heartbeat:
             self.thread.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Raises UserError where a collective of the block has failed: a peer ended or took too long."""
         self.ended.set()
         if self.thread.is_alive():
             self.thread.join(self.period)
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            place, _ = _place(_innermost(trace))
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"step {self.step}: rank {self.rank} lost another rank at {place} ({reason}); what the rank says that "
+                "ended first is the cause"
+            ) from error
 
     def _beat(self) -> None:
         beat, still, last, told = 0, 0, None, False
@@ -85,7 +97,7 @@ class Heartbeat:
     def _look(self, waited: float) -> None:
         """End this process where another rank does not answer; else say where all are, and leave it to the timeout."""
         before = self._notes()
-        time.sleep(3 * self.period)
+        time.sleep(max(3 * self.period, SILENCE_SECONDS))
         after = self._notes()
         silent = [rank for rank in after if rank != self.rank and after[rank].beat == before[rank].beat]
         answering = [rank for rank in after if rank not in silent]
@@ -125,6 +137,12 @@ def _own_connection() -> dist.Store | None:
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     return store.clone() if isinstance(store, dist.TCPStore) else None
+
+
+def _innermost(trace: TracebackType) -> FrameType:
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame
 
 
 def _place(frame: FrameType | None) -> tuple[str, int]:

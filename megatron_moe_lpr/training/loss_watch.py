@@ -2,7 +2,7 @@
 
 import math
 
-WINDOW = 50
+WINDOW = 20
 """Steps over which mean and deviation run (exponentially)."""
 SEEN = 20
 """Steps before a single loss can be called a spike."""
