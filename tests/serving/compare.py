@@ -30,11 +30,12 @@ class Report:
         self.rows: list[tuple[str, ...]] = []
         self.failed = False
 
-    def add(self, engine: str, model: str, ours: list[Continuation], theirs: list[Continuation], wanted: int) -> None:
-        """One engine's continuations of a model's prompts against the reference."""
-        tokens = min(one.equal_tokens(two) for one, two in zip(ours, theirs, strict=True))
+    def add(self, engine: str, model: str, ours: list[Continuation], theirs: list[Continuation]) -> None:
+        """One engine's continuations of a model's prompts against the reference, all of whose tokens it must give."""
+        tokens = sum(one.equal_tokens(two) for one, two in zip(ours, theirs, strict=True))
+        wanted = sum(len(two.tokens) for two in theirs)
         difference = max(one.difference(two) for one, two in zip(ours, theirs, strict=True))
-        good = tokens >= wanted and difference <= LIMIT
+        good = tokens == wanted and difference <= LIMIT
         self.failed |= not good
         row = (model, engine, f"{tokens} of {wanted}", f"{difference:.1e}", "as it should be" if good else "WRONG")
         self.rows.append(row)
@@ -61,7 +62,7 @@ def main() -> None:
             place = models.make(served, Path(root) / str(index))
             reference = references[place / "stock"] = by_transformers(place / "stock")
             megatron = by_megatron(place / "checkpoint", reference, models.SIZES["vocab_size"])
-            report.add("Megatron (this project)", served.name, megatron, reference, NEW_TOKENS)
+            report.add("Megatron (this project)", served.name, megatron, reference)
             _vllm(report, flags.vllm, served.name, place, reference)
             _llama_cpp(report, flags.llama_cpp, served, place, reference)
         _transformers4(report, flags.transformers4, Path(root), references)
@@ -79,7 +80,7 @@ def _vllm(report: Report, environment: Path, name: str, place: Path, reference: 
     ):
         # All prompts at once.
         answers = list(pool.map(lambda prompt: servers.complete_by_vllm(address, prompt), PROMPTS))
-    report.add("vLLM", name, answers, reference, NEW_TOKENS)
+    report.add("vLLM", name, answers, reference)
 
 
 def _llama_cpp(
@@ -98,7 +99,9 @@ def _llama_cpp(
     serve = servers.llama_cpp_command(environment, gguf, 512 if wanted == NEW_TOKENS else models.WINDOW)
     with servers.serving(serve, place / "llama_cpp.log") as address, ThreadPoolExecutor() as pool:
         answers = list(pool.map(lambda prompt: servers.complete_by_llama_cpp(address, prompt, wanted), PROMPTS))
-    report.add("llama.cpp", served.name, answers, reference, wanted)
+    # llama-server ends at the end-of-text token.
+    cut = [one.cut(wanted, models.SIZES["eos_token_id"]) for one in reference]
+    report.add("llama.cpp", served.name, answers, cut)
 
 
 def _transformers4(report: Report, environment: Path, root: Path, references: dict[Path, list[Continuation]]) -> None:
@@ -118,7 +121,7 @@ def _transformers4(report: Report, environment: Path, root: Path, references: di
             Continuation(one.tokens, numbers[len(prompt) - 1 :])
             for one, numbers, prompt in zip(reference, answer[str(directory)], PROMPTS, strict=True)
         ]
-        report.add("transformers 4 (same text)", served.name, ours, reference, NEW_TOKENS)
+        report.add("transformers 4 (same text)", served.name, ours, reference)
 
 
 def print_versions(flags: argparse.Namespace) -> None:

