@@ -258,7 +258,7 @@ def with_peak(action: Callable[[], Any]) -> tuple[Any, int]:
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
     result = action()
-    return result, memory("VmHWM") - before
+    return result, max(0, memory("VmHWM") - before)
 
 
 def memory(name: str, process: int | str = "self") -> int:

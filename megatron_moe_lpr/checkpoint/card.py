@@ -22,6 +22,10 @@ class Base:
     checksum: str
     """What identifies its weights (`trainable_only.weights_checksum`)."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not isinstance(self.checksum, str):
+            raise TypeError("base: path and checksum must be text")
+
 
 @dataclasses.dataclass
 class CheckpointCard:

@@ -122,13 +122,12 @@ def moved(runs, tmp_path):
     root = runs[0]
     shutil.copytree(root / "only" / "2", tmp_path / "review")
     shutil.copytree(root / "only" / "1", tmp_path / "base")
-    for name in ("review", "base"):
-        path = resolve_checkpoint(tmp_path / name).side_directory / "card.json"
-        card = json.loads(path.read_text())
-        card["base"]["path"] = str(tmp_path / "gone") if name == "review" else card["base"]["path"]
-        path.write_text(json.dumps(card))
-        # The card is not what it was when its checksum was made.
-        (path.parent / "checksums.json").unlink() if name == "review" else None
+    side = resolve_checkpoint(tmp_path / "review").side_directory
+    card = json.loads((side / "card.json").read_text())
+    card["base"]["path"] = str(tmp_path / "gone")
+    (side / "card.json").write_text(json.dumps(card))
+    # The card is not what it was when its checksum was made.
+    (side / "checksums.json").unlink()
     return tmp_path
 
 
