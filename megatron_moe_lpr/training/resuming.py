@@ -100,7 +100,9 @@ def _latest(save: Path) -> int | None:
         return None
     text = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else None
     if text == RELEASE:
-        raise UserError(f"--save {save}: holds a converted model, not a run; choose another directory")
+        raise UserError(
+            f"--save {save}: holds a checkpoint of another run (a converted model); choose another directory"
+        )
     if text is None or not (text.isascii() and text.isdigit()):
         state = "is missing" if text is None else f"holds {text[:40]!r} instead of an iteration"
         complete = [number for number in numbers if is_iteration_directory(save / iteration_directory_name(number))]
