@@ -5,6 +5,7 @@ torchrun itself dies of SIGUSR1, gives workers 30 seconds after SIGTERM, and tur
     python -m megatron_moe_lpr.launch --nproc-per-node 8 -m megatron_moe_lpr.pretrain --stage 1 ...
 """
 
+import argparse
 import os
 import signal
 import sys
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = exit_code([failure.exitcode for failure in error.failures.values()], stop.received is not None)
         if code != EXIT_REQUEUE:
             print(error, file=sys.stderr)
-            _print_last_lines(torchrun.get_args_parser().parse_args(arguments).log_dir, since)
+            _print_last_lines(torchrun.get_args_parser().parse_args(arguments), since)
         sys.exit(code)
     except SignalException as caught:
         sys.exit(EXIT_REQUEUE if caught.sigval in (signal.SIGTERM, signal.SIGUSR1) else 128 + caught.sigval)
@@ -100,17 +101,18 @@ def _keep_signals(torchrun: object, arguments: list[str]) -> list[str]:
     return [f"{SIGNALS_OF_TORCHRUN}=SIGINT,SIGHUP,SIGQUIT", *arguments] if known else arguments
 
 
-def _print_last_lines(log_dir: str | None, since: float) -> None:
-    """The end of what each rank of this node said, from torchrun's log files."""
-    if log_dir is None:
+def _print_last_lines(flags: argparse.Namespace, since: float) -> None:
+    """The end of what each rank of this node said, from torchrun's log files, but for ranks that were shown already."""
+    if flags.log_dir is None or (flags.tee != "0" and not flags.local_ranks_filter):
         return
-    runs = [path for path in Path(log_dir).glob("*/attempt_*") if path.stat().st_mtime >= since - 1]
+    shown = flags.local_ranks_filter.split(",") if flags.tee != "0" else []
+    runs = [path for path in Path(flags.log_dir).glob("*/attempt_*") if path.stat().st_mtime >= since - 1]
     for attempt in sorted(runs, key=lambda path: path.stat().st_mtime)[-1:]:
         for directory in sorted(attempt.iterdir(), key=lambda path: path.name.zfill(9)):
             for name in ("stdout.log", "stderr.log"):
                 lines = last_lines(directory / name)
-                if lines:
-                    print(f"--- rank folder {directory.name}, end of {name}", *lines, sep="\n", file=sys.stderr)
+                if lines and directory.name not in shown:
+                    print(f"--- local rank {directory.name}, end of {name}", *lines, sep="\n", file=sys.stderr)
 
 
 def last_lines(path: Path, count: int = LINES_SHOWN) -> list[str]:

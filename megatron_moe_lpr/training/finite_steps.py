@@ -1,9 +1,11 @@
 """Optimizer steps only with gradients that are finite on every rank."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_moe_lpr.training.config import GuardOptions
@@ -15,9 +17,14 @@ class FiniteSteps:
     In bf16 and fp32 Megatron-Core looks for overflow nowhere: a gradient that is not finite goes through the clipping
     into the weights (optimizer.py `ChainedOptimizer.step`). Here its norm decides before anything is changed, by the
     path that Megatron has for overflow in fp16: `prepare_grads` returns True, and `step` leaves everything as it is.
+
+    The norm leaves out what another tensor-parallel rank has too; the buffers' sums are for a fault of one rank there.
     """
 
-    def __init__(self, optimizer: ChainedOptimizer, options: GuardOptions) -> None:
+    def __init__(
+        self, chunks: Sequence[DistributedDataParallel], optimizer: ChainedOptimizer, options: GuardOptions
+    ) -> None:
+        self.buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         self.optimizer, self.options = optimizer, options
         self.grad_norm, self.in_a_row, self.skipped = 0.0, 0, 0
         # The norm that clipping needs is the one that is looked at: computed once.
@@ -47,6 +54,8 @@ class FiniteSteps:
     def _found_non_finite(self) -> bool:
         found = self._prepare()
         self.grad_norm = float(self._norm())
-        flag = torch.tensor(int(found or not math.isfinite(self.grad_norm)), device=torch.cuda.current_device())
+        sums = [buffer.grad_data.sum() for buffer in self.buffers]
+        found |= not math.isfinite(self.grad_norm) or not all(map(math.isfinite, sums))
+        flag = torch.tensor(int(found), device=torch.cuda.current_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)

@@ -152,7 +152,7 @@ def _place(frame: FrameType | None) -> tuple[str, int]:
         path = frame.f_code.co_filename
         if path.endswith("distributed_c10d.py"):
             collective = frame.f_code.co_name
-        elif "/torch/" not in path:
+        elif "/torch/" not in path and not path.endswith("typing_extensions.py"):  # its wrapper of deprecated functions
             caller = f"{frame.f_code.co_name} ({Path(path).name}:{frame.f_lineno})"
         frame = frame.f_back
     return (f"{collective} in {caller}" if collective else str(caller)), line

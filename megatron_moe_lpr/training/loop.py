@@ -38,7 +38,7 @@ class Trainer:
         self.lock, self.heartbeat = lock, heartbeat
         self.original_table = run.original_table
         self.stop = stop_request()
-        self.steps = FiniteSteps(run.state.optimizer, run.config.guards)
+        self.steps = FiniteSteps(run.state.chunks, run.state.optimizer, run.config.guards)
         self.losses = LossWatch()
         self.saver = self._saver()
         # Only rank 0 writes cards.
