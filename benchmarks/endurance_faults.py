@@ -109,8 +109,9 @@ def asked_to_stop(
     if by == "launcher" and code != EXIT_REQUEUE:
         raise Failure(f"exit code {code} instead of {EXIT_REQUEUE}: {run.tail()}")
     run.wait_until_all_ended()
-    logged = max(run.steps(), default=0)
-    if logged > before and run.latest() != logged:
+    # Of this start: an earlier one may have been killed beyond its last checkpoint.
+    logged = run.last_step() or before
+    if run.latest() != (logged or None):
         raise Failure(f"stopped after step {logged}, saved step {run.latest()}: {run.tail()}")
     return f"exit code {code}, saved step {run.latest()} of {logged}"
 
