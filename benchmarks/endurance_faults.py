@@ -83,7 +83,7 @@ MOMENTS: dict[str, Callable[[TrainingRun], Callable[[], bool]]] = {
     "tensors are being written": lambda run: _some(run, "*.distcp"),
     "the index of tensors appears": lambda run: _some(run, ".metadata"),
     "the card appears": lambda run: _some(run, f"{SIDE_DIRECTORY}/{CARD_FILE}"),
-    "the manifest appears": lambda run: _some(run, f"*{MANIFEST.name}*"),
+    "the manifest appears": lambda run: _some(run, str(MANIFEST)),
     "the directory gets its name": _renamed,
     "the checkpoint becomes the latest": _latest_moved,
 }
