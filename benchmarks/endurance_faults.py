@@ -83,7 +83,7 @@ MOMENTS: dict[str, Callable[[TrainingRun], Callable[[], bool]]] = {
     "tensors are being written": lambda run: _some(run, "*.distcp"),
     "the index of tensors appears": lambda run: _some(run, ".metadata"),
     "the card appears": lambda run: _some(run, f"{SIDE_DIRECTORY}/{CARD_FILE}"),
-    "the manifest appears": lambda run: _some(run, f"*{MANIFEST.name}*"),
+    "the manifest appears": lambda run: _some(run, str(MANIFEST)),
     "the directory gets its name": _renamed,
     "the checkpoint becomes the latest": _latest_moved,
 }
@@ -109,8 +109,9 @@ def asked_to_stop(
     if by == "launcher" and code != EXIT_REQUEUE:
         raise Failure(f"exit code {code} instead of {EXIT_REQUEUE}: {run.tail()}")
     run.wait_until_all_ended()
-    logged = max(run.steps(), default=0)
-    if logged > before and run.latest() != logged:
+    # Of this start: an earlier one may have been killed beyond its last checkpoint.
+    logged = run.last_step() or before
+    if run.latest() != (logged or None):
         raise Failure(f"stopped after step {logged}, saved step {run.latest()}: {run.tail()}")
     return f"exit code {code}, saved step {run.latest()} of {logged}"
 
