@@ -16,6 +16,8 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.expert_states import EXTRA_STATE
 
 RECIPE_MODULE = "transformer_engine.common.recipe"
+# Megatron's subclass of Transformer Engine's recipe: the one that delayed scaling is saved with.
+MEGATRON_RECIPE = ("megatron.core.extensions.transformer_engine", "TEDelayedScaling")
 
 
 def check_extra_states(state: Any, directory: Path) -> None:
@@ -64,6 +66,8 @@ class _ExtraStateUnpickler(pickle.Unpickler):
         }
         if (module, name) in allowed:
             return allowed[module, name]
+        if (module, name) == MEGATRON_RECIPE:
+            return super().find_class(module, name)
         if module == RECIPE_MODULE and "." not in name:
             found = super().find_class(module, name)
             if isinstance(found, type) and found.__module__ == RECIPE_MODULE:

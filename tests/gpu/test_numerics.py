@@ -22,6 +22,7 @@ RECIPES = {
 FULL = {"recompute_granularity": "full"}
 MOE = {"recompute_granularity": "selective", "recompute_modules": ("moe",)}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "layernorm", "moe_act")}
+CORE_ATTENTION = {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)}
 SHARDED = {"use_distributed_optimizer": True}
 STEPS = {
     "fp32": Step(precision={"fp32": True}),
@@ -40,6 +41,8 @@ STEPS = {
         f"{arithmetic}, recompute {mode}": Step(precision=BF16 | fields, fp8=fp8)
         for arithmetic, fp8 in (("bf16", {}), *((f"fp8 {name}", fields) for name, fields in RECIPES.items()))
         for mode, fields in (("full", FULL), ("selective", SELECTIVE), ("moe", MOE))
+        # Megatron refuses the recompute of moe_act and layernorm under delayed scaling.
+        for fields in (CORE_ATTENTION if fp8 == RECIPES["delayed"] and fields == SELECTIVE else fields,)
     },
 }
 IN_EVERY_STAGE = ("fp32", "bf16", *(f"fp8 {name}" for name in RECIPES))
