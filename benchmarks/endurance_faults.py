@@ -65,7 +65,12 @@ def _launcher(run: TrainingRun):
 
 
 def _some(run: TrainingRun, pattern: str) -> Callable[[], bool]:
-    return lambda: any(run.save.glob(f".iter_*.partial/{pattern}"))
+    def appeared() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # renamed while it was looked into
+            return any(run.save.glob(f".iter_*.partial/{pattern}"))
+        return False
+
+    return appeared
 
 
 def _renamed(run: TrainingRun) -> Callable[[], bool]:
