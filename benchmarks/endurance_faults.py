@@ -65,7 +65,12 @@ def _launcher(run: TrainingRun):
 
 
 def _some(run: TrainingRun, pattern: str) -> Callable[[], bool]:
-    return lambda: any(run.save.glob(f".iter_*.partial/{pattern}"))
+    def appeared() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # renamed while it was looked into
+            return any(run.save.glob(f".iter_*.partial/{pattern}"))
+        return False
+
+    return appeared
 
 
 def _renamed(run: TrainingRun) -> Callable[[], bool]:
@@ -83,7 +88,7 @@ MOMENTS: dict[str, Callable[[TrainingRun], Callable[[], bool]]] = {
     "tensors are being written": lambda run: _some(run, "*.distcp"),
     "the index of tensors appears": lambda run: _some(run, ".metadata"),
     "the card appears": lambda run: _some(run, f"{SIDE_DIRECTORY}/{CARD_FILE}"),
-    "the manifest appears": lambda run: _some(run, f"*{MANIFEST.name}*"),
+    "the manifest appears": lambda run: _some(run, str(MANIFEST)),
     "the directory gets its name": _renamed,
     "the checkpoint becomes the latest": _latest_moved,
 }
@@ -109,8 +114,9 @@ def asked_to_stop(
     if by == "launcher" and code != EXIT_REQUEUE:
         raise Failure(f"exit code {code} instead of {EXIT_REQUEUE}: {run.tail()}")
     run.wait_until_all_ended()
-    logged = max(run.steps(), default=0)
-    if logged > before and run.latest() != logged:
+    # Of this start: an earlier one may have been killed beyond its last checkpoint.
+    logged = run.last_step() or before
+    if run.latest() != (logged or None):
         raise Failure(f"stopped after step {logged}, saved step {run.latest()}: {run.tail()}")
     return f"exit code {code}, saved step {run.latest()} of {logged}"
 
@@ -192,12 +198,16 @@ def second_writer(run: TrainingRun, generator: random.Random) -> str:
     """Refused with the first one's name; the first goes on."""
     run.start()
     run.wait_for_steps(1)
+    workers = run.workers()
+    # A short run must not end by itself while the second one starts.
+    send(workers, signal.SIGSTOP)
     second = TrainingRun(run.inputs, run.save)
     second.output = run.output.with_suffix(".second")
     code = second.start().wait()
     errors = second.errors()
     second.wait_until_all_ended()
-    holder = run.workers()[0].pid
+    send(workers, signal.SIGCONT)
+    holder = workers[0].pid
     if code == 0 or not any(f"process {holder} on " in line for line in errors):
         raise Failure(f"exit code {code}: {second.tail()}")
     _stop(run)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -166,7 +167,8 @@ class TrainingRun:
             if time.monotonic() > deadline:
                 raise Failure(f"still alive after {seconds:.0f} s: {_names(alive)}")
             time.sleep(0.05)
-        self.launcher.wait()
+        if self.launcher:
+            self.launcher.wait()
 
     def kill_all(self) -> str:
         """End what is left; its names."""
@@ -215,6 +217,10 @@ class TrainingRun:
     def text(self) -> str:
         """What the last start has said."""
         return self.output.read_text(errors="replace")
+
+    def last_step(self) -> int | None:
+        """The last step that the last start has told of."""
+        return max((int(step.replace(",", "")) for step in re.findall(r"\| step ([\d,]+)/", self.text())), default=None)
 
     def errors(self) -> list[str]:
         """Its `error:` lines."""

@@ -14,7 +14,7 @@ import tyro
 from corpus import texts
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_moe_lpr.errors import UserError, run_command
 
@@ -43,7 +43,8 @@ class Flags:
 def main() -> None:
     """Command line."""
     flags = tyro.cli(Flags, description=__doc__)
-    tokenizer = AutoTokenizer.from_pretrained(flags.hf, local_files_only=True)
+    # Not AutoTokenizer: for a model_type of qwen2, transformers 5 splits text by Qwen2's rules, not by the file's.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(flags.hf, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(flags.hf, dtype=torch.float32, local_files_only=True).eval()
     languages = [*flags.original, *flags.expanded]
     train, valid = (

@@ -1,5 +1,8 @@
 """Datasets to micro-batches: which samples a data-parallel rank gets, and in what order."""
 
+import atexit
+import contextlib
+import multiprocessing
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -110,8 +113,18 @@ def _loader(dataset: Dataset, indices: _Indices, num_workers: int, pin_memory: b
 
 def _start(loader: DataLoader) -> Iterator[Batch]:
     """Its workers don't hear what a batch system tells every process: the rank needs them for its last step."""
+    others = set(multiprocessing.active_children())
     with shielded_from(STOP_SIGNALS):
-        return iter(loader)
+        iterator = iter(loader)
+    # Python ends what is left of them by SIGTERM when this process ends, and would wait for ever: they don't hear it.
+    atexit.register(_kill, set(multiprocessing.active_children()) - others)
+    return iterator
+
+
+def _kill(workers: set[multiprocessing.Process]) -> None:
+    for worker in workers:
+        with contextlib.suppress(ValueError):  # closed already
+            worker.kill()
 
 
 def _start_worker(number: int) -> None:

@@ -8,6 +8,7 @@ NCCL the collective's own timeout would end the process without Python hearing o
 
 import dataclasses
 import json
+import math
 import os
 import socket
 import sys
@@ -49,7 +50,7 @@ class Heartbeat:
 
     def __init__(self, timeout: float) -> None:
         """`timeout`: seconds after which a collective fails."""
-        self.step = 0
+        self.step, self.beats = 0, 0
         self.timeout, self.period = timeout, min(LONGEST_PERIOD, timeout / BEATS_A_TIMEOUT)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.main = threading.main_thread().ident
@@ -76,37 +77,45 @@ class Heartbeat:
             ) from error
 
     def _beat(self) -> None:
-        beat, still, last, told = 0, 0, None, False
+        still, last, told = 0, None, False
         while not self.ended.wait(self.period):
-            beat += 1
             here = (self.step, *_place(sys._current_frames().get(self.main)))
             # Counted in beats, not by the clock: a job that is suspended as a whole has not waited.
-            still, last = (still + 1, last) if here == last else (0, here)
+            still, told = (still + 1, told) if here == last else (0, False)
+            last = here
             try:
-                self._note(beat, here[1])
+                self._note(here[1])
                 if not told and still * self.period >= PATIENCE * self.timeout:
                     told = True
-                    self._look(still * self.period)
+                    self._look(still * self.period, here[1])
             except (dist.DistError, RuntimeError):
                 return  # the store went with the rank or launcher that kept it: they are ending
 
-    def _note(self, beat: int, place: str) -> None:
-        note = Note(beat, self.step, place, socket.gethostname(), os.getpid())
+    def _note(self, place: str) -> None:
+        self.beats += 1
+        note = Note(self.beats, self.step, place, socket.gethostname(), os.getpid())
         self.store.set(f"{PREFIX}/{self.rank}", json.dumps(dataclasses.asdict(note)))
 
-    def _look(self, waited: float) -> None:
+    def _look(self, waited: float, place: str) -> None:
         """End this process where another rank does not answer; else say where all are, and leave it to the timeout."""
         before = self._notes()
-        time.sleep(max(3 * self.period, SILENCE_SECONDS))
+        self._beat_on(max(3 * self.period, SILENCE_SECONDS), place)
         after = self._notes()
         silent = [rank for rank in after if rank != self.rank and after[rank].beat == before[rank].beat]
         answering = [rank for rank in after if rank not in silent]
         if self.rank == min(answering):
             print(self._words(waited, after, silent), file=sys.stderr, flush=True)
-        else:
-            time.sleep(3 * self.period)  # the launcher ends all with the first: let that be the one that tells why
+        elif silent:
+            # The launcher ends all with the first: let that be the one that tells why.
+            self._beat_on(3 * self.period, place)
         if silent:
             os._exit(1)
+
+    def _beat_on(self, seconds: float, place: str) -> None:
+        """Wait, and answer meanwhile: the others are looking too."""
+        for _ in range(math.ceil(seconds / self.period)):
+            time.sleep(self.period)
+            self._note(place)
 
     def _words(self, waited: float, notes: dict[int, Note], silent: list[int]) -> str:
         mine = notes[self.rank]

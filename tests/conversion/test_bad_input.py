@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from megatron_moe_lpr.checkpoint import writer
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.conversion import safetensors_writer
 from tests.conversion.helpers import TOOL, change_hf, rewrite_checkpoint, run
 from tests.conversion.tiny_models import save_model
@@ -228,7 +229,7 @@ def test_file_size_limit_of_a_real_process(dense: Path, tmp_path: Path) -> None:
         command, capture_output=True, text=True, preexec_fn=limit, env=environment, check=False, timeout=120
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: File too large")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: File too large")
     assert "Traceback" not in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -258,7 +259,9 @@ def test_truncated_checkpoint(checkpoint: Path, tmp_path: Path, refuse: Callable
     file = next(checkpoint.rglob("*.distcp"))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     line = refuse("export", "--load", checkpoint, "--hf", tmp_path / "out")
-    assert file.name in line and "cut short" in line
+    assert file.name in line and "bytes, " in line and "were written" in line
+    line = refuse("export", "--load", checkpoint, "--hf", tmp_path / "out", "--no-verify")
+    assert file.name in line
 
 
 @pytest.mark.parametrize("name", [".metadata", "moe_lpr/card.json", "moe_lpr/config.json"])
@@ -311,6 +314,7 @@ def test_dense_layer_whose_experts_were_changed(
 def test_unequal_expert_counts(checkpoint: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
     card = checkpoint / "release" / "moe_lpr" / "card.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"experts_per_layer": [3, 2, 3]}))
+    write_manifest(card.parents[1], {})
     line = refuse("export", "--load", checkpoint, "--hf", tmp_path / "out")
     assert "different numbers of experts (2, 3)" in line
 
@@ -318,6 +322,7 @@ def test_unequal_expert_counts(checkpoint: Path, tmp_path: Path, refuse: Callabl
 def test_card_of_a_newer_version(checkpoint: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
     card = checkpoint / "release" / "moe_lpr" / "card.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"format_version": 99}))
+    write_manifest(card.parents[1], {})
     assert "install a newer" in refuse("export", "--load", checkpoint, "--hf", tmp_path / "out")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from tests.conversion.helpers import (
     assert_same_tensors,
     change_hf,
@@ -139,6 +140,7 @@ def test_config_names_the_dtype_that_training_left(dense_directory: Dense, tmp_p
     run("import", "--hf", dense_directory("qwen2"), "--save", tmp_path / "checkpoint", "--num-experts", 1)
     card = resolve_checkpoint(tmp_path / "checkpoint").side_directory / "card.json"
     card.write_text(card.read_text().replace('"float32"', '"bfloat16"'))
+    write_manifest(card.parents[1], {})
     run("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
     assert {tensor.dtype for tensor in hf_tensors(tmp_path / "back").values()} == {torch.bfloat16}

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 BASE = Path(__file__).parents[2] / "data" / "base_model"
 TEXT = "In 2024, 12345 don't  \n\n  x  über\t42 % 你好123"
@@ -23,6 +23,16 @@ def test_tokenizer_of_the_export_is_the_one_of_training(tmp_path: Path) -> None:
     ids = tokenizer(TEXT).input_ids
     assert ids == Tokenizer.from_file(str(BASE / "tokenizer.json")).encode(TEXT).ids
     assert tokenizer.decode(ids) == TEXT and tokenizer.eos_token_id == 0
+
+
+def test_tokenizer_of_the_base_as_the_demo_loads_it() -> None:
+    """AutoTokenizer of transformers 5 gives other ids around digits here: the model_type is qwen2."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(BASE)
+    ids = tokenizer(TEXT).input_ids
+    assert ids == Tokenizer.from_file(str(BASE / "tokenizer.json")).encode(TEXT).ids
+    assert tokenizer.decode(ids) == TEXT and tokenizer.eos_token_id == 0
+    for script in (BASE.parents[1] / "examples" / "demo").glob("*.py"):
+        assert "AutoTokenizer.from_pretrained" not in script.read_text(), script
 
 
 def test_card_names_the_tokenizer_files_that_are_there() -> None:

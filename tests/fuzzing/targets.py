@@ -86,8 +86,9 @@ def _safetensors(root: Path) -> Path:
 
 
 def _weight_map(root: Path) -> Path:
-    _safetensors(root)
-    return _json_file("model.safetensors.index.json", {"weight_map": {"a": "model.safetensors"}})(root)
+    # Under another name than a single file's, which would be read instead.
+    _safetensors(root).rename(root / "shard.safetensors")
+    return _json_file("model.safetensors.index.json", {"weight_map": {"a": "shard.safetensors"}})(root)
 
 
 def _read_safetensors(path: Path) -> None:

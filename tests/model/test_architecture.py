@@ -88,7 +88,7 @@ def test_absent_key_value_heads():
         ({"model_type": "gpt2"}, "'gpt2' is not supported; supported are Qwen2ForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"mlp_bias": True}, "mlp_bias=true"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' without original_max_position_embeddings"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embeddings must be a number"),
         ({"rope_scaling": {**YARN, "mscale": 0.7}}, "'yarn' with mscale"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
         ({"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window"),

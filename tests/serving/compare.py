@@ -37,7 +37,8 @@ class Report:
         difference = max(one.difference(two) for one, two in zip(ours, theirs, strict=True))
         good = tokens == wanted and difference <= LIMIT
         self.failed |= not good
-        row = (model, engine, f"{tokens} of {wanted}", f"{difference:.1e}", "as it should be" if good else "WRONG")
+        told = sum(one.told() for one in ours)
+        row = (model, engine, f"{tokens} of {wanted}", f"{difference:.1e} over {told}", "good" if good else "WRONG")
         self.rows.append(row)
         print(" | ".join(row), flush=True)
 

@@ -18,10 +18,10 @@ PROMPTS = ([17, 301, 45, 902, 77, 512, 8], [640, 33, 214])
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """Greedy tokens after a prompt, each with its log-probability."""
+    """Greedy tokens after a prompt, each with its log-probability, None where an engine does not tell it."""
 
     tokens: list[int]
-    log_probabilities: list[float]
+    log_probabilities: list[float | None]
 
     def equal_tokens(self, other: "Continuation") -> int:
         """How many tokens are the same before the first that differs."""
@@ -39,7 +39,11 @@ class Continuation:
         """Largest difference of log-probabilities over the tokens that are the same."""
         equal = self.equal_tokens(other)
         pairs = zip(self.log_probabilities[:equal], other.log_probabilities[:equal], strict=True)
-        return max((abs(one - two) for one, two in pairs), default=float("inf"))
+        return max((abs(one - two) for one, two in pairs if one is not None), default=float("inf"))
+
+    def told(self) -> int:
+        """How many log-probabilities there are."""
+        return sum(number is not None for number in self.log_probabilities)
 
 
 @torch.no_grad()

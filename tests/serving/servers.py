@@ -84,19 +84,35 @@ def complete_by_vllm(address: str, prompt: list[int]) -> Continuation:
 
 
 def complete_by_llama_cpp(address: str, prompt: list[int], new_tokens: int = NEW_TOKENS) -> Continuation:
-    """Greedy tokens through llama-server's own /completion, whose log-probabilities are those of the whole softmax."""
+    """Greedy tokens through llama-server's own /completion, whose log-probabilities are those of the whole softmax.
+
+    It keeps no log-probability of a token that leaves a character unfinished: None there.
+    """
     request = {
         "prompt": prompt,
         "n_predict": new_tokens,
         "temperature": 0,
         "n_probs": 1,
-        "ignore_eos": False,
-        "logit_bias": [],
+        "return_tokens": True,
         "cache_prompt": False,
         "samplers": ["temperature"],
     }
-    steps = post(f"{address}/completion", request)["completion_probabilities"]
-    return Continuation([step["id"] for step in steps], [step["logprob"] for step in steps])
+    answer = post(f"{address}/completion", request)
+    return aligned(answer["tokens"], answer["completion_probabilities"])
+
+
+def aligned(tokens: list[int], steps: list[dict[str, Any]]) -> Continuation:
+    """The steps, some of which are left out, beside the tokens.
+
+    Raises:
+        ValueError: the steps are no part of the tokens in the same order.
+    """
+    numbers: list[float | None] = [None] * len(tokens)
+    place = -1
+    for step in steps:
+        place = tokens.index(step["id"], place + 1)
+        numbers[place] = step["logprob"]
+    return Continuation(tokens, numbers)
 
 
 def post(address: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def train_outcome(*arguments, **changes) -> str | None:
 
 def evaluation_outcome(load: Path, data: dict[str, str], verify: bool = True) -> str | None:
     """On every rank: the error that an evaluation ends in, None where it ends well."""
-    plan = EvaluationPlan(load, list(data.values()), ["en"], 32, 2, None, ParallelLayout(), "cpu", verify)
+    plan = EvaluationPlan(load, list(data.values()), ["en"], 32, 2, None, ParallelLayout(), "cpu", verify=verify)
     try:
         evaluate_checkpoint(plan)
     except UserError as error:

@@ -24,7 +24,7 @@ with Heartbeat(timeout=10.0) as heartbeat:
     dist.barrier()
     time.sleep(3 * heartbeat.period)
     if dist.get_rank() == 1:
-        os.kill(os.getpid(), signal.SIGSTOP) if stopped else time.sleep(20)
+        os.kill(os.getpid(), signal.SIGSTOP) if stopped else time.sleep(16)
     wait_for_the_other()
 """
 
