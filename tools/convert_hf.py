@@ -35,6 +35,9 @@ class Import:
     moe_layer_freq: str | None = None
     """Which layers get experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31" (all but the
     first). Default: 1, every layer."""
+    experts_per_layer: str | None = None
+    """Experts of each layer instead, the original one included, 1 for a dense layer: 5,4,3,... or the JSON file that
+    tools/allocate_experts.py writes."""
     seed: int = 1234
     """Seed of the routers' initial values."""
     adapter: Path | None = None
@@ -54,6 +57,7 @@ class Import:
             num_experts=self.num_experts,
             top_k=self.top_k,
             moe_layer_freq=self.moe_layer_freq,
+            experts_per_layer=self.experts_per_layer,
             seed=self.seed,
             adapter=self.adapter,
             allow_top_1=self.allow_top_1,

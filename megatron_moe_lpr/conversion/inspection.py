@@ -134,7 +134,8 @@ def _runs(experts_per_layer: Sequence[int]) -> str:
     runs = [(experts, len(list(group))) for experts, group in itertools.groupby(experts_per_layer)]
     if len(runs) == 1:
         return f"{runs[0][0]} in every layer"
-    return " ".join(f"{experts}" if count == 1 else f"{experts}x{count}" for experts, count in runs) + " (1: dense)"
+    words = " ".join(f"{experts}" if count == 1 else f"{experts}x{count}" for experts, count in runs)
+    return f"{words} (1: dense)" if 1 in experts_per_layer else words
 
 
 def _amount(count: int) -> str:
