@@ -68,6 +68,33 @@ class Import:
 
 
 @dataclasses.dataclass(frozen=True)
+class Expand:
+    """More experts for a second group of languages; the experts that a checkpoint has are frozen from then on."""
+
+    load: Path
+    """Checkpoint directory, after stage 2, or one iteration in it."""
+    save: Path
+    """Checkpoint directory to write."""
+    add_experts: str
+    """New experts: one number for every layer that has experts, or one for each layer (0: none), as in 0,2,2,1."""
+    seed: int = 1234
+    """Seed of the routers' new rows."""
+    expert_model_parallel_size: int = 1
+    """Only check that this many ranks could share the experts of each expansion evenly."""
+    overwrite: bool = False
+    """Replace what is at --save."""
+
+    def run(self) -> None:
+        """Expand, then print what came out."""
+        from megatron_moe_lpr.conversion.expand import ExpandOptions, expand, read_added
+
+        added = read_added(self.add_experts, self.load)
+        options = ExpandOptions(self.load, added, self.seed, self.expert_model_parallel_size)
+        expand(options, self.save, self.overwrite)
+        print_inspection(self.save, inspect_directory(self.save))
+
+
+@dataclasses.dataclass(frozen=True)
 class Export:
     """Megatron -> Hugging Face: stock Mixtral, Qwen2-MoE or Qwen3-MoE; a dense checkpoint becomes its own family."""
 
@@ -130,6 +157,7 @@ class Inspect:
 
 Command = (
     Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Expand, tyro.conf.subcommand("expand")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]

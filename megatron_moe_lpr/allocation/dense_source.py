@@ -65,7 +65,8 @@ def open_dense_source(path: Path) -> DenseSource:
 def _checkpoint_source(path: Path) -> DenseSource:
     checkpoint = resolve_checkpoint(path)
     card, architecture = checkpoint.card(), checkpoint.architecture()
-    rows, reader = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT), CheckpointReader(checkpoint.path)
+    rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)
+    reader = CheckpointReader(checkpoint.path)
     check_model_tensors(rows, reader)
     config = read_json(checkpoint.side_directory / CONFIG_FILE)
     return DenseSource(config, architecture, rows, lambda row: read_row(row, reader, architecture, torch.float32))

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_moe_lpr.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORDED_PACKAGES = ("megatron-moe-lpr", "megatron-core", "torch", "safetensors")
 
 
@@ -35,6 +35,10 @@ class CheckpointCard:
     """Versions of the packages that converted the dense model."""
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """One entry per stage of training: stage, languages, original_languages, iterations, tokens, ..."""
+    expansions: list[list[int]] = dataclasses.field(default_factory=list)
+    """New experts of each layer by expansion, the first one first; empty: one expansion added them all."""
+    openness: float = 1.0
+    """Weight of the latest expansion's experts in the routers' softmax; 0: added and not used yet, 1: trained in."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -49,7 +53,8 @@ class CheckpointCard:
 
     def write(self, path: Path) -> None:
         """Write the card as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        content = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_card(path: Path) -> CheckpointCard:

@@ -19,7 +19,7 @@ def fingerprint_of_checkpoint(load: Path) -> str:
     """
     checkpoint = resolve_checkpoint(load)
     card, architecture = checkpoint.card(), checkpoint.architecture()
-    rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT)
+    rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)
     reader = CheckpointReader(checkpoint.path)
     check_model_tensors(rows, reader)
     fingerprint = OriginalFingerprint()

@@ -106,6 +106,9 @@ def _model_lines(inspection: Inspection) -> list[tuple[str, str]]:
         ("parameters", f"{_amount(counts.total)} in all, {_amount(counts.active)} active per token"),
     ]
     if is_moe:
+        if inspection.card and inspection.card.expansions:
+            lines.insert(4, ("expansions", "; ".join(_runs(added) for added in inspection.card.expansions)))
+            lines.insert(5, ("latest experts", f"weigh {inspection.card.openness:.0%} in the routers"))
         parts = {"original": counts.original, "new experts": counts.new_experts, "routers": counts.routers}
         lines.insert(4, ("top-k", str(inspection.top_k)))
         lines.append(("of which", ", ".join(f"{name} {_amount(count)}" for name, count in parts.items())))

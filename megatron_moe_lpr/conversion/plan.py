@@ -71,7 +71,7 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     for count in sorted(set(experts) - {1}):
         check_expert_parallel(count - 1, options.expert_parallel_size)
     layout = ADAPTER_LAYOUT if adapter else model.layout
-    rows = model_rows(model.architecture, experts, layout)
+    rows = model_rows(model.architecture, experts, layout, model.card.expansions if model.is_moe and model.card else ())
     files = weight_files(model.path) + ([adapter.weights] if adapter else [])
     source = SafetensorsSource(files)
     check_tensors(rows, model.shared_experts(), source, adapter.path if adapter else model.path)

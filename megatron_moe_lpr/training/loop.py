@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron_moe_lpr.data.batches import Batch, build_data_iterator
 from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
-from megatron_moe_lpr.evaluation.routing import collect_routing, reset_routing
+from megatron_moe_lpr.evaluation.routing import collect_routing, open_experts, reset_routing
 from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.training.checkpointing import save_run
 from megatron_moe_lpr.training.guards import GradientWatch, explain_non_finite_gradient, explain_non_finite_loss
@@ -43,6 +43,7 @@ class Trainer:
         config, state = self.run.config, self.state
         batches = self._batches()
         reset_routing(state.chunks)
+        open_experts(state.chunks, self.run.openness(state.iteration))
         while state.iteration < config.batch.train_iters:
             self.step(batches)
             if state.iteration % config.logging.log_interval == 0 or state.iteration == config.batch.train_iters:
@@ -83,6 +84,7 @@ class Trainer:
         watch = (
             GradientWatch(state.chunks) if self.interval is None and state.iteration == self.interval_first else None
         )
+        open_experts(state.chunks, run.openness(state.iteration + 1))
         device = run.platform.device
         batches = [to_device(part, device) for part in itertools.islice(iterator, run.num_microbatches)]
         for chunk in state.chunks:
