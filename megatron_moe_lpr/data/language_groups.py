@@ -15,14 +15,15 @@ def original_languages(history: Sequence[Mapping[str, Any]]) -> set[str]:
 def learned_languages(history: Sequence[Mapping[str, Any]]) -> list[set[str]]:
     """Languages that were first trained on after the first expansion, after the second, and so on.
 
-    The last group may be empty: of an expansion that nothing was trained after.
+    Learned in a stage 1: what `--stage full` trained on belongs to the dense model. The last group may be empty, of an
+    expansion that nothing was trained after.
     """
     original, seen = original_languages(history), set()
     groups: list[set[str]] = [set()]
     for entry in history:
         if entry.get("stage") == EXPANSION:
             groups.append(set())
-        elif entry.get("stage") in ("1", "full"):
+        elif entry.get("stage") == "1":
             new = set(entry.get("languages", [])) - original - seen
             groups[-1] |= new
             seen |= new
