@@ -42,12 +42,16 @@ class Flags:
     micro_batch_size: int = 1
     global_batch_size: int = 512
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"
+    """With --precision fp8: how tensors are scaled."""
+    fp8_param_gather: bool = False
+    """With --precision fp8: the new experts' weights are in FP8."""
     use_distributed_optimizer: bool = True
     tensor_model_parallel_size: int | None = None
     pipeline_model_parallel_size: int | None = None
     expert_model_parallel_size: int | None = None
-    recompute: Literal["none", "moe", "full"] | None = None
-    """Activations: keep all, compute MoE layers again, or whole layers."""
+    recompute: Literal["none", "core_attn", "layernorm", "moe_act", "mlp", "moe", "full"] | None = None
+    """Activations: keep all, compute one of training's --recompute-modules again, or whole layers."""
     show: int = 8
     """Layouts to show."""
 
@@ -57,8 +61,13 @@ def main() -> None:
     for name in ("gpus", "gpu_memory", "gpus_per_node", "seq_length", "micro_batch_size", "global_batch_size", "show"):
         if getattr(flags, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be above 0")
+    if flags.fp8_param_gather and flags.precision != "fp8":
+        raise UserError("--fp8-param-gather needs --precision fp8")
+    if flags.fp8_param_gather and flags.fp8_recipe == "delayed":
+        raise UserError("--fp8-param-gather is not supported with --fp8-recipe delayed; choose tensorwise or blockwise")
     # Late, because Megatron takes seconds to import and the checks above do without.
     from megatron_moe_lpr.planning.report import print_plan
+    from megatron_moe_lpr.planning.saving import describe_needs
     from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
 
     shape, sizes = read_shape(flags), read_sizes(flags)
@@ -71,8 +80,9 @@ def main() -> None:
     )
     candidates = find_layouts(shape, sizes, machine, choice)
     print_plan(shape, sizes, machine, candidates[: flags.show])
+    print(describe_needs(shape, candidates[0].layout, sizes, flags.gpus_per_node))
     if flags.experts_per_layer is not None:
-        from megatron_moe_lpr.planning.saving import saving_against_uniform
+        from megatron_moe_lpr.planning.savings import saving_against_uniform
 
         print(saving_against_uniform(shape, sizes, flags.num_experts))
 
@@ -120,6 +130,8 @@ def read_sizes(flags: Flags):
         global_batch_size=flags.global_batch_size,
         precision=flags.precision,
         distributed_optimizer=flags.use_distributed_optimizer,
+        fp8_recipe=flags.fp8_recipe,
+        fp8_param_gather=flags.fp8_param_gather,
     )
 
 

@@ -11,7 +11,7 @@ import tyro
 from corpus import texts
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_moe_lpr.allocation.dense_source import open_dense_source
 from megatron_moe_lpr.allocation.ffn_inputs import ffn_inputs
@@ -43,7 +43,8 @@ class Flags:
 def main() -> None:
     """Command line."""
     flags = tyro.cli(Flags, description=__doc__)
-    tokenizer = AutoTokenizer.from_pretrained(flags.hf, local_files_only=True)
+    # Not AutoTokenizer: for a model_type of qwen2, transformers 5 splits text by Qwen2's rules, not by the file's.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(flags.hf, local_files_only=True)
     source, device = open_dense_source(flags.hf), torch.device("cpu")
     languages = [*flags.original, *flags.expanded]
     splits = (

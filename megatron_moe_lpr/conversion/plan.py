@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS, check_experts
 from megatron_moe_lpr.conversion.adapter import Adapter, open_adapter
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG, read_experts_per_layer
 from megatron_moe_lpr.conversion.hf_directory import HFDirectory, check_tensors, common_dtype, open_hf_directory
@@ -67,6 +68,7 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     model = open_hf_directory(options.hf)
     adapter = open_adapter(options.adapter) if options.adapter else None
     experts, top_k = _experts(options, model, adapter)
+    check_experts(experts, "--num-experts")
     _check_routing(experts, top_k, options.allow_top_1 or model.is_moe)
     for count in sorted(set(experts) - {1}):
         check_expert_parallel(count - 1, options.expert_parallel_size)
@@ -74,7 +76,7 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     rows = model_rows(model.architecture, experts, layout, model.card.expansions if model.is_moe and model.card else ())
     files = weight_files(model.path) + ([adapter.weights] if adapter else [])
     source = SafetensorsSource(files)
-    check_tensors(rows, model.shared_experts(), source, adapter.path if adapter else model.path)
+    check_tensors(rows, model.extra(), source, adapter.path if adapter else model.path)
     originals = [source.tensors[name] for row in rows if row.role.is_original for name in row.names]
     return ImportPlan(model, adapter, experts, top_k, options.seed, rows, source, common_dtype(originals, model.path))
 
@@ -104,8 +106,8 @@ def experts_of_layers(options: ImportOptions, num_layers: int) -> list[int]:
                 raise UserError(f"{flag} and {FLAG}: give one of them")
         return read_experts_per_layer(options.experts_per_layer, num_layers)
     num_experts = PAPER_NUM_EXPERTS if options.num_experts is None else options.num_experts
-    if num_experts < 1:
-        raise UserError(f"--num-experts {num_experts}: at least 1 (the dense model itself) is needed")
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise UserError(f"--num-experts {num_experts}: from 1 (the dense model itself) to {MAX_EXPERTS:,}")
     chosen = layers_with_experts(options.moe_layer_freq or "1", num_layers)
     return [num_experts if has_experts else 1 for has_experts in chosen]
 

@@ -1,6 +1,7 @@
 """Megatron's TransformerConfig from what the checkpoint knows and what the run chooses."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from megatron_moe_lpr.model.architecture import Architecture
 from megatron_moe_lpr.model.fp8 import FP8Options, check_fp8_device, check_fp8_flags, check_fp8_shapes
 from megatron_moe_lpr.model.kernels import check_dispatcher, platform_fields
 from megatron_moe_lpr.model.losses import LPRLossForm
+from megatron_moe_lpr.model.rope import attention_factor
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform
@@ -159,6 +161,7 @@ def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
         "layernorm_epsilon": architecture.norm_epsilon,
         "add_qkv_bias": architecture.family.qkv_bias,
         "qk_layernorm": architecture.family.qk_norm,
+        "softmax_scale": _softmax_scale(architecture),
         # Megatron's window excludes the token itself, Hugging Face's counts it.
         "window_size": (window - 1, 0) if window else None,
         "normalization": "RMSNorm",
@@ -172,6 +175,12 @@ def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
         # Every weight comes from a checkpoint.
         "perform_initialization": False,
     }
+
+
+def _softmax_scale(architecture: Architecture) -> float | None:
+    """Yarn scales rotated queries and keys; their product is scaled by the square, in every attention kernel."""
+    factor = attention_factor(architecture.rope)
+    return None if factor == 1.0 else factor**2 / math.sqrt(architecture.head_dim)
 
 
 def _expert_fields(shape: ModelShape, options: ComputeOptions) -> dict[str, Any]:

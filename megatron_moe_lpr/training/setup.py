@@ -9,23 +9,27 @@ from megatron.core import parallel_state
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.card import Base, CheckpointCard
+from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_shape
-from megatron_moe_lpr.checkpoint.reader import CheckpointReader
+from megatron_moe_lpr.checkpoint.trainable_only import open_reader
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.data.config import DataSources, read_data_sources
 from megatron_moe_lpr.data.datasets import Datasets, build_datasets
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
+from megatron_moe_lpr.data.vocabulary import check_token_ids
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, check_layout, check_options, check_platform
 from megatron_moe_lpr.model.fp8 import FP8Options
 from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.platform import Platform, select_platform
-from megatron_moe_lpr.training.checkpointing import RunState, find_own_checkpoint, load_run
+from megatron_moe_lpr.training.checkpointing import RunState, load_run
 from megatron_moe_lpr.training.config import TrainingConfig
+from megatron_moe_lpr.training.description import accepted_names, describe_run, recorded_schedule
 from megatron_moe_lpr.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from megatron_moe_lpr.training.resuming import OwnCheckpoint, find_own_checkpoint
 from megatron_moe_lpr.training.stages import Stage, check_stage, freeze
 
 
@@ -41,6 +45,10 @@ class Run:
     datasets: Datasets
     state: RunState
     num_microbatches: int
+    description: dict[str, Any]
+    """What the run is, see `description.describe_run`."""
+    own: OwnCheckpoint | None = None
+    """Where it goes on from; None: it has just begun."""
 
     @property
     def original_table(self) -> torch.Tensor:
@@ -55,22 +63,10 @@ class Run:
         steps = self.config.stage.open_experts_iters or max(1, self.config.batch.train_iters // 10)
         return min(1.0, start + (1.0 - start) * iteration / steps)
 
-    def settings(self) -> dict[str, Any]:
-        """What makes two runs the same run, as kept in the checkpoint's history."""
-        return run_settings(self.config, self.sources)
-
-
-def run_settings(config: TrainingConfig, sources: DataSources) -> dict[str, Any]:
-    """Stage, data and length of a run: what may not change when it is resumed."""
-    return {
-        "stage": config.stage.stage,
-        "languages": sorted({entry.language for entry in sources.train}),
-        "original_languages": list(sources.original_languages),
-        "train_iters": config.batch.train_iters,
-        "global_batch_size": config.batch.global_batch_size,
-        "seq_length": config.batch.seq_length,
-        "seed": config.data.seed,
-    }
+    @property
+    def lengths(self) -> list[int]:
+        """Steps of the run as planned at first, after it was lengthened once, and so on."""
+        return self.own.lengths if self.own else [self.config.batch.train_iters]
 
 
 def prepare(config: TrainingConfig) -> Run:
@@ -80,20 +76,24 @@ def prepare(config: TrainingConfig) -> Run:
         UserError: a flag, checkpoint, dataset or layout that does not fit.
     """
     stage = config.stage.resolve()
-    start = resolve_checkpoint(config.checkpoint.load)
+    accepted_names(config.checkpoint.accept_changes, config.checkpoint.override_opt_param_scheduler)
+    start = open_checkpoint(config.checkpoint.load, config.checkpoint.verify, config.checkpoint.base_checkpoint)
     shape, card = model_shape(start), start.card()
     config = _with_known_languages(config, card)
     fingerprint = load_tokenizer(start.side_directory).fingerprint if card.tokenizer_files else None
     sources = read_data_sources(config.data, fingerprint, original_may_be_absent=stage.original_languages != "required")
+    check_token_ids([*sources.train, *sources.valid], shape.architecture.vocab_size, str(start.path))
     earlier = groups_with_prior(card.history, sources.original_languages, shape.num_groups)[1:]
     check_stage(stage, card.is_moe, sources, earlier)
     _check_expansion(config, stage, card)
     _check_lengths(config, shape)
+    if config.checkpoint.save_trainable_only and stage.name == "full":
+        raise UserError("--save-trainable-only: with --stage full every weight trains; leave it out")
+    config.checkpoint.retention.check(config.checkpoint.save_interval)
     check_layout(shape, config.layout)
     options = config.precision.compute_options(card.dtype, config.fp8)
     check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
     check_parameter_gather(config.fp8, stage)
-    own = find_own_checkpoint(config.checkpoint.save, run_settings(config, sources))
 
     platform = select_platform(config.platform, config.layout.tensor_model_parallel_size)
     check_platform(shape, config.layout, options, platform)
@@ -102,10 +102,16 @@ def prepare(config: TrainingConfig) -> Run:
         raise UserError("--fp8-param-gather needs --use-distributed-optimizer")
     initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
     num_microbatches = _num_microbatches(config)
-    train_samples = config.batch.train_iters * config.batch.global_batch_size
-    datasets = build_datasets(sources, config.data, config.batch.seq_length, train_samples)
+    description = describe_run(config, stage, sources, options.dtype)
+    own = find_own_checkpoint(config.checkpoint, description, card.original_fingerprint)
+    if own and config.checkpoint.use_checkpoint_opt_param_scheduler:
+        config = dataclasses.replace(config, optimizer=recorded_schedule(own.recorded, config.optimizer))
+        description = describe_run(config, stage, sources, options.dtype)
+    lengths = own.lengths if own else [config.batch.train_iters]
+    samples = [steps * config.batch.global_batch_size for steps in lengths]
+    datasets = build_datasets(sources, config.data, config.batch.seq_length, samples)
     model, state = _build(config, stage, platform, options, start, own)
-    return Run(config, stage, platform, model, sources, datasets, state, num_microbatches)
+    return Run(config, stage, platform, model, sources, datasets, state, num_microbatches, description, own)
 
 
 def _build(
@@ -114,10 +120,10 @@ def _build(
     platform: Platform,
     options: ComputeOptions,
     start: CheckpointDirectory,
-    own: CheckpointDirectory | None,
+    own: OwnCheckpoint | None,
 ) -> tuple[LoadedModel, RunState]:
     model = load_model(
-        start.path,
+        start,
         config.layout,
         platform,
         options,
@@ -125,6 +131,9 @@ def _build(
         lpr_loss_coeff=stage.lpr_loss_coeff,
         lpr_loss_form=config.stage.lpr_loss_form,
         calculate_per_token_loss=True,
+        # Where the run goes on from its own complete checkpoint, nothing of these tensors is left, and that one is
+        # verified.
+        verified=config.checkpoint.verify and (own is None or own.directory.card().base is not None),
     )
     freeze(model.chunks, stage)
     # Megatron's plain bf16 optimizer cannot save what is fp32 beside bf16, as the routers are.
@@ -134,7 +143,7 @@ def _build(
     optimizer = build_optimizer(chunks, model.config, options, platform)
     state = RunState(chunks, optimizer, build_schedule(optimizer, options, config.batch))
     if own:
-        load_run(state, own)
+        load_run(state, own.directory, start)
     return dataclasses.replace(model, chunks=chunks), state
 
 
@@ -197,21 +206,24 @@ def _check_lengths(config: TrainingConfig, shape: ModelShape) -> None:
 def history_entry(run: Run) -> dict[str, Any]:
     """What the checkpoint will say of this run."""
     return {
-        **run.settings(),
+        **run.description,
+        **({"train_lengths": run.lengths} if len(run.lengths) > 1 else {}),
+        **({"changes": run.own.changes} if run.own and run.own.changes else {}),
         "iterations": run.state.iteration,
         "tokens": run.state.consumed_tokens,
-        "load_balancing_coeff": run.stage.load_balancing_coeff,
-        "lpr_loss_coeff": run.stage.lpr_loss_coeff,
-        "lr": run.config.optimizer.lr,
     }
 
 
-def card_of(run: Run) -> CheckpointCard:
-    """The card of a checkpoint of this run: the starting one's, one stage further."""
+def card_of(run: Run, base: Base | None = None) -> CheckpointCard:
+    """The card of a checkpoint of this run: the starting one's, one stage further.
+
+    Args:
+        base: where the weights are that the checkpoint does not hold; None: it holds all.
+    """
     start = run.model.card
     dtype = str(run.model.config.params_dtype).removeprefix("torch.")
     history, openness = [*start.history, history_entry(run)], run.openness(run.state.iteration)
-    return dataclasses.replace(start, dtype=dtype, history=history, openness=openness)
+    return dataclasses.replace(start, dtype=dtype, history=history, openness=openness, base=base)
 
 
 def print_overview(run: Run) -> None:
@@ -225,7 +237,7 @@ def print_overview(run: Run) -> None:
 
 def _parameter_table(run: Run) -> Table:
     counts = dict.fromkeys(KINDS, 0)
-    for key, info in CheckpointReader(run.model.directory.path).tensors.items():
+    for key, info in open_reader(run.model.directory).tensors.items():
         if key.startswith(("embedding.", "decoder.", "output_layer.")):
             counts[kind_of(key)] += torch.Size(info.shape).numel()
     layout = run.config.layout

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_card, tool_versions
+from megatron_moe_lpr.checkpoint.card import Base, CheckpointCard, read_card, tool_versions
 from megatron_moe_lpr.checkpoint.directory import finish_iteration, resolve_checkpoint, write_latest
 from megatron_moe_lpr.errors import UserError
 
@@ -71,4 +71,19 @@ def test_card_round_trip(tmp_path: Path) -> None:
 def test_bad_cards(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "card.json").write_text(text)
     with pytest.raises(UserError, match=words):
+        read_card(tmp_path / "card.json")
+
+
+def test_card_of_trained_weights_names_its_base(tmp_path: Path) -> None:
+    card = dataclasses.replace(CARD, base=Base("/runs/stage1/iter_0000100", "0a"))
+    card.write(tmp_path / "card.json")
+    assert read_card(tmp_path / "card.json") == card
+
+
+@pytest.mark.parametrize("base", ['"here"', "[1]", '{"path": "/a"}', '{"path": 1, "checksum": "0"}'])
+def test_a_base_of_another_form(base: str, tmp_path: Path) -> None:
+    CARD.write(tmp_path / "card.json")
+    text = (tmp_path / "card.json").read_text().replace('"base": null', f'"base": {base}')
+    (tmp_path / "card.json").write_text(text)
+    with pytest.raises(UserError, match="not a valid card"):
         read_card(tmp_path / "card.json")

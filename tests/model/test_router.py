@@ -3,6 +3,7 @@
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, switch_load_balancing_loss_func
 
 from megatron_moe_lpr.model.router import LPRRouter
@@ -55,6 +56,29 @@ def gradient_of_attached_losses(router, hidden, tags):
     weights, _ = router(hidden, tags.transpose(0, 1))
     (weights * 0.0).sum().backward()
     return router.weight.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_fp32_whatever_transformer_engine_would_do(dtype, make_router, hidden, monkeypatch):
+    """Megatron's own asks Transformer Engine where it is there; 2.9 would multiply fp32 weights with bf16 input."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("Transformer Engine's product was asked for")
+
+    monkeypatch.setattr(moe_utils, "te_general_gemm", refuse, raising=False)
+    router, rounded = make_router(), hidden.to(dtype)
+    given = rounded.clone().requires_grad_()
+    exact_input = rounded.double().requires_grad_()
+    exact_weight = router.weight.detach().double().requires_grad_()
+    gradient = torch.randn(SEQUENCE, BATCH, EXPERTS, generator=torch.Generator().manual_seed(3))
+    logits, expected = router.gating(given), exact_input @ exact_weight.T
+    assert (logits.dtype, router.weight.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-6)
+    logits.backward(gradient)
+    expected.backward(gradient.double())
+    assert given.grad.dtype == dtype
+    torch.testing.assert_close(router.weight.grad.double(), exact_weight.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(given.grad.double(), exact_input.grad, rtol=torch.finfo(dtype).eps * 8, atol=1e-5)
 
 
 def test_routing_is_softmax_top_k_renormalised(make_router, hidden):
