@@ -85,15 +85,21 @@ class Expand:
     """Seed of the routers' new rows."""
     expert_model_parallel_size: int = 1
     """Only check that this many ranks could share the experts of each expansion evenly."""
+    base_checkpoint: Path | None = None
+    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
     overwrite: bool = False
     """Replace what is at --save."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums before anything in them is used."""
 
     def run(self) -> None:
         """Expand, then print what came out."""
         from megatron_moe_lpr.conversion.expand import ExpandOptions, expand, read_added
 
         added = read_added(self.add_experts, self.load)
-        options = ExpandOptions(self.load, added, self.seed, self.expert_model_parallel_size)
+        options = ExpandOptions(
+            self.load, added, self.seed, self.expert_model_parallel_size, self.base_checkpoint, self.verify
+        )
         expand(options, self.save, self.overwrite)
         print_inspection(self.save, inspect_directory(self.save))
 

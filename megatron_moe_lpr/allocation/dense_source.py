@@ -6,18 +6,14 @@ from typing import Any
 
 import torch
 
-from megatron_moe_lpr.checkpoint.card import read_json
-from megatron_moe_lpr.checkpoint.directory import (
-    CONFIG_FILE,
-    LATEST_FILE,
-    is_iteration_directory,
-    resolve_checkpoint,
-)
-from megatron_moe_lpr.checkpoint.reader import CheckpointReader
+from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
+from megatron_moe_lpr.checkpoint.trainable_only import open_reader
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.conversion.exporter import check_model_tensors, read_row
 from megatron_moe_lpr.conversion.hf_directory import check_tensors, open_hf_directory
 from megatron_moe_lpr.conversion.names import DENSE_LAYOUT, Row, model_rows
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import read_json
 from megatron_moe_lpr.model.architecture import Architecture
 
 
@@ -63,10 +59,10 @@ def open_dense_source(path: Path) -> DenseSource:
 
 
 def _checkpoint_source(path: Path) -> DenseSource:
-    checkpoint = resolve_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     card, architecture = checkpoint.card(), checkpoint.architecture()
     rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)
-    reader = CheckpointReader(checkpoint.path)
+    reader = open_reader(checkpoint)
     check_model_tensors(rows, reader)
     config = read_json(checkpoint.side_directory / CONFIG_FILE)
     return DenseSource(config, architecture, rows, lambda row: read_row(row, reader, architecture, torch.float32))

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import torch
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.card import CheckpointCard, check_experts
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, RELEASE, SIDE_DIRECTORY, resolve_checkpoint, write_latest
+from megatron_moe_lpr.checkpoint.integrity import MANIFEST, write_manifest
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader
+from megatron_moe_lpr.checkpoint.trainable_only import LayeredReader, open_reader, reading
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.exporter import check_model_tensors
 from megatron_moe_lpr.conversion.names import MOE_LAYOUTS, VOCABULARY_KEYS, Role, Row, model_rows
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate
 from megatron_moe_lpr.conversion.upcycling import initial_router
 from megatron_moe_lpr.data.language_groups import EXPANSION, learned_languages
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import atomic_directory
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.progress import ProgressReport
@@ -35,6 +38,10 @@ class ExpandOptions:
     seed: int = 1234
     expert_parallel_size: int = 1
     """Only checked."""
+    base: Path | None = None
+    """For a checkpoint with only trained weights: where the others are; None: where it says."""
+    verified: bool = True
+    """Compare the checkpoint's files with their checksums first."""
 
 
 def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> CheckpointCard:
@@ -48,16 +55,18 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
         OSError: the disk is full; nothing is left at `save`.
     """
     check_separate(options.load, "--load", save, "--save")
-    checkpoint = resolve_checkpoint(options.load)
+    checkpoint = open_checkpoint(options.load, options.verified, options.base)
     before, architecture = checkpoint.card(), checkpoint.architecture()
     after = _card(before, options)
-    reader = CheckpointReader(checkpoint.path)
+    reader = open_reader(checkpoint)
     had = model_rows(architecture, before.experts_per_layer, NAMES, before.expansions)
     check_model_tensors(had, reader)
     rows = model_rows(architecture, after.experts_per_layer, NAMES, after.expansions)
     sources = _sources(had, rows)
     total = sum(math.prod(row.shape) * reader.tensors[sources[row.key] or had[0].key].dtype.itemsize for row in rows)
-    with atomic_directory(save, overwrite) as partial:
+    with reading(checkpoint) as layers, naming(save), atomic_directory(save, overwrite) as partial:
+        for layer in layers if options.verified else ():
+            verify_all(layer.path)
         check_disk_space(partial, total)
         iteration = partial / RELEASE
         with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("expanding", total) as progress:
@@ -65,8 +74,10 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
                 tensor = _tensor(row, sources[row.key], reader, options.seed)
                 writer.write(row.key, tensor)
                 progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
-        shutil.copytree(checkpoint.side_directory, iteration / SIDE_DIRECTORY)
+        ignored = shutil.ignore_patterns(MANIFEST.name)
+        shutil.copytree(checkpoint.side_directory, iteration / SIDE_DIRECTORY, ignore=ignored)
         after.write(iteration / SIDE_DIRECTORY / CARD_FILE)
+        write_manifest(iteration, writer.checksums)
         write_latest(partial, None)
     return after
 
@@ -79,7 +90,7 @@ def read_added(text: str, load: Path) -> list[int]:
     """
     card = resolve_checkpoint(load).card()
     parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
+    if not all(part.strip().isdecimal() and len(part) < 10 for part in parts):
         raise UserError(f"--add-experts {text}: a number, or one for each layer as in 0,2,2,1")
     numbers = [int(part) for part in parts]
     if len(numbers) == 1:
@@ -104,10 +115,13 @@ def _card(before: CheckpointCard, options: ExpandOptions) -> CheckpointCard:
     earlier = [experts - 1 for experts in before.experts_per_layer]
     for count in sorted({*earlier, *options.added} - {0}):
         check_expert_parallel(count, options.expert_parallel_size)
+    experts = [one + more for one, more in zip(before.experts_per_layer, options.added, strict=True)]
+    check_experts(experts, "--add-experts")
     return dataclasses.replace(
         before,
         format_version=CheckpointCard.format_version,
-        experts_per_layer=[one + more for one, more in zip(before.experts_per_layer, options.added, strict=True)],
+        base=None,
+        experts_per_layer=experts,
         expansions=[*(before.expansions or [earlier]), options.added],
         openness=0.0,
         history=[*before.history, {"stage": EXPANSION, "new_experts": options.added, "router_seed": options.seed}],
@@ -126,7 +140,7 @@ def _matrix(row: Row) -> str:
     return ".".join(row.key.split(".")[-2:])
 
 
-def _tensor(row: Row, source: str | None, reader: CheckpointReader, seed: int) -> torch.Tensor:
+def _tensor(row: Row, source: str | None, reader: CheckpointReader | LayeredReader, seed: int) -> torch.Tensor:
     if row.role is Role.ROUTER:
         weight = initial_router(*row.shape, seed, row.layer)
         if source:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from megatron_moe_lpr.checkpoint.card import read_json
+from megatron_moe_lpr.checkpoint.card import check_experts
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import read_json
 
 FLAG = "--experts-per-layer"
 FIELD = "experts_per_layer"
@@ -24,6 +25,7 @@ def read_experts_per_layer(text: str, num_layers: int) -> list[int]:
         raise UserError(f"{FLAG} {text}: numbers of 1 or more are expected, as in 5,4,3, or a JSON file with {FIELD}")
     if len(values) != num_layers:
         raise UserError(f"{FLAG} {text}: names {len(values)} layers, and the model has {num_layers}")
+    check_experts(values, f"{FLAG} {text}")
     return values
 
 
@@ -33,4 +35,5 @@ def write_experts_per_layer(experts: list[int]) -> str:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.strip().isdigit() else None
+    text = text.strip()
+    return int(text) if text.isdecimal() and len(text) < 10 else None

@@ -60,7 +60,8 @@ class Run:
     def openness(self, iteration: int) -> float:
         """Weight of the latest expansion's experts in the routers during the step that ends at `iteration`."""
         start = self.model.card.openness
-        steps = self.config.stage.open_experts_iters or max(1, self.config.batch.train_iters // 10)
+        # A run that was lengthened goes on opening as it began.
+        steps = self.config.stage.open_experts_iters or max(1, self.lengths[0] // 10)
         return min(1.0, start + (1.0 - start) * iteration / steps)
 
     @property
@@ -103,7 +104,7 @@ def prepare(config: TrainingConfig) -> Run:
     initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
     num_microbatches = _num_microbatches(config)
     description = describe_run(config, stage, sources, options.dtype)
-    own = find_own_checkpoint(config.checkpoint, description, card.original_fingerprint)
+    own = find_own_checkpoint(config.checkpoint, description, card)
     if own and config.checkpoint.use_checkpoint_opt_param_scheduler:
         config = dataclasses.replace(config, optimizer=recorded_schedule(own.recorded, config.optimizer))
         description = describe_run(config, stage, sources, options.dtype)
