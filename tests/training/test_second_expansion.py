@@ -9,6 +9,7 @@ import torch
 
 from megatron_moe_lpr.checkpoint.card import read_card
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.checkpoint.loading import load_model
 from megatron_moe_lpr.conversion.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.conversion.verify import random_tokens
@@ -20,25 +21,28 @@ from megatron_moe_lpr.platform import select_platform
 from tests.conversion.helpers import checkpoint_tensors, perturb, rewrite_checkpoint, run
 from tests.distributed import rank_pool
 from tests.training.one_step import StepCase, run_step
+from tests.training.outcomes import train_outcome
 from tests.training.runs import make_checkpoint, make_data, metrics, rewind, train
 from tests.training.test_layouts import EP2, FULL, PP2, TOLERANCE, TP2, differences
 
 FIRST = {"stage": "1", "languages": ["el"], "original_languages": ["en"]}
 GROUPS = torch.tensor([0, 1, -1, -1])  # of one_step's three languages: original, first expansion, latest; padding
+RANKS = 4  # Always: what remains is DP. Each further number of ranks would start processes of its own.
 LAYOUTS = {
-    "recompute full": (1, StepCase(recompute=FULL)),
-    "TP2xEP2": (2, StepCase(TP2 | EP2)),
-    "EP2, all-gather dispatcher, distributed optimizer": (
-        2,
-        StepCase(EP2, dispatcher="allgather", optimizer={"use_distributed_optimizer": True}),
+    "TP2xEP2, recompute full": StepCase(TP2 | EP2, recompute=FULL),
+    "EP2, all-gather dispatcher, distributed optimizer": StepCase(
+        EP2, dispatcher="allgather", optimizer={"use_distributed_optimizer": True}
     ),
-    "EP2xPP2": (4, StepCase(EP2 | PP2)),
+    "TP2xPP2": StepCase(TP2 | PP2),
+    "EP2xPP2": StepCase(EP2 | PP2),
 }
 
 
 def change_card(checkpoint: Path, **changes) -> None:
-    path = resolve_checkpoint(checkpoint).side_directory / CARD_FILE
+    directory = resolve_checkpoint(checkpoint)
+    path = directory.side_directory / CARD_FILE
     dataclasses.replace(read_card(path), **changes).write(path)
+    write_manifest(directory.path, {})
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,7 @@ def test_step_0_is_exact(inputs):
     before = rank_pool(1).run(logits, root / "first", {})[0]
     after = rank_pool(1).run(logits, root / "second", {})[0]
     assert (after - before).abs().max() < 1e-5
-    spread = rank_pool(2).run(logits, root / "second", TP2 | EP2)[0]
+    spread = rank_pool(RANKS).run(logits, root / "second", TP2 | EP2)[0]
     assert (spread - before).abs().max() < 1e-4
     opened = rank_pool(1).run(logits, root / "trained", {})[0]
     assert (opened - before).abs().max() > 0.01
@@ -108,8 +112,7 @@ def test_only_the_latest_experts_and_routers_have_gradients(reference):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_process(name, inputs, reference):
-    world, case = LAYOUTS[name]
-    for result in rank_pool(world).run(run_step, inputs[0] / "trained", case, GROUPS):
+    for result in rank_pool(RANKS).run(run_step, inputs[0] / "trained", LAYOUTS[name], GROUPS):
         found = differences(result, reference)
         worst = max(found, key=found.get)
         assert found[worst] < TOLERANCE, f"{worst}: {found[worst]:.2e}"
@@ -121,13 +124,13 @@ def second_run(inputs, tmp_path_factory):
     root, data = inputs
     save = tmp_path_factory.mktemp("second") / "run"
     changes = {"train_iters": 20, "save_interval": 4, "data_path": [data["hu"]], "open_experts_iters": 8}
-    rank_pool(4).run(functools.partial(train, root / "second", save, data, **changes, **TP2, **EP2))
+    rank_pool(RANKS).run(functools.partial(train, root / "second", save, data, **changes, **TP2, **EP2))
     return save, changes
 
 
-def test_frozen_to_the_bit(inputs, second_run):
-    root, _ = inputs
-    before, after = checkpoint_tensors(root / "second"), checkpoint_tensors(second_run[0])
+def check_frozen(before: Path, after: Path) -> None:
+    """Nothing but the latest experts and the routers has moved, to the bit, and only they have optimizer state."""
+    before, after = checkpoint_tensors(before), checkpoint_tensors(after)
     moved = {key for key, tensor in before.items() if not torch.equal(tensor, after[key][: len(tensor)])}
     assert all(".router." in key or (".experts." in key and ".earlier." not in key) for key in moved)
     assert sum(".router." in key for key in moved) == 4
@@ -136,17 +139,59 @@ def test_frozen_to_the_bit(inputs, second_run):
     assert state and not any(".earlier." in key for key in state)
 
 
+def test_frozen_to_the_bit(inputs, second_run):
+    check_frozen(inputs[0] / "second", second_run[0])
+
+
 def test_resume_in_the_middle_of_opening_at_another_layout(inputs, second_run, tmp_path):
     root, data = inputs
     first, changes = second_run
     assert resolve_checkpoint(first / "iter_0000004").card().openness == 0.5
     assert resolve_checkpoint(first).card().openness == 1
     save = rewind(first, tmp_path / "run", 4)
-    rank_pool(1).run(functools.partial(train, root / "second", save, data, **changes))
+    rank_pool(RANKS).run(functools.partial(train, root / "second", save, data, **changes, **EP2))
+    check_frozen(root / "second", save)
     expected, found = metrics(first), metrics(save)
     assert sorted(found) == list(range(5, 21))
     for step in range(5, 11):
         assert found[step]["lm_loss"] == pytest.approx(expected[step]["lm_loss"], rel=2e-5), step
+
+
+def test_a_run_is_another_one_with_other_experts_or_another_opening(inputs, second_run):
+    root, data = inputs
+    save, changes = second_run
+    for load, other, words in (
+        ("first", {"open_experts_iters": None}, "another run (with other experts than --load's)"),
+        ("second", {"open_experts_iters": 5}, "another run (open_experts_iters 8 there and 5 here)"),
+    ):
+        job = functools.partial(train_outcome, root / load, save, data, **changes | other)
+        assert words in rank_pool(1).run(job)[0]
+
+
+def test_a_run_that_saves_what_trains_can_be_expanded_again(inputs, tmp_path):
+    """From its base come the frozen experts; both kinds of new experts become earlier ones."""
+    root, data = inputs
+    save, whole = tmp_path / "run", {"save_trainable_only": True, "train_iters": 2, "data_path": [data["hu"]]}
+    rank_pool(RANKS).run(functools.partial(train, root / "second", save, data, **whole, **EP2))
+    own = checkpoint_tensors(save)
+    assert (
+        own and all(".router." in key or ".experts." in key for key in own) and not any(".earlier." in k for k in own)
+    )
+    run("expand", "--load", save, "--save", tmp_path / "third", "--add-experts", "0,0,2,2")
+    third, base = checkpoint_tensors(tmp_path / "third"), checkpoint_tensors(root / "second")
+    experts = "decoder.layers.3.mlp.experts"
+    for matrix in ("linear_fc1.weight_w", "linear_fc1.weight_v", "linear_fc2.weight"):
+        for index, source in enumerate(
+            [*[(base, f"earlier.experts.{i}") for i in range(2)], *[(own, f"newest.experts.{i}") for i in range(4)]]
+        ):
+            tensors, key = source
+            assert torch.equal(
+                third[f"{experts}.earlier.experts.{index}.{matrix}"], tensors[f"{experts}.{key}.{matrix}"]
+            )
+    card = resolve_checkpoint(tmp_path / "third").card()
+    assert card.base is None and card.expansions == [[2, 0, 4, 2], [2, 2, 0, 4], [0, 0, 2, 2]]
+    before, after = (rank_pool(1).run(logits, path, {})[0] for path in (save, tmp_path / "third"))
+    assert (after - before).abs().max() < 1e-5
 
 
 def test_the_second_review_and_the_export(inputs, second_run, tmp_path):
@@ -154,13 +199,12 @@ def test_the_second_review_and_the_export(inputs, second_run, tmp_path):
     review = tmp_path / "review"
     for languages, words in (
         (("en", "hu"), "replays the languages of earlier expansions, and none of el"),
-        (("el", "hu"), "--data-path|original"),
+        (("el", "hu"), "--original-languages en: not in the data"),
     ):
         arguments = {"stage": "2", "data_path": [data[name] for name in languages]}
-        with pytest.raises(AssertionError, match=words):
-            rank_pool(1).run(functools.partial(train, second_run[0], review, data, **arguments))
+        assert words in rank_pool(1).run(functools.partial(train_outcome, second_run[0], review, data, **arguments))[0]
     everything = {"stage": "2", "train_iters": 2, "original_languages": []}
-    rank_pool(2).run(functools.partial(train, second_run[0], review, data, **everything, **EP2))
+    rank_pool(RANKS).run(functools.partial(train, second_run[0], review, data, **everything, **EP2))
     before, after = checkpoint_tensors(second_run[0]), checkpoint_tensors(review)
     for key, tensor in before.items():
         if key.startswith("decoder."):
