@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
+from megatron_moe_lpr.training.setup import Run
 from tests.conversion.helpers import checkpoint_tensors, perturb, rewrite_checkpoint, run
 from tests.distributed import rank_pool
 from tests.training.one_step import StepCase, run_step
@@ -157,6 +159,14 @@ def test_resume_in_the_middle_of_opening_at_another_layout(inputs, second_run, t
         assert found[step]["lm_loss"] == pytest.approx(expected[step]["lm_loss"], rel=2e-5), step
 
 
+def test_a_lengthened_run_goes_on_opening_as_it_began():
+    """By default over a tenth of the steps planned at first, not of those that were added."""
+    stage, model = SimpleNamespace(open_experts_iters=None), SimpleNamespace(card=SimpleNamespace(openness=0.0))
+    config = SimpleNamespace(stage=stage, batch=SimpleNamespace(train_iters=400))
+    run = SimpleNamespace(config=config, model=model, lengths=[40, 400])
+    assert [Run.openness(run, step) for step in (0, 1, 4, 5)] == [0, 0.25, 1, 1]
+
+
 def test_a_run_is_another_one_with_other_experts_or_another_opening(inputs, second_run):
     root, data = inputs
     save, changes = second_run
@@ -174,20 +184,17 @@ def test_a_run_that_saves_what_trains_can_be_expanded_again(inputs, tmp_path):
     save, whole = tmp_path / "run", {"save_trainable_only": True, "train_iters": 2, "data_path": [data["hu"]]}
     rank_pool(RANKS).run(functools.partial(train, root / "second", save, data, **whole, **EP2))
     own = checkpoint_tensors(save)
-    assert (
-        own and all(".router." in key or ".experts." in key for key in own) and not any(".earlier." in k for k in own)
-    )
+    assert own and all(".router." in key or ".experts." in key for key in own)
+    assert not any(".earlier." in key for key in own)
     run("expand", "--load", save, "--save", tmp_path / "third", "--add-experts", "0,0,2,2")
     third, base = checkpoint_tensors(tmp_path / "third"), checkpoint_tensors(root / "second")
     experts = "decoder.layers.3.mlp.experts"
+    known = [(base, f"earlier.experts.{index}") for index in range(2)]
+    known += [(own, f"newest.experts.{index}") for index in range(4)]
     for matrix in ("linear_fc1.weight_w", "linear_fc1.weight_v", "linear_fc2.weight"):
-        for index, source in enumerate(
-            [*[(base, f"earlier.experts.{i}") for i in range(2)], *[(own, f"newest.experts.{i}") for i in range(4)]]
-        ):
-            tensors, key = source
-            assert torch.equal(
-                third[f"{experts}.earlier.experts.{index}.{matrix}"], tensors[f"{experts}.{key}.{matrix}"]
-            )
+        for index, (tensors, key) in enumerate(known):
+            found = third[f"{experts}.earlier.experts.{index}.{matrix}"]
+            assert torch.equal(found, tensors[f"{experts}.{key}.{matrix}"])
     card = resolve_checkpoint(tmp_path / "third").card()
     assert card.base is None and card.expansions == [[2, 0, 4, 2], [2, 2, 0, 4], [0, 0, 2, 2]]
     before, after = (rank_pool(1).run(logits, path, {})[0] for path in (save, tmp_path / "third"))
