@@ -17,6 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_moe_lpr.checkpoint import loading
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.extra_state import check_extra_states
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_shape
 from megatron_moe_lpr.checkpoint.model_state import CONTENT_METADATA, EXTRA_STATE, sharded_model_state
 from megatron_moe_lpr.errors import UserError
@@ -82,6 +83,8 @@ def save_again(path: Path, target: Path, expert_parallel: int = 1) -> None:
     torch.distributed.barrier()
     state = sharded_model_state(model.chunks)
     dist_checkpointing.save(state, str(partial), content_metadata=dict(CONTENT_METADATA))
+    if torch.distributed.get_rank() == 0:
+        write_manifest(partial, {})
 
 
 def differing_keys(path: Path) -> list[str]:
