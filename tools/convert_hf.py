@@ -37,6 +37,9 @@ class Import:
     moe_layer_freq: str | None = None
     """Which layers get experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31" (all but the
     first). Default: 1, every layer."""
+    experts_per_layer: str | None = None
+    """Experts of each layer instead, the original one included, 1 for a dense layer: 5,4,3,... or the JSON file that
+    tools/allocate_experts.py writes."""
     seed: int = 1234
     """Seed of the routers' initial values."""
     adapter: Path | None = None
@@ -56,6 +59,7 @@ class Import:
             num_experts=self.num_experts,
             top_k=self.top_k,
             moe_layer_freq=self.moe_layer_freq,
+            experts_per_layer=self.experts_per_layer,
             seed=self.seed,
             adapter=self.adapter,
             allow_top_1=self.allow_top_1,
@@ -64,6 +68,39 @@ class Import:
         card = import_hf(options, self.save, self.overwrite)
         for note in import_notes(self.hf, card):
             print(f"note: {note}")
+        print_inspection(self.save, inspect_directory(self.save))
+
+
+@dataclasses.dataclass(frozen=True)
+class Expand:
+    """More experts for a second group of languages; the experts that a checkpoint has are frozen from then on."""
+
+    load: Path
+    """Checkpoint directory, after stage 2, or one iteration in it."""
+    save: Path
+    """Checkpoint directory to write."""
+    add_experts: str
+    """New experts: one number for every layer that has experts, or one for each layer (0: none), as in 0,2,2,1."""
+    seed: int = 1234
+    """Seed of the routers' new rows."""
+    expert_model_parallel_size: int = 1
+    """Only check that this many ranks could share the experts of each expansion evenly."""
+    base_checkpoint: Path | None = None
+    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
+    overwrite: bool = False
+    """Replace what is at --save."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums before anything in them is used."""
+
+    def run(self) -> None:
+        """Expand, then print what came out."""
+        from megatron_moe_lpr.conversion.expand import ExpandOptions, expand, read_added
+
+        added = read_added(self.add_experts, self.load)
+        options = ExpandOptions(
+            self.load, added, self.seed, self.expert_model_parallel_size, self.base_checkpoint, self.verify
+        )
+        expand(options, self.save, self.overwrite)
         print_inspection(self.save, inspect_directory(self.save))
 
 
@@ -169,6 +206,7 @@ class Inspect:
 
 Command = (
     Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Expand, tyro.conf.subcommand("expand")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]

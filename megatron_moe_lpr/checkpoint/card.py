@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import checked_integer, is_integer, read_json, shown
+from megatron_moe_lpr.json_files import checked_integer, is_integer, is_number, read_json, shown
 from megatron_moe_lpr.model.architecture import FAMILIES, MAX_LAYERS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
 # Far above any model. A card that declares more would take the memory of the machine before a tensor is looked at.
 MAX_EXPERTS = 1024
@@ -55,6 +55,10 @@ class CheckpointCard:
     """Versions of the packages that converted the dense model."""
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """One entry per stage of training: stage, languages, original_languages, iterations, tokens, ..."""
+    expansions: list[list[int]] = dataclasses.field(default_factory=list)
+    """New experts of each layer by expansion, the first one first; empty: one expansion added them all."""
+    openness: float = 1.0
+    """Weight of the latest expansion's experts in the routers' softmax; 0: added and not used yet, 1: trained in."""
     base: Base | None = None
     """Only where --save-trainable-only left out what did not train: the checkpoint that has it."""
     format_version: int = FORMAT_VERSION
@@ -71,7 +75,8 @@ class CheckpointCard:
 
     def write(self, path: Path) -> None:
         """Write the card as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        content = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_card(path: Path) -> CheckpointCard:
@@ -97,6 +102,7 @@ def read_card(path: Path) -> CheckpointCard:
         if not is_valid(getattr(card, name)):
             raise UserError(f"{path}: {name} cannot be {shown(getattr(card, name))}; copy the file again")
     checked_integer(card.top_k, "top_k", str(path), 1, card.num_experts)
+    _check_expansions(card, path)
     return card
 
 
@@ -113,6 +119,14 @@ def check_experts(experts_per_layer: object, place: str) -> None:
             raise UserError(f"{place}: a layer has 1 to {MAX_EXPERTS:,} experts, not {shown(experts)}")
     if sum(experts_per_layer) > MAX_EXPERTS_TOGETHER:
         raise UserError(f"{place}: {sum(experts_per_layer):,} experts in all; at most {MAX_EXPERTS_TOGETHER:,} can be")
+
+
+def _check_expansions(card: CheckpointCard, path: Path) -> None:
+    new = [experts - 1 for experts in card.experts_per_layer]
+    if card.expansions and [sum(layer) for layer in zip(*card.expansions, strict=True)] != new:
+        raise UserError(f"{path}: expansions do not add up to experts_per_layer; copy the file again")
+    if card.openness < 1 and len(card.expansions) < 2:
+        raise UserError(f"{path}: openness {card.openness:g} without a second expansion; copy the file again")
 
 
 def _is_text_table(value: object) -> bool:
@@ -132,6 +146,16 @@ def _is_history(value: object) -> bool:
     )
 
 
+def _is_expansions(value: object) -> bool:
+    """For each expansion as many numbers of new experts as the first one names."""
+    return isinstance(value, list) and all(
+        isinstance(added, list)
+        and len(added) == len(value[0])
+        and all(is_integer(number, 0, MAX_EXPERTS) for number in added)
+        for added in value
+    )
+
+
 _FIELD_CHECKS = {
     "family": lambda value: isinstance(value, str) and value in FAMILIES,
     "dtype": lambda value: isinstance(value, str) and value in MODEL_DTYPES,
@@ -140,6 +164,8 @@ _FIELD_CHECKS = {
     "tokenizer_files": _is_text_table,
     "tool_versions": _is_text_table,
     "history": _is_history,
+    "expansions": _is_expansions,
+    "openness": lambda value: is_number(value, 0, 1),
 }
 
 

@@ -35,7 +35,13 @@ def model_shape(directory: CheckpointDirectory) -> ModelShape:
         UserError: a file is missing or invalid.
     """
     card = directory.card()
-    return ModelShape(directory.architecture(), tuple(card.experts_per_layer), card.top_k)
+    return ModelShape(
+        directory.architecture(),
+        tuple(card.experts_per_layer),
+        card.top_k,
+        tuple(map(tuple, card.expansions)),
+        card.openness,
+    )
 
 
 def load_model(

@@ -71,7 +71,7 @@ def _check_base(directory: CheckpointDirectory, base: CheckpointDirectory) -> No
     problem = None
     if base_card.original_fingerprint != card.original_fingerprint:
         problem = "its original weights are others (fingerprint)"
-    elif base_card.experts_per_layer != card.experts_per_layer:
+    elif (base_card.experts_per_layer, base_card.expansions) != (card.experts_per_layer, card.expansions):
         problem = "its layers have other numbers of experts"
     elif weights_checksum(base) != card.base.checksum and not _needs_only_originals(directory, base):
         problem = "its weights are others (checksum)"
@@ -90,7 +90,7 @@ def _needs_only_originals(directory: CheckpointDirectory, base: CheckpointDirect
     if base.card().history or base.card().base:
         return False
     wanted = set(CheckpointReader(base.path).tensors) - set(CheckpointReader(directory.path).tensors)
-    return not any(kind_of(key) in ("router", "new experts") for key in wanted if is_model_key(key))
+    return not any(kind_of(key) in ("router", "new experts", "earlier experts") for key in wanted if is_model_key(key))
 
 
 def layers_of(directory: CheckpointDirectory) -> list[CheckpointDirectory]:

@@ -131,6 +131,11 @@ def plan_export(
     if len(card.experts_per_layer) != architecture.num_layers or card.family != architecture.family.name:
         raise UserError(f"{checkpoint.side_directory}: {CARD_FILE} and {CONFIG_FILE} do not belong to one model")
     layout = DENSE_LAYOUT
+    if card.openness < 1:
+        raise UserError(
+            f"{load}: the experts of its latest expansion weigh {card.openness:.0%} in the routers, and a stock model "
+            "has no such weight; train them first (stage 1, to the end of --open-experts-iters)"
+        )
     if card.is_moe:
         config = moe_config(config, architecture, card.experts_per_layer, card.top_k)
         layout = MOE_LAYOUTS[architecture.family.moe_model_type]
@@ -138,7 +143,7 @@ def plan_export(
         config = _dense_config(config, architecture)
     if engine == "llama.cpp":
         config, layout, warnings = llama_cpp_form(config, architecture, layout, card)
-    rows = model_rows(architecture, card.experts_per_layer, layout)
+    rows = model_rows(architecture, card.experts_per_layer, layout, card.expansions)
     reader = open_reader(checkpoint)
     check_model_tensors(rows, reader)
     dtype = getattr(torch, card.dtype)

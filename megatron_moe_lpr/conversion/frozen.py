@@ -19,7 +19,7 @@ def fingerprint_of_checkpoint(load: Path, base: Path | None = None) -> str:
     """
     checkpoint = resolve_checkpoint(load, base)
     card, architecture = checkpoint.card(), checkpoint.architecture()
-    rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT)
+    rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)
     reader = open_reader(checkpoint)
     check_model_tensors(rows, reader)
     fingerprint = OriginalFingerprint()

@@ -79,7 +79,8 @@ def _common_number_of_experts(experts_per_layer: Sequence[int], architecture: Ar
     if len(counts) != 1:
         raise UserError(
             f"cannot export: layers have different numbers of experts ({', '.join(map(str, counts))}), and "
-            f"{architecture.family.moe_architecture} holds one number for all of them"
+            f"{architecture.family.moe_architecture} holds one number for all of them; where a stock export is wanted, "
+            "allocate with tools/allocate_experts.py --uniform-count, which gives each layer the same number or none"
         )
     return counts[0]
 

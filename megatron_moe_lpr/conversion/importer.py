@@ -113,6 +113,7 @@ def _card(plan: ImportPlan, fingerprint: str) -> CheckpointCard:
         tokenizer_files=tokenizer_files(plan.model.path),
         tool_versions=tool_versions(),
         history=before.history if before else _adapter_history(plan),
+        expansions=before.expansions if before and plan.model.is_moe else [],
     )
 
 

@@ -115,6 +115,9 @@ def _model_lines(inspection: Inspection) -> list[tuple[str, str]]:
         ("parameters", f"{_amount(counts.total)} in all, {_amount(counts.active)} active per token"),
     ]
     if is_moe:
+        if inspection.card and inspection.card.expansions:
+            lines.insert(4, ("expansions", "; ".join(_runs(added) for added in inspection.card.expansions)))
+            lines.insert(5, ("latest experts", f"weigh {inspection.card.openness:.0%} in the routers"))
         parts = {"original": counts.original, "new experts": counts.new_experts, "routers": counts.routers}
         lines.insert(4, ("top-k", str(inspection.top_k)))
         lines.append(("of which", ", ".join(f"{name} {_amount(count)}" for name, count in parts.items())))
@@ -146,7 +149,8 @@ def _runs(experts_per_layer: Sequence[int]) -> str:
     runs = [(experts, len(list(group))) for experts, group in itertools.groupby(experts_per_layer)]
     if len(runs) == 1:
         return f"{runs[0][0]} in every layer"
-    return " ".join(f"{experts}" if count == 1 else f"{experts}x{count}" for experts, count in runs) + " (1: dense)"
+    words = " ".join(f"{experts}" if count == 1 else f"{experts}x{count}" for experts, count in runs)
+    return f"{words} (1: dense)" if 1 in experts_per_layer else words
 
 
 def _amount(count: int) -> str:

@@ -106,8 +106,17 @@ class Row:
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
 
-def model_rows(architecture: Architecture, experts_per_layer: Sequence[int], layout: Layout) -> list[Row]:
-    """All tensors of a model, in the order in which they are converted (rows that share a source are neighbours)."""
+def model_rows(
+    architecture: Architecture,
+    experts_per_layer: Sequence[int],
+    layout: Layout,
+    expansions: Sequence[Sequence[int]] = (),
+) -> list[Row]:
+    """All tensors of a model, in the order in which they are converted (rows that share a source are neighbours).
+
+    Args:
+        expansions: new experts of each layer by expansion; empty: one expansion added them all.
+    """
     vocabulary = (architecture.vocab_size, architecture.hidden_size)
     rows = [_plain(EMBEDDING_KEY, EMBEDDING_NAME, vocabulary)]
     for layer, experts in enumerate(experts_per_layer):
@@ -115,7 +124,8 @@ def model_rows(architecture: Architecture, experts_per_layer: Sequence[int], lay
         if experts == 1:
             rows += _dense_rows(architecture, layer, layout)
         else:
-            rows += _moe_rows(architecture, layer, experts, layout)
+            earlier = sum(added[layer] for added in expansions[:-1])
+            rows += _moe_rows(architecture, layer, experts, layout, earlier)
     rows.append(_plain("decoder.final_layernorm.weight", "model.norm.weight", (architecture.hidden_size,)))
     if not architecture.tied_embeddings:
         rows.append(_plain(OUTPUT_KEY, OUTPUT_NAME, vocabulary))
@@ -167,7 +177,17 @@ def _dense_rows(architecture: Architecture, layer: int, layout: Layout) -> Itera
         yield Row(f"{megatron}.{target}", (name,), (shape,), Role.ORIGINAL, layer, (dense_name,))
 
 
-def _moe_rows(architecture: Architecture, layer: int, experts: int, layout: Layout) -> Iterator[Row]:
+def new_expert_key(layer: int, expert: int, earlier: int) -> str:
+    """Where a new expert (from 1 on) of a layer lies that has `earlier` experts of earlier expansions."""
+    mlp = f"decoder.layers.{layer}.mlp.experts"
+    if not earlier:
+        return f"{mlp}.experts.{expert - 1}"
+    if expert <= earlier:
+        return f"{mlp}.earlier.experts.{expert - 1}"
+    return f"{mlp}.newest.experts.{expert - 1 - earlier}"
+
+
+def _moe_rows(architecture: Architecture, layer: int, experts: int, layout: Layout, earlier: int) -> Iterator[Row]:
     megatron, hidden = f"decoder.layers.{layer}", architecture.hidden_size
     norm = f"model.layers.{layer}.post_attention_layernorm.weight"
     yield _plain(f"{megatron}.pre_mlp_layernorm.weight", norm, (hidden,), layer)
@@ -183,5 +203,5 @@ def _moe_rows(architecture: Architecture, layer: int, experts: int, layout: Layo
         yield Row(key, (name,), (shape,), Role.ORIGINAL_EXPERT, layer, (dense_name,))
         for expert in range(1, experts):
             name = layout.new.format(layer=layer, expert=expert, new=expert - 1, projection=projection)
-            key = f"{megatron}.mlp.experts.experts.{expert - 1}.{target}"
+            key = f"{new_expert_key(layer, expert, earlier)}.{target}"
             yield Row(key, (name,), (shape,), Role.NEW_EXPERT, layer)

@@ -10,6 +10,7 @@ from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.data.blend import BlendEntry, read_blend
+from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
 from megatron_moe_lpr.data.languages import LanguageRegistry
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.data.validation_dataset import ValidationDataset
@@ -52,6 +53,8 @@ class Evaluation:
     dtype: str
     seq_length: int
     original_languages: tuple[str, ...]
+    language_groups: list[list[str]]
+    """Original languages, then those of each expansion but the latest, to which all others belong."""
     datasets: list[DatasetLoss]
 
 
@@ -76,13 +79,15 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
     dtype = plan.dtype or getattr(torch, card.dtype)
     model = load_model(directory, plan.layout, platform, ComputeOptions(dtype=dtype), verified=plan.verify)
     check_finite_weights(model.chunks, directory.path)
-    table = languages.original_table(original).to(platform.device)
+    groups = groups_with_prior(card.history, original, shape.num_groups)
+    table = languages.group_table(groups).to(platform.device)
     results = [
         evaluate_dataset(model.chunks, model.config, shape, dataset, table, platform.device, plan.micro_batch_size)
         for dataset in _datasets(entries, languages, plan.seq_length)
     ]
     check_finite_losses(results, directory.path, dtype)
-    return Evaluation(directory, card, str(dtype).removeprefix("torch."), plan.seq_length, original, results)
+    precision = str(dtype).removeprefix("torch.")
+    return Evaluation(directory, card, precision, plan.seq_length, original, groups, results)
 
 
 def _check_sizes(plan: EvaluationPlan, shape: ModelShape) -> None:
@@ -101,7 +106,7 @@ def _original_languages(plan: EvaluationPlan, card: CheckpointCard, languages: L
     if plan.original_languages:
         languages.original_ids(plan.original_languages)
         return tuple(sorted(set(plan.original_languages)))
-    known = {language for entry in card.history for language in entry.get("original_languages", [])}
+    known = original_languages(card.history)
     return tuple(sorted(known & set(languages.names)))
 
 

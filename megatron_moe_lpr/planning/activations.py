@@ -5,7 +5,7 @@ holds on its emulation (docs/planning.md). A frozen matrix does not keep its inp
 Left out: the rows by which each expert's tokens are padded for FP8, at most 15 an expert (with blockwise under TP 127).
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_moe_lpr.model.build import padded_vocab_size
 from megatron_moe_lpr.model.config import ModelShape
@@ -20,6 +20,20 @@ BLOCK = 128
 """Values that share a scale under the recipe blockwise."""
 
 
+class LayerExperts(NamedTuple):
+    """Experts of a layer."""
+
+    count: int
+    """The original one included; 1: a dense layer."""
+    earlier: int
+    """Of them those of earlier expansions, frozen."""
+
+    @property
+    def newest(self) -> int:
+        """Those of the latest expansion."""
+        return self.count - 1 - self.earlier
+
+
 def activation_bytes(
     shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute, stage: int
 ) -> float:
@@ -31,7 +45,7 @@ def activation_bytes(
 
 def kept_bytes(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute, stage: int) -> float:
     """Activations of all micro-batches in flight when a backward pass begins, logits left out."""
-    layers = [shape.experts_per_layer[layer] for layer in stage_layers(shape, layout, stage)]
+    layers = _layers(shape, layout, stage)
     chunks = layout.num_virtual_stages_per_pipeline_rank
     of_layers = sum(_layer(shape, experts, layout, sizes, recompute) for experts in layers) / chunks
     a_chunk = of_layers + _beside_layers(shape, layout, sizes, stage) / chunks
@@ -49,11 +63,18 @@ def working_bytes(
 ) -> float:
     """Most that the backward pass of one layer needs beside what is kept: what it computes again, and gradients."""
     tokens = _tokens(layout, sizes)
-    layers = (shape.experts_per_layer[layer] for layer in stage_layers(shape, layout, stage))
+    layers = _layers(shape, layout, stage)
     return max(
         _again(shape, experts, layout, sizes, recompute) * tokens + _gradients(shape, experts, layout, sizes)
         for experts in layers
     )
+
+
+def _layers(shape: ModelShape, layout: ParallelLayout, stage: int) -> list[LayerExperts]:
+    return [
+        LayerExperts(shape.experts_per_layer[layer], shape.earlier_experts(layer))
+        for layer in stage_layers(shape, layout, stage)
+    ]
 
 
 def chunks_in_flight(layout: ParallelLayout, sizes: RunSizes, stage: int) -> int:
@@ -95,47 +116,53 @@ def _beside_layers(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, s
     return hidden + (hidden if "embedding" in sizes.trains else 0)
 
 
-def _layer(shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute) -> float:
+def _layer(
+    shape: ModelShape, experts: LayerExperts, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute
+) -> float:
     """Bytes a token leaves in a layer between its forward and its backward pass: the layer's output, and the rest."""
     hidden = shape.architecture.hidden_size * sizes.element_bytes
     if recompute == "full":
-        return hidden + _dispatcher(experts)
+        return hidden + _dispatcher(experts.count)
     attention = _attention(shape, sizes, recompute)
-    if experts == 1:
+    if experts.count == 1:
         return 2 * hidden + attention + (0 if recompute == "mlp" else _dense_ffn(shape, sizes))
     norm_output = 0 if recompute == "layernorm" else hidden
-    mixture = _dispatcher(experts) if recompute == "moe" else _mixture(shape, experts, layout, sizes, recompute)
+    mixture = _dispatcher(experts.count) if recompute == "moe" else _mixture(shape, experts, layout, sizes, recompute)
     return 2 * hidden + attention + norm_output + mixture
 
 
-def _again(shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute) -> float:
+def _again(
+    shape: ModelShape, experts: LayerExperts, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute
+) -> float:
     """Bytes of a token that a layer's backward pass computes again before it begins."""
     if recompute == "full":
         return _layer(shape, experts, layout, sizes, "none")
-    if experts == 1:
+    if experts.count == 1:
         return _dense_ffn(shape, sizes) if recompute == "mlp" else 0.0
     kept = _mixture(shape, experts, layout, sizes, "none")
     left = {"moe": 0.0, "moe_act": _mixture(shape, experts, layout, sizes, "moe_act")}
     return kept - left.get(recompute, kept)
 
 
-def _gradients(shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes) -> float:
+def _gradients(shape: ModelShape, experts: LayerExperts, layout: ParallelLayout, sizes: RunSizes) -> float:
     """Bytes of a rank's gradients in the FFN's backward pass at its fullest moment, less what is freed by then.
 
-    Weight gradients of all the rank's experts come in the weights' format and are then added to the fp32 buffer.
+    Weight gradients of all the rank's experts come in the weights' format and are then added to the fp32 buffer. After
+    a second expansion the two groups of experts are taken as one product; those that are frozen have no such gradients.
     """
     hidden, element = shape.architecture.hidden_size, sizes.element_bytes
     rows, ranks, local = _tokens(layout, sizes), layout.tensor_model_parallel_size, 1
     trains = "dense FFN" in sizes.trains
-    if experts > 1:
+    if experts.count > 1:
         rows *= _rows(shape, experts, layout, sizes)[1]
-        ranks, local = layout.expert_tensor_parallel_size, (experts - 1) // layout.expert_model_parallel_size
-        trains = "new experts" in sizes.trains
+        trained = experts.count - 1 if "earlier experts" in sizes.trains else experts.newest
+        ranks, local = layout.expert_tensor_parallel_size, trained // layout.expert_model_parallel_size
+        trains = "new experts" in sizes.trains and trained > 0
     # The copies that the products take: by rows, and for the weight's gradient by columns.
     in_fp8 = (2 if trains else 1) if sizes.precision == "fp8" else 0
     tokens, inner = rows * hidden * ranks, rows * shape.architecture.ffn_hidden_size
     matrix = local * hidden * shape.architecture.ffn_hidden_size / ranks * element if trains else 0.0
-    freed = inner * _input_bytes(sizes) if trains else 0.0
+    freed = inner * _trained_share(experts, sizes) * _input_bytes(sizes) if trains else 0.0
     second_product = tokens * (element + in_fp8) + inner * element + matrix
     activation = 3 * inner * element - freed
     first_product = 2 * inner * in_fp8 + tokens * element + 2 * matrix - freed
@@ -171,23 +198,34 @@ def _dense_ffn(shape: ModelShape, sizes: RunSizes) -> float:
     return 2 * ffn * sizes.element_bytes + inputs
 
 
-def _mixture(shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute) -> float:
+def _mixture(
+    shape: ModelShape, experts: LayerExperts, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute
+) -> float:
     """Routing, and what the experts of a token keep."""
     original, new = _rows(shape, experts, layout, sizes)
+    share = _trained_share(experts, sizes)
     return (
-        _routing(experts, original, new)
+        _routing(experts.count, original, new)
         + original * _original_expert(shape, sizes)
-        + new * _new_expert(shape, layout, sizes, recompute)
+        + new * _new_expert(shape, layout, sizes, recompute, share)
     )
 
 
-def _rows(shape: ModelShape, experts: int, layout: ParallelLayout, sizes: RunSizes) -> tuple[float, float]:
+def _rows(shape: ModelShape, experts: LayerExperts, layout: ParallelLayout, sizes: RunSizes) -> tuple[float, float]:
     """Rows of the original expert and of the new experts on a rank, for each token of the rank."""
     if sizes.routing == "balanced":
-        original = shape.top_k / experts
+        original = shape.top_k / experts.count
         return original, shape.top_k - original
     ranks = layout.expert_model_parallel_size
-    return 0.0, ranks * min(shape.top_k, (experts - 1) // ranks)
+    return 0.0, ranks * min(shape.top_k, (experts.count - 1) // ranks)
+
+
+def _trained_share(experts: LayerExperts, sizes: RunSizes) -> float:
+    """Of the rows of new experts those of experts that train; at worst all, where there are such experts."""
+    at_worst = sizes.routing == "worst" and experts.newest > 0
+    if experts.count == 1 or "earlier experts" in sizes.trains or at_worst:
+        return 1.0
+    return experts.newest / (experts.count - 1)
 
 
 def _routing(experts: int, original: float, new: float) -> float:
@@ -210,15 +248,17 @@ def _original_expert(shape: ModelShape, sizes: RunSizes) -> float:
     return (2 * ffn + 2 * hidden) * sizes.element_bytes + inputs
 
 
-def _new_expert(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute) -> float:
-    """Both halves of the first product; where the experts train, the tokens, whole on each expert TP rank, and the
-    second product's input."""
+def _new_expert(
+    shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute, share: float
+) -> float:
+    """Both halves of the first product; of the `share` whose experts train, the tokens, whole on each expert TP rank,
+    and the second product's input."""
     hidden, ffn = shape.architecture.hidden_size, shape.architecture.ffn_hidden_size
     product = 2 * ffn * sizes.element_bytes
     if "new experts" not in sizes.trains:
         return product
     activation = 0 if recompute == "moe_act" else ffn
-    return product + (hidden * layout.expert_tensor_parallel_size + activation) * _input_bytes(sizes)
+    return product + share * (hidden * layout.expert_tensor_parallel_size + activation) * _input_bytes(sizes)
 
 
 def _input_bytes(sizes: RunSizes) -> float:

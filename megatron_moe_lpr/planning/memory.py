@@ -100,7 +100,7 @@ def _weight_size(kind: ParameterKind, sizes: RunSizes) -> int:
 
 def _holders(kind: ParameterKind, layout: ParallelLayout, sizes: RunSizes) -> int:
     ranks = layout.model_parallel_size
-    if kind == "new experts":
+    if kind in ("new experts", "earlier experts"):
         ranks = layout.pipeline_model_parallel_size * layout.expert_model_parallel_size
         ranks *= layout.expert_tensor_parallel_size
     return sizes.gpus // ranks

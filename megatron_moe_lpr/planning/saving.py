@@ -63,7 +63,7 @@ def _state_bytes(kind: ParameterKind, sizes: RunSizes) -> int:
 
 def _positions(kind: ParameterKind, layout: ParallelLayout) -> int:
     """Ranks of a pipeline stage that hold different parts of the parameters of a kind."""
-    if kind == "new experts":
+    if kind in ("new experts", "earlier experts"):
         return layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
     return 1 if kind in ("router", "norm") else layout.tensor_model_parallel_size
 
@@ -78,7 +78,7 @@ def _rank_bytes(
     total = 0.0
     for kind, count in counts.items():
         holders = owners = ranks // layout.tensor_model_parallel_size
-        if kind == "new experts":
+        if kind in ("new experts", "earlier experts"):
             # Of one data-parallel group; ranks that differ in TP only hold the same experts, and write nothing.
             holders = ranks // math.lcm(layout.tensor_model_parallel_size, expert_ranks)
             owners = ranks // expert_ranks

@@ -55,6 +55,7 @@ def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dty
         "seed": config.data.seed,
         "dtype": str(dtype).removeprefix("torch."),
         "train_embeddings": config.stage.train_embeddings,
+        "open_experts_iters": config.stage.open_experts_iters,
         "load_balancing_coeff": stage.load_balancing_coeff,
         "lpr_loss_coeff": stage.lpr_loss_coeff,
         "lpr_loss_form": config.stage.lpr_loss_form,

@@ -17,7 +17,7 @@ from megatron_moe_lpr.data.batches import Batch, build_data_iterator
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
-from megatron_moe_lpr.evaluation.routing import collect_routing, reset_routing
+from megatron_moe_lpr.evaluation.routing import collect_routing, open_experts, reset_routing
 from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.training.checkpointing import start_save
 from megatron_moe_lpr.training.finite_steps import FiniteSteps
@@ -67,6 +67,7 @@ class Trainer:
         config, state = self.run.config, self.state
         batches = self._batches()
         reset_routing(state.chunks)
+        open_experts(state.chunks, self.run.openness(state.iteration))
         while state.iteration < config.batch.train_iters:
             self.heartbeat.step = state.iteration + 1
             # From the first step on there is something to save, so all ranks do it together.
@@ -114,6 +115,7 @@ class Trainer:
         watch = (
             GradientWatch(state.chunks) if self.interval is None and state.iteration == self.interval_first else None
         )
+        open_experts(state.chunks, run.openness(state.iteration + 1))
         device = run.platform.device
         batches = [to_device(part, device) for part in itertools.islice(iterator, run.num_microbatches)]
         for chunk in state.chunks:

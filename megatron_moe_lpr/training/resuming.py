@@ -39,7 +39,7 @@ class OwnCheckpoint:
 
 
 def find_own_checkpoint(
-    options: CheckpointOptions, description: Mapping[str, Any], fingerprint: str
+    options: CheckpointOptions, description: Mapping[str, Any], start: CheckpointCard
 ) -> OwnCheckpoint | None:
     """The latest intact checkpoint in --save, None where there is none at all. Every rank must call it.
 
@@ -47,7 +47,7 @@ def find_own_checkpoint(
 
     Args:
         description: of the run that wants to go on, see `description.describe_run`.
-        fingerprint: of the dense model's weights.
+        start: card of the checkpoint that the run started from.
 
     Raises:
         UserError: on every rank: the checkpoint is of another run, or damaged; or there are checkpoints, but no file
@@ -58,7 +58,7 @@ def find_own_checkpoint(
         found = CheckpointDirectory(options.save / iteration_directory_name(iteration), iteration)
         reason = _failure(lambda found=found: _check_files(found, options.verify))
         if reason is None:
-            recorded = _recorded(found.card(), fingerprint, options.save)
+            recorded = _recorded(found.card(), start, options.save)
             if options.use_checkpoint_opt_param_scheduler:
                 description = {**description, **{name: recorded[name] for name in SCHEDULE if name in recorded}}
             refuse_differences(recorded, description, accepted, f"--save {options.save}")
@@ -77,9 +77,11 @@ def _check_files(found: CheckpointDirectory, verified: bool) -> None:
     found.card()
 
 
-def _recorded(card: CheckpointCard, fingerprint: str, save: Path) -> dict[str, Any]:
-    if card.original_fingerprint != fingerprint:
+def _recorded(card: CheckpointCard, start: CheckpointCard, save: Path) -> dict[str, Any]:
+    if card.original_fingerprint != start.original_fingerprint:
         raise UserError(f"--save {save}: holds a checkpoint of another run (of another dense model than --load's)")
+    if (card.experts_per_layer, card.expansions) != (start.experts_per_layer, start.expansions):
+        raise UserError(f"--save {save}: holds a checkpoint of another run (with other experts than --load's)")
     return {"dtype": card.dtype} | (card.history[-1] if card.history else {})
 
 

@@ -16,6 +16,7 @@ from megatron_moe_lpr.checkpoint.trainable_only import open_reader
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.data.config import DataSources, read_data_sources
 from megatron_moe_lpr.data.datasets import Datasets, build_datasets
+from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.data.vocabulary import check_token_ids
 from megatron_moe_lpr.errors import UserError
@@ -51,9 +52,17 @@ class Run:
 
     @property
     def original_table(self) -> torch.Tensor:
-        """Bool [languages + 1] on the model's device; the last entry is padding's."""
-        table = self.sources.languages.original_table(self.sources.original_languages)
-        return table.to(self.platform.device)
+        """Int [languages + 1] on the model's device: the group of each language that has a prior, else -1."""
+        original, groups = self.sources.original_languages, self.model.shape.num_groups
+        known = groups_with_prior(self.model.card.history, original, groups)
+        return self.sources.languages.group_table(known).to(self.platform.device)
+
+    def openness(self, iteration: int) -> float:
+        """Weight of the latest expansion's experts in the routers during the step that ends at `iteration`."""
+        start = self.model.card.openness
+        # A run that was lengthened goes on opening as it began.
+        steps = self.config.stage.open_experts_iters or max(1, self.lengths[0] // 10)
+        return min(1.0, start + (1.0 - start) * iteration / steps)
 
     @property
     def lengths(self) -> list[int]:
@@ -71,10 +80,13 @@ def prepare(config: TrainingConfig) -> Run:
     accepted_names(config.checkpoint.accept_changes, config.checkpoint.override_opt_param_scheduler)
     start = open_checkpoint(config.checkpoint.load, config.checkpoint.verify, config.checkpoint.base_checkpoint)
     shape, card = model_shape(start), start.card()
+    config = _with_known_languages(config, card)
     fingerprint = load_tokenizer(start.side_directory).fingerprint if card.tokenizer_files else None
     sources = read_data_sources(config.data, fingerprint, original_may_be_absent=stage.original_languages != "required")
     check_token_ids([*sources.train, *sources.valid], shape.architecture.vocab_size, str(start.path))
-    check_stage(stage, card.is_moe, sources)
+    earlier = groups_with_prior(card.history, sources.original_languages, shape.num_groups)[1:]
+    check_stage(stage, card.is_moe, sources, earlier)
+    _check_expansion(config, stage, card)
     _check_lengths(config, shape)
     if config.checkpoint.save_trainable_only and stage.name == "full":
         raise UserError("--save-trainable-only: with --stage full every weight trains; leave it out")
@@ -92,7 +104,7 @@ def prepare(config: TrainingConfig) -> Run:
     initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
     num_microbatches = _num_microbatches(config)
     description = describe_run(config, stage, sources, options.dtype)
-    own = find_own_checkpoint(config.checkpoint, description, card.original_fingerprint)
+    own = find_own_checkpoint(config.checkpoint, description, card)
     if own and config.checkpoint.use_checkpoint_opt_param_scheduler:
         config = dataclasses.replace(config, optimizer=recorded_schedule(own.recorded, config.optimizer))
         description = describe_run(config, stage, sources, options.dtype)
@@ -148,6 +160,29 @@ def check_parameter_gather(options: FP8Options, stage: Stage) -> None:
         )
 
 
+def _with_known_languages(config: TrainingConfig, card: CheckpointCard) -> TrainingConfig:
+    """Where no flag names original languages, those of the checkpoint's history."""
+    known = sorted(original_languages(card.history))
+    if config.data.original_languages or not card.expansions:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, original_languages=known))
+
+
+def _check_expansion(config: TrainingConfig, stage: Stage, card: CheckpointCard) -> None:
+    """Raises UserError where the run would leave the latest experts half in use, or round frozen ones."""
+    steps, flag = config.stage.open_experts_iters, "--open-experts-iters"
+    if card.openness == 1 and steps is not None:
+        raise UserError(f"{flag}: the experts of --load are all in use; leave it out")
+    if card.openness < 1 and "new experts" not in stage.trains:
+        raise UserError(
+            "--load: the experts of its latest expansion are not trained in; run --stage 1 to its end first"
+        )
+    if steps is not None and not 1 <= steps <= config.batch.train_iters:
+        raise UserError(f"{flag} {steps}: from 1 to --train-iters {config.batch.train_iters}")
+    if card.expansions and config.fp8.fp8_param_gather:
+        raise UserError("--fp8-param-gather: would round the frozen experts of earlier expansions; leave it out")
+
+
 def _num_microbatches(config: TrainingConfig) -> int:
     count = config.batch.num_microbatches(config.layout.data_parallel_size(dist.get_world_size()))
     stages = config.layout.pipeline_model_parallel_size
@@ -188,7 +223,8 @@ def card_of(run: Run, base: Base | None = None) -> CheckpointCard:
     """
     start = run.model.card
     dtype = str(run.model.config.params_dtype).removeprefix("torch.")
-    return dataclasses.replace(start, dtype=dtype, history=[*start.history, history_entry(run)], base=base)
+    history, openness = [*start.history, history_entry(run)], run.openness(run.state.iteration)
+    return dataclasses.replace(start, dtype=dtype, history=history, openness=openness, base=base)
 
 
 def print_overview(run: Run) -> None:

@@ -15,10 +15,11 @@ from tests.checkpoint.test_directory import make_iteration
 
 def save(root, iteration, rule, kept=()):
     finish_iteration(make_iteration(root / "partial"), root, iteration)
+    # Other tests leave threads that never end, such as tqdm's monitor.
+    before = set(threading.enumerate())
     notes = remove_superfluous(root, iteration, rule, kept)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(10)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
     return notes
 
 
