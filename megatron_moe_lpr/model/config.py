@@ -11,6 +11,7 @@ from megatron_moe_lpr.model.architecture import Architecture
 from megatron_moe_lpr.model.fp8 import FP8Options, check_fp8_device, check_fp8_flags, check_fp8_shapes
 from megatron_moe_lpr.model.kernels import check_dispatcher, platform_fields
 from megatron_moe_lpr.model.losses import LPRLossForm
+from megatron_moe_lpr.model.recompute import check_recompute
 from megatron_moe_lpr.model.rope import attention_factor
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -136,6 +137,7 @@ def check_options(
         UserError: naming the flag.
     """
     check_fp8_flags(options.fp8, options.dtype)
+    check_recompute(options.recompute_granularity, options.recompute_num_layers, options.recompute_modules, options.fp8)
     check_fp8_shapes(options.fp8, shape.architecture, layout, tokens)
 
 

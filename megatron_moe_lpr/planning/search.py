@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.config import ModelShape, check_layout
 from megatron_moe_lpr.model.flops import training_flops_per_token
+from megatron_moe_lpr.model.recompute import NOT_DELAYED
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import Recompute
 from megatron_moe_lpr.planning.memory import GIB, RankMemory, RunSizes, largest_rank
 
 # Rules of thumb for the order, not measurements: what one doubling of a dimension costs inside a node and across nodes.
 COST_OF_TP, COST_OF_EP, ACROSS_NODES = 0.08, 0.05, 4.0
-NOT_DELAYED: tuple[Recompute, ...] = ("moe_act", "layernorm")
-"""Megatron throws their outputs away and computes them again from operands that delayed scaling does not keep."""
 USABLE = 0.95
 """Share of a GPU's memory that may be planned with; the rest goes to fragmentation."""
 
