@@ -37,7 +37,10 @@ class LanguageRegistry:
         unknown = [name for name in names if name not in self._ids]
         if unknown:
             known = ", ".join(self.names) or "none"
-            raise UserError(f"--original-languages {' '.join(unknown)}: not in the data, which has {known}")
+            raise UserError(
+                f"--original-languages {' '.join(unknown)}: not in the data, which has {known}; add a dataset of it, or "
+                "name others (where the flag is left out, an expanded checkpoint's history names them)"
+            )
         return frozenset(self._ids[name] for name in names)
 
     def group_table(self, groups: Sequence[Sequence[str]]) -> torch.Tensor:

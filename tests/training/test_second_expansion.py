@@ -147,6 +147,14 @@ def test_frozen_to_the_bit(inputs, second_run):
     check_frozen(inputs[0] / "second", second_run[0])
 
 
+def test_frozen_to_the_bit_at_expert_parallel_2(inputs, tmp_path):
+    """Twenty steps too, with the distributed optimizer."""
+    root, data = inputs
+    changes = {"train_iters": 20, "data_path": [data["hu"]], "use_distributed_optimizer": True}
+    rank_pool(RANKS).run(functools.partial(train, root / "second", tmp_path / "run", data, **changes, **EP2))
+    check_frozen(root / "second", tmp_path / "run")
+
+
 def test_resume_in_the_middle_of_opening_at_another_layout(inputs, second_run, tmp_path):
     root, data = inputs
     first, changes = second_run
