@@ -25,6 +25,6 @@ def cpu_platform():
 
 @pytest.fixture(autouse=True, scope="module")
 def _end_pools():
-    """With each file: gloo threads of every layout a rank has been in stay, and thousands of them starve it."""
+    """With each file, so that what a rank remembers of one does not reach the next."""
     yield
     close_pools()

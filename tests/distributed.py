@@ -19,6 +19,8 @@ from typing import Any
 
 TIMEOUT_SECONDS = 240
 GRACE_SECONDS = 3
+PRELOADED = ("megatron_moe_lpr.training.setup", "megatron_moe_lpr.evaluation.checkpoint", "transformers")
+"""Imported once per session by the process that ranks are forked from, instead of once by each of them."""
 
 
 class RankFailure(AssertionError):
@@ -28,10 +30,17 @@ class RankFailure(AssertionError):
 class RankPool:
     """`world_size` processes in one gloo world."""
 
-    def __init__(self, world_size: int, serve: Callable[..., None] | None = None) -> None:
-        """Start them; `serve` is what each runs, by default `_serve`."""
+    def __init__(self, world_size: int, serve: Callable[..., None] | None = None, preloaded: bool = True) -> None:
+        """Start them.
+
+        Args:
+            serve: what each runs, by default `_serve`.
+            preloaded: forked from a process that has imported the package; else they begin with nothing.
+        """
         self.world_size = world_size
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver" if preloaded else "spawn")
+        if preloaded:
+            context.set_forkserver_preload(list(PRELOADED))
         port = _free_port()
         self.processes, self.pipes = [], []
         for rank in range(world_size):

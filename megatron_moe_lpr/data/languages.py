@@ -38,8 +38,8 @@ class LanguageRegistry:
         if unknown:
             known = ", ".join(self.names) or "none"
             raise UserError(
-                f"--original-languages {' '.join(unknown)}: not in the data, which has {known}; add a dataset of it, or "
-                "name others (where the flag is left out, an expanded checkpoint's history names them)"
+                f"--original-languages {' '.join(unknown)}: not in the data, which has {known}; add a dataset of it, "
+                "or name others (where the flag is left out, an expanded checkpoint's history names them)"
             )
         return frozenset(self._ids[name] for name in names)
 

@@ -13,6 +13,7 @@ from megatron.core import tensor_parallel
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -115,10 +116,11 @@ class MoELPRLayer(MoELayer):
 
     def _new_experts(self, hidden_states: torch.Tensor, weights: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the new experts; tokens that chose none of them get zeros."""
-        tokens, token_weights = self.token_dispatcher.dispatch_preprocess(hidden_states, choices, weights)
-        tokens, token_weights = self.dispatch(tokens, token_weights)
-        output, _ = self.routed_experts_compute(tokens, token_weights)
-        return self.token_dispatcher.combine_postprocess(self.combine(output))
+        with _forgetting(self.token_dispatcher):
+            tokens, token_weights = self.token_dispatcher.dispatch_preprocess(hidden_states, choices, weights)
+            tokens, token_weights = self.dispatch(tokens, token_weights)
+            output, _ = self.routed_experts_compute(tokens, token_weights)
+            return self.token_dispatcher.combine_postprocess(self.combine(output))
 
     def _add_original_expert(
         self, output: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, choice: torch.Tensor
@@ -148,6 +150,18 @@ class MoELPRLayer(MoELayer):
         if self.config.fp8:
             alignment = row_alignment(self.config.fp8_recipe, self.config.sequence_parallel)
         return max(1, math.ceil(chosen / alignment)) * alignment
+
+
+@contextlib.contextmanager
+def _forgetting(dispatcher: MoETokenDispatcher) -> Iterator[None]:
+    """Megatron's dispatcher keeps a micro-batch's weights, choices and rows until the next one. After a recomputed
+    layer these hold its graph and with it the layer's input and the gradient of that, for every layer of a stage."""
+    before = dict(vars(dispatcher))
+    try:
+        yield
+    finally:
+        vars(dispatcher).clear()
+        vars(dispatcher).update(before)
 
 
 @contextlib.contextmanager

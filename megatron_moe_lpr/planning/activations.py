@@ -122,12 +122,12 @@ def _layer(
     """Bytes a token leaves in a layer between its forward and its backward pass: the layer's output, and the rest."""
     hidden = shape.architecture.hidden_size * sizes.element_bytes
     if recompute == "full":
-        return hidden + _dispatcher(experts.count)
+        return hidden
     attention = _attention(shape, sizes, recompute)
     if experts.count == 1:
         return 2 * hidden + attention + (0 if recompute == "mlp" else _dense_ffn(shape, sizes))
     norm_output = 0 if recompute == "layernorm" else hidden
-    mixture = _dispatcher(experts.count) if recompute == "moe" else _mixture(shape, experts, layout, sizes, recompute)
+    mixture = 0 if recompute == "moe" else _mixture(shape, experts, layout, sizes, recompute)
     return 2 * hidden + attention + norm_output + mixture
 
 

@@ -57,6 +57,8 @@ QUICK = [
     Case("some dense", number="tensorwise", layout=TP),
     Case(layout=EP),
     Case("many heads", layout=PP),
+    # The last micro-batch's backward pass follows another one without a forward pass between them.
+    Case("many heads", recompute="full", layout=PP),
 ]
 CASES = ONE_MODEL + OTHER_MODELS if os.environ.get("MEMORY") == "all" else QUICK
 

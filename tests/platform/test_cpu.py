@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.parallel.groups import initialize_parallel
+from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
 from tests.distributed import rank_pool
 
@@ -45,6 +48,20 @@ def test_all_gather_of_unequal_and_empty_pieces():
 
 def test_reduce_scatter_of_unequal_pieces():
     assert rank_pool(2).run(scatter_unequal) == [[0.0 + 1.0], [10.0 + 11.0] * 2]
+
+
+def gloo_devices_after_many_groups() -> int:
+    platform = select_platform("cpu")
+    for _ in range(3):
+        initialize_parallel(platform, ParallelLayout())
+    threads = Path("/proc/self/task").glob("*/comm")
+    return sum(thread.read_text().strip() == "gloo_tcp_loop" for thread in threads)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists threads as Linux does")
+def test_groups_share_one_gloo_device():
+    """Each is a thread that wakes a hundred times a second; a run has twenty groups, a pool of ranks hundreds."""
+    assert rank_pool(2).run(gloo_devices_after_many_groups) == [1, 1]
 
 
 def test_cuda_requests_land_on_the_cpu(cpu_platform):

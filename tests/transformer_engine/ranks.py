@@ -28,7 +28,7 @@ def ranks(transformer_engine: bool, world_size: int) -> RankPool:
     """The session's pool of this kind and size, started on first use and again after a failure."""
     key = (bool(transformer_engine), world_size)
     if key not in _pools or not all(process.is_alive() for process in _pools[key].processes):
-        _pools[key] = RankPool(world_size, _SERVERS[bool(transformer_engine)])
+        _pools[key] = RankPool(world_size, _SERVERS[bool(transformer_engine)], preloaded=False)
     return _pools[key]
 
 

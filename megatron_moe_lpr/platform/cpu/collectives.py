@@ -1,6 +1,8 @@
-"""Collectives that NCCL has and gloo lacks: averages, and pieces of unequal size."""
+"""Collectives that NCCL has and gloo lacks: averages, and pieces of unequal size. One gloo device for all groups."""
 
+import datetime
 import functools
+import os
 from typing import Any
 
 import torch
@@ -69,8 +71,33 @@ def _scatter_unequal_pieces() -> None:
     dist.reduce_scatter = reduce_scatter
 
 
+@functools.cache
+def _devices() -> list[dist.ProcessGroupGloo.Device]:
+    """Those of ProcessGroupGloo's own constructor."""
+    names = os.environ.get("GLOO_SOCKET_IFNAME")
+    if not names:
+        return [dist.ProcessGroupGloo.create_default_device()]
+    return [dist.ProcessGroupGloo.create_device(interface=name) for name in names.split(",")]
+
+
+@functools.cache
+def _share_devices() -> None:
+    """A gloo device is a thread that wakes a hundred times a second, and each group would make one of its own: Megatron
+    makes some twenty groups, most of a single rank."""
+    original = dist.ProcessGroupGloo.__init__
+
+    def init(self: dist.ProcessGroupGloo, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices, options._timeout = _devices(), timeout
+        options._threads = 2 * len(options._devices)
+        original(self, store, rank, size, options)
+
+    dist.ProcessGroupGloo.__init__ = init
+
+
 def install() -> None:
     """Teach torch.distributed the missing collectives; calls that gloo knows pass through unchanged."""
+    _share_devices()
     _average_by_sum()
     _gather_unequal_pieces()
     _scatter_unequal_pieces()
