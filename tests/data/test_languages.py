@@ -20,5 +20,5 @@ def test_original_table_says_which_tokens_are_original():
 
 
 def test_unknown_original_language_lists_what_there_is():
-    with pytest.raises(UserError, match="^--original-languages fr de: not in the data, which has el, en; add a"):
+    with pytest.raises(UserError, match=r"^--original-languages fr de: not in the data, which has el, en; add a"):
         LanguageRegistry(["en", "el"]).original_ids(["en", "fr", "de"])
