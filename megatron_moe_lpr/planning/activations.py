@@ -61,13 +61,19 @@ def kept_bytes(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recom
 def working_bytes(
     shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute, stage: int
 ) -> float:
-    """Most that the backward pass of one layer needs beside what is kept: what it computes again, and gradients."""
+    """Most that the backward pass of one layer needs beside what is kept: what it computes again, and gradients. That
+    of the new experts comes after the original expert's, whose part of what was computed again is gone by then."""
     tokens = _tokens(layout, sizes)
-    layers = _layers(shape, layout, stage)
-    return max(
-        _again(shape, experts, layout, sizes, recompute) * tokens + _gradients(shape, experts, layout, sizes)
-        for experts in layers
-    )
+    at_most = 0.0
+    for experts in _layers(shape, layout, stage):
+        again = _again(shape, experts, layout, sizes, recompute)
+        gone = 0.0
+        if recompute in ("moe", "full") and experts.count > 1:
+            gone = _rows(shape, experts, layout, sizes)[0] * _original_expert(shape, sizes)
+        of_output = shape.architecture.hidden_size * sizes.element_bytes
+        in_experts = (again - gone) * tokens + _gradients(shape, experts, layout, sizes)
+        at_most = max(at_most, (again + of_output) * tokens, in_experts)
+    return at_most
 
 
 def _layers(shape: ModelShape, layout: ParallelLayout, stage: int) -> list[LayerExperts]:

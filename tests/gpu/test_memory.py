@@ -38,6 +38,7 @@ OTHER_MODELS = [
     *(Case(model, number=recipe, stage="full") for model in MIXED for recipe in FP8),
     *(Case(model, number="fp32") for model in MIXED),
     *(Case(model, layout=PP) for model in MIXED),
+    Case("many heads", recompute="full", layout=PP),
     # "wide FFN" has one group of keys and values, which TP cannot split.
     *(Case(model, layout=TP) for model in ("many heads", "some dense")),
     *(Case(DENSE, stage="full", recompute=mode) for mode in ("none", "core_attn", "mlp", "full")),
