@@ -1,6 +1,7 @@
 """What an engine must give: transformers' greedy tokens and log-probabilities, and Megatron's for the same tokens."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
 
-NEW_TOKENS = 160
+NEW_TOKENS = 96
 PROMPTS = ([17, 301, 45, 902, 77, 512, 8], [640, 33, 214])
 
 
@@ -36,10 +37,11 @@ class Continuation:
         return Continuation(self.tokens[:length], self.log_probabilities[:length])
 
     def difference(self, other: "Continuation") -> float:
-        """Largest difference of log-probabilities over the tokens that are the same."""
+        """Largest difference of log-probabilities over the tokens that are the same; infinite where it is no number."""
         equal = self.equal_tokens(other)
         pairs = zip(self.log_probabilities[:equal], other.log_probabilities[:equal], strict=True)
-        return max((abs(one - two) for one, two in pairs if one is not None), default=float("inf"))
+        differences = [abs(one - two) for one, two in pairs if one is not None]
+        return max(differences) if differences and all(map(math.isfinite, differences)) else math.inf
 
     def told(self) -> int:
         """How many log-probabilities there are."""
