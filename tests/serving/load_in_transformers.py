@@ -7,13 +7,17 @@ import json
 import sys
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TEXT = "In 2024, 12345 don't  \n\n  x  über\t42 % 你好123"
 
 
 @torch.no_grad()
 def choices(directory: str, texts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
     """The likeliest token after each token of each text but its last, and its log-probability."""
-    assert AutoTokenizer.from_pretrained(directory).decode([72, 105]), "the tokenizer does not load"
+    ids = Tokenizer.from_file(f"{directory}/tokenizer.json").encode(TEXT).ids
+    assert AutoTokenizer.from_pretrained(directory)(TEXT).input_ids == ids, "the tokenizer splits text otherwise"
     model, information = AutoModelForCausalLM.from_pretrained(
         directory, torch_dtype=torch.float32, output_loading_info=True
     )
