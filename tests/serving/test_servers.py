@@ -1,7 +1,11 @@
 """Answers of llama-server beside its tokens."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
+from tests.serving import servers
 from tests.serving.servers import aligned
 
 
@@ -27,3 +31,26 @@ def test_a_step_that_could_stand_in_two_places_is_not_told() -> None:
 def test_steps_of_other_tokens_are_refused(ids: tuple[int, ...]) -> None:
     with pytest.raises(ValueError):
         aligned([7, 9], steps(*ids))
+
+
+def test_a_server_that_ends_says_its_last_line(tmp_path: Path) -> None:
+    program = [
+        sys.executable,
+        "-c",
+        "import sys; print('listening at', sys.argv[1]); sys.exit('no such model')",
+        "PORT",
+    ]
+    with (
+        pytest.raises(RuntimeError, match=r"ended with 1:\nlistening at \d+\nno such model$"),
+        servers.serving(program, tmp_path / "log"),
+    ):
+        pass
+
+
+def test_a_server_that_does_not_answer_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "START_SECONDS", 0.1)
+    with (
+        pytest.raises(RuntimeError, match=r"log: the server did not answer within 0.1 s$"),
+        servers.serving([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log"),
+    ):
+        pass
