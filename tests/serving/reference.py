@@ -1,10 +1,12 @@
 """What an engine must give: transformers' greedy tokens and log-probabilities, and Megatron's for the same tokens."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_moe_lpr.checkpoint.loading import load_model
 from megatron_moe_lpr.model.forward import compute_logits
@@ -12,7 +14,9 @@ from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
 
-NEW_TOKENS = 160
+NEW_TOKENS = 96
+# Of router logits, whose rounding differs by 1e-6 between engines.
+SMALLEST_GAP = 1e-4
 PROMPTS = ([17, 301, 45, 902, 77, 512, 8], [640, 33, 214])
 
 
@@ -36,10 +40,11 @@ class Continuation:
         return Continuation(self.tokens[:length], self.log_probabilities[:length])
 
     def difference(self, other: "Continuation") -> float:
-        """Largest difference of log-probabilities over the tokens that are the same."""
+        """Largest difference of log-probabilities over the tokens that are the same; infinite where it is no number."""
         equal = self.equal_tokens(other)
         pairs = zip(self.log_probabilities[:equal], other.log_probabilities[:equal], strict=True)
-        return max((abs(one - two) for one, two in pairs if one is not None), default=float("inf"))
+        differences = [abs(one - two) for one, two in pairs if one is not None]
+        return max(differences) if differences and all(map(math.isfinite, differences)) else math.inf
 
     def told(self) -> int:
         """How many log-probabilities there are."""
@@ -48,9 +53,41 @@ class Continuation:
 
 @torch.no_grad()
 def by_transformers(directory: Path) -> list[Continuation]:
-    """Greedy, float32, one prompt at a time, without a cache: every step computes the whole text."""
+    """Greedy, float32, one prompt at a time, without a cache: every step computes the whole text.
+
+    Raises:
+        RuntimeError: a router is so near a tie that a right engine may choose another expert.
+    """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    return [_greedy(lambda tokens: model(tokens, use_cache=False).logits, prompt) for prompt in PROMPTS]
+    results = [_greedy(lambda tokens: model(tokens, use_cache=False).logits, prompt) for prompt in PROMPTS]
+    gap = min(smallest_gap(model, prompt + one.tokens) for prompt, one in zip(PROMPTS, results, strict=True))
+    if gap < SMALLEST_GAP:
+        raise RuntimeError(f"a router's second and third expert are {gap:.1e} apart: take another random model")
+    return results
+
+
+@torch.no_grad()
+def smallest_gap(model: PreTrainedModel, text: list[int]) -> float:
+    """How far the second expert's logit is above the third's, at the closest place of the text in any layer.
+
+    Equal experts under a zero router are left out: which of them is chosen makes no difference.
+    """
+    gaps: list[float] = []
+
+    def look(router: nn.Module, inputs: tuple[torch.Tensor], _: object) -> None:
+        if router.weight.any():
+            logits = inputs[0].double().flatten(0, -2) @ router.weight.double().T
+            best = logits.topk(3).values
+            gaps.append(float((best[:, 1] - best[:, 2]).min()))
+
+    routers = [module for name, module in model.named_modules() if name.endswith(".mlp.gate")]
+    hooks = [router.register_forward_hook(look) for router in routers]
+    model(torch.tensor([text]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    if not gaps:
+        raise RuntimeError("no router was found in the model")
+    return min(gaps)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-import socket
+import signal
 import subprocess
 import time
 import urllib.request
@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.distributed import _free_port
 from tests.serving.reference import NEW_TOKENS, Continuation
 
-START_SECONDS = 600
+# A quiet machine needs one minute; one with a hundred busy processes took more than ten.
+START_SECONDS = 1800
 VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -43,12 +45,7 @@ def serving(command: list[str], log: Path, environment: dict[str, str] | None = 
         _wait(f"http://127.0.0.1:{port}/health", process, log)
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _end(process)
 
 
 def vllm_command(environment: Path, model: Path, dtype: str = "float32") -> list[str]:
@@ -68,7 +65,7 @@ def llama_cpp_command(environment: Path, gguf: Path, context: int) -> list[str]:
 
 
 def complete_by_vllm(address: str, prompt: list[int]) -> Continuation:
-    """160 greedy tokens through /v1/completions."""
+    """Greedy tokens through /v1/completions."""
     request = {
         "model": "model",
         "prompt": prompt,
@@ -102,17 +99,26 @@ def complete_by_llama_cpp(address: str, prompt: list[int], new_tokens: int = NEW
 
 
 def aligned(tokens: list[int], steps: list[dict[str, Any]]) -> Continuation:
-    """The steps, some of which are left out, beside the tokens.
+    """The steps, some of which are left out, beside the tokens; None too where a step could stand in two places.
 
     Raises:
         ValueError: the steps are no part of the tokens in the same order.
     """
+    ids = [step["id"] for step in steps]
+    earliest = _places(tokens, ids)
+    latest = [len(tokens) - 1 - place for place in reversed(_places(tokens[::-1], ids[::-1]))]
     numbers: list[float | None] = [None] * len(tokens)
-    place = -1
-    for step in steps:
-        place = tokens.index(step["id"], place + 1)
-        numbers[place] = step["logprob"]
+    for step, first, last in zip(steps, earliest, latest, strict=True):
+        if first == last:
+            numbers[first] = step["logprob"]
     return Continuation(tokens, numbers)
+
+
+def _places(tokens: list[int], ids: list[int]) -> list[int]:
+    places = []
+    for one in ids:
+        places.append(tokens.index(one, places[-1] + 1 if places else 0))
+    return places
 
 
 def post(address: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +129,16 @@ def post(address: str, request: dict[str, Any]) -> dict[str, Any]:
         return json.load(answer)
 
 
+def _end(process: subprocess.Popen) -> None:
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    # vLLM computes in a child, which outlives a parent that was killed.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def _wait(address: str, process: subprocess.Popen, log: Path) -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
@@ -130,10 +146,7 @@ def _wait(address: str, process: subprocess.Popen, log: Path) -> None:
             if answer.status == 200:
                 return
         time.sleep(0.5)
-    raise RuntimeError(f"{log}: the server did not start:\n{log.read_text(errors='replace')[-3000:]}")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    end_of_log = log.read_text(errors="replace")[-3000:].rstrip()
+    if process.poll() is None:
+        raise RuntimeError(f"{end_of_log}\n{log.name}: the server did not answer within {START_SECONDS} s")
+    raise RuntimeError(f"{log.name}: the server ended with {process.returncode}:\n{end_of_log}")

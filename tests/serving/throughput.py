@@ -1,12 +1,13 @@
 """What twice the feed-forward computation of a top-2 mixture costs in vLLM: tokens a second, dense base against MoE."""
 
+import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from tests.conversion.helpers import run
 from tests.serving import models, servers
 
 SIZES = {
@@ -17,25 +18,30 @@ SIZES = {
     "num_attention_heads": 8,
     "initializer_range": 0.02,
 }
-NEW_TOKENS = 96
+NEW_TOKENS = 64
 PARALLEL = (1, 4)
 REPEATS = 3
 
 
-def print_throughput(environment: Path, root: Path) -> None:
-    """Make both models and measure; bfloat16, random Qwen2, 6 experts in all layers."""
+def throughput(environment: Path, root: Path, progress: Callable[[str], None]) -> list[str]:
+    """Make both models and measure; bfloat16, random Qwen2, 6 experts in all layers. Lines to print."""
     dense, moe = root / "speed_dense", root / "speed_moe"
     models.make_dense("qwen2", SIZES, dense, torch.bfloat16)
-    run("import", "--hf", dense, "--save", root / "speed_checkpoint", "--num-experts", 6)
-    run("export", "--load", root / "speed_checkpoint", "--hf", moe)
-    rates = {name: _rates(environment, path) for name, path in (("dense", dense), ("MoE", moe))}
-    print(
+    models.convert("import", "--hf", dense, "--save", root / "speed_checkpoint", "--num-experts", 6)
+    models.convert("export", "--load", root / "speed_checkpoint", "--hf", moe)
+    rates = {}
+    for name, path in (("dense", dense), ("MoE", moe)):
+        progress(f"tokens a second of the {name} model in vLLM")
+        rates[name] = _rates(environment, path)
+    lines = [
         f"vLLM, bfloat16, Qwen2 of hidden {SIZES['hidden_size']}, FFN {SIZES['intermediate_size']}, "
-        f"{SIZES['num_hidden_layers']} layers; MoE: 6 experts, top 2. Generated tokens a second, median of {REPEATS}:"
-    )
+        f"{SIZES['num_hidden_layers']} layers; MoE: 6 experts, top 2. Generated tokens a second, median of {REPEATS} "
+        f"(load average {os.getloadavg()[0]:.1f} at the end, {os.cpu_count()} cores):"
+    ]
     for count in PARALLEL:
         first, second = rates["dense"][count], rates["MoE"][count]
-        print(f"  {count} at once: dense {first:.1f}, MoE {second:.1f} ({second / first:.0%} of dense)")
+        lines.append(f"  {count} at once: dense {first:.1f}, MoE {second:.1f} ({second / first:.0%} of dense)")
+    return lines
 
 
 def _rates(environment: Path, model: Path) -> dict[int, float]:
