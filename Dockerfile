@@ -11,8 +11,8 @@ WORKDIR /opt/moe-lpr
 RUN pip list --format=freeze | grep -iE '^(torch|torchvision|triton|numpy|transformer[_-]engine.*)==' > /tmp/base.txt \
     && PIP_CONSTRAINT= pip install --no-cache-dir --no-deps 'megatron-core>=0.16.1,<0.17' \
     && PIP_CONSTRAINT= pip install --no-cache-dir --constraint /tmp/base.txt \
-        numpy packaging psutil rich 'safetensors>=0.4' sentencepiece tensorboard tokenizers 'transformers>=4.51' \
-        'tyro>=0.9' zstandard pytest ruff
+        huggingface_hub numpy packaging psutil rich 'safetensors>=0.4' sentencepiece tensorboard tokenizers \
+        'transformers>=4.51' 'tyro>=0.9' 'xxhash>=3.0' zstandard hypothesis pytest ruff
 COPY . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && chown -R trainer . && rm /tmp/base.txt
 # make uses this Python instead of an environment of its own.
@@ -31,8 +31,8 @@ ARG TORCH_INDEX
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} 'torch>=2.6' \
     && pip install --no-cache-dir --no-deps 'megatron-core>=0.16.1,<0.17' \
     && pip install --no-cache-dir \
-        numpy packaging psutil rich 'safetensors>=0.4' sentencepiece tensorboard tokenizers 'transformers>=4.51' \
-        'tyro>=0.9' zstandard pytest ruff 'setuptools>=77'
+        huggingface_hub numpy packaging psutil rich 'safetensors>=0.4' sentencepiece tensorboard tokenizers \
+        'transformers>=4.51' 'tyro>=0.9' 'xxhash>=3.0' zstandard hypothesis pytest ruff 'setuptools>=77'
 COPY . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && chown -R trainer .
 # make uses this Python instead of an environment of its own.

@@ -3,6 +3,7 @@
 #   make test            install, then run the tests on this machine's CPU
 #   make test-te         the GPU tests on an emulated device, in an environment of their own, without a GPU
 #   make test-gpu        the same tests on GPUs
+#   make test-serving    exports in vLLM, llama.cpp and transformers 4, in environments of their own
 #   make lint            ruff
 #   make demo            the whole method on real text; make demo-baselines for what else one could do
 #
@@ -19,10 +20,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.megatron-moe-lpr-installed
 endif
 TE_VENV := $(CURDIR)/.venv-te
+SERVING := tests/serving
+ENGINES := $(CURDIR)/.venv-vllm/.installed $(CURDIR)/.venv-llama-cpp/.installed $(CURDIR)/.venv-transformers4/.installed
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test test-te test-gpu lint clean
+.PHONY: install test test-te test-gpu test-serving lint clean
 
 install: $(INSTALLED)
 
@@ -50,14 +53,31 @@ test-te: $(TE_VENV)/.installed
 
 # With the Python that has the real Transformer Engine, as the Docker image's has; installs nothing.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu tests/gpu -rs
+	$(PYTHON) -m pytest -m gpu $(or $(TESTS),tests/gpu) -rs -s
+
+$(CURDIR)/.venv-vllm/.installed: $(SERVING)/vllm.sh
+	bash $(SERVING)/vllm.sh $(@D) $(PYTHON)
+	@touch $@
+
+$(CURDIR)/.venv-llama-cpp/.installed: $(SERVING)/llama_cpp.sh constraints.txt
+	bash $(SERVING)/llama_cpp.sh $(@D) $(PYTHON)
+	@touch $@
+
+$(CURDIR)/.venv-transformers4/.installed: $(SERVING)/transformers4.sh
+	bash $(SERVING)/transformers4.sh $(@D) $(PYTHON)
+	@touch $@
+
+# Engines on the loopback interface against transformers and Megatron; docs/serving.md has the last output.
+test-serving: $(INSTALLED) $(ENGINES)
+	$(BIN)/python -m tests.serving.compare --vllm .venv-vllm --llama-cpp .venv-llama-cpp \
+		--transformers4 .venv-transformers4
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check megatron_moe_lpr tools tests benchmarks examples setup.py
 
 clean:
-	rm -rf .venv .venv-te build *.egg-info
+	rm -rf .venv .venv-te .venv-vllm .venv-llama-cpp .venv-transformers4 build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 include examples/demo/demo.mk

@@ -20,6 +20,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",
+        "huggingface_hub",
         "numpy",
         "packaging",
         # Megatron's asynchronous checkpoint writer hangs for ever where psutil is missing.
@@ -30,12 +31,13 @@ setup(
         "tokenizers",
         "transformers>=4.51",
         "tyro>=0.9",
+        "xxhash>=3.0",
         "zstandard",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "eval": ["lm-eval[hf]>=0.4.10"],
         "logging": ["tensorboard", "wandb"],
-        "test": ["pytest", "ruff", "tensorboard"],
+        "test": ["hypothesis", "pytest", "ruff", "tensorboard"],
     },
 )

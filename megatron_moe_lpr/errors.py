@@ -1,9 +1,39 @@
-"""The one exception for bad input, and the wrapper that turns it into one line and an exit code."""
+"""The one exception for bad input, and the wrapper that turns it into one line and an exit code.
 
+The rule: what the user or the machine did ends in one `error:` line; what this project did wrong keeps its traceback.
+The user's and the machine's are `UserError`, Ctrl-C, a reader of our output that has gone, an `OSError` that names a
+file or says that the disk, a limit or a permission is in the way, and torch's `CheckpointException` (a `BaseException`)
+where each of its causes is one of these. Everything else is a defect of ours, and nothing here hides it.
+"""
+
+import contextlib
 import errno
+import os
+import re
+import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
+
+# Of the machine, whether or not the error names a file: a write to an open file never does.
+MACHINE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+)
+MAX_LINE = 2000
+BROKEN_PIPE_CODE = 141
+"""128 + SIGPIPE, as a shell reports a program that died of it."""
+INTERRUPTED_CODE = 130
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 
 
 class UserError(Exception):
@@ -11,25 +41,83 @@ class UserError(Exception):
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
-    """Print one `error:` line on standard error and exit."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    """Print one `error:` line on standard error and exit. Names out of hostile files can neither break nor fill it."""
+    line = _CONTROL.sub(" ", message)
+    line = line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..."
+    # Standard error may be gone too; the exit code still tells.
+    with contextlib.suppress(OSError):
+        print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command line's `main`; bad input, a full disk or Ctrl-C end in one line and a non-zero exit code.
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Give an OSError from within the name of what was being written, where it names nothing itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
-    Anything else is a defect of this project and keeps its traceback.
-    """
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command line's `main` by the rule above: exit codes 1, 130 (Ctrl-C) or 141 (nobody reads our output)."""
     try:
         main()
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        sys.stdout.flush()
+    except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _output_is_broken():
+            _discard_output()
+            sys.exit(BROKEN_PIPE_CODE)
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(INTERRUPTED_CODE)
+        reason = explain(error)
+        if reason is None:
             raise
-        place = f" ({error.filename})" if error.filename else ""
-        fail(f"{error.strerror}{place}; nothing was left half-written")
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            _discard_output()
+        fail(reason)
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for what is the user's or the machine's; None: a defect of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    failures = _checkpoint_failures(error)
+    reasons = [explain(cause) for cause in failures]
+    return f"checkpoint: {reasons[0]}" if reasons and None not in reasons else None
+
+
+def _explain_os_error(error: OSError) -> str | None:
+    if error.filename is None and error.errno not in MACHINE_ERRORS:
+        return None
+    place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{place}{error.strerror or error}; nothing was left half-written"
+
+
+def _checkpoint_failures(error: BaseException) -> list[BaseException]:
+    """The causes in a CheckpointException of torch, which need not be imported here to be known."""
+    module = sys.modules.get("torch.distributed.checkpoint.api")
+    if module is None or not isinstance(error, module.CheckpointException):
+        return []
+    return [cause for cause, _ in error.failures.values()]
+
+
+def _output_is_broken() -> bool:
+    """Whether standard output is a pipe that nobody reads; a broken pipe of another kind is no business of ours."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _discard_output() -> None:
+    """Let Python's last flush of standard output go nowhere, instead of complaining."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

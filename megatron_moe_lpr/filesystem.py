@@ -1,6 +1,8 @@
 """Output that appears whole or not at all."""
 
 import contextlib
+import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ from megatron_moe_lpr.errors import UserError
 def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty sibling directory that becomes `target` when the block ends without an error.
 
-    An existing `target` stays untouched until then. On any error, Ctrl-C included, the sibling is removed.
+    An existing `target` stays untouched until then. On any error, Ctrl-C included, the sibling is removed. What is in
+    it is on the disk before it gets its name (fsync), and so is the name when this returns.
 
     Raises:
         UserError: `target` exists, is not an empty directory, and `overwrite` is off.
@@ -29,7 +32,9 @@ def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        sync_tree(partial)
         _replace_directory(partial, target)
+        sync_directory(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -46,11 +51,55 @@ def _replace_directory(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a sibling path that replaces `target` when the block ends without an error, and is removed otherwise."""
+    """Yield a sibling path that replaces `target` when the block ends without an error, and is removed otherwise.
+
+    The content is on the disk before the rename, and the rename when this returns (fsync).
+    """
     target = Path(target)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         yield partial
+        sync_file(partial)
         os.replace(partial, target)
+        sync_directory(target.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on the disk; a power failure then cannot leave it empty under its name."""
+    _sync(path, os.O_RDONLY)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk: call it after a rename that must last."""
+    _sync(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+
+
+def sync_tree(directory: Path) -> None:
+    """`sync_file` for every file below a directory, and `sync_directory` for it and every directory in it."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            sync_file(Path(parent, name))
+        sync_directory(Path(parent))
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(16 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems (FUSE, old NFS) know no fsync of directories.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,40 +1,71 @@
-"""torchrun for batch systems: same flags, but SIGUSR1 reaches the workers and their exit code comes back.
+"""torchrun for batch systems: same flags, but a signal makes the workers save, and their exit code comes back.
 
-torchrun itself dies of SIGUSR1, leaving its workers behind, and turns every exit code of theirs into 1.
+torchrun itself dies of SIGUSR1, gives workers 30 seconds after SIGTERM, and turns every exit code of theirs into 1.
 
     python -m megatron_moe_lpr.launch --nproc-per-node 8 -m megatron_moe_lpr.pretrain --stage 1 ...
 """
 
+import argparse
+import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from megatron_moe_lpr.training.signals import EXIT_REQUEUE
+from megatron_moe_lpr.pretrain import LAUNCHER
+from megatron_moe_lpr.training.signals import EXIT_REQUEUE, StopRequest
+
+SIGNALS_OF_TORCHRUN = "--signals-to-handle"
+LINES_SHOWN = 12
+"""Of each rank, when a run has failed."""
 
 
-def forward_to_workers(number: int, frame: object) -> None:
-    """Hand a signal on to the workers, told from torchrun's other children by their rank."""
+class ForwardedStop(StopRequest):
+    """Hands each request on to the workers. Without workers there is nothing to save."""
+
+    def __init__(self) -> None:
+        super().__init__(nothing_to_save=True)
+
+    def _receive(self, number: int, frame: object) -> None:
+        for worker in workers():
+            try:
+                worker.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+        super()._receive(number, frame)
+
+    def may_leave(self) -> bool:
+        """Whether no worker runs."""
+        return not workers()
+
+
+def workers() -> list[psutil.Process]:
+    """torchrun's workers, told from its other children by their rank."""
+    found = []
     for child in psutil.Process().children():
         try:
             if "LOCAL_RANK" in child.environ():
-                child.send_signal(number)
-        except psutil.NoSuchProcess:
+                found.append(child)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
+    return found
 
 
-def exit_code(codes: Sequence[int]) -> int:
+def exit_code(codes: Sequence[int], asked: bool = False) -> int:
     """One exit code for a node from its workers' (negative: died of that signal).
 
-    A worker that SIGUSR1 reaches before it can save dies of it: that run too was asked to stop. As soon as one worker
+    A worker that a signal reaches before it can save dies of it: that run too was asked to stop. As soon as one worker
     has left, torchrun ends the slower ones by SIGTERM. Any other code is a failure, and outweighs its peers' request to
     be started again.
+
+    Args:
+        asked: whether this launcher was asked to stop.
     """
     asked_to_stop = {EXIT_REQUEUE, -signal.SIGUSR1}
-    if asked_to_stop.intersection(codes):
+    if asked or asked_to_stop.intersection(codes):
         asked_to_stop.add(-signal.SIGTERM)
     failures = [code for code in codes if code not in asked_to_stop]
     if not failures:
@@ -44,14 +75,54 @@ def exit_code(codes: Sequence[int]) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Start the workers as torchrun does and wait for them."""
-    signal.signal(signal.SIGUSR1, forward_to_workers)
+    stop, since = ForwardedStop(), time.time()
+    # After the handlers: this takes seconds.
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ[LAUNCHER] = str(os.getpid())
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        torchrun.main(arguments)
+        torchrun.main(_keep_signals(torchrun, arguments))
     except ChildFailedError as error:
-        code = exit_code([failure.exitcode for failure in error.failures.values()])
+        code = exit_code([failure.exitcode for failure in error.failures.values()], stop.received is not None)
         if code != EXIT_REQUEUE:
             print(error, file=sys.stderr)
+            _print_last_lines(torchrun.get_args_parser().parse_args(arguments), since)
         sys.exit(code)
+    except SignalException as caught:
+        sys.exit(EXIT_REQUEUE if caught.sigval in (signal.SIGTERM, signal.SIGUSR1) else 128 + caught.sigval)
+
+
+def _keep_signals(torchrun: object, arguments: list[str]) -> list[str]:
+    """Keep torchrun from taking SIGTERM: it would end workers that take longer than 30 seconds to save."""
+    known = any(SIGNALS_OF_TORCHRUN in action.option_strings for action in torchrun.get_args_parser()._actions)
+    return [f"{SIGNALS_OF_TORCHRUN}=SIGINT,SIGHUP,SIGQUIT", *arguments] if known else arguments
+
+
+def _print_last_lines(flags: argparse.Namespace, since: float) -> None:
+    """The end of what each rank of this node said, from torchrun's log files, but for ranks that were shown already."""
+    if flags.log_dir is None or (flags.tee != "0" and not flags.local_ranks_filter):
+        return
+    shown = flags.local_ranks_filter.split(",") if flags.tee != "0" else []
+    runs = [path for path in Path(flags.log_dir).glob("*/attempt_*") if path.stat().st_mtime >= since - 1]
+    for attempt in sorted(runs, key=lambda path: path.stat().st_mtime)[-1:]:
+        for directory in sorted(attempt.iterdir(), key=lambda path: path.name.zfill(9)):
+            for name in ("stdout.log", "stderr.log"):
+                lines = last_lines(directory / name)
+                if lines and directory.name not in shown:
+                    print(f"--- local rank {directory.name}, end of {name}", *lines, sep="\n", file=sys.stderr)
+
+
+def last_lines(path: Path, count: int = LINES_SHOWN) -> list[str]:
+    """The last lines of a text file; none where there is no such file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 256 * count))
+            return file.read().decode(errors="replace").splitlines()[-count:]
+    except OSError:
+        return []
 
 
 if __name__ == "__main__":

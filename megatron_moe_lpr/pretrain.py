@@ -1,34 +1,71 @@
 """Train a stage of MoE-LPR: `torchrun --nproc-per-node N -m megatron_moe_lpr.pretrain --stage 1 ...`."""
 
+import os
+import signal
 import sys
+from typing import TYPE_CHECKING
 
-from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.errors import run_command
-from megatron_moe_lpr.parallel.groups import destroy_parallel
-from megatron_moe_lpr.training.config import TrainingConfig
-from megatron_moe_lpr.training.loop import Trainer
-from megatron_moe_lpr.training.metrics import MetricsWriter
-from megatron_moe_lpr.training.setup import prepare, print_overview
-from megatron_moe_lpr.training.signals import EXIT_REQUEUE
+from megatron_moe_lpr.processes import end_with_parent, start_time
+from megatron_moe_lpr.training.signals import EXIT_REQUEUE, StopRequest, stop_request
+
+if TYPE_CHECKING:
+    from megatron_moe_lpr.training.config import TrainingConfig
+
+# What a run is made of takes seconds to import, and a signal may arrive meanwhile: it is imported where it is used.
+
+LAUNCHER = "MOE_LPR_LAUNCHER"
+"""Environment variable: process number of the launcher that started this worker."""
+ORPHAN_SECONDS = 600
+"""How long a worker whose launcher is gone may take to finish its step and save."""
 
 
-def pretrain(config: TrainingConfig) -> bool:
+def pretrain(config: "TrainingConfig") -> bool:
     """Run a stage; False: it was asked to stop and has saved."""
-    run = prepare(config)
-    writer = MetricsWriter(config.logging, config.checkpoint.save, f"stage {config.stage.stage}")
-    print_overview(run)
-    if run.state.iteration:
-        writer.say(f"resuming from step {run.state.iteration:,} in {config.checkpoint.save}")
-    try:
-        finished = Trainer(run, writer).train()
-    finally:
-        writer.close()
-    writer.say("done" if finished else f"stopped by request after step {run.state.iteration:,}; start again to go on")
-    return finished
+    from megatron_moe_lpr.training.heartbeat import Heartbeat
+    from megatron_moe_lpr.training.loop import Trainer
+    from megatron_moe_lpr.training.metrics import MetricsWriter
+    from megatron_moe_lpr.training.run_lock import run_lock
+    from megatron_moe_lpr.training.setup import prepare, print_overview
+
+    with run_lock(config.checkpoint.save, config.checkpoint.take_over) as lock:
+        run = prepare(config)
+        writer = MetricsWriter(
+            config.logging, config.checkpoint.save, f"stage {config.stage.stage}", run.state.iteration
+        )
+        print_overview(run)
+        if run.state.iteration:
+            writer.say(f"resuming from step {run.state.iteration:,} in {config.checkpoint.save}")
+        try:
+            with Heartbeat(config.distributed_timeout_minutes * 60.0) as heartbeat:
+                finished = Trainer(run, writer, lock, heartbeat).train()
+        finally:
+            writer.close()
+        step = run.state.iteration
+        writer.say("done" if finished else f"stopped by request after step {step:,}; start again to go on")
+        return finished
 
 
 def main() -> None:
     """Command line."""
+    stop = stop_request(nothing_to_save=True)
+    _end_with_launcher()
+    try:
+        finished = _run()
+    except BaseException:
+        # Peers that left for the same signal make this rank's start and first step fail in many ways.
+        if stop.received and not stop.has_stepped:
+            _leave_at_once(stop)
+        raise
+    if not finished:
+        sys.exit(EXIT_REQUEUE)
+
+
+def _run() -> bool:
+    from megatron_moe_lpr.command_line import parse_flags
+    from megatron_moe_lpr.errors import run_command
+    from megatron_moe_lpr.parallel.groups import destroy_parallel
+    from megatron_moe_lpr.training.config import TrainingConfig
+
     config = parse_flags(TrainingConfig, description=__doc__)
     finished = True
 
@@ -38,8 +75,24 @@ def main() -> None:
         destroy_parallel()
 
     run_command(command)
-    if not finished:
-        sys.exit(EXIT_REQUEUE)
+    return finished
+
+
+def _end_with_launcher() -> None:
+    """A worker whose launcher or torchrun is gone saves and leaves. One that a person started stays."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = int(os.environ.get(LAUNCHER, os.getppid()))
+    # Where a script stands between, that is the parent.
+    parent = launcher if start_time(launcher) is None else os.getppid()
+    end_with_parent(signal.SIGTERM, parent, grace=ORPHAN_SECONDS)
+
+
+def _leave_at_once(stop: StopRequest) -> None:
+    """Without Python's own end, which would wait for threads that wait for peers."""
+    print(f"stopped by {stop.received.name} before the first step: nothing to save; start again to go on", flush=True)
+    sys.stderr.flush()
+    os._exit(EXIT_REQUEUE)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import torch
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.conversion.exporter import export_hf
+from megatron_moe_lpr.conversion.exporter import Engine, export_hf
 from megatron_moe_lpr.conversion.importer import import_hf
 from megatron_moe_lpr.conversion.inspection import inspect_directory, print_inspection
+from megatron_moe_lpr.conversion.model_card import CardOptions
+from megatron_moe_lpr.conversion.notes import import_notes
 from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.conversion.safetensors_writer import parse_size
 from megatron_moe_lpr.conversion.verify import print_comparison
@@ -35,6 +37,9 @@ class Import:
     moe_layer_freq: str | None = None
     """Which layers get experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31" (all but the
     first). Default: 1, every layer."""
+    experts_per_layer: str | None = None
+    """Experts of each layer instead, the original one included, 1 for a dense layer: 5,4,3,... or the JSON file that
+    tools/allocate_experts.py writes."""
     seed: int = 1234
     """Seed of the routers' initial values."""
     adapter: Path | None = None
@@ -54,12 +59,48 @@ class Import:
             num_experts=self.num_experts,
             top_k=self.top_k,
             moe_layer_freq=self.moe_layer_freq,
+            experts_per_layer=self.experts_per_layer,
             seed=self.seed,
             adapter=self.adapter,
             allow_top_1=self.allow_top_1,
             expert_parallel_size=self.expert_model_parallel_size,
         )
-        import_hf(options, self.save, self.overwrite)
+        card = import_hf(options, self.save, self.overwrite)
+        for note in import_notes(self.hf, card):
+            print(f"note: {note}")
+        print_inspection(self.save, inspect_directory(self.save))
+
+
+@dataclasses.dataclass(frozen=True)
+class Expand:
+    """More experts for a second group of languages; the experts that a checkpoint has are frozen from then on."""
+
+    load: Path
+    """Checkpoint directory, after stage 2, or one iteration in it."""
+    save: Path
+    """Checkpoint directory to write."""
+    add_experts: str
+    """New experts: one number for every layer that has experts, or one for each layer (0: none), as in 0,2,2,1."""
+    seed: int = 1234
+    """Seed of the routers' new rows."""
+    expert_model_parallel_size: int = 1
+    """Only check that this many ranks could share the experts of each expansion evenly."""
+    base_checkpoint: Path | None = None
+    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
+    overwrite: bool = False
+    """Replace what is at --save."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums before anything in them is used."""
+
+    def run(self) -> None:
+        """Expand, then print what came out."""
+        from megatron_moe_lpr.conversion.expand import ExpandOptions, expand, read_added
+
+        added = read_added(self.add_experts, self.load)
+        options = ExpandOptions(
+            self.load, added, self.seed, self.expert_model_parallel_size, self.base_checkpoint, self.verify
+        )
+        expand(options, self.save, self.overwrite)
         print_inspection(self.save, inspect_directory(self.save))
 
 
@@ -71,15 +112,42 @@ class Export:
     """Checkpoint directory, or one iteration in it."""
     hf: Path
     """Hugging Face directory to write."""
+    base_checkpoint: Path | None = None
+    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
     max_shard_size: str = "5GB"
     """Largest size of one safetensors file, for example 500MB or 2GiB."""
+    engine: Annotated[Engine, tyro.conf.arg(name="for")] = "transformers"
+    """What reads it: transformers stands for vLLM and SGLang too; llama.cpp needs a form of its own."""
+    base_model: str | None = None
+    """For the model card: the base model's name on the hub. Default: what its config.json says."""
+    licence: str | None = None
+    """For the model card: the base model's licence in the hub's spelling. Default: what its README.md says."""
+    evaluation: Path | None = None
+    """For the model card: the file that tools/evaluate.py --output wrote."""
     overwrite: bool = False
     """Replace what is at --hf."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums before anything in them is used."""
 
     def run(self) -> None:
         """Convert, then print what came out."""
-        export_hf(self.load, self.hf, parse_size(self.max_shard_size), self.overwrite)
-        print_inspection(self.hf, inspect_directory(self.hf))
+        options = CardOptions(self.base_model, self.licence, self.evaluation)
+        size = parse_size(self.max_shard_size)
+        plan = export_hf(
+            self.load,
+            self.hf,
+            size,
+            overwrite=self.overwrite,
+            verified=self.verify,
+            base=self.base_checkpoint,
+            engine=self.engine,
+            card_options=options,
+        )
+        for warning in plan.warnings:
+            print(f"warning: {warning}")
+        # Not every form for llama.cpp is a Hugging Face model.
+        shown = self.hf if self.engine == "transformers" else self.load
+        print_inspection(self.hf, inspect_directory(shown))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +158,8 @@ class Verify:
     """Checkpoint directory, or one iteration in it."""
     hf: Path
     """Hugging Face directory to compare with, loaded by transformers' own class."""
+    base_checkpoint: Path | None = None
+    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
     tolerance: float = 1e-3
     """Largest difference of any logit that still counts as equal."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -98,6 +168,8 @@ class Verify:
     """Tokens in each of the two sequences."""
     platform: PlatformName = "auto"
     """Where to compute."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums before anything in them is used."""
 
     def run(self) -> None:
         """Compare; models that differ end in exit code 1."""
@@ -105,7 +177,13 @@ class Verify:
         from megatron_moe_lpr.conversion.verify_models import verify_checkpoint
 
         comparison = verify_checkpoint(
-            self.load, self.hf, getattr(torch, self.dtype), select_platform(self.platform), self.sequence_length
+            self.load,
+            self.hf,
+            getattr(torch, self.dtype),
+            select_platform(self.platform),
+            self.sequence_length,
+            base=self.base_checkpoint,
+            verified=self.verify,
         )
         print_comparison(comparison, self.tolerance)
         if not comparison.agrees(self.tolerance):
@@ -118,14 +196,17 @@ class Inspect:
 
     directory: tyro.conf.Positional[Path]
     """Checkpoint directory, one iteration in it, or a Hugging Face directory."""
+    verify: bool = False
+    """Compare every file of a checkpoint with its checksum; without it only the small ones are."""
 
     def run(self) -> None:
         """Print it."""
-        print_inspection(self.directory, inspect_directory(self.directory))
+        print_inspection(self.directory, inspect_directory(self.directory, self.verify))
 
 
 Command = (
     Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Expand, tyro.conf.subcommand("expand")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.errors import UserError, naming, run_command
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
 from megatron_moe_lpr.evaluation.results import evaluation_record, print_evaluation
 from megatron_moe_lpr.filesystem import atomic_file
@@ -28,6 +28,8 @@ class Flags:
     """Checkpoint directory, dense or MoE, or one iteration in it."""
     valid_data_path: list[str]
     """Datasets: prefixes, each evaluated by itself, whole and in order."""
+    base_checkpoint: Path | None = None
+    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
     original_languages: list[str] = dataclasses.field(default_factory=list)
     """Languages that the dense model already knows. Default: those that the checkpoint was trained with."""
     output: Path | None = None
@@ -41,6 +43,8 @@ class Flags:
     fp32: bool = False
     """Compute in fp32."""
     layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums before anything in them is used."""
     platform: PlatformName = "auto"
     """Where to run; auto: CUDA where there is a device."""
 
@@ -69,7 +73,7 @@ def plan(flags: Flags) -> EvaluationPlan:
 
 def write(record: dict, path: Path) -> None:
     """The JSON file, whole or not at all."""
-    with atomic_file(path) as partial:
+    with naming(path), atomic_file(path) as partial:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -31,6 +31,9 @@ class Flags:
     """Experts per token."""
     moe_layer_freq: str = "1"
     """Which layers have experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31"."""
+    experts_per_layer: str | None = None
+    """Experts of each layer instead of the two flags for that: 5,4,3,... or the JSON file of allocate_experts.py. Shown
+    is what it saves against --num-experts (default 6) in every layer."""
     load: Path | None = None
     """A converted checkpoint, instead of --hf."""
     stage: Literal["1", "2", "full"] = "1"
@@ -39,12 +42,16 @@ class Flags:
     micro_batch_size: int = 1
     global_batch_size: int = 512
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"
+    """With --precision fp8: how tensors are scaled."""
+    fp8_param_gather: bool = False
+    """With --precision fp8: the new experts' weights are in FP8."""
     use_distributed_optimizer: bool = True
     tensor_model_parallel_size: int | None = None
     pipeline_model_parallel_size: int | None = None
     expert_model_parallel_size: int | None = None
-    recompute: Literal["none", "moe", "full"] | None = None
-    """Activations: keep all, compute MoE layers again, or whole layers."""
+    recompute: Literal["none", "core_attn", "layernorm", "moe_act", "mlp", "moe", "full"] | None = None
+    """Activations: keep all, compute one of training's --recompute-modules again, or whole layers."""
     show: int = 8
     """Layouts to show."""
 
@@ -54,8 +61,13 @@ def main() -> None:
     for name in ("gpus", "gpu_memory", "gpus_per_node", "seq_length", "micro_batch_size", "global_batch_size", "show"):
         if getattr(flags, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be above 0")
+    if flags.fp8_param_gather and flags.precision != "fp8":
+        raise UserError("--fp8-param-gather needs --precision fp8")
+    if flags.fp8_param_gather and flags.fp8_recipe == "delayed":
+        raise UserError("--fp8-param-gather is not supported with --fp8-recipe delayed; choose tensorwise or blockwise")
     # Late, because Megatron takes seconds to import and the checks above do without.
     from megatron_moe_lpr.planning.report import print_plan
+    from megatron_moe_lpr.planning.saving import describe_needs
     from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
 
     shape, sizes = read_shape(flags), read_sizes(flags)
@@ -68,6 +80,11 @@ def main() -> None:
     )
     candidates = find_layouts(shape, sizes, machine, choice)
     print_plan(shape, sizes, machine, candidates[: flags.show])
+    print(describe_needs(shape, candidates[0].layout, sizes, flags.gpus_per_node))
+    if flags.experts_per_layer is not None:
+        from megatron_moe_lpr.planning.savings import saving_against_uniform
+
+        print(saving_against_uniform(shape, sizes, flags.num_experts))
 
 
 def read_shape(flags: Flags):
@@ -75,6 +92,7 @@ def read_shape(flags: Flags):
     from megatron_moe_lpr.checkpoint.card import read_json
     from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
     from megatron_moe_lpr.checkpoint.loading import model_shape
+    from megatron_moe_lpr.conversion.experts_per_layer import read_experts_per_layer
     from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
     from megatron_moe_lpr.model.architecture import read_architecture
     from megatron_moe_lpr.model.config import ModelShape
@@ -82,11 +100,18 @@ def read_shape(flags: Flags):
     if (flags.hf is None) == (flags.load is None):
         raise UserError("give either --hf, a dense Hugging Face model, or --load, a converted checkpoint")
     if flags.load is not None:
+        if flags.experts_per_layer is not None:
+            raise UserError("--experts-per-layer: the checkpoint given by --load knows its experts; leave the flag out")
         return model_shape(resolve_checkpoint(flags.load))
     if not 1 <= flags.top_k <= max(flags.num_experts, 1):
         raise UserError("--num-experts and --top-k: at least 1, and no more top-k than experts")
     path = flags.hf / "config.json" if flags.hf.is_dir() else flags.hf
     architecture = read_architecture(read_json(path), str(path))
+    if flags.experts_per_layer is not None:
+        experts = tuple(read_experts_per_layer(flags.experts_per_layer, architecture.num_layers))
+        if flags.top_k > min({count for count in experts if count > 1}, default=flags.top_k):
+            raise UserError(f"--top-k {flags.top_k}: a layer has fewer experts")
+        return ModelShape(architecture, experts, flags.top_k)
     chosen = layers_with_experts(flags.moe_layer_freq, architecture.num_layers)
     experts = tuple(flags.num_experts if has_experts else 1 for has_experts in chosen)
     return ModelShape(architecture, experts, flags.top_k)
@@ -105,6 +130,8 @@ def read_sizes(flags: Flags):
         global_batch_size=flags.global_batch_size,
         precision=flags.precision,
         distributed_optimizer=flags.use_distributed_optimizer,
+        fp8_recipe=flags.fp8_recipe,
+        fp8_param_gather=flags.fp8_param_gather,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.errors import UserError, naming, run_command
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
 from megatron_moe_lpr.evaluation.report.tables import print_table
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--output {flags.output}: there is no directory {flags.output.parent}")
     inputs = read_inputs(flags.evaluation, flags.metrics, flags.samples)
     print_table(inputs)
-    with atomic_file(flags.output) as partial:
+    with naming(flags.output), atomic_file(flags.output) as partial:
         partial.write_text(build_page(inputs), encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 # The demo's targets, included by the Makefile.
 
-.PHONY: demo demo-baselines demo-eval demo-other-text base-model
+.PHONY: demo demo-baselines demo-eval demo-other-text demo-growing base-model
 
 # The whole method on real text; ends in runs/demo/report.html. Goes on where it was interrupted.
 demo: $(INSTALLED)
@@ -20,6 +20,10 @@ endif
 # The demo's models on text of another program, fetched as a Debian package.
 demo-other-text: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/other_text.sh
+
+# Half of the demo's new experts, allocated by layer, against all of them.
+demo-growing: $(INSTALLED)
+	PYTHON=$(BIN)/python bash examples/demo/growing.sh
 
 # Remake data/base_model from a random initialisation, in runs/base_model/hf.
 base-model: $(INSTALLED)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import tyro
 from corpus import texts
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_moe_lpr.errors import UserError, run_command
 
@@ -33,7 +33,8 @@ class Flags:
 def main() -> None:
     """Command line."""
     flags = tyro.cli(Flags, description=__doc__)
-    tokenizer = AutoTokenizer.from_pretrained(flags.hf)
+    # Not AutoTokenizer: for a model_type of qwen2, transformers 5 splits text by Qwen2's rules, not by the file's.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(flags.hf)
     model = load(flags.hf)
     samples = []
     for language in flags.languages:

@@ -1,6 +1,7 @@
 """The base model before its training: a tokenizer over the demo corpus and a small Qwen2 with random weights."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
@@ -42,8 +43,17 @@ def main() -> None:
     tokenizer = train_tokenizer(flags.input, flags.vocab_size)
     model = random_model(flags)
     tokenizer.save_pretrained(flags.hf)
+    _name_class_of_transformers_4(flags.hf / "tokenizer_config.json")
     model.save_pretrained(flags.hf)
     print(f"{flags.hf}: {sum(weight.numel() for weight in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
+
+
+def _name_class_of_transformers_4(path: Path) -> None:
+    """transformers 5 writes TokenizersBackend, which 4 does not know; both know this name for a bare tokenizer.json."""
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.pop("backend", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def train_tokenizer(inputs: list[str], vocab_size: int) -> PreTrainedTokenizerFast:

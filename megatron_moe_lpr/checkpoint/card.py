@@ -8,9 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import checked_integer, is_integer, is_number, read_json, shown
+from megatron_moe_lpr.model.architecture import FAMILIES, MAX_LAYERS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MODEL_DTYPES = ("float32", "bfloat16", "float16")
+# Far above any model. A card that declares more would take the memory of the machine before a tensor is looked at.
+MAX_EXPERTS = 1024
+MAX_EXPERTS_TOGETHER = 65_536
 RECORDED_PACKAGES = ("megatron-moe-lpr", "megatron-core", "torch", "safetensors")
+
+
+@dataclasses.dataclass
+class Base:
+    """The checkpoint that holds the weights which one with only trained weights does not."""
+
+    path: str
+    """Where it was when the run started from it."""
+    checksum: str
+    """What identifies its weights (`trainable_only.weights_checksum`)."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not isinstance(self.checksum, str):
+            raise TypeError("base: path and checksum must be text")
 
 
 @dataclasses.dataclass
@@ -35,6 +55,12 @@ class CheckpointCard:
     """Versions of the packages that converted the dense model."""
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """One entry per stage of training: stage, languages, original_languages, iterations, tokens, ..."""
+    expansions: list[list[int]] = dataclasses.field(default_factory=list)
+    """New experts of each layer by expansion, the first one first; empty: one expansion added them all."""
+    openness: float = 1.0
+    """Weight of the latest expansion's experts in the routers' softmax; 0: added and not used yet, 1: trained in."""
+    base: Base | None = None
+    """Only where --save-trainable-only left out what did not train: the checkpoint that has it."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -49,46 +75,98 @@ class CheckpointCard:
 
     def write(self, path: Path) -> None:
         """Write the card as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        content = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_card(path: Path) -> CheckpointCard:
     """Read a card.
 
     Raises:
-        UserError: no such file, not JSON, a field missing or unknown, or a newer format.
+        UserError: no such file, not JSON, a field missing, unknown or of the wrong type or size, or a newer format.
     """
     fields = read_json(path)
     version = fields.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not is_integer(version, 1, FORMAT_VERSION):
         raise UserError(
-            f"{path}: format_version {version!r} is not known to this version (it reads up to {FORMAT_VERSION}); "
+            f"{path}: format_version {shown(version)} is not known to this version (it reads up to {FORMAT_VERSION}); "
             "install a newer megatron-moe-lpr"
         )
     try:
-        card = CheckpointCard(**fields)
+        base = Base(**fields["base"]) if fields.get("base") else None
+        card = CheckpointCard(**fields | {"base": base})
     except TypeError as error:
         raise UserError(f"{path}: not a valid card: {error}") from None
-    if not card.experts_per_layer or not all(isinstance(count, int) for count in card.experts_per_layer):
-        raise UserError(f"{path}: experts_per_layer must be a list of integers, one per layer")
+    check_experts(card.experts_per_layer, f"{path}: experts_per_layer")
+    for name, is_valid in _FIELD_CHECKS.items():
+        if not is_valid(getattr(card, name)):
+            raise UserError(f"{path}: {name} cannot be {shown(getattr(card, name))}; copy the file again")
+    checked_integer(card.top_k, "top_k", str(path), 1, card.num_experts)
+    _check_expansions(card, path)
     return card
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def check_experts(experts_per_layer: object, place: str) -> None:
+    """Refuse counts that no model has before memory is taken for them; `place` names them in the message.
 
     Raises:
-        UserError: no such file, or something else than a JSON object in it.
+        UserError: not a list of whole numbers, one per layer, or too many layers or experts.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object is expected")
-    return content
+    if not isinstance(experts_per_layer, list) or not 1 <= len(experts_per_layer) <= MAX_LAYERS:
+        raise UserError(f"{place}: a list of 1 to {MAX_LAYERS:,} integers is expected, one per layer")
+    for experts in experts_per_layer:
+        if not is_integer(experts, 1, MAX_EXPERTS):
+            raise UserError(f"{place}: a layer has 1 to {MAX_EXPERTS:,} experts, not {shown(experts)}")
+    if sum(experts_per_layer) > MAX_EXPERTS_TOGETHER:
+        raise UserError(f"{place}: {sum(experts_per_layer):,} experts in all; at most {MAX_EXPERTS_TOGETHER:,} can be")
+
+
+def _check_expansions(card: CheckpointCard, path: Path) -> None:
+    new = [experts - 1 for experts in card.experts_per_layer]
+    if card.expansions and [sum(layer) for layer in zip(*card.expansions, strict=True)] != new:
+        raise UserError(f"{path}: expansions do not add up to experts_per_layer; copy the file again")
+    if card.openness < 1 and len(card.expansions) < 2:
+        raise UserError(f"{path}: openness {card.openness:g} without a second expansion; copy the file again")
+
+
+def _is_text_table(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _is_history(value: object) -> bool:
+    """Entries of training and, in each, languages as lists of names."""
+    return isinstance(value, list) and all(
+        isinstance(entry, dict)
+        and all(
+            isinstance(languages, list) and all(isinstance(language, str) for language in languages)
+            for name, languages in entry.items()
+            if name in ("languages", "original_languages")
+        )
+        for entry in value
+    )
+
+
+def _is_expansions(value: object) -> bool:
+    """For each expansion as many numbers of new experts as the first one names."""
+    return isinstance(value, list) and all(
+        isinstance(added, list)
+        and len(added) == len(value[0])
+        and all(is_integer(number, 0, MAX_EXPERTS) for number in added)
+        for added in value
+    )
+
+
+_FIELD_CHECKS = {
+    "family": lambda value: isinstance(value, str) and value in FAMILIES,
+    "dtype": lambda value: isinstance(value, str) and value in MODEL_DTYPES,
+    "original_fingerprint": lambda value: isinstance(value, str),
+    "router_seed": lambda value: value is None or type(value) is int,
+    "tokenizer_files": _is_text_table,
+    "tool_versions": _is_text_table,
+    "history": _is_history,
+    "expansions": _is_expansions,
+    "openness": lambda value: is_number(value, 0, 1),
+}
 
 
 def tool_versions() -> dict[str, str]:

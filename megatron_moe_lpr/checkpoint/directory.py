@@ -2,17 +2,18 @@
 
 DIR/latest_checkpointed_iteration.txt   `release` for a converted model, else the iteration; written last
 DIR/release/ or DIR/iter_0000100/       .metadata, *.distcp, common.pt, metadata.json
-    moe_lpr/                            card.json, config.json (the dense model's), tokenizer files
+    moe_lpr/                            card.json, config.json (the dense model's), tokenizer files, checksums.json
 """
 
 import dataclasses
 import os
+import re
 import shutil
 from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_card, read_json
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.filesystem import atomic_file, sync_directory
 from megatron_moe_lpr.model.architecture import Architecture, read_architecture
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -30,6 +31,8 @@ class CheckpointDirectory:
     """The iteration directory."""
     iteration: int | None
     """None for a converted model that has not been trained."""
+    base_path: Path | None = None
+    """Where --base-checkpoint says that the weights are which this one does not hold; None: where its card says."""
 
     @property
     def side_directory(self) -> Path:
@@ -51,8 +54,11 @@ def iteration_directory_name(iteration: int | None) -> str:
     return RELEASE if iteration is None else f"iter_{iteration:07d}"
 
 
-def resolve_checkpoint(path: Path) -> CheckpointDirectory:
+def resolve_checkpoint(path: Path, base_path: Path | None = None) -> CheckpointDirectory:
     """Find the checkpoint that `path` means: an iteration directory, or a root with its latest iteration.
+
+    Args:
+        base_path: for a checkpoint with only trained weights, where the others are.
 
     Raises:
         UserError: there is no checkpoint, or an incomplete one.
@@ -64,7 +70,7 @@ def resolve_checkpoint(path: Path) -> CheckpointDirectory:
         path = path / iteration_directory_name(_latest_iteration(path))
     if not is_iteration_directory(path):
         raise UserError(f"{path}: no complete checkpoint: .metadata or metadata.json is missing")
-    return CheckpointDirectory(path.resolve(), _iteration_of(path.resolve()))
+    return CheckpointDirectory(path.resolve(), iteration_of(path.resolve()), base_path)
 
 
 def is_iteration_directory(path: Path) -> bool:
@@ -79,12 +85,20 @@ def write_latest(root: Path, iteration: int | None) -> None:
 
 
 def finish_iteration(partial: Path, root: Path, iteration: int) -> Path:
-    """Give a completely written directory its name under `root`, and only then point the latest file at it."""
+    """Give a completely written directory its name under `root`, and only then point the latest file at it.
+
+    Its content must be on the disk already (`integrity.write_manifest` sees to it).
+    """
     target = root / iteration_directory_name(iteration)
+    # Out of the way under a hidden name: no half of it may look like a checkpoint, whenever this process ends.
+    former = root / f".{target.name}.removed"
+    shutil.rmtree(former, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        os.rename(target, former)
     os.rename(partial, target)
+    sync_directory(root)
     write_latest(root, iteration)
+    shutil.rmtree(former, ignore_errors=True)
     return target
 
 
@@ -94,11 +108,14 @@ def _latest_iteration(root: Path) -> int | None:
         text = latest.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         raise UserError(f"{root}: no checkpoint here: neither {LATEST_FILE} nor .metadata exists") from None
-    if text != RELEASE and not text.isdigit():
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{latest}: cannot be read: {error}") from None
+    if text != RELEASE and not re.fullmatch("[0-9]{1,15}", text):
         raise UserError(f"{latest}: an iteration number or `{RELEASE}` is expected, not {text[:40]!r}")
     return None if text == RELEASE else int(text)
 
 
-def _iteration_of(path: Path) -> int | None:
+def iteration_of(path: Path) -> int | None:
+    """The iteration that a directory's name says; None: a converted model, or no such name."""
     number = path.name.removeprefix("iter_")
     return int(number) if number != path.name and number.isdigit() else None

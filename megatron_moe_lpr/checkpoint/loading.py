@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.model_state import load_weights
+from megatron_moe_lpr.checkpoint.trainable_only import reading
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.model.build import build_model
 from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, MoELPRConfig, transformer_config
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -33,15 +35,22 @@ def model_shape(directory: CheckpointDirectory) -> ModelShape:
         UserError: a file is missing or invalid.
     """
     card = directory.card()
-    return ModelShape(directory.architecture(), tuple(card.experts_per_layer), card.top_k)
+    return ModelShape(
+        directory.architecture(),
+        tuple(card.experts_per_layer),
+        card.top_k,
+        tuple(map(tuple, card.expansions)),
+        card.openness,
+    )
 
 
 def load_model(
-    path: Path,
+    path: Path | CheckpointDirectory,
     layout: ParallelLayout,
     platform: Platform,
     options: ComputeOptions | None = None,
     build_arguments: dict[str, Any] | None = None,
+    verified: bool = True,
     **overrides: Any,
 ) -> LoadedModel:
     """Build this rank's part of the model in `layout` and fill it. Megatron's groups must exist.
@@ -50,15 +59,19 @@ def load_model(
         path: a checkpoint directory or one iteration in it.
         options: how to compute; by default in the checkpoint's own dtype.
         build_arguments: further arguments of GPTModel.
+        verified: compare every file with its checksum first, each rank a share of them.
         overrides: further fields of MoELPRConfig.
 
     Raises:
-        UserError: no checkpoint, an unfit layout, or tensors that are missing or too many.
+        UserError: no checkpoint, a damaged one, an unfit layout, or tensors that are missing or too many.
     """
-    directory = resolve_checkpoint(path)
+    directory = path if isinstance(path, CheckpointDirectory) else open_checkpoint(path, verified)
     shape, card = model_shape(directory), directory.card()
     options = options or ComputeOptions(dtype=getattr(torch, card.dtype))
     config = transformer_config(shape, layout, platform, options, **overrides)
     chunks = build_model(shape, config, platform, **(build_arguments or {}))
-    load_weights(chunks, directory.path)
+    with reading(directory) as layers:
+        for layer in layers if verified else ():
+            verify_all(layer.path)
+        load_weights(chunks, directory)
     return LoadedModel(chunks, config, shape, card, directory)

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.fp8_utils import is_float8tensor
 
+from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
+from megatron_moe_lpr.checkpoint.distributed_loading import load_distributed
+from megatron_moe_lpr.checkpoint.reader import read_index
+from megatron_moe_lpr.checkpoint.trainable_only import layers_of, part_with_keys
 from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
@@ -26,21 +32,44 @@ def sharded_model_state(chunks: Sequence[torch.nn.Module]) -> ShardedStateDict:
     }
 
 
-def load_weights(chunks: Sequence[torch.nn.Module], directory: Path) -> None:
-    """Fill the chunks from an iteration directory written at any layout.
+def load_weights(chunks: Sequence[torch.nn.Module], directory: CheckpointDirectory) -> None:
+    """Fill the chunks from a checkpoint written at any layout, and from its base where it has only trained weights.
 
     Only Transformer Engine's `_extra_state` entries may be missing.
 
     Raises:
-        UserError: the checkpoint lacks a tensor of the model, or holds one the model has no place for.
+        UserError: a damaged file; the checkpoint lacks a tensor of the model, or holds one it has no place for.
     """
-    state = sharded_model_state(chunks)
-    # Megatron's words: "missing" keys are the checkpoint's that the model did not ask for, "unexpected" the reverse.
-    loaded, surplus, lacking = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
-    _refuse_differences(directory, lacking, surplus)
-    for name, chunk in zip(state, chunks, strict=True):
+    loaded: dict[str, Any] = {}
+    for layer in layers_of(directory):
+        part = _load_layer(chunks, layer, is_complete=not loaded)
+        loaded = {name: loaded.get(name, {}) | part[name] for name in part}
+    for name, chunk in zip(sorted(loaded), chunks, strict=True):
         fill_model(chunk, loaded[name])
         _keep_unrounded(chunk, loaded[name])
+
+
+def _load_layer(chunks: Sequence[torch.nn.Module], layer: CheckpointDirectory, is_complete: bool) -> dict[str, Any]:
+    """Tensors by name, by chunk; all that the model has, or all that the checkpoint has."""
+    state = sharded_model_state(chunks)
+    names = list(state)
+    if not is_complete:
+        keys = read_index(layer.path / ".metadata").state_dict_metadata
+        state = {name: part_with_keys(part, keys) for name, part in state.items()}
+    # Megatron's words: "missing" keys are the checkpoint's that the model did not ask for, "unexpected" the reverse.
+    loaded, surplus, lacking = load_distributed(
+        state, layer.path, shared_reading(layer.path), strict=StrictHandling.RETURN_ALL
+    )
+    _refuse_differences(layer.path, lacking, surplus)
+    return {name: loaded.get(name, {}) for name in names}
+
+
+def shared_reading(directory: Path) -> FullyParallelLoadStrategyWrapper:
+    """Each rank of a data-parallel group reads a part of what all of them need, and sends it to the others."""
+    strategy = get_default_load_sharded_strategy(str(directory))
+    return FullyParallelLoadStrategyWrapper(
+        strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
 
 
 def _keep_unrounded(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
@@ -55,14 +84,15 @@ def _keep_unrounded(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
             parameter.clear_high_precision_init_val = partial(vars(parameter).pop, "get_high_precision_init_val", None)
 
 
-def fill_model(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Copy loaded tensors into a chunk.
+def fill_model(chunk: torch.nn.Module, state: dict[str, Any], is_complete: bool = True) -> None:
+    """Copy loaded tensors into a chunk; with `is_complete` off, parameters without one stay as they are.
 
     Raises:
         UserError: other than `_extra_state` is missing, or something is left over.
     """
     result = unwrap(chunk).load_state_dict(state, strict=False)
     missing = [key for key in result.missing_keys if EXTRA_STATE not in key]
+    missing = missing if is_complete else []
     if missing or result.unexpected_keys:
         raise UserError(f"model and checkpoint disagree: missing {missing}, unexpected {result.unexpected_keys}")
 

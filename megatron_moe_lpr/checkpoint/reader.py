@@ -1,21 +1,25 @@
 """Read Megatron's `torch_dist` format one tensor at a time, without building a model."""
 
 import dataclasses
+import errno
 import io
+import math
 import pickle
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import is_integer
 
 # Keys of the model's own tensors; optimizer state and the rest of a training checkpoint lie under others.
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
-# All that reading tensors needs of `.metadata`. Whatever else the pickle names (Megatron adds save plans) becomes
-# a placeholder that does nothing. Whole names only: a module's own imports (`os`, for one) must stay out of reach.
+# All that reading needs of `.metadata`. Whole names only: a module's own imports (`os`, for one) must stay out of
+# reach.
 ALLOWED_IN_METADATA = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -34,6 +38,8 @@ ALLOWED_IN_METADATA = {
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
     "collections": {"OrderedDict"},
 }
+# Megatron adds its save plans; what these name becomes a placeholder that does nothing. All else is refused.
+UNREAD_MODULES = ("torch.distributed.checkpoint.", "megatron.core.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +65,8 @@ class CheckpointReader:
             UserError: the index is missing, or is not one of a checkpoint.
         """
         self.directory = Path(directory)
-        self.metadata = _read_metadata(self.directory / ".metadata")
+        self.metadata = read_index(self.directory / ".metadata")
+        check_index(self.metadata, self.directory)
         self.tensors = {
             key: TensorInfo(tuple(entry.size), entry.properties.dtype)
             for key, entry in self.metadata.state_dict_metadata.items()
@@ -88,15 +95,121 @@ class CheckpointReader:
         path = self.directory / place.relative_path
         try:
             with open(path, "rb") as stream:
-                tensor = torch.load(_create_file_view(stream, place.offset, place.length), "cpu", weights_only=True)
+                _refuse_compression(_Window(stream, place.offset, place.length))
+                view = _create_file_view(stream, place.offset, place.length)
+                tensor = torch.load(view, "cpu", weights_only=True)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file, but {key} should lie there; copy the checkpoint again") from None
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).splitlines()[0]
+        except UserError as error:
+            raise UserError(f"{path}: {key}: {error}") from None
+        except Exception as error:  # damaged pickles and archives raise almost anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: {key} cannot be read, the file is damaged or cut short ({reason})") from None
-        if tensor.shape != chunk.sizes:
-            raise UserError(f"{path}: {key} has shape {list(tensor.shape)}, the index says {list(chunk.sizes)}")
+        if type(tensor) is not torch.Tensor or tensor.layout != torch.strided:
+            raise UserError(f"{path}: {key} is not a plain tensor")
+        if tensor.shape != chunk.sizes or tensor.dtype != self.tensors[key].dtype:
+            found, wanted = (list(tensor.shape), tensor.dtype), (list(chunk.sizes), self.tensors[key].dtype)
+            raise UserError(
+                f"{path}: {key} has shape {found[0]} and dtype {found[1]}, the index says {wanted[0]} and {wanted[1]}"
+            )
         return tensor
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own. zipfile reads to the end, which the view of torch does not."""
+
+    def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
+        self.stream, self.offset, self.length, self.place = stream, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.length}[whence]
+        if place < 0:
+            raise OSError(errno.EINVAL, "before the beginning")
+        self.place = place
+        return place
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(self.length - self.place, 0)]
+        self.stream.seek(self.offset + self.place)
+        count = self.stream.readinto(view)
+        self.place += count
+        return count
+
+
+def _refuse_compression(view: _Window) -> None:
+    """torch.save stores without compression; a compressed tensor could unpack to a thousand times its file."""
+    with zipfile.ZipFile(view) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise UserError("is compressed, which no checkpoint is")
+
+
+def check_index(metadata: Metadata, directory: Path) -> None:
+    """Check an index against the files beside it, before memory is taken for what it declares. Reads no tensor.
+
+    Raises:
+        UserError: sizes that are none, chunks that do not make up their tensor, files missing or cut short.
+    """
+    sizes: dict[str, int] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise UserError(f"{directory / '.metadata'}: {key!r:.60} is no name of a tensor")
+        if isinstance(entry, TensorStorageMetadata):
+            try:
+                _check_entry(key, entry, metadata, directory, sizes)
+            except (AttributeError, TypeError, KeyError, ValueError) as error:
+                raise UserError(f"{directory / '.metadata'}: the entry of {key} is damaged ({error!r:.80})") from None
+
+
+def _check_entry(
+    key: str, entry: TensorStorageMetadata, metadata: Metadata, directory: Path, sizes: dict[str, int]
+) -> None:
+    shape, dtype = _numbers(entry.size), entry.properties.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError("no dtype")
+    covered = 0
+    for chunk in entry.chunks:
+        offsets, extent = _numbers(chunk.offsets), _numbers(chunk.sizes)
+        ends = (begin + size for begin, size in zip(offsets, extent, strict=True))
+        if any(end > size for end, size in zip(ends, shape, strict=True)):
+            raise ValueError("a part lies outside of it")
+        covered += math.prod(extent)
+        place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        begin, length = _numbers((place.offset, place.length))
+        _check_file(directory, place.relative_path, begin + length, key, sizes)
+        if math.prod(extent) * dtype.itemsize > length:
+            raise ValueError(f"{length:,} bytes do not hold a part of shape {list(extent)}")
+    if covered != math.prod(shape):
+        raise ValueError(f"its parts have {covered:,} values, its shape {list(shape)} has others")
+
+
+def _check_file(directory: Path, name: object, end: int, key: str, sizes: dict[str, int]) -> None:
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError("its file is not one of this directory")
+    path = directory / name
+    if name not in sizes:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file, but {key} should lie there; copy the checkpoint again")
+        sizes[name] = path.stat().st_size
+    if end > sizes[name]:
+        raise UserError(
+            f"{path}: cut short: {key} ends at byte {end:,}, the file has {sizes[name]:,}; copy the checkpoint again"
+        )
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    numbers = tuple(values)
+    if not all(is_integer(value) for value in numbers):
+        raise ValueError("a size or a place is not a number of bytes or values")
+    return numbers
 
 
 class _Placeholder:
@@ -113,18 +226,35 @@ class _Placeholder:
     def extend(self, values: Any) -> None: ...
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle._Unpickler):
+    """Python's own form of the unpickler: the one in C takes whatever memory a length or a memo's number declares."""
+
     def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(module, name) if name in ALLOWED_IN_METADATA.get(module, ()) else _Placeholder
+        if name in ALLOWED_IN_METADATA.get(module, ()):
+            return super().find_class(module, name)
+        if module.startswith(UNREAD_MODULES):
+            return _Placeholder
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index needs")
 
 
-def _read_metadata(path: Path) -> Metadata:
+def read_index(path: Path) -> Metadata:
+    """Read a `.metadata`, which is a pickle, without running anything it may hold.
+
+    Raises:
+        UserError: it is missing, damaged, or names what no index of a checkpoint does.
+    """
     try:
         content = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
     except Exception as error:  # a damaged pickle raises almost anything
         raise UserError(f"{path}: not the index of a checkpoint ({error})") from None
-    if not isinstance(content, Metadata) or content.storage_data is None:
+    if not isinstance(content, Metadata) or not _has_tables(content):
         raise UserError(f"{path}: not the index of a checkpoint")
     return content
+
+
+def _has_tables(content: Metadata) -> bool:
+    # An object out of a pickle need not have the fields of its class.
+    tables = (getattr(content, "state_dict_metadata", None), getattr(content, "storage_data", None))
+    return all(isinstance(table, dict) for table in tables)

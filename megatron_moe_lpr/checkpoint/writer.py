@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_moe_lpr.checkpoint.integrity import ChecksumStream, FileChecksum
 from megatron_moe_lpr.errors import UserError
 
 # Several files let many ranks and many disks read at once; each holds at least one tensor.
@@ -50,15 +51,16 @@ class CheckpointWriter:
         self.tensors: dict[str, TensorStorageMetadata] = {}
         self.places: dict[MetadataIndex, _StorageInfo] = {}
         self.files: list[Path] = []
-        self.stream: _RecordingStream | None = None
+        self.checksums: dict[str, FileChecksum] = {}
+        """By name, for `integrity.write_manifest`; complete after the block."""
+        self.stream: ChecksumStream | None = None
 
     def __enter__(self) -> "CheckpointWriter":
         self.directory.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.stream:
-            self.stream.raw.close()
+        self._close_stream()
         if error is None:
             self._write_index()
 
@@ -72,52 +74,47 @@ class CheckpointWriter:
         if key in self.tensors:
             raise UserError(f"{key}: written twice")
         stream = self._stream()
-        begin = stream.raw.tell()
+        begin = stream.tell()
         _save_blob(tensor, stream)
         offsets = torch.Size([0] * tensor.dim())
         chunk = ChunkStorageMetadata(offsets=offsets, sizes=tensor.size())
         self.tensors[key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.size(), [chunk])
-        place = _StorageInfo(self.files[-1].name, begin, stream.raw.tell() - begin)
+        place = _StorageInfo(self.files[-1].name, begin, stream.tell() - begin)
         self.places[MetadataIndex(key, offsets, 0)] = place
 
-    def _stream(self) -> "_RecordingStream":
-        if self.stream and self.stream.raw.tell() >= self.file_bytes:
-            self.stream.raw.close()
-            self.stream = None
+    def _stream(self) -> ChecksumStream:
+        if self.stream and self.stream.tell() >= self.file_bytes:
+            self._close_stream()
         if not self.stream:
             self.files.append(self.directory / f"__0_{len(self.files)}.distcp")
-            self.stream = _RecordingStream(open(self.files[-1], "wb"))  # noqa: SIM115 - closed in __exit__
+            self.stream = ChecksumStream(open(self.files[-1], "wb"))  # noqa: SIM115 - closed in __exit__
         return self.stream
+
+    def _close_stream(self) -> None:
+        if self.stream:
+            self.stream.close()
+            self.checksums[self.files[-1].name] = self.stream.entry()
+            self.stream = None
 
     def _write_index(self) -> None:
         metadata = Metadata(self.tensors, None, self.places, StorageMeta(), "1.0.0")
-        torch.save({**self.common, "content_metadata": CONTENT_METADATA}, self.directory / "common.pt")
-        with open(self.directory / ".metadata", "wb") as stream:
+        with self._summed("common.pt") as stream:
+            torch.save({**self.common, "content_metadata": CONTENT_METADATA}, stream)
+        with self._summed(".metadata") as stream:
             pickle.dump(metadata, stream)
-        (self.directory / "metadata.json").write_text(json.dumps(TORCH_DIST_CONFIG), encoding="utf-8")
+        with self._summed("metadata.json") as stream:
+            stream.write(json.dumps(TORCH_DIST_CONFIG).encode())
+
+    @contextlib.contextmanager
+    def _summed(self, name: str) -> Iterator[ChecksumStream]:
+        with ChecksumStream(open(self.directory / name, "wb")) as stream:
+            yield stream
+        self.checksums[name] = stream.entry()
 
 
-class _RecordingStream:
-    """Remembers the OSError of a write: torch.save replaces it by a RuntimeError that does not say what happened."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self.raw = raw
-        self.error: OSError | None = None
-
-    def write(self, block: bytes) -> int:
-        try:
-            return self.raw.write(block)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.raw.flush()
-
-
-def _save_blob(tensor: torch.Tensor, stream: _RecordingStream) -> None:
+def _save_blob(tensor: torch.Tensor, stream: ChecksumStream) -> None:
     try:
-        with _no_checksum():
+        with without_crc():
             torch.save(tensor, stream)
     except Exception:
         if stream.error is not None:
@@ -126,7 +123,7 @@ def _save_blob(tensor: torch.Tensor, stream: _RecordingStream) -> None:
 
 
 @contextlib.contextmanager
-def _no_checksum() -> Iterator[None]:
+def without_crc() -> Iterator[None]:
     """torch.save's CRC32 takes a third of the time of writing, and torch.load does not look at it."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)

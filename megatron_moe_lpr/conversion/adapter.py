@@ -3,8 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from megatron_moe_lpr.checkpoint.card import read_json
+from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import is_integer, read_json, shown
+from megatron_moe_lpr.model.architecture import MAX_LAYERS
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -51,14 +53,14 @@ def open_adapter(path: Path) -> Adapter:
     file = path / CONFIG_FILE
     config = read_json(file)
     if config.get("peft_type") != "MOE":
-        raise UserError(f"{file}: peft_type {config.get('peft_type')!r}; only the authors' 'MOE' can be imported")
+        raise UserError(f"{file}: peft_type {shown(config.get('peft_type'))}; only the authors' 'MOE' can be imported")
     if not (path / WEIGHTS_FILE).is_file():
         hint = "; rewrite the pickled .bin as safetensors" if any(path.glob("*.bin")) else ""
         raise UserError(f"{path / WEIGHTS_FILE}: no such file{hint}")
     num_experts, top_k = config.get("num_experts"), config.get("topk")
-    if not isinstance(num_experts, int) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts < 10_000:
+    if not is_integer(num_experts, 1, MAX_EXPERTS) or not is_integer(top_k, 1, num_experts):
         raise UserError(
-            f"{file}: num_experts={num_experts!r} and topk={top_k!r} are not a number of experts and a choice"
+            f"{file}: num_experts={shown(num_experts)} and topk={shown(top_k)} are not a number of experts and a choice"
         )
     return Adapter(path, num_experts, top_k, _layers(config.get("layers_to_transform"), file))
 
@@ -66,7 +68,7 @@ def open_adapter(path: Path) -> Adapter:
 def _layers(value: object, file: Path) -> frozenset[int] | None:
     if value is None:
         return None
-    layers = [value] if isinstance(value, int) else value
-    if not isinstance(layers, list) or not layers or not all(isinstance(layer, int) for layer in layers):
-        raise UserError(f"{file}: layers_to_transform must be a layer number or a list of them, not {value!r}")
+    layers = value if isinstance(value, list) else [value]
+    if not layers or not all(is_integer(layer, 0, MAX_LAYERS - 1) for layer in layers):
+        raise UserError(f"{file}: layers_to_transform must be a layer number or a list of them, not {shown(value)}")
     return frozenset(layers)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -12,11 +14,15 @@ from megatron_moe_lpr.checkpoint.directory import (
     CONFIG_FILE,
     SIDE_DIRECTORY,
     CheckpointDirectory,
-    resolve_checkpoint,
 )
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader, is_model_key
-from megatron_moe_lpr.conversion.hf_config import SHARED_EXPERT_WIDTH, moe_config
+from megatron_moe_lpr.checkpoint.trainable_only import layers_of, open_reader, reading
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
+from megatron_moe_lpr.conversion.extra_tensors import ExtraTensor, extra_tensors
+from megatron_moe_lpr.conversion.hf_config import SHARED_EXPERT_WIDTH, moe_config, with_both_rope_spellings
 from megatron_moe_lpr.conversion.hf_directory import carry_files
+from megatron_moe_lpr.conversion.llama_cpp import llama_cpp_form
+from megatron_moe_lpr.conversion.model_card import CardOptions, write_model_card
 from megatron_moe_lpr.conversion.names import (
     DENSE_LAYOUT,
     MOE_LAYOUTS,
@@ -25,15 +31,18 @@ from megatron_moe_lpr.conversion.names import (
     Role,
     Row,
     model_rows,
-    shared_expert_shapes,
 )
 from megatron_moe_lpr.conversion.safetensors_writer import TensorSpec, write_safetensors
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.upcycling import split_qkv
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import atomic_directory
 from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.progress import ProgressReport
+
+Engine = Literal["transformers", "llama.cpp"]
+GENERATION_FILE = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +57,9 @@ class ExportPlan:
     rows: list[Row]
     reader: CheckpointReader
     dtype: torch.dtype
+    engine: Engine
+    warnings: tuple[str, ...]
+    """What the exported model does not compute as the checkpoint does."""
 
     def specs(self) -> list[TensorSpec]:
         """All tensors of the Hugging Face checkpoint, in the order they are written.
@@ -59,56 +71,97 @@ class ExportPlan:
             for row in self.rows
             for name, shape in zip(row.names, row.shapes, strict=True)
         ]
-        return written + [TensorSpec(name, shape, self.dtype) for name, shape in self.zeros().items()]
+        return written + [
+            TensorSpec(extra.name, extra.shape, torch.float32 if extra.is_router else self.dtype)
+            for extra in self.extra()
+        ]
 
-    def zeros(self) -> dict[str, tuple[int, ...]]:
-        """Shared experts that the stock architecture wants and the model does not have."""
-        return shared_expert_shapes(self.architecture, self.card.experts_per_layer, self.layout, SHARED_EXPERT_WIDTH)
+    def extra(self) -> list[ExtraTensor]:
+        """Tensors that the stock architecture wants and the model does not have."""
+        return extra_tensors(self.architecture, self.card.experts_per_layer, self.layout, SHARED_EXPERT_WIDTH)
 
 
-def export_hf(load: Path, hf: Path, max_shard_bytes: int, overwrite: bool = False) -> ExportPlan:
+def export_hf(
+    load: Path,
+    hf: Path,
+    max_shard_bytes: int,
+    overwrite: bool = False,
+    verified: bool = True,
+    base: Path | None = None,
+    engine: Engine = "transformers",
+    card_options: CardOptions | None = None,
+) -> ExportPlan:
     """Write the Hugging Face directory `hf` from a Megatron checkpoint.
+
+    Args:
+        verified: compare every file with its checksum first.
+        engine: `transformers` is the stock form, which vLLM and SGLang read too; `llama.cpp` is for its converter.
+        card_options: what the model card says that the checkpoint does not know.
 
     Raises:
         UserError: the checkpoint is damaged or the stock architecture cannot hold it; nothing is left at `hf`.
         OSError: the disk is full; nothing is left at `hf`.
     """
     check_separate(load, "--load", hf, "--hf")
-    plan = plan_export(load)
+    plan = plan_export(load, engine, verified, base)
     specs = plan.specs()
     total = sum(spec.num_bytes for spec in specs)
-    with atomic_directory(hf, overwrite) as partial:
+    with reading(plan.checkpoint), naming(hf), atomic_directory(hf, overwrite) as partial:
         check_disk_space(partial, total)
         with ProgressReport("exporting", total) as progress:
             write_safetensors(partial, specs, _Producer(plan, progress), max_shard_bytes)
-        _write_side_files(plan, partial)
+        _write_side_files(plan, partial, card_options or CardOptions())
     return plan
 
 
-def plan_export(load: Path) -> ExportPlan:
-    """Read the card and the index and check that every tensor is there and no other.
+def plan_export(
+    load: Path, engine: Engine = "transformers", verified: bool = True, base: Path | None = None
+) -> ExportPlan:
+    """Verify the files, read the card and the index and check that every tensor is there and no other.
 
     Raises:
         UserError: something does not fit.
     """
-    checkpoint = resolve_checkpoint(load)
+    checkpoint = open_checkpoint(load, verified, base)
+    if verified:
+        for layer in layers_of(checkpoint):
+            verify_all(layer.path)
     card, architecture = checkpoint.card(), checkpoint.architecture()
-    config = _with_dtype(read_json(checkpoint.side_directory / CONFIG_FILE), card.dtype)
+    config, warnings = _with_dtype(read_json(checkpoint.side_directory / CONFIG_FILE), card.dtype), ()
     if len(card.experts_per_layer) != architecture.num_layers or card.family != architecture.family.name:
         raise UserError(f"{checkpoint.side_directory}: {CARD_FILE} and {CONFIG_FILE} do not belong to one model")
     layout = DENSE_LAYOUT
+    if card.openness < 1:
+        raise UserError(
+            f"{load}: the experts of its latest expansion weigh {card.openness:.0%} in the routers, and a stock model "
+            "has no such weight; train them first (stage 1, to the end of --open-experts-iters)"
+        )
     if card.is_moe:
         config = moe_config(config, architecture, card.experts_per_layer, card.top_k)
         layout = MOE_LAYOUTS[architecture.family.moe_model_type]
-    rows = model_rows(architecture, card.experts_per_layer, layout)
-    reader = CheckpointReader(checkpoint.path)
+    else:
+        config = _dense_config(config, architecture)
+    if engine == "llama.cpp":
+        config, layout, warnings = llama_cpp_form(config, architecture, layout, card)
+    rows = model_rows(architecture, card.experts_per_layer, layout, card.expansions)
+    reader = open_reader(checkpoint)
     check_model_tensors(rows, reader)
-    return ExportPlan(checkpoint, card, architecture, layout, config, rows, reader, getattr(torch, card.dtype))
+    dtype = getattr(torch, card.dtype)
+    return ExportPlan(checkpoint, card, architecture, layout, config, rows, reader, dtype, engine, warnings)
 
 
 def _with_dtype(config: dict, dtype: str) -> dict:
     """The configuration naming the dtype of the weights, which training may have changed."""
     return config | {name: dtype for name in ("dtype", "torch_dtype") if name in config}
+
+
+def _dense_config(config: dict, architecture: Architecture) -> dict:
+    """As it came, but where a reader would take something else from it without a word."""
+    if config.get("attention_bias") and not architecture.family.qkv_bias:
+        config = config | {"attention_bias": False}
+    if "rope_parameters" in config and "rope_theta" not in config:
+        config = with_both_rope_spellings(config, architecture)
+    return config
 
 
 def check_model_tensors(rows: list[Row], reader: CheckpointReader) -> None:
@@ -135,6 +188,10 @@ def check_model_tensors(rows: list[Row], reader: CheckpointReader) -> None:
 def read_row(row: Row, reader: CheckpointReader, architecture: Architecture, dtype: torch.dtype) -> list[torch.Tensor]:
     """The Hugging Face tensors of one row: query, key and value apart, the vocabulary's padding cut off."""
     tensor = reader.read(row.key)
+    if not is_finite(tensor):
+        raise UserError(
+            f"{reader.directory}: {row.key} holds NaN or infinite values; use a checkpoint from before they appeared"
+        )
     parts = split_qkv(tensor, architecture) if len(row.shapes) > 1 else (tensor[: row.shapes[0][0]],)
     return [part.reshape(shape).to(dtype) for part, shape in zip(parts, row.shapes, strict=True)]
 
@@ -145,12 +202,16 @@ class _Producer:
     def __init__(self, plan: ExportPlan, progress: ProgressReport) -> None:
         self.plan, self.progress = plan, progress
         self.rows = {name: row for row in plan.rows for name in row.names}
+        self.extra = {extra.name: extra.copy_of for extra in plan.extra()}
         self.ready: dict[str, torch.Tensor] = {}
 
     def __call__(self, spec: TensorSpec) -> torch.Tensor:
         self.progress.advance(spec.num_bytes, {"MB": spec.num_bytes / 1e6})
-        if spec.name not in self.rows:
-            return torch.zeros(spec.shape, dtype=spec.dtype)
+        if spec.name in self.extra:
+            copied = self.extra[spec.name]
+            if copied is None:
+                return torch.zeros(spec.shape, dtype=spec.dtype)
+            return read_row(self.rows[copied], self.plan.reader, self.plan.architecture, spec.dtype)[0]
         if spec.name not in self.ready:
             row = self.rows[spec.name]
             tensors = read_row(row, self.plan.reader, self.plan.architecture, spec.dtype)
@@ -158,9 +219,13 @@ class _Producer:
         return self.ready.pop(spec.name)
 
 
-def _write_side_files(plan: ExportPlan, directory: Path) -> None:
+def _write_side_files(plan: ExportPlan, directory: Path, card_options: CardOptions) -> None:
     side = plan.checkpoint.side_directory
     carry_files(side, directory)
+    if not (directory / GENERATION_FILE).is_file():
+        # Servers stop at the tokens that it names.
+        write_json(_generation_config(plan.config), directory / GENERATION_FILE)
+    write_model_card(directory, plan.config, plan.card, plan.engine, card_options)
     if plan.config == read_json(side / CONFIG_FILE):
         shutil.copyfile(side / CONFIG_FILE, directory / CONFIG_FILE)
     else:
@@ -168,4 +233,10 @@ def _write_side_files(plan: ExportPlan, directory: Path) -> None:
     target = directory / SIDE_DIRECTORY
     target.mkdir()
     shutil.copyfile(side / CONFIG_FILE, target / CONFIG_FILE)
-    plan.card.write(target / CARD_FILE)
+    # An exported model is complete.
+    dataclasses.replace(plan.card, base=None).write(target / CARD_FILE)
+
+
+def _generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: config[name] for name in names if config.get(name) is not None}

@@ -1,14 +1,16 @@
 """`config.json` of the stock MoE architecture from the dense model's, and back.
 
-Fields stay as the source had them wherever both architectures read them alike, so that transformers 4 and 5 and other
-readers all find their own spelling. Written out are the fields whose default differs between the two architectures.
+Fields stay as the source had them wherever both architectures read them alike. Written out are the fields whose default
+differs between the two architectures, and the rotary embedding in the spellings of transformers 4 and 5.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS, check_experts
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.architecture import FAMILIES, Architecture
+from megatron_moe_lpr.json_files import checked_integer, integer, is_integer, shown
+from megatron_moe_lpr.model.architecture import FAMILIES, MAX_LAYERS, MAX_SIZE, Architecture
 
 # Wide enough that tensor-parallel servers can split it; all its weights are zero.
 SHARED_EXPERT_WIDTH = 128
@@ -52,11 +54,24 @@ def moe_config(
         output_router_logits=False,
         router_aux_loss_coef=0.001,
     )
-    if "rope_parameters" not in dense:
-        config["rope_theta"] = architecture.rope["rope_theta"]
+    config = with_both_rope_spellings(config, architecture)
+    if config.get("attention_bias"):
+        config["attention_bias"] = False  # Zero, or the import would have refused them.
     if family.moe_model_type == "mixtral":
-        return {**config, **_mixtral_fields(architecture, experts_per_layer, num_experts, top_k)}
+        return {**config, **mixtral_fields(architecture, num_experts, top_k)}
     return {**config, **_qwen_fields(architecture, experts_per_layer, num_experts, top_k)}
+
+
+def with_both_rope_spellings(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The configuration with `rope_theta` and `rope_scaling`, which transformers 4 reads, beside `rope_parameters`.
+
+    A reader that does not know `rope_parameters` takes its own defaults without a word.
+    """
+    config = {**config, "rope_theta": architecture.rope["rope_theta"]}
+    if "rope_parameters" in config:
+        scaling = {name: value for name, value in architecture.rope.items() if name != "rope_theta"}
+        config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    return config
 
 
 def _common_number_of_experts(experts_per_layer: Sequence[int], architecture: Architecture) -> int:
@@ -64,20 +79,18 @@ def _common_number_of_experts(experts_per_layer: Sequence[int], architecture: Ar
     if len(counts) != 1:
         raise UserError(
             f"cannot export: layers have different numbers of experts ({', '.join(map(str, counts))}), and "
-            f"{architecture.family.moe_architecture} holds one number for all of them"
+            f"{architecture.family.moe_architecture} holds one number for all of them; where a stock export is wanted, "
+            "allocate with tools/allocate_experts.py --uniform-count, which gives each layer the same number or none"
         )
     return counts[0]
 
 
-def _mixtral_fields(
-    architecture: Architecture, experts_per_layer: Sequence[int], num_experts: int, top_k: int
-) -> dict[str, Any]:
-    dense_layers = [layer for layer, experts in enumerate(experts_per_layer) if experts == 1]
-    if dense_layers:
-        raise UserError(
-            f"cannot export: layers {', '.join(map(str, dense_layers))} are dense, and MixtralForCausalLM (the stock "
-            f"form for {architecture.family.name}) has experts in every layer; convert with --moe-layer-freq 1"
-        )
+def mixtral_fields(architecture: Architecture, num_experts: int, top_k: int) -> dict[str, Any]:
+    """What MixtralForCausalLM reads beside the fields of every family.
+
+    Raises:
+        UserError: top-k 1, which it cannot hold.
+    """
     if top_k == 1:
         raise UserError(
             "cannot export: with top-k 1 the expert is weighted by its probability, and MixtralForCausalLM weights a "
@@ -121,7 +134,8 @@ def dense_config(moe: Mapping[str, Any], source: str) -> dict[str, Any]:
     dense = {name: value for name, value in config.items() if name not in MOE_FIELDS}
     dense.update(model_type=family.name, architectures=[family.architecture])
     if "rope_parameters" in dense:
-        dense.pop("rope_theta", None)
+        for name in ("rope_theta", "rope_scaling"):
+            dense.pop(name, None)
     if model_type == "mixtral":
         # Mistral reads an absent window as 4096, Mixtral as none.
         dense["sliding_window"] = moe.get("sliding_window")
@@ -129,47 +143,59 @@ def dense_config(moe: Mapping[str, Any], source: str) -> dict[str, Any]:
         dense["intermediate_size"] = _qwen_intermediate_size(moe, source)
     if model_type == "qwen3_moe" and not moe.get("head_dim"):
         # Qwen3 reads an absent head_dim as 128.
-        dense["head_dim"] = int(moe["hidden_size"]) // int(moe["num_attention_heads"])
+        heads = integer(moe, "num_attention_heads", source, 1, MAX_SIZE)
+        dense["head_dim"] = integer(moe, "hidden_size", source, 1, MAX_SIZE) // heads
     return dense
 
 
 def _refuse_foreign_moe(moe: Mapping[str, Any], model_type: str, source: str) -> None:
     if model_type == "mixtral":
-        if top_k_of(moe) == 1:
+        if top_k_of(moe, source) == 1:
             raise UserError(f"{source}: a Mixtral with one expert per token weights it by 1, not by its probability")
         return
     if moe.get("decoder_sparse_step", 1) != 1:
         raise UserError(f"{source}: decoder_sparse_step other than 1 is not supported; list mlp_only_layers instead")
-    if top_k_of(moe) > 1 and not moe.get("norm_topk_prob", False):
+    if top_k_of(moe, source) > 1 and not moe.get("norm_topk_prob", False):
         raise UserError(f"{source}: norm_topk_prob=false is not MoE-LPR's routing (the weights must add up to 1)")
-    if top_k_of(moe) == 1 and moe.get("norm_topk_prob", False):
+    if top_k_of(moe, source) == 1 and moe.get("norm_topk_prob", False):
         raise UserError(f"{source}: norm_topk_prob=true with one expert per token weights it by 1, not its probability")
     if model_type == "qwen2_moe" and not moe.get("qkv_bias", True):
         raise UserError(f"{source}: qkv_bias=false is not supported for qwen2_moe")
 
 
 def _qwen_intermediate_size(moe: Mapping[str, Any], source: str) -> int:
-    expert, dense = moe.get("moe_intermediate_size"), moe.get("intermediate_size")
-    if not expert:
-        raise UserError(f"{source}: the field 'moe_intermediate_size' is missing")
+    expert, dense = integer(moe, "moe_intermediate_size", source, 1, MAX_SIZE), moe.get("intermediate_size")
     if moe.get("mlp_only_layers") and dense != expert:
-        raise UserError(f"{source}: experts ({expert}) and dense layers ({dense}) must have the same intermediate size")
-    return int(expert)
+        raise UserError(
+            f"{source}: experts ({expert}) and dense layers ({shown(dense)}) must have the same intermediate size"
+        )
+    return expert
 
 
-def top_k_of(moe: Mapping[str, Any]) -> int:
-    """Experts per token of a stock MoE configuration."""
-    return int(moe.get("num_experts_per_tok") or MOE_DEFAULTS[moe["model_type"]]["num_experts_per_tok"])
+def top_k_of(moe: Mapping[str, Any], source: str) -> int:
+    """Experts per token of a stock MoE configuration.
+
+    Raises:
+        UserError: no such number.
+    """
+    given = moe.get("num_experts_per_tok")
+    value = MOE_DEFAULTS[moe["model_type"]]["num_experts_per_tok"] if given is None else given
+    return checked_integer(value, "num_experts_per_tok", source, 1, MAX_EXPERTS)
 
 
 def experts_per_layer_of(moe: Mapping[str, Any], source: str) -> list[int]:
     """Number of experts of each layer of a stock MoE configuration; 1 for a dense layer.
 
     Raises:
-        UserError: a field is missing.
+        UserError: a field is missing, or is no such number or list.
     """
-    experts = moe.get("num_local_experts") or moe.get("num_experts")
-    if not experts or "num_hidden_layers" not in moe:
-        raise UserError(f"{source}: the number of experts or of layers is missing")
-    dense = set(moe.get("mlp_only_layers") or ())
-    return [1 if layer in dense else int(experts) for layer in range(int(moe["num_hidden_layers"]))]
+    name = "num_local_experts" if moe.get("num_local_experts") is not None else "num_experts"
+    experts = integer(moe, name, source, 1, MAX_EXPERTS)
+    layers = integer(moe, "num_hidden_layers", source, 1, MAX_LAYERS)
+    dense = moe.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(is_integer(layer, 0, layers - 1) for layer in dense):
+        raise UserError(f"{source}: mlp_only_layers must be a list of layers from 0 to {layers - 1}")
+    chosen = set(dense)
+    counts = [1 if layer in chosen else experts for layer in range(layers)]
+    check_experts(counts, f"{source}: {name}")
+    return counts

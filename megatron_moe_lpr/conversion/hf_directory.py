@@ -11,6 +11,7 @@ import torch
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_card, read_json
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, SIDE_DIRECTORY
 from megatron_moe_lpr.checkpoint.reader import TensorInfo
+from megatron_moe_lpr.conversion.extra_tensors import ExtraTensor, extra_tensors, zero_attention_biases
 from megatron_moe_lpr.conversion.hf_config import (
     DENSE_FAMILY_OF_MOE,
     SHARED_EXPERT_WIDTH,
@@ -18,6 +19,7 @@ from megatron_moe_lpr.conversion.hf_config import (
     experts_per_layer_of,
     top_k_of,
 )
+from megatron_moe_lpr.conversion.llama_cpp import LLAMA_CPP_MODEL_TYPE
 from megatron_moe_lpr.conversion.names import (
     DENSE_LAYOUT,
     EMBEDDING_NAME,
@@ -25,12 +27,11 @@ from megatron_moe_lpr.conversion.names import (
     OUTPUT_NAME,
     Layout,
     Row,
-    Shape,
-    shared_expert_shapes,
 )
 from megatron_moe_lpr.conversion.safetensors_source import SafetensorsSource, weight_files
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.architecture import Architecture, read_architecture
+from megatron_moe_lpr.json_files import checked_integer
+from megatron_moe_lpr.model.architecture import MAX_SIZE, Architecture, read_architecture
 
 TOKENIZER_PATTERNS = (
     "tokenizer*",
@@ -42,8 +43,19 @@ TOKENIZER_PATTERNS = (
     "added_tokens.json",
     "chat_template*",
     "spiece.model",
+    "tekken.json",
 )
-CARRIED_PATTERNS = (*TOKENIZER_PATTERNS, "generation_config.json")
+# README.md is the base model's card: export takes the licence from it. Licences want their files shipped.
+CARRIED_PATTERNS = (
+    *TOKENIZER_PATTERNS,
+    "additional_chat_templates",
+    "generation_config.json",
+    "README.md",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+TRAINING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Old checkpoints store these buffers; every reader computes them.
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
@@ -68,9 +80,12 @@ class HFDirectory:
         """The directory holds a stock MoE."""
         return self.layout is not DENSE_LAYOUT
 
-    def shared_experts(self) -> dict[str, Shape]:
-        """Names and shapes of the all-zero shared experts that belong to the architecture."""
-        return shared_expert_shapes(self.architecture, self.experts_per_layer, self.layout, self.shared_expert_width)
+    def extra(self) -> list[ExtraTensor]:
+        """Tensors that belong to the architecture and not to the model."""
+        extra = extra_tensors(self.architecture, self.experts_per_layer, self.layout, self.shared_expert_width)
+        if self.config.get("attention_bias") and not self.is_moe and not self.architecture.family.qkv_bias:
+            extra += zero_attention_biases(self.architecture)
+        return extra
 
     def source(self) -> SafetensorsSource:
         """The weights. Raises UserError where a file is missing or damaged."""
@@ -88,7 +103,10 @@ def open_hf_directory(path: Path) -> HFDirectory:
         raise UserError(f"{path}: no such directory; a Hugging Face model directory is expected")
     config_path = path / CONFIG_FILE
     config = read_json(config_path)
-    if config.get("model_type") in DENSE_FAMILY_OF_MOE:
+    model_type = config.get("model_type")
+    if model_type == LLAMA_CPP_MODEL_TYPE:
+        raise UserError(f"{config_path}: written for llama.cpp alone; use the export for transformers")
+    if isinstance(model_type, str) and model_type in DENSE_FAMILY_OF_MOE:
         return _open_moe(path, config)
     architecture = read_architecture(config, str(config_path))
     layers = [1] * architecture.num_layers
@@ -100,10 +118,14 @@ def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
     experts, card = experts_per_layer_of(moe, source), _card(path)
     config = read_json(path / SIDE_DIRECTORY / CONFIG_FILE) if card else dense_config(moe, source)
     architecture = read_architecture(config, source)
+    layout = MOE_LAYOUTS[moe["model_type"]]
+    if card and experts != card.experts_per_layer and experts == [card.num_experts] * len(card.experts_per_layer):
+        layout, experts = dataclasses.replace(layout, experts_everywhere=True), card.experts_per_layer
     if architecture.family.moe_model_type != moe["model_type"] or (card and card.experts_per_layer != experts):
         raise UserError(f"{path / SIDE_DIRECTORY}: does not belong to {source}; remove it to read the MoE as it is")
-    width = int(moe.get("shared_expert_intermediate_size") or SHARED_EXPERT_WIDTH)
-    return HFDirectory(path, config, architecture, MOE_LAYOUTS[moe["model_type"]], experts, top_k_of(moe), width, card)
+    width = moe.get("shared_expert_intermediate_size") or SHARED_EXPERT_WIDTH
+    checked_integer(width, "shared_expert_intermediate_size", source, 1, MAX_SIZE)
+    return HFDirectory(path, config, architecture, layout, experts, top_k_of(moe, source), width, card)
 
 
 def _card(path: Path) -> CheckpointCard | None:
@@ -111,13 +133,14 @@ def _card(path: Path) -> CheckpointCard | None:
     return read_card(card) if card.is_file() else None
 
 
-def check_tensors(rows: list[Row], extra: dict[str, Shape], source: SafetensorsSource, place: Path) -> None:
+def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: SafetensorsSource, place: Path) -> None:
     """Check that `source` holds exactly the tensors that `rows` and `extra` name, in their shapes.
 
     Raises:
         UserError: naming the tensors that are missing, unexpected or of the wrong shape.
     """
-    expected = {name: shape for row in rows for name, shape in zip(row.names, row.shapes, strict=False)} | extra
+    expected = {name: shape for row in rows for name, shape in zip(row.names, row.shapes, strict=False)}
+    expected |= {tensor.name: tensor.shape for tensor in extra}
     missing = [name for name in expected if name not in source.tensors]
     if missing:
         raise UserError(f"{place}: the weights lack {_listed(missing)}")
@@ -131,17 +154,20 @@ def check_tensors(rows: list[Row], extra: dict[str, Shape], source: SafetensorsS
 
 
 def common_dtype(infos: list[TensorInfo], place: Path) -> torch.dtype:
-    """The one dtype of all original weights.
+    """The one dtype of all original matrices.
+
+    Norms and biases (one dimension) may have another floating-point dtype: they are cast to the matrices', as
+    transformers does when it loads such a model.
 
     Raises:
         UserError: several dtypes, or one that is no training dtype.
     """
-    dtypes = {info.dtype for info in infos}
+    dtypes = {info.dtype for info in infos if len(info.shape) > 1 or info.dtype not in TRAINING_DTYPES}
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise UserError(f"{place}: the weights mix the dtypes {names}; save the model in one of them")
     dtype = dtypes.pop()
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in TRAINING_DTYPES:
         raise UserError(f"{place}: weights of dtype {dtype} are not supported; convert from the bf16 checkpoint")
     return dtype
 
@@ -159,11 +185,13 @@ def _listed(names: list[str]) -> str:
 
 
 def carry_files(source: Path, target: Path) -> None:
-    """Copy the tokenizer and generation settings."""
+    """Copy tokenizer, chat templates, generation settings, licences and model card."""
     for pattern in CARRIED_PATTERNS:
         for path in sorted(source.glob(pattern)):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
+            elif path.is_dir() and path.name == "additional_chat_templates":
+                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
 
 
 def tokenizer_files(directory: Path) -> dict[str, str]:

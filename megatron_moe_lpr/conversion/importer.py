@@ -10,6 +10,7 @@ import torch
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, tool_versions
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, RELEASE, SIDE_DIRECTORY, write_latest
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.hf_directory import carry_files, tokenizer_files
@@ -17,8 +18,9 @@ from megatron_moe_lpr.conversion.names import Role, Row
 from megatron_moe_lpr.conversion.plan import ImportOptions, ImportPlan, plan_import
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.upcycling import initial_router, interleave_qkv
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import atomic_directory
+from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.progress import ProgressReport
 
 
@@ -31,15 +33,16 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
     """
     check_separate(options.hf, "--hf", save, "--save")
     plan = plan_import(options)
-    _check_shared_experts(plan)
+    _check_extra_tensors(plan)
     total = sum(math.prod(row.shape) * plan.dtype_of(row).itemsize for row in plan.rows)
-    with atomic_directory(save, overwrite) as partial:
+    with naming(save), atomic_directory(save, overwrite) as partial:
         check_disk_space(partial, total)
         iteration = partial / RELEASE
         with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("importing", total) as progress:
             fingerprint = _write_tensors(plan, writer, progress)
         card = _card(plan, fingerprint)
         _write_side_files(plan, card, iteration / SIDE_DIRECTORY)
+        write_manifest(iteration, writer.checksums)
         write_latest(partial, None)
     return card
 
@@ -50,7 +53,7 @@ def _write_tensors(plan: ImportPlan, writer: CheckpointWriter, progress: Progres
     with ThreadPoolExecutor(1) as pool:
         for _, group in itertools.groupby(plan.rows, key=lambda row: row.names or row.key):
             rows = list(group)
-            parts = [plan.source.read(name) for name in rows[0].names]
+            parts = [_read_finite(plan, name).to(plan.dtype_of(rows[0])) for name in rows[0].names]
             hashing = [pool.submit(fingerprint.add, *pair) for pair in zip(rows[0].dense_names, parts, strict=False)]
             tensor = _tensor(plan, rows[0], parts)
             for row in rows:
@@ -62,22 +65,34 @@ def _write_tensors(plan: ImportPlan, writer: CheckpointWriter, progress: Progres
     return fingerprint.hexdigest()
 
 
+def _read_finite(plan: ImportPlan, name: str) -> torch.Tensor:
+    tensor = plan.source.read(name)
+    if not is_finite(tensor):
+        raise UserError(
+            f"{plan.source.file_of(name)}: {name} holds NaN or infinite values; copy the file again, "
+            "or use a model without them"
+        )
+    return tensor
+
+
 def _tensor(plan: ImportPlan, row: Row, parts: list[torch.Tensor]) -> torch.Tensor:
     if row.role is Role.ROUTER and not parts:
         num_experts, hidden_size = row.shape
         return initial_router(num_experts, hidden_size, plan.seed, row.layer)
     if len(parts) > 1:
         return interleave_qkv(parts, plan.model.architecture)
-    return parts[0].to(plan.dtype_of(row))
+    return parts[0]
 
 
-def _check_shared_experts(plan: ImportPlan) -> None:
-    for name in plan.model.shared_experts():
-        if torch.count_nonzero(plan.source.read(name)):
-            raise UserError(
-                f"{plan.source.file_of(name)}: {name} is not zero; a Qwen2-MoE with a real shared expert is not an "
-                "upcycled dense model and cannot be imported"
-            )
+def _check_extra_tensors(plan: ImportPlan) -> None:
+    for extra in plan.model.extra():
+        tensor = plan.source.read(extra.name)
+        if extra.copy_of is not None:
+            fits, wanted = torch.equal(tensor, plan.source.read(extra.copy_of)), f"is not equal to {extra.copy_of}"
+        else:
+            fits, wanted = not torch.count_nonzero(tensor), "is not zero"
+        if not fits:
+            raise UserError(f"{plan.source.file_of(extra.name)}: {extra.name} {wanted}; {extra.otherwise}")
 
 
 def _check_complete(plan: ImportPlan, writer: CheckpointWriter) -> None:
@@ -98,6 +113,7 @@ def _card(plan: ImportPlan, fingerprint: str) -> CheckpointCard:
         tokenizer_files=tokenizer_files(plan.model.path),
         tool_versions=tool_versions(),
         history=before.history if before else _adapter_history(plan),
+        expansions=before.expansions if before and plan.model.is_moe else [],
     )
 
 

@@ -11,10 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hf_directory import open_hf_directory
 from megatron_moe_lpr.conversion.names import DENSE_LAYOUT, Role, model_rows
 from megatron_moe_lpr.model.architecture import Architecture
+
+# Of an entry in a card's history: for programs, not for a screen.
+LONG_FIELDS = ("data",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +46,11 @@ class Inspection:
     card: CheckpointCard | None
 
 
-def inspect_directory(path: Path) -> Inspection:
-    """Read the small files of a Megatron checkpoint or of a Hugging Face directory.
+def inspect_directory(path: Path, verified: bool = False) -> Inspection:
+    """Read the small files of a Megatron checkpoint or of a Hugging Face directory, the former with their checksums.
+
+    Args:
+        verified: compare the tensors' files of a Megatron checkpoint too.
 
     Raises:
         UserError: it is neither, or damaged.
@@ -55,7 +62,9 @@ def inspect_directory(path: Path) -> Inspection:
         dtype = str(model.config.get("dtype") or model.config.get("torch_dtype") or "not said")
         form = f"Hugging Face, {model.layout.name}"
         return Inspection(form, model.architecture, model.experts_per_layer, model.top_k, dtype, model.card)
-    checkpoint = resolve_checkpoint(path)
+    checkpoint = open_checkpoint(path)
+    if verified:
+        verify_all(checkpoint.path)
     card = checkpoint.card()
     state = "converted" if checkpoint.iteration is None else f"iteration {checkpoint.iteration}"
     form = f"Megatron checkpoint, {state}"
@@ -106,6 +115,9 @@ def _model_lines(inspection: Inspection) -> list[tuple[str, str]]:
         ("parameters", f"{_amount(counts.total)} in all, {_amount(counts.active)} active per token"),
     ]
     if is_moe:
+        if inspection.card and inspection.card.expansions:
+            lines.insert(4, ("expansions", "; ".join(_runs(added) for added in inspection.card.expansions)))
+            lines.insert(5, ("latest experts", f"weigh {inspection.card.openness:.0%} in the routers"))
         parts = {"original": counts.original, "new experts": counts.new_experts, "routers": counts.routers}
         lines.insert(4, ("top-k", str(inspection.top_k)))
         lines.append(("of which", ", ".join(f"{name} {_amount(count)}" for name, count in parts.items())))
@@ -116,8 +128,11 @@ def _history_lines(card: CheckpointCard | None) -> list[tuple[str, str]]:
     if card is None:
         return []
     lines = [("fingerprint", card.original_fingerprint)]
+    if card.base:
+        lines.append(("holds", f"only what was trained; the other weights are in {card.base.path}"))
     for entry in card.history or [{"stage": "none yet"}]:
-        lines.append(("trained", ", ".join(_field(name, value) for name, value in entry.items())))
+        shown = {name: value for name, value in entry.items() if value is not None and name not in LONG_FIELDS}
+        lines.append(("trained", ", ".join(_field(name, value) for name, value in shown.items())))
     return lines
 
 
@@ -134,7 +149,8 @@ def _runs(experts_per_layer: Sequence[int]) -> str:
     runs = [(experts, len(list(group))) for experts, group in itertools.groupby(experts_per_layer)]
     if len(runs) == 1:
         return f"{runs[0][0]} in every layer"
-    return " ".join(f"{experts}" if count == 1 else f"{experts}x{count}" for experts, count in runs) + " (1: dense)"
+    words = " ".join(f"{experts}" if count == 1 else f"{experts}x{count}" for experts, count in runs)
+    return f"{words} (1: dense)" if 1 in experts_per_layer else words
 
 
 def _amount(count: int) -> str:

@@ -53,6 +53,8 @@ class Layout:
     """None: the checkpoint has no router, one is initialised."""
     shared_expert: bool = False
     """The architecture wants a shared expert, which this method does not have: all its weights are zero."""
+    experts_everywhere: bool = False
+    """The architecture has experts in every layer: those of a dense layer are all the same (`extra_tensors.py`)."""
 
 
 _DENSE = "model.layers.{layer}.mlp.{projection}.weight"
@@ -76,6 +78,7 @@ MOE_LAYOUTS = {
         _MIXTRAL_EXPERT,
         ("w1", "w3", "w2"),
         router="model.layers.{layer}.block_sparse_moe.gate.weight",
+        experts_everywhere=True,
     ),
     "qwen2_moe": Layout("qwen2_moe", _QWEN_EXPERT, _QWEN_EXPERT, router=_QWEN_ROUTER, shared_expert=True),
     "qwen3_moe": Layout("qwen3_moe", _QWEN_EXPERT, _QWEN_EXPERT, router=_QWEN_ROUTER),
@@ -103,38 +106,30 @@ class Row:
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
 
-def model_rows(architecture: Architecture, experts_per_layer: Sequence[int], layout: Layout) -> list[Row]:
-    """All tensors of a model, in the order in which they are converted (rows that share a source are neighbours)."""
+def model_rows(
+    architecture: Architecture,
+    experts_per_layer: Sequence[int],
+    layout: Layout,
+    expansions: Sequence[Sequence[int]] = (),
+) -> list[Row]:
+    """All tensors of a model, in the order in which they are converted (rows that share a source are neighbours).
+
+    Args:
+        expansions: new experts of each layer by expansion; empty: one expansion added them all.
+    """
     vocabulary = (architecture.vocab_size, architecture.hidden_size)
     rows = [_plain(EMBEDDING_KEY, EMBEDDING_NAME, vocabulary)]
     for layer, experts in enumerate(experts_per_layer):
         rows += _attention_rows(architecture, layer)
-        rows += _dense_rows(architecture, layer) if experts == 1 else _moe_rows(architecture, layer, experts, layout)
+        if experts == 1:
+            rows += _dense_rows(architecture, layer, layout)
+        else:
+            earlier = sum(added[layer] for added in expansions[:-1])
+            rows += _moe_rows(architecture, layer, experts, layout, earlier)
     rows.append(_plain("decoder.final_layernorm.weight", "model.norm.weight", (architecture.hidden_size,)))
     if not architecture.tied_embeddings:
         rows.append(_plain(OUTPUT_KEY, OUTPUT_NAME, vocabulary))
     return rows
-
-
-def shared_expert_shapes(
-    architecture: Architecture, experts_per_layer: Sequence[int], layout: Layout, width: int
-) -> dict[str, Shape]:
-    """Names and shapes of the all-zero shared experts that `layout` wants; empty where it wants none."""
-    if not layout.shared_expert:
-        return {}
-    hidden = architecture.hidden_size
-    shapes = {
-        "shared_expert.gate_proj": (width, hidden),
-        "shared_expert.up_proj": (width, hidden),
-        "shared_expert.down_proj": (hidden, width),
-        "shared_expert_gate": (1, hidden),
-    }
-    return {
-        f"model.layers.{layer}.mlp.{name}.weight": shape
-        for layer, experts in enumerate(experts_per_layer)
-        if experts > 1
-        for name, shape in shapes.items()
-    }
 
 
 def _plain(key: str, name: str, shape: Shape, layer: int | None = None) -> Row:
@@ -161,28 +156,45 @@ def _attention_rows(architecture: Architecture, layer: int) -> Iterator[Row]:
     yield _plain(f"{megatron}.linear_proj.weight", f"{source}.self_attn.o_proj.weight", (hidden, query), layer)
 
 
-def _projection_shapes(architecture: Architecture) -> tuple[Shape, Shape, Shape]:
+def projection_shapes(architecture: Architecture) -> tuple[Shape, Shape, Shape]:
+    """Shapes of gate, up and down projection."""
     hidden, width = architecture.hidden_size, architecture.ffn_hidden_size
     return (width, hidden), (width, hidden), (hidden, width)
 
 
-def _dense_rows(architecture: Architecture, layer: int) -> Iterator[Row]:
+def _dense_rows(architecture: Architecture, layer: int, layout: Layout) -> Iterator[Row]:
     megatron = f"decoder.layers.{layer}.mlp"
     norm = f"model.layers.{layer}.post_attention_layernorm.weight"
     yield _plain(f"{megatron}.linear_fc1.layer_norm_weight", norm, (architecture.hidden_size,), layer)
-    shapes = _projection_shapes(architecture)
-    for projection, target, shape in zip(DENSE_PROJECTIONS, MEGATRON_PROJECTIONS, shapes, strict=True):
-        yield _plain(f"{megatron}.{target}", _DENSE.format(layer=layer, projection=projection), shape, layer)
+    shapes = projection_shapes(architecture)
+    projections = layout.projections if layout.experts_everywhere else DENSE_PROJECTIONS
+    template = layout.original if layout.experts_everywhere else _DENSE
+    for dense, projection, target, shape in zip(
+        DENSE_PROJECTIONS, projections, MEGATRON_PROJECTIONS, shapes, strict=True
+    ):
+        name = template.format(layer=layer, expert=0, projection=projection)
+        dense_name = _DENSE.format(layer=layer, projection=dense)
+        yield Row(f"{megatron}.{target}", (name,), (shape,), Role.ORIGINAL, layer, (dense_name,))
 
 
-def _moe_rows(architecture: Architecture, layer: int, experts: int, layout: Layout) -> Iterator[Row]:
+def new_expert_key(layer: int, expert: int, earlier: int) -> str:
+    """Where a new expert (from 1 on) of a layer lies that has `earlier` experts of earlier expansions."""
+    mlp = f"decoder.layers.{layer}.mlp.experts"
+    if not earlier:
+        return f"{mlp}.experts.{expert - 1}"
+    if expert <= earlier:
+        return f"{mlp}.earlier.experts.{expert - 1}"
+    return f"{mlp}.newest.experts.{expert - 1 - earlier}"
+
+
+def _moe_rows(architecture: Architecture, layer: int, experts: int, layout: Layout, earlier: int) -> Iterator[Row]:
     megatron, hidden = f"decoder.layers.{layer}", architecture.hidden_size
     norm = f"model.layers.{layer}.post_attention_layernorm.weight"
     yield _plain(f"{megatron}.pre_mlp_layernorm.weight", norm, (hidden,), layer)
     router = (layout.router.format(layer=layer),) if layout.router else ()
     yield Row(f"{megatron}.mlp.router.weight", router, ((experts, hidden),), Role.ROUTER, layer)
     targets = zip(
-        MEGATRON_PROJECTIONS, DENSE_PROJECTIONS, layout.projections, _projection_shapes(architecture), strict=True
+        MEGATRON_PROJECTIONS, DENSE_PROJECTIONS, layout.projections, projection_shapes(architecture), strict=True
     )
     for target, dense, projection, shape in targets:
         name = layout.original.format(layer=layer, expert=0, projection=projection)
@@ -191,5 +203,5 @@ def _moe_rows(architecture: Architecture, layer: int, experts: int, layout: Layo
         yield Row(key, (name,), (shape,), Role.ORIGINAL_EXPERT, layer, (dense_name,))
         for expert in range(1, experts):
             name = layout.new.format(layer=layer, expert=expert, new=expert - 1, projection=projection)
-            key = f"{megatron}.mlp.experts.experts.{expert - 1}.{target}"
+            key = f"{new_expert_key(layer, expert, earlier)}.{target}"
             yield Row(key, (name,), (shape,), Role.NEW_EXPERT, layer)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS, check_experts
 from megatron_moe_lpr.conversion.adapter import Adapter, open_adapter
+from megatron_moe_lpr.conversion.experts_per_layer import FLAG, read_experts_per_layer
 from megatron_moe_lpr.conversion.hf_directory import HFDirectory, check_tensors, common_dtype, open_hf_directory
 from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
 from megatron_moe_lpr.conversion.names import ADAPTER_LAYOUT, Role, Row, model_rows
@@ -25,6 +27,8 @@ class ImportOptions:
     num_experts: int | None = None
     top_k: int | None = None
     moe_layer_freq: str | None = None
+    experts_per_layer: str | None = None
+    """Numbers by layer, or the JSON file of tools/allocate_experts.py."""
     seed: int = 1234
     adapter: Path | None = None
     allow_top_1: bool = False
@@ -64,13 +68,15 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     model = open_hf_directory(options.hf)
     adapter = open_adapter(options.adapter) if options.adapter else None
     experts, top_k = _experts(options, model, adapter)
+    check_experts(experts, "--num-experts")
     _check_routing(experts, top_k, options.allow_top_1 or model.is_moe)
-    check_expert_parallel(max(experts) - 1, options.expert_parallel_size)
+    for count in sorted(set(experts) - {1}):
+        check_expert_parallel(count - 1, options.expert_parallel_size)
     layout = ADAPTER_LAYOUT if adapter else model.layout
-    rows = model_rows(model.architecture, experts, layout)
+    rows = model_rows(model.architecture, experts, layout, model.card.expansions if model.is_moe and model.card else ())
     files = weight_files(model.path) + ([adapter.weights] if adapter else [])
     source = SafetensorsSource(files)
-    check_tensors(rows, model.shared_experts(), source, adapter.path if adapter else model.path)
+    check_tensors(rows, model.extra(), source, adapter.path if adapter else model.path)
     originals = [source.tensors[name] for row in rows if row.role.is_original for name in row.names]
     return ImportPlan(model, adapter, experts, top_k, options.seed, rows, source, common_dtype(originals, model.path))
 
@@ -83,13 +89,27 @@ def _experts(options: ImportOptions, model: HFDirectory, adapter: Adapter | None
         return _given(options, model.experts_per_layer, model.top_k, str(model.path))
     if adapter:
         return _given(options, adapter.experts_per_layer(num_layers), adapter.top_k, str(adapter.path))
-    num_experts = PAPER_NUM_EXPERTS if options.num_experts is None else options.num_experts
-    if num_experts < 1:
-        raise UserError(f"--num-experts {num_experts}: at least 1 (the dense model itself) is needed")
-    chosen = layers_with_experts(options.moe_layer_freq or "1", num_layers)
-    experts = [num_experts if has_experts else 1 for has_experts in chosen]
-    default_top_k = PAPER_TOP_K if num_experts > 1 else 1
+    experts = experts_of_layers(options, num_layers)
+    default_top_k = PAPER_TOP_K if max(experts) > 1 else 1
     return experts, default_top_k if options.top_k is None else options.top_k
+
+
+def experts_of_layers(options: ImportOptions, num_layers: int) -> list[int]:
+    """Experts of each layer of a dense model that is upcycled, the original one included; 1: it stays dense.
+
+    Raises:
+        UserError: the flags contradict each other or do not fit the model.
+    """
+    if options.experts_per_layer is not None:
+        for flag, value in (("--num-experts", options.num_experts), ("--moe-layer-freq", options.moe_layer_freq)):
+            if value is not None:
+                raise UserError(f"{flag} and {FLAG}: give one of them")
+        return read_experts_per_layer(options.experts_per_layer, num_layers)
+    num_experts = PAPER_NUM_EXPERTS if options.num_experts is None else options.num_experts
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise UserError(f"--num-experts {num_experts}: from 1 (the dense model itself) to {MAX_EXPERTS:,}")
+    chosen = layers_with_experts(options.moe_layer_freq or "1", num_layers)
+    return [num_experts if has_experts else 1 for has_experts in chosen]
 
 
 def _given(options: ImportOptions, experts: list[int], top_k: int, place: str) -> tuple[list[int], int]:
@@ -100,11 +120,16 @@ def _given(options: ImportOptions, experts: list[int], top_k: int, place: str) -
         raise UserError(f"--top-k {options.top_k}: {place} was trained with top-k {top_k}; leave the flag out")
     if options.moe_layer_freq is not None:
         raise UserError(f"--moe-layer-freq: {place} says which layers have experts; leave the flag out")
+    if (
+        options.experts_per_layer is not None
+        and read_experts_per_layer(options.experts_per_layer, len(experts)) != experts
+    ):
+        raise UserError(f"{FLAG}: {place} has other numbers of experts; leave the flag out")
     return experts, top_k
 
 
 def _check_routing(experts: list[int], top_k: int, allow_top_1: bool) -> None:
-    num_experts = max(experts)
+    num_experts = min({count for count in experts if count > 1}, default=1)
     if top_k < 1 or top_k > num_experts:
         raise UserError(f"--top-k {top_k}: must lie between 1 and the number of experts, {num_experts}")
     if num_experts > 1 and top_k == 1 and not allow_top_1:

@@ -1,16 +1,15 @@
 """Read safetensors files one tensor at a time; headers first, so that wrong checkpoints are refused before any work."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
-from megatron_moe_lpr.checkpoint.card import read_json
 from megatron_moe_lpr.checkpoint.reader import TensorInfo
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import is_integer, parse_json_object, read_json, shown
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -30,6 +29,7 @@ DTYPES = {
 }
 # Far above the header of any real model; a larger length means that the file is not safetensors.
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,10 @@ class _Place:
     path: Path
     offset: int
     info: TensorInfo
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.info.shape) * self.info.dtype.itemsize
 
 
 class SafetensorsSource:
@@ -75,16 +79,18 @@ class SafetensorsSource:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face directory: those that the index names, or the single file.
+    """The safetensors files of a Hugging Face directory: the single file, or those that the index names.
+
+    Where both are there, transformers reads the single file; so does this.
 
     Raises:
         UserError: a file that the index names is missing, or there are no safetensors files.
     """
     index = directory / INDEX_FILE
-    if index.is_file():
-        return _indexed_files(index)
     if (directory / SINGLE_FILE).is_file():
         return [directory / SINGLE_FILE]
+    if index.is_file():
+        return _indexed_files(index)
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
         raise UserError(
             f"{directory}: only pickled weights (.bin) here; they can run code and are not read; rewrite them "
@@ -97,11 +103,21 @@ def _indexed_files(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: no weight_map in it")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise UserError(f"{index}: weight_map must name files of this directory, not {shown(name)}")
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    missing = [name for name in names if not _is_file(index.parent / name)]
     if missing:
         raise UserError(f"{index.parent / missing[0]}: no such file, but {INDEX_FILE} names it; copy it again")
     return [index.parent / name for name in names]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # for example a name that is too long
+        return False
 
 
 def _read_header(path: Path) -> dict[str, _Place]:
@@ -111,28 +127,43 @@ def _read_header(path: Path) -> dict[str, _Place]:
             size = path.stat().st_size
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise UserError(f"{path}: not a safetensors file, or cut short")
-            header = json.loads(stream.read(length))
+            data = stream.read(length)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path}: not a safetensors file (its header is not JSON)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    header = parse_json_object(data, f"{path}: not a safetensors file, its header")
     header.pop("__metadata__", None)
-    return {name: _place(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    places = {name: _place(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    _refuse_overlaps(path, places)
+    return places
 
 
-def _place(path: Path, name: str, entry: Mapping, start: int, file_size: int) -> _Place:
-    try:
-        dtype, shape = DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: the header's entry for {name} is not understood ({error!r})") from None
+def _place(path: Path, name: str, entry: object, start: int, file_size: int) -> _Place:
+    fields = entry if isinstance(entry, dict) else {}
+    name_of_dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    is_shape = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and all(map(is_integer, shape))
+    is_place = isinstance(offsets, list) and len(offsets) == 2 and all(map(is_integer, offsets))
+    if not isinstance(name_of_dtype, str) or name_of_dtype not in DTYPES or not is_shape or not is_place:
+        raise UserError(f"{path}: the header's entry for {shown(name, 200)} is not understood: {shown(entry)}")
+    dtype, (begin, end) = DTYPES[name_of_dtype], offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise UserError(f"{path}: the header gives {name} a length that is not the one of its shape")
+        raise UserError(f"{path}: the header gives {shown(name, 200)} a length that is not the one of its shape")
     if start + end > file_size:
         raise UserError(
-            f"{path}: cut short: {name} ends at byte {start + end:,}, the file has {file_size:,}; copy it again"
+            f"{path}: cut short: {shown(name, 200)} ends at byte {start + end:,}, the file has {file_size:,}; "
+            "copy it again"
         )
-    return _Place(path, start + begin, TensorInfo(shape, dtype))
+    return _Place(path, start + begin, TensorInfo(tuple(shape), dtype))
+
+
+def _refuse_overlaps(path: Path, places: Mapping[str, _Place]) -> None:
+    """Two tensors in one place would be one tensor that training changes twice; the safetensors library refuses too."""
+    end, before = 0, ""
+    for name, place in sorted(places.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if place.num_bytes and place.offset < end:
+            raise UserError(f"{path}: {shown(name, 200)} lies over {shown(before, 200)}; save the model again")
+        end, before = max(end, place.offset + place.num_bytes), name
 
 
 def _read_fully(stream: object, target: memoryview, path: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import load_model
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.conversion.hf_directory import open_hf_directory
 from megatron_moe_lpr.conversion.verify import Comparison, Forward, Outputs, compare, random_tokens
 from megatron_moe_lpr.errors import UserError
@@ -20,22 +21,28 @@ from megatron_moe_lpr.platform import Platform
 
 
 def verify_checkpoint(
-    load: Path, hf: Path, dtype: torch.dtype, platform: Platform, sequence_length: int, batch: int = 2
+    load: Path,
+    hf: Path,
+    dtype: torch.dtype,
+    platform: Platform,
+    sequence_length: int,
+    batch: int = 2,
+    verified: bool = True,
+    base: Path | None = None,
 ) -> Comparison:
     """Compare a checkpoint with a Hugging Face directory on random tokens.
 
     Raises:
         UserError: one of them cannot be loaded.
     """
-    checkpoint = resolve_checkpoint(load)
+    checkpoint = open_checkpoint(load, verified, base)
     vocab_size = checkpoint.architecture().vocab_size
     reference = open_hf_directory(hf).architecture.vocab_size
     if reference != vocab_size:
         raise UserError(f"{hf}: vocabulary of {reference:,} tokens, the checkpoint has {vocab_size:,}")
     tokens = random_tokens(vocab_size, batch, sequence_length)
-    return compare(
-        transformers_forward(hf, dtype, platform.device), megatron_forward(checkpoint, dtype, platform), tokens
-    )
+    ours = megatron_forward(checkpoint, dtype, platform, verified)
+    return compare(transformers_forward(hf, dtype, platform.device), ours, tokens)
 
 
 def transformers_forward(directory: Path, dtype: torch.dtype, device: torch.device) -> Forward:
@@ -62,14 +69,17 @@ def transformers_forward(directory: Path, dtype: torch.dtype, device: torch.devi
     return forward
 
 
-def megatron_forward(checkpoint: CheckpointDirectory, dtype: torch.dtype, platform: Platform) -> Forward:
+def megatron_forward(
+    checkpoint: CheckpointDirectory, dtype: torch.dtype, platform: Platform, verified: bool = True
+) -> Forward:
     """The model of a checkpoint, whole in this process.
 
     Raises:
         UserError: the checkpoint does not fit the model that its card describes.
     """
     initialize_parallel(platform, ParallelLayout())
-    loaded = load_model(checkpoint.path, ParallelLayout(), platform, ComputeOptions(dtype=dtype))
+    options = ComputeOptions(dtype=dtype)
+    loaded = load_model(checkpoint, ParallelLayout(), platform, options, verified=verified)
     vocab_size = loaded.shape.architecture.vocab_size
 
     def forward(tokens: torch.Tensor) -> Outputs:

@@ -1,5 +1,8 @@
 """Datasets to micro-batches: which samples a data-parallel rank gets, and in what order."""
 
+import atexit
+import contextlib
+import multiprocessing
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -7,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_moe_lpr.data.validation_dataset import ValidationDataset
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.processes import STOP_SIGNALS, end_with_parent, shielded_from
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "language")
 
@@ -48,7 +52,7 @@ def build_data_iterator(
     rounds = range(consumed_samples, len(dataset) - step + 1, step)
     first = data_parallel_rank * micro_batch_size
     indices = _Indices(rounds, first, micro_batch_size)
-    return iter(_loader(dataset, indices, num_workers, pin_memory))
+    return _start(_loader(dataset, indices, num_workers, pin_memory))
 
 
 def build_validation_iterator(
@@ -68,7 +72,7 @@ def build_validation_iterator(
     count = count_validation_micro_batches(dataset, micro_batch_size, data_parallel_size, micro_batch_multiple)
     step = micro_batch_size * data_parallel_size
     indices = _Indices(range(0, count * step, step), data_parallel_rank * micro_batch_size, micro_batch_size)
-    return iter(_loader(dataset, indices, num_workers, pin_memory))
+    return _start(_loader(dataset, indices, num_workers, pin_memory))
 
 
 def count_validation_micro_batches(
@@ -103,7 +107,28 @@ def _loader(dataset: Dataset, indices: _Indices, num_workers: int, pin_memory: b
         num_workers=num_workers,
         pin_memory=pin_memory,
         multiprocessing_context=context,
+        worker_init_fn=_start_worker if num_workers else None,
     )
+
+
+def _start(loader: DataLoader) -> Iterator[Batch]:
+    """Its workers don't hear what a batch system tells every process: the rank needs them for its last step."""
+    others = set(multiprocessing.active_children())
+    with shielded_from(STOP_SIGNALS):
+        iterator = iter(loader)
+    # Python ends what is left of them by SIGTERM when this process ends, and would wait for ever: they don't hear it.
+    atexit.register(_kill, set(multiprocessing.active_children()) - others)
+    return iterator
+
+
+def _kill(workers: set[multiprocessing.Process]) -> None:
+    for worker in workers:
+        with contextlib.suppress(ValueError):  # closed already
+            worker.kill()
+
+
+def _start_worker(number: int) -> None:
+    end_with_parent()
 
 
 def collate(samples: Sequence[Batch]) -> Batch:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_moe_lpr.data.indexed import read_lengths
+from megatron_moe_lpr.data.indexed import check_index, read_lengths
 from megatron_moe_lpr.data.inspection import check_tokenizer
-from megatron_moe_lpr.data.manifest import Manifest, read_manifest, strip_suffix
+from megatron_moe_lpr.data.manifest import Manifest, read_manifest, strip_suffix, verify_index
 from megatron_moe_lpr.data.merging import check_agreement
 from megatron_moe_lpr.errors import UserError
 
@@ -118,9 +118,11 @@ def read_blend(
 def _entry(
     prefix: str, manifest: Manifest, weight: float | None, documents: tuple[float, float], flag: str
 ) -> BlendEntry:
+    verify_index(prefix, manifest)
     lengths = read_lengths(prefix)
     if len(lengths) != manifest.documents:
         raise UserError(f"{prefix}.idx: {len(lengths):,} documents, but {manifest.documents:,} in {prefix}.json")
+    check_index(prefix, manifest.dtype, manifest.tokens)
     first, end = (round(fraction * len(lengths)) for fraction in documents)
     whole = (first, end) == (0, len(lengths))
     tokens = manifest.tokens if whole else int(np.sum(lengths[first:end], dtype=np.int64))

@@ -6,10 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from megatron_moe_lpr.data.manifest import LANGUAGE_PATTERN
 from megatron_moe_lpr.data.sources import Block, count_lines
 from megatron_moe_lpr.errors import UserError
 
-LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 EMPTY = "empty"

@@ -8,11 +8,9 @@ import array
 import contextlib
 import dataclasses
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
-import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,6 +22,7 @@ from megatron_moe_lpr.data.documents import DocumentOptions, read_documents
 from megatron_moe_lpr.data.sources import Block
 from megatron_moe_lpr.data.tokenizer import Tokenizer
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.processes import end_with_parent
 
 BLOCKS_AHEAD = 2
 BATCH_CHARACTERS = 1 << 17
@@ -38,6 +37,8 @@ class EncoderOptions:
     eod_token: str | None
     append_eod: bool
     documents: DocumentOptions
+    model_vocabulary: int | None = None
+    """Ids of the model that the tokenizer belongs to, where it is known; more are refused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,12 @@ class BlockEncoder:
             lengths.append(len(ids) + self.options.append_eod)
             sizes.append(len(text) if text.isascii() else len(text.encode("utf-8")))
         ids = np.frombuffer(tokens, dtype=np.int32) if tokens else np.empty(0, np.int32)
+        limit = self.options.model_vocabulary
+        if limit is not None and len(ids) and int(ids.max()) >= limit:
+            raise UserError(
+                f"{self.tokenizer.path}: gives the token id {int(ids.max())}, and config.json beside it says that the "
+                f"model has {limit:,} ids (vocab_size); use the model's own tokenizer"
+            )
         return EncodedDocuments(
             ids.astype(self.tokenizer.dtype), np.array(lengths, np.int32), np.array(sizes, np.int64)
         )
@@ -123,16 +130,9 @@ def _start_worker(encoder: BlockEncoder) -> None:
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_encoder = encoder
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def _encode_in_worker(block: Block) -> EncodedBlock:

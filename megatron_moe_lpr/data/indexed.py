@@ -9,10 +9,10 @@ import shutil
 import struct
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 
+from megatron_moe_lpr.checkpoint.integrity import ChecksumStream
 from megatron_moe_lpr.data.manifest import bin_path, idx_path
 from megatron_moe_lpr.errors import UserError
 
@@ -21,6 +21,8 @@ _VERSION = 1
 _DTYPE_CODES = {"int32": 4, "uint16": 8}
 _LENGTHS_OFFSET = len(_HEADER) + 8 + 1 + 8 + 8
 COPY_BYTES = 16 << 20
+INDEX_BLOCK = 1 << 20
+"""Documents looked at together."""
 
 
 class IndexedWriter:
@@ -36,7 +38,7 @@ class IndexedWriter:
         self.lengths: list[np.ndarray] = []
         self.documents = self.tokens = 0
         bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = open(bin_path(prefix), "wb")  # noqa: SIM115 (closed by close)
+        self._file = ChecksumStream(open(bin_path(prefix), "wb"))  # noqa: SIM115 (closed by close)
 
     def __enter__(self) -> "IndexedWriter":
         return self
@@ -55,10 +57,13 @@ class IndexedWriter:
             shutil.copyfileobj(source, self._file, COPY_BYTES)
         self._count(read_lengths(prefix))
 
+    @property
+    def checksum(self) -> str:
+        """Of the .bin as far as it is written."""
+        return self._file.entry().checksum
+
     def finish(self) -> None:
         """Flush the .bin to the disk and write the .idx."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         lengths = np.concatenate(self.lengths) if self.lengths else np.empty(0, np.int32)
         write_index(idx_path(self.prefix), lengths, self.dtype)
@@ -95,8 +100,11 @@ def read_lengths(prefix: str) -> np.ndarray:
         UserError: not an index of this form.
     """
     path = idx_path(prefix)
-    with open(path, "rb") as file:
-        header = file.read(_LENGTHS_OFFSET)
+    try:
+        with open(path, "rb") as file:
+            header = file.read(_LENGTHS_OFFSET)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if len(header) != _LENGTHS_OFFSET or not header.startswith(_HEADER):
         raise UserError(f"{path}: not an index of a Megatron indexed dataset")
     documents = struct.unpack_from("<Q", header, _LENGTHS_OFFSET - 16)[0]
@@ -107,6 +115,41 @@ def read_lengths(prefix: str) -> np.ndarray:
     return np.memmap(path, dtype="<i4", mode="r", offset=_LENGTHS_OFFSET, shape=(documents,))
 
 
+def check_index(prefix: str, dtype: str, tokens: int) -> None:
+    """Check every number of an .idx, in blocks, before megatron-core reads where documents lie from it.
+
+    Args:
+        prefix: the dataset.
+        dtype: of a token, as the manifest has it.
+        tokens: in the .bin.
+
+    Raises:
+        UserError: it is not the index of such documents, one after the other.
+    """
+    lengths, path = read_lengths(prefix), idx_path(prefix)
+    documents = len(lengths)
+    with open(path, "rb") as file:
+        version, code, _, indices = struct.unpack("<QBQQ", file.read(_LENGTHS_OFFSET)[len(_HEADER) :])
+    if (version, code, indices) != (_VERSION, _DTYPE_CODES[dtype], documents + 1):
+        raise UserError(f"{path}: not an index of {documents:,} documents of {dtype}; preprocess again")
+    # Unaligned, therefore not memory-mapped as a whole.
+    pointers = np.memmap(path, dtype="<i8", mode="r", offset=_LENGTHS_OFFSET + 4 * documents)
+    end, itemsize = 0, np.dtype(dtype).itemsize
+    for start in range(0, documents, INDEX_BLOCK):
+        block = lengths[start : start + INDEX_BLOCK].astype(np.int64)
+        ends = end + np.cumsum(block)
+        places = pointers[start : start + len(block)]
+        if block.min() < 0 or not np.array_equal(places, (ends - block) * itemsize):
+            raise UserError(f"{path}: damaged: a document's length or place is wrong; copy it or preprocess again")
+        end = int(ends[-1])
+    for start in range(0, documents + 1, INDEX_BLOCK):
+        numbers = pointers[documents + start : documents + min(start + INDEX_BLOCK, documents + 1)]
+        if not np.array_equal(numbers, np.arange(start, start + len(numbers))):
+            raise UserError(f"{path}: damaged: documents are not one sequence each; copy it or preprocess again")
+    if end != tokens:
+        raise UserError(f"{path}: documents of {end:,} tokens, and the .bin has {tokens:,}; preprocess again")
+
+
 def open_tokens(prefix: str, dtype: np.dtype) -> np.ndarray:
     """All tokens [tokens] of a .bin, memory-mapped."""
     if not bin_path(prefix).stat().st_size:
@@ -114,8 +157,10 @@ def open_tokens(prefix: str, dtype: np.dtype) -> np.ndarray:
     return np.memmap(bin_path(prefix), dtype=dtype, mode="r")
 
 
-def shuffle_documents(source: str, target: str, dtype: np.dtype, seed: int) -> None:
+def shuffle_documents(source: str, target: str, dtype: np.dtype, seed: int) -> str:
     """Write the documents of prefix `source` to prefix `target` in an order that only `seed` and their number decide.
+
+    Returns the checksum of the new .bin.
 
     Memory is that of the index (20 bytes a document), not of the text: documents are read where they lie.
     """
@@ -124,10 +169,10 @@ def shuffle_documents(source: str, target: str, dtype: np.dtype, seed: int) -> N
     offsets = np.cumsum(sizes) - sizes
     # RandomState, not default_rng: numpy promises its stream never changes.
     order = np.random.RandomState(seed).permutation(len(lengths))
-    with open(bin_path(source), "rb") as reader, open(bin_path(target), "wb", buffering=COPY_BYTES) as writer:
+    file = open(bin_path(target), "wb", buffering=COPY_BYTES)  # noqa: SIM115 (closed by the stream)
+    with open(bin_path(source), "rb") as reader, ChecksumStream(file) as writer:
         descriptor = reader.fileno()
         for document in order:
             writer.write(os.pread(descriptor, sizes[document], offsets[document]))
-        writer.flush()
-        os.fsync(writer.fileno())
     write_index(idx_path(target), lengths[order], dtype)
+    return writer.entry().checksum

@@ -40,6 +40,18 @@ class LanguageRegistry:
             raise UserError(f"--original-languages {' '.join(unknown)}: not in the data, which has {known}")
         return frozenset(self._ids[name] for name in names)
 
+    def group_table(self, groups: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Int64 [languages + 1]: the group in which a language is named, -1 for the others and for padding.
+
+        Args:
+            groups: original languages, then those of each expansion but the latest; the data need not have them all.
+        """
+        table = torch.full((len(self) + 1,), -1)
+        for index, names in enumerate(groups):
+            for name in set(names) & set(self.names):
+                table[self._ids[name]] = index
+        return table
+
     def original_table(self, names: Sequence[str]) -> torch.Tensor:
         """Bool [languages + 1]: `table[language]` of a batch's tags says which tokens are of original languages.
 

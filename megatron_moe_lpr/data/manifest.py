@@ -1,15 +1,20 @@
 """`PREFIX.json`: what lies in PREFIX.bin and PREFIX.idx, so that nobody can mislabel or mix them."""
 
 import dataclasses
+import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
 import megatron_moe_lpr
+from megatron_moe_lpr.checkpoint.integrity import checksum_of_file
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.filesystem import atomic_file, sha256_of_file
+from megatron_moe_lpr.json_files import is_integer, parse_json_object, shown
 
+LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
 FORMAT = "megatron-moe-lpr indexed dataset 1"
 
 
@@ -43,10 +48,14 @@ class Manifest:
     bin_bytes: int
     idx_bytes: int
     index_sha256: str
-    """Of the .idx: training keeps index maps under it."""
+    """Of the .idx: training compares it, and keeps index maps under it."""
     skipped: dict[str, int]
     """Documents left out, by reason, and documents kept with a repair."""
     sources: list[Source]
+    bin_xxh3_128: str | None = None
+    """Of the .bin, made while it was written; None where an older version wrote it."""
+    largest_token: int | None = None
+    """The largest id in the .bin, which the model's vocabulary must hold; None where an older version wrote it."""
     partition: str | None = None
     """`i/n` for one part of a run split by --partitions."""
     shuffle_seed: int | None = None
@@ -103,14 +112,82 @@ def read_manifest(prefix: str) -> Manifest:
     return manifest
 
 
+def verify_index(prefix: str, manifest: Manifest) -> None:
+    """Compare `PREFIX.idx` with its checksum: the content of 20 bytes a document.
+
+    Raises:
+        UserError: it is not the index that was written.
+    """
+    path = idx_path(prefix)
+    if _index_sha256(path, path.stat().st_mtime_ns) != manifest.index_sha256:
+        raise UserError(
+            f"{path}: damaged: not the index that {manifest_path(prefix)} describes; copy it or preprocess again"
+        )
+
+
+def verify_tokens(prefix: str, manifest: Manifest) -> bool:
+    """Compare `PREFIX.bin` with its checksum: reads all of it. False: an older version wrote it, without a checksum.
+
+    Raises:
+        UserError: it is not the text that was written.
+    """
+    if manifest.bin_xxh3_128 is None:
+        return False
+    if checksum_of_file(bin_path(prefix)).checksum != manifest.bin_xxh3_128:
+        raise UserError(f"{bin_path(prefix)}: damaged: its checksum is another one; copy it or preprocess again")
+    return True
+
+
+@functools.lru_cache(maxsize=1024)
+def _index_sha256(path: Path, modified: int) -> str:
+    """A run reads each manifest two or three times; `modified` keeps a changed file from being taken for the old."""
+    return sha256_of_file(path)
+
+
 def _parse(path: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"{path}: no such file; datasets are made by tools/preprocess_data.py, give their prefix")
+    content = parse_json_object(path.read_bytes(), f"{path}: not a manifest of tools/preprocess_data.py")
     try:
-        content = json.loads(path.read_bytes())
         if content.pop("format") != FORMAT:
             raise ValueError("unknown format")
         sources = [Source(**source) for source in content.pop("sources")]
-        return Manifest(sources=sources, **content)
+        manifest = Manifest(sources=sources, **content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a manifest of tools/preprocess_data.py ({error})") from None
+    for name, is_valid in _FIELD_CHECKS.items():
+        if not is_valid(getattr(manifest, name)):
+            raise UserError(
+                f"{path}: {name} cannot be {shown(getattr(manifest, name))}; copy the file again or preprocess again"
+            )
+    return manifest
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_partition(value: object) -> bool:
+    if value is None:
+        return True
+    match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", value) if isinstance(value, str) else None
+    return bool(match) and 1 <= int(match[1]) <= int(match[2])
+
+
+_FIELD_CHECKS = {
+    "language": lambda value: isinstance(value, str) and bool(LANGUAGE_PATTERN.fullmatch(value)),
+    "tokenizer": _is_text,
+    "vocab_size": lambda value: is_integer(value, 1, 2**31 - 1),
+    "eod": lambda value: is_integer(value, 0, 2**31 - 1),
+    "append_eod": lambda value: isinstance(value, bool),
+    "dtype": lambda value: isinstance(value, str) and value in ("uint16", "int32"),
+    **dict.fromkeys(("documents", "tokens", "text_bytes", "bin_bytes", "idx_bytes"), is_integer),
+    "index_sha256": _is_text,
+    "skipped": lambda value: isinstance(value, dict) and all(map(is_integer, value.values())),
+    "sources": lambda value: all(isinstance(one.name, str) and is_integer(one.bytes) for one in value),
+    "bin_xxh3_128": lambda value: value is None or isinstance(value, str),
+    "largest_token": lambda value: value is None or is_integer(value, 0, 2**31 - 1),
+    "partition": _is_partition,
+    "shuffle_seed": lambda value: value is None or is_integer(value),
+    "version": _is_text,
+}

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
-from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, read_manifest, strip_suffix
+from megatron_moe_lpr.data.indexed import IndexedWriter, check_index, shuffle_documents
+from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, read_manifest, strip_suffix, verify_index
+from megatron_moe_lpr.data.output_lock import output_lock
 from megatron_moe_lpr.data.preprocessing import partial_directory, publish, refuse_existing
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.progress import ProgressReport
 
 _MUST_AGREE = ("language", "tokenizer", "eod", "append_eod", "dtype", "vocab_size")
@@ -33,12 +34,23 @@ def merge(
     """
     prefixes = expand_prefixes(inputs)
     manifests = {prefix: read_manifest(prefix) for prefix in prefixes}
+    for prefix, manifest in manifests.items():
+        verify_index(prefix, manifest)
+        check_index(prefix, manifest.dtype, manifest.tokens)
     check_agreement(manifests, _MUST_AGREE)
     prefixes = _in_partition_order(manifests, allow_missing_partitions)
-    refuse_existing(output_prefix, overwrite)
     if output_prefix in prefixes:
         raise UserError(f"--output-prefix {output_prefix}: is an input too")
-    dtype = np.dtype(manifests[prefixes[0]].dtype)
+    with output_lock(output_prefix), naming(output_prefix):
+        refuse_existing(output_prefix, overwrite)
+        manifest = _merged(list(map(manifests.get, prefixes)), shuffle_seed)
+        return _write(prefixes, manifests, manifest, output_prefix, overwrite)
+
+
+def _write(
+    prefixes: Sequence[str], manifests: dict[str, Manifest], manifest: Manifest, output_prefix: str, overwrite: bool
+) -> Manifest:
+    dtype, shuffle_seed = np.dtype(manifest.dtype), manifest.shuffle_seed
     with partial_directory(output_prefix) as directory:
         merged = str(directory / "merged")
         with IndexedWriter(merged, dtype) as writer, ProgressReport("merging", _gigabytes(manifests)) as progress:
@@ -46,11 +58,13 @@ def merge(
                 writer.append_dataset(prefix)
                 progress.advance(manifests[prefix].bin_bytes / 1e9, {"tokens": manifests[prefix].tokens})
             writer.finish()
+        checksum = writer.checksum
         if shuffle_seed is not None:
-            shuffle_documents(merged, f"{merged}.shuffled", dtype, shuffle_seed)
+            checksum = shuffle_documents(merged, f"{merged}.shuffled", dtype, shuffle_seed)
             bin_path(merged).unlink()
             merged = f"{merged}.shuffled"
-        return publish(merged, output_prefix, _merged(list(map(manifests.get, prefixes)), shuffle_seed))
+        refuse_existing(output_prefix, overwrite)
+        return publish(merged, output_prefix, dataclasses.replace(manifest, bin_xxh3_128=checksum))
 
 
 def expand_prefixes(inputs: Sequence[str]) -> list[str]:
@@ -99,6 +113,7 @@ def _in_partition_order(manifests: dict[str, Manifest], allow_missing: bool) -> 
 def _merged(manifests: list[Manifest], shuffle_seed: int | None) -> Manifest:
     sources: dict[str, Source] = {source.name: source for manifest in manifests for source in manifest.sources}
     skipped = sum((Counter(manifest.skipped) for manifest in manifests), Counter())
+    known = all(manifest.largest_token is not None for manifest in manifests)
     return dataclasses.replace(
         manifests[0],
         documents=sum(manifest.documents for manifest in manifests),
@@ -106,6 +121,7 @@ def _merged(manifests: list[Manifest], shuffle_seed: int | None) -> Manifest:
         text_bytes=sum(manifest.text_bytes for manifest in manifests),
         skipped=dict(sorted(skipped.items())),
         sources=list(sources.values()),
+        largest_token=max((one.largest_token for one in manifests), default=0) if known else None,
         partition=None,
         shuffle_seed=shuffle_seed,
     )

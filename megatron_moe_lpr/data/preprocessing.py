@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import sys
 import tempfile
@@ -19,11 +18,13 @@ from megatron_moe_lpr.data.encoding import (
     encode_blocks,
     worker_pool,
 )
-from megatron_moe_lpr.data.indexed import COPY_BYTES, IndexedWriter, shuffle_documents
+from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
 from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path
+from megatron_moe_lpr.data.output_lock import output_lock
 from megatron_moe_lpr.data.sources import Slice, disk_bytes, expand_inputs, partition_slices, read_blocks
-from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer, model_vocabulary
+from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.filesystem import sha256_of_file, sync_directory
 from megatron_moe_lpr.progress import ProgressReport
 
 MAX_LANGUAGES = 500
@@ -56,7 +57,9 @@ class PartialDatasets:
     def __init__(self, directory: Path, plan: PreprocessingPlan, dtype: str) -> None:
         self.directory, self.plan, self.dtype = directory, plan, dtype
         self.writers: dict[str, IndexedWriter] = {}
+        self.locks = contextlib.ExitStack()
         self.text_bytes: Counter = Counter()
+        self.largest_token: dict[str, int] = {}
         self.documents = self.tokens = 0
 
     def append(self, language: str, documents: EncodedDocuments) -> None:
@@ -65,6 +68,7 @@ class PartialDatasets:
         if self.plan.max_documents is not None:
             documents = documents.head(self.plan.max_documents - writer.documents)
         writer.append(documents.tokens, documents.lengths)
+        self.largest_token[language] = max(self.largest_token.get(language, 0), int(documents.tokens.max(initial=0)))
         self.text_bytes[language] += int(documents.text_bytes.sum())
         self.documents += len(documents.lengths)
         self.tokens += len(documents.tokens)
@@ -74,21 +78,22 @@ class PartialDatasets:
         language = self.plan.encoder.documents.language
         return language in self.writers and self.writers[language].documents == self.plan.max_documents
 
-    def finish(self, language: str) -> str:
-        """Complete the files of a language; return their prefix."""
+    def finish(self, language: str) -> tuple[str, str]:
+        """Complete the files of a language; return their prefix and the .bin's checksum."""
         writer = self.writers[language]
         writer.finish()
         if self.plan.shuffle_seed is None:
-            return writer.prefix
+            return writer.prefix, writer.checksum
         shuffled = f"{writer.prefix}.shuffled"
-        shuffle_documents(writer.prefix, shuffled, writer.dtype, self.plan.shuffle_seed)
+        checksum = shuffle_documents(writer.prefix, shuffled, writer.dtype, self.plan.shuffle_seed)
         bin_path(writer.prefix).unlink()
-        return shuffled
+        return shuffled, checksum
 
     def close(self) -> None:
-        """Release the files, finished or not."""
-        for writer in self.writers.values():
-            writer.__exit__(None, None, None)
+        """Release the files, finished or not, and their prefixes."""
+        with self.locks:
+            for writer in self.writers.values():
+                writer.__exit__(None, None, None)
 
     def open(self, language: str) -> IndexedWriter:
         """Start the dataset of a language; raises UserError where its output exists."""
@@ -97,6 +102,7 @@ class PartialDatasets:
         prefix = self.plan.prefix(language)
         if str(manifest_path(prefix)) in self.plan.inputs:
             raise UserError(f"--output-prefix {prefix}: its manifest would replace the input {prefix}.json")
+        self.locks.enter_context(output_lock(prefix))
         refuse_existing(prefix, self.plan.overwrite)
         self.writers[language] = IndexedWriter(str(self.directory / language), self.dtype)
         return self.writers[language]
@@ -115,7 +121,7 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
     slices = partition_slices(names, *plan.partition)
     tokenizer = load_tokenizer(plan.encoder.tokenizer, plan.encoder.eod_token)
     language = plan.encoder.documents.language
-    with partial_directory(plan.output_prefix) as directory:
+    with naming(plan.output_prefix), partial_directory(plan.output_prefix) as directory:
         datasets = PartialDatasets(directory, plan, tokenizer.dtype)
         try:
             if language:
@@ -155,7 +161,9 @@ def _encode_into(datasets: PartialDatasets, slices: list[Slice], tokenizer: Toke
     columns = [options.json_key, *([options.language_key] if options.language_key else [])]
     total = sum(piece.end - piece.start for piece in slices) or None
     blocks = (block for piece in slices for block in read_blocks(piece, columns))
-    encoder = BlockEncoder(tokenizer, plan.encoder)
+    encoder = BlockEncoder(
+        tokenizer, dataclasses.replace(plan.encoder, model_vocabulary=model_vocabulary(tokenizer.path))
+    )
     with worker_pool(encoder, plan.workers) as pool, ProgressReport("preprocessing", total) as progress:
         for block in encode_blocks(pool, blocks, plan.workers):
             skipped.update(block.counts)
@@ -179,14 +187,18 @@ def _append_block(datasets: PartialDatasets, block: EncodedBlock, progress: Prog
 
 
 def _publish(datasets: PartialDatasets, language: str, template: Manifest) -> Manifest:
-    partial, writer = datasets.finish(language), datasets.writers[language]
+    (partial, checksum), writer = datasets.finish(language), datasets.writers[language]
     manifest = dataclasses.replace(
         template,
         language=language,
         documents=writer.documents,
         tokens=writer.tokens,
         text_bytes=datasets.text_bytes[language],
+        largest_token=datasets.largest_token.get(language, 0),
+        bin_xxh3_128=checksum,
     )
+    # Once more: not every file system knows the lock that keeps another run from this prefix.
+    refuse_existing(datasets.plan.prefix(language), datasets.plan.overwrite)
     return publish(partial, datasets.plan.prefix(language), manifest)
 
 
@@ -212,18 +224,11 @@ def publish(partial: str, prefix: str, manifest: Manifest) -> Manifest:
         manifest,
         bin_bytes=bin_path(partial).stat().st_size,
         idx_bytes=idx_path(partial).stat().st_size,
-        index_sha256=_sha256(idx_path(partial)),
+        index_sha256=sha256_of_file(idx_path(partial)),
     )
     manifest_path(prefix).unlink(missing_ok=True)
     os.replace(bin_path(partial), bin_path(prefix))
     os.replace(idx_path(partial), idx_path(prefix))
+    sync_directory(manifest_path(prefix).parent)
     manifest.write(prefix)
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(COPY_BYTES), b""):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import integer, is_integer, read_json, shown
 
 # Files beside tokenizer.json that other tools need to load the same tokenizer.
 COMPANION_FILES = (
@@ -107,10 +108,12 @@ class HuggingFaceTokenizer(Tokenizer):
         from tokenizers import Tokenizer as RustTokenizer
 
         self.path, self.eod_token = path, eod_token
-        content = _read_json(path)
+        content = read_json(path)
         try:
             self._tokenizer = RustTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises a bare Exception
+        except BaseException as error:  # the library raises a bare Exception, and where it panics a BaseException
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise UserError(f"{path}: not a tokenizer.json that this tokenizers library reads ({error})") from None
         # A tokenizer.json may carry a truncation or a padding, left over from fine-tuning.
         self._tokenizer.no_truncation()
@@ -172,7 +175,8 @@ def fingerprint_of_json(content: dict[str, Any]) -> str:
     has them as pairs or as strings.
     """
     content = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
-    model = dict(content.get("model") or {})
+    model = content.get("model")
+    model = dict(model) if isinstance(model, dict) else {}
     if isinstance(model.get("merges"), list):
         model["merges"] = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
     content["model"] = model
@@ -180,27 +184,33 @@ def fingerprint_of_json(content: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
-
-
 def _configured_eos_token(path: Path) -> str | None:
     file = path.with_name("tokenizer_config.json")
-    token = _read_json(file).get("eos_token") if file.is_file() else None
-    return token.get("content") if isinstance(token, dict) else token
+    token = read_json(file).get("eos_token") if file.is_file() else None
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise UserError(f"{file}: eos_token must be text, not {shown(token)}; correct it or pass --eod-token")
+    return token
 
 
 def _configured_eos_id(path: Path) -> int | None:
     for name in ("generation_config.json", "config.json"):
         file = path.with_name(name)
-        number = _read_json(file).get("eos_token_id") if file.is_file() else None
+        number = read_json(file).get("eos_token_id") if file.is_file() else None
         number = number[0] if isinstance(number, list) and number else number
-        if isinstance(number, int):
+        if is_integer(number):
             return number
     return None
+
+
+def model_vocabulary(path: Path) -> int | None:
+    """The `vocab_size` of the model that a tokenizer's directory belongs to; None where no config.json is beside it.
+
+    Raises:
+        UserError: the file is there and says none.
+    """
+    file = path.with_name("config.json")
+    if not file.is_file():
+        return None
+    fields = read_json(file)
+    return integer(fields, "vocab_size", str(file), 1, 2**31 - 1) if "vocab_size" in fields else None

@@ -17,8 +17,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.data.blend import BlendEntry
 from megatron_moe_lpr.data.config import DataConfig, DataSources, cache_directory
+from megatron_moe_lpr.data.index_maps import are_intact, refuse_pickles
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import atomic_directory
 
@@ -69,7 +71,8 @@ def build_training_dataset(
     """The blend of all training datasets; item i is a dict of tensors, see `TaggedGPTDataset`.
 
     The order is decided by the data, `--seed`, the sequence length and `train_samples`. Index maps are built on rank 0
-    and kept; they appear whole or not at all. Call it on every rank, or in one process without torch.distributed.
+    and kept with checksums; they appear whole or not at all, and damaged ones are built again. Call it on every rank,
+    or in one process without torch.distributed.
 
     Args:
         sources: the checked datasets.
@@ -132,10 +135,11 @@ def _cache_key(
 def _build_on_first_rank(directory: Path, build) -> None:
     is_distributed = torch.distributed.is_initialized()
     try:
-        if (not is_distributed or torch.distributed.get_rank() == 0) and not directory.is_dir():
+        if (not is_distributed or torch.distributed.get_rank() == 0) and not are_intact(directory):
             _check_helpers()
-            with atomic_directory(directory) as partial, _process_group():
+            with atomic_directory(directory, overwrite=True) as partial, _process_group():
                 build(partial)
+                write_manifest(partial, {})
     finally:
         # Also after an error, so that the other ranks go on to find no index maps instead of waiting for ever.
         if is_distributed:
@@ -146,6 +150,7 @@ def _build_on_first_rank(directory: Path, build) -> None:
         if time.monotonic() > deadline:
             raise UserError(f"{directory}: rank 0 wrote no index maps there; is --data-cache-path shared by all nodes?")
         time.sleep(0.5)
+    refuse_pickles(directory)
 
 
 def _check_helpers() -> None:

@@ -6,13 +6,17 @@ from pathlib import Path
 import torch
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.data.blend import BlendEntry, read_blend
+from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
 from megatron_moe_lpr.data.languages import LanguageRegistry
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.data.validation_dataset import ValidationDataset
+from megatron_moe_lpr.data.vocabulary import check_token_ids
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.evaluation.finite import check_finite_losses, check_finite_weights
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
 from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, check_layout
 from megatron_moe_lpr.parallel.groups import initialize_parallel
@@ -34,6 +38,10 @@ class EvaluationPlan:
     """What to compute in; None: the checkpoint's own."""
     layout: ParallelLayout
     platform: PlatformName
+    base_checkpoint: Path | None = None
+    """Where the weights are that `load` does not hold; None: where it says, or it holds all."""
+    verify: bool = True
+    """Compare the checkpoint's files with their checksums first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +53,8 @@ class Evaluation:
     dtype: str
     seq_length: int
     original_languages: tuple[str, ...]
+    language_groups: list[list[str]]
+    """Original languages, then those of each expansion but the latest, to which all others belong."""
     datasets: list[DatasetLoss]
 
 
@@ -54,25 +64,30 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
     Raises:
         UserError: a checkpoint, dataset, language or layout that does not fit.
     """
-    directory = resolve_checkpoint(plan.load)
+    directory = open_checkpoint(plan.load, plan.verify, plan.base_checkpoint)
     shape, card = model_shape(directory), directory.card()
     _check_sizes(plan, shape)
     fingerprint = load_tokenizer(directory.side_directory).fingerprint if card.tokenizer_files else None
     entries = read_blend(plan.valid_data_path, "--valid-data-path", tokenizer_fingerprint=fingerprint)
     languages = LanguageRegistry(entry.language for entry in entries)
+    check_token_ids(entries, shape.architecture.vocab_size, str(directory.path))
     original = _original_languages(plan, card, languages)
     check_layout(shape, plan.layout)
 
     platform = select_platform(plan.platform)
     initialize_parallel(platform, plan.layout)
     dtype = plan.dtype or getattr(torch, card.dtype)
-    model = load_model(directory.path, plan.layout, platform, ComputeOptions(dtype=dtype))
-    table = languages.original_table(original).to(platform.device)
+    model = load_model(directory, plan.layout, platform, ComputeOptions(dtype=dtype), verified=plan.verify)
+    check_finite_weights(model.chunks, directory.path)
+    groups = groups_with_prior(card.history, original, shape.num_groups)
+    table = languages.group_table(groups).to(platform.device)
     results = [
         evaluate_dataset(model.chunks, model.config, shape, dataset, table, platform.device, plan.micro_batch_size)
         for dataset in _datasets(entries, languages, plan.seq_length)
     ]
-    return Evaluation(directory, card, str(dtype).removeprefix("torch."), plan.seq_length, original, results)
+    check_finite_losses(results, directory.path, dtype)
+    precision = str(dtype).removeprefix("torch.")
+    return Evaluation(directory, card, precision, plan.seq_length, original, groups, results)
 
 
 def _check_sizes(plan: EvaluationPlan, shape: ModelShape) -> None:
@@ -91,7 +106,7 @@ def _original_languages(plan: EvaluationPlan, card: CheckpointCard, languages: L
     if plan.original_languages:
         languages.original_ids(plan.original_languages)
         return tuple(sorted(set(plan.original_languages)))
-    known = {language for entry in card.history for language in entry.get("original_languages", [])}
+    known = original_languages(card.history)
     return tuple(sorted(known & set(languages.names)))
 
 

@@ -23,7 +23,7 @@ class StepWeights:
     """
 
     lpr: torch.Tensor
-    """Tokens with a loss / tokens of original languages; 0 where there is none."""
+    """Tokens with a loss / tokens of languages that have a prior; 0 where there is none."""
     micro_batch: torch.Tensor
     """Tokens with a loss / micro-batches of the step."""
 
@@ -60,11 +60,13 @@ def step_weights(batches: Sequence[Batch], original_table: torch.Tensor) -> Step
 
     Args:
         batches: this rank's micro-batches.
-        original_table: bool [languages + 1], whether a language is original; the last entry is padding's.
+        original_table: bool [languages + 1], whether a language is original; or int, the group of each language that
+            has a prior, else -1 (`LanguageRegistry.group_table`). The last entry is padding's.
     """
     device = batches[0]["tokens"].device
     with_loss = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum()
-    original = torch.stack([original_table[batch["language"]].sum() for batch in batches]).sum()
+    has_prior = _groups(original_table) >= 0
+    original = torch.stack([has_prior[batch["language"]].sum() for batch in batches]).sum()
     counts = torch.stack((with_loss.double(), original.double(), torch.tensor(float(len(batches)), device=device)))
     dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
     tokens, originals, micro_batches = counts.float()
@@ -124,9 +126,15 @@ def _forward_step(
     tags = None
     if has_routers:
         language = batch["language"]
-        tags = token_tags(original_table[language], language >= 0, weights.lpr, weights.micro_batch)
+        groups = _groups(original_table)[language]
+        tags = token_tags(groups >= 0, language >= 0, weights.lpr, weights.micro_batch, groups)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], padding_mask=tags)
     return output, partial(_loss, batch, len(original_table) - 1)
+
+
+def _groups(table: torch.Tensor) -> torch.Tensor:
+    """The group of each language that has a prior, else -1; a table of original languages says the same in bools."""
+    return torch.where(table, 0, -1) if table.dtype == torch.bool else table
 
 
 def _loss(batch: Batch, languages: int, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

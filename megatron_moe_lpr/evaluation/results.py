@@ -1,7 +1,6 @@
 """An evaluation as JSON for programs and as tables for people."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_moe_lpr.data.language_groups import group_name
 from megatron_moe_lpr.evaluation.checkpoint import Evaluation
 from megatron_moe_lpr.evaluation.losses import DatasetLoss
 from megatron_moe_lpr.model.routing_statistics import GROUPS, RoutingReport
@@ -17,7 +17,8 @@ from megatron_moe_lpr.model.routing_statistics import GROUPS, RoutingReport
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """The evaluation as a JSON object; numbers that do not exist are null."""
     card = evaluation.card
-    datasets = [_dataset_record(result, evaluation.original_languages) for result in evaluation.datasets]
+    datasets = [_dataset_record(result, evaluation) for result in evaluation.datasets]
+    numbers = sorted({one["language_group"] for one in datasets})
     return {
         "checkpoint": str(evaluation.directory.path),
         "iteration": evaluation.directory.iteration,
@@ -28,16 +29,24 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
         "original_languages": list(evaluation.original_languages),
         "history": card.history,
         "datasets": datasets,
+        "expansions": card.expansions,
+        "averages_by_language_group": {
+            group_name(number): _averages([one for one in datasets if one["language_group"] == number])
+            for number in numbers
+        },
         "averages": {group: _averages([one for one in datasets if one["group"] == group]) for group in GROUPS},
     }
 
 
-def _dataset_record(result: DatasetLoss, original_languages: Sequence[str]) -> dict[str, Any]:
-    group = GROUPS[0] if result.language in original_languages else GROUPS[1]
+def _dataset_record(result: DatasetLoss, evaluation: Evaluation) -> dict[str, Any]:
+    group = GROUPS[0] if result.language in evaluation.original_languages else GROUPS[1]
+    latest = len(evaluation.language_groups)
+    number = next((i for i, names in enumerate(evaluation.language_groups) if result.language in names), latest)
     return {
         "name": Path(result.name).name,
         "language": result.language,
         "group": group,
+        "language_group": number,
         "tokens": result.tokens,
         "loss": _number(result.loss),
         "perplexity": _number(result.perplexity),
@@ -83,7 +92,8 @@ def _loss_table(record: dict[str, Any]) -> Table:
     for one in record["datasets"]:
         numbers = (_text(one["loss"]), _text(one["perplexity"], 2), _text(one["bits_per_byte"]))
         table.add_row(one["language"], one["group"], f"{one['tokens']:,}", *numbers)
-    for group, means in record["averages"].items():
+    means_by_group = record["averages_by_language_group" if record["expansions"] else "averages"]
+    for group, means in means_by_group.items():
         if means["loss"] is not None:
             table.add_row("mean", group, "", _text(means["loss"]), "", _text(means["bits_per_byte"]), style="bold")
     return table

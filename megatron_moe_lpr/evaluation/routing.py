@@ -26,6 +26,13 @@ def reset_routing(chunks: Sequence[torch.nn.Module]) -> None:
         router.statistics.reset()
 
 
+def open_experts(chunks: Sequence[torch.nn.Module], openness: float) -> None:
+    """Give the latest expansion's experts this weight in the softmax of every router that knows of earlier ones."""
+    for _, router in routers(chunks):
+        if router.group_ends is not None:
+            router.openness = openness
+
+
 def collect_routing(chunks: Sequence[torch.nn.Module], shape: ModelShape) -> RoutingReport:
     """Statistics since the last reset, added up over all ranks, and a new start. Every rank must call it."""
     counted = [(layer, router.statistics) for layer, router in routers(chunks)]

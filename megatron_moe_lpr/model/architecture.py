@@ -5,11 +5,33 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import checked_integer, integer, is_number, number, shown, switch
 
 HFConfig = Mapping[str, Any]
 
+# Far above any model, and low enough that a hostile configuration takes no memory before a tensor is looked at.
+MAX_LAYERS = 1000
+MAX_SIZE = 1 << 24
+MAX_POSITIONS = 1 << 40
+MAX_VOCABULARY = (1 << 31) - 1
+
 MISTRAL_SLIDING_WINDOW = 4096
 """What transformers takes where a Mistral configuration names no window; null is no window."""
+
+
+ROPE_PARAMETERS = {
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "yarn": ("rope_theta", "factor", "original_max_position_embeddings"),
+    "llama3": (
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+"""What each type of rotary embedding is computed from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,70 +97,124 @@ def read_architecture(config: HFConfig, source: str = "config.json") -> Architec
     """
     family = _family(config, source)
     _refuse_unsupported(config, family, source)
-    try:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        return Architecture(
-            family=family,
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=hidden,
-            ffn_hidden_size=int(config["intermediate_size"]),
-            num_attention_heads=heads,
-            num_query_groups=_num_query_groups(config, family, heads),
-            head_dim=int(config.get("head_dim") or family.explicit_head_dim or hidden // heads),
-            vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=int(config["max_position_embeddings"]),
-            norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            initializer_range=float(config.get("initializer_range", 0.02)),
-            rope=_rope(config, source),
-            sliding_window=_sliding_window(config, family, source),
-        )
-    except KeyError as error:
-        raise UserError(f"{source}: the field {error} is missing") from None
+    hidden = integer(config, "hidden_size", source, 1, MAX_SIZE)
+    heads = integer(config, "num_attention_heads", source, 1, MAX_SIZE)
+    return Architecture(
+        family=family,
+        num_layers=integer(config, "num_hidden_layers", source, 1, MAX_LAYERS),
+        hidden_size=hidden,
+        ffn_hidden_size=integer(config, "intermediate_size", source, 1, MAX_SIZE),
+        num_attention_heads=heads,
+        num_query_groups=_num_query_groups(config, family, heads, source),
+        head_dim=_head_dim(config, family, hidden, heads, source),
+        vocab_size=integer(config, "vocab_size", source, 1, MAX_VOCABULARY),
+        max_position_embeddings=integer(config, "max_position_embeddings", source, 1, MAX_POSITIONS),
+        norm_epsilon=number(config, "rms_norm_eps", 1e-6, source, 0.0, 1.0),
+        tied_embeddings=switch(config, "tie_word_embeddings", source),
+        initializer_range=number(config, "initializer_range", 0.02, source, 0.0, 1e3),
+        rope=_rope(config, source),
+        sliding_window=_sliding_window(config, family, source),
+    )
 
 
 def _family(config: HFConfig, source: str) -> Family:
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
-        raise UserError(f"{source}: architecture {model_type!r} is not supported; supported are {supported}")
+        raise UserError(f"{source}: architecture {shown(model_type)} is not supported; supported are {supported}")
     return FAMILIES[model_type]
 
 
 def _refuse_unsupported(config: HFConfig, family: Family, source: str) -> None:
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{source}: hidden_act={config['hidden_act']!r} is not supported, only 'silu'")
-    for switch in ("attention_bias", "mlp_bias"):
-        if family.name != "qwen2" and config.get(switch):
-            raise UserError(f"{source}: {switch}=true is not supported for {family.architecture}")
+        raise UserError(f"{source}: hidden_act={shown(config['hidden_act'])} is not supported, only 'silu'")
+    if family.name != "qwen2" and config.get("mlp_bias"):
+        raise UserError(f"{source}: mlp_bias=true is not supported for {family.architecture}")
     if config.get("quantization_config"):
         raise UserError(f"{source}: quantised weights are not supported; convert from the bf16 checkpoint")
 
 
 def _rope(config: HFConfig, source: str) -> Mapping[str, Any]:
     """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4), as one mapping."""
-    rope = dict(config.get("rope_scaling") or {})
-    rope.update(config.get("rope_parameters") or {})
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        value = config.get(name) or {}
+        if not isinstance(value, Mapping):
+            raise UserError(f"{source}: {name} must be a JSON object or null, not {shown(value)}")
+        rope.update(value)
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise UserError(f"{source}: rope_type {rope['rope_type']!r} is not supported; default, linear and llama3 are")
+    if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in ROPE_PARAMETERS:
+        known = "default, linear, llama3 and yarn"
+        raise UserError(f"{source}: rope_type {shown(rope['rope_type'])} is not supported; {known} are")
+    for name in ROPE_PARAMETERS[rope["rope_type"]]:
+        # Megatron and transformers compute with them in fp32, and divide by them.
+        if not is_number(rope.get(name), 1e-30, 1e30):
+            raise UserError(f"{source}: rope's {name} must be a number above 0, not {shown(rope.get(name))}")
+    if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise UserError(f"{source}: rope's high_freq_factor must be above its low_freq_factor")
+    if rope["rope_type"] == "yarn":
+        _check_yarn(rope, source)
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError(f"{source}: partial_rotary_factor other than 1 is not supported")
     return rope
 
 
-def _num_query_groups(config: HFConfig, family: Family, heads: int) -> int:
+def _check_yarn(rope: Mapping[str, Any], source: str) -> None:
+    """Qwen's form: the factor and the original context, and perhaps betas and the attention factor."""
+    optional = {"attention_factor", "beta_fast", "beta_slow"}
+    for name in optional & rope.keys():
+        if rope[name] is not None and not is_number(rope[name], 1e-30, 1e30):
+            raise UserError(f"{source}: rope's {name} must be a number above 0, not {shown(rope[name])}")
+    unknown = {name for name, value in rope.items() if value is not None} - {"rope_type", "type", *optional}
+    unknown -= set(ROPE_PARAMETERS["yarn"])
+    if unknown:
+        raise UserError(f"{source}: rope_type 'yarn' with {', '.join(sorted(unknown))} is not supported")
+
+
+def _num_query_groups(config: HFConfig, family: Family, heads: int, source: str) -> int:
     """Absent means one group per head for Llama alone; the other families' defaults are numbers of their own."""
     groups = config.get("num_key_value_heads")
     if groups is None and family.name != "llama":
-        raise KeyError("num_key_value_heads")
-    return int(groups or heads)
+        raise UserError(f"{source}: the field 'num_key_value_heads' is missing")
+    groups = heads if groups is None else checked_integer(groups, "num_key_value_heads", source, 1, heads)
+    if heads % groups:
+        raise UserError(f"{source}: num_key_value_heads {groups} does not divide num_attention_heads {heads}")
+    return groups
+
+
+def _head_dim(config: HFConfig, family: Family, hidden: int, heads: int, source: str) -> int:
+    given = config.get("head_dim")
+    size = (family.explicit_head_dim or hidden // heads) if given is None else given
+    checked_integer(size, "head_dim", source, 2, MAX_SIZE)
+    if size % 2:
+        raise UserError(f"{source}: head_dim {size} must be even, for rotary position embedding")
+    return size
 
 
 def _sliding_window(config: HFConfig, family: Family, source: str) -> int | None:
+    """The one window of all layers; a window in some of them only is refused."""
     if family.name == "mistral":
-        return config.get("sliding_window", MISTRAL_SLIDING_WINDOW)
-    if config.get("use_sliding_window"):
-        raise UserError(f"{source}: use_sliding_window=true (a window in some layers only) is not supported")
-    return None
+        window = config.get("sliding_window", MISTRAL_SLIDING_WINDOW)
+        window = None if window is None else checked_integer(window, "sliding_window", source, 1, MAX_POSITIONS)
+    else:
+        # transformers gives a window to the layers from max_window_layers on.
+        layers, first = config["num_hidden_layers"], config.get("max_window_layers", 28)
+        checked_integer(first, "max_window_layers", source, 0, MAX_POSITIONS)
+        if config.get("use_sliding_window") and first < layers:
+            raise UserError(f"{source}: use_sliding_window=true (a window in some layers only) is not supported")
+        window = None
+    _check_layer_types(config, window, source)
+    return window
+
+
+def _check_layer_types(config: HFConfig, window: int | None, source: str) -> None:
+    kinds = config.get("layer_types") or ()
+    if not isinstance(kinds, list | tuple):
+        raise UserError(f"{source}: layer_types must be a list, not {shown(kinds)}")
+    unlike = {str(kind) for kind in kinds} - {"sliding_attention" if window else "full_attention"}
+    if unlike:
+        raise UserError(
+            f"{source}: layer_types holds {' and '.join(sorted({str(kind) for kind in kinds}))}; all layers must be "
+            "alike, and " + (f"this model's window is {window} in all of them" if window else "without a window here")
+        )

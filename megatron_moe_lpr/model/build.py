@@ -48,7 +48,7 @@ def _build_chunk(
     chunk = MoELPRModel(
         config,
         shape.architecture,
-        block_spec(config, shape.experts_per_layer, platform.transformer_engine, virtual_stage),
+        block_spec(config, shape, platform.transformer_engine, virtual_stage),
         padded_vocab_size(shape.architecture.vocab_size, config.tensor_model_parallel_size),
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=not interleaved, vp_stage=virtual_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=not interleaved, vp_stage=virtual_stage),

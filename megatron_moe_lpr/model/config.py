@@ -1,6 +1,7 @@
 """Megatron's TransformerConfig from what the checkpoint knows and what the run chooses."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,8 @@ from megatron_moe_lpr.model.architecture import Architecture
 from megatron_moe_lpr.model.fp8 import FP8Options, check_fp8_device, check_fp8_flags, check_fp8_shapes
 from megatron_moe_lpr.model.kernels import check_dispatcher, platform_fields
 from megatron_moe_lpr.model.losses import LPRLossForm
+from megatron_moe_lpr.model.rope import attention_factor
+from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform
 
@@ -36,6 +39,23 @@ class ModelShape:
     experts_per_layer: tuple[int, ...]
     """Experts of each layer, the original one counted; 1 is a dense layer."""
     top_k: int = 2
+    expansions: tuple[tuple[int, ...], ...] = ()
+    """New experts of each layer by expansion, the first one first; empty: one expansion added them all."""
+    openness: float = 1.0
+    """Weight of the latest expansion's experts in the routers' softmax, 0 to 1."""
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of languages: the original ones, and those of each expansion."""
+        return 1 + max(1, len(self.expansions))
+
+    def expert_groups(self, layer: int) -> tuple[int, ...]:
+        """New experts of a layer by expansion."""
+        return tuple(added[layer] for added in self.expansions) or (self.experts_per_layer[layer] - 1,)
+
+    def earlier_experts(self, layer: int) -> int:
+        """New experts of a layer that an expansion before the latest one added: frozen for ever."""
+        return sum(self.expert_groups(layer)[:-1])
 
     @property
     def max_experts(self) -> int:
@@ -97,6 +117,11 @@ def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
         num_query_groups=architecture.num_query_groups,
         experts_per_layer=shape.experts_per_layer,
     )
+    for layer in range(architecture.num_layers):
+        if shape.earlier_experts(layer):
+            # Each rank holds its share of the earlier experts and of the latest ones.
+            for count in (shape.earlier_experts(layer), shape.expert_groups(layer)[-1]):
+                check_expert_parallel(count, layout.expert_model_parallel_size)
 
 
 def check_options(
@@ -136,6 +161,7 @@ def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
         "layernorm_epsilon": architecture.norm_epsilon,
         "add_qkv_bias": architecture.family.qkv_bias,
         "qk_layernorm": architecture.family.qk_norm,
+        "softmax_scale": _softmax_scale(architecture),
         # Megatron's window excludes the token itself, Hugging Face's counts it.
         "window_size": (window - 1, 0) if window else None,
         "normalization": "RMSNorm",
@@ -149,6 +175,12 @@ def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
         # Every weight comes from a checkpoint.
         "perform_initialization": False,
     }
+
+
+def _softmax_scale(architecture: Architecture) -> float | None:
+    """Yarn scales rotated queries and keys; their product is scaled by the square, in every attention kernel."""
+    factor = attention_factor(architecture.rope)
+    return None if factor == 1.0 else factor**2 / math.sqrt(architecture.head_dim)
 
 
 def _expert_fields(shape: ModelShape, options: ComputeOptions) -> dict[str, Any]:

@@ -16,9 +16,9 @@ def training_flops_per_token(shape: ModelShape, trains: Collection[ParameterKind
     architecture = shape.architecture
     head = architecture.hidden_size * architecture.vocab_size
     total = _matrix(head, "embedding" in trains)
-    for experts in shape.experts_per_layer:
+    for layer, experts in enumerate(shape.experts_per_layer):
         total += _matrix(_attention_weights(shape), "attention" in trains)
-        total += _ffn(shape, experts, trains)
+        total += _ffn(shape, experts, shape.earlier_experts(layer), trains)
         total += 3 * 2 * architecture.num_attention_heads * architecture.head_dim * sequence_length
     return float(total)
 
@@ -34,14 +34,15 @@ def _attention_weights(shape: ModelShape) -> int:
     return architecture.hidden_size * (2 * query + 2 * key_value)
 
 
-def _ffn(shape: ModelShape, experts: int, trains: Collection[ParameterKind]) -> float:
+def _ffn(shape: ModelShape, experts: int, earlier: int, trains: Collection[ParameterKind]) -> float:
     architecture = shape.architecture
     ffn = 3 * architecture.hidden_size * architecture.ffn_hidden_size
     if experts == 1:
         return _matrix(ffn, "dense FFN" in trains)
-    original = shape.top_k / experts
+    original, frozen = shape.top_k / experts, shape.top_k * earlier / experts
     return (
         _matrix(architecture.hidden_size * experts, "router" in trains)
         + original * _matrix(ffn, "original expert" in trains)
-        + (shape.top_k - original) * _matrix(ffn, "new experts" in trains)
+        + frozen * _matrix(ffn, "earlier experts" in trains)
+        + (shape.top_k - original - frozen) * _matrix(ffn, "new experts" in trains)
     )

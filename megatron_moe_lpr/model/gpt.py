@@ -16,7 +16,7 @@ from megatron_moe_lpr.model.rope import inverse_frequencies
 class MoELPRModel(GPTModel):
     """Megatron's GPT with Hugging Face's rotary frequencies, an exact padded vocabulary and tags for every token.
 
-    Token tags ([batch, sequence, 2], `model.token_tags`) travel in Megatron's own `padding_mask` argument. As an
+    Token tags ([batch, sequence, 3], `model.token_tags`) travel in Megatron's own `padding_mask` argument. As an
     argument they reach each router on every path, activation recompute and pipeline schedules included.
     """
 

@@ -1,6 +1,6 @@
 """Which kernels compute the model on a platform: the launch defaults, each with its reason.
 
-A kernel whose requirement is missing stays off. On CUDA none of them has run yet (docs/gpu.md).
+A kernel whose requirement is missing stays off. They have run emulated, never on a device (docs/gpu.md).
 """
 
 from typing import Any

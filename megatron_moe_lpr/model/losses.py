@@ -28,18 +28,27 @@ def load_balancing_loss(
     return num_experts * (tokens_per_expert / count * probabilities.sum(dim=0) / count).sum()
 
 
-def lpr_negative_log_likelihood(logits: torch.Tensor, form: LPRLossForm) -> torch.Tensor:
+def lpr_negative_log_likelihood(
+    logits: torch.Tensor, form: LPRLossForm, allowed: torch.Tensor | None = None
+) -> torch.Tensor:
     """-log of the router's probability of the original expert, for each token (paper, section 3.2).
+
+    After a second expansion, of all experts of the token's group of languages and the groups before it.
 
     `reference` is the form of an earlier implementation, cross-entropy applied to probabilities already normalised:
     its floor is ln(1 + (N-1)/e) instead of 0 and its gradient is flat. For comparisons only.
 
     Args:
         logits: [tokens, experts], fp32.
+        allowed: [tokens], how many experts, from the original one on, are the token's; None: the original one.
 
     Returns:
         [tokens], fp32.
     """
     if form == "reference":
         logits = torch.softmax(logits, dim=-1)
-    return -torch.log_softmax(logits, dim=-1)[:, 0]
+    if allowed is None:
+        return -torch.log_softmax(logits, dim=-1)[:, 0]
+    foreign = torch.arange(logits.shape[-1], device=logits.device) >= allowed[:, None]
+    own = logits.masked_fill(foreign, -torch.inf)
+    return torch.logsumexp(logits, dim=-1) - torch.logsumexp(own, dim=-1)

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_moe_lpr.model.expert_groups import dispatch_order
 from megatron_moe_lpr.model.fp8 import row_alignment
 
 
@@ -34,7 +35,8 @@ class MoELPRLayer(MoELayer):
     - `router` sees all experts.
     - `original_expert` is the dense model's FFN with the dense model's tensor parallelism, present on every EP rank:
       tokens that choose it never enter the all-to-all.
-    - `experts` are the new experts, under EP and expert TP, behind Megatron's token dispatcher.
+    - `experts` are the new experts, under EP and expert TP, behind Megatron's token dispatcher; after a second
+      expansion `ExpertGroups`, those of earlier expansions and the latest one's apart.
 
     Mirrors `MoELayer` of megatron-core 0.16, whose single group of experts holds all of them.
     """
@@ -47,6 +49,8 @@ class MoELPRLayer(MoELayer):
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         fp8_parameters: bool = False,
+        groups: tuple[int, ...] = (),
+        openness: float = 1.0,
     ) -> None:
         router = partial(_build_for_all_experts, submodules.router, num_experts)
         with _parameters_in_fp8(config) if fp8_parameters else contextlib.nullcontext():
@@ -60,6 +64,11 @@ class MoELPRLayer(MoELayer):
             # Megatron reduces these gradients over the expert-data-parallel ranks. Marked at EP=1 too, so that the
             # optimizer state keeps one form for every EP size.
             weight.allreduce = False
+        self.dispatch_order: list[int] | None = None
+        if groups:
+            self.router.set_groups(groups, openness)
+            if self.ep_group.size() > 1:
+                self.dispatch_order = dispatch_order(sum(groups[:-1]), groups[-1], self.ep_group.size())
         self.original_expert = build_module(
             submodules.original_expert,
             config=_config_of_original_expert(config),
@@ -98,7 +107,10 @@ class MoELPRLayer(MoELayer):
 
     def _mixture(self, hidden_states: torch.Tensor, token_tags: torch.Tensor | None) -> torch.Tensor:
         weights, choices = self.router(hidden_states, token_tags)
-        new = self._new_experts(hidden_states, weights[:, 1:].contiguous(), choices[:, 1:].contiguous())
+        new_weights, new_choices = weights[:, 1:], choices[:, 1:]
+        if self.dispatch_order:
+            new_weights, new_choices = new_weights[:, self.dispatch_order], new_choices[:, self.dispatch_order]
+        new = self._new_experts(hidden_states, new_weights.contiguous(), new_choices.contiguous())
         return self._add_original_expert(new, hidden_states, weights[:, 0], choices[:, 0])
 
     def _new_experts(self, hidden_states: torch.Tensor, weights: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:

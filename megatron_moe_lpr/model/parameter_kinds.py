@@ -3,7 +3,9 @@
 import re
 from typing import Literal, get_args
 
-ParameterKind = Literal["router", "new experts", "original expert", "dense FFN", "attention", "norm", "embedding"]
+ParameterKind = Literal[
+    "router", "new experts", "earlier experts", "original expert", "dense FFN", "attention", "norm", "embedding"
+]
 
 KINDS: tuple[ParameterKind, ...] = get_args(ParameterKind)
 
@@ -11,6 +13,7 @@ KINDS: tuple[ParameterKind, ...] = get_args(ParameterKind)
 PATTERNS: tuple[tuple[str, ParameterKind], ...] = (
     (r"layernorm|layer_norm", "norm"),
     (r"\.mlp\.router\.", "router"),
+    (r"\.mlp\.experts\.earlier\.", "earlier experts"),
     (r"\.mlp\.experts\.", "new experts"),
     (r"\.mlp\.original_expert\.", "original expert"),
     (r"\.mlp\.linear_fc", "dense FFN"),

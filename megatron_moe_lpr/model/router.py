@@ -1,5 +1,7 @@
 """The router over the original expert and the new ones, with Language Priors Routing."""
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_moe_lpr.model.config import MoELPRConfig
 from megatron_moe_lpr.model.losses import load_balancing_loss, lpr_negative_log_likelihood
 from megatron_moe_lpr.model.routing_statistics import RoutingStatistics
-from megatron_moe_lpr.model.token_tags import MICRO_BATCH, ORIGINAL_LANGUAGE
+from megatron_moe_lpr.model.token_tags import GROUP, MICRO_BATCH, PRIOR
 
 
 class RouterProduct(torch.autograd.Function):
@@ -58,6 +60,20 @@ class LPRRouter(TopKRouter):
     def __init__(self, config: MoELPRConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.statistics = RoutingStatistics(self.num_experts)
+        self.group_ends: list[int] | None = None
+        """Experts of groups 0 to g, for each group of languages but the latest; None: the original expert alone."""
+        self.openness, self.num_earlier = 1.0, self.num_experts
+
+    def set_groups(self, groups: tuple[int, ...], openness: float) -> None:
+        """Say which experts each expansion added.
+
+        Args:
+            groups: new experts by expansion, at least two.
+            openness: weight of the latest one's in the softmax. At 0 they are not there, and the router computes
+                exactly what it did before the expansion; at 1 it is the stock softmax.
+        """
+        self.group_ends = list(itertools.accumulate((1, *groups[:-1])))
+        self.num_earlier, self.openness = self.group_ends[-1], openness
 
     def reset_parameters(self) -> None:
         """Leave the fp32 weights as they are: they come from the checkpoint."""
@@ -79,24 +95,38 @@ class LPRRouter(TopKRouter):
 
         Args:
             hidden_states: [sequence / TP, batch, hidden].
-            token_tags: [sequence / TP, batch, 2] (`model.token_tags`); None: neither losses nor statistics.
+            token_tags: [sequence / TP, batch, 3] (`model.token_tags`); None: neither losses nor statistics.
 
         Returns:
             Weights [tokens, experts], fp32, zero where not chosen, and choices [tokens, experts], bool.
         """
-        logits = self.gating(hidden_states).view(-1, self.num_experts)
+        logits = self._opened(self.gating(hidden_states).view(-1, self.num_experts))
         weights, choices = self.routing(logits.unsqueeze(1))
         # Activation recompute runs the layer twice, the first time without gradients: count once.
         if token_tags is None or (self.training and not torch.is_grad_enabled()):
             return weights, choices
         tags = token_tags.reshape(-1, token_tags.shape[-1])
         probabilities = torch.softmax(logits, dim=-1)
-        likelihood = lpr_negative_log_likelihood(logits, self.config.lpr_loss_form)
+        likelihood = lpr_negative_log_likelihood(logits, self.config.lpr_loss_form, self._allowed(tags))
         balance = self._load_balancing(probabilities, choices, tags)
         self._record(probabilities, choices, tags, likelihood, balance)
         if self.training:
             weights = self._attach_losses(weights, tags, likelihood, balance)
         return weights, choices
+
+    def _opened(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.openness == 1.0:
+            return logits
+        shift = torch.zeros(self.num_experts, device=logits.device)
+        shift[self.num_earlier :] = math.log(self.openness) if self.openness else -math.inf
+        return logits + shift
+
+    def _allowed(self, tags: torch.Tensor) -> torch.Tensor | None:
+        """Experts of each token's group and those before it, [tokens]; a latest group's token counts nowhere."""
+        if self.group_ends is None:
+            return None
+        ends = torch.tensor(self.group_ends, device=tags.device)
+        return ends[tags[:, GROUP].long()]
 
     def _load_balancing(self, probabilities: torch.Tensor, choices: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
         valid = tags[:, MICRO_BATCH] > 0
@@ -113,7 +143,7 @@ class LPRRouter(TopKRouter):
         if config.load_balancing_coeff:
             loss = loss + config.load_balancing_coeff * balance * tags[:, MICRO_BATCH].max()
         if config.lpr_loss_coeff:
-            loss = loss + config.lpr_loss_coeff * (likelihood * tags[:, ORIGINAL_LANGUAGE]).sum()
+            loss = loss + config.lpr_loss_coeff * (likelihood * tags[:, PRIOR]).sum()
         if not loss.requires_grad:
             return weights
         return MoEAuxLossAutoScaler.apply(weights, loss / config.num_moe_layers)
@@ -129,7 +159,7 @@ class LPRRouter(TopKRouter):
         """Under sequence parallelism each rank counts its share of the micro-batch."""
         with torch.no_grad():
             self.statistics.add(
-                original=tags[:, ORIGINAL_LANGUAGE] > 0,
+                original=(tags[:, PRIOR] > 0) & (tags[:, GROUP] == 0),
                 valid=tags[:, MICRO_BATCH] > 0,
                 probability=probabilities[:, 0],
                 likelihood=likelihood,

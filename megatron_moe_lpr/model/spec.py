@@ -17,6 +17,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.expert_groups import ExpertGroups
 from megatron_moe_lpr.model.expert_states import grouped_linear_layers
 from megatron_moe_lpr.model.grouped_linear import ColumnParallelGroupedLinear, RowParallelGroupedLinear
 from megatron_moe_lpr.model.local_attention import LocalAttention
@@ -31,14 +33,14 @@ NORM_OF_DENSE_LAYER = "pre_mlp_layernorm."
 
 def block_spec(
     config: TransformerConfig,
-    experts_per_layer: Sequence[int],
+    shape: ModelShape,
     transformer_engine: bool,
     virtual_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this rank's (virtual) pipeline stage.
 
     Args:
-        experts_per_layer: number of experts of every layer of the whole model; 1 is a dense layer.
+        shape: of the whole model, with the number of experts of every layer; 1 is a dense layer.
         transformer_engine: Transformer Engine's layers instead of Megatron's local ones.
         virtual_stage: model chunk of an interleaved pipeline, else None.
     """
@@ -46,7 +48,10 @@ def block_spec(
     first = get_transformer_layer_offset(config, virtual_stage, stage)
     count = get_num_layers_to_build(config, virtual_stage, stage)
     layer = _transformer_engine_layer if transformer_engine else _local_layer
-    layers = [layer(config, experts_per_layer[index]) for index in range(first, first + count)]
+    layers = [layer(config, shape.experts_per_layer[index]) for index in range(first, first + count)]
+    for index, spec in enumerate(layers, start=first):
+        if shape.earlier_experts(index):
+            _with_groups(spec.submodules.mlp, shape.expert_groups(index), shape.openness)
     if config.fp8 and config.fp8_new_expert_parameters:
         _keep_new_experts_in_fp8(config, layers, first)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(transformer_engine))
@@ -58,6 +63,14 @@ def _keep_new_experts_in_fp8(config: TransformerConfig, layers: Sequence[ModuleS
         mlp = layer.submodules.mlp
         if mlp.module is MoELPRLayer and not is_first_last_bf16_layer(config, index):
             mlp.params["fp8_parameters"] = True
+
+
+def _with_groups(mlp: ModuleSpec, groups: tuple[int, ...], openness: float) -> None:
+    """Experts of earlier expansions and the latest one's in grouped products of their own."""
+    mlp.params |= {"groups": groups, "openness": openness}
+    grouped = mlp.submodules.experts
+    params = {"earlier": sum(groups[:-1]), "newest": groups[-1]}
+    mlp.submodules.experts = ModuleSpec(module=ExpertGroups, params=params, submodules=grouped.submodules)
 
 
 def _final_norm(transformer_engine: bool) -> type:

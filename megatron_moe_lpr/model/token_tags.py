@@ -2,11 +2,16 @@
 
 import torch
 
-ORIGINAL_LANGUAGE = 0
-"""Tag 0: weight of the token in the LPR loss; above 0 exactly for tokens of original languages."""
+PRIOR = 0
+"""Tag 0: weight of the token in the LPR loss; above 0 exactly for tokens of languages known before the latest
+expansion: the original ones and, after a second expansion, those of the earlier ones."""
 
 MICRO_BATCH = 1
 """Tag 1: weight of its micro-batch in the load balancing loss; above 0 exactly for tokens that are no padding."""
+
+
+GROUP = 2
+"""Tag 2: group of the token's language, 0 for original languages; means nothing where tag 0 is 0."""
 
 
 def token_tags(
@@ -14,6 +19,7 @@ def token_tags(
     valid: torch.Tensor,
     lpr_weight: float | torch.Tensor = 1.0,
     micro_batch_weight: float | torch.Tensor = 1.0,
+    groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Tag the tokens of a micro-batch.
 
@@ -21,13 +27,16 @@ def token_tags(
     the global batch whatever the layout: no router needs to know how many micro-batches there are.
 
     Args:
-        original: [batch, sequence] bool, F(t) of the paper: the token belongs to an original language.
+        original: [batch, sequence] bool, F(t) of the paper: the token belongs to an original language; after a second
+            expansion, to any but the latest one's.
         valid: [batch, sequence] bool, the token is no padding.
         lpr_weight: weight of each valid token of an original language.
         micro_batch_weight: weight of this micro-batch.
+        groups: [batch, sequence], group of each token's language; None: only original languages have a prior.
 
     Returns:
-        [batch, sequence, 2], fp32.
+        [batch, sequence, 3], fp32.
     """
     valid = valid.float()
-    return torch.stack((original * valid * lpr_weight, valid * micro_batch_weight), dim=-1)
+    groups = torch.zeros_like(valid) if groups is None else groups.clamp(min=0).float()
+    return torch.stack((original * valid * lpr_weight, valid * micro_batch_weight, groups), dim=-1)

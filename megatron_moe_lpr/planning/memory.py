@@ -1,46 +1,22 @@
 """Memory of one rank, by part.
 
 Weights, gradients and optimizer state follow from the code and are checked against real allocations (tests/planning).
-Activations and logits are estimates for Transformer Engine's fused attention.
+Weights in FP8, activations and logits are checked on Transformer Engine's emulation (tests/gpu/test_memory.py).
 """
 
 import dataclasses
 from collections.abc import Collection
-from typing import Literal
 
 from megatron_moe_lpr.model.config import ModelShape
 from megatron_moe_lpr.model.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import Recompute, activation_bytes, logit_bytes
 from megatron_moe_lpr.planning.parameters import ParameterCounts, stage_parameters
+from megatron_moe_lpr.planning.sizes import FP32, RunSizes
 
 GIB = 2**30
-FP32 = 4
 RESERVED_BYTES = 2 * GIB
 """CUDA context, NCCL's buffers and workspaces of the libraries: judgement, not measured."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunSizes:
-    """What of a run decides its memory, beside model and layout."""
-
-    trains: frozenset[ParameterKind]
-    gpus: int
-    seq_length: int = 1024
-    micro_batch_size: int = 1
-    global_batch_size: int = 512
-    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
-    """fp8: bf16 with matrix products in FP8."""
-    distributed_optimizer: bool = True
-
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of a weight or an activation."""
-        return FP32 if self.precision == "fp32" else 2
-
-    def num_microbatches(self, layout: ParallelLayout) -> int:
-        """Micro-batches that a rank accumulates in one step."""
-        return self.global_batch_size // (self.micro_batch_size * layout.data_parallel_size(self.gpus))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +27,13 @@ class RankMemory:
     gradients: float
     optimizer: float
     activations: float
+    """What is kept, and what a layer's backward pass needs beyond the logits' memory."""
     logits: float
     reserved: float = RESERVED_BYTES
 
     @property
     def total(self) -> float:
-        """All parts; logits are freed before the activations are all there, but the peak comes close to the sum."""
+        """All parts: the peak of a step, without what the allocator loses to fragmentation."""
         return sum(dataclasses.astuple(self))
 
 
@@ -80,12 +57,26 @@ def rank_memory(
     )
 
 
+def worst_total(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute) -> float:
+    """Bytes of the fullest rank should every token of its EP group choose its experts: routing is learned, and nothing
+    but a loss holds it in balance."""
+    worst = dataclasses.replace(sizes, routing="worst")
+    return max(largest_rank(shape, layout, way, recompute).total for way in (sizes, worst))
+
+
 def weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
-    """Routers are fp32 whatever the rest is. FP8 keeps each matrix twice more: its FP8 form and the transposed one."""
-    total = sum(count * _weight_size(kind, sizes) for kind, count in counts.items())
-    if sizes.precision == "fp8":
-        total += 2 * sum(count for kind, count in counts.items() if kind not in ("router", "norm", "embedding"))
-    return total
+    """Routers are fp32 whatever the rest is."""
+    in_fp8 = counts["new experts"] if sizes.fp8_param_gather else 0
+    wide = sum(count * _weight_size(kind, sizes) for kind, count in counts.items())
+    return wide - in_fp8 * sizes.element_bytes + fp8_weight_bytes(counts, sizes)
+
+
+def fp8_weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
+    """FP8 keeps each layer's matrices twice more, as they are and transposed, since Hopper multiplies FP8 rows by rows
+    alone. With --fp8-param-gather these two are all that the new experts have."""
+    if sizes.precision != "fp8":
+        return 0
+    return 2 * sum(count for kind, count in counts.items() if kind not in ("router", "norm", "embedding"))
 
 
 def gradient_bytes(counts: ParameterCounts, trains: Collection[ParameterKind]) -> int:
@@ -109,7 +100,7 @@ def _weight_size(kind: ParameterKind, sizes: RunSizes) -> int:
 
 def _holders(kind: ParameterKind, layout: ParallelLayout, sizes: RunSizes) -> int:
     ranks = layout.model_parallel_size
-    if kind == "new experts":
+    if kind in ("new experts", "earlier experts"):
         ranks = layout.pipeline_model_parallel_size * layout.expert_model_parallel_size
         ranks *= layout.expert_tensor_parallel_size
     return sizes.gpus // ranks

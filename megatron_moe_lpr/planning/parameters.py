@@ -24,7 +24,7 @@ def active_parameters(shape: ModelShape) -> int:
     """Parameters that one token passes: of each layer's experts its top k."""
     total = 0
     for kind, count in model_parameters(shape).items():
-        if kind not in ("original expert", "new experts"):
+        if kind not in ("original expert", "new experts", "earlier experts"):
             total += count
     return total + shape.num_moe_layers * shape.top_k * _ffn(shape)
 
@@ -39,6 +39,10 @@ def stage_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> P
     counts: ParameterCounts = Counter()
     for layer in stage_layers(shape, layout, stage):
         counts.update(layer_parameters(shape, shape.experts_per_layer[layer], layout))
+        earlier = shape.earlier_experts(layer) * _ffn(shape)
+        earlier //= layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
+        counts["new experts"] -= earlier
+        counts["earlier experts"] += earlier
     counts["embedding"] += vocabulary_matrices(shape, layout, stage) * vocabulary_matrix(shape, layout)
     if stage == layout.pipeline_model_parallel_size - 1:
         counts["norm"] += shape.architecture.hidden_size

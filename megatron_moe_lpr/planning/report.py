@@ -7,7 +7,7 @@ from rich.table import Table
 
 from megatron_moe_lpr.model.config import ModelShape
 from megatron_moe_lpr.model.flops import training_flops_per_token
-from megatron_moe_lpr.planning.memory import GIB, RunSizes
+from megatron_moe_lpr.planning.memory import GIB, RunSizes, worst_total
 from megatron_moe_lpr.planning.parameters import active_parameters, model_parameters, trainable
 from megatron_moe_lpr.planning.search import Candidate, Machine
 
@@ -23,17 +23,23 @@ def print_plan(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates:
         f"Operations: {flops / 1e9:,.2f} GFLOP a token to train at {sizes.seq_length:,} tokens a sequence "
         "(no weight gradients where frozen)"
     )
-    console.print(_layouts(sizes, machine, candidates))
+    console.print(_layouts(shape, sizes, machine, candidates))
+    if shape.num_moe_layers:
+        console.print(
+            "Routing is taken as balanced, every expert with as many tokens as every other; worst: total where all "
+            "tokens of an EP group choose the experts of one rank."
+        )
 
 
-def _layouts(sizes: RunSizes, machine: Machine, candidates: Sequence[Candidate]) -> Table:
+def _layouts(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates: Sequence[Candidate]) -> Table:
+    precision = f"fp8 {sizes.fp8_recipe}" if sizes.precision == "fp8" else sizes.precision
     title = (
         f"Layouts for {machine.gpus} x {machine.gpu_memory:g} GiB, best first; GiB of the fullest rank "
-        f"(micro-batch {sizes.micro_batch_size}, {sizes.precision})"
+        f"(micro-batch {sizes.micro_batch_size}, {precision})"
     )
     parts = ("weights", "gradients", "optimizer", "activations", "logits", "reserved", "total")
     table = Table(title=title, title_justify="left")
-    for name in ("TP", "PP", "EP", "DP", "recompute", *parts):
+    for name in ("TP", "PP", "EP", "DP", "recompute", *parts, "worst"):
         table.add_column(name, justify="left" if name == "recompute" else "right")
     table.add_column("why", overflow="fold")
     for candidate in candidates:
@@ -45,5 +51,6 @@ def _layouts(sizes: RunSizes, machine: Machine, candidates: Sequence[Candidate])
             layout.data_parallel_size(machine.gpus),
         )
         memory = (f"{getattr(candidate.memory, part) / GIB:.1f}" for part in parts)
-        table.add_row(*map(str, sides), candidate.recompute, *memory, ", ".join(candidate.reasons))
+        worst = f"{worst_total(shape, layout, sizes, candidate.recompute) / GIB:.1f}"
+        table.add_row(*map(str, sides), candidate.recompute, *memory, worst, ", ".join(candidate.reasons))
     return table

@@ -14,6 +14,8 @@ from megatron_moe_lpr.planning.memory import GIB, RankMemory, RunSizes, largest_
 
 # Rules of thumb for the order, not measurements: what one doubling of a dimension costs inside a node and across nodes.
 COST_OF_TP, COST_OF_EP, ACROSS_NODES = 0.08, 0.05, 4.0
+NOT_DELAYED: tuple[Recompute, ...] = ("moe_act", "layernorm")
+"""Megatron throws their outputs away and computes them again from operands that delayed scaling does not keep."""
 USABLE = 0.95
 """Share of a GPU's memory that may be planned with; the rest goes to fragmentation."""
 
@@ -71,14 +73,16 @@ def find_layouts(shape: ModelShape, sizes: RunSizes, machine: Machine, choice: C
         UserError: none splits (the reason of the first tried) or none fits (what the smallest needs).
     """
     candidates, refused = [], None
+    kinds = choice.recompute or _worth_trying(shape, sizes)
+    for kind in kinds:
+        check_recompute(sizes, kind)
     for layout in choice.layouts(shape, machine):
         try:
             check(shape, layout, sizes)
         except UserError as error:
             refused = refused or error
             continue
-        found = [evaluate(shape, layout, sizes, machine, kind) for kind in choice.recompute or ("none", "moe", "full")]
-        candidates += found
+        candidates += [evaluate(shape, layout, sizes, machine, kind) for kind in kinds]
     if not candidates:
         raise refused
     fitting = [candidate for candidate in candidates if candidate.memory.total <= machine.usable_bytes]
@@ -104,6 +108,26 @@ def check(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes) -> None:
         )
 
 
+def check_recompute(sizes: RunSizes, recompute: Recompute) -> None:
+    """Check that Megatron has the mode for the numbers computed with.
+
+    Raises:
+        UserError: it has not.
+    """
+    if sizes.precision == "fp8" and sizes.fp8_recipe == "delayed" and recompute in NOT_DELAYED:
+        raise UserError(
+            f"--recompute {recompute} does not go with --fp8-recipe delayed; choose tensorwise or blockwise"
+        )
+
+
+def _worth_trying(shape: ModelShape, sizes: RunSizes) -> Sequence[Recompute]:
+    """Without `core_attn`, which saves nothing with fused attention, and `layernorm`, which saves little."""
+    if shape.num_moe_layers == 0:
+        return ("none", "mlp", "full")
+    delayed = sizes.precision == "fp8" and sizes.fp8_recipe == "delayed"
+    return ("none", "moe", "full") if delayed else ("none", "moe_act", "moe", "full")
+
+
 def evaluate(
     shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, machine: Machine, recompute: Recompute
 ) -> Candidate:
@@ -120,7 +144,7 @@ def evaluate(
     ep_cost = COST_OF_EP * math.log2(ep) * (ACROSS_NODES if max(tp, ep) > machine.gpus_per_node else 1)
     cost = (1 + again) * (1 + waiting) * (1 + tp_cost + ep_cost)
     reasons = [f"{(machine.usable_bytes - memory.total) / GIB:.0f} GiB free"]
-    reasons += [f"recompute {recompute} +{again:.0%}"] if again else ["nothing recomputed"]
+    reasons += ["nothing recomputed"] if recompute == "none" else [f"recompute {recompute} +{again:.0%}"]
     reasons += [f"pipeline waits +{waiting:.0%}"] if waiting else []
     reasons += [f"TP communication +{tp_cost:.0%}"] if tp_cost else []
     reasons += [f"EP communication +{ep_cost:.0%}"] if ep_cost else []
@@ -137,14 +161,22 @@ def _excess_of_last_stage(shape: ModelShape, sizes: RunSizes, stages: int) -> fl
 
 def _recomputed_share(shape: ModelShape, sizes: RunSizes, recompute: Recompute) -> float:
     """Extra operations of recomputing, against a step without."""
-    if recompute == "none":
-        return 0.0
-    # With nothing trained each matrix is counted forward and for its input's gradient: half of it is the forward pass.
-    forward = training_flops_per_token(shape, (), sizes.seq_length) / 2
-    if recompute == "moe":
-        ffn = 3 * shape.architecture.hidden_size * shape.architecture.ffn_hidden_size
-        forward = 2.0 * shape.num_moe_layers * shape.top_k * ffn
-    return forward / training_flops_per_token(shape, sizes.trains, sizes.seq_length)
+    architecture = shape.architecture
+    ffn = 6.0 * architecture.hidden_size * architecture.ffn_hidden_size
+    dense_layers = architecture.num_layers - shape.num_moe_layers
+    query = architecture.num_attention_heads * architecture.head_dim
+    forward = {
+        "none": 0.0,
+        "layernorm": 0.0,
+        # Without a matrix product.
+        "moe_act": 0.0,
+        "core_attn": 2.0 * architecture.num_layers * query * sizes.seq_length,
+        "mlp": dense_layers * ffn,
+        "moe": shape.num_moe_layers * shape.top_k * ffn,
+        # With nothing trained each matrix is counted forward and for its input's gradient: half is the forward pass.
+        "full": training_flops_per_token(shape, (), sizes.seq_length) / 2,
+    }
+    return forward[recompute] / training_flops_per_token(shape, sizes.trains, sizes.seq_length)
 
 
 def _first_that_fit(candidates: Sequence[Candidate]) -> list[Candidate]:

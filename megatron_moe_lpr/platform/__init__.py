@@ -39,17 +39,18 @@ _selected: Platform | None = None
 def select_platform(name: PlatformName = "auto", tensor_parallel_size: int = 1) -> Platform:
     """Choose the platform once per process; `auto` takes CUDA where a device is visible.
 
-    Choosing the CPU installs the replacements of `platform.cpu`; on CUDA nothing is replaced, and with
-    `tensor_parallel_size` over 1 the environment is made to launch kernels in order.
+    Choosing the CPU installs the replacements of `platform.cpu`; on CUDA nothing is replaced, the environment is made
+    to keep fp32 products fp32 and, with `tensor_parallel_size` over 1, to launch kernels in order.
 
     Raises:
         UserError: CUDA was asked for and is missing, or another platform was chosen before.
     """
     global _selected
     if name != "cpu" and _selected is None:
-        from megatron_moe_lpr.platform.cuda import order_kernel_launches
+        from megatron_moe_lpr.platform.cuda import keep_fp32_products, order_kernel_launches
 
         order_kernel_launches(os.environ, tensor_parallel_size)
+        keep_fp32_products(os.environ)
     if name == "auto":
         name = _selected.name if _selected else ("cuda" if torch.cuda.is_available() else "cpu")
     if _selected is not None:

@@ -1,4 +1,4 @@
-"""What the CUDA platform needs beside PyTorch, and what it finds: nothing here has run on a device yet."""
+"""What the CUDA platform needs beside PyTorch, and what it finds: run emulated, never on a device (docs/gpu.md)."""
 
 import importlib.util
 from collections.abc import MutableMapping
@@ -12,6 +12,7 @@ from megatron_moe_lpr.platform.facts import GPUFacts
 
 INSTALL_HINT = "use the project's Docker image, or pip install 'megatron-moe-lpr[gpu]'"
 MAX_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 BLACKWELL = (10, 0)
 
 
@@ -52,6 +53,15 @@ def order_kernel_launches(environment: MutableMapping[str, str], tensor_parallel
         environment.setdefault(MAX_CONNECTIONS, "1")
 
 
+def keep_fp32_products(environment: MutableMapping[str, str]) -> None:
+    """Set NVIDIA_TF32_OVERRIDE=0 unless the user has set it; call it before CUDA is initialised.
+
+    Transformer Engine multiplies fp32 matrices in TF32, with 10 bits of mantissa, and has no switch of its own
+    (common/gemm/cublaslt_gemm.cu: "Use TF32 only for pure FP32 GEMM"). Products in bf16 and FP8 are not touched.
+    """
+    environment.setdefault(TF32_OVERRIDE, "0")
+
+
 def check_kernel_launch_order(
     environment: MutableMapping[str, str], tensor_parallel_size: int, capability: tuple[int, int]
 ) -> None:
@@ -78,5 +88,11 @@ def _imports(module: str) -> bool:
 
 def _refuse_foreign_apex() -> None:
     """Any package named `apex` makes Megatron choose NVIDIA's kernels; PyPI's is an unrelated web library."""
-    if importlib.util.find_spec("apex") and not importlib.util.find_spec("apex.normalization"):
+    if importlib.util.find_spec("apex") is None:
+        return
+    try:
+        nvidias = importlib.util.find_spec("apex.normalization") is not None
+    except ModuleNotFoundError:  # a single file named apex.py
+        nvidias = False
+    if not nvidias:
         raise UserError("the installed package 'apex' is not NVIDIA's; run: pip uninstall apex")

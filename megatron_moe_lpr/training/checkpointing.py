@@ -1,14 +1,11 @@
-"""The state of a run on disk: written whole or not at all, read back at any layout."""
+"""What of a run a checkpoint holds, and how a run goes on from it."""
 
 import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -16,20 +13,21 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import (
     CARD_FILE,
-    LATEST_FILE,
     SIDE_DIRECTORY,
     CheckpointDirectory,
-    finish_iteration,
-    iteration_directory_name,
-    resolve_checkpoint,
 )
-from megatron_moe_lpr.checkpoint.model_state import fill_model, sharded_model_state
+from megatron_moe_lpr.checkpoint.distributed_loading import load_distributed
+from megatron_moe_lpr.checkpoint.integrity import MANIFEST
+from megatron_moe_lpr.checkpoint.model_state import fill_model, sharded_model_state, shared_reading
+from megatron_moe_lpr.checkpoint.optimizer_state import keep_shares_apart
+from megatron_moe_lpr.checkpoint.retention import being_read
+from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved
+from megatron_moe_lpr.checkpoint.trainable_only import base_of, trained_part
 from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
-from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
-from megatron_moe_lpr.training.guards import gather_objects
 
 # Optimizer state in the parameters' own shapes, so that TP, PP, EP and DP may all change between save and resume.
+# `keep_shares_apart` writes them without gathering.
 STATE_METADATA = CONTENT_METADATA | {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -56,50 +54,35 @@ class RunState:
         }
 
 
-def find_own_checkpoint(save: Path, settings: dict[str, Any]) -> CheckpointDirectory | None:
-    """The latest checkpoint in --save, if a run with the same `settings` left one there.
-
-    Raises:
-        UserError: the checkpoint there is of another run.
-    """
-    if not (save / LATEST_FILE).exists():
-        return None
-    found = resolve_checkpoint(save)
-    history = found.card().history
-    last = history[-1] if history else {}
-    differing = [name for name, value in settings.items() if last.get(name) != value]
-    if found.iteration is None or differing:
-        what = ", ".join(f"{name} {last.get(name)!r} there and {settings[name]!r} here" for name in differing)
-        raise UserError(f"--save {save}: holds a checkpoint of another run ({what}); choose another directory")
-    return found
-
-
-def save_run(state: RunState, save: Path, source: CheckpointDirectory, card: CheckpointCard) -> None:
-    """Write a checkpoint of this step. Every rank must call it.
+def start_save(
+    saver: CheckpointSaver,
+    state: RunState,
+    source: CheckpointDirectory,
+    card: CheckpointCard,
+    trainable_only: bool = False,
+) -> Saved | None:
+    """Begin to save this step. Every rank must call it.
 
     Args:
         source: the checkpoint the run started from, whose tokenizer and configuration travel along.
         card: what the new checkpoint knows about itself.
+        trainable_only: leave out the weights that don't train.
+
+    Returns:
+        The checkpoint where it is complete already (a saver that is not asynchronous), else None.
 
     Raises:
-        UserError: it can't be written, on every rank with the reason; the latest checkpoint stays as it was.
+        UserError: this checkpoint or the one before can't be written, on every rank with the reason.
     """
     _finish_parameter_gather(state.chunks)
-    partial = save / f".{iteration_directory_name(state.iteration)}.partial"
-    _together(lambda: _make_empty(partial), state.iteration, save)
-    try:
-        dist_checkpointing.save(_sharded_state(state), str(partial), content_metadata=dict(STATE_METADATA))
-    except Exception as error:
-        # The other ranks wait inside Megatron's collectives: end this process, and its launcher ends them.
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"--save {save}: checkpoint of step {state.iteration} was not written: {error}") from error
 
-    def finish() -> None:
-        shutil.copytree(source.side_directory, partial / SIDE_DIRECTORY, dirs_exist_ok=True)
-        card.write(partial / SIDE_DIRECTORY / CARD_FILE)
-        finish_iteration(partial, save, state.iteration)
+    def add_side_files(directory: Path) -> None:
+        ignored = shutil.ignore_patterns(MANIFEST.name)
+        shutil.copytree(source.side_directory, directory / SIDE_DIRECTORY, dirs_exist_ok=True, ignore=ignored)
+        card.write(directory / SIDE_DIRECTORY / CARD_FILE)
 
-    _together(finish, state.iteration, save)
+    content = sharded_state(state, trainable_only=trainable_only)
+    return saver.start(state.iteration, content, dict(STATE_METADATA), add_side_files)
 
 
 def _finish_parameter_gather(chunks: list[torch.nn.Module]) -> None:
@@ -120,35 +103,41 @@ def _gather_parameters(chunk: torch.nn.Module) -> None:
         post_all_gather_processing(in_fp8)
 
 
-def _together(action: Callable[[], object], iteration: int, save: Path) -> None:
-    """Run `action` on rank 0; where it fails, fail on every rank."""
-    error = None
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as caught:
-            error = str(caught)
-    reason = gather_objects(error)[0]
-    if reason:
-        raise UserError(f"--save {save}: checkpoint of step {iteration} was not written: {reason}")
+def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointDirectory) -> None:
+    """Fill model, optimizer, schedule and counters from a checkpoint of this run, written at any layout.
 
+    Settings of optimizer and schedule stay those that this state was built with: where they differ from the
+    checkpoint's, `resuming.find_own_checkpoint` has seen to it that this is wanted.
 
-def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    Args:
+        start: the checkpoint with which the model is filled; what `directory` does not hold must be that one's.
 
-
-def load_run(state: RunState, directory: CheckpointDirectory) -> None:
-    """Fill model, optimizer, schedule and counters from a checkpoint of this run, written at any layout."""
-    loaded = dist_checkpointing.load(_sharded_state(state, is_loading=True), str(directory.path))
+    Raises:
+        UserError: `start` is not the base of `directory`.
+    """
+    settings = _optimizer_settings(state.optimizer)
+    trainable_only = directory.card().base is not None
+    if trainable_only:
+        base_of(dataclasses.replace(directory, base_path=start.path))
+    content = sharded_state(state, is_loading=True, trainable_only=trainable_only)
+    with being_read(directory.path):
+        loaded = load_distributed(content, directory.path, shared_reading(directory.path))
     for name, chunk in zip(_model_names(loaded), state.chunks, strict=True):
-        fill_model(chunk, loaded[name])
+        fill_model(chunk, loaded[name], is_complete=not trainable_only)
     state.optimizer.load_state_dict(loaded["optimizer"])
+    for group, kept in zip(state.optimizer.param_groups, settings, strict=True):
+        group.update(kept)
     if unwrap(state.chunks[0]).config.fp8_new_expert_parameters:
         _round_weights_again(state)
     state.schedule.load_state_dict(loaded["schedule"])
     for name, value in loaded["counters"].items():
         setattr(state, name, value)
+
+
+def _optimizer_settings(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    """By parameter group: what a checkpoint holds beside the state, and would otherwise bring back."""
+    names = ("max_lr", "min_lr", "betas", "eps")
+    return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
 
 
 def _round_weights_again(state: RunState) -> None:
@@ -166,9 +155,13 @@ def _model_names(state: dict[str, Any]) -> list[str]:
     return sorted(name for name in state if name.startswith("model"))
 
 
-def _sharded_state(state: RunState, is_loading: bool = False) -> dict[str, Any]:
+def sharded_state(state: RunState, is_loading: bool = False, trainable_only: bool = False) -> dict[str, Any]:
+    """What a checkpoint of this run holds, as Megatron's dist_checkpointing takes it."""
     model = sharded_model_state(state.chunks)
+    keep_shares_apart(state.optimizer)
     optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(STATE_METADATA))
+    if trainable_only:
+        model = {name: trained_part(part) for name, part in model.items()}
     return {
         **model,
         "optimizer": optimizer,

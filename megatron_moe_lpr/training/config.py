@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from megatron_moe_lpr.checkpoint.retention import Retention
 from megatron_moe_lpr.data.config import DataConfig
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.config import ComputeOptions
@@ -148,6 +149,54 @@ class CheckpointOptions:
     """Directory for this run's checkpoints, and its logs."""
     save_interval: int | None = None
     """Steps between checkpoints. One is always written at the end."""
+    take_over: bool = False
+    """Take the lock in --save from a run on another host, which this one cannot see: only where it has ended."""
+    base_checkpoint: Path | None = None
+    """For --load of a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
+    save_trainable_only: bool = False
+    """Save only the weights that train, and their optimizer; --load keeps the others, and is needed with them."""
+    save_retain_interval: int | None = None
+    """Keep the checkpoints of every so many steps; of the others only --keep-last-checkpoints (default then: 2)."""
+    keep_last_checkpoints: int | None = None
+    """Keep this many of the newest checkpoints, and those of --save-retain-interval. Default: all are kept. The one the
+    run started from and one that is being read are never removed."""
+    async_save: bool = True
+    """Train on while a checkpoint is written, by a process beside each rank from a copy of its share in host memory."""
+    verify: bool = True
+    """Compare every file of a checkpoint with its checksum before anything in it is used."""
+    fall_back: bool = True
+    """Where the latest checkpoint in --save is damaged, set it aside under another name and go on from
+    the one before."""
+    accept_changes: tuple[str, ...] = ()
+    """Go on although these settings differ from those that the run's checkpoint records, by flag, e.g. lr data
+    train-iters. They count from the checkpoint's step on."""
+    override_opt_param_scheduler: bool = False
+    """Accept changes of all learning rate and weight decay settings; the given ones count."""
+    use_checkpoint_opt_param_scheduler: bool = False
+    """Take learning rate and weight decay settings from the run's checkpoint, whatever is given."""
+
+    def __post_init__(self) -> None:
+        if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
+            raise UserError("--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler: give one of them")
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints are kept."""
+        return Retention(self.save_retain_interval, self.keep_last_checkpoints)
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardOptions:
+    """What to do about a loss or a gradient that is not finite."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """skip: leave the step out, weights and optimizer as they were, and go on with the next batch."""
+    max_consecutive_skips: int = 10
+    """Steps in a row that may be skipped; one more ends the run."""
+
+    def __post_init__(self) -> None:
+        if self.max_consecutive_skips < 1:
+            raise UserError(f"--max-consecutive-skips {self.max_consecutive_skips}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +228,7 @@ class TrainingConfig:
     fp8: tyro.conf.OmitArgPrefixes[FP8Options] = dataclasses.field(default_factory=FP8Options)
     layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
     logging: tyro.conf.OmitArgPrefixes[LoggingOptions] = dataclasses.field(default_factory=LoggingOptions)
+    guards: tyro.conf.OmitArgPrefixes[GuardOptions] = dataclasses.field(default_factory=GuardOptions)
     platform: PlatformName = "auto"
     """Where to run; auto: CUDA where there is a device."""
     distributed_timeout_minutes: Annotated[int, tyro.conf.arg(name="distributed-timeout-minutes")] = 10

@@ -1,33 +1,49 @@
 """The training loop."""
 
 import itertools
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_moe_lpr.checkpoint.directory import iteration_of
+from megatron_moe_lpr.checkpoint.retention import remove_superfluous
+from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_partial
+from megatron_moe_lpr.checkpoint.trainable_only import layers_of, reading, record_base
 from megatron_moe_lpr.data.batches import Batch, build_data_iterator
+from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
-from megatron_moe_lpr.evaluation.routing import collect_routing, reset_routing
+from megatron_moe_lpr.evaluation.routing import collect_routing, open_experts, reset_routing
 from megatron_moe_lpr.model.flops import training_flops_per_token
-from megatron_moe_lpr.training.checkpointing import save_run
+from megatron_moe_lpr.training.checkpointing import start_save
+from megatron_moe_lpr.training.finite_steps import FiniteSteps
 from megatron_moe_lpr.training.guards import GradientWatch, explain_non_finite_gradient, explain_non_finite_loss
+from megatron_moe_lpr.training.heartbeat import Heartbeat
+from megatron_moe_lpr.training.loss_watch import LossWatch
 from megatron_moe_lpr.training.metrics import IntervalMetrics, MetricsWriter, routing_scalars
+from megatron_moe_lpr.training.run_lock import RunLock
 from megatron_moe_lpr.training.setup import Run, card_of
-from megatron_moe_lpr.training.signals import StopRequest
+from megatron_moe_lpr.training.signals import stop_request
 
 
 class Trainer:
     """Steps a prepared run until its end, or until a signal asks it to save and leave."""
 
-    def __init__(self, run: Run, writer: MetricsWriter) -> None:
+    def __init__(self, run: Run, writer: MetricsWriter, lock: RunLock, heartbeat: Heartbeat) -> None:
         self.run, self.state, self.writer = run, run.state, writer
+        self.lock, self.heartbeat = lock, heartbeat
         self.original_table = run.original_table
-        self.stop = StopRequest()
+        self.stop = stop_request()
+        self.steps = FiniteSteps(run.state.chunks, run.state.optimizer, run.config.guards)
+        self.losses = LossWatch()
+        self.saver = self._saver()
+        # Only rank 0 writes cards.
+        is_partial = run.config.checkpoint.save_trainable_only and dist.get_rank() == 0
+        self.base = record_base(run.model.directory) if is_partial else None
         self.interval: LossSums | None = None
         self.interval_start, self.interval_first = time.monotonic(), run.state.iteration
         self.saved_iteration = run.state.iteration if run.state.iteration else None
@@ -40,11 +56,25 @@ class Trainer:
         Returns:
             Whether the run is finished; False: it was asked to stop, and has saved.
         """
+        try:
+            # Each checkpoint takes files of the one that the run started from.
+            with reading(self.run.model.directory):
+                return self._train()
+        finally:
+            self.saver.close()
+
+    def _train(self) -> bool:
         config, state = self.run.config, self.state
         batches = self._batches()
         reset_routing(state.chunks)
+        open_experts(state.chunks, self.run.openness(state.iteration))
         while state.iteration < config.batch.train_iters:
+            self.heartbeat.step = state.iteration + 1
+            # From the first step on there is something to save, so all ranks do it together.
+            self.stop.nothing_to_save = False
             self.step(batches)
+            self.stop.has_stepped = True
+            self._tell_saved(self.saver.poll())
             if state.iteration % config.logging.log_interval == 0 or state.iteration == config.batch.train_iters:
                 self._log()
             if config.logging.eval_interval and state.iteration % config.logging.eval_interval == 0:
@@ -53,8 +83,10 @@ class Trainer:
                 self.save()
             if self._asked_to_stop() and state.iteration < config.batch.train_iters:
                 self.save()
+                self._tell_saved(self.saver.wait())
                 return False
         self.save()
+        self._tell_saved(self.saver.wait())
         if self.run.datasets.valid and not self._evaluated_last():
             self.evaluate()
         return True
@@ -83,6 +115,7 @@ class Trainer:
         watch = (
             GradientWatch(state.chunks) if self.interval is None and state.iteration == self.interval_first else None
         )
+        open_experts(state.chunks, run.openness(state.iteration + 1))
         device = run.platform.device
         batches = [to_device(part, device) for part in itertools.islice(iterator, run.num_microbatches)]
         for chunk in state.chunks:
@@ -94,21 +127,36 @@ class Trainer:
             watch.check()
             self.is_first_step = False
         if not torch.isfinite(sums.loss).all():
-            raise explain_non_finite_loss(
-                state.chunks, run.model.config, batches, self.original_table, state.iteration + 1
-            )
-        _, grad_norm, _ = state.optimizer.step()
-        if not math.isfinite(grad_norm):
-            raise explain_non_finite_gradient(state.chunks, state.iteration + 1)
-        state.schedule.step(increment=batch.global_batch_size)
+            self._skip("loss", lambda step: self._explain_loss(batches, step))
+            reset_routing(state.chunks)
+        elif self.steps.step():
+            state.schedule.step(increment=batch.global_batch_size)
+            self.grad_norm = self.steps.grad_norm
+            self.interval = sums if self.interval is None else self.interval + sums
+        else:
+            self._skip("gradient", lambda step: explain_non_finite_gradient(state.chunks, step))
         state.iteration += 1
         state.consumed_samples += batch.global_batch_size
         state.consumed_tokens += batch.global_batch_size * batch.seq_length
-        self.grad_norm = float(grad_norm)
-        self.interval = sums if self.interval is None else self.interval + sums
+        if warning := self.losses.add(sums.mean):
+            self.writer.say(f"warning: step {state.iteration:,}: {warning}")
+
+    def _skip(self, what: str, explain: Callable[[int], UserError]) -> None:
+        """Leave a step out, or raise the error that ends the run."""
+        step = self.state.iteration + 1
+        if not self.steps.may_skip():
+            raise explain(step)
+        self.writer.say(f"warning: step {step:,}: the {what} is not finite; {self.steps.words()}")
+        self.writer.write("skipped", step, {"reason": what, "in_a_row": self.steps.in_a_row})
+
+    def _explain_loss(self, batches: list[Batch], step: int) -> UserError:
+        return explain_non_finite_loss(self.state.chunks, self.run.model.config, batches, self.original_table, step)
 
     def _log(self) -> None:
         run, state = self.run, self.state
+        if self.interval is None:  # all its steps were skipped
+            self._new_interval()
+            return
         seconds, steps = time.monotonic() - self.interval_start, state.iteration - self.interval_first
         tokens = steps * run.config.batch.global_batch_size * run.config.batch.seq_length
         shape, length = run.model.shape, run.config.batch.seq_length
@@ -174,15 +222,36 @@ class Trainer:
         self.writer.write(f"valid/{result.language}", self.state.iteration, values)
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one."""
+        """Begin to write a checkpoint of this step, unless there is one; the one before is waited for."""
         if self.saved_iteration == self.state.iteration:
             return
         run, start = self.run, time.monotonic()
-        save_run(self.state, run.config.checkpoint.save, run.model.directory, card_of(run))
+        self.lock.check()
+        self._tell_saved(self.saver.wait())
+        card = card_of(run, self.base)
+        saved = start_save(self.saver, self.state, run.model.directory, card, run.config.checkpoint.save_trainable_only)
         self.saved_iteration = self.state.iteration
-        seconds = time.monotonic() - start
-        self.writer.say(f"saved step {self.state.iteration:,} to {run.config.checkpoint.save} in {seconds:.1f} s")
-        self.interval_start += seconds
+        self.interval_start += time.monotonic() - start
+        self._tell_saved(saved)
+
+    def _saver(self) -> CheckpointSaver:
+        options = self.run.config.checkpoint
+        if dist.get_rank() == 0:
+            remove_partial(options.save)
+
+        def tidy(path: Path) -> None:
+            kept = [layer.path for layer in layers_of(self.run.model.directory)]
+            for note in remove_superfluous(options.save, iteration_of(path), options.retention, kept):
+                self.writer.say(note)
+
+        return CheckpointSaver(options.save, options.async_save, tidy)
+
+    def _tell_saved(self, saved: Saved | None) -> None:
+        if saved:
+            self.writer.say(
+                f"saved step {saved.iteration:,} to {self.run.config.checkpoint.save} in {saved.seconds:.1f} s, "
+                f"of which training waited {saved.stalled:.1f} s"
+            )
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank received a signal: all stop after the same step."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import json
 import math
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.routing_statistics import GROUPS, RoutingReport
 from megatron_moe_lpr.training.config import LoggingOptions
+from megatron_moe_lpr.training.metrics_file import MetricsFile
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -91,12 +91,13 @@ def _routing_words(routing: RoutingReport) -> str:
 class MetricsWriter:
     """Writes on rank 0, and nowhere else."""
 
-    def __init__(self, options: LoggingOptions, directory: Path, run_name: str) -> None:
+    def __init__(self, options: LoggingOptions, directory: Path, run_name: str, iteration: int = 0) -> None:
+        """`iteration`: where the run goes on from; what an earlier start logged of later steps is taken away."""
         self.enabled = dist.get_rank() == 0
-        self.file, self.tensorboard, self.wandb = directory / METRICS_FILE, None, None
+        self.tensorboard, self.wandb = None, None
         if not self.enabled:
             return
-        directory.mkdir(parents=True, exist_ok=True)
+        self.file = MetricsFile(directory / METRICS_FILE, iteration)
         if options.tensorboard_dir:
             self.tensorboard = _tensorboard(options.tensorboard_dir)
         if options.wandb_project:
@@ -111,8 +112,7 @@ class MetricsWriter:
         """One record: a JSON line, and the numbers in it to TensorBoard and Weights & Biases."""
         if not self.enabled:
             return
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"kind": kind, "iteration": iteration, **values}, ensure_ascii=False) + "\n")
+        self.file.append(kind, iteration, values)
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         if self.tensorboard:
             for name, value in numbers.items():

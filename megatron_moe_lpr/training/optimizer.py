@@ -106,4 +106,7 @@ def build_schedule(
         wd_incr_style="constant",
         wsd_decay_steps=wsd_iters * samples if options.lr_decay_style == "WSD" else None,
         lr_wsd_decay_style=options.lr_wsd_decay_style if options.lr_decay_style == "WSD" else None,
+        # A checkpoint's schedule gives way to this one: a difference was refused or accepted before.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -9,22 +9,27 @@ from megatron.core import parallel_state
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.card import Base, CheckpointCard
+from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_shape
-from megatron_moe_lpr.checkpoint.reader import CheckpointReader
+from megatron_moe_lpr.checkpoint.trainable_only import open_reader
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.data.config import DataSources, read_data_sources
 from megatron_moe_lpr.data.datasets import Datasets, build_datasets
+from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
+from megatron_moe_lpr.data.vocabulary import check_token_ids
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, check_layout, check_options, check_platform
 from megatron_moe_lpr.model.fp8 import FP8Options
 from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.platform import Platform, select_platform
-from megatron_moe_lpr.training.checkpointing import RunState, find_own_checkpoint, load_run
+from megatron_moe_lpr.training.checkpointing import RunState, load_run
 from megatron_moe_lpr.training.config import TrainingConfig
+from megatron_moe_lpr.training.description import accepted_names, describe_run, recorded_schedule
 from megatron_moe_lpr.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from megatron_moe_lpr.training.resuming import OwnCheckpoint, find_own_checkpoint
 from megatron_moe_lpr.training.stages import Stage, check_stage, freeze
 
 
@@ -40,29 +45,29 @@ class Run:
     datasets: Datasets
     state: RunState
     num_microbatches: int
+    description: dict[str, Any]
+    """What the run is, see `description.describe_run`."""
+    own: OwnCheckpoint | None = None
+    """Where it goes on from; None: it has just begun."""
 
     @property
     def original_table(self) -> torch.Tensor:
-        """Bool [languages + 1] on the model's device; the last entry is padding's."""
-        table = self.sources.languages.original_table(self.sources.original_languages)
-        return table.to(self.platform.device)
+        """Int [languages + 1] on the model's device: the group of each language that has a prior, else -1."""
+        original, groups = self.sources.original_languages, self.model.shape.num_groups
+        known = groups_with_prior(self.model.card.history, original, groups)
+        return self.sources.languages.group_table(known).to(self.platform.device)
 
-    def settings(self) -> dict[str, Any]:
-        """What makes two runs the same run, as kept in the checkpoint's history."""
-        return run_settings(self.config, self.sources)
+    def openness(self, iteration: int) -> float:
+        """Weight of the latest expansion's experts in the routers during the step that ends at `iteration`."""
+        start = self.model.card.openness
+        # A run that was lengthened goes on opening as it began.
+        steps = self.config.stage.open_experts_iters or max(1, self.lengths[0] // 10)
+        return min(1.0, start + (1.0 - start) * iteration / steps)
 
-
-def run_settings(config: TrainingConfig, sources: DataSources) -> dict[str, Any]:
-    """Stage, data and length of a run: what may not change when it is resumed."""
-    return {
-        "stage": config.stage.stage,
-        "languages": sorted({entry.language for entry in sources.train}),
-        "original_languages": list(sources.original_languages),
-        "train_iters": config.batch.train_iters,
-        "global_batch_size": config.batch.global_batch_size,
-        "seq_length": config.batch.seq_length,
-        "seed": config.data.seed,
-    }
+    @property
+    def lengths(self) -> list[int]:
+        """Steps of the run as planned at first, after it was lengthened once, and so on."""
+        return self.own.lengths if self.own else [self.config.batch.train_iters]
 
 
 def prepare(config: TrainingConfig) -> Run:
@@ -72,17 +77,24 @@ def prepare(config: TrainingConfig) -> Run:
         UserError: a flag, checkpoint, dataset or layout that does not fit.
     """
     stage = config.stage.resolve()
-    start = resolve_checkpoint(config.checkpoint.load)
+    accepted_names(config.checkpoint.accept_changes, config.checkpoint.override_opt_param_scheduler)
+    start = open_checkpoint(config.checkpoint.load, config.checkpoint.verify, config.checkpoint.base_checkpoint)
     shape, card = model_shape(start), start.card()
+    config = _with_known_languages(config, card)
     fingerprint = load_tokenizer(start.side_directory).fingerprint if card.tokenizer_files else None
     sources = read_data_sources(config.data, fingerprint, original_may_be_absent=stage.original_languages != "required")
-    check_stage(stage, card.is_moe, sources)
+    check_token_ids([*sources.train, *sources.valid], shape.architecture.vocab_size, str(start.path))
+    earlier = groups_with_prior(card.history, sources.original_languages, shape.num_groups)[1:]
+    check_stage(stage, card.is_moe, sources, earlier)
+    _check_expansion(config, stage, card)
     _check_lengths(config, shape)
+    if config.checkpoint.save_trainable_only and stage.name == "full":
+        raise UserError("--save-trainable-only: with --stage full every weight trains; leave it out")
+    config.checkpoint.retention.check(config.checkpoint.save_interval)
     check_layout(shape, config.layout)
     options = config.precision.compute_options(card.dtype, config.fp8)
     check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
     check_parameter_gather(config.fp8, stage)
-    own = find_own_checkpoint(config.checkpoint.save, run_settings(config, sources))
 
     platform = select_platform(config.platform, config.layout.tensor_model_parallel_size)
     check_platform(shape, config.layout, options, platform)
@@ -91,10 +103,16 @@ def prepare(config: TrainingConfig) -> Run:
         raise UserError("--fp8-param-gather needs --use-distributed-optimizer")
     initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
     num_microbatches = _num_microbatches(config)
-    train_samples = config.batch.train_iters * config.batch.global_batch_size
-    datasets = build_datasets(sources, config.data, config.batch.seq_length, train_samples)
+    description = describe_run(config, stage, sources, options.dtype)
+    own = find_own_checkpoint(config.checkpoint, description, card)
+    if own and config.checkpoint.use_checkpoint_opt_param_scheduler:
+        config = dataclasses.replace(config, optimizer=recorded_schedule(own.recorded, config.optimizer))
+        description = describe_run(config, stage, sources, options.dtype)
+    lengths = own.lengths if own else [config.batch.train_iters]
+    samples = [steps * config.batch.global_batch_size for steps in lengths]
+    datasets = build_datasets(sources, config.data, config.batch.seq_length, samples)
     model, state = _build(config, stage, platform, options, start, own)
-    return Run(config, stage, platform, model, sources, datasets, state, num_microbatches)
+    return Run(config, stage, platform, model, sources, datasets, state, num_microbatches, description, own)
 
 
 def _build(
@@ -103,10 +121,10 @@ def _build(
     platform: Platform,
     options: ComputeOptions,
     start: CheckpointDirectory,
-    own: CheckpointDirectory | None,
+    own: OwnCheckpoint | None,
 ) -> tuple[LoadedModel, RunState]:
     model = load_model(
-        start.path,
+        start,
         config.layout,
         platform,
         options,
@@ -114,6 +132,9 @@ def _build(
         lpr_loss_coeff=stage.lpr_loss_coeff,
         lpr_loss_form=config.stage.lpr_loss_form,
         calculate_per_token_loss=True,
+        # Where the run goes on from its own complete checkpoint, nothing of these tensors is left, and that one is
+        # verified.
+        verified=config.checkpoint.verify and (own is None or own.directory.card().base is not None),
     )
     freeze(model.chunks, stage)
     # Megatron's plain bf16 optimizer cannot save what is fp32 beside bf16, as the routers are.
@@ -123,7 +144,7 @@ def _build(
     optimizer = build_optimizer(chunks, model.config, options, platform)
     state = RunState(chunks, optimizer, build_schedule(optimizer, options, config.batch))
     if own:
-        load_run(state, own)
+        load_run(state, own.directory, start)
     return dataclasses.replace(model, chunks=chunks), state
 
 
@@ -137,6 +158,29 @@ def check_parameter_gather(options: FP8Options, stage: Stage) -> None:
         raise UserError(
             f"--fp8-param-gather: stage {stage.name} keeps the new experts frozen, to the bit; leave it out"
         )
+
+
+def _with_known_languages(config: TrainingConfig, card: CheckpointCard) -> TrainingConfig:
+    """Where no flag names original languages, those of the checkpoint's history."""
+    known = sorted(original_languages(card.history))
+    if config.data.original_languages or not card.expansions:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, original_languages=known))
+
+
+def _check_expansion(config: TrainingConfig, stage: Stage, card: CheckpointCard) -> None:
+    """Raises UserError where the run would leave the latest experts half in use, or round frozen ones."""
+    steps, flag = config.stage.open_experts_iters, "--open-experts-iters"
+    if card.openness == 1 and steps is not None:
+        raise UserError(f"{flag}: the experts of --load are all in use; leave it out")
+    if card.openness < 1 and "new experts" not in stage.trains:
+        raise UserError(
+            "--load: the experts of its latest expansion are not trained in; run --stage 1 to its end first"
+        )
+    if steps is not None and not 1 <= steps <= config.batch.train_iters:
+        raise UserError(f"{flag} {steps}: from 1 to --train-iters {config.batch.train_iters}")
+    if card.expansions and config.fp8.fp8_param_gather:
+        raise UserError("--fp8-param-gather: would round the frozen experts of earlier expansions; leave it out")
 
 
 def _num_microbatches(config: TrainingConfig) -> int:
@@ -163,20 +207,24 @@ def _check_lengths(config: TrainingConfig, shape: ModelShape) -> None:
 def history_entry(run: Run) -> dict[str, Any]:
     """What the checkpoint will say of this run."""
     return {
-        **run.settings(),
+        **run.description,
+        **({"train_lengths": run.lengths} if len(run.lengths) > 1 else {}),
+        **({"changes": run.own.changes} if run.own and run.own.changes else {}),
         "iterations": run.state.iteration,
         "tokens": run.state.consumed_tokens,
-        "load_balancing_coeff": run.stage.load_balancing_coeff,
-        "lpr_loss_coeff": run.stage.lpr_loss_coeff,
-        "lr": run.config.optimizer.lr,
     }
 
 
-def card_of(run: Run) -> CheckpointCard:
-    """The card of a checkpoint of this run: the starting one's, one stage further."""
+def card_of(run: Run, base: Base | None = None) -> CheckpointCard:
+    """The card of a checkpoint of this run: the starting one's, one stage further.
+
+    Args:
+        base: where the weights are that the checkpoint does not hold; None: it holds all.
+    """
     start = run.model.card
     dtype = str(run.model.config.params_dtype).removeprefix("torch.")
-    return dataclasses.replace(start, dtype=dtype, history=[*start.history, history_entry(run)])
+    history, openness = [*start.history, history_entry(run)], run.openness(run.state.iteration)
+    return dataclasses.replace(start, dtype=dtype, history=history, openness=openness, base=base)
 
 
 def print_overview(run: Run) -> None:
@@ -190,7 +238,7 @@ def print_overview(run: Run) -> None:
 
 def _parameter_table(run: Run) -> Table:
     counts = dict.fromkeys(KINDS, 0)
-    for key, info in CheckpointReader(run.model.directory.path).tensors.items():
+    for key, info in open_reader(run.model.directory).tensors.items():
         if key.startswith(("embedding.", "decoder.", "output_layer.")):
             counts[kind_of(key)] += torch.Size(info.shape).numel()
     layout = run.config.layout

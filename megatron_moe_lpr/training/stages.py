@@ -1,7 +1,7 @@
 """The stages of the method as data: what trains, which losses, which languages."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -76,6 +76,9 @@ class StageOptions:
     """Stage 1: train input and output embeddings too."""
     allow_original_languages: bool = False
     """Stage 1: accept training data of original languages."""
+    open_experts_iters: int | None = None
+    """Stage 1 after a second expansion: steps over which the weight of its experts in the routers rises from 0 to 1.
+    Default: a tenth of --train-iters."""
 
     def resolve(self) -> Stage:
         """The stage with this run's choices in place of its defaults.
@@ -96,8 +99,11 @@ class StageOptions:
         )
 
 
-def check_stage(stage: Stage, is_moe: bool, sources: DataSources) -> None:
+def check_stage(stage: Stage, is_moe: bool, sources: DataSources, earlier: Sequence[Sequence[str]] = ()) -> None:
     """Check that checkpoint and training data are what the stage takes.
+
+    Args:
+        earlier: languages of each expansion before the latest one.
 
     Raises:
         UserError: saying what is wrong with which flag.
@@ -118,6 +124,20 @@ def check_stage(stage: Stage, is_moe: bool, sources: DataSources) -> None:
             f"--original-languages: stage {stage.name} replays original languages, and --data-path has none; "
             "name them and add their data"
         )
+    for group in earlier:
+        trained = {entry.language for entry in sources.train} & set(group)
+        if stage.original_languages == "refused" and trained:
+            raise UserError(
+                f"--data-path: stage {stage.name} trains on the languages of the latest expansion only, and "
+                f"{', '.join(sorted(trained))} belongs to an earlier one; leave it out, or pass "
+                "--allow-original-languages"
+            )
+        if stage.original_languages == "required" and not trained:
+            raise UserError(
+                f"--data-path: stage {stage.name} replays the languages of earlier expansions, and none of "
+                f"{', '.join(group)} is there; add their data"
+            )
+        original |= trained
     expanded = {entry.language for entry in sources.train} - original
     if stage.original_languages == "required" and not expanded:
         raise UserError(f"--data-path: stage {stage.name} wants text of expanded languages beside the replay")

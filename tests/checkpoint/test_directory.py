@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_card, tool_versions
+from megatron_moe_lpr.checkpoint.card import Base, CheckpointCard, read_card, tool_versions
 from megatron_moe_lpr.checkpoint.directory import finish_iteration, resolve_checkpoint, write_latest
 from megatron_moe_lpr.errors import UserError
 
@@ -63,7 +63,7 @@ def test_card_round_trip(tmp_path: Path) -> None:
     [
         ("[]", "a JSON object"),
         ("{", "not valid JSON"),
-        ('{"format_version": 2}', "install a newer"),
+        ('{"format_version": 3}', "install a newer"),
         ('{"format_version": 1}', "not a valid card"),
         ('{"format_version": 1, "colour": 3}', "not a valid card"),
     ],
@@ -71,4 +71,47 @@ def test_card_round_trip(tmp_path: Path) -> None:
 def test_bad_cards(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "card.json").write_text(text)
     with pytest.raises(UserError, match=words):
+        read_card(tmp_path / "card.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"expansions": [[5, 0]]}, "expansions do not add up"),
+        ({"expansions": [[3, 0, 3], [1, 0, 1]]}, "expansions do not add up"),
+        ({"expansions": [[3, 0, 3], [2]]}, "expansions cannot be"),
+        ({"expansions": [[3, 0, 3], [2, 0, -2]]}, "expansions cannot be"),
+        ({"expansions": [[5, 0, 5.0]]}, "expansions cannot be"),
+        ({"expansions": [5, 0, 5]}, "expansions cannot be"),
+        ({"expansions": None}, "expansions cannot be"),
+        ({"openness": 1.5}, "openness cannot be"),
+        ({"openness": "1"}, "openness cannot be"),
+        ({"openness": True}, "openness cannot be"),
+        ({"openness": 0.5}, "openness 0.5 without a second expansion"),
+    ],
+)
+def test_cards_whose_expansions_are_none(changes: dict, words: str, tmp_path: Path) -> None:
+    dataclasses.replace(CARD, **changes).write(tmp_path / "card.json")
+    with pytest.raises(UserError, match=words):
+        read_card(tmp_path / "card.json")
+
+
+def test_card_of_a_second_expansion(tmp_path: Path) -> None:
+    card = dataclasses.replace(CARD, expansions=[[3, 0, 1], [2, 0, 4]], openness=0.25)
+    card.write(tmp_path / "card.json")
+    assert read_card(tmp_path / "card.json") == card
+
+
+def test_card_of_trained_weights_names_its_base(tmp_path: Path) -> None:
+    card = dataclasses.replace(CARD, base=Base("/runs/stage1/iter_0000100", "0a"))
+    card.write(tmp_path / "card.json")
+    assert read_card(tmp_path / "card.json") == card
+
+
+@pytest.mark.parametrize("base", ['"here"', "[1]", '{"path": "/a"}', '{"path": 1, "checksum": "0"}'])
+def test_a_base_of_another_form(base: str, tmp_path: Path) -> None:
+    CARD.write(tmp_path / "card.json")
+    text = (tmp_path / "card.json").read_text().replace('"base": null', f'"base": {base}')
+    (tmp_path / "card.json").write_text(text)
+    with pytest.raises(UserError, match="not a valid card"):
         read_card(tmp_path / "card.json")

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 
@@ -60,6 +61,7 @@ def rewrite_checkpoint(directory: Path, change: Callable[[dict[str, torch.Tensor
     with CheckpointWriter(path, {}) as writer:
         for key, tensor in tensors.items():
             writer.write(key, tensor.contiguous())
+    write_manifest(path, writer.checksums)
 
 
 def perturb(tensors: dict[str, torch.Tensor]) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from megatron_moe_lpr.checkpoint import writer
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.conversion import safetensors_writer
 from tests.conversion.helpers import TOOL, change_hf, rewrite_checkpoint, run
 from tests.conversion.tiny_models import save_model
@@ -86,7 +87,7 @@ def reshape_tensor(tensors: Tensors) -> None:
 
 
 def mix_dtypes(tensors: Tensors) -> None:
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].bfloat16()
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_file_size_limit_of_a_real_process(dense: Path, tmp_path: Path) -> None:
         command, capture_output=True, text=True, preexec_fn=limit, env=environment, check=False, timeout=120
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: File too large")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: File too large")
     assert "Traceback" not in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -258,7 +259,9 @@ def test_truncated_checkpoint(checkpoint: Path, tmp_path: Path, refuse: Callable
     file = next(checkpoint.rglob("*.distcp"))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     line = refuse("export", "--load", checkpoint, "--hf", tmp_path / "out")
-    assert file.name in line and "cut short" in line
+    assert file.name in line and "bytes, " in line and "were written" in line
+    line = refuse("export", "--load", checkpoint, "--hf", tmp_path / "out", "--no-verify")
+    assert file.name in line
 
 
 @pytest.mark.parametrize("name", [".metadata", "moe_lpr/card.json", "moe_lpr/config.json"])
@@ -278,16 +281,40 @@ def test_shard_size_that_is_none(size: str, checkpoint: Path, tmp_path: Path, re
     assert "--max-shard-size" in line
 
 
-def test_mixtral_has_no_dense_layers(tmp_path: Path, dense_directory: Callable, refuse: Callable[..., str]) -> None:
+def test_attention_biases_that_are_not_zero(
+    tmp_path: Path, dense_directory: Callable, refuse: Callable[..., str]
+) -> None:
+    llama = Path(shutil.copytree(dense_directory("llama"), tmp_path / "llama"))
+    change_config(llama, attention_bias=True)
+    name = "model.layers.2.self_attn.o_proj.bias"
+
+    def add(tensors: Tensors) -> None:
+        for layer in range(3):
+            for projection, size in {"q": 32, "k": 16, "v": 16, "o": 32}.items():
+                tensors[f"model.layers.{layer}.self_attn.{projection}_proj.bias"] = torch.zeros(size)
+        tensors[name][5] = 0.1
+
+    change_hf(llama, add)
+    line = refuse("import", "--hf", llama, "--save", tmp_path / "out")
+    assert f"{name} is not zero" in line and "no place for attention biases" in line
+
+
+def test_dense_layer_whose_experts_were_changed(
+    tmp_path: Path, dense_directory: Callable, refuse: Callable[..., str]
+) -> None:
     arguments = ("--num-experts", 3, "--moe-layer-freq", 2)
     run("import", "--hf", dense_directory("llama"), "--save", tmp_path / "checkpoint", *arguments)
-    line = refuse("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "out")
-    assert "layers 1 are dense" in line and "MixtralForCausalLM" in line
+    run("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "moe")
+    expert = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    change_hf(tmp_path / "moe", lambda tensors: tensors[expert].mul_(2))
+    line = refuse("import", "--hf", tmp_path / "moe", "--save", tmp_path / "out")
+    assert f"{expert} is not equal to model.layers.1.block_sparse_moe.experts.0.w3.weight" in line
 
 
 def test_unequal_expert_counts(checkpoint: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
     card = checkpoint / "release" / "moe_lpr" / "card.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"experts_per_layer": [3, 2, 3]}))
+    write_manifest(card.parents[1], {})
     line = refuse("export", "--load", checkpoint, "--hf", tmp_path / "out")
     assert "different numbers of experts (2, 3)" in line
 
@@ -295,6 +322,7 @@ def test_unequal_expert_counts(checkpoint: Path, tmp_path: Path, refuse: Callabl
 def test_card_of_a_newer_version(checkpoint: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
     card = checkpoint / "release" / "moe_lpr" / "card.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"format_version": 99}))
+    write_manifest(card.parents[1], {})
     assert "install a newer" in refuse("export", "--load", checkpoint, "--hf", tmp_path / "out")
 
 
@@ -334,3 +362,41 @@ def write_bad_adapter(directory: Path, config: dict, tensors: Tensors) -> Path:
 def test_bad_adapters(config: dict, words: str, dense: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
     adapter = write_bad_adapter(tmp_path / "adapter", config, {"odd": torch.ones(1)})
     assert words in refuse("import", "--hf", dense, "--adapter", adapter, "--save", tmp_path / "out")
+
+
+def test_weights_that_are_not_finite_are_not_imported(dense: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_hf(dense, lambda tensors: tensors[name].view(-1)[:1].fill_(torch.nan))
+    line = refuse("import", "--hf", dense, "--save", tmp_path / "out")
+    assert f"model.safetensors: {name} holds NaN or infinite values" in line
+
+
+def test_weights_that_are_not_finite_are_not_exported(
+    checkpoint: Path, tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+    router = "decoder.layers.1.mlp.router.weight"
+    rewrite_checkpoint(checkpoint, lambda tensors: tensors[router].view(-1)[:1].fill_(torch.inf))
+    line = refuse("export", "--load", checkpoint, "--hf", tmp_path / "out")
+    assert f"{router} holds NaN or infinite values" in line
+
+
+def test_a_billion_experts_in_a_card_take_no_memory(
+    checkpoint: Path, tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+    card = checkpoint / "release" / "moe_lpr" / "card.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"experts_per_layer": [10**9] * 3}))
+    line = refuse("export", "--load", checkpoint, "--hf", tmp_path / "out")
+    assert "card.json: experts_per_layer: a layer has 1 to 1,024 experts, not 1000000000" in line
+
+
+def test_overlapping_tensors(dense: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
+    path = dense / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    first, second = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.k_proj.weight"
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    line = refuse("import", "--hf", dense, "--save", tmp_path / "out")
+    assert "model.safetensors" in line and "lies over" in line

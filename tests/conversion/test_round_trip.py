@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from tests.conversion.helpers import (
     assert_same_tensors,
     change_hf,
@@ -27,8 +28,14 @@ def test_dense_round_trip_is_bit_identical(name: str, dense_directory: Dense, tm
     run("import", "--hf", dense_directory(name), "--save", tmp_path / "checkpoint", "--num-experts", 1)
     run("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "back")
     assert_same_tensors(hf_tensors(dense_directory(name)), hf_tensors(tmp_path / "back"))
-    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "back" / file).read_bytes() == (dense_directory(name) / file).read_bytes()
+    before, after = (
+        json.loads((path / "config.json").read_text()) for path in (dense_directory(name), tmp_path / "back")
+    )
+    # What transformers 4 reads, beside the rope_parameters of the installed version.
+    added = {key: after.pop(key) for key in ("rope_theta", "rope_scaling")}
+    assert after == before and added["rope_theta"] == before["rope_parameters"]["rope_theta"]
     assert torch.equal(logits(load_model(tmp_path / "back")), logits(make_model(name)))
 
 
@@ -133,6 +140,7 @@ def test_config_names_the_dtype_that_training_left(dense_directory: Dense, tmp_p
     run("import", "--hf", dense_directory("qwen2"), "--save", tmp_path / "checkpoint", "--num-experts", 1)
     card = resolve_checkpoint(tmp_path / "checkpoint").side_directory / "card.json"
     card.write_text(card.read_text().replace('"float32"', '"bfloat16"'))
+    write_manifest(card.parents[1], {})
     run("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
     assert {tensor.dtype for tensor in hf_tensors(tmp_path / "back").values()} == {torch.bfloat16}

@@ -113,6 +113,7 @@ def write_dataset(prefix: Path, language: str, documents: list[list[int]], token
         index_sha256="",
         skipped={},
         sources=[],
+        bin_xxh3_128=writer.checksum,
     )
     publish(partial, str(prefix), manifest)
     return str(prefix)

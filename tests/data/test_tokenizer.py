@@ -81,8 +81,8 @@ def test_sizes(hf_tokenizer, sp_model):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.json", "{", "not JSON"),
-        ("tokenizer.json", "[]", "not a JSON object"),
+        ("tokenizer.json", "{", "not valid JSON"),
+        ("tokenizer.json", "[]", "a JSON object is expected"),
         ("tokenizer.json", "{}", "not a tokenizer.json"),
         ("a.model", "text", "not a SentencePiece model"),
         ("other.txt", "", "neither a tokenizer.json nor"),

@@ -15,7 +15,7 @@ from tests.emulation.names import (
 )
 
 HALF = (DType.kBFloat16, DType.kFloat16)
-LARGEST_HEAD = 256
+LARGEST_HEAD, LONGEST_ROW = 256, 16384
 CAUSAL = NVTE_Mask_Type.NVTE_CAUSAL_MASK
 SEQUENCE_FIRST = (
     NVTE_QKV_Layout.NVTE_SB3HD,
@@ -187,6 +187,17 @@ def _scores(queries: torch.Tensor, keys: torch.Tensor, scale: float, window: tup
     return scores.masked_fill(~keep, float("-inf"))
 
 
+def _check_softmax(name: str, *tensors: torch.Tensor) -> None:
+    """Mirrors csrc/extensions/softmax.cpp."""
+    contiguous(name, *tensors)
+    for tensor in tensors:
+        refuse_unless(tensor.dtype in (torch.bfloat16, torch.float16), f"{name} in {tensor.dtype}")
+        refuse_unless(tensor.shape[-1] <= LONGEST_ROW, f"{name}: rows of {tensor.shape[-1]} scores")
+        causal = "upper_triang" in name
+        refuse_unless(tensor.dim() == (3 if causal else 4), f"{name}: {tensor.dim()} dimensions")
+        refuse_unless(causal or tensor.shape[-1] % 8 == 0, f"{name}: {tensor.shape[-1]} keys, not a multiple of 8")
+
+
 def _softmax(scores: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     values = scores if keep is None else scores.masked_fill(~keep, float("-inf"))
     return torch.nan_to_num(torch.softmax(values, -1)).to(dtype)
@@ -199,28 +210,30 @@ def _lower_triangle(rows: int, columns: int) -> torch.Tensor:
 @kernel("attention/dot_product_attention/softmax.py ScaledUpperTriangMaskedSoftmax")
 def scaled_upper_triang_masked_softmax_forward(input: torch.Tensor, scale_factor: float) -> torch.Tensor:
     """Causal softmax of [batches, sequence, sequence]."""
-    contiguous("scaled_upper_triang_masked_softmax_forward", input)
+    _check_softmax("scaled_upper_triang_masked_softmax_forward", input)
     return _softmax(input.float() * scale_factor, _lower_triangle(*input.shape[-2:]), input.dtype)
 
 
 @kernel("attention/dot_product_attention/softmax.py ScaledAlignedCausalMaskedSoftmax")
 def scaled_aligned_causal_masked_softmax_forward(input: torch.Tensor, scale_factor: float) -> torch.Tensor:
     """Causal softmax of [batch, heads, queries, keys], aligned at the end."""
-    contiguous("scaled_aligned_causal_masked_softmax_forward", input)
+    _check_softmax("scaled_aligned_causal_masked_softmax_forward", input)
     return _softmax(input.float() * scale_factor, _lower_triangle(*input.shape[-2:]), input.dtype)
 
 
 @kernel("attention/dot_product_attention/softmax.py ScaledMaskedSoftmax")
 def scaled_masked_softmax_forward(input: torch.Tensor, mask: torch.Tensor, scale_factor: float) -> torch.Tensor:
     """Softmax where the mask is not set."""
-    contiguous("scaled_masked_softmax_forward", input, mask)
+    _check_softmax("scaled_masked_softmax_forward", input)
+    pads = mask.dim() == 4 and mask.shape[0] in (1, input.shape[0]) and tuple(mask.shape[1:]) == (1, *input.shape[2:])
+    refuse_unless(pads, f"scaled_masked_softmax_forward: a mask {tuple(mask.shape)}")
     return _softmax(input.float() * scale_factor, ~mask.bool(), input.dtype)
 
 
 @kernel("attention/dot_product_attention/softmax.py ScaledSoftmax")
 def scaled_softmax_forward(input: torch.Tensor, scale_factor: float) -> torch.Tensor:
     """Softmax of everything."""
-    contiguous("scaled_softmax_forward", input)
+    _check_softmax("scaled_softmax_forward", input)
     return _softmax(input.float() * scale_factor, None, input.dtype)
 
 
@@ -231,7 +244,7 @@ def _softmax_backward(gradient: torch.Tensor, result: torch.Tensor, scale: float
 
 def _register_softmax_backward(name: str, autograd_class: str) -> None:
     def backward(output_grad: torch.Tensor, softmax_results: torch.Tensor, scale_factor: float) -> torch.Tensor:
-        contiguous(name, output_grad, softmax_results)
+        _check_softmax(name, output_grad, softmax_results)
         return _softmax_backward(output_grad, softmax_results, scale_factor)
 
     backward.__name__, backward.__doc__ = name, "Gradient of the scores."
@@ -252,6 +265,9 @@ def _rotate(
 ) -> torch.Tensor:
     refuse_unless(not interleaved, "fused_rope: interleaved halves are not emulated")
     refuse_unless(freqs.dtype == torch.float32, f"fused_rope: frequencies in {freqs.dtype}")
+    refuse_unless(freqs.dim() == 4 and freqs.shape[1:3] == (1, 1), f"fused_rope: frequencies {tuple(freqs.shape)}")
+    refuse_unless(tensor.dim() == 4, f"fused_rope: {tensor.dim()} dimensions")
+    refuse_unless(tensor.shape[-1] >= freqs.shape[-1], "fused_rope: more frequencies than a head has numbers")
     sequence = tensor.shape[0 if layout == NVTE_QKV_Format.NVTE_SBHD else 1]
     refuse_unless(freqs.shape[0] >= sequence, f"fused_rope: {freqs.shape[0]} positions for {sequence} tokens")
     angles = freqs[:sequence]  # [sequence, 1, 1, dim]

@@ -4,7 +4,7 @@ import torch
 
 from tests.emulation.engine import Quantized, Quantizer, engine
 from tests.emulation.fp8 import encode, scale_for
-from tests.emulation.kernels import kernel, refuse_unless
+from tests.emulation.kernels import contiguous, kernel, refuse_unless
 from tests.emulation.names import DType, Float8BlockScaleTensorFormat
 
 BLOCK = 128
@@ -72,13 +72,10 @@ def _padded(inverse: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 
 def _write(output: Quantized, parts: dict, quantizer: Quantizer) -> Quantized:
+    """Mirrors csrc/quantizer.cpp `convert_and_update_tensor`: forms that are not asked for are dropped."""
     for name in FIELDS:
         old, new = getattr(output, f"_{name}"), parts[name]
-        if old is not None and new is not None:
-            old.copy_(new.view(old.shape))
-        elif new is not None:
-            setattr(output, f"_{name}", new)
-    output._fp8_dtype = quantizer.dtype
+        setattr(output, f"_{name}", new if old is None or new is None else old.copy_(new.view(old.shape)))
     return output
 
 
@@ -86,7 +83,8 @@ def _write(output: Quantized, parts: dict, quantizer: Quantizer) -> Quantized:
 def fp8_block_scaling_compute_partial_amax(
     tensor: torch.Tensor, amax: torch.Tensor, h: int, w: int, start_offset: int, block_len: int
 ) -> None:
-    """Largest magnitude of each block that a rank's share of a [h, w] weight touches."""
+    """Largest magnitude of each block of a [h, w] weight in a rank's share of it; zeros elsewhere."""
+    _check_partial("fp8_block_scaling_compute_partial_amax", tensor, amax, block_len)
     whole = torch.zeros(h * w)
     whole[start_offset : start_offset + tensor.numel()] = tensor.detach().float().abs().reshape(-1)
     whole = torch.nn.functional.pad(whole.view(h, w), (0, -w % block_len, 0, -h % block_len))
@@ -106,6 +104,16 @@ def fp8_block_scaling_partial_cast(
     out_dtype: DType,
 ) -> None:
     """A rank's share of a [h, w] weight in FP8, by the scales of its blocks."""
+    _check_partial("fp8_block_scaling_partial_cast", inp, scale, block_len)
+    refuse_unless(out.dtype == torch.uint8, f"fp8_block_scaling_partial_cast: bytes are expected, not {out.dtype}")
     scales = scale.repeat_interleave(block_len, 0).repeat_interleave(block_len, 1)[:h, :w].reshape(-1)
     own = scales[start_offset : start_offset + inp.numel()]
     out.copy_(encode(inp.detach().float().reshape(-1) * own, out_dtype).view(out.shape))
+
+
+def _check_partial(name: str, tensor: torch.Tensor, by_block: torch.Tensor, block_len: int) -> None:
+    """Mirrors csrc/extensions/fp8_partial_cast.cpp."""
+    refuse_unless(block_len == BLOCK, f"{name}: blocks of {block_len}")
+    refuse_unless(tensor.dtype in (torch.float32, torch.bfloat16), f"{name}: {tensor.dtype}")
+    refuse_unless(by_block.dtype == torch.float32 and by_block.dim() == 2, f"{name}: one fp32 number a block")
+    contiguous(name, tensor)

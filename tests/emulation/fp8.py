@@ -26,7 +26,8 @@ def scale_for(amax: torch.Tensor, dtype: DType, power_of_two: bool, epsilon: flo
     """
     amax = amax.float().clamp(min=epsilon) if epsilon else amax.float()
     usable = (amax > 0) & torch.isfinite(amax)
-    scale = torch.where(usable, LARGEST[DType(dtype)] / amax, torch.ones_like(amax))
+    # A tensor divided by a tensor: of a number torch takes the reciprocal first, and rounds twice.
+    scale = torch.where(usable, torch.full_like(amax, LARGEST[DType(dtype)]) / amax, torch.ones_like(amax))
     scale = torch.where(torch.isinf(scale), torch.full_like(scale, torch.finfo(torch.float32).max), scale)
     if not power_of_two:
         return scale

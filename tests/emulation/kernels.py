@@ -41,18 +41,23 @@ def kernel(caller: str) -> Callable[[Function], Function]:
     """
 
     def register(function: Function) -> Function:
-        name = function.__name__
-
-        @functools.wraps(function)
-        def called(*args: Any, **kwargs: Any) -> Any:
-            _refuse_host_tensors(name)
-            CALLS[name] = CALLS.get(name, 0) + 1
-            return function(*args, **kwargs)
-
-        FUNCTIONS[name], CALLERS[name] = called, caller
-        return called
+        FUNCTIONS[function.__name__], CALLERS[function.__name__] = counted(function), caller
+        return FUNCTIONS[function.__name__]
 
     return register
+
+
+def counted(function: Function) -> Function:
+    """The function, refusing tensors on the host and keeping count of its calls."""
+    name = function.__name__
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        _refuse_host_tensors(name)
+        CALLS[name] = CALLS.get(name, 0) + 1
+        return function(*args, **kwargs)
+
+    return called
 
 
 def _refuse_host_tensors(name: str) -> None:

@@ -66,14 +66,14 @@ def _swiglu(tensor: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * value
 
 
-@kernel("ops/basic/swiglu.py, module/layernorm_mlp.py")
+@kernel("module/layernorm_mlp.py, ops/basic/activation.py")
 def swiglu(input: torch.Tensor, quantizer: Quantizer | None) -> object:
     """silu(first half) * second half."""
     result = _swiglu(input.float()).to(input.dtype)
     return result if quantizer is None else quantized(result, quantizer)
 
 
-@kernel("ops/basic/swiglu.py, module/layernorm_mlp.py")
+@kernel("module/layernorm_mlp.py, ops/basic/activation.py")
 def dswiglu(grad: torch.Tensor, fwd_input: torch.Tensor, quantizer: Quantizer | None) -> object:
     """Gradient of swiglu's input."""
     with torch.enable_grad():

@@ -17,7 +17,7 @@ def _check(name: str, noop: torch.Tensor, lists: Lists) -> None:
         refuse_unless(all(tensor.is_contiguous() for tensor in column), f"{name}: a tensor is not contiguous")
 
 
-@kernel("optimizers/__init__.py; megatron/core/optimizer/clip_grads.py, tensor/utils.py")
+@kernel("optimizers/__init__.py, megatron/core/optimizer/clip_grads.py, tensor/utils.py")
 def multi_tensor_scale(chunk_size: int, is_infinite: torch.Tensor, tensor_lists: Lists, scale: float) -> None:
     """Second list = first * scale; the flag is set where a number is not finite."""
     _check("multi_tensor_scale", is_infinite, tensor_lists)
@@ -32,7 +32,7 @@ def _norms(values: list[torch.Tensor], per_tensor: bool) -> tuple[torch.Tensor, 
     return norms.norm().reshape(1), norms if per_tensor else torch.empty(0)
 
 
-@kernel("optimizers/__init__.py; megatron/core/optimizer/clip_grads.py `get_grad_norm_fp32`")
+@kernel("optimizers/__init__.py, megatron/core/optimizer/clip_grads.py `get_grad_norm_fp32`")
 def multi_tensor_l2norm(
     chunk_size: int, noop_flag: torch.Tensor, tensor_lists: Lists, per_tensor_python: bool | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,8 +71,7 @@ def multi_tensor_adam(
     """Gradients, parameters, two moments and, for half precision, fp32 parameters; mode 1 decays like AdamW."""
     _check("multi_tensor_adam", noop_flag, tensor_lists)
     refuse_unless(len(tensor_lists) in (4, 5), f"multi_tensor_adam: {len(tensor_lists)} lists")
-    if noop_flag.item():
-        return
+    # The flag is not looked at: an infinite gradient goes through, as in common/multi_tensor/adam.cu.
     first_correction, second_correction = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
     gradients, parameters, firsts, seconds = tensor_lists[:4]
     masters = tensor_lists[4] if len(tensor_lists) == 5 else parameters

@@ -7,7 +7,7 @@ import importlib
 
 import torch
 
-from tests.emulation.kernels import contiguous, kernel, refuse_unless
+from tests.emulation.kernels import contiguous, counted, kernel, refuse_unless
 
 NOWHERE = -(2**30)
 TRITON_MODULE = "transformer_engine.pytorch.triton.permutation"
@@ -162,7 +162,7 @@ def install() -> None:
     module = importlib.import_module(TRITON_MODULE)
     for function in TRITON:
         refuse_unless(hasattr(module, function.__name__), f"{TRITON_MODULE} has no {function.__name__}")
-        setattr(module, function.__name__, function)
+        setattr(module, function.__name__, counted(function))
 
 
 @kernel("module/fp8_padding.py `_Fp8Padding`, module/fp8_unpadding.py")
@@ -170,12 +170,22 @@ def fused_multi_row_padding(
     input: torch.Tensor, output: torch.Tensor, input_row_list: list[int], padded_input_row_list: list[int]
 ) -> None:
     """Each expert's rows, followed by zeros up to the padded number."""
-    contiguous("fused_multi_row_padding", input, output)
-    output.zero_()
+    _check_padding("fused_multi_row_padding", input, output, input_row_list, padded_input_row_list)
     source = target = 0
     for rows, padded in zip(input_row_list, padded_input_row_list, strict=True):
-        output[target : target + rows] = input[source : source + rows]
+        if rows:  # an expert without a row is left out, and what lies in its padding stays
+            output[target : target + rows] = input[source : source + rows]
+            output[target + rows : target + padded] = 0
         source, target = source + rows, target + padded
+
+
+def _check_padding(name: str, input: torch.Tensor, output: torch.Tensor, first: list[int], second: list[int]) -> None:
+    contiguous(name, input, output)
+    refuse_unless(input.dim() == output.dim() == 2, f"{name}: two dimensions are expected")
+    refuse_unless(len(first) == len(second), f"{name}: {len(first)} and {len(second)} counts of rows")
+    fits = input.shape[0] >= sum(first) and output.shape[0] >= sum(second)
+    refuse_unless(fits and input.shape[1] == output.shape[1], f"{name}: reads or writes past its tensors")
+    refuse_unless(input.dtype == output.dtype, f"{name}: {input.dtype} into {output.dtype}")
 
 
 @kernel("module/fp8_unpadding.py `_Fp8Unpadding`, module/fp8_padding.py")
@@ -183,7 +193,7 @@ def fused_multi_row_unpadding(
     input: torch.Tensor, output: torch.Tensor, input_row_list: list[int], unpadded_input_row_list: list[int]
 ) -> None:
     """Each expert's rows without the zeros."""
-    contiguous("fused_multi_row_unpadding", input, output)
+    _check_padding("fused_multi_row_unpadding", input, output, input_row_list, unpadded_input_row_list)
     source = target = 0
     for padded, rows in zip(input_row_list, unpadded_input_row_list, strict=True):
         output[target : target + rows] = input[source : source + rows]

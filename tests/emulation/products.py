@@ -1,7 +1,9 @@
-"""Matrix products: cuBLASLt's conditions, fp32 accumulation.
+"""Matrix products: the conditions of cuBLASLt and of common/gemm/cublaslt_gemm.cu, fp32 accumulation.
 
 `A` and `B` are named as by cuBLAS: row-major, the result is B (transposed where `transb`) times A (where not `transa`).
 """
+
+import os
 
 import torch
 
@@ -12,6 +14,8 @@ from tests.emulation.names import TORCH_DTYPE, DType, Float8BlockScaleTensorForm
 from tests.emulation.quantization import quantized
 
 ALIGNMENT = 16
+BLOCKWISE_ROWS = 8
+TF32 = "NVIDIA_TF32_OVERRIDE"
 
 
 def _in_fp8(operand: torch.Tensor | Quantized) -> bool:
@@ -50,7 +54,8 @@ def _blockwise(tensor: Quantized, rowwise: bool, what: str) -> torch.Tensor:
     data = tensor._rowwise_data if rowwise else tensor._columnwise_data
     refuse_unless(data is not None, f"{what}: no {'row' if rowwise else 'column'}-wise data")
     contiguous(what, data)
-    _aligned(data.shape[-1], f"{what}: inner dimension")
+    # Column-wise data of [..., n] lies as [n, ...], which the product takes as n rows.
+    _aligned(data.shape[-1] if rowwise else data[0].numel(), f"{what}: inner dimension")
     parts = tensor.get_metadata()
     other = "columnwise" if rowwise else "rowwise"
     parts |= {f"{other}_data": None, f"{other}_scale_inv": None}
@@ -73,6 +78,8 @@ def _check_formats(a: torch.Tensor | Quantized, b: torch.Tensor | Quantized, wha
     refuse_unless(blocks[0] == blocks[1], f"{what}: one operand with block scales, the other not")
     formats = {DType(operand._fp8_dtype) for operand in (a, b)}
     refuse_unless(formats != {DType.kFloat8E5M2}, f"{what}: E5M2 times E5M2")
+    squares = blocks[0] and a._is_2D_scaled and b._is_2D_scaled
+    refuse_unless(not squares, f"{what}: square blocks times square blocks")
     return True
 
 
@@ -86,16 +93,37 @@ def product(
     refuse_unless(right.shape[1] == left.shape[0], f"{what}: {tuple(right.shape)} times {tuple(left.shape)}")
     if in_fp8:
         _aligned(left.shape[1], f"{what}: output columns")
+        _check_rows(b, right.shape[0], what)
+    if not in_fp8 and a.dtype == torch.float32:
+        left, right = _as_multiplied(left), _as_multiplied(right)
     return right.float() @ left.float()
 
 
+def _check_rows(b: Quantized, rows: int, what: str) -> None:
+    """Scales by row of B ask for rows in eights."""
+    by_row = isinstance(b, engine().Float8BlockwiseQTensorStorage) and not b._is_2D_scaled
+    refuse_unless(not by_row or rows % BLOCKWISE_ROWS == 0, f"{what}: {rows} rows of B, not a multiple of 8")
+
+
+def _as_multiplied(values: torch.Tensor) -> torch.Tensor:
+    """fp32 operands in TF32, 10 bits of mantissa, unless the environment forbids it as cuBLAS lets it."""
+    if os.environ.get(TF32) == "0":
+        return values
+    bits = values.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def _column_sums(b: torch.Tensor | Quantized, transb: bool, what: str) -> torch.Tensor:
+    by_blocks = isinstance(b, engine().Float8BlockwiseQTensorStorage)
+    refuse_unless(not by_blocks, f"{what}: not beside a product of numbers with block scales")
     return _matrix(b, transb, False, what).float().sum(0)
 
 
 def _result_dtype(a: torch.Tensor | Quantized, out: torch.Tensor | None, output_dtype: DType | None) -> torch.dtype:
     if out is not None:
         dtype = out.dtype
+        wanted = dtype if output_dtype is None else TORCH_DTYPE[DType(output_dtype)]
+        refuse_unless(dtype == wanted, f"gemm: {wanted} is asked for, the result is {dtype}")
     elif output_dtype is not None:
         dtype = TORCH_DTYPE[DType(output_dtype)]
     else:
@@ -135,6 +163,8 @@ def generic_gemm(
     """The product, with bias forward or the bias's gradient backward."""
     refuse_unless(comm_overlap is None and not bulk_overlap, "gemm: overlap with communication is not emulated")
     refuse_unless(not gelu, "gemm: fused GELU is not emulated")
+    refuse_unless(extra_output is None, "gemm: an extra output is not emulated")
+    refuse_unless(beta in (None, float(accumulate)), f"gemm: beta {beta} with accumulate={accumulate}")
     result = product(A, transa, B, transb, "gemm") * alpha
     dtype, bias_grad = _result_dtype(A, D, output_dtype), None
     if bias is not None and grad:
@@ -143,11 +173,13 @@ def generic_gemm(
         fitting = (dtype,) if dtype != torch.float32 else (torch.float32, torch.bfloat16)
         refuse_unless(bias.dtype in fitting, f"gemm: bias in {bias.dtype}, result in {dtype}")
         result = result + bias.float()
+    shape = tuple(result.shape) if transb else (*tuple(B.size())[:-1], result.shape[1])
     if D is not None:
+        refuse_unless(tuple(D.shape) == shape, f"gemm: {shape} numbers into {tuple(D.shape)}")
         _store(D, result, accumulate)
         out = D
     else:
-        out = result.to(dtype).view(result.shape if transb else (*tuple(B.size())[:-1], result.shape[1]))
+        out = result.to(dtype).view(shape)
     return out if quantizer is None else quantized(out, quantizer), bias_grad, gelu_in, extra_output
 
 

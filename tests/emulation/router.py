@@ -19,6 +19,7 @@ def fused_topk_with_score_function_fwd(
     """Weights [tokens, experts], choices (bool) and what backward needs."""
     contiguous("fused_topk_with_score_function_fwd", logits)
     refuse_unless(logits.dim() == 2, "fused_topk_with_score_function_fwd: logits are [tokens, experts]")
+    refuse_unless(logits.numel() > 0, "fused_topk_with_score_function_fwd: no token, or no expert")
     refuse_unless(
         score_function == "softmax" and not num_groups and expert_bias is None,
         "fused_topk_with_score_function_fwd: groups, sigmoid and expert bias are not emulated",
@@ -30,8 +31,9 @@ def fused_topk_with_score_function_fwd(
     factor = 1.0 if scaling_factor is None else scaling_factor
     weights = torch.zeros_like(values).scatter(1, indices, chosen * factor).to(logits.dtype)
     choices = torch.zeros_like(values, dtype=torch.bool).scatter(1, indices, True)
-    kept = scores if use_pre_softmax else torch.zeros_like(values).scatter(1, indices, chosen)
-    return weights, choices, kept
+    nowhere = torch.full_like(values, float("-inf"))
+    kept = scores if use_pre_softmax else nowhere.scatter(1, indices, chosen)
+    return weights, choices, kept.to(logits.dtype)
 
 
 @kernel("router.py FusedTopkScoreFunction")
@@ -47,8 +49,13 @@ def fused_topk_with_score_function_bwd(
     score_function: str,
 ) -> torch.Tensor:
     """Gradient of the logits."""
-    contiguous("fused_topk_with_score_function_bwd", grad_probs, intermediate_output)
+    contiguous("fused_topk_with_score_function_bwd", grad_probs, intermediate_output, routing_map)
+    same = grad_probs.dtype == intermediate_output.dtype
+    refuse_unless(same, f"fused_topk_with_score_function_bwd: {grad_probs.dtype}, {intermediate_output.dtype} forward")
+    refuse_unless(score_function == "softmax", "fused_topk_with_score_function_bwd: sigmoid is not emulated")
     factor = 1.0 if scaling_factor is None else scaling_factor
     gradient = grad_probs.float().masked_fill(~routing_map, 0.0) * factor
-    scores = intermediate_output
+    # After a softmax over the chosen ones alone the others hold -inf.
+    scores = intermediate_output.float()
+    scores = scores if use_pre_softmax else scores.masked_fill(~routing_map, 0.0)
     return (scores * (gradient - (gradient * scores).sum(-1, keepdim=True))).to(grad_probs.dtype)

@@ -11,9 +11,11 @@ from tests.emulation.names import TORCH_DTYPE, DType
 def quantize_tensorwise(tensor: torch.Tensor, quantizer: Quantizer, output: Quantized | None) -> Quantized:
     """A tensor in FP8 with one scale; the quantizer's `amax` (and for tensorwise its `scale`) are written."""
     source = tensor.detach().float()
-    if isinstance(quantizer, engine().Float8CurrentScalingQuantizer):
+    if source.numel() == 0:
+        pass  # csrc/quantizer.cpp `quantize_impl` returns before anything is measured or reduced over ranks
+    elif isinstance(quantizer, engine().Float8CurrentScalingQuantizer):
         _scale_by_the_tensor(source, quantizer)
-    elif source.numel() and quantizer.amax.numel():
+    elif quantizer.amax.numel():
         largest = torch.maximum(quantizer.amax, source.abs().amax())
         quantizer.amax.copy_(largest.reshape(quantizer.amax.shape))
     inverse = quantizer.scale.detach().reciprocal().reshape(1).clone()
@@ -25,7 +27,7 @@ def quantize_tensorwise(tensor: torch.Tensor, quantizer: Quantizer, output: Quan
 
 def _scale_by_the_tensor(source: torch.Tensor, quantizer: Quantizer) -> None:
     if not quantizer.use_existing_amax:
-        quantizer.amax.copy_(source.abs().amax().reshape(1) if source.numel() else torch.zeros(1))
+        quantizer.amax.copy_(source.abs().amax().reshape(1))
     if quantizer.with_amax_reduction:
         group = quantizer._canonicalized_amax_reduction_group()
         torch.distributed.all_reduce(quantizer.amax, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -48,18 +50,19 @@ def _new(tensor: torch.Tensor, data: torch.Tensor, inverse: torch.Tensor, quanti
 
 
 def _write(output: Quantized, data: torch.Tensor, inverse: torch.Tensor, quantizer: Quantizer) -> Quantized:
-    if output._data is not None:
-        output._data.copy_(data.view(output._data.shape))
-    if quantizer.columnwise_usage:
-        turned = transposed(data)
-        if output._transpose is None:
-            output._transpose = turned
-        else:
-            output._transpose.copy_(turned.view(output._transpose.shape))
+    """Mirrors csrc/quantizer.cpp `convert_and_update_tensor`: forms that are not asked for are dropped."""
+    output._data = _form(output._data, data, quantizer.rowwise_usage)
+    output._transpose = _form(output._transpose, transposed(data), quantizer.columnwise_usage)
     output._transpose_invalid = not quantizer.columnwise_usage
     output._scale_inv.copy_(inverse.view(output._scale_inv.shape))
     output._fp8_dtype = quantizer.dtype
     return output
+
+
+def _form(old: torch.Tensor | None, new: torch.Tensor, wanted: bool) -> torch.Tensor | None:
+    if not wanted or old is None:
+        return new if wanted else None
+    return old.copy_(new.view(old.shape))
 
 
 def dequantize_tensorwise(tensor: Quantized, dtype: torch.dtype) -> torch.Tensor:
@@ -68,7 +71,7 @@ def dequantize_tensorwise(tensor: Quantized, dtype: torch.dtype) -> torch.Tensor
     return (decode(tensor._data, tensor._fp8_dtype) * tensor._scale_inv.reshape(())).to(dtype)
 
 
-@kernel("tensor/float8_tensor.py Float8Tensor, tensor/storage/float8_tensor_storage.py `_create_transpose`")
+@kernel("tensor/storage/float8_tensor_storage.py `_create_transpose`")
 def fp8_transpose(input: torch.Tensor, dtype: DType, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Bytes [..., n] as [n, ...]."""
     refuse_unless(input.dtype == torch.uint8, f"fp8_transpose: bytes are expected, not {input.dtype}")
@@ -94,7 +97,10 @@ def fused_amax_and_scale_update_after_reduction(
     fp8_dtype: DType,
     margin: float,
 ) -> None:
-    """Mirrors common/recipe/delayed_scaling.cu: histories roll by one, row 0 is cleared, scales follow."""
+    """Mirrors common/recipe/delayed_scaling.cu `kernel_bulk`: histories roll by one, row 0 is cleared, scales follow.
+
+    A tensor that met nothing but zeros, an idle expert's, keeps its history and its scale.
+    """
     refuse_unless(amax_compute_algo in ("max", "most_recent"), f"amax_compute_algo {amax_compute_algo!r}")
     limit, offset = LARGEST[DType(fp8_dtype)] * 2.0**-margin, 0
     for history, scale in zip(amax_histories, scales, strict=True):
@@ -102,11 +108,12 @@ def fused_amax_and_scale_update_after_reduction(
         last = amax_reduction_buffer[offset : offset + count]
         last = torch.where(last != 0, last, history[0])
         offset += count
+        met = last != 0
         rolled = torch.cat((history[1:], last[None]))
-        amax = last.clone() if amax_compute_algo == "most_recent" else rolled.amax(0)
-        history.copy_(rolled)
-        history[0].zero_()
-        new = torch.where(torch.isfinite(amax) & (amax > 0), limit / amax, scale)
+        amax = torch.where(met, last if amax_compute_algo == "most_recent" else rolled.amax(0), 0.0)
+        rolled[0] = 0
+        history.copy_(torch.where(met, rolled, history))
+        new = torch.where(torch.isfinite(amax) & (amax > 0), torch.full_like(amax, limit) / amax, scale)
         scale.copy_(torch.where(torch.isinf(new), torch.full_like(new, torch.finfo(torch.float32).max), new))
 
 

@@ -33,6 +33,8 @@ class Step:
     layout: dict[str, int] = dataclasses.field(default_factory=dict)
     optimizer: dict[str, Any] = dataclasses.field(default_factory=dict)
     micro_batch_size: int = 2
+    frozen_by_mistake: str = ""
+    """Parameters whose names end so are frozen too, whatever the stage."""
     fixed_routing: bool = False
     """Experts by position instead of by the router: rounding cannot send a token elsewhere."""
 
@@ -52,7 +54,7 @@ def compute(platform_name: str, checkpoint: Path, step: Step) -> dict[str, Any]:
         calculate_per_token_loss=True,
     )
     if step.fixed_routing:
-        _route_by_position(model.chunks)
+        route_by_position(model.chunks, samples()["tokens"].shape[1])
     with torch.no_grad():
         logits = compute_logits(model.chunks, model.config, samples()["tokens"].to(platform.device), VOCABULARY)
     loss, gradients = _step(model, step, platform)
@@ -61,6 +63,9 @@ def compute(platform_name: str, checkpoint: Path, step: Step) -> dict[str, Any]:
 
 def _step(model: LoadedModel, step: Step, platform: Platform) -> tuple[float, dict[str, torch.Tensor]]:
     freeze(model.chunks, STAGES[step.stage])
+    for chunk in model.chunks if step.frozen_by_mistake else []:
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and not name.endswith(step.frozen_by_mistake))
     options = OptimizerOptions(**step.optimizer)
     chunks = wrap_data_parallel(model.chunks, model.config, options)
     build_optimizer(chunks, model.config, options, platform)
@@ -74,18 +79,19 @@ def _step(model: LoadedModel, step: Step, platform: Platform) -> tuple[float, di
     return sums.mean, {key: gradient.float().cpu() for key, gradient in gather_gradients(chunks).items()}
 
 
-def _route_by_position(chunks: list[torch.nn.Module]) -> None:
+def route_by_position(chunks: list[torch.nn.Module], sequence: int) -> None:
+    """Two experts for each position of `sequence`, the same whatever the weights are and as often as each other."""
     for chunk in chunks:
         for router in unwrap(chunk).modules():
             if isinstance(router, LPRRouter):
-                router.routing = _Fixed(router)
+                router.routing = _Fixed(router, sequence)
 
 
 class _Fixed:
     """`LPRRouter.routing` over logits in which two experts of each position stand far above the others."""
 
-    def __init__(self, router: LPRRouter) -> None:
-        self.router, self.route = router, router.routing
+    def __init__(self, router: LPRRouter, sequence: int) -> None:
+        self.router, self.route, self.sequence = router, router.routing, sequence
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         experts = logits.shape[-1]
@@ -101,7 +107,6 @@ class _Fixed:
         return self.route(logits + lowered)
 
     def _length(self) -> int:
-        sequence = samples()["tokens"].shape[1]
         if self.router.config.sequence_parallel:
-            sequence //= parallel_state.get_tensor_model_parallel_world_size()
-        return sequence
+            return self.sequence // parallel_state.get_tensor_model_parallel_world_size()
+        return self.sequence

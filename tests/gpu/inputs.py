@@ -18,12 +18,12 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
 TIMEOUT_SECONDS = 900
 
 
-def gpu_checkpoint(root: Path) -> Path:
+def gpu_checkpoint(root: Path, model: str = "qwen2-tied") -> Path:
     """Four layers, five different experts each, every dimension a multiple of 128."""
     before = dict(COMMON)
     COMMON.update(SIZES, initializer_range=0.05)
     try:
-        checkpoint = make_checkpoint(root, perturbed=False)
+        checkpoint = make_checkpoint(root, model, perturbed=False)
     finally:
         COMMON.update(before)
     rewrite_checkpoint(checkpoint, _perturb_a_little)
@@ -41,8 +41,12 @@ def _perturb_a_little(tensors: dict[str, torch.Tensor]) -> None:
 
 def run_ranks(ranks: int, module: str, *arguments: object) -> str:
     """`torchrun --nproc-per-node RANKS -m MODULE ARGUMENTS...`; its output, or an AssertionError with it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", module, *(str(argument) for argument in arguments)]
+    return run_command("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module, *arguments)
+
+
+def run_command(module: str, *arguments: object) -> str:
+    """`python -m MODULE ARGUMENTS...`; its output, or an AssertionError with it."""
+    command = [sys.executable, "-m", module, *(str(argument) for argument in arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | (start.environment() if EMULATED else {})
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"

@@ -37,7 +37,7 @@ def test_gradients_equal_the_local_layers(routed):
     assert gradient_error(found["gradients"], exact["gradients"]) < TOLERANCES.fp32
 
 
-@pytest.mark.parametrize("recipe", [None, "tensorwise", "delayed"])
+@pytest.mark.parametrize("recipe", [None, "tensorwise", "delayed", "blockwise"])
 def test_a_rank_without_a_token(recipe, routed):
     if device.count() < 2:
         pytest.skip("needs 2 GPUs")

@@ -36,6 +36,15 @@ LAYOUTS = {
         for recipe in ("delayed", "tensorwise")
         for name, layout in (("TP2+SP", TP2), ("EP2", EP2), ("PP2", PP2))
     },
+    "fp8 tensorwise, TP2xEP2": (
+        2,
+        Step(precision=BF16, fp8=RECIPES["tensorwise"], layout=TP2 | EP2, fixed_routing=True),
+    ),
+    "fp8 delayed, EP2xPP2, recompute full": (
+        4,
+        Step(precision=BF16 | FULL, fp8=RECIPES["delayed"], layout=EP2 | PP2, fixed_routing=True),
+    ),
+    "fp8 blockwise, PP2": (2, Step(precision=BF16, fp8=RECIPES["blockwise"], layout=PP2, fixed_routing=True)),
     # Gathered in FP8 the tokens of a rank must fill blocks of 128.
     "fp8 blockwise, TP2+SP": (
         2,

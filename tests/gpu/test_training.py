@@ -8,29 +8,38 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_moe_lpr.conversion.verify_models import verify_checkpoint
+from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
+from megatron_moe_lpr.evaluation.results import evaluation_record
 from megatron_moe_lpr.model.parameter_kinds import kind_of
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import select_platform
 from tests.conversion.helpers import checkpoint_tensors
+from tests.conversion.helpers import run as convert
 from tests.gpu import device
-from tests.gpu.inputs import ROOT, run_ranks
+from tests.gpu.device import TOLERANCES
+from tests.gpu.inputs import ROOT, run_command, run_ranks
 from tests.gpu.ranks import run
 from tests.gpu.test_numerics import BF16, RECIPES
 from tests.training.runs import metrics, rewind, train
 
+FP32 = {"fp32": True, "bf16": False}
 GATHER = {"fp8_param_gather": True}
 WAYS = {
     "bf16": {},
     **{f"fp8 {name}": fields for name, fields in RECIPES.items()},
     "fp8 tensorwise, fp8 parameters": RECIPES["tensorwise"] | GATHER,
 }
+GATHERING = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 STEPS, SAVED = (8, 4) if device.EMULATED else (50, 25)
 CARRIED = ("new experts", "router")
 
 
-def start(inputs, save: Path, world: int = 1, **changes) -> dict[int, dict]:
+def start(inputs, save: Path, world: int = 1, platform: str = "cuda", **changes) -> dict[int, dict]:
     """A run of stage 1 in ranks of a pool; its metrics by step."""
     checkpoint, data = inputs
     fields = {
-        "platform": "cuda",
+        "platform": platform,
         "fp32": False,
         **BF16,
         "lr": 1e-3,
@@ -40,7 +49,7 @@ def start(inputs, save: Path, world: int = 1, **changes) -> dict[int, dict]:
         "train_iters": STEPS,
         "save_interval": SAVED,
     }
-    run(world, partial(train, **(fields | changes)), checkpoint, save, data)
+    run(world, partial(train, **(fields | changes)), checkpoint, save, data, platform=platform)
     return metrics(save)
 
 
@@ -110,6 +119,34 @@ def test_weights_in_fp8_learn_as_fast(trained):
     assert found == (expected if device.EMULATED else pytest.approx(expected, rel=1e-3))
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_weights_gathered_in_fp8_are_those_gathered_in_bf16(recipe, inputs, tmp_path):
+    """Two ranks, each with its share of the optimizer: every product has the operands it has without."""
+    if device.count() < 2:
+        pytest.skip("needs 2 GPUs")
+    short = GATHERING | RECIPES[recipe] | {"train_iters": 3, "save_interval": 2}
+    expected, found = (
+        [record["lm_loss"] for _, record in sorted(start(inputs, tmp_path / str(name), 2, **short, **gather).items())]
+        for name, gather in (("bf16", {}), ("fp8", GATHER))
+    )
+    assert found == (expected if device.EMULATED else pytest.approx(expected, rel=1e-3))
+
+
+def test_fused_adam_steps_as_torch_s_adamw(inputs, tmp_path):
+    """In fp32: Transformer Engine's optimizer on the device, torch's on the host beside Transformer Engine."""
+    fields = FP32 | {"use_distributed_optimizer": True, "train_iters": 4, "weight_decay": 0.1}
+    expected, found = (start(inputs, tmp_path / platform, platform=platform, **fields) for platform in ("cpu", "cuda"))
+    for value in ("lm_loss", "grad_norm"):
+        assert [found[step][value] for step in sorted(found)] == pytest.approx(
+            [expected[step][value] for step in sorted(expected)], rel=1e-5 if device.EMULATED else 1e-3
+        )
+    by_torch, by_engine = checkpoint_tensors(tmp_path / "cpu"), checkpoint_tensors(tmp_path / "cuda")
+    for key, before in checkpoint_tensors(inputs[0]).items():
+        if kind_of(key) in CARRIED:
+            moved = (by_torch[key] - before).norm()
+            assert (by_engine[key] - by_torch[key]).norm() < (1e-3 if device.EMULATED else 1e-2) * moved, key
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
 def test_resume_at_another_expert_parallel_size(recipe, trained, inputs, tmp_path):
     """The next loss is one rank's: weights, moments and, under delayed scaling, each expert's own scales arrive."""
@@ -120,6 +157,37 @@ def test_resume_at_another_expert_parallel_size(recipe, trained, inputs, tmp_pat
     resumed = start(inputs, rewind(save, tmp_path / "again", SAVED), 2, **WAYS[f"fp8 {recipe}"], **layout)
     for step, record in resumed.items():
         assert record["lm_loss"] == pytest.approx(whole[step]["lm_loss"], rel=0.01), step
+
+
+def losses_by_language(load: Path, data: dict[str, str], platform: str, **changes) -> dict[str, float]:
+    """On every rank: what tools/evaluate.py finds."""
+    fields = {"seq_length": 64, "micro_batch_size": 4, "dtype": None, "layout": ParallelLayout(), "platform": platform}
+    evaluation = evaluate_checkpoint(EvaluationPlan(load, [data["el"], data["en"]], ["en"], **(fields | changes)))
+    return {entry["language"]: entry["loss"] for entry in evaluation_record(evaluation)["datasets"]}
+
+
+def logits_apart(load: Path, hf: Path, dtype: torch.dtype) -> float:
+    """On every rank: largest difference between the device's logits of a checkpoint and transformers' of an export."""
+    return verify_checkpoint(load, hf, dtype, select_platform("cuda"), sequence_length=64).logits
+
+
+@pytest.mark.parametrize("name", ["fp8 delayed", "fp8 tensorwise, fp8 parameters", "fp8 blockwise"])
+def test_evaluation_and_export_of_what_fp8_trained(name, trained, inputs, tmp_path):
+    """A checkpoint with FP8 states is evaluated as the CPU platform does, at another layout too, and exported to a
+    stock architecture that transformers computes alike."""
+    save, data = trained(name)[0], inputs[1]
+    exact = {"dtype": torch.float32}
+    expected = run(1, partial(losses_by_language, **exact), save, data, "cpu", platform="cpu")[0]
+    assert expected["el"] < 0.9 * expected["en"]
+    split = name == "fp8 delayed" and device.count() > 1  # the recipe that saves most states
+    for layout in [ParallelLayout(), *([ParallelLayout(expert_model_parallel_size=2)] if split else [])]:
+        world = layout.expert_model_parallel_size
+        found = run(world, partial(losses_by_language, layout=layout, **exact), save, data, "cuda")
+        assert found[0] == pytest.approx(expected, rel=10 * TOLERANCES.fp32)
+    rounded = run(1, losses_by_language, save, data, "cuda")[0]  # as saved, in bf16
+    assert rounded == pytest.approx(expected, rel=TOLERANCES.bf16_layout)
+    convert("export", "--load", save, "--hf", tmp_path / "hf")
+    assert run(1, logits_apart, save, tmp_path / "hf", torch.float32)[0] < 1e-3
 
 
 def test_the_commands_of_a_user(inputs, tmp_path):
@@ -136,8 +204,8 @@ def test_the_commands_of_a_user(inputs, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     result = tmp_path / "result.json"
     datasets = ["--valid-data-path", data["el"], data["en"], "--original-languages", "en"]
-    run_ranks(1, "tools.evaluate", "--load", save, *datasets, "--seq-length", 64, "--output", result)
+    run_command("tools.evaluate", "--load", save, *datasets, "--seq-length", 64, "--output", result)
     by_language = {entry["language"]: entry["loss"] for entry in json.loads(result.read_text())["datasets"]}
     assert by_language["el"] < by_language["en"]
-    run_ranks(1, "tools.convert_hf", "export", "--load", save, "--hf", exported)
+    run_command("tools.convert_hf", "export", "--load", save, "--hf", exported)
     assert (exported / "config.json").exists() and list(exported.glob("*.safetensors"))

@@ -18,6 +18,8 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
 
 def as_written(config) -> dict:
     return json.loads(config.to_json_string())
@@ -56,6 +58,23 @@ def test_sliding_window_is_mistrals_alone():
     assert read_architecture({"model_type": "qwen2", **SIZES, "sliding_window": 32}).sliding_window is None
 
 
+def test_window_that_no_layer_has():
+    """transformers gives the layers from max_window_layers on a window; Qwen's published configs have none."""
+    config = {"model_type": "qwen2", **SIZES, "sliding_window": 32, "use_sliding_window": True}
+    for layers in (2, 28):
+        assert read_architecture(config | {"max_window_layers": layers}).sliding_window is None
+    types = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=32, max_window_layers=2).layer_types
+    assert read_architecture(config | {"layer_types": types}).sliding_window is None
+
+
+def test_layer_types_of_mistral():
+    config = {"model_type": "mistral", **SIZES, "sliding_window": 32}
+    assert read_architecture(config | {"layer_types": ["sliding_attention"] * 2}).sliding_window == 32
+    for types in (["full_attention"] * 2, ["full_attention", "sliding_attention"]):
+        with pytest.raises(UserError, match="all layers must be alike"):
+            read_architecture(config | {"layer_types": types})
+
+
 def test_absent_key_value_heads():
     sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
     assert read_architecture({"model_type": "llama", **sizes}).num_query_groups == SIZES["num_attention_heads"]
@@ -68,9 +87,12 @@ def test_absent_key_value_heads():
     [
         ({"model_type": "gpt2"}, "'gpt2' is not supported; supported are Qwen2ForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"attention_bias": True}, "attention_bias=true"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"mlp_bias": True}, "mlp_bias=true"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embeddings must be a number"),
+        ({"rope_scaling": {**YARN, "mscale": 0.7}}, "'yarn' with mscale"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+        ({"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds full_attention and sliding_att"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"vocab_size": None, "hidden_size": None}, "hidden_size"),
     ],

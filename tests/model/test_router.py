@@ -3,6 +3,7 @@
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, switch_load_balancing_loss_func
 
 from megatron_moe_lpr.model.router import LPRRouter
@@ -55,6 +56,29 @@ def gradient_of_attached_losses(router, hidden, tags):
     weights, _ = router(hidden, tags.transpose(0, 1))
     (weights * 0.0).sum().backward()
     return router.weight.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_fp32_whatever_transformer_engine_would_do(dtype, make_router, hidden, monkeypatch):
+    """Megatron's own asks Transformer Engine where it is there; 2.9 would multiply fp32 weights with bf16 input."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("Transformer Engine's product was asked for")
+
+    monkeypatch.setattr(moe_utils, "te_general_gemm", refuse, raising=False)
+    router, rounded = make_router(), hidden.to(dtype)
+    given = rounded.clone().requires_grad_()
+    exact_input = rounded.double().requires_grad_()
+    exact_weight = router.weight.detach().double().requires_grad_()
+    gradient = torch.randn(SEQUENCE, BATCH, EXPERTS, generator=torch.Generator().manual_seed(3))
+    logits, expected = router.gating(given), exact_input @ exact_weight.T
+    assert (logits.dtype, router.weight.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-6)
+    logits.backward(gradient)
+    expected.backward(gradient.double())
+    assert given.grad.dtype == dtype
+    torch.testing.assert_close(router.weight.grad.double(), exact_weight.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(given.grad.double(), exact_input.grad, rtol=torch.finfo(dtype).eps * 8, atol=1e-5)
 
 
 def test_routing_is_softmax_top_k_renormalised(make_router, hidden):
@@ -213,3 +237,39 @@ def test_weights_stay_fp32_in_bf16(make_router, hidden):
     best = torch.softmax(logits, -1).topk(TOP_K, dim=-1)
     expected = torch.zeros_like(logits).scatter(1, best.indices, best.values / best.values.sum(-1, keepdim=True))
     torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["paper", "reference"])
+def test_lpr_for_groups(make_router, hidden, masks, form):
+    """-log of the total probability of the experts of the token's group and the groups before it."""
+    router = make_router(lpr_loss_coeff=0.1, lpr_loss_form=form, num_moe_layers=5)
+    router.set_groups((1, 2), 1.0)  # experts 0 | 1 | 2 and 3
+    original, valid = masks
+    groups = torch.where(original, 0, 1)
+    groups[0] = -1  # the latest group: no prior
+    known = groups >= 0
+    tags = token_tags(known, valid, lpr_weight=1.0 / (known & valid).sum(), groups=groups)
+    logits, weight = reference_logits(router, hidden)
+    scores = torch.softmax(logits, -1)
+    scores = scores if form == "paper" else scores.exp() / scores.exp().sum(-1, keepdim=True)
+    own = torch.where(sequence_first(groups) == 0, scores[:, 0], scores[:, :2].sum(-1))
+    loss = -own.log()[sequence_first(known & valid)].mean()
+    (0.1 / 5 * loss).backward()
+    gradient = gradient_of_attached_losses(router, hidden, tags)
+    torch.testing.assert_close(gradient.double(), weight.grad, rtol=1e-5, atol=1e-8)
+    report = gather_routing([(0, router.statistics)], 1, EXPERTS)
+    assert report.tokens[0, 0] == (groups.eq(0) & valid).sum()
+
+
+@pytest.mark.parametrize("openness", [0.0, 0.3])
+def test_openness_weighs_the_latest_experts(make_router, hidden, openness):
+    """Softmax over exp(logit) times the weight: at 0 the latest expert is not there."""
+    router = make_router()
+    router.set_groups((2, 1), openness)
+    logits, _ = reference_logits(router, hidden)
+    scores = logits.exp() * torch.tensor([1.0, 1.0, 1.0, openness])
+    best = scores.topk(TOP_K, dim=-1)
+    expected = torch.zeros_like(logits).scatter(1, best.indices, best.values / best.values.sum(-1, keepdim=True))
+    weights, choices = router(hidden)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(choices, expected > 0)

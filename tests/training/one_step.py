@@ -84,7 +84,7 @@ def micro_batches(size: int) -> list[dict[str, torch.Tensor]]:
     return parts[rank::ranks]
 
 
-def run_step(path: Path, case: StepCase) -> StepResult:
+def run_step(path: Path, case: StepCase, table: torch.Tensor = ORIGINAL_TABLE) -> StepResult:
     """On every rank of a pool: load, forward, backward, reduce."""
     platform, layout = select_platform("cpu"), ParallelLayout(**case.layout)
     initialize_parallel(platform, layout)
@@ -106,7 +106,7 @@ def run_step(path: Path, case: StepCase) -> StepResult:
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    sums = run_schedule(chunks, model.config, micro_batches(case.micro_batch_size), ORIGINAL_TABLE)
+    sums = run_schedule(chunks, model.config, micro_batches(case.micro_batch_size), table)
     watch.check()
     routing = collect_routing(chunks, model.shape)
     return StepResult(

@@ -15,6 +15,7 @@ from megatron_moe_lpr.pretrain import pretrain
 from megatron_moe_lpr.training.config import (
     BatchOptions,
     CheckpointOptions,
+    GuardOptions,
     LoggingOptions,
     OptimizerOptions,
     PrecisionOptions,
@@ -87,6 +88,7 @@ def training_config(
         fp8=part(FP8Options),
         layout=part(ParallelLayout),
         logging=part(LoggingOptions),
+        guards=part(GuardOptions),
         platform=platform,
     )
 

@@ -80,3 +80,14 @@ def test_bf16_with_fp32_routers_is_saved_and_resumed(trained, inputs, tmp_path):
     run_pool(2, inputs[0], rewind(first, second, 3), inputs[1], **EP2, **changes)
     again = checkpoint_tensors(second)
     assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items() if key.startswith("decoder."))
+
+
+@pytest.mark.parametrize("options", [{}, {"async_save": False}])
+def test_old_checkpoints_go_and_the_run_is_the_same(options, inputs, tmp_path):
+    """With and without a writer beside training; the newest two stay."""
+    run_pool(1, inputs[0], tmp_path / "run", inputs[1], save_interval=1, keep_last_checkpoints=2, **options)
+    assert sorted(path.name for path in (tmp_path / "run").glob("iter_*")) == ["iter_0000005", "iter_0000006"]
+    run_pool(1, inputs[0], tmp_path / "once", inputs[1])
+    expected, found = checkpoint_tensors(tmp_path / "once"), checkpoint_tensors(tmp_path / "run")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())

@@ -1,6 +1,7 @@
 """What the ranks do: build, load, save and compare models of either specification."""
 
 import contextlib
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
+from megatron.core.transformer import TransformerConfig
 
 from megatron_moe_lpr.checkpoint import loading
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.extra_state import check_extra_states
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_shape
 from megatron_moe_lpr.checkpoint.model_state import CONTENT_METADATA, EXTRA_STATE, sharded_model_state
+from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import build_model, unwrap
 from megatron_moe_lpr.model.config import ComputeOptions, transformer_config
 from megatron_moe_lpr.model.fp8 import FP8Options
@@ -78,6 +83,8 @@ def save_again(path: Path, target: Path, expert_parallel: int = 1) -> None:
     torch.distributed.barrier()
     state = sharded_model_state(model.chunks)
     dist_checkpointing.save(state, str(partial), content_metadata=dict(CONTENT_METADATA))
+    if torch.distributed.get_rank() == 0:
+        write_manifest(partial, {})
 
 
 def differing_keys(path: Path) -> list[str]:
@@ -128,3 +135,29 @@ def first_fp8_parameter(path: Path, fp8: FP8Options) -> str:
     except NotImplementedError as error:
         return str(error)
     return "no weight was quantised"
+
+
+def look_at_recipe(recipe: str) -> tuple[bytes, str]:
+    """The recipe that Megatron makes, pickled as Transformer Engine's `get_extra_state` does; why it is refused."""
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=1, fp8="hybrid", fp8_recipe=recipe, bf16=True
+    )
+    saved = pickle.dumps({"recipe": get_fp8_recipe(config), "scale_fwd": torch.ones(3)})
+    return saved, _refusal(saved)
+
+
+def look_at_names_beside_recipes() -> list[str]:
+    """Why pickles are refused that name something else from the modules of the recipes."""
+    from megatron.core.extensions.transformer_engine import TECudaRNGStatesTracker
+    from transformer_engine.common.recipe import DelayedScaling
+
+    return [_refusal(pickle.dumps(value)) for value in (TECudaRNGStatesTracker, DelayedScaling.delayed)]
+
+
+def _refusal(saved: bytes) -> str:
+    state = {"layer._extra_state": torch.frombuffer(bytearray(saved), dtype=torch.uint8)}
+    try:
+        check_extra_states(state, Path("checkpoint"))
+    except UserError as error:
+        return str(error)
+    return ""

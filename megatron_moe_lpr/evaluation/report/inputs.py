@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.evaluation.report.record import is_evaluation, is_list_of_texts
+from megatron_moe_lpr.json_files import is_number
 
 Averages = dict[str, float | None]
 
@@ -67,7 +70,14 @@ def read_inputs(evaluations: list[str], metrics: list[str], samples: Path | None
     for one in named[1:]:
         _check_comparable(named[0], one)
     logs = [_log(*_split(argument, "--metrics")) for argument in metrics]
-    return ReportInputs(named, logs, _json(samples) if samples else [])
+    return ReportInputs(named, logs, _samples(samples) if samples else [])
+
+
+def _samples(path: Path) -> list[dict[str, str]]:
+    content = _json(path)
+    if not is_list_of_texts(content, ("language", "prompt", "text")):
+        raise UserError(f"--samples {path}: a list of objects with language, prompt and text is expected")
+    return content
 
 
 def _split(argument: str, flag: str) -> tuple[str, Path]:
@@ -79,7 +89,7 @@ def _split(argument: str, flag: str) -> tuple[str, Path]:
 
 def _evaluation(title: str, path: Path) -> NamedEvaluation:
     record = _json(path)
-    if not isinstance(record, dict) or not {"datasets", "averages", "experts_per_layer"} <= record.keys():
+    if not is_evaluation(record):
         raise UserError(f"--evaluation {path}: not a file of tools/evaluate.py --output")
     return NamedEvaluation(title, record)
 
@@ -96,23 +106,35 @@ def _check_comparable(first: NamedEvaluation, other: NamedEvaluation) -> None:
 
 def _log(title: str, path: Path) -> TrainingLog:
     losses: dict[str, dict[float, float]] = {}
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            is_training, tokens = entry["kind"] == "train", entry.get("consumed_tokens", 0)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--metrics {path}:{number}: not a line of a training log ({error})") from None
-        for name, value in entry.items() if is_training else ():
-            if name.startswith("lm_loss/"):
-                # A resumed run logs a step again: the later line counts.
-                losses.setdefault(name.removeprefix("lm_loss/"), {})[tokens] = value
+    lines = _read(path).split("\n")
+    if not lines[-1].endswith("}"):
+        # Nothing, or what a kill or a full disk has cut short.
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        for name, value in _training_losses(line, f"--metrics {path}:{number}"):
+            # A resumed run of an older version logs a step again: the later line counts.
+            losses.setdefault(name, {})[value[0]] = value[1]
     return TrainingLog(title, {language: sorted(points.items()) for language, points in losses.items()})
+
+
+def _training_losses(line: str, place: str) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Language and (tokens seen, loss) of a line; none of a line of another kind."""
+    try:
+        entry = json.loads(line)
+        is_training, tokens = entry["kind"] == "train", entry.get("consumed_tokens", 0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{place}: not a line of a training log ({error})") from None
+    for name, value in entry.items() if is_training else ():
+        if name.startswith("lm_loss/"):
+            if not is_number(value) or not is_number(tokens):
+                raise UserError(f"{place}: not a line of a training log ({name} is no number)")
+            yield name.removeprefix("lm_loss/"), (tokens, value)
 
 
 def _json(path: Path) -> Any:
     try:
         return json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
@@ -121,5 +143,5 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not a text file: {error}") from None

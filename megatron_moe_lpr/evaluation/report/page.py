@@ -122,7 +122,8 @@ def _samples(inputs: ReportInputs) -> str:
 
 def _method(inputs: ReportInputs) -> str:
     per_layer = final(inputs).record["experts_per_layer"]
-    count = f"{max(per_layer)} experts" if max(per_layer) > 1 else "several experts"
+    counts = sorted({experts for experts in per_layer if experts > 1})
+    count = f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} experts" if counts else "several experts"
     chosen = sum(experts > 1 for experts in per_layer)
     which = f"{chosen} of the {len(per_layer)} layers" if 0 < chosen < len(per_layer) else "each layer"
     return (

@@ -2,11 +2,13 @@
 
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import megatron.core.tensor_parallel.random as megatron_random
 import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 
 def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -19,6 +21,11 @@ def _set_rng_state(state: torch.Tensor, device: Any = -1, graph_safe: bool = Fal
 
 def _split_sizes_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _init_data(self: ShardedTensor, device: Any, init_fn: Callable[..., torch.Tensor] = torch.empty) -> None:
+    if self.data is None:
+        self.data = init_fn(self.local_shape, dtype=self.dtype, device="cpu")
 
 
 class NoFP8:
@@ -51,5 +58,7 @@ def install() -> None:
     if not hasattr(megatron_random, "FP8GlobalStateManager"):
         megatron_random.FP8GlobalStateManager = NoFP8
         megatron_random.activation_recompute_forward = megatron_random.fp8_autocast = _no_context
+    # dist_checkpointing/exchange_utils.py: memory for a tensor that another rank has read
+    ShardedTensor.init_data = _init_data
     # moe/token_dispatcher.py `_maybe_dtoh_and_synchronize`: a device-to-host copy of a tensor already on the host
     token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes_on_host

@@ -1,0 +1,91 @@
+"""Measure the checksums of checkpoints on one core: verifying a file against only reading it, and writing with and
+without.
+
+The file lies in the page cache, so that the disk is not what is measured. CPU seconds count, not those on the clock:
+other programs on the machine do not change them. Runs alternate, the best of each counts.
+"""
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_moe_lpr.checkpoint.integrity import BLOCK_BYTES, ChecksumStream, checksum_of_file
+from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.errors import UserError, run_command
+
+
+@dataclasses.dataclass
+class Flags:
+    """Measure the checksums of checkpoints."""
+
+    megabytes: int = 512
+    """Size of the file."""
+    repeats: int = 5
+    """Runs of each."""
+    directory: Path | None = None
+    """Where the file goes. Default: the temporary directory."""
+
+
+def main() -> None:
+    flags = parse_flags(Flags, description=__doc__)
+    if flags.megabytes < 1 or flags.repeats < 1:
+        raise UserError("--megabytes and --repeats: at least 1")
+    size = flags.megabytes * 10**6
+    with tempfile.TemporaryDirectory(dir=flags.directory) as directory:
+        path, target = Path(directory, "file"), Path(directory, "copy")
+        path.write_bytes(os.urandom(size))
+        block = os.urandom(BLOCK_BYTES)
+        kinds: dict[str, Callable[[], object]] = {
+            "reading alone": lambda: read(path),
+            "verifying": lambda: checksum_of_file(path),
+            "writing alone": lambda: write(target, block, size, with_checksum=False),
+            "writing with checksum": lambda: write(target, block, size, with_checksum=True),
+        }
+        best = dict.fromkeys(kinds, float("inf"))
+        for _ in range(flags.repeats):
+            for name, action in kinds.items():
+                best[name] = min(best[name], cpu_seconds(action))
+    Console().print(table(best, size))
+
+
+def cpu_seconds(action: Callable[[], object]) -> float:
+    """CPU time of one call in this process, system calls included."""
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
+def read(path: Path) -> None:
+    """As `checksum_of_file` does, without the checksum."""
+    block = memoryview(bytearray(BLOCK_BYTES))
+    with open(path, "rb", buffering=0) as stream:
+        while stream.readinto(block):
+            pass
+
+
+def write(path: Path, block: bytes, size: int, with_checksum: bool) -> None:
+    """`size` bytes in blocks, as the checkpoint writers do; without fsync, which waits and does not compute."""
+    with open(path, "wb", buffering=0) as raw:
+        stream = ChecksumStream(raw) if with_checksum else raw
+        for _ in range(size // len(block)):
+            stream.write(block)
+
+
+def table(best: dict[str, float], size: int) -> Table:
+    """GB/s of a core, and the ratio to the same without a checksum."""
+    result = Table("", "GB/s of a core", "of the speed without", title=f"{size / 1e6:,.0f} MB")
+    alone = {"verifying": "reading alone", "writing with checksum": "writing alone"}
+    for name, seconds in best.items():
+        ratio = f"{best[alone[name]] / seconds:.0%}" if name in alone else ""
+        result.add_row(name, f"{size / 1e9 / seconds:.2f}", ratio)
+    return result
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""How many experts each layer should get, measured on the dense model before it is upcycled."""

@@ -1,0 +1,95 @@
+"""From the similarity of languages in each layer to its number of experts (LayerMoE, arXiv 2505.22582, section 3.2)."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from megatron_moe_lpr.errors import UserError
+
+NEW_EXPERTS_A_LAYER = 2
+"""On average, where no budget is given: the published allocations have 56 in 28 layers and 48 in 24."""
+HALVINGS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class AllocationOptions:
+    """What the user asks of an allocation."""
+
+    budget: int | None = None
+    """New experts in all layers together, at most."""
+    multiple_of: int = 1
+    """Each layer's new experts are a multiple of this."""
+    uniform_count: int | None = None
+    """Each layer has this many experts, the original one included, or none."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that get none."""
+
+
+def published_allocation(similarity: Sequence[float], total: float) -> list[int]:
+    """Experts of each layer, the original one included: ceil(total * (1/S_i) / sum_j 1/S_j) (the paper's equation 4).
+
+    Args:
+        similarity: S_i, above 0.
+        total: B; rounding up makes the sum larger.
+    """
+    inverse = [1.0 / value for value in similarity]
+    return [math.ceil(total * value / sum(inverse)) for value in inverse]
+
+
+def allocate(similarity: Sequence[float], options: AllocationOptions) -> list[int]:
+    """Experts of each layer, the original one included; 1: the layer stays dense.
+
+    Without `uniform_count`, the published allocation with the largest B that keeps within the budget, in units of
+    `multiple_of` new experts. With it, the layers in which the languages are least alike get experts.
+
+    Raises:
+        UserError: numbers that do not fit, or a similarity that is not above 0.
+    """
+    _check(similarity, options)
+    layers = [layer for layer in range(len(similarity)) if layer not in options.dense_layers]
+    budget = NEW_EXPERTS_A_LAYER * len(similarity) if options.budget is None else options.budget
+    experts = [1] * len(similarity)
+    if options.uniform_count is not None:
+        new = options.uniform_count - 1
+        for layer in sorted(layers, key=lambda layer: similarity[layer])[: budget // new]:
+            experts[layer] += new
+    else:
+        units = _units([similarity[layer] for layer in layers], budget // options.multiple_of)
+        for layer, count in zip(layers, units, strict=True):
+            experts[layer] += count * options.multiple_of
+    if max(experts) == 1:
+        raise UserError(f"--budget {budget}: too few for a single layer; raise it")
+    return experts
+
+
+def _units(similarity: Sequence[float], budget: int) -> list[int]:
+    """New experts by the published formula, as many as the budget allows: their number grows with B."""
+    low, high = 0.0, float(budget + len(similarity) + 1)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        fits = sum(published_allocation(similarity, middle)) - len(similarity) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    return [max(count, 1) - 1 for count in published_allocation(similarity, low)]
+
+
+def _check(similarity: Sequence[float], options: AllocationOptions) -> None:
+    for layer, value in enumerate(similarity):
+        if not value > 0:
+            raise UserError(f"layer {layer}: the languages' similarity is {value:.4f}, and 1/S needs it above 0")
+    if options.multiple_of < 1:
+        raise UserError(f"--multiple-of {options.multiple_of}: must be at least 1")
+    if options.budget is not None and options.budget < 1:
+        raise UserError(f"--budget {options.budget}: must be at least 1")
+    if any(not 0 <= layer < len(similarity) for layer in options.dense_layers):
+        raise UserError(f"--dense-layers: the layers are 0 to {len(similarity) - 1}")
+    if len(set(options.dense_layers)) == len(similarity):
+        raise UserError("--dense-layers: names every layer; leave one for experts")
+    if options.uniform_count is None:
+        return
+    if options.uniform_count < 2:
+        raise UserError(f"--uniform-count {options.uniform_count}: at least 2, the original expert and a new one")
+    if (options.uniform_count - 1) % options.multiple_of:
+        raise UserError(
+            f"--uniform-count {options.uniform_count}: its {options.uniform_count - 1} new experts are not a multiple "
+            f"of --multiple-of {options.multiple_of}"
+        )

@@ -1,0 +1,68 @@
+"""The dense model's tensors, layer by layer: from a Hugging Face directory, or out of a checkpoint of any layout."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
+from megatron_moe_lpr.checkpoint.trainable_only import open_reader
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint
+from megatron_moe_lpr.conversion.exporter import check_model_tensors, read_row
+from megatron_moe_lpr.conversion.hf_directory import check_tensors, open_hf_directory
+from megatron_moe_lpr.conversion.names import DENSE_LAYOUT, Row, model_rows
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import read_json
+from megatron_moe_lpr.model.architecture import Architecture
+
+
+class DenseSource:
+    """A dense model on disk; one tensor, or one layer, is in memory at a time."""
+
+    def __init__(
+        self, config: dict[str, Any], architecture: Architecture, rows: list[Row], read: Callable[[Row], list]
+    ) -> None:
+        self.config, self.architecture = config, architecture
+        self._rows, self._read = rows, read
+
+    def layer(self, layer: int) -> dict[str, torch.Tensor]:
+        """Tensors of a layer, fp32, by the name that the dense model's own class has for them inside the layer."""
+        prefix = f"model.layers.{layer}."
+        return {
+            name.removeprefix(prefix): tensor.float()
+            for row in self._rows
+            if row.layer == layer and row.role.is_original
+            for name, tensor in zip(row.dense_names, self._read(row), strict=True)
+        }
+
+    def embedding(self) -> torch.Tensor:
+        """[vocabulary, hidden] in the stored dtype."""
+        return self._read(self._rows[0])[0]
+
+
+def open_dense_source(path: Path) -> DenseSource:
+    """Open a dense Hugging Face directory or a checkpoint; of one with experts, the dense model it came from.
+
+    Raises:
+        UserError: neither of them, a stock MoE directory, or weights that do not fit the configuration.
+    """
+    path = Path(path)
+    if (path / LATEST_FILE).is_file() or is_iteration_directory(path):
+        return _checkpoint_source(path)
+    model = open_hf_directory(path)
+    if model.is_moe:
+        raise UserError(f"{path}: has experts; give the dense model it was made from, or import it first")
+    rows, source = model_rows(model.architecture, model.experts_per_layer, DENSE_LAYOUT), model.source()
+    check_tensors(rows, {}, source, path)
+    return DenseSource(model.config, model.architecture, rows, lambda row: [source.read(name) for name in row.names])
+
+
+def _checkpoint_source(path: Path) -> DenseSource:
+    checkpoint = open_checkpoint(path)
+    card, architecture = checkpoint.card(), checkpoint.architecture()
+    rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)
+    reader = open_reader(checkpoint)
+    check_model_tensors(rows, reader)
+    config = read_json(checkpoint.side_directory / CONFIG_FILE)
+    return DenseSource(config, architecture, rows, lambda row: read_row(row, reader, architecture, torch.float32))

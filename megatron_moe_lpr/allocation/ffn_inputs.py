@@ -1,0 +1,89 @@
+"""What enters the FFN of each layer of a dense model, for tokens of several languages.
+
+Layer by layer: all windows pass one layer before the next one is read, so that neither the model nor more than one
+layer of it need fit into memory; the tokens' residual stream does. The layers are transformers' own.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel
+from transformers.utils import logging
+
+from megatron_moe_lpr.allocation.dense_source import DenseSource
+
+WINDOWS_AT_ONCE = 8
+
+
+@torch.no_grad()
+def ffn_inputs(
+    source: DenseSource, windows: Mapping[str, torch.Tensor], device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the inputs of layer 0, 1, ...: fp32 [windows, length, hidden] by language, on the CPU.
+
+    Args:
+        windows: token ids [windows, length] of each language, the same length for all.
+    """
+    model = _skeleton(source.config)
+    embedding = source.embedding()
+    stream = {name: torch.nn.functional.embedding(ids, embedding).float() for name, ids in windows.items()}
+    del embedding
+    length = next(iter(windows.values())).shape[1]
+    for index in range(source.architecture.num_layers):
+        layer = model.layers[index].to_empty(device=device)
+        layer.load_state_dict(source.layer(index), strict=True)
+        passing = _Passing(layer, _arguments(model, source.architecture.sliding_window, length, device))
+        inputs = {name: passing(stream, name, device) for name in stream}
+        layer.to("meta")
+        yield inputs
+
+
+class _Passing:
+    """Runs windows through a layer and keeps what enters its FFN."""
+
+    def __init__(self, layer: torch.nn.Module, arguments: dict[str, Any]) -> None:
+        self.layer, self.arguments = layer, arguments
+        self.kept: list[torch.Tensor] = []
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: self.kept.append(inputs[0].cpu()))
+
+    def __call__(self, stream: dict[str, torch.Tensor], name: str, device: torch.device) -> torch.Tensor:
+        """The FFN's inputs of one language, whose stream advances to the layer's output."""
+        self.kept = []
+        outputs = []
+        for part in stream[name].split(WINDOWS_AT_ONCE):
+            output = self.layer(part.to(device), **self.arguments)
+            outputs.append((output[0] if isinstance(output, tuple) else output).cpu())
+        stream[name] = torch.cat(outputs)
+        return torch.cat(self.kept)
+
+
+def _skeleton(config: dict[str, Any]) -> torch.nn.Module:
+    """transformers' model without its weights, in fp32."""
+    fields = {name: value for name, value in config.items() if name not in ("model_type", "torch_dtype", "dtype")}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            configuration = AutoConfig.for_model(config["model_type"], **fields)
+            model = AutoModel.from_config(configuration, dtype=torch.float32, attn_implementation="sdpa").eval()
+    finally:
+        logging.set_verbosity(verbosity)
+    # Its frequencies are computed, not loaded: once more where they can be.
+    model.rotary_emb = type(model.rotary_emb)(configuration)
+    return model
+
+
+def _arguments(model: torch.nn.Module, sliding_window: int | None, length: int, device: torch.device) -> dict[str, Any]:
+    """Positions and the mask, True where a token is seen: [1, 1, length, length]."""
+    positions = torch.arange(length)
+    distance = positions[:, None] - positions[None, :]
+    seen = distance >= 0
+    if sliding_window:
+        seen &= distance < sliding_window
+    cosine, sine = model.rotary_emb(torch.zeros(1, length, 1), positions[None])
+    return {
+        "attention_mask": seen[None, None].to(device),
+        "position_ids": positions[None].to(device),
+        "position_embeddings": (cosine.to(device), sine.to(device)),
+    }

@@ -1,0 +1,205 @@
+"""A rank's side of the writer process: copy the share out of the way of training, hand it over, hear how it went."""
+
+import contextlib
+import json
+import mmap
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncRequest
+
+from megatron_moe_lpr.checkpoint.integrity import FileChecksum
+from megatron_moe_lpr.checkpoint.share_writer import ShareWriter
+
+END_SECONDS = 10
+"""How long a writer process that has nothing to do may take to end."""
+
+
+class SharedMemory:
+    """Host memory that a child sees too, without a name and without a limit but the machine's."""
+
+    def __init__(self) -> None:
+        self.descriptor = _unnamed_file()
+        self.content: mmap.mmap | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes it has now."""
+        return len(self.content) if self.content else 0
+
+    def reserve(self, size: int) -> None:
+        """Have at least `size` bytes; what is there may be lost.
+
+        Raises:
+            OSError: the machine has no such memory.
+        """
+        if size <= self.size:
+            return
+        self._unmap()
+        os.ftruncate(self.descriptor, size)
+        if hasattr(os, "posix_fallocate"):
+            # Else a write into the memory, where none is left, would kill this process without a word.
+            os.posix_fallocate(self.descriptor, 0, size)
+        self.content = mmap.mmap(self.descriptor, size)
+
+    def close(self) -> None:
+        """Give it back."""
+        self._unmap()
+        os.close(self.descriptor)
+
+    def _unmap(self) -> None:
+        if self.content:
+            self.content.close()
+            self.content = None
+
+
+class MemoryStream:
+    """Writes into shared memory from an offset on."""
+
+    def __init__(self, memory: SharedMemory, begin: int) -> None:
+        self.memory, self.position = memory, begin
+
+    def write(self, block: Any) -> int:
+        """Copy a bytes-like object whole."""
+        source = memoryview(block).cast("B")
+        end = self.position + source.nbytes
+        if end > self.memory.size:
+            raise ValueError("a share is larger than planned")
+        with memoryview(self.memory.content) as target:
+            target[self.position : end] = source
+        self.position = end
+        return source.nbytes
+
+    def tell(self) -> int:
+        """Where the next block goes."""
+        return self.position
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+
+class BackgroundWriter(AsyncCaller):
+    """Megatron-Core's AsyncCaller over a process that only writes.
+
+    Its own PersistentAsyncCaller reads tensors of the CPU while training changes them, dies of the job's signals, waits
+    for ever when its process was killed, and holds torch and a CUDA context for each rank.
+    """
+
+    def __init__(self) -> None:
+        """Start the process; it is ready long before the first share is."""
+        self.memory = SharedMemory()
+        ours, theirs = socket.socketpair()
+        descriptors = (theirs.fileno(), self.memory.descriptor)
+        arguments = map(str, (*descriptors, os.getpid()))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_moe_lpr.checkpoint.writer_process", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=descriptors,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            # Signals to the job's process group are not for it.
+            start_new_session=True,
+        )
+        theirs.close()
+        self.connection = ours
+        self.lines = ours.makefile("rw", encoding="utf-8")
+        self.active: ShareWriter | None = None
+
+    def schedule_async_call(self, async_req: AsyncRequest) -> None:
+        """Copy the share of the request's ShareWriter and let the process write it.
+
+        An error waits in the ShareWriter until all ranks can hear of it.
+        """
+        (writer,) = async_req.async_fn_args
+        if not writer.files or writer.error is not None:
+            return
+        try:
+            files = self._copy(writer)
+            request = {"directory": str(writer.checkpoint_dir), "files": files, "memory": self.memory.size}
+            self.lines.write(json.dumps(request) + "\n")
+            self.lines.flush()
+            self.active = writer
+        except BrokenPipeError:
+            writer.error = self._death()
+        except Exception as error:
+            writer.error = error
+        finally:
+            writer.release()
+
+    def _copy(self, writer: ShareWriter) -> list[tuple[str, int, int]]:
+        self.memory.reserve(sum(file.most_bytes for file in writer.files))
+        files, begin = [], 0
+        for file in writer.files:
+            stream = MemoryStream(self.memory, begin)
+            writer.results += file.write(stream)
+            files.append((file.name, begin, stream.tell()))
+            begin = stream.tell()
+        return files
+
+    def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
+        """Whether every rank's share is written, or has failed. Every rank must call it, unless `no_dist`."""
+        if self.active and (blocking or self._has_answered()):
+            self._hear()
+        busy = self.active is not None
+        return not busy if no_dist else self.sync_all_async_calls(busy)
+
+    def _has_answered(self) -> bool:
+        # Not select(): it refuses descriptors above 1023, and gloo opens thousands.
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def _hear(self) -> None:
+        writer, self.active = self.active, None
+        try:
+            answer = json.loads(self.lines.readline() or "null")
+        except (OSError, ValueError):
+            answer = None
+        if answer is None:
+            writer.error = self._death()
+        elif "error" in answer:
+            number, message = answer["error"]
+            writer.error = OSError(number, message) if number else RuntimeError(message)
+        else:
+            writer.written |= {name: FileChecksum(*entry) for name, entry in answer["files"].items()}
+
+    def _death(self) -> Exception:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_SECONDS)
+        return RuntimeError(
+            f"rank {dist.get_rank()}: its writer process {self.process.pid} ended (exit code {self.process.returncode})"
+        )
+
+    def close(self, abort: bool = False) -> None:
+        """End the process; with `abort`, or where it does not end by itself, by force."""
+        if self.process is None:
+            return
+        if abort:
+            self.process.kill()
+        for end in (self.lines, self.connection):
+            with contextlib.suppress(OSError):
+                end.close()
+        try:
+            self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.memory.close()
+        self.process = None
+
+    def __del__(self) -> None:
+        """The base class demands one; whoever made this object closes it."""
+
+
+def _unnamed_file() -> int:
+    """A descriptor of a file that is only in memory, or where that does not exist, of one already deleted."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("checkpoint")
+    with tempfile.TemporaryFile() as stream:
+        return os.dup(stream.fileno())

@@ -1,0 +1,64 @@
+"""The process that puts a rank's share of a checkpoint on the disk while the rank trains on.
+
+It gets finished bytes in shared memory, so it needs neither torch nor CUDA: it starts in a fraction of a second and
+takes some 20 MB. One line of JSON over a socket asks for a share and one answers:
+
+    {"directory": "...", "files": [[name, begin, end], ...], "memory": bytes}
+    {"files": {name: [bytes, checksum], ...}}   or   {"error": [number or null, "message"]}
+
+    python -m megatron_moe_lpr.checkpoint.writer_process SOCKET MEMORY PARENT    # two descriptors, a process number
+"""
+
+import dataclasses
+import json
+import mmap
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_moe_lpr.checkpoint.integrity import ChecksumStream
+from megatron_moe_lpr.processes import end_with_parent
+
+BLOCK_BYTES = 8 << 20
+IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+"""What batch systems and terminals send to every process of a job: the rank decides, and this process finishes."""
+
+
+def main() -> None:
+    """Write shares until the parent closes its end of the socket, or ends."""
+    control, memory, parent = map(int, sys.argv[1:])
+    for name in IGNORED:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    end_with_parent(parent=parent)
+    with socket.socket(fileno=control) as connection, connection.makefile("rw", encoding="utf-8") as lines:
+        for line in lines:
+            lines.write(json.dumps(_answer(json.loads(line), memory)) + "\n")
+            lines.flush()
+
+
+def _answer(request: dict[str, Any], memory: int) -> dict[str, Any]:
+    try:
+        # Not closed by name: after an error its traceback still looks into it.
+        view = memoryview(mmap.mmap(memory, request["memory"], prot=mmap.PROT_READ))
+        written = {
+            name: _write(Path(request["directory"], name), view, begin, end) for name, begin, end in request["files"]
+        }
+    except OSError as error:
+        return {"error": [error.errno, f"{error.strerror}: {error.filename or request['directory']}"]}
+    except Exception as error:
+        return {"error": [None, f"{type(error).__name__}: {error}"]}
+    return {"files": written}
+
+
+def _write(path: Path, view: memoryview, begin: int, end: int) -> list[int | str]:
+    """One file, on the disk (fsync) when this returns: its size and checksum."""
+    with ChecksumStream(open(path, "wb")) as stream:
+        for position in range(begin, end, BLOCK_BYTES):
+            stream.write(view[position : min(position + BLOCK_BYTES, end)])
+    return list(dataclasses.astuple(stream.entry()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Experts of earlier expansions, frozen, and the latest one's, trainable, behind one token dispatcher."""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class ExpertGroups(MegatronModule):
+    """Two `TEGroupedMLP` in the place of one: Transformer Engine's grouped product asks its first weight alone whether
+    all of them train (grouped_linear.py), so frozen and trainable experts must not share one.
+
+    Each EP rank holds its share of both, the earlier experts first; `dispatch_order` sorts the router's columns so.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        earlier: int,
+        newest: int,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        ranks = pg_collection.ep.size()
+        self.num_earlier = earlier // ranks
+        self.earlier = TEGroupedMLP(self.num_earlier, config, submodules, pg_collection)
+        # A layer to which the latest expansion added nothing has earlier experts alone.
+        self.newest = TEGroupedMLP(newest // ranks, config, submodules, pg_collection) if newest else None
+
+    def forward(
+        self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Compute each expert's run of rows.
+
+        Args:
+            tokens: [tokens, hidden], sorted by local expert, those of the earlier experts first.
+            tokens_per_expert: [local experts].
+            weights: [tokens].
+
+        Returns:
+            [tokens, hidden] and no bias.
+        """
+        if self.newest is None:
+            return self.earlier(tokens, tokens_per_expert, weights)
+        counts = tokens_per_expert.split([self.num_earlier, len(tokens_per_expert) - self.num_earlier])
+        rows = int(counts[0].sum())
+        earlier, _ = self.earlier(tokens[:rows], counts[0], weights[:rows])
+        newest, _ = self.newest(tokens[rows:], counts[1], weights[rows:])
+        return torch.cat((earlier, newest)), None
+
+    def backward_dw(self) -> None:
+        """Nothing: weight gradients are never delayed here."""
+
+
+def dispatch_order(earlier: int, newest: int, ranks: int) -> list[int]:
+    """The new experts, counted as the router counts them, in the order in which the EP ranks hold them."""
+    order: list[int] = []
+    for rank in range(ranks):
+        for first, count in ((0, earlier // ranks), (earlier, newest // ranks)):
+            order += range(first + rank * count, first + (rank + 1) * count)
+    return order

@@ -1,0 +1,35 @@
+"""What an allocation of experts saves against the same number in every layer."""
+
+import dataclasses
+
+from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.planning.memory import GIB, RunSizes, gradient_bytes, optimizer_bytes, weight_bytes
+from megatron_moe_lpr.planning.parameters import model_parameters
+
+
+def saving_against_uniform(shape: ModelShape, sizes: RunSizes, num_experts: int) -> str:
+    """Two lines: new experts and parameters; bytes of one copy of the model."""
+    uniform = dataclasses.replace(shape, experts_per_layer=(num_experts,) * len(shape.experts_per_layer))
+    new, more = (sum(one.experts_per_layer) - len(one.experts_per_layer) for one in (shape, uniform))
+    ours, theirs = (model_parameters(one) for one in (shape, uniform))
+    memory, memory_of_uniform = (_model_bytes(one, sizes) / GIB for one in (shape, uniform))
+    return (
+        f"New experts: {new} instead of {more} ({num_experts} experts in every layer): {_change(new, more)}; "
+        f"parameters {sum(ours.values()):,} instead of {sum(theirs.values()):,}: "
+        f"{_change(sum(ours.values()), sum(theirs.values()))}\n"
+        f"Weights, gradients and optimizer of this stage, one copy over all ranks: {memory:,.1f} GiB instead of "
+        f"{memory_of_uniform:,.1f}: {_change(memory, memory_of_uniform)}"
+    )
+
+
+def _model_bytes(shape: ModelShape, sizes: RunSizes) -> float:
+    counts = model_parameters(shape)
+    one = dataclasses.replace(sizes, distributed_optimizer=False)
+    return (
+        weight_bytes(counts, one) + gradient_bytes(counts, one.trains) + optimizer_bytes(counts, ParallelLayout(), one)
+    )
+
+
+def _change(value: float, reference: float) -> str:
+    return f"{value / reference - 1:+.0%}" if reference else "the same"

@@ -1,0 +1,142 @@
+"""What a run is, as the history in its checkpoints records it, and what may differ when it goes on."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from megatron_moe_lpr.data.blend import BlendEntry
+from megatron_moe_lpr.data.config import DataSources
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.training.config import OptimizerOptions, TrainingConfig
+from megatron_moe_lpr.training.stages import Stage
+
+SCHEDULE = (
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_decay_iters",
+    "lr_warmup_iters",
+    "lr_wsd_decay_iters",
+    "lr_wsd_decay_style",
+    "weight_decay",
+)
+"""What Megatron's optimizer_param_scheduler decides, and --override-opt-param-scheduler accepts."""
+ACCEPTABLE = (
+    *SCHEDULE,
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "clip_grad",
+    "load_balancing_coeff",
+    "lpr_loss_coeff",
+    "lpr_loss_form",
+    "data",
+    "eod_mask_loss",
+    "fp8_format",
+    "fp8_recipe",
+    "train_iters",
+)
+"""What --accept-changes takes, by flag. All else makes it another run: its optimizer's state or its place in the data
+would mean nothing."""
+
+
+def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything that decides a run's numbers besides its layout, in JSON's types."""
+    optimizer = {name: getattr(config.optimizer, name) for name in (*SCHEDULE, *ACCEPTABLE) if name in _OPTIMIZER}
+    return {
+        "stage": config.stage.stage,
+        "languages": sorted({entry.language for entry in sources.train}),
+        "original_languages": list(sources.original_languages),
+        "train_iters": config.batch.train_iters,
+        "global_batch_size": config.batch.global_batch_size,
+        "seq_length": config.batch.seq_length,
+        "seed": config.data.seed,
+        "dtype": str(dtype).removeprefix("torch."),
+        "train_embeddings": config.stage.train_embeddings,
+        "open_experts_iters": config.stage.open_experts_iters,
+        "load_balancing_coeff": stage.load_balancing_coeff,
+        "lpr_loss_coeff": stage.lpr_loss_coeff,
+        "lpr_loss_form": config.stage.lpr_loss_form,
+        **optimizer,
+        "eod_mask_loss": config.data.eod_mask_loss,
+        "fp8_format": config.fp8.fp8_format,
+        "fp8_recipe": config.fp8.fp8_recipe if config.fp8.fp8_format else None,
+        "fp8_param_gather": config.fp8.fp8_param_gather,
+        "data": [_dataset(entry) for entry in sources.train],
+    }
+
+
+def _dataset(entry: BlendEntry) -> str:
+    """A dataset's language, weight, documents and checksums; not its path, which may change."""
+    manifest = entry.manifest
+    content = f"index {manifest.index_sha256[:16]} text {(manifest.bin_xxh3_128 or 'unknown')[:16]}"
+    return f"{entry.language} {entry.weight:.6g} documents {entry.first_document}-{entry.end_document} {content}"
+
+
+_OPTIMIZER = {field.name for field in dataclasses.fields(OptimizerOptions)}
+
+
+def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(recorded, now) of what differs. What an older version did not record is not compared."""
+    return {
+        name: (recorded[name], value) for name, value in now.items() if name in recorded and recorded[name] != value
+    }
+
+
+def accepted_names(names: Iterable[str], override_scheduler: bool) -> set[str]:
+    """Fields behind --accept-changes and --override-opt-param-scheduler.
+
+    Raises:
+        UserError: a name that is no flag, or none that may change.
+    """
+    fields = {name.removeprefix("--").replace("-", "_") for name in names}
+    unknown = sorted(fields - set(ACCEPTABLE))
+    if unknown:
+        known = " ".join(_flag(name) for name in ACCEPTABLE)
+        raise UserError(
+            f"--accept-changes {' '.join(map(_flag, unknown))}: can't change within a run; these can: {known}"
+        )
+    return fields | set(SCHEDULE if override_scheduler else ())
+
+
+def refuse_differences(recorded: Mapping[str, Any], now: Mapping[str, Any], accepted: set[str], place: str) -> None:
+    """Check that a run goes on as what it was, or with changes that were accepted.
+
+    Raises:
+        UserError: naming each difference and what to do.
+    """
+    found = differences(recorded, now)
+    refused = {name: pair for name, pair in found.items() if name not in accepted}
+    foreign = {name: pair for name, pair in refused.items() if name not in ACCEPTABLE}
+    if foreign:
+        raise UserError(
+            f"{place}: holds a checkpoint of another run ({_listed(foreign)}); choose another "
+            "directory; --load takes a checkpoint's weights into a new run"
+        )
+    if refused:
+        names = " ".join(_flag(name) for name in refused)
+        raise UserError(
+            f"{place}: its run was started differently ({_listed(refused)}); give what it was started with, or take "
+            f"the change with --accept-changes {names}"
+        )
+    if "train_iters" in found and found["train_iters"][1] < found["train_iters"][0]:
+        raise UserError(f"{place}: a run can be lengthened, not shortened ({_listed(found)}); stop it where you want")
+
+
+def recorded_schedule(recorded: Mapping[str, Any], options: OptimizerOptions) -> OptimizerOptions:
+    """The options with the checkpoint's schedule in place of the flags' (--use-checkpoint-opt-param-scheduler)."""
+    return dataclasses.replace(options, **{name: recorded[name] for name in SCHEDULE if name in recorded})
+
+
+def _listed(found: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name} {_shown(old)} there and {_shown(new)} here" for name, (old, new) in found.items())
+
+
+def _shown(value: Any) -> str:
+    return f"[{'; '.join(map(str, value))}]" if isinstance(value, list) else repr(value)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

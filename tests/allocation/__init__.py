@@ -1,0 +1,1 @@
+"""Tests of how many experts each layer gets."""

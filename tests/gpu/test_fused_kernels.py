@@ -1,0 +1,97 @@
+"""The fused kernels that are on by default on GPUs are the ones that compute, emulated or not."""
+
+import importlib
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from tests.gpu import device
+from tests.gpu.compute import Step, compute
+from tests.gpu.ranks import run
+from tests.gpu.test_layouts import EP2
+from tests.gpu.test_numerics import BF16, RECIPES
+
+# Where Megatron-Core and Transformer Engine enter a fused kernel, in Python.
+ENTRANCES = {
+    "RoPE": "transformer_engine.pytorch.attention.rope:FusedRoPEFunc.apply",
+    "SwiGLU": "megatron.core.fusions.fused_bias_swiglu:WeightedSwiGLUFunction.apply",
+    "permutation": "transformer_engine.pytorch.permutation:_moe_permute_mask_map.apply",
+    "permutation back": "transformer_engine.pytorch.permutation:_moe_unpermute_mask_map.apply",
+    "router": "transformer_engine.pytorch.router:FusedTopkScoreFunction.apply",
+    "cross entropy": "megatron.core.fusions.fused_cross_entropy:_VocabParallelCrossEntropy.apply",
+    "grouped product": "transformer_engine.pytorch.module.grouped_linear:_GroupedLinear.apply",
+}
+LAYERS, BATCHES, FORWARD = 4, 4, 1  # of four micro-batches the step, of all samples at once the logits
+PASSES = LAYERS * (BATCHES + FORWARD)
+EXPECTED = {
+    "RoPE": 2 * PASSES,  # queries and keys
+    "SwiGLU": PASSES,
+    "permutation": PASSES,
+    "permutation back": PASSES,
+    "router": PASSES,
+    "cross entropy": BATCHES,
+    "grouped product": 2 * LAYERS * BATCHES,  # fc1 and fc2; without gradients no autograd function is entered
+}
+# The emulated kernels behind them, forward and backward.
+EMULATED = [
+    "fused_rope_forward",
+    "fused_rope_backward",
+    "fused_topk_with_score_function_fwd",
+    "fused_topk_with_score_function_bwd",
+    "make_row_id_map",
+    "permute_with_mask_map",
+    "unpermute_with_mask_map",
+    "te_general_grouped_gemm",
+    "generic_gemm",
+    "fused_attn_fwd",
+    "fused_attn_bwd",
+    "rmsnorm_fwd",
+    "rmsnorm_bwd",
+]
+
+
+def count_calls(checkpoint: Path, step: Step) -> tuple[Counter, Counter]:
+    """On every rank: how often a step enters each fused kernel, and calls each emulated one."""
+    entered: Counter = Counter()
+    kernels = importlib.import_module("tests.emulation.kernels")
+    kernels.CALLS.clear()
+    with ExitStack() as stack:
+        for name, place in ENTRANCES.items():
+            stack.enter_context(_counting(name, place, entered))
+        compute("cuda", checkpoint, step)
+    return entered, Counter(kernels.CALLS)
+
+
+def _counting(name: str, place: str, counts: Counter):
+    module, owner = place.split(":")
+    owner, attribute = owner.split(".")
+    owner = getattr(importlib.import_module(module), owner)
+    original = getattr(owner, attribute)
+
+    def counted(*arguments):
+        counts[name] += 1
+        return original(*arguments)
+
+    return patch.object(owner, attribute, counted)
+
+
+@pytest.mark.parametrize("recipe", [None, "tensorwise"])
+def test_they_compute_every_layer_of_every_pass(recipe, inputs):
+    step = Step(precision=BF16, fp8=RECIPES.get(recipe, {}))
+    entered, emulated = run(1, count_calls, inputs[0], step)[0]
+    assert entered == EXPECTED
+    if device.EMULATED:
+        assert [name for name in EMULATED if not emulated[name]] == []
+        quantised = {name: emulated[name] > 0 for name in ("quantize", "split_quantize", "fused_multi_row_padding")}
+        assert quantised == dict.fromkeys(quantised, recipe is not None)
+
+
+def test_ranks_that_exchange_tokens_sort_them_with_a_kernel_too(inputs):
+    if device.count() < 2:
+        pytest.skip("needs 2 GPUs")
+    for entered, emulated in run(2, count_calls, inputs[0], Step(precision=BF16, layout=EP2)):
+        assert entered["permutation"] == LAYERS * (BATCHES // 2 + FORWARD)
+        assert not device.EMULATED or emulated["sort_chunks_by_map"] > 0

@@ -1,0 +1,65 @@
+"""What the plan says of a checkpoint against what ranks wrote."""
+
+import functools
+from collections import Counter
+
+import pytest
+
+from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.loading import model_shape
+from megatron_moe_lpr.checkpoint.reader import CheckpointReader
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.planning.memory import RunSizes
+from megatron_moe_lpr.planning.saving import save_needs
+from megatron_moe_lpr.training.stages import STAGES
+from tests.distributed import rank_pool
+from tests.training.runs import make_checkpoint, make_data, train
+
+LARGEST_ERROR, UNEVEN = 0.006, 1.25
+"""Of the whole, and by how much a rank of a tiny model may exceed an even share: tensors are not cut."""
+TP2, EP2, PP2 = ({f"{name}_model_parallel_size": 2} for name in ("tensor", "expert", "pipeline"))
+CASES = [
+    ({}, "1", {}),
+    ({}, "2", {}),
+    ({}, "full", {"use_distributed_optimizer": False}),
+    (TP2, "1", {}),
+    (EP2, "1", {}),
+    (PP2, "1", {}),
+    ({}, "1", {"save_trainable_only": True}),
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    return make_checkpoint(root, model="qwen2"), make_data(root)
+
+
+def written(path) -> Counter:
+    """Bytes of values by the rank that wrote them."""
+    reader, ranks = CheckpointReader(path), Counter()
+    for index, place in reader.metadata.storage_data.items():
+        entry = reader.metadata.state_dict_metadata[index.fqn]
+        if index.fqn in reader.tensors:
+            sizes = next(chunk.sizes for chunk in entry.chunks if chunk.offsets == index.offset)
+            ranks[int(place.relative_path.split("_")[2])] += sizes.numel() * entry.properties.dtype.itemsize
+    return ranks
+
+
+@pytest.mark.parametrize("layout, stage, options", CASES, ids=str)
+def test_bytes(layout, stage, options, inputs, tmp_path):
+    checkpoint, data = inputs
+    job = functools.partial(train, checkpoint, tmp_path / "run", data, stage, train_iters=1)
+    rank_pool(2).run(functools.partial(job, **{"use_distributed_optimizer": True} | layout | options))
+    found = written(resolve_checkpoint(tmp_path / "run").path)
+    sizes = RunSizes(
+        STAGES[stage].trains,
+        2,
+        precision="fp32",
+        distributed_optimizer=options.get("use_distributed_optimizer", True),
+    )
+    shape = model_shape(resolve_checkpoint(checkpoint))
+    plan = save_needs(shape, ParallelLayout(**layout), sizes, options.get("save_trainable_only", False))
+    print(f"planned {plan.whole:,.0f}, largest rank {plan.largest_rank:,.0f}; written {dict(found)}")
+    assert plan.whole == pytest.approx(found.total(), rel=LARGEST_ERROR)
+    assert plan.largest_rank * (1 - LARGEST_ERROR) <= max(found.values()) <= plan.largest_rank * UNEVEN

@@ -1,0 +1,89 @@
+"""Which recompute modes are tried, what they are said to save, and what unbalanced routing would need."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.architecture import read_architecture
+from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.planning.memory import RunSizes, largest_rank, worst_total
+from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
+from megatron_moe_lpr.training.stages import STAGES
+
+CONFIG = {
+    "model_type": "qwen2",
+    "hidden_size": 2048,
+    "intermediate_size": 5504,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_hidden_layers": 24,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+}
+MACHINE = Machine(8, 8, 80.0)
+SIZES = RunSizes(STAGES["1"].trains, 8, micro_batch_size=8)
+DELAYED = dataclasses.replace(SIZES, precision="fp8")
+
+
+def shape(experts: int = 5) -> ModelShape:
+    return ModelShape(read_architecture(CONFIG), (experts,) * 24)
+
+
+def total(recompute: str, sizes: RunSizes = SIZES, layout: ParallelLayout | None = None) -> float:
+    return largest_rank(shape(), layout or ParallelLayout(), sizes, recompute).total
+
+
+def test_modes_save_in_this_order():
+    """With fused attention `core_attn` saves nothing: the whole QKV product stays instead of the output."""
+    order = ["core_attn", "none", "layernorm", "moe_act", "moe", "full"]
+    assert sorted(order, key=total, reverse=True) == order
+
+
+def test_moe_act_is_tried_before_the_whole_layer():
+    """Where memory is scarce it costs no matrix product; with delayed scaling Megatron lacks it."""
+    machine = Machine(8, 8, 54.0)
+    only = Choice(tensor=(1,), pipeline=(1,), expert=(1,))
+    assert total("none") > machine.usable_bytes > total("moe_act")
+    assert find_layouts(shape(), SIZES, machine, only)[0].recompute == "moe_act"
+    assert find_layouts(shape(), DELAYED, Machine(8, 8, 52.0), only)[0].recompute == "moe"
+
+
+@pytest.mark.parametrize("recompute", ["moe_act", "layernorm"])
+def test_delayed_scaling_refuses_what_megatron_refuses(recompute):
+    with pytest.raises(UserError, match="choose tensorwise or blockwise"):
+        find_layouts(shape(), DELAYED, MACHINE, Choice(recompute=(recompute,)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--precision", "bf16"), "--fp8-param-gather needs --precision fp8"),
+        (("--precision", "fp8"), "--fp8-param-gather is not supported with --fp8-recipe delayed"),
+    ],
+)
+def test_weights_in_fp8_are_planned_only_where_training_has_them(flags, message):
+    command = [sys.executable, "tools/plan.py", "--hf", "x", "--gpus", "8", "--fp8-param-gather", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.startswith(f"error: {message}")
+
+
+def test_weights_in_fp8_save_their_bf16_copies():
+    tensorwise = dataclasses.replace(DELAYED, fp8_recipe="tensorwise")
+    gathered = dataclasses.replace(tensorwise, fp8_param_gather=True)
+    new_experts = 24 * 4 * 3 * 2048 * 5504
+    assert total("none", tensorwise) - total("none", gathered) == 2 * new_experts
+
+
+def test_worst_routing_grows_with_the_expert_parallel_group():
+    layouts = [ParallelLayout(expert_model_parallel_size=size) for size in (1, 2, 4)]
+    more = [worst_total(shape(), layout, SIZES, "none") - total("none", layout=layout) for layout in layouts]
+    assert more[0] < more[1]
+    # On two ranks a token finds two experts of the chosen rank, on four ranks only one: twice 2 and four times 1.
+    assert more[1] == pytest.approx(more[2])
+    row = 2 * (3 * 5504 + 2048)  # both halves, the activation and the tokens of one more expert, in bf16
+    assert more[1] > 24 * 8 * 1024 * row * (4 - 2)

@@ -1,0 +1,77 @@
+"""What an engine must give: transformers' greedy tokens and log-probabilities, and Megatron's for the same tokens."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_moe_lpr.checkpoint.loading import load_model
+from megatron_moe_lpr.model.forward import compute_logits
+from megatron_moe_lpr.parallel.groups import initialize_parallel
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import select_platform
+
+NEW_TOKENS = 160
+PROMPTS = ([17, 301, 45, 902, 77, 512, 8], [640, 33, 214])
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """Greedy tokens after a prompt, each with its log-probability, None where an engine does not tell it."""
+
+    tokens: list[int]
+    log_probabilities: list[float | None]
+
+    def equal_tokens(self, other: "Continuation") -> int:
+        """How many tokens are the same before the first that differs."""
+        pairs = zip(self.tokens, other.tokens, strict=False)
+        return next(
+            (index for index, (one, two) in enumerate(pairs) if one != two), min(len(self.tokens), len(other.tokens))
+        )
+
+    def cut(self, length: int, end: int) -> "Continuation":
+        """At most `length` tokens, those before the first `end`."""
+        length = min(length, self.tokens.index(end) if end in self.tokens else length)
+        return Continuation(self.tokens[:length], self.log_probabilities[:length])
+
+    def difference(self, other: "Continuation") -> float:
+        """Largest difference of log-probabilities over the tokens that are the same."""
+        equal = self.equal_tokens(other)
+        pairs = zip(self.log_probabilities[:equal], other.log_probabilities[:equal], strict=True)
+        return max((abs(one - two) for one, two in pairs if one is not None), default=float("inf"))
+
+    def told(self) -> int:
+        """How many log-probabilities there are."""
+        return sum(number is not None for number in self.log_probabilities)
+
+
+@torch.no_grad()
+def by_transformers(directory: Path) -> list[Continuation]:
+    """Greedy, float32, one prompt at a time, without a cache: every step computes the whole text."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return [_greedy(lambda tokens: model(tokens, use_cache=False).logits, prompt) for prompt in PROMPTS]
+
+
+@torch.no_grad()
+def by_megatron(checkpoint: Path, continuations: list[Continuation], vocab_size: int) -> list[Continuation]:
+    """Megatron's choice and log-probability at every place of the texts that transformers wrote."""
+    platform, layout = select_platform("cpu"), ParallelLayout()
+    initialize_parallel(platform, layout)
+    model = load_model(checkpoint, layout, platform)
+    results = []
+    for prompt, continuation in zip(PROMPTS, continuations, strict=True):
+        text = torch.tensor([prompt + continuation.tokens])
+        rows = compute_logits(model.chunks, model.config, text, vocab_size)[0, len(prompt) - 1 : -1].float()
+        best = rows.log_softmax(-1).max(-1)
+        results.append(Continuation(best.indices.tolist(), best.values.tolist()))
+    return results
+
+
+def _greedy(logits: object, prompt: list[int]) -> Continuation:
+    text, chosen = list(prompt), []
+    for _ in range(NEW_TOKENS):
+        best = logits(torch.tensor([text]))[0, -1].float().log_softmax(-1).max(-1)
+        chosen.append(float(best.values))
+        text.append(int(best.indices))
+    return Continuation(text[len(prompt) :], chosen)

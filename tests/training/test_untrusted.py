@@ -1,0 +1,108 @@
+"""Pickles planted in a checkpoint: they run in no command, and what reads the file ends in an error line."""
+
+import functools
+import io
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
+from megatron_moe_lpr.checkpoint.reader import read_index
+from tests.conversion.helpers import run
+from tests.distributed import rank_pool
+from tests.training.outcomes import evaluation_outcome, train_outcome
+from tests.training.runs import make_checkpoint, make_data
+
+
+class Payload:
+    """Unpickled without restriction it makes a directory."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+def plant_in_index(iteration: Path, mark: Path) -> None:
+    index = read_index(iteration / ".metadata")
+    index.planner_data = Payload(mark)
+    (iteration / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def plant_in_common(iteration: Path, mark: Path) -> None:
+    content = torch.load(iteration / "common.pt", weights_only=True)
+    torch.save(content | {"more": Payload(mark)}, iteration / "common.pt")
+
+
+def plant_in_object(iteration: Path, mark: Path) -> None:
+    index = read_index(iteration / ".metadata")
+    objects = {key for key, entry in index.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)}
+    stream = io.BytesIO()
+    torch.save(Payload(mark), stream)
+    (iteration / "planted.distcp").write_bytes(stream.getvalue())
+    for place, info in index.storage_data.items():
+        if place.fqn in objects:
+            info.relative_path, info.offset, info.length = "planted.distcp", 0, len(stream.getvalue())
+    (iteration / ".metadata").write_bytes(pickle.dumps(index))
+
+
+PLACES = {".metadata": plant_in_index, "common.pt": plant_in_common, "object": plant_in_object}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    root = tmp_path_factory.mktemp("untrusted")
+    load, data = make_checkpoint(root), make_data(root)
+    run("export", "--load", load, "--hf", root / "exported")
+    changes = {"train_iters": 2, "save_interval": 2}
+    assert rank_pool(2).run(functools.partial(train_outcome, load, root / "run", data, **changes)) == [None, None]
+    return root, load, data, changes
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_planted_pickle_does_not_run(place, setting, tmp_path, capsys):
+    root, load, data, changes = setting
+    planted, mark = tmp_path / "run", tmp_path / "mark"
+    shutil.copytree(root / "run", planted)
+    iteration = planted / "iter_0000002"
+    PLACES[place](iteration, mark)
+    write_manifest(iteration, {})  # whoever plants can sum
+    expected = f"{os.mkdir.__module__}.mkdir"
+    commands = {
+        "load": functools.partial(train_outcome, planted, tmp_path / "new", data),
+        "resume": functools.partial(train_outcome, load, planted, data, **changes),
+        "evaluate": functools.partial(evaluation_outcome, iteration, data),
+    }
+    for command, function in commands.items():
+        for outcome in rank_pool(2).run(function):
+            assert outcome and expected in outcome and "\n" not in outcome, (command, outcome)
+    for command in ("export", "verify", "inspect"):
+        _converter(command, iteration, root / "exported", tmp_path)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    # inspect reads neither, export of a Megatron checkpoint the index only.
+    assert len(errors) == (2 if place == ".metadata" else 1) and all(expected in line for line in errors)
+    assert not mark.exists()
+
+
+def _converter(command: str, iteration: Path, exported: Path, root: Path) -> None:
+    arguments = {
+        "export": ("--load", iteration, "--hf", root / "hf", "--overwrite"),
+        "verify": ("--load", iteration, "--hf", exported),
+        "inspect": (iteration,),
+    }
+    try:
+        run(command, *arguments[command])
+    except SystemExit as caught:
+        assert caught.code == 1
+
+
+def test_the_payload_would_run(tmp_path):
+    """The test above can fail: without restriction the payload does what it is for."""
+    pickle.loads(pickle.dumps(Payload(tmp_path / "mark")))
+    assert (tmp_path / "mark").is_dir()

@@ -1,0 +1,20 @@
+"""FP8 recipes, as Transformer Engine saves them, pass the look that is taken before they are unpickled."""
+
+import pytest
+
+from tests.transformer_engine import models
+from tests.transformer_engine.ranks import ranks
+from tests.transformer_engine.test_specs import RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_pass(recipe):
+    saved, refused = ranks(True, 1).run(models.look_at_recipe, recipe)[0]
+    assert RECIPES[recipe].encode() in saved
+    assert refused == ""
+
+
+def test_other_names_of_the_same_modules_are_refused():
+    refused = ranks(True, 1).run(models.look_at_names_beside_recipes)[0]
+    assert len(refused) == 2
+    assert all("cannot be read: it names " in error for error in refused)

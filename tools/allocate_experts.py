@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""How many experts each layer should get: more where the languages are unlike each other in the dense model."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from megatron_moe_lpr.allocation.arithmetic import AllocationOptions, allocate
+from megatron_moe_lpr.allocation.report import Measurement
+from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.conversion.experts_per_layer import FLAG, write_experts_per_layer
+from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.filesystem import atomic_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """How many experts each layer should get."""
+
+    load: Path
+    """The dense model: a Hugging Face directory, or a checkpoint written at any layout."""
+    data_path: list[str]
+    """A dataset for each language, original and expanded."""
+    original_languages: list[str]
+    """Languages that the dense model already knows, as the datasets name them, for example en es zh."""
+    budget: int | None = None
+    """New experts in all layers together. Default: 2 for each layer, the share of the published allocations."""
+    multiple_of: int = 1
+    """New experts of a layer come in multiples of this: the --expert-model-parallel-size of the run."""
+    uniform_count: int | None = None
+    """Each layer gets this many experts, the original one included, or none: a stock Qwen2-MoE or Qwen3-MoE can hold
+    that, but not different numbers."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that get none, for example one whose router could not tell the languages apart."""
+    tokens_per_language: int = 20_000
+    """Size of the sample."""
+    seq_length: int = 256
+    """Tokens of a window of the sample."""
+    output: Path | None = None
+    """JSON file that --experts-per-layer of convert_hf.py and plan.py reads."""
+    plot: Path | None = None
+    """SVG file to draw."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where the layers run."""
+
+
+def main() -> None:
+    """Command line."""
+    flags = parse_flags(Flags, description=__doc__)
+    measured = measure(flags)
+    Console().print(measured.table())
+    print(f"{FLAG} {write_experts_per_layer(measured.experts)}")
+    if flags.output:
+        write(flags.output, json.dumps(measured.record(), indent=2) + "\n")
+    if flags.plot:
+        write(flags.plot, measured.plot())
+
+
+def measure(flags: Flags) -> Measurement:
+    """Check the flags, run the sample through the dense model and allocate. Raises UserError."""
+    # transformers takes seconds to import.
+    from megatron_moe_lpr.allocation.dense_source import open_dense_source
+    from megatron_moe_lpr.allocation.ffn_inputs import ffn_inputs
+    from megatron_moe_lpr.allocation.probe import separability
+    from megatron_moe_lpr.allocation.similarity import layer_similarity, mean_unit_vector
+
+    source = open_dense_source(flags.load)
+    options = AllocationOptions(flags.budget, flags.multiple_of, flags.uniform_count, flags.dense_layers)
+    allocate([1.0] * source.architecture.num_layers, options)  # what is wrong with the flags shows before the work
+    windows = read_windows(flags, source.architecture)
+    original = [name for name in flags.original_languages if name in windows]
+    similarity, separable = [], []
+    for inputs in ffn_inputs(source, windows, torch.device(flags.device)):
+        means = {name: mean_unit_vector(part) for name, part in inputs.items()}
+        similarity.append(layer_similarity(means, original))
+        separable.append(separability(inputs, original))
+    return Measurement(similarity, separable, allocate(similarity, options))
+
+
+def read_windows(flags: Flags, architecture) -> dict[str, torch.Tensor]:
+    """The sample, with languages of both groups in it. Raises UserError."""
+    from megatron_moe_lpr.allocation.samples import sample_windows
+    from megatron_moe_lpr.data.blend import read_blend
+    from megatron_moe_lpr.data.languages import LanguageRegistry
+
+    if flags.seq_length > architecture.max_position_embeddings:
+        longest = architecture.max_position_embeddings
+        raise UserError(f"--seq-length {flags.seq_length}: the model has only {longest} positions")
+    if not flags.data_path:
+        raise UserError("--data-path: give a dataset for each language")
+    entries = read_blend(flags.data_path)
+    languages = LanguageRegistry(entry.language for entry in entries)
+    original = languages.original_ids(flags.original_languages)
+    if not original or len(original) == len(languages):
+        raise UserError("--original-languages: --data-path must hold original languages and expanded ones")
+    windows = sample_windows(entries, flags.tokens_per_language, flags.seq_length)
+    largest = max(int(ids.max()) for ids in windows.values())
+    if largest >= architecture.vocab_size:
+        raise UserError(f"--data-path: has token {largest}, the model {architecture.vocab_size}; is it its tokenizer?")
+    return windows
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)
