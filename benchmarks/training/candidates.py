@@ -1,8 +1,8 @@
-"""Programs that train: ours, and an ordinary PyTorch loop over transformers' stock classes.
+"""Programs that train: ours, and an ordinary PyTorch loop over transformers' stock class; and the products alone.
 
     python -m benchmarks.training.candidates JSON       one candidate; a line of standard input steps it
 
-Each runs in a process of its own. Reads a number of steps a line, answers with a JSON line for each.
+Each runs in a process of its own. Reads a number of steps a line, answers each step with a JSON line.
 """
 
 import json
@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-STAGES = ("1", "2", "full")
+from megatron_moe_lpr.processes import end_with_parent
+
 ROUTER = r"\.mlp\.gate\.weight$"
 BALANCE, LPR = 0.01, 0.1
 
@@ -30,8 +31,10 @@ def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, in
         PrecisionOptions,
         TrainingConfig,
     )
+    from megatron_moe_lpr.training.heartbeat import Heartbeat
     from megatron_moe_lpr.training.loop import Trainer
     from megatron_moe_lpr.training.metrics import MetricsWriter
+    from megatron_moe_lpr.training.run_lock import acquire
     from megatron_moe_lpr.training.setup import prepare
     from megatron_moe_lpr.training.stages import StageOptions
 
@@ -39,7 +42,9 @@ def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, in
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     config = TrainingConfig(
         stage=StageOptions(stage=stage),
-        checkpoint=CheckpointOptions(load=Path(inputs["checkpoint"]), save=Path(tempfile.mkdtemp())),
+        checkpoint=CheckpointOptions(
+            load=Path(inputs["checkpoint"]), save=Path(tempfile.mkdtemp(dir=Path(inputs["checkpoint"]).parent))
+        ),
         batch=BatchOptions(
             train_iters=1000,
             micro_batch_size=sizes["batch_size"] // ranks,
@@ -51,7 +56,8 @@ def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, in
         platform="cpu",
     )
     run = prepare(config)
-    trainer = Trainer(run, MetricsWriter(LoggingOptions(), config.checkpoint.save, "benchmark"))
+    writer = MetricsWriter(LoggingOptions(), config.checkpoint.save, "benchmark")
+    trainer = Trainer(run, writer, acquire(config.checkpoint.save), Heartbeat(600.0))
     batches = trainer._batches()
 
     def step() -> float:
@@ -94,6 +100,14 @@ def stock(
     return step
 
 
+def floor(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, int]) -> Callable[[], float]:
+    """The matrix products of a step, and nothing else."""
+    from benchmarks.training.floor import Floor, products
+    from benchmarks.training.inputs import Sizes
+
+    return Floor(products(Sizes(**sizes), stage), precision).step
+
+
 def freeze(model: Any, stage: str) -> None:
     """Train what our stage trains. Stock experts are one tensor: the original one's gradient is thrown away."""
     if stage == "full":
@@ -133,15 +147,17 @@ def peak_megabytes() -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-CANDIDATES = {"ours": ours, "stock": stock}
+CANDIDATES = {"ours": ours, "stock": stock, "floor": floor}
 
 
 def main() -> None:
     """Serve one candidate."""
+    end_with_parent()
     task = json.loads(sys.argv[1])
-    step = CANDIDATES[task.pop("candidate")](**task)
-    first = int(os.environ.get("RANK", 0)) == 0
+    # What libraries print goes to standard error: standard output is for the answers alone.
     answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    step = CANDIDATES[task.pop("candidate")](**task)
     for line in sys.stdin:
         for _ in range(int(line)):
             wall, cpu = time.perf_counter(), time.process_time()
@@ -152,8 +168,7 @@ def main() -> None:
                 "loss": loss,
                 "peak_megabytes": peak_megabytes(),
             }
-            if first:
-                print(json.dumps(result), file=answer, flush=True)
+            print(json.dumps(result), file=answer, flush=True)
 
 
 if __name__ == "__main__":
