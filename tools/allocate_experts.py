@@ -4,8 +4,8 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 
 from megatron_moe_lpr.allocation.arithmetic import AllocationOptions, allocate
@@ -14,6 +14,9 @@ from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG, write_experts_per_layer
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.filesystem import atomic_file
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +46,8 @@ class Flags:
     """JSON file that --experts-per-layer of convert_hf.py and plan.py reads."""
     plot: Path | None = None
     """SVG file to draw."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the layers run."""
+    device: str | None = None
+    """Where the layers run. Default: cuda where PyTorch sees a device, else cpu."""
 
 
 def main() -> None:
@@ -61,26 +64,29 @@ def main() -> None:
 
 def measure(flags: Flags) -> Measurement:
     """Check the flags, run the sample through the dense model and allocate. Raises UserError."""
-    # transformers takes seconds to import.
+    # torch and transformers take seconds to import.
+    import torch
+
     from megatron_moe_lpr.allocation.dense_source import open_dense_source
     from megatron_moe_lpr.allocation.ffn_inputs import ffn_inputs
     from megatron_moe_lpr.allocation.probe import separability
     from megatron_moe_lpr.allocation.similarity import layer_similarity, mean_unit_vector
 
+    device = torch.device(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = open_dense_source(flags.load)
     options = AllocationOptions(flags.budget, flags.multiple_of, flags.uniform_count, flags.dense_layers)
     allocate([1.0] * source.architecture.num_layers, options)  # what is wrong with the flags shows before the work
     windows = read_windows(flags, source.architecture)
     original = [name for name in flags.original_languages if name in windows]
     similarity, separable = [], []
-    for inputs in ffn_inputs(source, windows, torch.device(flags.device)):
+    for inputs in ffn_inputs(source, windows, device):
         means = {name: mean_unit_vector(part) for name, part in inputs.items()}
         similarity.append(layer_similarity(means, original))
         separable.append(separability(inputs, original))
     return Measurement(similarity, separable, allocate(similarity, options))
 
 
-def read_windows(flags: Flags, architecture) -> dict[str, torch.Tensor]:
+def read_windows(flags: Flags, architecture) -> "dict[str, torch.Tensor]":
     """The sample, with languages of both groups in it. Raises UserError."""
     from megatron_moe_lpr.allocation.samples import sample_windows
     from megatron_moe_lpr.data.blend import read_blend

@@ -1,10 +1,14 @@
 """Languages as numbers: the tag that every token of a batch carries."""
 
 from collections.abc import Iterable, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_moe_lpr.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# Tools that only count languages do without torch, which takes a second to import.
 
 PADDING_LANGUAGE = -1
 """The tag of padding, which belongs to no language and counts nowhere."""
@@ -43,23 +47,27 @@ class LanguageRegistry:
             )
         return frozenset(self._ids[name] for name in names)
 
-    def group_table(self, groups: Sequence[Sequence[str]]) -> torch.Tensor:
+    def group_table(self, groups: Sequence[Sequence[str]]) -> "torch.Tensor":
         """Int64 [languages + 1]: the group in which a language is named, -1 for the others and for padding.
 
         Args:
             groups: original languages, then those of each expansion but the latest; the data need not have them all.
         """
+        import torch
+
         table = torch.full((len(self) + 1,), -1)
         for index, names in enumerate(groups):
             for name in set(names) & set(self.names):
                 table[self._ids[name]] = index
         return table
 
-    def original_table(self, names: Sequence[str]) -> torch.Tensor:
+    def original_table(self, names: Sequence[str]) -> "torch.Tensor":
         """Bool [languages + 1]: `table[language]` of a batch's tags says which tokens are of original languages.
 
         The last entry is that of PADDING_LANGUAGE (-1): False.
         """
+        import torch
+
         table = torch.zeros(len(self) + 1, dtype=torch.bool)
         table[sorted(self.original_ids(names))] = True
         return table

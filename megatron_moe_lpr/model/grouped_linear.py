@@ -57,9 +57,8 @@ class GroupedLinear(torch.nn.Module):
         Returns:
             [tokens, output] and no bias.
         """
-        pieces = torch.split(tokens, tokens_per_expert)
-        weights = (getattr(self, f"weight{expert}") for expert in range(self.num_gemms))
-        return torch.cat([torch.nn.functional.linear(*pair) for pair in zip(pieces, weights, strict=True)]), None
+        weights = [getattr(self, f"weight{expert}") for expert in range(self.num_gemms)]
+        return _GroupedProduct.apply(tokens, tokens_per_expert, *weights), None
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients are never delayed here."""
@@ -91,6 +90,34 @@ class GroupedLinear(torch.nn.Module):
             tensors[name].replica_id = (*tensors[name].replica_id[:2], get_pg_rank(groups.expt_dp))
             sharded[f"{prefix}weight{expert}"] = tensors[name]
         return sharded
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """A product for each run of rows, written where it belongs: nothing is split, and nothing put together again."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, counts: list[int], *weights: torch.Tensor) -> torch.Tensor:
+        """[tokens, input] and matrices [output, input] to [tokens, output]."""
+        ctx.counts = counts
+        ctx.save_for_backward(tokens, *weights)
+        output = tokens.new_empty(len(tokens), weights[0].shape[0])
+        for rows, result, weight in zip(tokens.split(counts), output.split(counts), weights, strict=True):
+            torch.mm(rows, weight.t(), out=result)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Of the tokens, and of each matrix that trains; zeros for a matrix without tokens."""
+        tokens, *weights = ctx.saved_tensors
+        of_tokens = None
+        if ctx.needs_input_grad[0]:
+            of_tokens = torch.empty_like(tokens)
+            for rows, result, weight in zip(
+                gradient.split(ctx.counts), of_tokens.split(ctx.counts), weights, strict=True
+            ):
+                torch.mm(rows, weight, out=result)
+        pairs = zip(gradient.split(ctx.counts), tokens.split(ctx.counts), ctx.needs_input_grad[2:], strict=True)
+        return of_tokens, None, *(torch.mm(rows.t(), inputs) if trains else None for rows, inputs, trains in pairs)
 
 
 class ColumnParallelGroupedLinear(GroupedLinear):

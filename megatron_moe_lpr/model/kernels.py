@@ -21,7 +21,13 @@ def platform_fields(platform: Platform, dtype: torch.dtype) -> dict[str, Any]:
     """Fields of TransformerConfig that choose kernels for weights and activations of `dtype`."""
     if not platform.transformer_engine:
         # Outputs sent to the next pipeline stage are not freed: gloo still reads the memory when the send has returned.
-        return {"transformer_impl": "local", "use_cpu_initialization": True, "attention_backend": AttnBackend.local}
+        return {
+            "transformer_impl": "local",
+            "use_cpu_initialization": True,
+            "attention_backend": AttnBackend.local,
+            # SiLU, its gate and the expert's weight in few passes over memory (platform/cpu/activations.py).
+            "bias_activation_fusion": True,
+        }
     if platform.gpu is None:
         raise ValueError("Transformer Engine's layers need the facts about the GPU")
     return _cuda_fields(platform.gpu, dtype)

@@ -21,6 +21,7 @@ from megatron_moe_lpr.model.config import ModelShape
 from megatron_moe_lpr.model.expert_groups import ExpertGroups
 from megatron_moe_lpr.model.expert_states import grouped_linear_layers
 from megatron_moe_lpr.model.grouped_linear import ColumnParallelGroupedLinear, RowParallelGroupedLinear
+from megatron_moe_lpr.model.local_attention import LocalAttention
 from megatron_moe_lpr.model.moe_layer import MoELPRLayer, MoELPRSubmodules
 from megatron_moe_lpr.model.norm import RMSNorm
 from megatron_moe_lpr.model.router import LPRRouter
@@ -83,6 +84,7 @@ def _final_norm(transformer_engine: bool) -> type:
 def _local_layer(config: TransformerConfig, num_experts: int) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     attention = spec.submodules.self_attention.submodules
+    attention.core_attention = LocalAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm

@@ -6,7 +6,7 @@ from megatron_moe_lpr.evaluation.report.charts import heat_map, line_chart
 from megatron_moe_lpr.evaluation.report.inputs import NamedEvaluation, ReportInputs
 from megatron_moe_lpr.evaluation.report.style import STYLE
 from megatron_moe_lpr.evaluation.report.tables import change, html_table, percent, share
-from megatron_moe_lpr.model.routing_statistics import GROUPS
+from megatron_moe_lpr.model.routing_groups import GROUPS
 
 
 def build_page(inputs: ReportInputs) -> str:

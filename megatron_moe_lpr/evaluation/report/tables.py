@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe_lpr.evaluation.report.inputs import NamedEvaluation, ReportInputs
-from megatron_moe_lpr.model.routing_statistics import GROUPS
+from megatron_moe_lpr.model.routing_groups import GROUPS
 
 
 def change(value: float | None, reference: float | None) -> float | None:

@@ -26,8 +26,8 @@ def install() -> None:
     devices.install()
     collectives.install()
     # Last, because it imports megatron-core, which reads torch.cuda while being imported.
-    from megatron_moe_lpr.platform.cpu import internals, optimizer
+    from megatron_moe_lpr.platform.cpu import activations, internals, optimizer, permutation, rotary
 
-    internals.install()
-    optimizer.install()
+    for module in (internals, optimizer, activations, permutation, rotary):
+        module.install()
     _installed = True

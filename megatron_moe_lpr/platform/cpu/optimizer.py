@@ -37,9 +37,16 @@ def _state_dict(self: DistributedOptimizer) -> dict[str, Any]:
     return {"optimizer": {"param_groups": [group | {"step": step} for group in groups]}}
 
 
+class FusedAdamW(torch.optim.AdamW):
+    """torch's AdamW in one pass over parameters, gradients and moments instead of one for each operation."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, fused=True, **kwargs)
+
+
 def _choose_torch() -> None:
     """optimizer/__init__.py, distrib_optimizer.py, optimizer.py, clip_grads.py: what each takes without either."""
-    megatron_optimizer.Adam, megatron_optimizer.SGD = torch.optim.AdamW, torch.optim.SGD
+    megatron_optimizer.Adam, megatron_optimizer.SGD = FusedAdamW, torch.optim.SGD
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
     distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = torch.optim.Adam, False
     distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False

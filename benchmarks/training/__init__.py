@@ -1,0 +1,1 @@
+"""Candidates and the floor of bench_training.py."""

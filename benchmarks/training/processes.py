@@ -1,0 +1,123 @@
+"""A candidate in processes of its own, stepped when it is its turn."""
+
+import dataclasses
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_moe_lpr.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+CORES = 2
+"""Threads of one process, or ranks of one thread each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step: of several ranks the longest time, and the sums of the rest."""
+
+    seconds: float
+    cpu_seconds: float
+    loss: float
+    peak_megabytes: float
+
+
+class Candidate:
+    """Starts at once; `steps` waits for it."""
+
+    def __init__(self, name: str, task: dict[str, Any], work: Path, ranks: int = 1) -> None:
+        self.name, self.precision, self.ranks = name, task["precision"], ranks
+        self.log = work / f"{name}-{self.precision}.log".replace(" ", "-")
+        self.measured: list[Step] = []
+        port = free_port()
+        with open(self.log, "wb") as log:
+            self.processes = [self._start(task, rank, port, log) for rank in range(ranks)]
+
+    def __enter__(self) -> "Candidate":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def steps(self, count: int) -> list[Step]:
+        """Take steps while everything else rests.
+
+        Raises:
+            UserError: with the last line of what the program said, where it ended.
+        """
+        for process in self.processes:
+            try:
+                process.stdin.write(f"{count}\n".encode())
+                process.stdin.flush()
+            except BrokenPipeError:
+                raise self._failure() from None
+        return [self._answer() for _ in range(count)]
+
+    def measure(self, count: int) -> None:
+        """Take steps that count."""
+        self.measured += self.steps(count)
+
+    @property
+    def seconds(self) -> float:
+        """Median time of a step."""
+        return statistics.median(step.seconds for step in self.measured)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Median CPU time of a step."""
+        return statistics.median(step.cpu_seconds for step in self.measured)
+
+    @property
+    def peak_megabytes(self) -> float:
+        """Largest resident memory, the ranks' together."""
+        return max(step.peak_megabytes for step in self.measured)
+
+    def _start(self, task: dict[str, Any], rank: int, port: int, log: Any) -> subprocess.Popen:
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(CORES // self.ranks),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.training.candidates", json.dumps(task)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+
+    def _answer(self) -> Step:
+        lines = [process.stdout.readline() for process in self.processes]
+        if not all(lines):
+            raise self._failure()
+        answers = [Step(**json.loads(line)) for line in lines]
+        return Step(
+            max(answer.seconds for answer in answers),
+            sum(answer.cpu_seconds for answer in answers),
+            answers[0].loss,
+            sum(answer.peak_megabytes for answer in answers),
+        )
+
+    def _failure(self) -> UserError:
+        said = self.log.read_text(errors="replace").strip().splitlines() or ["nothing was said"]
+        return UserError(f"{self.name}, {self.precision}: ended early: {said[-1]}")
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,64 @@
+"""Attention of the local layers by PyTorch's own kernel, in the place of Megatron's products and softmax."""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class LocalAttention(DotProductAttention):
+    """Causal attention, with a sliding window where the model has one; no dropout.
+
+    Mirrors `DotProductAttention` of megatron-core, whose scores [batch x heads, sequence, sequence] are kept for the
+    backward pass. Here none are.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        pg_collection: ProcessGroupCollection | None = None,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(config, layer_number, attn_mask_type, attention_type, pg_collection=pg_collection, **kwargs)
+        if attn_mask_type is not AttnMaskType.causal or config.attention_dropout:
+            raise ValueError("local attention is causal and without dropout")
+        self.window = config.window_size
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **kwargs: object
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [sequence, batch, heads / TP, head dimension].
+            key, value: [sequence, batch, query groups / TP, head dimension].
+            attention_mask: None; every position sees itself and those before it.
+
+        Returns:
+            [sequence, batch, heads / TP x head dimension].
+        """
+        repeats = query.shape[2] // key.shape[2]
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
+        mask = self._window_mask(query.shape[0])
+        context = scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _window_mask(self, length: int) -> torch.Tensor | None:
+        """True where a position may look: itself and `window[0]` before it."""
+        if self.window is None or length <= self.window[0] + 1:
+            return None
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        return (distance >= 0) & (distance <= self.window[0])

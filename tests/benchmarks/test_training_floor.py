@@ -1,0 +1,43 @@
+"""The operations of the floor against sums over the parameters."""
+
+from benchmarks.training.floor import operations, product, products
+from benchmarks.training.inputs import Sizes
+
+SIZES = Sizes(
+    hidden_size=8,
+    num_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=16,
+    vocab_size=32,
+    num_experts=4,
+    seq_length=4,
+    batch_size=2,
+)
+ATTENTION = 8 * (4 + 2 + 2) * 2 + 8 * 8
+EXPERT = 3 * 8 * 16
+HEAD = 8 * 32
+FORWARD = 2 * SIZES.tokens * (3 * (ATTENTION + 2 * EXPERT) + HEAD)
+"""Two operations for each weight and token; a token has two experts."""
+
+
+def test_a_linear_layer():
+    assert product(5, 3, 2, of_input=True, of_weight=True) == {(5, 3, 2): 1, (5, 2, 3): 1, (2, 5, 3): 1}
+    assert operations(product(5, 3, 2, of_input=False, of_weight=False)) == 2 * 5 * 3 * 2
+
+
+def test_everything_trains():
+    assert operations(products(SIZES, "full")) == 3 * FORWARD
+
+
+def test_routers_train():
+    """Gradients go down to the second layer's input: the first layer's router needs none of its own input."""
+    backward = 2 * SIZES.tokens * (2 * (ATTENTION + 2 * EXPERT) + HEAD)
+    assert operations(products(SIZES, "2")) == FORWARD + backward
+
+
+def test_new_experts_train():
+    """Three of four experts, on three quarters of the choices; in the first layer their down projections' input too."""
+    new = 2 * SIZES.tokens * 2 * EXPERT * 3 / 4
+    of_weights, down_of_first = 3 * new, new / 3
+    assert operations(products(SIZES, "1")) == operations(products(SIZES, "2")) + of_weights + down_of_first
