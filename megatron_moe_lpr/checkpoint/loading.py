@@ -9,6 +9,7 @@ import torch
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.model_state import load_weights
+from megatron_moe_lpr.checkpoint.sizes import check_sizes
 from megatron_moe_lpr.checkpoint.trainable_only import reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.model.build import build_model
@@ -63,12 +64,13 @@ def load_model(
         overrides: further fields of MoELPRConfig.
 
     Raises:
-        UserError: no checkpoint, a damaged one, an unfit layout, or tensors that are missing or too many.
+        UserError: no checkpoint, a damaged one, an unfit layout, or tensors missing, too many or of other sizes.
     """
     directory = path if isinstance(path, CheckpointDirectory) else open_checkpoint(path, verified)
     shape, card = model_shape(directory), directory.card()
     options = options or ComputeOptions(dtype=getattr(torch, card.dtype))
     config = transformer_config(shape, layout, platform, options, **overrides)
+    check_sizes(directory, shape)
     chunks = build_model(shape, config, platform, **(build_arguments or {}))
     with reading(directory) as layers:
         for layer in layers if verified else ():
