@@ -16,11 +16,12 @@ from torch.nn import functional
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
 from megatron_moe_lpr.evaluation.results import evaluation_record
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from tests.conversion.helpers import run
+from tests.conversion.helpers import rewrite_checkpoint, run
 from tests.conversion.tiny_models import load_model
 from tests.data.builders import write_dataset
 from tests.distributed import rank_pool
 from tests.evaluation.tools import TOOLS, load_tool
+from tests.training.outcomes import evaluation_outcome
 from tests.training.runs import make_checkpoint
 
 SEQUENCE = 32
@@ -164,3 +165,15 @@ def test_bad_input_is_one_line(setting, change, message):
     tool = load_tool("evaluate")
     with pytest.raises(tool.UserError, match=message):
         tool.main(["--load", str(checkpoint), "--valid-data-path", *data.values(), *change])
+
+
+def test_weight_that_is_not_a_number(setting, tmp_path):
+    """Not null in a file and exit code 0, as it was once."""
+    _, _, data, _ = setting
+    make_checkpoint(tmp_path)
+    rewrite_checkpoint(tmp_path / "checkpoint", spoil)
+    assert "NaN" in rank_pool(1).run(evaluation_outcome, tmp_path / "checkpoint", data)[0]
+
+
+def spoil(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["decoder.layers.1.mlp.router.weight"].view(-1)[:1].fill_(torch.nan)

@@ -1,0 +1,91 @@
+"""Ctrl-C and a full disk while a tool writes: one line, an exit code, and nothing left behind."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conversion.helpers import run
+from tests.conversion.tiny_models import save_model
+from tests.data.builders import CORPUS
+
+ROOT = Path(__file__).parents[2]
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+target, sys.argv = sys.argv[1], sys.argv[2:]
+waiting = [True]
+
+def interrupt(event, arguments):
+    # The first file that is opened for writing where the results go: Ctrl-C, as a terminal sends it.
+    if event == "open" and waiting and str(arguments[0]).startswith(target) and arguments[2] & os.O_ACCMODE:
+        waiting.clear()
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(interrupt)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    save_model("qwen2-tied", root / "hf")
+    run("import", "--hf", root / "hf", "--save", root / "checkpoint", "--num-experts", 3)
+    return root
+
+
+def arguments_of(name: str, models: Path, out: Path) -> list[str]:
+    """A command line whose results go below `out`."""
+    if name == "preprocess":
+        source = ["--input", CORPUS / "valid" / "el.jsonl.zst", "--tokenizer", ROOT / "data" / "base_model"]
+        words = ["preprocess_data.py", *source, "--language", "el", "--output-prefix", out / "el", "--workers", 1]
+    elif name == "import":
+        words = ["convert_hf.py", "import", "--hf", models / "hf", "--save", out / "new", "--num-experts", 3]
+    else:
+        words = ["convert_hf.py", "export", "--load", models / "checkpoint", "--hf", out / "new"]
+    return [str(ROOT / "tools" / words[0]), *map(str, words[1:])]
+
+
+def start(*words: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, capture_output=True, text=True, env=environment, check=False, timeout=200)
+
+
+@pytest.mark.parametrize("name", ["preprocess", "import", "export"])
+def test_ctrl_c(name, models, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    done = start(sys.executable, "-c", INTERRUPTED, str(out), *arguments_of(name, models, out))
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert [path for path in out.rglob("*") if path.is_file()] == []
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: str) -> Iterator[Path]:
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("name", ["preprocess", "import", "export"])
+def test_full_disk(name, models, tmp_path):
+    with small_disk(tmp_path / "disk", "40k") as out:
+        done = start(sys.executable, *arguments_of(name, models, out))
+        assert done.returncode == 1, done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("error: ") and str(out) in last and "space" in last.lower(), done.stderr
+        assert "Traceback" not in done.stderr
+        assert [path for path in out.rglob("*") if path.is_file()] == []
