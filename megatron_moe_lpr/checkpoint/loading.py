@@ -69,8 +69,8 @@ def load_model(
     directory = path if isinstance(path, CheckpointDirectory) else open_checkpoint(path, verified)
     shape, card = model_shape(directory), directory.card()
     options = options or ComputeOptions(dtype=getattr(torch, card.dtype))
-    config = transformer_config(shape, layout, platform, options, **overrides)
     check_sizes(directory, shape)
+    config = transformer_config(shape, layout, platform, options, **overrides)
     chunks = build_model(shape, config, platform, **(build_arguments or {}))
     with reading(directory) as layers:
         for layer in layers if verified else ():
