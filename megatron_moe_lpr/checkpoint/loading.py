@@ -12,6 +12,7 @@ from megatron_moe_lpr.checkpoint.model_state import load_weights
 from megatron_moe_lpr.checkpoint.sizes import check_sizes
 from megatron_moe_lpr.checkpoint.trainable_only import reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
+from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import build_model
 from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, MoELPRConfig, transformer_config
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -33,11 +34,14 @@ def model_shape(directory: CheckpointDirectory) -> ModelShape:
     """The model's sizes and experts, from the files beside its tensors.
 
     Raises:
-        UserError: a file is missing or invalid.
+        UserError: a file is missing or invalid, or they are of two models.
     """
-    card = directory.card()
+    card, architecture = directory.card(), directory.architecture()
+    layers = architecture.num_layers
+    if any(len(counts) != layers for counts in (card.experts_per_layer, *card.expansions)):
+        raise UserError(f"{directory.path}: config.json has {layers} layers, its card another number; copy both again")
     return ModelShape(
-        directory.architecture(),
+        architecture,
         tuple(card.experts_per_layer),
         card.top_k,
         tuple(map(tuple, card.expansions)),
