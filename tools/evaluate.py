@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, naming, run_command
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
 from megatron_moe_lpr.evaluation.results import evaluation_record, print_evaluation
@@ -51,7 +52,7 @@ class Flags:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    flags = tyro.cli(Flags, args=arguments, description=__doc__)
+    flags = parse_flags(Flags, arguments, __doc__)
     if flags.output and not flags.output.parent.is_dir():
         raise UserError(f"--output {flags.output}: there is no directory {flags.output.parent}")
     record = evaluation_record(evaluate_checkpoint(plan(flags)))

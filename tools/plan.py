@@ -8,8 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
 
 
@@ -57,7 +56,7 @@ class Flags:
 
 
 def main() -> None:
-    flags = tyro.cli(Flags, description=__doc__)
+    flags = parse_flags(Flags, description=__doc__)
     for name in ("gpus", "gpu_memory", "gpus_per_node", "seq_length", "micro_batch_size", "global_batch_size", "show"):
         if getattr(flags, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be above 0")

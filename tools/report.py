@@ -6,8 +6,7 @@ tools/report.py --evaluation "Base model=base.json" "Stage 1=stage1.json" "Stage
 import dataclasses
 from pathlib import Path
 
-import tyro
-
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, naming, run_command
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
@@ -32,7 +31,7 @@ class Flags:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    flags = tyro.cli(Flags, args=arguments, description=__doc__)
+    flags = parse_flags(Flags, arguments, __doc__)
     if not flags.output.parent.is_dir():
         raise UserError(f"--output {flags.output}: there is no directory {flags.output.parent}")
     inputs = read_inputs(flags.evaluation, flags.metrics, flags.samples)

@@ -1,19 +1,23 @@
 """From a checkpoint on disk to a filled model on this rank."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
+from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, CheckpointDirectory
 from megatron_moe_lpr.checkpoint.model_state import load_weights
-from megatron_moe_lpr.checkpoint.trainable_only import reading
+from megatron_moe_lpr.checkpoint.reader import is_model_key
+from megatron_moe_lpr.checkpoint.trainable_only import open_reader, reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
+from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import build_model
 from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, MoELPRConfig, transformer_config
 from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.planning.parameters import model_parameters
 from megatron_moe_lpr.platform import Platform
 
 
@@ -44,6 +48,27 @@ def model_shape(directory: CheckpointDirectory) -> ModelShape:
     )
 
 
+def check_sizes(shape: ModelShape, directory: CheckpointDirectory) -> None:
+    """Check that a model's tensors are there in the sizes that card and configuration say, before memory is taken for
+    them. The index has been compared with the sizes of the files.
+
+    Raises:
+        UserError: the model is larger than what is stored, or card and configuration are of two models.
+    """
+    layers, source = shape.architecture.num_layers, directory.side_directory
+    if any(len(counts) != layers for counts in (shape.experts_per_layer, *shape.expansions)):
+        raise UserError(f"{source}: {CARD_FILE} and {CONFIG_FILE} do not belong to one model: {layers} layers in one")
+    tensors = open_reader(directory).tensors
+    stored = sum(math.prod(info.shape) for key, info in tensors.items() if is_model_key(key))
+    described = sum(model_parameters(shape).values())
+    # The other way round is no danger: the vocabulary may be padded, and what differs else is named by its tensor.
+    if described > stored:
+        raise UserError(
+            f"{source}: {CARD_FILE} and {CONFIG_FILE} describe {described:,} parameters, the checkpoint's tensors have "
+            f"{stored:,}; copy these two files again"
+        )
+
+
 def load_model(
     path: Path | CheckpointDirectory,
     layout: ParallelLayout,
@@ -67,6 +92,7 @@ def load_model(
     """
     directory = path if isinstance(path, CheckpointDirectory) else open_checkpoint(path, verified)
     shape, card = model_shape(directory), directory.card()
+    check_sizes(shape, directory)
     options = options or ComputeOptions(dtype=getattr(torch, card.dtype))
     config = transformer_config(shape, layout, platform, options, **overrides)
     chunks = build_model(shape, config, platform, **(build_arguments or {}))
