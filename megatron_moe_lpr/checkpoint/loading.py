@@ -36,11 +36,17 @@ def model_shape(directory: CheckpointDirectory) -> ModelShape:
     """The model's sizes and experts, from the files beside its tensors.
 
     Raises:
-        UserError: a file is missing or invalid.
+        UserError: a file is missing or invalid, or card and configuration are of two models.
     """
-    card = directory.card()
+    card, architecture = directory.card(), directory.architecture()
+    layers = architecture.num_layers
+    if any(len(counts) != layers for counts in (card.experts_per_layer, *card.expansions)):
+        raise UserError(
+            f"{directory.side_directory}: {CARD_FILE} and {CONFIG_FILE} do not belong to one model: one has {layers} "
+            f"layers, the other {len(card.experts_per_layer)}"
+        )
     return ModelShape(
-        directory.architecture(),
+        architecture,
         tuple(card.experts_per_layer),
         card.top_k,
         tuple(map(tuple, card.expansions)),
@@ -53,11 +59,9 @@ def check_sizes(shape: ModelShape, directory: CheckpointDirectory) -> None:
     them. The index has been compared with the sizes of the files.
 
     Raises:
-        UserError: the model is larger than what is stored, or card and configuration are of two models.
+        UserError: the model is larger than what is stored.
     """
-    layers, source = shape.architecture.num_layers, directory.side_directory
-    if any(len(counts) != layers for counts in (shape.experts_per_layer, *shape.expansions)):
-        raise UserError(f"{source}: {CARD_FILE} and {CONFIG_FILE} do not belong to one model: {layers} layers in one")
+    source = directory.side_directory
     tensors = open_reader(directory).tensors
     stored = sum(math.prod(info.shape) for key, info in tensors.items() if is_model_key(key))
     described = sum(model_parameters(shape).values())

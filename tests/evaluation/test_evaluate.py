@@ -1,9 +1,12 @@
 """Evaluation's numbers: against transformers on the exported model, and the same at every layout."""
 
+import contextlib
 import functools
+import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,7 @@ from torch.nn import functional
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
 from megatron_moe_lpr.evaluation.results import evaluation_record
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from tests.conversion.helpers import run
+from tests.conversion.helpers import rewrite_checkpoint, run
 from tests.conversion.tiny_models import load_model
 from tests.data.builders import write_dataset
 from tests.distributed import rank_pool
@@ -164,3 +167,25 @@ def test_bad_input_is_one_line(setting, change, message):
     tool = load_tool("evaluate")
     with pytest.raises(tool.UserError, match=message):
         tool.main(["--load", str(checkpoint), "--valid-data-path", *data.values(), *change])
+
+
+def test_a_weight_that_is_not_a_number_is_named(setting, tmp_path, capsys):
+    """By every rank, with an exit code, and no file of numbers that mean nothing."""
+    _, checkpoint, data, _ = setting
+    spoilt, output, name = tmp_path / "spoilt", tmp_path / "result.json", "decoder.layers.1.mlp.router.weight"
+    shutil.copytree(checkpoint, spoilt)
+    rewrite_checkpoint(spoilt, lambda tensors: tensors[name].view(-1)[:1].fill_(math.nan))
+    for words in rank_pool(2).run(command_outcome, spoilt, data, output):
+        assert words[0] == 1 and words[1].count("\n") == 1
+        assert words[1].startswith("error: ") and f"hold NaN or infinite values, for example {name}" in words[1]
+    assert not output.exists()
+
+
+def command_outcome(load: Path, data: dict[str, str], output: Path) -> tuple[int, str]:
+    """On every rank: exit code and standard error of tools/evaluate.py."""
+    tool = load_tool("evaluate")
+    arguments = ["--load", str(load), "--valid-data-path", *data.values(), "--seq-length", str(SEQUENCE)]
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as stop:
+        tool.run_command(lambda: tool.main([*arguments, "--output", str(output)]))
+    lines = [line for line in said.getvalue().splitlines(keepends=True) if not line.startswith("warning: ")]
+    return stop.value.code, "".join(lines)
