@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -122,6 +123,8 @@ def _start(loader: DataLoader) -> Iterator[Batch]:
 
 
 def _kill(workers: set[multiprocessing.Process]) -> None:
+    # torch's handler would raise for each, in the midst of whatever else ends with Python.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         with contextlib.suppress(ValueError):  # closed already
             worker.kill()

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -45,6 +49,24 @@ def test_resumes_from_the_consumed_samples():
 
 def test_worker_processes_keep_the_order():
     assert numbers(0, 2, 1, 2, num_workers=2) == numbers(0, 2, 1, 2)
+
+
+LEAVES = """
+import atexit, sys, time
+# Runs after what the iterator does at the end of Python.
+atexit.register(time.sleep, 0.5)
+from tests.data.test_batches import Numbers, build_data_iterator
+iterator = build_data_iterator(Numbers(), 0, 2, 0, 1, num_workers=2)
+next(iterator)
+sys.exit("error: a full disk")
+"""
+
+
+def test_an_end_in_the_midst_of_the_data_says_nothing_of_workers():
+    """torch told of killed workers, as a traceback behind the line that said why the run ended."""
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", LEAVES], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: a full disk\n")
 
 
 def test_end_of_the_data_is_said():

@@ -8,7 +8,7 @@ from tests.slurm.cluster import wait_until
 
 SECONDS = 600
 """A quiet machine needs a twentieth; the limit is for one that is shared."""
-ITERATIONS = 300
+ITERATIONS = 100
 TRAIN = ("examples/slurm/train.sbatch", "examples/stage1_qwen.sh", "--eval-iters", "1", "--num-workers", "0")
 
 

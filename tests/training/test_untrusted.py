@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import os
 import pickle
 import shutil
@@ -106,3 +107,30 @@ def test_the_payload_would_run(tmp_path):
     """The test above can fail: without restriction the payload does what it is for."""
     pickle.loads(pickle.dumps(Payload(tmp_path / "mark")))
     assert (tmp_path / "mark").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("config.json", {"hidden_size": 1 << 24}, "word_embeddings.weight is [99, 32]"),
+        ("config.json", {"intermediate_size": 1 << 24}, "original_expert.linear_fc2.weight is [32, "),
+        ("config.json", {"vocab_size": (1 << 31) - 1}, "word_embeddings.weight is [99, 32]"),
+        ("card.json", {"experts_per_layer": [1024] * 4}, "router.weight is [5, 32]"),
+        ("card.json", {"experts_per_layer": [5] * 3}, "config.json has 4 layers, its card another number"),
+    ],
+)
+def test_sizes_that_no_tensor_has_take_no_memory(file, change, words, setting, tmp_path):
+    _, load, data, changes = setting
+    planted = tmp_path / "planted"
+    shutil.copytree(load, planted)
+    (iteration,) = planted.glob("*/")
+    path = iteration / "moe_lpr" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    write_manifest(iteration, {})
+    outcomes = [
+        *rank_pool(2).run(functools.partial(train_outcome, planted, tmp_path / "new", data, **changes)),
+        *rank_pool(2).run(evaluation_outcome, planted, data),
+    ]
+    for outcome in outcomes:
+        assert f"{iteration}: " in outcome and words in outcome
+    assert not list((tmp_path / "new").glob("iter_*"))
