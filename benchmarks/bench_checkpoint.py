@@ -213,7 +213,8 @@ def measured_save(saver: Any, state: Any) -> dict[str, float]:
 
     def save() -> tuple[float, float]:
         add_nothing = lambda directory: (directory / "moe_lpr").mkdir()  # noqa: E731
-        saved = saver.start(state.iteration, sharded_state(state), dict(STATE_METADATA), add_nothing)
+        began = time.monotonic()
+        saved = saver.start(state.iteration, sharded_state(state), dict(STATE_METADATA), add_nothing, began)
         while saved is None:
             time.sleep(POLL_SECONDS)
             saved = saver.poll()

@@ -35,7 +35,7 @@ class Saved:
     iteration: int
     path: Path
     seconds: float
-    """From the call of `start` on."""
+    """From the call of `start` on, or from when its caller began to wait."""
     stalled: float
     """Seconds of these in which the caller could not go on."""
 
@@ -72,7 +72,12 @@ class CheckpointSaver:
         self.validated = False
 
     def start(
-        self, iteration: int, state: ShardedStateDict, metadata: dict[str, Any], add_side_files: Callable[[Path], None]
+        self,
+        iteration: int,
+        state: ShardedStateDict,
+        metadata: dict[str, Any],
+        add_side_files: Callable[[Path], None],
+        began: float | None = None,
     ) -> Saved | None:
         """Begin to save; without a background writer, save. The state may change as soon as this returns.
 
@@ -82,6 +87,7 @@ class CheckpointSaver:
             state: as Megatron's dist_checkpointing.save takes it.
             metadata: what the checkpoint's content is (its `content_metadata`).
             add_side_files: writes the files beside the tensors into the directory it is given, on rank 0.
+            began: time.monotonic() when the caller began to wait, to gather `state` for one; by default now.
 
         Returns:
             The checkpoint, where it is complete already.
@@ -89,8 +95,8 @@ class CheckpointSaver:
         Raises:
             UserError: it can't be written, on every rank with the reason; the latest checkpoint stays as it was.
         """
+        started = time.monotonic() if began is None else began
         self.wait()
-        started = time.monotonic()
         partial = self.root / f".{iteration_directory_name(iteration)}{PARTIAL_SUFFIX}"
         self._together(iteration, lambda: _make_empty(partial))
         sharded, common = save_preprocess(state | {"content_metadata": metadata}, not self.validated)

@@ -1,7 +1,11 @@
 """What of a run a checkpoint holds, and how a run goes on from it."""
 
+import contextlib
 import dataclasses
+import gc
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +78,7 @@ def start_save(
     Raises:
         UserError: this checkpoint or the one before can't be written, on every rank with the reason.
     """
+    began = time.monotonic()
     _finish_parameter_gather(state.chunks)
 
     def add_side_files(directory: Path) -> None:
@@ -82,7 +87,7 @@ def start_save(
         card.write(directory / SIDE_DIRECTORY / CARD_FILE)
 
     content = sharded_state(state, trainable_only=trainable_only)
-    return saver.start(state.iteration, content, dict(STATE_METADATA), add_side_files)
+    return saver.start(state.iteration, content, dict(STATE_METADATA), add_side_files, began)
 
 
 def _finish_parameter_gather(chunks: list[torch.nn.Module]) -> None:
@@ -159,7 +164,8 @@ def sharded_state(state: RunState, is_loading: bool = False, trainable_only: boo
     """What a checkpoint of this run holds, as Megatron's dist_checkpointing takes it."""
     model = sharded_model_state(state.chunks)
     keep_shares_apart(state.optimizer)
-    optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(STATE_METADATA))
+    with _nothing_to_collect():
+        optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(STATE_METADATA))
     if trainable_only:
         model = {name: trained_part(part) for name, part in model.items()}
     return {
@@ -168,3 +174,15 @@ def sharded_state(state: RunState, is_loading: bool = False, trainable_only: boo
         "schedule": state.schedule.state_dict(),
         "counters": state.counters(),
     }
+
+
+@contextlib.contextmanager
+def _nothing_to_collect() -> Iterator[None]:
+    """Megatron's distributed optimizers each collect garbage here, against leaks of runs that never do otherwise
+    (distrib_optimizer.py `sharded_state_dict`): half a second over the objects of torch alone, longer than all else of
+    an asynchronous save. This run leaves collecting to Python; frozen objects are not looked at."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
