@@ -39,7 +39,7 @@ class MoELPRModel(GPTModel):
         )
         frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
         self.rotary_pos_emb.inv_freq = frequencies.to(self.rotary_pos_emb.inv_freq.device)
-        if self.pre_process and (config.recompute_granularity or config.pipeline_model_parallel_size > 1):
+        if self.pre_process and _needs_gradient_of_embedding(config):
             self.embedding.register_forward_hook(_let_gradients_through)
         if self.post_process and padded_vocab_size > architecture.vocab_size:
             self._mask_padded_vocabulary(architecture.vocab_size, padded_vocab_size)
@@ -68,10 +68,18 @@ class MoELPRModel(GPTModel):
         self.output_layer.register_forward_hook(mask)
 
 
+def _needs_gradient_of_embedding(config: TransformerConfig) -> bool:
+    """Whether something would go missing without it; see `_let_gradients_through`."""
+    on_gpu = config.transformer_impl == "transformer_engine"
+    return on_gpu or bool(config.recompute_granularity) or config.pipeline_model_parallel_size > 1
+
+
 def _let_gradients_through(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
     """With frozen embeddings no input of the first layer requires a gradient, and reentrant activation recompute then
     never runs backward below it (tensor_parallel/random.py `CheckpointFunction`), silently. A pipeline stage wants a
-    gradient to send back. Elsewhere nothing below the first router or trained weight needs one."""
+    gradient to send back. Transformer Engine's fused permutation gives the routing weights a gradient only where the
+    tokens get one too (permutation.py `_moe_permute_mask_map.backward`), and the first router would lose that part.
+    Elsewhere nothing below the first router or trained weight needs one."""
     if torch.is_grad_enabled() and not output.requires_grad:
         return output.detach().requires_grad_(True)
     return output
