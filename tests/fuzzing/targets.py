@@ -155,6 +155,7 @@ def _checkpoint(root: Path) -> Path:
 def _old_checkpoint(root: Path) -> Path:
     """Protocol 2, whose opcodes differ: the index of another tool."""
     path = _checkpoint(root)
+    # Written by the line above; to write it in another protocol it has to be read whole.
     path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()), protocol=2))
     return path
 

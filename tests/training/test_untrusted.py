@@ -105,6 +105,7 @@ def _converter(command: str, iteration: Path, exported: Path, root: Path) -> Non
 
 def test_the_payload_would_run(tmp_path):
     """The test above can fail: without restriction the payload does what it is for."""
+    # The payload of this file, which makes an empty directory: that it runs here is what is tested.
     pickle.loads(pickle.dumps(Payload(tmp_path / "mark")))
     assert (tmp_path / "mark").is_dir()
 
