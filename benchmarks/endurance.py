@@ -21,6 +21,9 @@ from benchmarks.endurance_faults import FAULTS, SHORT, Failure, Fault
 from benchmarks.endurance_run import Inputs, TrainingRun, make_inputs, reference_steps
 from megatron_moe_lpr.command_line import parse_flags
 
+STEPS_OF_A_FAULT = 15
+"""More than pass before a fault is over."""
+
 
 @dataclasses.dataclass
 class Flags:
@@ -94,7 +97,7 @@ class Campaign:
     def suffer(self, fault: Fault, generator: random.Random) -> Outcome:
         """Start the run where it is, do the fault, and check what follows."""
         begin = time.monotonic()
-        if len(self.expected) - (self.run.latest() or 0) < 15:
+        if len(self.expected) - (self.run.latest() or 0) < STEPS_OF_A_FAULT:
             self.run = self._new_run()
         before = self.run.latest()
         words, passed = "", True

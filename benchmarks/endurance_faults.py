@@ -195,15 +195,18 @@ def latest_file_lost(run: TrainingRun, generator: random.Random) -> str:
 
 
 def second_writer(run: TrainingRun, generator: random.Random) -> str:
-    """Refused with the first one's name; the first goes on."""
+    """Refused with the first one's name; the first goes on. It stands still meanwhile, lest it comes to its end."""
     run.start()
     run.wait_for_steps(1)
+    first, holder = run.processes(), run.workers()[0].pid
     second = TrainingRun(run.inputs, run.save)
     second.output = run.output.with_suffix(".second")
+    send(first, signal.SIGSTOP)
     code = second.start().wait()
     errors = second.errors()
     second.wait_until_all_ended()
-    holder = run.workers()[0].pid
+    send(first, signal.SIGCONT)
+    run.wait_for_steps(1)
     if code == 0 or not any(f"process {holder} on " in line for line in errors):
         raise Failure(f"exit code {code}: {second.tail()}")
     _stop(run)

@@ -3,7 +3,7 @@
 from benchmarks import endurance, endurance_run
 from benchmarks.endurance_faults import SHORT
 
-STEPS = 150
+STEPS = 45
 
 
 def test_harmed_runs_go_on_to_the_same_losses(tmp_path, monkeypatch):
