@@ -1,6 +1,7 @@
 """A rank's side of the writer process: copy the share out of the way of training, hand it over, hear how it went."""
 
 import contextlib
+import ctypes
 import json
 import mmap
 import os
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from typing import Any
 
 import torch.distributed as dist
@@ -47,6 +49,12 @@ class SharedMemory:
             # Else a write into the memory, where none is left, would kill this process without a word.
             os.posix_fallocate(self.descriptor, 0, size)
         self.content = mmap.mmap(self.descriptor, size)
+
+    def touch(self) -> None:
+        """Have every page in this process's tables, which a first write would take one at a time. Holds no lock of
+        Python's meanwhile."""
+        if self.content:
+            ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self.content)), 0, self.size)
 
     def close(self) -> None:
         """Give it back."""
@@ -110,6 +118,26 @@ class BackgroundWriter(AsyncCaller):
         self.connection = ours
         self.lines = ours.makefile("rw", encoding="utf-8")
         self.active: ShareWriter | None = None
+        self.reserving: threading.Thread | None = None
+
+    def expect(self, writer: ShareWriter) -> None:
+        """Take the memory for a share like this one beside what this process does, so that the first save finds it."""
+        size = sum(file.most_bytes for file in writer.files)
+        writer.release()
+
+        def reserve() -> None:
+            # Where there is none, the save will say so.
+            with contextlib.suppress(OSError):
+                self.memory.reserve(size)
+                self.memory.touch()
+
+        self.reserving = threading.Thread(target=reserve, daemon=True)
+        self.reserving.start()
+
+    def _wait_for_memory(self) -> None:
+        if self.reserving:
+            self.reserving.join()
+            self.reserving = None
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
         """Copy the share of the request's ShareWriter and let the process write it.
@@ -133,6 +161,7 @@ class BackgroundWriter(AsyncCaller):
             writer.release()
 
     def _copy(self, writer: ShareWriter) -> list[tuple[str, int, int]]:
+        self._wait_for_memory()
         self.memory.reserve(sum(file.most_bytes for file in writer.files))
         files, begin = [], 0
         for file in writer.files:
@@ -190,6 +219,7 @@ class BackgroundWriter(AsyncCaller):
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._wait_for_memory()
         self.memory.close()
         self.process = None
 

@@ -71,6 +71,20 @@ class CheckpointSaver:
         self.pending: _Pending | None = None
         self.validated = False
 
+    def expect(self, state: ShardedStateDict, metadata: dict[str, Any]) -> None:
+        """Plan for states like this one and take the memory that a save needs, beside training: the first save then
+        takes no longer than later ones. Does nothing without a background writer."""
+        if self.background is None:
+            return
+        self.strategy.async_save(self._checked(state, metadata)[0], self.root)
+        self.background.expect(self.shares.writer)
+
+    def _checked(self, state: ShardedStateDict, metadata: dict[str, Any]) -> tuple[ShardedStateDict, dict[str, Any]]:
+        """Sharded and common part of a state; that all ranks' parts fit together is looked at once."""
+        parts = save_preprocess(state | {"content_metadata": metadata}, not self.validated)
+        self.validated = True
+        return parts
+
     def start(
         self,
         iteration: int,
@@ -99,9 +113,8 @@ class CheckpointSaver:
         self.wait()
         partial = self.root / f".{iteration_directory_name(iteration)}{PARTIAL_SUFFIX}"
         self._together(iteration, lambda: _make_empty(partial))
-        sharded, common = save_preprocess(state | {"content_metadata": metadata}, not self.validated)
+        sharded, common = self._checked(state, metadata)
         request = self.strategy.async_save(sharded, partial)
-        self.validated = True
         request.add_finalize_fn(self._finish)
         self.pending = _Pending(iteration, partial, self.shares.writer, add_side_files, started)
         if dist.get_rank() == 0:

@@ -90,6 +90,11 @@ def start_save(
     return saver.start(state.iteration, content, dict(STATE_METADATA), add_side_files, began)
 
 
+def expect_saves(saver: CheckpointSaver, state: RunState, trainable_only: bool = False) -> None:
+    """Prepare for `start_save` when the optimizer has its state, after the first step. Every rank must call it."""
+    saver.expect(sharded_state(state, trainable_only=trainable_only), dict(STATE_METADATA))
+
+
 def _finish_parameter_gather(chunks: list[torch.nn.Module]) -> None:
     """With overlapped gathering a rank has only its own share of the last step's weights until the next forward pass
     (distrib_optimizer.py `step_with_ready_grads`)."""

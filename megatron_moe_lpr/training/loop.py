@@ -19,7 +19,7 @@ from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
 from megatron_moe_lpr.evaluation.routing import collect_routing, open_experts, reset_routing
 from megatron_moe_lpr.model.flops import training_flops_per_token
-from megatron_moe_lpr.training.checkpointing import start_save
+from megatron_moe_lpr.training.checkpointing import expect_saves, start_save
 from megatron_moe_lpr.training.finite_steps import FiniteSteps
 from megatron_moe_lpr.training.guards import GradientWatch, explain_non_finite_gradient, explain_non_finite_loss
 from megatron_moe_lpr.training.heartbeat import Heartbeat
@@ -73,6 +73,8 @@ class Trainer:
             # From the first step on there is something to save, so all ranks do it together.
             self.stop.nothing_to_save = False
             self.step(batches)
+            if not self.stop.has_stepped:
+                expect_saves(self.saver, state, config.checkpoint.save_trainable_only)
             self.stop.has_stepped = True
             self._tell_saved(self.saver.poll())
             if state.iteration % config.logging.log_interval == 0 or state.iteration == config.batch.train_iters:

@@ -114,6 +114,26 @@ def test_training_goes_on_while_the_checkpoint_stays_what_it_was(tmp_path):
     expect(tmp_path / "iter_0000001")
 
 
+def save_as_expected(root) -> tuple[int, int]:
+    """Bytes of memory before the first save and after it."""
+    with scene(root) as made:
+        made.saver.expect(sharded(made.values, made.shared), {})
+        made.saver.background._wait_for_memory()
+        before = made.saver.background.memory.size
+        made.values += 1
+        made.shared += 1
+        made.start(1)
+        made.saver.wait()
+        return before, made.saver.background.memory.size
+
+
+def test_the_first_save_finds_its_memory(tmp_path):
+    for before, after in rank_pool(RANKS).run(save_as_expected, tmp_path):
+        assert before == after > ROWS * 8 * 4
+    expect(tmp_path / "iter_0000001", add=1)
+    assert verify(tmp_path / "iter_0000001")
+
+
 def save_twice(root) -> bool:
     with scene(root) as made:
         process = made.hold_writer()
