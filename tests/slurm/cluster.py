@@ -105,11 +105,13 @@ class Cluster:
         self._start(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """Kill a node's slurmd and everything that runs on the node, as a power cut would."""
+        """Kill a node's slurmd and everything that runs on the node, as a power cut would, and tell the controller,
+        which would find out by itself after half a minute."""
         slurmd = self.daemons.pop(node)
         slurmd.kill()
         slurmd.wait()
         self._kill_steps(node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed by the test")
 
     def _kill_steps(self, node: str) -> None:
         """Kill what the node's slurmd has started: slurmstepd has its environment, tasks have SLURM's own."""
