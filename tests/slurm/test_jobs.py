@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from tests.launching.builders import run_script
-from tests.slurm.cluster import wait_until
+from tests.slurm.cluster import ENDS, free_ports, wait_until
 
 SECONDS = 600
 """A quiet machine needs a twentieth; the limit is for one that is shared."""
@@ -19,9 +19,16 @@ def losses(save: Path) -> dict[int, float]:
     return {row["iteration"]: row["lm_loss"] for row in rows if row["kind"] == "train"}
 
 
-def wait_for_step(save: Path, step: int) -> None:
-    """Wait until a run has logged a step."""
-    wait_until(lambda: max(losses(save), default=0) >= step, f"{save}: never came to step {step}", SECONDS)
+def wait_for_step(cluster, job: str, save: Path, step: int) -> None:
+    """Wait until a job's run has logged a step; fail at once where the job ends before."""
+
+    def reached() -> bool:
+        state = cluster.job(job)["JobState"]
+        there = max(losses(save), default=0) >= step
+        assert there or state not in ENDS, f"job {job}: {state} before step {step}"
+        return there
+
+    wait_until(reached, f"{save}: never came to step {step}", SECONDS)
 
 
 def wait_for_restart(cluster, job: str, restarts: int) -> None:
@@ -34,7 +41,7 @@ def test_a_job_outlives_a_stop_signal_and_a_dead_node(cluster, submit, inputs, t
     settings = {"SAVE": save, "TRAIN_ITERS": ITERATIONS, "SAVE_INTERVAL": 1000, "EP": 2}
     job = submit("sbatch", "--parsable", "--nodes=2", f"--output={log}", *TRAIN, **settings)
 
-    wait_for_step(save, 3)
+    wait_for_step(cluster, job, save, 3)
     # What `--signal` of train.sbatch makes SLURM do before the time limit, without waiting for its next look at limits.
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_for_restart(cluster, job, 1)
@@ -42,7 +49,7 @@ def test_a_job_outlives_a_stop_signal_and_a_dead_node(cluster, submit, inputs, t
     stopped_at = max(losses(save))
     assert stopped_at < ITERATIONS and (save / "latest_checkpointed_iteration.txt").read_text() == str(stopped_at)
 
-    wait_for_step(save, stopped_at + 5)
+    wait_for_step(cluster, job, save, stopped_at + 5)
     cluster.kill_node("n2")
     wait_for_restart(cluster, job, 2)
     cluster.start_node("n2")
@@ -58,7 +65,7 @@ def test_a_job_outlives_a_stop_signal_and_a_dead_node(cluster, submit, inputs, t
         *TRAIN[2:],
         LOAD=inputs / "moe",
         GPUS_PER_NODE=2,
-        MASTER_PORT=29517,
+        MASTER_PORT=free_ports(1)[0],
         **settings | {"SAVE": reference},
     )
     assert result.returncode == 0, result.stdout + result.stderr
