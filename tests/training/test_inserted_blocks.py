@@ -1,0 +1,176 @@
+"""Block expansion (LLaMA-Pro): the grown model is the dense one at first, only inserted blocks train, the export is dense."""
+
+import functools
+import json
+
+import pytest
+import torch
+
+from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.loading import model_shape
+from megatron_moe_lpr.conversion.frozen import fingerprint_of_checkpoint
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.parameter_kinds import kind_of
+from megatron_moe_lpr.planning.parameters import model_parameters
+from tests.conversion.helpers import assert_same_tensors, checkpoint_tensors, hf_tensors, run
+from tests.conversion.tiny_models import COMMON, MODELS, load_model, logits, save_model
+from tests.distributed import rank_pool
+from tests.training.runs import make_data, metrics, train
+
+INSERTED = [2, 5]
+LAYOUTS = {
+    "TP2, distributed optimizer": (2, {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True}),
+    "PP2, recompute full": (2, {"pipeline_model_parallel_size": 2, "recompute_granularity": "full"}),
+    "DP2": (2, {}),
+}
+
+
+def make_base(root, model="llama", layers=4):
+    before, COMMON["num_hidden_layers"] = COMMON["num_hidden_layers"], layers
+    save_model(model, root / "hf")
+    COMMON["num_hidden_layers"] = before
+    for file in (root / "hf").glob("tokenizer*"):
+        file.unlink()
+    return root / "hf"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("blocks")
+    hf = make_base(root)
+    run("import", "--hf", hf, "--save", root / "checkpoint", "--expand-blocks", 2)
+    return root, make_data(root)
+
+
+@pytest.fixture(scope="module")
+def trained(inputs):
+    """One process, without a break."""
+    root, data = inputs
+    rank_pool(1).run(functools.partial(train, root / "checkpoint", root / "run", data, "blocks", save_interval=3))
+    return root / "run"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_computes_what_the_dense_model_does(model, tmp_path):
+    hf = make_base(tmp_path, model)
+    run("import", "--hf", hf, "--save", tmp_path / "grown", "--expand-blocks", 2)
+    run("import", "--hf", hf, "--save", tmp_path / "dense", "--num-experts", 1)
+    grown, dense = (resolve_checkpoint(tmp_path / name).card() for name in ("grown", "dense"))
+    assert grown.inserted_blocks == INSERTED and grown.experts_per_layer == [1] * 6
+    assert grown.original_fingerprint == dense.original_fingerprint == fingerprint_of_checkpoint(tmp_path / "grown")
+    run("verify", "--load", tmp_path / "grown", "--hf", hf)
+    run("export", "--load", tmp_path / "grown", "--hf", tmp_path / "out")
+    exported = load_model(tmp_path / "out")
+    assert exported.config.num_hidden_layers == 6 and type(exported) is type(load_model(hf))
+    assert torch.equal(logits(exported), logits(load_model(hf)))
+    run("import", "--hf", tmp_path / "out", "--save", tmp_path / "again")
+    card = resolve_checkpoint(tmp_path / "again").card()
+    assert card.inserted_blocks == INSERTED and card.original_fingerprint == grown.original_fingerprint
+    assert_same_tensors(checkpoint_tensors(tmp_path / "again"), checkpoint_tensors(tmp_path / "grown"))
+
+
+def test_only_inserted_blocks_train(inputs, trained):
+    before, after = checkpoint_tensors(inputs[0] / "checkpoint"), checkpoint_tensors(trained)
+    for key, tensor in before.items():
+        same = torch.equal(tensor, after[key][: len(tensor)])
+        assert same == (kind_of(key, INSERTED) != "inserted blocks"), key
+    card = resolve_checkpoint(trained).card()
+    assert card.inserted_blocks == INSERTED and card.history[-1]["stage"] == "blocks"
+    assert fingerprint_of_checkpoint(trained) == card.original_fingerprint
+    losses = [record["lm_loss"] for record in metrics(trained).values()]
+    assert losses[-1] < losses[0]
+
+
+def test_export_of_what_was_trained(inputs, trained, tmp_path):
+    run("export", "--load", trained, "--hf", tmp_path / "out")
+    run("verify", "--load", trained, "--hf", tmp_path / "out", "--tolerance", 1e-4)
+    before, after = hf_tensors(inputs[0] / "hf"), hf_tensors(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 6
+    for old, new in enumerate((0, 1, 3, 4)):
+        for name in (name for name in before if name.startswith(f"model.layers.{old}.")):
+            assert torch.equal(before[name], after[name.replace(f".{old}.", f".{new}.", 1)]), name
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_and_resume(name, inputs, trained, tmp_path):
+    """Half of the run in one process, the rest at another layout: the losses of the run without a break."""
+    (world, changes), (root, data) = LAYOUTS[name], inputs
+    job = functools.partial(train, root / "checkpoint", tmp_path, data, "blocks", save_interval=3, **changes)
+    rank_pool(world).run(job)
+    whole, found = metrics(trained), metrics(tmp_path)
+    assert len(found) == 6
+    for step, record in found.items():
+        assert record["lm_loss"] == pytest.approx(whole[step]["lm_loss"], rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(whole[step]["grad_norm"], rel=1e-4)
+
+
+def test_resume_at_another_layout(inputs, trained, tmp_path):
+    root, data = inputs
+    first = functools.partial(train, root / "checkpoint", tmp_path, data, "blocks", exit_interval=3)
+    rank_pool(1).run(first)
+    rest = functools.partial(train, root / "checkpoint", tmp_path, data, "blocks", pipeline_model_parallel_size=2)
+    rank_pool(2).run(rest)
+    whole, found = metrics(trained), metrics(tmp_path)
+    assert found.keys() == whole.keys()
+    for step, record in found.items():
+        assert record["lm_loss"] == pytest.approx(whole[step]["lm_loss"], rel=1e-5)
+
+
+def test_a_pipeline_stage_without_inserted_blocks(tmp_path, inputs):
+    """Three blocks and one inserted at the end: nothing trains on the first of two stages."""
+    hf, data = make_base(tmp_path, layers=3), inputs[1]
+    run("import", "--hf", hf, "--save", tmp_path / "checkpoint", "--expand-blocks", 1)
+    job = functools.partial(train, tmp_path / "checkpoint", tmp_path / "one", data, "blocks", train_iters=2)
+    rank_pool(1).run(job)
+    layout = {"pipeline_model_parallel_size": 2}
+    rank_pool(2).run(
+        functools.partial(train, tmp_path / "checkpoint", tmp_path / "two", data, "blocks", train_iters=2, **layout)
+    )
+    for step, record in metrics(tmp_path / "one").items():
+        assert metrics(tmp_path / "two")[step]["lm_loss"] == pytest.approx(record["lm_loss"], rel=1e-5)
+
+
+def test_only_trained_weights_saved(inputs, tmp_path, trained):
+    root, data = inputs
+    rank_pool(1).run(functools.partial(train, root / "checkpoint", tmp_path, data, "blocks", save_trainable_only=True))
+    held = {key for key in checkpoint_tensors(tmp_path) if key.startswith(("decoder.", "embedding.", "output_layer."))}
+    assert held == {
+        key for key in checkpoint_tensors(root / "checkpoint") if kind_of(key, INSERTED) == "inserted blocks"
+    }
+    run("export", "--load", tmp_path, "--hf", tmp_path / "out")
+    run("export", "--load", trained, "--hf", tmp_path / "whole")
+    assert_same_tensors(hf_tensors(tmp_path / "out"), hf_tensors(tmp_path / "whole"))
+
+
+def test_planned_parameters_are_the_checkpoints(inputs):
+    shape = model_shape(resolve_checkpoint(inputs[0] / "checkpoint"))
+    counted = dict.fromkeys(model_parameters(shape), 0)
+    for key, tensor in checkpoint_tensors(inputs[0] / "checkpoint").items():
+        counted[kind_of(key, INSERTED)] += tensor.numel()
+    assert counted["inserted blocks"] and counted == {kind: model_parameters(shape)[kind] for kind in counted}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--expand-blocks", 3), "must divide the model's 4 layers"),
+        (("--expand-blocks", 0), "must divide the model's 4 layers"),
+        (("--expand-blocks", 2, "--num-experts", 3), "--num-experts: a model with inserted blocks stays dense"),
+        (("--expand-blocks", 2, "--moe-layer-freq", 2), "--moe-layer-freq: a model with inserted blocks stays dense"),
+    ],
+)
+def test_refused_imports(flags, words, inputs, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("import", "--hf", inputs[0] / "hf", "--save", tmp_path / "new", *flags)
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("error:") and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_stages_refuse_the_others_checkpoints(inputs, tmp_path):
+    root, data = inputs
+    run("import", "--hf", root / "hf", "--save", tmp_path / "dense", "--num-experts", 1)
+    with pytest.raises(UserError, match="--stage blocks trains inserted blocks and the checkpoint has none"):
+        rank_pool(1).run(functools.partial(train, tmp_path / "dense", tmp_path / "run", data, "blocks"))
+    with pytest.raises(UserError, match="--stage 1 needs experts"):
+        rank_pool(1).run(functools.partial(train, root / "checkpoint", tmp_path / "run", data, "1"))
