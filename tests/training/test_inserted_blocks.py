@@ -1,4 +1,4 @@
-"""Block expansion (LLaMA-Pro): the grown model is the dense one at first, only inserted blocks train, the export is dense."""
+"""Block expansion (LLaMA-Pro): step 0 is the dense model, only inserted blocks train, the export is a dense model."""
 
 import functools
 import json
