@@ -9,12 +9,11 @@ import torch
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading import model_shape
 from megatron_moe_lpr.conversion.frozen import fingerprint_of_checkpoint
-from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.parameter_kinds import kind_of
 from megatron_moe_lpr.planning.parameters import model_parameters
 from tests.conversion.helpers import assert_same_tensors, checkpoint_tensors, hf_tensors, run
 from tests.conversion.tiny_models import COMMON, MODELS, load_model, logits, save_model
-from tests.distributed import rank_pool
+from tests.distributed import RankFailure, rank_pool
 from tests.training.runs import make_data, metrics, train
 
 INSERTED = [2, 5]
@@ -63,7 +62,7 @@ def test_computes_what_the_dense_model_does(model, tmp_path):
     exported = load_model(tmp_path / "out")
     assert exported.config.num_hidden_layers == 6 and type(exported) is type(load_model(hf))
     assert torch.equal(logits(exported), logits(load_model(hf)))
-    run("import", "--hf", tmp_path / "out", "--save", tmp_path / "again")
+    run("import", "--hf", tmp_path / "out", "--save", tmp_path / "again", "--num-experts", 1)
     card = resolve_checkpoint(tmp_path / "again").card()
     assert card.inserted_blocks == INSERTED and card.original_fingerprint == grown.original_fingerprint
     assert_same_tensors(checkpoint_tensors(tmp_path / "again"), checkpoint_tensors(tmp_path / "grown"))
@@ -132,12 +131,18 @@ def test_a_pipeline_stage_without_inserted_blocks(tmp_path, inputs):
 
 def test_only_trained_weights_saved(inputs, tmp_path, trained):
     root, data = inputs
-    rank_pool(1).run(functools.partial(train, root / "checkpoint", tmp_path, data, "blocks", save_trainable_only=True))
-    held = {key for key in checkpoint_tensors(tmp_path) if key.startswith(("decoder.", "embedding.", "output_layer."))}
+    rank_pool(1).run(
+        functools.partial(train, root / "checkpoint", tmp_path / "run", data, "blocks", save_trainable_only=True)
+    )
+    held = {
+        key
+        for key in checkpoint_tensors(tmp_path / "run")
+        if key.startswith(("decoder.", "embedding.", "output_layer."))
+    }
     assert held == {
         key for key in checkpoint_tensors(root / "checkpoint") if kind_of(key, INSERTED) == "inserted blocks"
     }
-    run("export", "--load", tmp_path, "--hf", tmp_path / "out")
+    run("export", "--load", tmp_path / "run", "--hf", tmp_path / "out")
     run("export", "--load", trained, "--hf", tmp_path / "whole")
     assert_same_tensors(hf_tensors(tmp_path / "out"), hf_tensors(tmp_path / "whole"))
 
@@ -170,7 +175,7 @@ def test_refused_imports(flags, words, inputs, tmp_path, capsys):
 def test_stages_refuse_the_others_checkpoints(inputs, tmp_path):
     root, data = inputs
     run("import", "--hf", root / "hf", "--save", tmp_path / "dense", "--num-experts", 1)
-    with pytest.raises(UserError, match="--stage blocks trains inserted blocks and the checkpoint has none"):
+    with pytest.raises(RankFailure, match="--load: --stage blocks trains inserted blocks and the checkpoint has none"):
         rank_pool(1).run(functools.partial(train, tmp_path / "dense", tmp_path / "run", data, "blocks"))
-    with pytest.raises(UserError, match="--stage 1 needs experts"):
+    with pytest.raises(RankFailure, match="--load: --stage 1 needs experts"):
         rank_pool(1).run(functools.partial(train, root / "checkpoint", tmp_path / "run", data, "1"))
