@@ -24,7 +24,7 @@ MEGATRON_PROJECTIONS = ("linear_fc1.weight_w", "linear_fc1.weight_v", "linear_fc
 
 
 class Role(enum.Enum):
-    """What a weight is for; what is not new (experts, routers, inserted blocks) is the dense model's and stays frozen."""
+    """What a weight is for; what is not new (experts, routers, inserted blocks) is the dense model's and is frozen."""
 
     ORIGINAL = "original"
     ORIGINAL_EXPERT = "original expert"
