@@ -4,9 +4,10 @@ import functools
 
 import pytest
 import torch
-from megatron.core import parallel_state
+import torch.distributed as dist
 
 from megatron_moe_lpr.model import grouped_linear
+from megatron_moe_lpr.platform.cpu import gradient_buffer
 from megatron_moe_lpr.platform.cpu.expert_rows import rounded
 from megatron_moe_lpr.training import loop
 from tests.distributed import rank_pool
@@ -54,19 +55,32 @@ def test_a_step_in_bf16(distributed, inputs, tmp_path):
     assert all(count == rounded(count) for count in counts)
 
 
-def buffers_alone() -> tuple[bool, list[int]]:
-    """Whether a collective is left out, and on how many elements the others ran."""
-    from megatron_moe_lpr.platform.cpu.gradient_buffer import _unless_alone
+def exchanged(ranks: int) -> tuple[list[float], list[float], int]:
+    """This rank's sum, the gathered buffer, and how many calls went to gloo's own collectives."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    original = []
 
-    calls = []
-    collective = _unless_alone(lambda output, source, **named: calls.append(output.numel()))
-    buffer, group = torch.ones(4), parallel_state.get_data_parallel_group()
-    collective(buffer.view(-1), buffer, group=group, async_op=False)
-    left_out = not calls
-    collective(torch.empty(3), torch.ones(3), group=group, async_op=False)
-    collective(buffer, buffer, group=group, async_op=True)
-    return left_out, calls
+    def remember(output, source, **named):
+        original.append(output)
+
+    reduce_scatter = gradient_buffer._in_place(gradient_buffer._reduce_scatter, remember, False)
+    all_gather = gradient_buffer._in_place(gradient_buffer._all_gather, remember, True)
+    buffer = torch.arange(2.0 * ranks) * 10**rank
+    piece = buffer.view(ranks, -1)[rank]
+    reduce_scatter(piece, buffer, group=group, async_op=False, op=dist.ReduceOp.SUM)
+    summed = piece.tolist()
+    all_gather(buffer, piece, group=group, async_op=False)
+    for elsewhere, asynchronous in ((torch.empty(2), False), (piece, True)):
+        reduce_scatter(elsewhere, buffer, group=group, async_op=asynchronous, op=dist.ReduceOp.SUM)
+        all_gather(buffer, elsewhere, group=group, async_op=asynchronous)
+    reduce_scatter(piece, buffer, group=group, async_op=False, op=dist.ReduceOp.AVG)
+    return summed, buffer.tolist(), len(original)
 
 
-def test_a_buffer_on_one_rank_is_not_exchanged(cpu_platform):
-    assert buffers_alone() == (True, [3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_buffers_are_exchanged_in_place_or_left_to_gloo(ranks):
+    sums = [element * sum(10**rank for rank in range(ranks)) for element in range(2 * ranks)]
+    for rank, (summed, gathered, to_gloo) in enumerate(rank_pool(ranks).run(functools.partial(exchanged, ranks))):
+        assert summed == sums[2 * rank : 2 * rank + 2]
+        assert gathered == sums
+        assert to_gloo == 5
