@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.benchmarks.tasks import ChosenTasks
+from megatron_moe_lpr.evaluation.benchmarks.tasks import PAIR, ChosenTasks
 
 MODELS = ("base", "final")
 GROUPS = ("original", "expanded")
@@ -51,7 +51,7 @@ def benchmark_record(
     """
     languages = {}
     for language, task in chosen.tasks.items():
-        parts = language.split("-") if chosen.benchmark.translation else [language]
+        parts = language.split(PAIR) if chosen.benchmark.translation else [language]
         languages[language] = {
             "task": task,
             "group": "original" if all(part in original for part in parts) else "expanded",

@@ -10,6 +10,10 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.benchmarks.languages import flores_code, two_letters
 
 
+PAIR = " to "
+"""Between the languages of a translation, where languages are named."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
     """One benchmark in every language that lm_eval has it in."""
@@ -99,12 +103,12 @@ def choose_tasks(names: Sequence[str], languages: Sequence[str], known: Collecti
 def _choose(name: str, languages: Sequence[str], known: frozenset[str]) -> ChosenTasks:
     benchmark = BENCHMARKS[name]
     if benchmark.translation:
-        names = {f"{one}-{other}": f"{two_letters(one)}-{two_letters(other)}" for one, other in _pairs(languages)}
+        names = {f"{one}{PAIR}{other}": f"{two_letters(one)}-{two_letters(other)}" for one, other in _pairs(languages)}
     else:
         names = {language: two_letters(language) for language in languages}
     found = {key: [task for task in benchmark.candidates(short) if task in known] for key, short in names.items()}
     tasks = {key: options[0] for key, options in found.items() if options}
-    covered = {language for key in tasks for language in (key.split("-") if benchmark.translation else [key])}
+    covered = {language for key in tasks for language in (key.split(PAIR) if benchmark.translation else [key])}
     return ChosenTasks(name, tasks, [language for language in languages if language not in covered])
 
 
