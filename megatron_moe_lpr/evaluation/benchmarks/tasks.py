@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Sequence
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.benchmarks.languages import flores_code, two_letters
 
-
 PAIR = " to "
 """Between the languages of a translation, where languages are named."""
 

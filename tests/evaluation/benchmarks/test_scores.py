@@ -68,7 +68,7 @@ def test_means_and_table():
     assert mmlu["means"]["original"] == {"languages": ["en"], "base": 0.5, "final": 0.375, "difference": -0.125}
     assert mmlu["means"]["expanded"] == {"languages": ["hu", "el"], "base": 0.375, "final": 0.5, "difference": 0.125}
 
-    pair = {"en-es": {"value": 21.5, "stderr": None}}
+    pair = {"en to es": {"value": 21.5, "stderr": None}}
     flores = benchmark_record(FLORES, ["en", "es"], 8, {"base": pair, "final": pair})
     assert flores["means"]["original"]["base"] == 21.5 and flores["means"]["expanded"] is None
     assert benchmark_record(FLORES, ["en"], 8, {"base": pair, "final": pair})["means"]["original"] is None
@@ -79,6 +79,6 @@ def test_means_and_table():
     assert rows == [
         ["MMLU", "5", "acc", "original: en", "50.00", "37.50", "-12.50"],
         ["MMLU", "5", "acc", "expanded: hu el", "37.50", "50.00", "+12.50"],
-        ["Flores", "8", "bleu", "original: en-es", "21.50", "21.50", "+0.00"],
+        ["Flores", "8", "bleu", "original: en to es", "21.50", "21.50", "+0.00"],
         ["Flores", "8", "bleu", "expanded: none", "-", "-", "-"],
     ]
