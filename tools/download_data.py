@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Fetch the paper's corpora by Hugging Face's own client: CulturaX, SlimPajama for en, SkyPile for zh.
 
-Writes OUTPUT/train/LANGUAGE/ and OUTPUT/valid/LANGUAGE/, which tools/preprocess_data.py reads. Started again, it goes on
-where it stopped; a file in its place is complete and was compared with its checksum.
+Writes OUTPUT/train/LANGUAGE/ and OUTPUT/valid/LANGUAGE/, which tools/preprocess_data.py reads. Started again, it goes
+on where it stopped; a file in its place is complete and was compared with its checksum.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.corpora import CORPORA, corpus_of
-from megatron_moe_lpr.data.hub import Shard, check_space, download, find_shards, remove_staging
+from megatron_moe_lpr.data.hub import Shard, disk_need, download, find_shards, remove_staging
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.filesystem import atomic_file
 
@@ -56,10 +56,15 @@ def main(arguments: list[str] | None = None) -> None:
         shards[language] = find_shards(corpus, language, flags.revision, count, flags.valid_shards, flags.output)
     show(names, shards, flags.dry_run)
     everything = [shard for some in shards.values() for shard in some]
-    check_space(everything, flags.output)
-    if not flags.dry_run:
-        fetch(everything, flags.output)
-        write_record(names, shards, flags.output)
+    missing, free = disk_need(everything, flags.output)
+    need = f"{missing / 1e9:,.3f} GB to fetch, {free / 1e9:,.1f} GB free below {flags.output}"
+    print(need, flush=True)
+    if flags.dry_run:
+        return
+    if missing > free:
+        raise UserError(f"--output {flags.output}: {need}; ask for fewer files")
+    fetch(everything, flags.output)
+    write_record(names, shards, flags.output)
 
 
 def shard_count(text: str, default: int) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Shards of a data set from the Hugging Face hub, by its own client: which there are, and each one whole or not at all."""
+"""Files of a data set from the Hugging Face hub, by its own client: which there are, and each whole or not at all."""
 
 import contextlib
 import dataclasses
@@ -98,15 +98,11 @@ def download(shard: Shard, output: Path) -> None:
     os.replace(path, shard.target)
 
 
-def check_space(shards: list[Shard], output: Path) -> None:
-    """Raises UserError where what is missing does not fit on the disk of `output`."""
+def disk_need(shards: list[Shard], output: Path) -> tuple[int, int]:
+    """Bytes that are to be fetched, and bytes that are free on the disk of `output`."""
     missing = sum(shard.num_bytes for shard in shards if not shard.is_there)
     place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if missing > free:
-        raise UserError(
-            f"--output {output}: {missing / 1e9:,.1f} GB are to be fetched and {free / 1e9:,.1f} GB are free"
-        )
+    return missing, shutil.disk_usage(place).free
 
 
 def remove_staging(output: Path) -> None:
