@@ -25,6 +25,7 @@ need_file HF_OUT "$HF_OUT/config.json" "export.sh writes it"
 read -ra original_ones <<<"$ORIGINAL"
 read -ra expanded_ones <<<"$EXPANDED"
 read -ra benchmarks <<<"$BENCHMARKS"
+((${#expanded_ones[@]} && ${#original_ones[@]})) || die "EXPANDED='$EXPANDED' ORIGINAL='$ORIGINAL': name languages"
 
 command=("$PYTHON" "$ROOT/tools/benchmarks.py" --base "$HF" --final "$HF_OUT" --output "$OUT"
     --original-languages "${original_ones[@]}" --expanded-languages "${expanded_ones[@]}"

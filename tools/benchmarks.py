@@ -7,6 +7,7 @@ Needs the package's extra `eval`. Started again with the same --output, it goes 
 import dataclasses
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     record = make_record(flags, chosen)
     with naming(flags.output / RECORD_FILE), atomic_file(flags.output / RECORD_FILE) as partial:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    Console().print(benchmarks_table(record))
+    Console(width=None if sys.stdout.isatty() else 160).print(benchmarks_table(record))
     print(f"by language: {flags.output / RECORD_FILE}")
 
 

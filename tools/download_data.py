@@ -7,6 +7,7 @@ on where it stopped; a file in its place is complete and was compared with its c
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -83,7 +84,7 @@ def show(names: dict[str, str], shards: dict[str, list[Shard]], with_files: bool
         sizes = [sum(one.num_bytes for one in some), sum(one.num_bytes for one in some if not one.is_there)]
         repository = CORPORA[names[language]].repository
         table.add_row(language, repository, str(len(some)), *(f"{size / 1e9:,.3f}" for size in sizes))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     for name in dict.fromkeys(names.values()):
         print(f"{CORPORA[name].repository}: {CORPORA[name].terms}")
     if with_files:
