@@ -28,13 +28,13 @@ def work(tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("benchmarks")
     save_dense_model(work / "dense")
     shutil.copytree(work / "dense", work / "export")
-    _scale_weights(work / "export" / "model.safetensors")
+    _flip_weights(work / "export" / "model.safetensors")
     if importlib.util.find_spec("lm_eval") is not None:
         write_local_sets(work)
     return work
 
 
-def _scale_weights(path: Path) -> None:
+def _flip_weights(path: Path) -> None:
     """Another model, so that its answers differ."""
     from safetensors.torch import load_file, save_file
 
@@ -70,6 +70,7 @@ def test_table_and_record(work):
             assert one["means"]["original"][model] == scores["en"]
             assert math.isclose(one["means"]["expanded"][model], sum(expanded) / len(expanded))
             assert f"{one['means']['expanded'][model] * 100:.2f}" in done.stdout
+    assert any(found[name, "base"] != found[name, "final"] for name in TASKS)
     assert "expanded: hu el" in done.stdout
 
     again = evaluate(work, "--num-fewshot", "1")
