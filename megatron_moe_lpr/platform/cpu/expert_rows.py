@@ -13,15 +13,14 @@ import torch
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
 STEPS_TO_TWICE = 16
-"""Numbers of rows between one and its double: at most a sixteenth of the rows are zeros."""
-FEWEST = 32
+"""Numbers of rows between one and its double: of many rows at most a sixteenth are zeros."""
+SMALLEST_STEP = 32
+"""So few more rows take less time than a kernel to compile."""
 
 
 def rounded(rows: int) -> int:
     """The least number of few that is no smaller; none for none."""
-    if rows <= FEWEST:
-        return FEWEST if rows else 0
-    step = max(1, (1 << (rows - 1).bit_length()) // (2 * STEPS_TO_TWICE))
+    step = max(SMALLEST_STEP, (1 << (rows - 1).bit_length()) // (2 * STEPS_TO_TWICE)) if rows else 1
     return -(-rows // step) * step
 
 
