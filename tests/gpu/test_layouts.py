@@ -91,7 +91,8 @@ def test_layout_equals_one_rank(name, one_rank, inputs, figures):
     gradients = gradient_error(found["gradients"], expected["gradients"])
     figures.add(name, logits=logits, gradients=gradients, loss=f"{found['loss']:.6f}")
     whole = torch.cat([gradient.flatten() for gradient in found["gradients"].values()])
-    assert found["norm"] == pytest.approx(whole.double().norm().item(), rel=TOLERANCES.fp32)
+    # The optimizer adds up squares in fp32.
+    assert found["norm"] == pytest.approx(whole.double().norm().item(), rel=1e-4)
     of_logits, of_gradients = limits(step)
     assert logits < of_logits
     assert gradients < of_gradients
