@@ -1,0 +1,54 @@
+"""The commands that README and docs show: their flags are the tools' own."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_moe_lpr import command_line
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRAINING = "megatron_moe_lpr.pretrain"
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(tool or module, its arguments) of every command in a code block, lines put together."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True) if line.count("'") % 2 == 0 else []
+                if TRAINING in words:
+                    found.append((TRAINING, words[words.index(TRAINING) + 1 :]))
+                elif len(words) > 1 and words[0] == "python" and words[1].startswith("tools/"):
+                    found.append((words[1], words[2:]))
+    return found
+
+
+@pytest.mark.parametrize(("tool", "arguments"), commands())
+def test_flags_of_a_shown_command(tool, arguments, monkeypatch, capsys):
+    """Parsed as the tool parses them, and no further."""
+
+    class Parsed(Exception):
+        pass
+
+    def parse(kind, given=None, description=None):
+        original(kind, arguments, description)
+        raise Parsed
+
+    original = command_line.parse_flags
+    monkeypatch.setattr(command_line, "parse_flags", parse)
+    with pytest.raises(Parsed):
+        if tool == TRAINING:
+            runpy.run_module(TRAINING, run_name="__main__")
+        else:
+            runpy.run_path(str(ROOT / tool), run_name="__main__")
+
+
+def test_there_are_such_commands():
+    assert {"tools/convert_hf.py", "tools/inspect_data.py", "tools/preprocess_data.py", TRAINING} <= {
+        tool for tool, _ in commands()
+    }
