@@ -137,7 +137,8 @@ class MoELPRLayer(MoELayer):
         return flat.view(output.shape)
 
     def _rows_of_original_expert(self, chosen: int) -> int:
-        """Rows each TP rank brings to the original expert: the largest count among them, at least 1, aligned for FP8.
+        """Rows each TP rank brings to the original expert: the largest count among them, at least 1, aligned for FP8
+        and on the CPU in bf16 as the new experts' rows are.
 
         Sequence parallelism gathers pieces of equal size, but the ranks' parts of the sequence choose the original
         expert unequally often. A row of zeros comes out as zeros.
@@ -146,6 +147,10 @@ class MoELPRLayer(MoELayer):
             largest = torch.tensor(chosen, device=torch.cuda.current_device())
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.attn_tp_group)
             chosen = int(largest)
+        if self.config.transformer_impl == "local" and self.config.bf16:
+            from megatron_moe_lpr.platform.cpu.expert_rows import rounded
+
+            return rounded(max(1, chosen))
         alignment = 1
         if self.config.fp8:
             alignment = row_alignment(self.config.fp8_recipe, self.config.sequence_parallel)

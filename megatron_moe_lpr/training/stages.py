@@ -1,15 +1,16 @@
 """The stages of the method as data: what trains, which losses, which languages."""
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterable, Sequence
-from typing import Literal
-
-import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from typing import TYPE_CHECKING, Literal
 
 from megatron_moe_lpr.data.config import DataSources
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.parameter_kinds import KINDS, ParameterKind, kind_of
+
+if TYPE_CHECKING:
+    import torch
 
 StageName = Literal["1", "2", "full", "blocks"]
 
@@ -167,18 +168,25 @@ def check_stage(
         raise UserError(f"--data-path: stage {stage.name} wants text of expanded languages beside the replay")
 
 
-def freeze(chunks: Iterable[torch.nn.Module], stage: Stage, inserted_blocks: Collection[int] = ()) -> None:
+def freeze(chunks: "Iterable[torch.nn.Module]", stage: Stage, inserted_blocks: Collection[int] = ()) -> None:
     """Let only what the stage trains require gradients.
 
     Args:
         inserted_blocks: layers of the whole model that block expansion inserted.
     """
     for chunk in chunks:
-        layers = [module for module in chunk.modules() if isinstance(module, TransformerLayer)]
-        # A chunk's names count its own layers; each layer knows its number in the whole model, counted from 1.
-        inserted = {index for index, layer in enumerate(layers) if layer.layer_number - 1 in inserted_blocks}
+        inserted = _numbers_in_chunk(chunk, inserted_blocks)
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(kind_of(name, inserted) in stage.trains)
+
+
+def _numbers_in_chunk(chunk: "torch.nn.Module", layers: Collection[int]) -> set[int]:
+    """Numbers that layers of the whole model have in the names of one chunk, which count its own from 0."""
+    found = {}
+    for name, module in chunk.named_modules():
+        if match := re.search(r"\bdecoder\.layers\.(\d+)$", name):
+            found[int(match[1])] = module.layer_number - 1  # Megatron counts from 1.
+    return {number for number, layer in found.items() if layer in layers}
 
 
 def _given(value: float | None, default: float) -> float:
