@@ -101,10 +101,15 @@ def plan_import(options: ImportOptions) -> ImportPlan:
 
 
 def _inserted_blocks(options: ImportOptions, model: HFDirectory, experts: list[int]) -> list[int]:
-    """Those that the import inserts, or that an exported grown model has and keeps while it stays dense."""
-    present = model.card.inserted_blocks if model.card and max(experts) == 1 else []
+    """Those that the import inserts, or that an exported grown model has and keeps."""
+    present = model.card.inserted_blocks if model.card else []
     if present and len(model.card.experts_per_layer) != len(experts):
         raise UserError(f"{model.path}: moe_lpr/card.json is another model's; remove it to read the model as it is")
+    if present and max(experts) > 1:
+        raise UserError(
+            f"{model.path}: has inserted blocks, and a model that has them stays dense: give --num-experts 1; to "
+            "upcycle it with all its blocks as original ones, remove moe_lpr/card.json from it"
+        )
     if options.expand_blocks is None:
         return present
     if present:

@@ -45,7 +45,8 @@ def kind_of(name: str, inserted_blocks: Collection[int] = ()) -> ParameterKind:
     Raises:
         ValueError: a name no kind covers, which training would neither freeze nor train on purpose.
     """
-    layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+    # Not at the beginning: Float16Module puts "module." before the names of a bf16 model.
+    layer = re.search(r"\bdecoder\.layers\.(\d+)\.", name)
     if layer and int(layer[1]) in inserted_blocks:
         return "inserted blocks"
     for pattern, kind in PATTERNS:

@@ -2,12 +2,14 @@
 
 import functools
 import json
+import re
 
 import pytest
 import torch
 
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading import model_shape
+from megatron_moe_lpr.checkpoint.reader import is_model_key
 from megatron_moe_lpr.conversion.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.model.parameter_kinds import kind_of
 from megatron_moe_lpr.planning.parameters import model_parameters
@@ -17,6 +19,10 @@ from tests.distributed import RankFailure, rank_pool
 from tests.training.runs import make_data, metrics, train
 
 INSERTED = [2, 5]
+SOURCES = [0, 1, 1, 2, 3, 3]
+"""Of each layer of the grown model the dense one's that it is or starts from: the paper's figure 2, for 4 blocks in 2
+groups."""
+ZERO = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 LAYOUTS = {
     "TP2, distributed optimizer": (2, {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True}),
     "PP2, recompute full": (2, {"pipeline_model_parallel_size": 2, "recompute_granularity": "full"}),
@@ -62,10 +68,48 @@ def test_computes_what_the_dense_model_does(model, tmp_path):
     exported = load_model(tmp_path / "out")
     assert exported.config.num_hidden_layers == 6 and type(exported) is type(load_model(hf))
     assert torch.equal(logits(exported), logits(load_model(hf)))
+    _assert_copies(hf_tensors(hf), hf_tensors(tmp_path / "out"))
     run("import", "--hf", tmp_path / "out", "--save", tmp_path / "again", "--num-experts", 1)
     card = resolve_checkpoint(tmp_path / "again").card()
     assert card.inserted_blocks == INSERTED and card.original_fingerprint == grown.original_fingerprint
     assert_same_tensors(checkpoint_tensors(tmp_path / "again"), checkpoint_tensors(tmp_path / "grown"))
+
+
+def _assert_copies(dense, grown):
+    """Tensor by tensor: each block is its source, what an inserted one would write to the residual stream is zero."""
+    for name, tensor in grown.items():
+        layer = re.match(r"model\.layers\.(\d+)\.(.*)", name)
+        source = dense[f"model.layers.{SOURCES[int(layer[1])]}.{layer[2]}" if layer else name]
+        zero = layer and int(layer[1]) in INSERTED and layer[2] in ZERO
+        assert torch.equal(tensor, torch.zeros_like(source) if zero else source), name
+    assert len(grown) - len(dense) == 2 * sum(name.startswith("model.layers.0.") for name in dense)
+
+
+def test_first_gradients(inputs, tmp_path):
+    """Step 1 reaches the zeroed matrices and through them, while they are zero, nothing else. AdamW's first step moves
+    whatever has a gradient, however small, and without weight decay nothing else."""
+    root, data = inputs
+    changes = {"train_iters": 1, "weight_decay": 0.0}
+    rank_pool(1).run(functools.partial(train, root / "checkpoint", tmp_path, data, "blocks", **changes))
+    before, after = checkpoint_tensors(root / "checkpoint"), checkpoint_tensors(tmp_path)
+    moved = {key for key, tensor in before.items() if not torch.equal(tensor, after[key][: len(tensor)])}
+    zeroed = (".self_attention.linear_proj.weight", ".mlp.linear_fc2.weight")
+    assert moved == {f"decoder.layers.{layer}{name}" for layer in INSERTED for name in zeroed}
+    for key in moved:
+        assert torch.count_nonzero(after[key]) > 0.99 * after[key].numel(), key
+
+
+def test_only_inserted_blocks_train_in_bf16(inputs, tmp_path):
+    """Float16Module puts "module." before every name."""
+    root, data = inputs
+    changes = {"fp32": False, "bf16": True, "train_iters": 2}
+    rank_pool(1).run(functools.partial(train, root / "checkpoint", tmp_path, data, "blocks", **changes))
+    before, after = checkpoint_tensors(root / "checkpoint"), checkpoint_tensors(tmp_path)
+    for key, tensor in before.items():
+        zeroed = kind_of(key, INSERTED) == "inserted blocks" and not tensor.any()
+        assert after[key].dtype == torch.bfloat16
+        if zeroed or kind_of(key, INSERTED) != "inserted blocks":
+            assert torch.equal(tensor.bfloat16(), after[key][: len(tensor)]) != zeroed, key
 
 
 def test_only_inserted_blocks_train(inputs, trained):
@@ -115,33 +159,40 @@ def test_resume_at_another_layout(inputs, trained, tmp_path):
         assert record["lm_loss"] == pytest.approx(whole[step]["lm_loss"], rel=1e-5)
 
 
-def test_a_pipeline_stage_without_inserted_blocks(tmp_path, inputs):
-    """Three blocks and one inserted at the end: nothing trains on the first of two stages."""
-    hf, data = make_base(tmp_path, layers=3), inputs[1]
-    run("import", "--hf", hf, "--save", tmp_path / "checkpoint", "--expand-blocks", 1)
-    job = functools.partial(train, tmp_path / "checkpoint", tmp_path / "one", data, "blocks", train_iters=2)
+@pytest.fixture(scope="module")
+def at_the_end(tmp_path_factory, inputs):
+    """Three blocks and one inserted after them, trained by one process."""
+    root = tmp_path_factory.mktemp("end")
+    run("import", "--hf", make_base(root, layers=3), "--save", root / "checkpoint", "--expand-blocks", 1)
+    job = functools.partial(train, root / "checkpoint", root / "one", inputs[1], "blocks", train_iters=2)
     rank_pool(1).run(job)
-    layout = {"pipeline_model_parallel_size": 2}
-    rank_pool(2).run(
-        functools.partial(train, tmp_path / "checkpoint", tmp_path / "two", data, "blocks", train_iters=2, **layout)
-    )
-    for step, record in metrics(tmp_path / "one").items():
-        assert metrics(tmp_path / "two")[step]["lm_loss"] == pytest.approx(record["lm_loss"], rel=1e-5)
+    return root
 
 
-def test_only_trained_weights_saved(inputs, tmp_path, trained):
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_a_pipeline_stage_without_inserted_blocks(virtual, at_the_end, inputs, tmp_path):
+    """Nothing trains on the first of two stages or, of four chunks, in three."""
+    layout = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": virtual}
+    load = at_the_end / "checkpoint"
+    rank_pool(2).run(functools.partial(train, load, tmp_path, inputs[1], "blocks", train_iters=2, **layout))
+    whole, found = metrics(at_the_end / "one"), metrics(tmp_path)
+    assert len(found) == 2
+    for step, record in found.items():
+        assert record["lm_loss"] == pytest.approx(whole[step]["lm_loss"], rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(whole[step]["grad_norm"], rel=1e-4)
+
+
+def test_only_trained_weights_saved_and_resumed(inputs, tmp_path, trained):
+    """Stopped half way and resumed: what the run without a break ends with."""
     root, data = inputs
-    rank_pool(1).run(
-        functools.partial(train, root / "checkpoint", tmp_path / "run", data, "blocks", save_trainable_only=True)
-    )
-    held = {
-        key
-        for key in checkpoint_tensors(tmp_path / "run")
-        if key.startswith(("decoder.", "embedding.", "output_layer."))
-    }
-    assert held == {
-        key for key in checkpoint_tensors(root / "checkpoint") if kind_of(key, INSERTED) == "inserted blocks"
-    }
+    job = functools.partial(train, root / "checkpoint", tmp_path / "run", data, "blocks", save_trainable_only=True)
+    rank_pool(1).run(functools.partial(job, exit_interval=3))
+    rank_pool(1).run(job)
+    inserted = {key for key in checkpoint_tensors(root / "checkpoint") if kind_of(key, INSERTED) == "inserted blocks"}
+    saved = checkpoint_tensors(tmp_path / "run")
+    assert {key for key in saved if is_model_key(key)} == inserted
+    moments = {key.removeprefix("optimizer.state.exp_avg.") for key in saved if ".exp_avg." in key}
+    assert moments == inserted
     run("export", "--load", tmp_path / "run", "--hf", tmp_path / "out")
     run("export", "--load", trained, "--hf", tmp_path / "whole")
     assert_same_tensors(hf_tensors(tmp_path / "out"), hf_tensors(tmp_path / "whole"))
@@ -162,6 +213,8 @@ def test_planned_parameters_are_the_checkpoints(inputs):
         (("--expand-blocks", 0), "must divide the model's 4 layers"),
         (("--expand-blocks", 2, "--num-experts", 3), "--num-experts: a model with inserted blocks stays dense"),
         (("--expand-blocks", 2, "--moe-layer-freq", 2), "--moe-layer-freq: a model with inserted blocks stays dense"),
+        (("--expand-blocks", 2, "--experts-per-layer", "3,1,1,3"), "--experts-per-layer: a model with inserted blocks"),
+        (("--expand-blocks", 2, "--top-k", 2), "--top-k: a model with inserted blocks stays dense"),
     ],
 )
 def test_refused_imports(flags, words, inputs, tmp_path, capsys):
@@ -170,6 +223,33 @@ def test_refused_imports(flags, words, inputs, tmp_path, capsys):
     error = capsys.readouterr().err
     assert words in error and error.startswith("error:") and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_a_grown_export_is_upcycled_only_as_any_dense_model(inputs, tmp_path, capsys):
+    run("export", "--load", inputs[0] / "checkpoint", "--hf", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "of its 6 transformer blocks 2 were inserted as copies (2, 5, counted from 0)" in text
+    capsys.readouterr()
+    for flags in ((), ("--num-experts", 3)):
+        with pytest.raises(SystemExit):
+            run("import", "--hf", tmp_path / "out", "--save", tmp_path / "moe", *flags)
+        error = capsys.readouterr().err
+        assert "has inserted blocks" in error and "--num-experts 1" in error and error.count("\n") == 1
+    assert not (tmp_path / "moe").exists()
+    (tmp_path / "out" / "moe_lpr" / "card.json").unlink()
+    run("import", "--hf", tmp_path / "out", "--save", tmp_path / "moe", "--num-experts", 3)
+    card = resolve_checkpoint(tmp_path / "moe").card()
+    assert card.experts_per_layer == [3] * 6 and not card.inserted_blocks
+
+
+def test_a_stock_moe_takes_no_blocks(inputs, tmp_path, capsys):
+    run("import", "--hf", inputs[0] / "hf", "--save", tmp_path / "moe", "--num-experts", 3)
+    run("export", "--load", tmp_path / "moe", "--hf", tmp_path / "out")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run("import", "--hf", tmp_path / "out", "--save", tmp_path / "grown", "--expand-blocks", 2)
+    assert "out has experts; blocks are inserted into dense models" in capsys.readouterr().err
+    assert not (tmp_path / "grown").exists()
 
 
 def test_stages_refuse_the_others_checkpoints(inputs, tmp_path):
