@@ -133,7 +133,8 @@ def _head(card: CheckpointCard, base_model: str | None, licence: str, languages:
 
 def _training(card: CheckpointCard) -> str:
     if not card.history:
-        return f"## Training\n\nNone yet: the {'mixture' if card.is_moe else 'model'} computes what the base model does."
+        what = "mixture" if card.is_moe else "model"
+        return f"## Training\n\nNone yet: the {what} computes what the base model does."
     rows = ["## Training", "", "| stage | languages | tokens | steps | learning rate |", "|---|---|---|---|---|"]
     for entry in card.history:
         tokens, steps = (f"{entry[name]:,}" if name in entry else "" for name in ("tokens", "iterations"))
