@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
@@ -17,6 +18,7 @@ from megatron_moe_lpr.platform import select_platform
 from megatron_moe_lpr.training.config import OptimizerOptions
 from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_moe_lpr.training.stages import STAGES, freeze
+from tests.conversion.tiny_models import COMMON
 from tests.distributed import rank_pool
 from tests.launching.builders import prepare_inputs
 
@@ -84,7 +86,10 @@ def optimizer_state(optimizer, model) -> int:
 def checkpoints(tmp_path_factory):
     """A converted tiny model, upcycled and with inserted blocks."""
     root = prepare_inputs(tmp_path_factory.mktemp("inputs"))
-    import_hf(ImportOptions(hf=root / "dense", expand_blocks=2), root / "grown")
+    # Hidden size 64: Megatron pads every gradient to a multiple of 64.
+    config = AutoConfig.for_model("llama", **COMMON | {"hidden_size": 64, "num_hidden_layers": 2})
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "wider")
+    import_hf(ImportOptions(hf=root / "wider", expand_blocks=2), root / "grown")
     return root
 
 
