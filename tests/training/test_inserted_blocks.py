@@ -11,11 +11,14 @@ from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading import model_shape
 from megatron_moe_lpr.checkpoint.reader import is_model_key
 from megatron_moe_lpr.conversion.frozen import fingerprint_of_checkpoint
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.model.parameter_kinds import kind_of
 from megatron_moe_lpr.planning.parameters import model_parameters
 from tests.conversion.helpers import assert_same_tensors, checkpoint_tensors, hf_tensors, run
 from tests.conversion.tiny_models import COMMON, MODELS, load_model, logits, save_model
 from tests.distributed import RankFailure, rank_pool
+from tests.evaluation.tools import load_tool
 from tests.training.runs import make_data, metrics, train
 
 INSERTED = [2, 5]
@@ -204,6 +207,29 @@ def test_planned_parameters_are_the_checkpoints(inputs):
     for key, tensor in checkpoint_tensors(inputs[0] / "checkpoint").items():
         counted[kind_of(key, INSERTED)] += tensor.numel()
     assert counted["inserted blocks"] and counted == {kind: model_parameters(shape)[kind] for kind in counted}
+
+
+def test_the_plan_takes_a_grown_checkpoint(inputs, monkeypatch, capsys):
+    tool, flags = load_tool("plan"), ["plan.py", "--stage", "blocks", "--gpus", "1", "--global-batch-size", "8"]
+    monkeypatch.setattr("sys.argv", [*flags, "--load", str(inputs[0] / "checkpoint")])
+    tool.main()
+    inserted = model_parameters(model_shape(resolve_checkpoint(inputs[0] / "checkpoint")))["inserted blocks"]
+    assert f" {inserted:,} trained" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*flags, "--hf", str(inputs[0] / "hf")])
+    with pytest.raises(UserError, match="--stage blocks trains inserted blocks: give a checkpoint"):
+        tool.main()
+
+
+def test_operations_of_a_training_step(inputs):
+    """Weight gradients, a multiply-add for each weight of a matrix, are computed in inserted blocks only."""
+    shape = model_shape(resolve_checkpoint(inputs[0] / "checkpoint"))
+    found, forward_and_inputs = (training_flops_per_token(shape, trains, 32) for trains in (("inserted blocks",), ()))
+    matrices = sum(
+        tensor.numel()
+        for key, tensor in checkpoint_tensors(inputs[0] / "checkpoint").items()
+        if kind_of(key, INSERTED) == "inserted blocks" and tensor.dim() == 2
+    )
+    assert found - forward_and_inputs == 2 * matrices > 0
 
 
 @pytest.mark.parametrize(
