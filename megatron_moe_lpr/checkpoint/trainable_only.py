@@ -92,10 +92,8 @@ def _needs_only_originals(directory: CheckpointDirectory, base: CheckpointDirect
     if base.card().history or base.card().base:
         return False
     wanted = set(CheckpointReader(base.path).tensors) - set(CheckpointReader(directory.path).tensors)
-    inserted, trained = (
-        directory.card().inserted_blocks,
-        {"router", "new experts", "earlier experts", "inserted blocks"},
-    )
+    trained = {"router", "new experts", "earlier experts", "inserted blocks"}
+    inserted = directory.card().inserted_blocks
     return not any(kind_of(key, inserted) in trained for key in wanted if is_model_key(key))
 
 
