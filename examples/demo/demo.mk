@@ -2,7 +2,7 @@
 
 .PHONY: demo demo-baselines demo-eval demo-other-text demo-growing base-model
 
-## Run the whole method on real text; ends in runs/demo/report.html. Goes on where it was interrupted.
+## Run the whole method on real text, up to runs/demo/report.html; goes on where it was interrupted.
 demo: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/run.sh
 
