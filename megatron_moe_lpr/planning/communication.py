@@ -10,7 +10,6 @@ some gathers of TP send bytes of half the size. The dispatcher is the all-to-all
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
 
 from megatron_moe_lpr.model.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -42,7 +41,7 @@ class Traffic:
     pipeline: float = 0.0
     """Activations and their gradients between stages; gradients of tied embeddings."""
     metadata: float = 0.0
-    """Numbers of tokens: over the EP ranks what comes, over the TP ranks what the router and the original expert had."""
+    """Numbers of tokens: over the EP ranks what will come, over the TP ranks what router and original expert had."""
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -245,7 +244,7 @@ def _exchange(
     # There and back, and the gradients there and back; weights travel with the tokens.
     forward = sent * (width + FP32) + received * width
     backward = sent * width + received * (gradients + FP32)
-    # What the expert TP ranks add up Megatron has in fp32, as the weights are (token_dispatcher.py `combine_preprocess`).
+    # What expert TP ranks add up Megatron has in fp32, as the weights are (token_dispatcher.py `combine_preprocess`).
     wide = width / sizes.element_bytes * FP32
     rows = tokens * own * ep * (etp - 1)
     return Traffic(

@@ -1,9 +1,6 @@
 """How often tokens choose each expert: balanced, given, or as an evaluation found it."""
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from megatron_moe_lpr.model.config import ModelShape
 

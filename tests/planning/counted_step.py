@@ -1,6 +1,7 @@
 """A training step of a small model in a rank of a pool: what it sends, and what the plan says of it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def sent_and_planned(case: Case, platform_name: str = "cpu") -> tuple[dict[str, 
     return dict(sent), planned(case, layout, options, platform)
 
 
-def _step(case: Case, layout: ParallelLayout, platform: Platform, options: OptimizerOptions):
+def _step(case: Case, layout: ParallelLayout, platform: Platform, options: OptimizerOptions) -> Callable[[], None]:
     precision = PrecisionOptions(bf16=case.bf16, fp32=not case.bf16, **RECOMPUTE[case.recompute])
     losses = {"load_balancing_coeff": 0.01, "lpr_loss_coeff": 0.1, "calculate_per_token_loss": True}
     config = transformer_config(case.shape, layout, platform, precision.compute_options("float32"), **losses)
@@ -95,7 +96,7 @@ def _step(case: Case, layout: ParallelLayout, platform: Platform, options: Optim
         for weight in (weight for chunk in chunks for weight in chunk.parameters()):
             weight.copy_(torch.randn(weight.shape) * 0.02)
     for router in (part for chunk in chunks for part in unwrap(chunk).modules() if isinstance(part, LPRRouter)):
-        router.routing = _chosen(router.routing)
+        router.routing = chosen(router.routing)
     freeze(chunks, STAGES[case.stage])
     chunks = wrap_data_parallel(chunks, config, options)
     optimizer = build_optimizer(chunks, config, options, platform)
@@ -113,13 +114,15 @@ def _step(case: Case, layout: ParallelLayout, platform: Platform, options: Optim
     return step
 
 
-def _chosen(route):
-    """`LPRRouter.routing` over logits in which the experts of a position stand far above the others."""
+def chosen(route: Callable[..., Any], choices: torch.Tensor = CHOICES) -> Callable[..., Any]:
+    """A router's `routing` over logits in which the experts of a position stand far above the others."""
 
-    def routing(logits: torch.Tensor):
-        positions = torch.arange(len(logits), device=logits.device) // MICRO_BATCH
-        experts = CHOICES.to(logits.device)[positions % len(CHOICES)].unsqueeze(1)
-        return route(logits + torch.full_like(logits, -1e4).scatter(-1, experts, 0.0))
+    def routing(logits: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        rows = logits.view(-1, logits.shape[-1])
+        positions = torch.arange(len(rows), device=logits.device) // MICRO_BATCH
+        experts = choices.to(logits.device)[positions % len(choices)]
+        lowered = torch.full_like(rows, -1e4).scatter(-1, experts, 0.0)
+        return route(logits + lowered.view(logits.shape), *arguments, **options)
 
     return routing
 

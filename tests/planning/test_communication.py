@@ -3,6 +3,7 @@
 import pytest
 
 from tests.distributed import rank_pool
+from tests.planning import stock_layer
 from tests.planning.counted_step import Case, sent_and_planned
 
 TP2, EP2, PP2 = ({f"{name}_model_parallel_size": 2} for name in ("tensor", "expert", "pipeline"))
@@ -52,4 +53,10 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_send_what_is_planned(name):
     for rank, (sent, planned) in enumerate(rank_pool(CASES[name].ranks).run(sent_and_planned, CASES[name])):
+        assert sent == pytest.approx(planned, rel=1e-12), f"rank {rank}"
+
+
+@pytest.mark.parametrize("layout", [EP2, EXPERT_TP2], ids=str)
+def test_stock_layer_sends_what_is_planned_for_the_original_expert_inside(layout):
+    for rank, (sent, planned) in enumerate(rank_pool(2).run(stock_layer.sent_and_planned, layout)):
         assert sent == pytest.approx(planned, rel=1e-12), f"rank {rank}"

@@ -2,7 +2,7 @@
 
 The bytes of a call are those that the rank hands to others, each piece once for every rank that needs it: of a gather
 its own piece for all others, of a reduction all pieces but its own, of an all-reduce both. A broadcast counts on its
-source, a reduction to one rank on the others: so a gather of unequal pieces, which is broadcasts over gloo, counts alike.
+source, a reduction to one rank on the others: a gather of unequal pieces, over gloo so many broadcasts, counts alike.
 """
 
 import contextlib

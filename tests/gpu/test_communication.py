@@ -1,0 +1,37 @@
+"""Bytes planned against those that a step sends on the CUDA platform's layers: equal, for every kind and every rank."""
+
+import pytest
+
+from tests.gpu import device
+from tests.gpu.ranks import run
+from tests.planning.counted_step import Case, sent_and_planned
+from tests.planning.test_communication import EP2, EXPERT_TP2, INTERLEAVED, PP2, TIED, TP2
+
+CASES = {
+    "DP2": Case(bf16=True),
+    "TP2+SP": Case(TP2, bf16=True),
+    "TP2+SP, fp32": Case(TP2),
+    "TP2+SP, expert TP2": Case(TP2 | EXPERT_TP2, bf16=True),
+    "EP2": Case(EP2, bf16=True),
+    "PP2": Case(PP2, bf16=True),
+    "PP2 interleaved": Case(INTERLEAVED, experts=(5,) * 4, bf16=True),
+    "TP2xEP2, a dense layer first": Case(TP2 | EP2, experts=(1, 5, 5), bf16=True),
+    "TP2xEP2, recompute full": Case(TP2 | EP2, bf16=True, recompute="full"),
+    "TP2xEP2, recompute moe": Case(TP2 | EP2, bf16=True, recompute="moe"),
+    "stage 2, DP2": Case(stage="2", bf16=True),
+    "stage 2, TP2xEP2": Case(TP2 | EP2, stage="2", bf16=True),
+    "stage 2, PP2": Case(PP2, stage="2", bf16=True),
+    "full, TP2xEP2": Case(TP2 | EP2, stage="full", bf16=True),
+    "full, PP2, tied": Case(PP2, stage="full", model=TIED, bf16=True),
+    "TP2xEP2xDP2": Case(TP2 | EP2, ranks=4, bf16=True),
+    "EP2xPP2": Case(EP2 | PP2, ranks=4, bf16=True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_send_what_is_planned(name):
+    case = CASES[name]
+    if device.count() < case.ranks:
+        pytest.skip(f"needs {case.ranks} GPUs")
+    for rank, (sent, planned) in enumerate(run(case.ranks, sent_and_planned, case, "cuda")):
+        assert sent == pytest.approx(planned, rel=1e-12), f"rank {rank}"
