@@ -211,10 +211,9 @@ def moe_layer(
         pair = _pair(layout, passes.ffn, passes.backward, "original expert" in sizes.trains)
         tensor = shares[0] * pair * _unit(layout, sizes, width)
         metadata += passes.ffn * COUNT * reduced
-    placed = placement(shape, layout, layer, inside)
-    own = sum(shares[expert] for expert in placed[expert_rank])
-    away = sum(shares) - own - (0.0 if inside else shares[0])
-    exchange = _exchange(layout, sizes, passes, width, own, away)
+    held = [sum(shares[expert] for expert in placed) for placed in placement(shape, layout, layer, inside)]
+    away = sum(held[:expert_rank]) + sum(held[expert_rank + 1 :])
+    exchange = _exchange(layout, sizes, passes, width, held[expert_rank], away)
     return dataclasses.replace(exchange, tensor=tensor, metadata=metadata)
 
 
