@@ -11,7 +11,6 @@ from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import Recompute
 from megatron_moe_lpr.planning.communication import Traffic, busiest_rank, placement
-from megatron_moe_lpr.planning.parameters import stage_layers
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.search import recomputed_share, waiting_share
 from megatron_moe_lpr.planning.sizes import RunSizes
@@ -133,22 +132,20 @@ def _flops_of_surplus(
     shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, routing: Routing, inside: bool
 ) -> float:
     """Operations a token that the busiest EP rank of each layer has beyond the average one."""
-    passes = 3 if "new experts" in sizes.trains else 2
     matrices = 3 * shape.architecture.hidden_size * shape.architecture.ffn_hidden_size
-    total = 0.0
-    for stage in range(layout.pipeline_model_parallel_size):
-        for layer in stage_layers(shape, layout, stage):
-            if shape.experts_per_layer[layer] > 1:
-                total += (busiest_share(shape, layout, layer, routing, inside) - 1) * shape.top_k
-    return 2 * passes * matrices * total
+    layers = (layer for layer, experts in enumerate(shape.experts_per_layer) if experts > 1)
+    surplus = sum(_surplus(shape, layout, sizes, layer, routing, inside) for layer in layers)
+    return 2 * matrices * surplus
 
 
-def busiest_share(
-    shape: ModelShape, layout: ParallelLayout, layer: int, routing: Routing, inside: bool = False
+def _surplus(
+    shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, layer: int, routing: Routing, inside: bool
 ) -> float:
-    """Rows that the busiest EP rank's experts compute in a layer, against the average rank's."""
+    """Of one layer, in products of a token with an expert's matrices: three where they train, else two."""
+    groups = shape.expert_groups(layer)
+    trained = ["original expert", *["earlier experts"] * sum(groups[:-1]), *["new experts"] * groups[-1]]
     shares = routing.shares(shape, layer)
-    placed = placement(shape, layout, layer, inside)
-    most = max(sum(shares[expert] for expert in experts) for experts in placed)
-    own = 0.0 if inside else shares[0]
-    return (own + layout.expert_model_parallel_size * most) / sum(shares)
+    work = [share * (3 if kind in sizes.trains else 2) for share, kind in zip(shares, trained, strict=True)]
+    most = max(sum(work[expert] for expert in experts) for experts in placement(shape, layout, layer, inside))
+    own = 0.0 if inside else work[0]
+    return own + layout.expert_model_parallel_size * most - sum(work)
