@@ -17,6 +17,7 @@ from megatron_moe_lpr.model.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.communication import Traffic, busiest_rank
 from megatron_moe_lpr.planning.interconnect import Hardware, StepTimes, step_times
+from megatron_moe_lpr.planning.report import layout_sides
 from megatron_moe_lpr.planning.routing import Routing, read_routing
 from megatron_moe_lpr.planning.search import Candidate, Choice, Machine, find_layouts
 from megatron_moe_lpr.planning.sizes import RunSizes
@@ -49,9 +50,10 @@ SEQUENCES, LENGTHS = 512, {"1": 1024, "2": 512}
 """The paper's batch, and its sequences by stage."""
 MICRO_BATCHES = (1, 2, 4, 8)
 COLUMNS = (
-    *("GPUs", "stage", "TP PP EP DP", "micro-batch", "GB: DP", "TP", "EP", "EP, inside", "PP", "step, s", "inside"),
-    *("of the step", "of the step, inside"),
+    *("GPUs", "stage", "TP PP EP DP", "micro-batch", "GB: DP", "TP", "TP, inside", "EP", "EP, inside", "PP"),
+    *("step, s", "inside", "of the step", "of the step, inside"),
 )
+WORDS = ("of the step", "of the step, inside")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +96,20 @@ def main() -> None:
     routings: dict[StageName, Routing] = {"1": read_routing(flags.stage1), "2": read_routing(flags.stage2)}
     for name, (fields, experts) in MODELS.items():
         shape = ModelShape(read_architecture(fields), (experts,) * fields["num_hidden_layers"])
-        print(f"\n{name}, {experts} experts a layer\n")
-        print("| " + " | ".join(COLUMNS) + " |")
-        print("|" + "---:|" * (len(COLUMNS) - 2) + "---|---|")
+        print(f"\n{name}, {experts} experts a layer:\n")
+        cells = []
         for gpus, (stage, routing) in itertools.product(GPUS, routings.items()):
             rows = sorted(_rows(shape, gpus, stage, routing), key=lambda row: row.times[0].total)
-            for row in _two_of(rows):
-                print("| " + " | ".join(_cells(row, stage)) + " |")
+            cells += [_cells(row, stage) for row in _two_of(rows)]
+        print(_table(cells))
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Without the columns in which there is nothing."""
+    columns = [column for column in zip(COLUMNS, *rows, strict=True) if any(column[1:])]
+    lines = ["|" + "|".join("---" if column[0] in WORDS else "---:" for column in columns) + "|"]
+    names, *bodies = ("| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True))
+    return "\n".join([names, *lines, *bodies])
 
 
 def _rows(shape: ModelShape, gpus: int, stage: StageName, routing: Routing) -> Iterator[Row]:
@@ -127,27 +136,24 @@ def _two_of(rows: list[Row]) -> list[Row]:
 
 
 def _cells(row: Row, stage: str) -> list[str]:
-    layout, outside = row.layout, row.traffic[0]
-    sides = (
-        layout.tensor_model_parallel_size,
-        layout.pipeline_model_parallel_size,
-        layout.expert_model_parallel_size,
-        layout.data_parallel_size(row.sizes.gpus),
+    (outside, inside), (here, there) = row.traffic, row.times
+    sent = (
+        outside.data + outside.expert_data,
+        *(outside.tensor, inside.tensor),
+        *(outside.expert, inside.expert),
+        outside.pipeline,
     )
-    sent = (outside.data + outside.expert_data, outside.tensor, outside.expert)
-    has_exchange = row.splits[0]
+    spreads_experts = row.splits[0]
     return [
         str(row.sizes.gpus),
         stage,
-        " ".join(map(str, sides)),
+        " ".join(layout_sides(row.candidate, row.sizes.gpus)),
         str(row.sizes.micro_batch_size),
         *(_gigabytes(size) for size in sent),
-        _gigabytes(row.traffic[1].expert),
-        _gigabytes(outside.pipeline),
-        f"{row.times[0].total:.3f}",
-        f"{row.times[1].total:.3f}" if has_exchange else "",
-        row.times[0].bound,
-        row.times[1].bound if has_exchange else "",
+        f"{here.total:.3f}",
+        f"{there.total:.3f}" if spreads_experts else "",
+        here.bound,
+        there.bound if spreads_experts else "",
     ]
 
 
