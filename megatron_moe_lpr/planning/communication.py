@@ -4,8 +4,8 @@ Sent bytes are those a rank hands to others: of a gather over g ranks its own pi
 pieces but its own, of an all-reduce both. NCCL's rings send as many. Checked against every call of real ranks
 (tests/planning/test_communication.py) and of the emulated device (tests/gpu/test_communication.py).
 
-Left out: scalars (losses, norms, flags; some hundred bytes a step), the rows by which FP8 pads, and that under FP8
-some gathers of TP send bytes of half the size. The dispatcher is the all-to-all one.
+Left out: scalars (losses, norms, flags, FP8's largest values; some hundred bytes a step) and the rows by which the
+original expert's tokens are padded for FP8. The dispatcher is the all-to-all one.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import math
 
 from megatron_moe_lpr.model.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.activations import Recompute
+from megatron_moe_lpr.planning.activations import BLOCK, Recompute
 from megatron_moe_lpr.planning.parameters import stage_layers, stage_parameters, vocabulary_matrix
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import FP32, RunSizes
@@ -91,7 +91,7 @@ def rank_traffic(
     per_batch = _beside_layers(shape, layout, sizes, stage)
     for layer in layers:
         passes = _passes(shape, layout, sizes, recompute, layer, habits)
-        per_batch += _attention(shape, layout, sizes, passes, layer)
+        per_batch += _attention(shape, layout, sizes, passes)
         if shape.experts_per_layer[layer] == 1:
             per_batch += _dense_ffn(shape, layout, sizes, passes)
         else:
@@ -170,23 +170,31 @@ def _unit(layout: ParallelLayout, sizes: RunSizes, width: float) -> float:
     return sizes.micro_batch_size * sizes.seq_length / tp * width * (tp - 1)
 
 
-def _pair(layout: ParallelLayout, forward: int, backward: bool, trains: bool) -> int:
-    """Units of a matrix split by columns and one split by rows after it. Under SP the input is gathered before and
-    the output scattered after; for weight gradients the input is gathered again."""
-    again = 1 if trains and layout.uses_sequence_parallel else 0
-    return 2 * forward + ((2 + again) if backward else 0)
+def _pair(layout: ParallelLayout, sizes: RunSizes, forward: int, backward: bool, trains: bool) -> float:
+    """Bytes for each value of the input of a matrix split by columns and one split by rows after it.
+
+    Under SP the input is gathered before and the output scattered after, and so their gradients; for weight gradients
+    the input is gathered again. Transformer Engine gathers in FP8, blockwise the gradient for each product anew.
+    """
+    scattered = gathered = float(sizes.element_bytes)
+    if not layout.uses_sequence_parallel:
+        return 2 * scattered * (forward + backward)
+    again = 1 if trains else 0
+    if sizes.precision == "fp8":
+        blockwise = sizes.fp8_recipe == "blockwise"
+        gathered = 1 + FP32 / BLOCK if blockwise else 1.0
+        again *= 2 if blockwise else 1
+    return forward * (gathered + scattered) + backward * (gathered * (1 + again) + scattered)
 
 
-def _attention(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, passes: Passes, layer: int) -> Traffic:
-    width = shape.architecture.hidden_size * sizes.element_bytes
-    pair = _pair(layout, passes.attention, passes.backward, "attention" in sizes.trains)
-    return Traffic(tensor=pair * _unit(layout, sizes, width))
+def _attention(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, passes: Passes) -> Traffic:
+    pair = _pair(layout, sizes, passes.attention, passes.backward, "attention" in sizes.trains)
+    return Traffic(tensor=_unit(layout, sizes, shape.architecture.hidden_size * pair))
 
 
 def _dense_ffn(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, passes: Passes) -> Traffic:
-    width = shape.architecture.hidden_size * sizes.element_bytes
-    pair = _pair(layout, passes.ffn, passes.backward, "dense FFN" in sizes.trains)
-    return Traffic(tensor=pair * _unit(layout, sizes, width))
+    pair = _pair(layout, sizes, passes.ffn, passes.backward, "dense FFN" in sizes.trains)
+    return Traffic(tensor=_unit(layout, sizes, shape.architecture.hidden_size * pair))
 
 
 def moe_layer(
@@ -208,8 +216,8 @@ def moe_layer(
     metadata = passes.ffn * COUNT * dispatched * others + FP32 * (experts + 1) * reduced
     tensor = 0.0
     if not inside:
-        pair = _pair(layout, passes.ffn, passes.backward, "original expert" in sizes.trains)
-        tensor = shares[0] * pair * _unit(layout, sizes, width)
+        pair = _pair(layout, sizes, passes.ffn, passes.backward, "original expert" in sizes.trains)
+        tensor = _unit(layout, sizes, shares[0] * shape.architecture.hidden_size * pair)
         metadata += passes.ffn * COUNT * reduced
     held = [sum(shares[expert] for expert in placed) for placed in placement(shape, layout, layer, inside)]
     away = sum(held[:expert_rank]) + sum(held[expert_rank + 1 :])
@@ -296,7 +304,9 @@ def _gradients(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, stage
         pipeline = FP32 * vocabulary_matrix(shape, layout)
     return Traffic(
         data=sum(_reduced(size, element, data, sizes, gathers) for size, element in buffers),
-        expert_data=_reduced(sum(experts), sizes.element_bytes, expert_data, sizes, gathers),
+        expert_data=_reduced(
+            sum(experts), 1 if sizes.fp8_param_gather else sizes.element_bytes, expert_data, sizes, gathers
+        ),
         tensor=_replicated(shape, layout, stage, trained),
         pipeline=pipeline,
     )

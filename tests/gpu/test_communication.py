@@ -4,6 +4,7 @@ import pytest
 
 from tests.gpu import device
 from tests.gpu.ranks import run
+from tests.gpu.test_numerics import RECIPES
 from tests.planning.counted_step import Case, sent_and_planned
 from tests.planning.test_communication import EP2, EXPERT_TP2, INTERLEAVED, PP2, TIED, TP2
 
@@ -26,6 +27,17 @@ CASES = {
     "TP2xEP2xDP2": Case(TP2 | EP2, ranks=4, bf16=True),
     "EP2xPP2": Case(EP2 | PP2, ranks=4, bf16=True),
 }
+SIZES = {"hidden_size": 128, "intermediate_size": 512}
+# Sequences of which the original expert's tokens need no padding.
+FP8_CASES = {
+    "delayed, TP2+SP": Case(TP2, bf16=True, fp8=RECIPES["delayed"], model=SIZES, sequence=256),
+    "tensorwise, TP2xEP2": Case(TP2 | EP2, bf16=True, fp8=RECIPES["tensorwise"], model=SIZES, sequence=256),
+    "tensorwise, full, TP2+SP": Case(
+        TP2, stage="full", bf16=True, fp8=RECIPES["tensorwise"], model=SIZES, sequence=256
+    ),
+    "blockwise, TP2+SP": Case(TP2, bf16=True, fp8=RECIPES["blockwise"], model=SIZES, sequence=1024),
+    "blockwise, full, TP2+SP": Case(TP2, stage="full", bf16=True, fp8=RECIPES["blockwise"], model=SIZES, sequence=1024),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -35,3 +47,23 @@ def test_ranks_send_what_is_planned(name):
         pytest.skip(f"needs {case.ranks} GPUs")
     for rank, (sent, planned) in enumerate(run(case.ranks, sent_and_planned, case, "cuda")):
         assert sent == pytest.approx(planned, rel=1e-12), f"rank {rank}"
+
+
+@pytest.mark.parametrize("name", FP8_CASES)
+def test_ranks_send_what_is_planned_in_fp8(name):
+    """But for scalars, among which are the largest values that ranks agree on for scaling."""
+    case = FP8_CASES[name]
+    if device.count() < case.ranks:
+        pytest.skip(f"needs {case.ranks} GPUs")
+    for rank, (sent, planned) in enumerate(run(case.ranks, sent_and_planned, case, "cuda")):
+        del sent["control"], planned["control"]
+        assert sent == pytest.approx(planned, rel=1e-12), f"rank {rank}"
+
+
+@pytest.mark.skipif(device.count() < 2, reason="needs 2 GPUs")
+def test_weights_in_fp8_are_gathered_as_such():
+    """Beside them the ranks agree on the largest value of each of a layer's two matrices of four experts, in fp32."""
+    case = Case(bf16=True, fp8=RECIPES["tensorwise"] | {"fp8_param_gather": True}, model=SIZES)
+    for rank, (sent, planned) in enumerate(run(2, sent_and_planned, case, "cuda")):
+        assert sent["data"] == planned["data"]
+        assert sent["expert_data"] == planned["expert_data"] + 2 * 2 * 4 * 4, f"rank {rank}"

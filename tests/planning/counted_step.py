@@ -12,6 +12,7 @@ from megatron_moe_lpr.evaluation.global_batch import run_schedule
 from megatron_moe_lpr.model.architecture import read_architecture
 from megatron_moe_lpr.model.build import build_model, unwrap
 from megatron_moe_lpr.model.config import ModelShape, transformer_config
+from megatron_moe_lpr.model.fp8 import FP8Options
 from megatron_moe_lpr.model.router import LPRRouter
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -25,7 +26,7 @@ from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_paral
 from megatron_moe_lpr.training.stages import STAGES, freeze
 from tests.planning.traffic import counted
 
-SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 32, 2, 2
+MICRO_BATCH, MICRO_BATCHES = 2, 2
 CHOICES = torch.tensor([(0, 1), (0, 2), (0, 1), (1, 2), (3, 1), (0, 4), (2, 1), (0, 1)])
 """The experts of a position, again and again: every rank's part of a sequence has them equally often."""
 SHARES = tuple(CHOICES.flatten().bincount().div(len(CHOICES)).tolist())
@@ -50,6 +51,8 @@ class Case:
     recompute: str = "none"
     optimizer: dict[str, bool] = dataclasses.field(default_factory=dict)
     bf16: bool = False
+    fp8: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sequence: int = 32
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of the dense model's configuration."""
 
@@ -64,7 +67,7 @@ class Case:
             "num_key_value_heads": 2,
             "vocab_size": 500,
             "num_hidden_layers": len(self.experts),
-            "max_position_embeddings": 256,
+            "max_position_embeddings": 1024,
             "tie_word_embeddings": False,
         }
         return ModelShape(read_architecture(fields | self.model), self.experts, expansions=self.expansions)
@@ -89,7 +92,9 @@ def sent_and_planned(case: Case, platform_name: str = "cpu") -> tuple[dict[str, 
 def _step(case: Case, layout: ParallelLayout, platform: Platform, options: OptimizerOptions) -> Callable[[], None]:
     precision = PrecisionOptions(bf16=case.bf16, fp32=not case.bf16, **RECOMPUTE[case.recompute])
     losses = {"load_balancing_coeff": 0.01, "lpr_loss_coeff": 0.1, "calculate_per_token_loss": True}
-    config = transformer_config(case.shape, layout, platform, precision.compute_options("float32"), **losses)
+    config = transformer_config(
+        case.shape, layout, platform, precision.compute_options("float32", FP8Options(**case.fp8)), **losses
+    )
     chunks = build_model(case.shape, config, platform)
     torch.manual_seed(5)
     with torch.no_grad():
@@ -108,7 +113,7 @@ def _step(case: Case, layout: ParallelLayout, platform: Platform, options: Optim
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        run_schedule(chunks, config, [_batch(platform.device) for _ in range(MICRO_BATCHES)], table)
+        run_schedule(chunks, config, [_batch(case.sequence, platform.device) for _ in range(MICRO_BATCHES)], table)
         assert steps.step()
 
     return step
@@ -127,14 +132,14 @@ def chosen(route: Callable[..., Any], choices: torch.Tensor = CHOICES) -> Callab
     return routing
 
 
-def _batch(device: torch.device) -> dict[str, torch.Tensor]:
-    shape = (MICRO_BATCH, SEQUENCE)
+def _batch(sequence: int, device: torch.device) -> dict[str, torch.Tensor]:
+    shape = (MICRO_BATCH, sequence)
     tokens = torch.randint(0, 500, shape, device=device)
     return {
         "tokens": tokens,
         "labels": tokens,
         "loss_mask": torch.ones(shape, device=device),
-        "position_ids": torch.arange(SEQUENCE, device=device).expand(shape),
+        "position_ids": torch.arange(sequence, device=device).expand(shape),
         "language": torch.tensor([0, 1], device=device)[:, None].expand(shape).contiguous(),
     }
 
@@ -145,11 +150,13 @@ def planned(case: Case, layout: ParallelLayout, options: OptimizerOptions, platf
     sizes = RunSizes(
         STAGES[case.stage].trains,
         ranks,
-        SEQUENCE,
+        case.sequence,
         MICRO_BATCH,
         MICRO_BATCHES * MICRO_BATCH * layout.data_parallel_size(ranks),
-        precision="bf16" if case.bf16 else "fp32",
+        precision=("fp8" if case.fp8 else "bf16") if case.bf16 else "fp32",
         distributed_optimizer=options.use_distributed_optimizer,
+        fp8_recipe=case.fp8.get("fp8_recipe", "delayed"),
+        fp8_param_gather=case.fp8.get("fp8_param_gather", False),
     )
     traffic = rank_traffic(
         case.shape,

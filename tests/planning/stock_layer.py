@@ -17,10 +17,10 @@ from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.platform import select_platform
 from megatron_moe_lpr.training.stages import STAGES
-from tests.planning.counted_step import CHOICES, MICRO_BATCH, SEQUENCE, Case, chosen
+from tests.planning.counted_step import CHOICES, MICRO_BATCH, Case, chosen
 from tests.planning.traffic import counted
 
-EXPERTS = 4
+EXPERTS, SEQUENCE = 4, 32
 FEWER = CHOICES.clamp(max=EXPERTS - 1)
 
 
