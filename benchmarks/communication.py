@@ -15,12 +15,13 @@ from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.model.architecture import read_architecture
 from megatron_moe_lpr.model.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.communication import Traffic, busiest_rank
+from megatron_moe_lpr.planning.communication import busiest_rank
 from megatron_moe_lpr.planning.interconnect import Hardware, StepTimes, step_times
 from megatron_moe_lpr.planning.report import layout_sides
 from megatron_moe_lpr.planning.routing import Routing, read_routing
 from megatron_moe_lpr.planning.search import Candidate, Choice, Machine, find_layouts
 from megatron_moe_lpr.planning.sizes import RunSizes
+from megatron_moe_lpr.planning.traffic import Traffic
 from megatron_moe_lpr.training.stages import STAGES, StageName
 
 QWEN = {

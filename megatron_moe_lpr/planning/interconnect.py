@@ -10,10 +10,12 @@ from megatron_moe_lpr.model.config import ModelShape
 from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import Recompute
-from megatron_moe_lpr.planning.communication import Traffic, busiest_rank, placement
+from megatron_moe_lpr.planning.communication import busiest_rank
+from megatron_moe_lpr.planning.moe_traffic import placement
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.search import recomputed_share, waiting_share
 from megatron_moe_lpr.planning.sizes import RunSizes
+from megatron_moe_lpr.planning.traffic import Traffic
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,10 @@ from megatron_moe_lpr.model.fp8 import FP8Options
 from megatron_moe_lpr.model.router import LPRRouter
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.communication import CPU, GPU, rank_traffic
+from megatron_moe_lpr.planning.communication import rank_traffic
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import RunSizes
+from megatron_moe_lpr.planning.traffic import CPU, GPU
 from megatron_moe_lpr.platform import Platform, select_platform
 from megatron_moe_lpr.training.config import GuardOptions, OptimizerOptions, PrecisionOptions
 from megatron_moe_lpr.training.finite_steps import FiniteSteps

@@ -12,9 +12,10 @@ from megatron_moe_lpr.model.grouped_linear import ColumnParallelGroupedLinear, R
 from megatron_moe_lpr.model.router import LPRRouter
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.communication import Passes, moe_layer
+from megatron_moe_lpr.planning.moe_traffic import moe_layer
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import RunSizes
+from megatron_moe_lpr.planning.traffic import Passes
 from megatron_moe_lpr.platform import select_platform
 from megatron_moe_lpr.training.stages import STAGES
 from tests.planning.counted_step import CHOICES, MICRO_BATCH, Case, chosen

@@ -11,6 +11,7 @@ INTERLEAVED = PP2 | {"num_virtual_stages_per_pipeline_rank": 2}
 EXPERT_TP2 = {"expert_tensor_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
 OVERLAPPED = SHARDED | {"overlap_grad_reduce": True, "overlap_param_gather": True}
+QK_NORM = {"model_type": "qwen3", "head_dim": 16}
 TIED = {"tie_word_embeddings": True}
 EXPANDED_TWICE = {"expansions": ((2, 2), (2, 2))}
 
@@ -41,6 +42,10 @@ CASES = {
     "full, TP2+SP": Case(TP2, stage="full"),
     "full, TP2 without SP, dense": Case(TP2 | {"sequence_parallel": False}, stage="full", experts=(1, 1)),
     "full, TP2+SP, recompute mlp, dense": Case(TP2, stage="full", experts=(1, 1), recompute="mlp"),
+    "full, TP2+SP, norms of queries and keys": Case(TP2, stage="full", model=QK_NORM),
+    "full, TP2 without SP, dense, norms of queries and keys": Case(
+        TP2 | {"sequence_parallel": False}, stage="full", experts=(1, 1), model=QK_NORM
+    ),
     "full, PP2, tied": Case(PP2, stage="full", model=TIED),
     "full, TP2xEP2": Case(TP2 | EP2, stage="full", optimizer=SHARDED),
     "TP2xEP2xDP2": Case(TP2 | EP2, ranks=4),

@@ -9,8 +9,9 @@ from benchmarks import communication
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.communication import busiest_rank, placement, rank_traffic
+from megatron_moe_lpr.planning.communication import busiest_rank, rank_traffic
 from megatron_moe_lpr.planning.interconnect import Hardware, step_times
+from megatron_moe_lpr.planning.moe_traffic import placement
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.training.stages import STAGES
