@@ -38,7 +38,7 @@ class Routing:
 
 
 def read_routing(path: Path, original_share: float | None = None) -> Routing:
-    """The routing that an evaluation (`tools/evaluate.py --json`) found.
+    """The routing that an evaluation (`tools/evaluate.py --output`) found.
 
     Args:
         original_share: tokens of original languages among all. None: as in the data of the checkpoint's last stage.
@@ -50,7 +50,7 @@ def read_routing(path: Path, original_share: float | None = None) -> Routing:
     try:
         known = original_share is not None
         share = original_share if known else _original_share(record["history"][-1], record["original_languages"])
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         raise UserError(
             f"{path}: does not say what its checkpoint was trained on; pass --original-share, the share of tokens of "
             "original languages"

@@ -56,6 +56,7 @@ def test_a_given_share_decides(written):
     [
         ({"history": []}, "pass --original-share"),
         ({"history": [{"data": ["en"]}]}, "pass --original-share"),
+        ({"history": [{"data": []}]}, "pass --original-share"),
         ({"datasets": []}, "no evaluation of a model with experts"),
         ({"experts_per_layer": [1, 1, 1]}, "no evaluation of a model with experts"),
         ({"datasets": [{"group": "original", "routing": None}]}, "no evaluation of a model with experts"),
