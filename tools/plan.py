@@ -64,7 +64,7 @@ class Flags:
     original_share: float | None = None
     """With --routing: share of tokens of original languages. Default: as in the data that the checkpoint saw last."""
     peak_tflops: float = 989.0
-    """TFLOP/s of a GPU in bf16. This and the next three are for the step on paper."""
+    """TFLOP/s of a GPU, here an H100's in bf16; 1979 in FP8. This and the next three are for the step on paper."""
     utilization: float = 0.4
     """Share of it that a step's operations reach: an assumption."""
     node_bandwidth: float = 450.0

@@ -54,7 +54,8 @@ def print_communication(
     console.print(
         f"On paper: {hardware.peak_tflops:g} TFLOP/s at {hardware.utilization:.0%}, {hardware.node_bandwidth:g} GB/s "
         f"inside a node of {hardware.gpus_per_node} GPUs, {hardware.network_bandwidth:g} GB/s a GPU between nodes; DP "
-        "overlaps with one micro-batch, TP, EP and PP with nothing. " + _routing_words(routing)
+        "overlaps with one micro-batch, TP, EP and PP with nothing. "
+        + (_routing_words(routing) if shape.num_moe_layers else "")
     )
 
 

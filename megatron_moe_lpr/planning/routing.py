@@ -48,27 +48,29 @@ def read_routing(path: Path, original_share: float | None = None) -> Routing:
     """
     record = read_json(path)
     try:
-        known = original_share is not None
-        share = original_share if known else _original_share(record["history"][-1], record["original_languages"])
+        groups = [_mean_over_languages(record, group) for group in GROUPS]
+    except (KeyError, IndexError, TypeError, ValueError):
+        groups = []
+    if not any(groups):
+        raise UserError(f"{path}: no evaluation of a model with experts, as tools/evaluate.py --output writes it")
+    share = _original_share(record, path) if original_share is None else original_share
+    asked = [(layers, weight) for layers, weight in zip(groups, (share, 1.0 - share), strict=True) if weight > 0]
+    if not all(layers for layers, _ in asked):
+        raise UserError(f"{path}: {share:.0%} of the tokens are of original languages; it lacks those or the others")
+    return Routing(_mixed(asked), share)
+
+
+def _original_share(record: Mapping[str, Any], path: Path) -> float:
+    """Of the data of the checkpoint's last stage, lines that begin with a language and its weight."""
+    try:
+        original, words = record["original_languages"], [line.split() for line in record["history"][-1]["data"]]
+        weights = [(language, float(weight)) for language, weight, *_ in words]
+        return sum(weight for language, weight in weights if language in original) / sum(one for _, one in weights)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         raise UserError(
             f"{path}: does not say what its checkpoint was trained on; pass --original-share, the share of tokens of "
             "original languages"
         ) from None
-    try:
-        by_group = {group: _mean_over_languages(record, group) for group in GROUPS}
-        weights = {GROUPS[0]: share, GROUPS[1]: 1.0 - share}
-        layers = _mixed([(by_group[group], weight) for group, weight in weights.items() if weight > 0])
-    except (KeyError, IndexError, TypeError, ValueError):
-        layers = ()
-    if not layers:
-        raise UserError(f"{path}: no evaluation of a model with experts in the languages it is asked for")
-    return Routing(layers, share)
-
-
-def _original_share(stage: Mapping[str, Any], original: Sequence[str]) -> float:
-    weights = [(line.split()[0], float(line.split()[1])) for line in stage["data"]]
-    return sum(weight for language, weight in weights if language in original) / sum(weight for _, weight in weights)
 
 
 def _mean_over_languages(record: Mapping[str, Any], group: str) -> list[Shares]:

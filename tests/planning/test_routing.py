@@ -61,6 +61,7 @@ def test_a_given_share_decides(written):
         ({"experts_per_layer": [1, 1, 1]}, "no evaluation of a model with experts"),
         ({"datasets": [{"group": "original", "routing": None}]}, "no evaluation of a model with experts"),
         ({"datasets": 3}, "no evaluation of a model with experts"),
+        ({"datasets": evaluation()["datasets"][:2]}, "25% of the tokens are of original languages; it lacks"),
     ],
 )
 def test_what_is_no_evaluation_is_named(written, changes, message):
