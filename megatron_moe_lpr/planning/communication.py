@@ -8,6 +8,7 @@ step) and the rows by which the original expert's tokens are padded for FP8. The
 import dataclasses
 
 from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.parameter_kinds import trained_in_layer
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import Recompute
 from megatron_moe_lpr.planning.gradient_traffic import gradient_traffic
@@ -41,9 +42,10 @@ def rank_traffic(
     per_batch = _beside_layers(shape, layout, sizes, stage)
     for layer in stage_layers(shape, layout, stage):
         passes = _passes(shape, layout, sizes, recompute, layer, habits)
-        per_batch += _attention(shape, layout, sizes, passes)
+        trains = trained_in_layer(sizes.trains, layer in shape.inserted_blocks)
+        per_batch += _attention(shape, layout, dataclasses.replace(sizes, trains=trains), passes)
         if shape.experts_per_layer[layer] == 1:
-            per_batch += _dense_ffn(shape, layout, sizes, passes)
+            per_batch += _dense_ffn(shape, layout, dataclasses.replace(sizes, trains=trains), passes)
         else:
             per_batch += moe_layer(shape, layout, sizes, passes, routing, layer, expert_rank, inside)
     batches = Traffic(*(sizes.num_microbatches(layout) * part for part in dataclasses.astuple(per_batch)))
@@ -92,9 +94,11 @@ def _passes(
         or layout.pipeline_model_parallel_size > 1
         or "embedding" in sizes.trains
     )
-    # The lowest router is the lowest weight that trains; nothing below it, its layer's attention included, needs more.
+    # Below the lowest weight that trains nothing needs a gradient. Of a layer with a router that is the router, its
+    # attention needs none; an inserted block begins with a norm.
     router_below = any(experts > 1 for experts in shape.experts_per_layer[:layer])
-    return Passes(2 if recompute == "full" else 1, 2 if again else 1, everywhere or router_below)
+    inserted = "inserted blocks" in sizes.trains and any(block <= layer for block in shape.inserted_blocks)
+    return Passes(2 if recompute == "full" else 1, 2 if again else 1, everywhere or router_below or inserted)
 
 
 def _attention(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, passes: Passes) -> Traffic:

@@ -3,9 +3,14 @@
 import math
 
 from megatron_moe_lpr.model.config import ModelShape
-from megatron_moe_lpr.model.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.parameter_kinds import ParameterKind, trained_in_layer
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.parameters import stage_layers, stage_parameters, vocabulary_matrix
+from megatron_moe_lpr.planning.parameters import (
+    layer_parameters,
+    stage_layers,
+    stage_parameters,
+    vocabulary_matrix,
+)
 from megatron_moe_lpr.planning.sizes import FP32, RunSizes
 from megatron_moe_lpr.planning.traffic import Habits, Traffic
 
@@ -59,9 +64,14 @@ def _reduced(size: int, element: int, ranks: int, sizes: RunSizes, gathers: int)
 
 def _replicated(shape: ModelShape, layout: ParallelLayout, stage: int, trained: dict[ParameterKind, int]) -> float:
     """Gradients that TP ranks add up: of what each has whole and, under SP, computed from its part of the sequence."""
-    tp = layout.tensor_model_parallel_size
+    tp, architecture = layout.tensor_model_parallel_size, shape.architecture
     whole = trained.get("router", 0) + trained.get("norm", 0)
+    layers = stage_layers(shape, layout, stage)
+    if "inserted blocks" in trained:
+        inserted = [layer for layer in layers if layer in shape.inserted_blocks]
+        whole += sum(layer_parameters(shape, 1, layout)["norm"] for _ in inserted)
     if not layout.uses_sequence_parallel:
-        heads = 2 * shape.architecture.head_dim if shape.architecture.family.qk_norm and "norm" in trained else 0
-        whole = heads * len(stage_layers(shape, layout, stage))
+        # Norms of queries and keys, which each rank has for its own heads.
+        of_layer = 2 * architecture.head_dim if architecture.family.qk_norm else 0
+        whole = of_layer * sum("norm" in trained_in_layer(trained, layer in shape.inserted_blocks) for layer in layers)
     return FP32 * whole * 2 * (tp - 1) / tp

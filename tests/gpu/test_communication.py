@@ -6,7 +6,7 @@ from tests.gpu import device
 from tests.gpu.ranks import run
 from tests.gpu.test_numerics import RECIPES
 from tests.planning.counted_step import Case, sent_and_planned
-from tests.planning.test_communication import EP2, EXPERT_TP2, INTERLEAVED, PP2, TIED, TP2
+from tests.planning.test_communication import EP2, EXPERT_TP2, INSERTED, INTERLEAVED, PP2, TIED, TP2
 
 CASES = {
     "DP2": Case(bf16=True),
@@ -24,6 +24,7 @@ CASES = {
     "stage 2, PP2": Case(PP2, stage="2", bf16=True),
     "full, TP2xEP2": Case(TP2 | EP2, stage="full", bf16=True),
     "full, PP2, tied": Case(PP2, stage="full", model=TIED, bf16=True),
+    "inserted blocks, TP2+SP": Case(TP2, **INSERTED, bf16=True),
     "TP2xEP2xDP2": Case(TP2 | EP2, ranks=4, bf16=True),
     "EP2xPP2": Case(EP2 | PP2, ranks=4, bf16=True),
 }

@@ -49,6 +49,7 @@ class Case:
     experts: tuple[int, ...] = (5, 5)
     """Of each layer."""
     expansions: tuple[tuple[int, ...], ...] = ()
+    inserted_blocks: tuple[int, ...] = ()
     recompute: str = "none"
     optimizer: dict[str, bool] = dataclasses.field(default_factory=dict)
     bf16: bool = False
@@ -71,7 +72,9 @@ class Case:
             "max_position_embeddings": 1024,
             "tie_word_embeddings": False,
         }
-        return ModelShape(read_architecture(fields | self.model), self.experts, expansions=self.expansions)
+        architecture = read_architecture(fields | self.model)
+        blocks = self.inserted_blocks
+        return ModelShape(architecture, self.experts, expansions=self.expansions, inserted_blocks=blocks)
 
 
 def sent_and_planned(case: Case, platform_name: str = "cpu") -> tuple[dict[str, float], dict[str, float]]:
@@ -103,7 +106,7 @@ def _step(case: Case, layout: ParallelLayout, platform: Platform, options: Optim
             weight.copy_(torch.randn(weight.shape) * 0.02)
     for router in (part for chunk in chunks for part in unwrap(chunk).modules() if isinstance(part, LPRRouter)):
         router.routing = chosen(router.routing)
-    freeze(chunks, STAGES[case.stage])
+    freeze(chunks, STAGES[case.stage], case.inserted_blocks)
     chunks = wrap_data_parallel(chunks, config, options)
     optimizer = build_optimizer(chunks, config, options, platform)
     steps = FiniteSteps(chunks, optimizer, GuardOptions())

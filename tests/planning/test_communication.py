@@ -13,6 +13,7 @@ SHARDED = {"use_distributed_optimizer": True}
 OVERLAPPED = SHARDED | {"overlap_grad_reduce": True, "overlap_param_gather": True}
 QK_NORM = {"model_type": "qwen3", "head_dim": 16}
 TIED = {"tie_word_embeddings": True}
+INSERTED = {"stage": "blocks", "experts": (1,) * 3, "inserted_blocks": (1,)}
 EXPANDED_TWICE = {"expansions": ((2, 2), (2, 2))}
 
 CASES = {
@@ -48,6 +49,10 @@ CASES = {
     ),
     "full, PP2, tied": Case(PP2, stage="full", model=TIED),
     "full, TP2xEP2": Case(TP2 | EP2, stage="full", optimizer=SHARDED),
+    "inserted blocks, DP2, distributed optimizer": Case(optimizer=SHARDED, **INSERTED),
+    "inserted blocks, TP2+SP": Case(TP2, **INSERTED, model=QK_NORM),
+    "inserted blocks, TP2 without SP": Case(TP2 | {"sequence_parallel": False}, **INSERTED, model=QK_NORM),
+    "inserted blocks, PP2": Case(PP2, **INSERTED | {"experts": (1,) * 4}),
     "TP2xEP2xDP2": Case(TP2 | EP2, ranks=4),
     "TP2xEP2xPP2, distributed optimizer": Case(TP2 | EP2 | PP2, ranks=4, optimizer=SHARDED),
     "EP4, bf16": Case({"expert_model_parallel_size": 4}, ranks=4, bf16=True),
