@@ -27,7 +27,7 @@ for language in $ORIGINAL $EXPANDED; do
         --input "$OTHER/text/$language.jsonl" --language "$language" --tokenizer "$BASE" \
         --output-prefix "$OTHER/data/valid-$language" --max-documents "$VALIDATION_DOCUMENTS"
 done
-demo=$RUNS RUNS=$OTHER
+demo=$RUNS RUNS=$OTHER DATA=$OTHER/data
 # shellcheck disable=SC2086  # a list of words
 {
 evaluate base "$demo/base"
