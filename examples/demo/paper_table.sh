@@ -89,9 +89,10 @@ arguments=("Base model=$RUNS/evaluation/base.json")
 for title in "${titles[@]}"; do
     while read -r line; do arguments+=("$line"); done < <(evaluations "${title%=*}" "${title##*=}")
 done
-"$PYTHON" tools/report.py --evaluation "${arguments[@]}" --subject MoE-LPR --costs "$RUNS/costs.json" \
+curves=()
+if [ -e "$RUNS/scaling/curves.json" ]; then curves=(--curves "$RUNS/scaling/curves.json"); fi
+"$PYTHON" tools/report.py --evaluation "${arguments[@]}" "${curves[@]}" --subject MoE-LPR --costs "$RUNS/costs.json" \
     --metrics "Stage 1=$RUNS/seed-$FIRST_SEED/stage1/metrics.jsonl" \
-    "Stage 2=$RUNS/seed-$FIRST_SEED/stage2/metrics.jsonl" --output "$RUNS/report.html" \
-    $([ -e "$RUNS/scaling/curves.json" ] && echo --curves "$RUNS/scaling/curves.json")
+    "Stage 2=$RUNS/seed-$FIRST_SEED/stage2/metrics.jsonl" --output "$RUNS/report.html"
 echo "report: $RUNS/report.html"
 echo "took $((SECONDS / 60)) min $((SECONDS % 60)) s"
