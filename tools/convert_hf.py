@@ -34,6 +34,9 @@ class Import:
     experts_per_layer: str | None = None
     """Experts of each layer instead, the original one included, 1 for a dense layer: 5,4,3,... or the JSON file that
     tools/allocate_experts.py writes."""
+    expand_blocks: int | None = None
+    """Keep the model dense and insert so many blocks that --stage blocks trains (LLaMA-Pro): a copy after each of as
+    many equal groups of blocks, with its output projections zero."""
     seed: int = 1234
     """Seed of the routers' initial values."""
     adapter: Path | None = None
@@ -58,6 +61,7 @@ class Import:
             top_k=self.top_k,
             moe_layer_freq=self.moe_layer_freq,
             experts_per_layer=self.experts_per_layer,
+            expand_blocks=self.expand_blocks,
             seed=self.seed,
             adapter=self.adapter,
             allow_top_1=self.allow_top_1,

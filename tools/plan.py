@@ -35,8 +35,8 @@ class Flags:
     is what it saves against --num-experts (default 6) in every layer."""
     load: Path | None = None
     """A converted checkpoint, instead of --hf."""
-    stage: Literal["1", "2", "full"] = "1"
-    """1 trains new experts and routers, 2 routers, full everything."""
+    stage: Literal["1", "2", "full", "blocks"] = "1"
+    """1 trains new experts and routers, 2 routers, full everything, blocks the inserted blocks of --load."""
     seq_length: int = 1024
     micro_batch_size: int = 1
     global_batch_size: int = 512
@@ -70,6 +70,8 @@ def main() -> None:
     from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
 
     shape, sizes = read_shape(flags), read_sizes(flags)
+    if flags.stage == "blocks" and not shape.inserted_blocks:
+        raise UserError("--stage blocks trains inserted blocks: give a checkpoint of import --expand-blocks by --load")
     machine = Machine(flags.gpus, flags.gpus_per_node, flags.gpu_memory)
     choice = Choice(
         _given(flags.tensor_model_parallel_size),

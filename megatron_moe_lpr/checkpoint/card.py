@@ -11,7 +11,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer, is_integer, is_number, read_json, shown
 from megatron_moe_lpr.model.architecture import FAMILIES, MAX_LAYERS
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
 # Far above any model. A card that declares more would take the memory of the machine before a tensor is looked at.
 MAX_EXPERTS = 1024
@@ -59,6 +59,8 @@ class CheckpointCard:
     """New experts of each layer by expansion, the first one first; empty: one expansion added them all."""
     openness: float = 1.0
     """Weight of the latest expansion's experts in the routers' softmax; 0: added and not used yet, 1: trained in."""
+    inserted_blocks: list[int] = dataclasses.field(default_factory=list)
+    """Layers that block expansion inserted, counted from 0 in the grown model; empty: none."""
     base: Base | None = None
     """Only where --save-trainable-only left out what did not train: the checkpoint that has it."""
     format_version: int = FORMAT_VERSION
@@ -103,6 +105,8 @@ def read_card(path: Path) -> CheckpointCard:
             raise UserError(f"{path}: {name} cannot be {shown(getattr(card, name))}; copy the file again")
     checked_integer(card.top_k, "top_k", str(path), 1, card.num_experts)
     _check_expansions(card, path)
+    if card.inserted_blocks and (card.is_moe or card.inserted_blocks[-1] >= len(card.experts_per_layer)):
+        raise UserError(f"{path}: inserted_blocks do not belong to experts_per_layer; copy the file again")
     return card
 
 
@@ -146,6 +150,15 @@ def _is_history(value: object) -> bool:
     )
 
 
+def _is_inserted_blocks(value: object) -> bool:
+    """Layers in rising order, none before the first block, which no block could be a copy of."""
+    return (
+        isinstance(value, list)
+        and all(is_integer(layer, 1, MAX_LAYERS) for layer in value)
+        and value == sorted(set(value))
+    )
+
+
 def _is_expansions(value: object) -> bool:
     """For each expansion as many numbers of new experts as the first one names."""
     return isinstance(value, list) and all(
@@ -165,6 +178,7 @@ _FIELD_CHECKS = {
     "tool_versions": _is_text_table,
     "history": _is_history,
     "expansions": _is_expansions,
+    "inserted_blocks": _is_inserted_blocks,
     "openness": lambda value: is_number(value, 0, 1),
 }
 

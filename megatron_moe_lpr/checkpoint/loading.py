@@ -46,6 +46,7 @@ def model_shape(directory: CheckpointDirectory) -> ModelShape:
         card.top_k,
         tuple(map(tuple, card.expansions)),
         card.openness,
+        tuple(card.inserted_blocks),
     )
 
 

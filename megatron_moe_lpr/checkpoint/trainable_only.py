@@ -73,6 +73,8 @@ def _check_base(directory: CheckpointDirectory, base: CheckpointDirectory) -> No
         problem = "its original weights are others (fingerprint)"
     elif (base_card.experts_per_layer, base_card.expansions) != (card.experts_per_layer, card.expansions):
         problem = "its layers have other numbers of experts"
+    elif base_card.inserted_blocks != card.inserted_blocks:
+        problem = "its inserted blocks are others"
     elif weights_checksum(base) != card.base.checksum and not _needs_only_originals(directory, base):
         problem = "its weights are others (checksum)"
     if problem:
@@ -90,7 +92,9 @@ def _needs_only_originals(directory: CheckpointDirectory, base: CheckpointDirect
     if base.card().history or base.card().base:
         return False
     wanted = set(CheckpointReader(base.path).tensors) - set(CheckpointReader(directory.path).tensors)
-    return not any(kind_of(key) in ("router", "new experts", "earlier experts") for key in wanted if is_model_key(key))
+    trained = {"router", "new experts", "earlier experts", "inserted blocks"}
+    inserted = directory.card().inserted_blocks
+    return not any(kind_of(key, inserted) in trained for key in wanted if is_model_key(key))
 
 
 def layers_of(directory: CheckpointDirectory) -> list[CheckpointDirectory]:

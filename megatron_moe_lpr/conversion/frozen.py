@@ -6,6 +6,7 @@ import torch
 
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.trainable_only import open_reader, reading
+from megatron_moe_lpr.conversion.blocks import mark_inserted
 from megatron_moe_lpr.conversion.exporter import check_model_tensors, read_row
 from megatron_moe_lpr.conversion.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.names import DENSE_LAYOUT, model_rows
@@ -20,6 +21,7 @@ def fingerprint_of_checkpoint(load: Path, base: Path | None = None) -> str:
     checkpoint = resolve_checkpoint(load, base)
     card, architecture = checkpoint.card(), checkpoint.architecture()
     rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)
+    rows = mark_inserted(rows, architecture.num_layers, card.inserted_blocks)
     reader = open_reader(checkpoint)
     check_model_tensors(rows, reader)
     fingerprint = OriginalFingerprint()

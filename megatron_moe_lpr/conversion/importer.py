@@ -12,6 +12,7 @@ from megatron_moe_lpr.checkpoint.card import CheckpointCard, tool_versions
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, RELEASE, SIDE_DIRECTORY, write_latest
 from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
+from megatron_moe_lpr.conversion.blocks import ZEROED, grown_config
 from megatron_moe_lpr.conversion.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.hf_directory import carry_files, tokenizer_files
 from megatron_moe_lpr.conversion.names import Role, Row
@@ -76,6 +77,8 @@ def _read_finite(plan: ImportPlan, name: str) -> torch.Tensor:
 
 
 def _tensor(plan: ImportPlan, row: Row, parts: list[torch.Tensor]) -> torch.Tensor:
+    if plan.inserts and row.role is Role.INSERTED_BLOCK and row.key.endswith(ZEROED):
+        return torch.zeros_like(parts[0])
     if row.role is Role.ROUTER and not parts:
         num_experts, hidden_size = row.shape
         return initial_router(num_experts, hidden_size, plan.seed, row.layer)
@@ -114,6 +117,7 @@ def _card(plan: ImportPlan, fingerprint: str) -> CheckpointCard:
         tool_versions=tool_versions(),
         history=before.history if before else _adapter_history(plan),
         expansions=before.expansions if before and plan.model.is_moe else [],
+        inserted_blocks=plan.inserted_blocks,
     )
 
 
@@ -125,7 +129,10 @@ def _write_side_files(plan: ImportPlan, card: CheckpointCard, directory: Path) -
     directory.mkdir()
     carry_files(plan.model.path, directory)
     source = plan.model.path / CONFIG_FILE
-    if plan.model.is_moe:
+    if plan.inserts:
+        grown = grown_config(plan.model.config, len(plan.experts_per_layer), plan.inserted_blocks)
+        write_json(grown, directory / CONFIG_FILE)
+    elif plan.model.is_moe:
         write_json(plan.model.config, directory / CONFIG_FILE)
     else:
         shutil.copyfile(source, directory / CONFIG_FILE)

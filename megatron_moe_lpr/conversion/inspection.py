@@ -114,6 +114,8 @@ def _model_lines(inspection: Inspection) -> list[tuple[str, str]]:
         ("dtype", inspection.dtype),
         ("parameters", f"{_amount(counts.total)} in all, {_amount(counts.active)} active per token"),
     ]
+    if inspection.card and inspection.card.inserted_blocks:
+        lines.insert(4, ("inserted blocks", "layers " + " ".join(map(str, inspection.card.inserted_blocks))))
     if is_moe:
         if inspection.card and inspection.card.expansions:
             lines.insert(4, ("expansions", "; ".join(_runs(added) for added in inspection.card.expansions)))

@@ -100,7 +100,8 @@ def _languages(card: CheckpointCard) -> dict[str, list[str]]:
 
 def _head(card: CheckpointCard, base_model: str | None, licence: str, languages: Mapping[str, list[str]]) -> str:
     base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a dense base model"
-    lines = [f"# {base_model.split('/')[-1] if base_model else card.family} with MoE-LPR", ""]
+    name = base_model.split("/")[-1] if base_model else card.family
+    lines = [f"# {name} with {'inserted blocks' if card.inserted_blocks else 'MoE-LPR'}", ""]
     if card.is_moe:
         layers = sum(experts > 1 for experts in card.experts_per_layer)
         lines.append(
@@ -108,6 +109,13 @@ def _head(card: CheckpointCard, base_model: str | None, licence: str, languages:
             f"(https://arxiv.org/abs/2408.11396)): in {layers} of {len(card.experts_per_layer)} layers the "
             f"feed-forward network is a mixture of {card.num_experts} experts, of which each token uses {card.top_k}. "
             "Expert 0 and everything outside the mixtures are the base model's own weights."
+        )
+    elif card.inserted_blocks:
+        blocks = len(card.inserted_blocks)
+        lines.append(
+            f"{base} ({card.family}), extended by block expansion ([LLaMA-Pro](https://arxiv.org/abs/2401.02415)): of "
+            f"its {len(card.experts_per_layer)} transformer blocks {blocks} were inserted as copies "
+            f"({', '.join(map(str, card.inserted_blocks))}, counted from 0)."
         )
     else:
         lines.append(f"{base} ({card.family}), trained on as a dense model.")
@@ -125,7 +133,8 @@ def _head(card: CheckpointCard, base_model: str | None, licence: str, languages:
 
 def _training(card: CheckpointCard) -> str:
     if not card.history:
-        return "## Training\n\nNone yet: the mixture computes what the base model does."
+        what = "mixture" if card.is_moe else "model"
+        return f"## Training\n\nNone yet: the {what} computes what the base model does."
     rows = ["## Training", "", "| stage | languages | tokens | steps | learning rate |", "|---|---|---|---|---|"]
     for entry in card.history:
         tokens, steps = (f"{entry[name]:,}" if name in entry else "" for name in ("tokens", "iterations"))

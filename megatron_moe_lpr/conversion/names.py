@@ -24,12 +24,13 @@ MEGATRON_PROJECTIONS = ("linear_fc1.weight_w", "linear_fc1.weight_v", "linear_fc
 
 
 class Role(enum.Enum):
-    """What a weight is for; everything but new experts and routers comes from the dense model and stays frozen."""
+    """What a weight is for; what is not new (experts, routers, inserted blocks) is the dense model's and is frozen."""
 
     ORIGINAL = "original"
     ORIGINAL_EXPERT = "original expert"
     NEW_EXPERT = "new expert"
     ROUTER = "router"
+    INSERTED_BLOCK = "inserted block"
 
     @property
     def is_original(self) -> bool:

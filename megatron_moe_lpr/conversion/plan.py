@@ -7,7 +7,9 @@ import torch
 
 from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS, check_experts
 from megatron_moe_lpr.conversion.adapter import Adapter, open_adapter
-from megatron_moe_lpr.conversion.experts_per_layer import FLAG, read_experts_per_layer
+from megatron_moe_lpr.conversion.blocks import FLAG, inserted_positions, mark_inserted
+from megatron_moe_lpr.conversion.experts_per_layer import FLAG as EXPERTS_FLAG
+from megatron_moe_lpr.conversion.experts_per_layer import read_experts_per_layer
 from megatron_moe_lpr.conversion.hf_directory import HFDirectory, check_tensors, common_dtype, open_hf_directory
 from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
 from megatron_moe_lpr.conversion.names import ADAPTER_LAYOUT, Role, Row, model_rows
@@ -29,6 +31,8 @@ class ImportOptions:
     moe_layer_freq: str | None = None
     experts_per_layer: str | None = None
     """Numbers by layer, or the JSON file of tools/allocate_experts.py."""
+    expand_blocks: int | None = None
+    """Blocks to insert; the model stays dense."""
     seed: int = 1234
     adapter: Path | None = None
     allow_top_1: bool = False
@@ -48,6 +52,10 @@ class ImportPlan:
     rows: list[Row]
     source: SafetensorsSource
     dtype: torch.dtype
+    inserted_blocks: list[int]
+    """Layers, in the numbers of the checkpoint."""
+    inserts: bool
+    """They are inserted by this import; else the source has them."""
 
     @property
     def initialises_routers(self) -> bool:
@@ -66,6 +74,9 @@ def plan_import(options: ImportOptions) -> ImportPlan:
         UserError: anything that does not fit.
     """
     model = open_hf_directory(options.hf)
+    if options.expand_blocks is not None:
+        _check_stays_dense(options, model)
+        options = dataclasses.replace(options, num_experts=1)
     adapter = open_adapter(options.adapter) if options.adapter else None
     experts, top_k = _experts(options, model, adapter)
     check_experts(experts, "--num-experts")
@@ -73,12 +84,52 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     for count in sorted(set(experts) - {1}):
         check_expert_parallel(count - 1, options.expert_parallel_size)
     layout = ADAPTER_LAYOUT if adapter else model.layout
-    rows = model_rows(model.architecture, experts, layout, model.card.expansions if model.is_moe and model.card else ())
+    inserted = _inserted_blocks(options, model, experts)
+    inserts, architecture = options.expand_blocks is not None, model.architecture
+    if inserts:
+        experts = [1] * (len(experts) + len(inserted))
+        architecture = dataclasses.replace(architecture, num_layers=len(experts))
+    rows = model_rows(architecture, experts, layout, model.card.expansions if model.is_moe and model.card else ())
+    if inserted:
+        rows = mark_inserted(rows, len(experts), inserted, new=inserts)
     files = weight_files(model.path) + ([adapter.weights] if adapter else [])
     source = SafetensorsSource(files)
     check_tensors(rows, model.extra(), source, adapter.path if adapter else model.path)
     originals = [source.tensors[name] for row in rows if row.role.is_original for name in row.names]
-    return ImportPlan(model, adapter, experts, top_k, options.seed, rows, source, common_dtype(originals, model.path))
+    dtype = common_dtype(originals, model.path)
+    return ImportPlan(model, adapter, experts, top_k, options.seed, rows, source, dtype, inserted, inserts)
+
+
+def _inserted_blocks(options: ImportOptions, model: HFDirectory, experts: list[int]) -> list[int]:
+    """Those that the import inserts, or that an exported grown model has and keeps."""
+    present = model.card.inserted_blocks if model.card else []
+    if present and len(model.card.experts_per_layer) != len(experts):
+        raise UserError(f"{model.path}: moe_lpr/card.json is another model's; remove it to read the model as it is")
+    if present and max(experts) > 1:
+        raise UserError(
+            f"{model.path}: has inserted blocks, and a model that has them stays dense: give --num-experts 1; to "
+            "upcycle it with all its blocks as original ones, remove moe_lpr/card.json from it"
+        )
+    if options.expand_blocks is None:
+        return present
+    if present:
+        raise UserError(f"{FLAG}: {model.path} has inserted blocks already; leave the flag out")
+    return inserted_positions(model.architecture.num_layers, options.expand_blocks)
+
+
+def _check_stays_dense(options: ImportOptions, model: HFDirectory) -> None:
+    others = {
+        "--num-experts": options.num_experts not in (None, 1),
+        "--moe-layer-freq": options.moe_layer_freq is not None,
+        EXPERTS_FLAG: options.experts_per_layer is not None,
+        "--top-k": options.top_k is not None,
+        "--adapter": options.adapter is not None,
+    }
+    for name, given in others.items():
+        if given:
+            raise UserError(f"{FLAG} and {name}: a model with inserted blocks stays dense; give one of them")
+    if model.is_moe:
+        raise UserError(f"{FLAG}: {model.path} has experts; blocks are inserted into dense models")
 
 
 def _experts(options: ImportOptions, model: HFDirectory, adapter: Adapter | None) -> tuple[list[int], int]:
@@ -103,7 +154,7 @@ def experts_of_layers(options: ImportOptions, num_layers: int) -> list[int]:
     if options.experts_per_layer is not None:
         for flag, value in (("--num-experts", options.num_experts), ("--moe-layer-freq", options.moe_layer_freq)):
             if value is not None:
-                raise UserError(f"{flag} and {FLAG}: give one of them")
+                raise UserError(f"{flag} and {EXPERTS_FLAG}: give one of them")
         return read_experts_per_layer(options.experts_per_layer, num_layers)
     num_experts = PAPER_NUM_EXPERTS if options.num_experts is None else options.num_experts
     if not 1 <= num_experts <= MAX_EXPERTS:
@@ -124,7 +175,7 @@ def _given(options: ImportOptions, experts: list[int], top_k: int, place: str) -
         options.experts_per_layer is not None
         and read_experts_per_layer(options.experts_per_layer, len(experts)) != experts
     ):
-        raise UserError(f"{FLAG}: {place} has other numbers of experts; leave the flag out")
+        raise UserError(f"{EXPERTS_FLAG}: {place} has other numbers of experts; leave the flag out")
     return experts, top_k
 
 

@@ -37,12 +37,27 @@ def verify_checkpoint(
     """
     checkpoint = open_checkpoint(load, verified, base)
     vocab_size = checkpoint.architecture().vocab_size
-    reference = open_hf_directory(hf).architecture.vocab_size
-    if reference != vocab_size:
-        raise UserError(f"{hf}: vocabulary of {reference:,} tokens, the checkpoint has {vocab_size:,}")
+    reference = open_hf_directory(hf).architecture
+    if reference.vocab_size != vocab_size:
+        raise UserError(f"{hf}: vocabulary of {reference.vocab_size:,} tokens, the checkpoint has {vocab_size:,}")
+    num_layers, inserted = checkpoint.architecture().num_layers, checkpoint.card().inserted_blocks
+    if reference.num_layers not in (num_layers, num_layers - len(inserted)):
+        raise UserError(f"{hf}: {reference.num_layers} layers, the checkpoint has {num_layers}")
+    left_out = inserted if reference.num_layers < num_layers else []
     tokens = random_tokens(vocab_size, batch, sequence_length)
     ours = megatron_forward(checkpoint, dtype, platform, verified)
-    return compare(transformers_forward(hf, dtype, platform.device), ours, tokens)
+    return compare(transformers_forward(hf, dtype, platform.device), _without(ours, left_out), tokens)
+
+
+def _without(forward: Forward, layers: list[int]) -> Forward:
+    """Without what some layers put out, which the model compared with does not have."""
+
+    def fewer(tokens: torch.Tensor) -> Outputs:
+        outputs = forward(tokens)
+        kept = [output for layer, output in enumerate(outputs.layers) if layer not in layers]
+        return Outputs(outputs.logits, kept)
+
+    return fewer
 
 
 def transformers_forward(directory: Path, dtype: torch.dtype, device: torch.device) -> Forward:

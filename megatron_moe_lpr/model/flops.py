@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from megatron_moe_lpr.model.config import ModelShape
-from megatron_moe_lpr.model.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.parameter_kinds import ParameterKind, trained_in_layer
 
 
 def training_flops_per_token(shape: ModelShape, trains: Collection[ParameterKind], sequence_length: int) -> float:
@@ -17,8 +17,9 @@ def training_flops_per_token(shape: ModelShape, trains: Collection[ParameterKind
     head = architecture.hidden_size * architecture.vocab_size
     total = _matrix(head, "embedding" in trains)
     for layer, experts in enumerate(shape.experts_per_layer):
-        total += _matrix(_attention_weights(shape), "attention" in trains)
-        total += _ffn(shape, experts, shape.earlier_experts(layer), trains)
+        of_layer = trained_in_layer(trains, layer in shape.inserted_blocks)
+        total += _matrix(_attention_weights(shape), "attention" in of_layer)
+        total += _ffn(shape, experts, shape.earlier_experts(layer), of_layer)
         total += 3 * 2 * architecture.num_attention_heads * architecture.head_dim * sequence_length
     return float(total)
 

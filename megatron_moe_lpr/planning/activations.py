@@ -5,10 +5,12 @@ holds on its emulation (docs/planning.md). A frozen matrix does not keep its inp
 Left out: the rows by which each expert's tokens are padded for FP8, at most 15 an expert (with blockwise under TP 127).
 """
 
+import dataclasses
 from typing import Literal, NamedTuple
 
 from megatron_moe_lpr.model.build import padded_vocab_size
 from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.parameter_kinds import trained_in_layer
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.parameters import stage_layers
 from megatron_moe_lpr.planning.sizes import FP32, RunSizes
@@ -45,9 +47,9 @@ def activation_bytes(
 
 def kept_bytes(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute, stage: int) -> float:
     """Activations of all micro-batches in flight when a backward pass begins, logits left out."""
-    layers = _layers(shape, layout, stage)
+    layers = _layers(shape, layout, sizes, stage)
     chunks = layout.num_virtual_stages_per_pipeline_rank
-    of_layers = sum(_layer(shape, experts, layout, sizes, recompute) for experts in layers) / chunks
+    of_layers = sum(_layer(shape, experts, layout, of_layer, recompute) for experts, of_layer in layers) / chunks
     a_chunk = of_layers + _beside_layers(shape, layout, sizes, stage) / chunks
     hidden = shape.architecture.hidden_size * sizes.element_bytes
     # A gradient on its way between two stages.
@@ -65,20 +67,26 @@ def working_bytes(
     of the new experts comes after the original expert's, whose part of what was computed again is gone by then."""
     tokens = _tokens(layout, sizes)
     at_most = 0.0
-    for experts in _layers(shape, layout, stage):
-        again = _again(shape, experts, layout, sizes, recompute)
+    for experts, of_layer in _layers(shape, layout, sizes, stage):
+        again = _again(shape, experts, layout, of_layer, recompute)
         gone = 0.0
         if recompute in ("moe", "full") and experts.count > 1:
-            gone = _rows(shape, experts, layout, sizes)[0] * _original_expert(shape, sizes)
+            gone = _rows(shape, experts, layout, sizes)[0] * _original_expert(shape, of_layer)
         of_output = shape.architecture.hidden_size * sizes.element_bytes
-        in_experts = (again - gone) * tokens + _gradients(shape, experts, layout, sizes)
+        in_experts = (again - gone) * tokens + _gradients(shape, experts, layout, of_layer)
         at_most = max(at_most, (again + of_output) * tokens, in_experts)
     return at_most
 
 
-def _layers(shape: ModelShape, layout: ParallelLayout, stage: int) -> list[LayerExperts]:
+def _layers(
+    shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, stage: int
+) -> list[tuple[LayerExperts, RunSizes]]:
+    """Each layer of a stage, and the run's sizes with what trains in this layer."""
     return [
-        LayerExperts(shape.experts_per_layer[layer], shape.earlier_experts(layer))
+        (
+            LayerExperts(shape.experts_per_layer[layer], shape.earlier_experts(layer)),
+            dataclasses.replace(sizes, trains=trained_in_layer(sizes.trains, layer in shape.inserted_blocks)),
+        )
         for layer in stage_layers(shape, layout, stage)
     ]
 

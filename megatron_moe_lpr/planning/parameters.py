@@ -38,7 +38,10 @@ def stage_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> P
     """Parameters of one rank of a pipeline stage, padding included."""
     counts: ParameterCounts = Counter()
     for layer in stage_layers(shape, layout, stage):
-        counts.update(layer_parameters(shape, shape.experts_per_layer[layer], layout))
+        of_layer = layer_parameters(shape, shape.experts_per_layer[layer], layout)
+        if layer in shape.inserted_blocks:
+            of_layer = Counter({"inserted blocks": sum(of_layer.values())})
+        counts.update(of_layer)
         earlier = shape.earlier_experts(layer) * _ffn(shape)
         earlier //= layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
         counts["new experts"] -= earlier

@@ -85,7 +85,7 @@ def prepare(config: TrainingConfig) -> Run:
     sources = read_data_sources(config.data, fingerprint, original_may_be_absent=stage.original_languages != "required")
     check_token_ids([*sources.train, *sources.valid], shape.architecture.vocab_size, str(start.path))
     earlier = groups_with_prior(card.history, sources.original_languages, shape.num_groups)[1:]
-    check_stage(stage, card.is_moe, sources, earlier)
+    check_stage(stage, card.is_moe, sources, earlier, bool(card.inserted_blocks))
     _check_expansion(config, stage, card)
     _check_lengths(config, shape)
     if config.checkpoint.save_trainable_only and stage.name == "full":
@@ -136,7 +136,7 @@ def _build(
         # verified.
         verified=config.checkpoint.verify and (own is None or own.directory.card().base is not None),
     )
-    freeze(model.chunks, stage)
+    freeze(model.chunks, stage, model.shape.inserted_blocks)
     # Megatron's plain bf16 optimizer cannot save what is fp32 beside bf16, as the routers are.
     distributed = config.optimizer.use_distributed_optimizer or model.config.bf16
     options = dataclasses.replace(config.optimizer, use_distributed_optimizer=distributed)
@@ -240,7 +240,7 @@ def _parameter_table(run: Run) -> Table:
     counts = dict.fromkeys(KINDS, 0)
     for key, info in open_reader(run.model.directory).tensors.items():
         if key.startswith(("embedding.", "decoder.", "output_layer.")):
-            counts[kind_of(key)] += torch.Size(info.shape).numel()
+            counts[kind_of(key, run.model.shape.inserted_blocks)] += torch.Size(info.shape).numel()
     layout = run.config.layout
     title = (
         f"Stage {run.stage.name}: {run.stage.title} on {run.platform.name}, TP {layout.tensor_model_parallel_size} "

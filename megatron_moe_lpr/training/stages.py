@@ -1,7 +1,8 @@
 """The stages of the method as data: what trains, which losses, which languages."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from megatron_moe_lpr.data.config import DataSources
@@ -11,7 +12,7 @@ from megatron_moe_lpr.model.parameter_kinds import KINDS, ParameterKind, kind_of
 if TYPE_CHECKING:
     import torch
 
-StageName = Literal["1", "2", "full"]
+StageName = Literal["1", "2", "full", "blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Stage:
     original_languages: Literal["refused", "required", "allowed"]
     """What the stage says to training data of original languages."""
     needs_experts: bool
+    needs_inserted_blocks: bool = False
 
 
 STAGES: dict[StageName, Stage] = {
@@ -58,6 +60,16 @@ STAGES: dict[StageName, Stage] = {
         original_languages="allowed",
         needs_experts=False,
     ),
+    "blocks": Stage(
+        "blocks",
+        "training of inserted blocks (LLaMA-Pro)",
+        frozenset({"inserted blocks"}),
+        load_balancing_coeff=0.0,
+        lpr_loss_coeff=0.0,
+        original_languages="allowed",
+        needs_experts=False,
+        needs_inserted_blocks=True,
+    ),
 }
 
 
@@ -66,7 +78,8 @@ class StageOptions:
     """Which stage, and its losses in the paper's units."""
 
     stage: StageName
-    """1: post-pretraining, trains new experts and routers; 2: review, trains routers; full: trains everything."""
+    """1: post-pretraining, trains new experts and routers; 2: review, trains routers; full: trains everything;
+    blocks: trains the blocks that convert_hf.py import --expand-blocks inserted."""
     load_balancing_coeff: float | None = None
     """Weight of the load balancing loss, mean over layers of N * sum f_i P_i. Default: 0.01, in stage 2 0."""
     lpr_loss_coeff: float | None = None
@@ -100,7 +113,13 @@ class StageOptions:
         )
 
 
-def check_stage(stage: Stage, is_moe: bool, sources: DataSources, earlier: Sequence[Sequence[str]] = ()) -> None:
+def check_stage(
+    stage: Stage,
+    is_moe: bool,
+    sources: DataSources,
+    earlier: Sequence[Sequence[str]] = (),
+    has_inserted_blocks: bool = False,
+) -> None:
     """Check that checkpoint and training data are what the stage takes.
 
     Args:
@@ -113,6 +132,11 @@ def check_stage(stage: Stage, is_moe: bool, sources: DataSources, earlier: Seque
         raise UserError(
             f"--load: --stage {stage.name} needs experts and the checkpoint is dense; "
             "upcycle it with tools/convert_hf.py import --num-experts"
+        )
+    if stage.needs_inserted_blocks and not has_inserted_blocks:
+        raise UserError(
+            f"--load: --stage {stage.name} trains inserted blocks and the checkpoint has none; "
+            "insert them with tools/convert_hf.py import --expand-blocks"
         )
     original = {entry.language for entry in sources.train} & set(sources.original_languages)
     if stage.original_languages == "refused" and original:
@@ -144,11 +168,25 @@ def check_stage(stage: Stage, is_moe: bool, sources: DataSources, earlier: Seque
         raise UserError(f"--data-path: stage {stage.name} wants text of expanded languages beside the replay")
 
 
-def freeze(chunks: "Iterable[torch.nn.Module]", stage: Stage) -> None:
-    """Let only what the stage trains require gradients."""
+def freeze(chunks: "Iterable[torch.nn.Module]", stage: Stage, inserted_blocks: Collection[int] = ()) -> None:
+    """Let only what the stage trains require gradients.
+
+    Args:
+        inserted_blocks: layers of the whole model that block expansion inserted.
+    """
     for chunk in chunks:
+        inserted = _numbers_in_chunk(chunk, inserted_blocks)
         for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(kind_of(name) in stage.trains)
+            parameter.requires_grad_(kind_of(name, inserted) in stage.trains)
+
+
+def _numbers_in_chunk(chunk: "torch.nn.Module", layers: Collection[int]) -> set[int]:
+    """Numbers that layers of the whole model have in the names of one chunk, which count its own from 0."""
+    found = {}
+    for name, module in chunk.named_modules():
+        if match := re.search(r"\bdecoder\.layers\.(\d+)$", name):
+            found[int(match[1])] = module.layer_number - 1  # Megatron counts from 1.
+    return {number for number, layer in found.items() if layer in layers}
 
 
 def _given(value: float | None, default: float) -> float:

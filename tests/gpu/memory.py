@@ -56,6 +56,7 @@ class Model:
     seq_length: int
     micro_batch_size: int = 1
     top_k: int = 2
+    inserted_blocks: tuple[int, ...] = ()
 
     @property
     def shape(self) -> ModelShape:
@@ -63,7 +64,7 @@ class Model:
         fields = dataclasses.asdict(self) | {"max_position_embeddings": 4096, "tie_word_embeddings": False}
         layers = self.num_hidden_layers
         experts = (self.experts * layers)[:layers]
-        return ModelShape(read_architecture(fields), experts, self.top_k)
+        return ModelShape(read_architecture(fields), experts, self.top_k, inserted_blocks=self.inserted_blocks)
 
 
 MODELS = {
@@ -72,6 +73,7 @@ MODELS = {
     "many heads": Model("llama", 128, 384, 8, 8, 16, 512, 4, (3,), 192, micro_batch_size=2),
     "wide FFN": Model("qwen2", 128, 1024, 4, 1, 32, 2000, 2, (9,), 144),
     "some dense": Model("qwen3", 128, 256, 4, 2, 64, 1000, 4, (1, 4), 192),
+    "inserted blocks": Model("llama", 192, 512, 6, 6, 32, 512, 4, (1,), 256, inserted_blocks=(1, 3)),
     "large vocabulary": Model("llama", 192, 512, 6, 3, 32, 4000, 2, (1,), 256),
 }
 
@@ -171,7 +173,7 @@ def _build(model: Model, case: Case, layout: ParallelLayout, platform: Platform)
         for weight in (weight for chunk in chunks for weight in chunk.parameters()):
             weight.copy_(torch.randn(weight.shape) * 0.02)
     route_by_position(chunks, model.seq_length)
-    freeze(chunks, STAGES[case.stage])
+    freeze(chunks, STAGES[case.stage], shape.inserted_blocks)
     settings = OptimizerOptions(use_distributed_optimizer=True)
     chunks = wrap_data_parallel(chunks, config, settings)
     build_optimizer(chunks, config, settings, platform)

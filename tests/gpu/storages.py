@@ -10,6 +10,7 @@ import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class StorageLog(TorchDispatchMode):
     @contextlib.contextmanager
     def kernels(self) -> Iterator[None]:
         """Inside, emulated kernels count by their results."""
-        places = [(sys.modules[EXTENSION], name) for name in FUNCTIONS]
+        places = list(_places_of_kernels())
         places += [(sys.modules[permutation.TRITON_MODULE], function.__name__) for function in permutation.TRITON]
         # With torch.compile, which the emulation switches off, these are kernels too.
         fusions = [module for name, module in sys.modules.items() if name.startswith("megatron.core.fusions.")]
@@ -100,6 +101,16 @@ class StorageLog(TorchDispatchMode):
             return result
 
         return called
+
+
+def _places_of_kernels() -> Iterator[tuple[ModuleType, str]]:
+    """The extension, and what imported a kernel from it by name, as Transformer Engine's norms do."""
+    kernels = {name: getattr(sys.modules[EXTENSION], name) for name in FUNCTIONS}
+    for module_name, module in list(sys.modules.items()):
+        if module_name == EXTENSION or module_name.startswith("transformer_engine."):
+            for name, function in kernels.items():
+                if vars(module).get(name) is function:
+                    yield module, name
 
 
 def storages_of(values: Any, depth: int = DEPTH) -> dict[int, torch.UntypedStorage]:

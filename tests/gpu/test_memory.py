@@ -21,6 +21,7 @@ ETP = (*TP, ("expert_tensor_parallel_size", 2))
 SELECTIVE = ("core_attn", "layernorm", "moe_act", "moe")
 MIXED = ("many heads", "wide FFN", "some dense")
 DENSE = "large vocabulary"
+GROWN = "inserted blocks"
 FP8 = ("delayed", "tensorwise", "blockwise")
 ONE_MODEL = [
     *(Case(stage=stage) for stage in ("1", "2", "full")),
@@ -44,7 +45,11 @@ OTHER_MODELS = [
     *(Case(DENSE, stage="full", recompute=mode) for mode in ("none", "core_attn", "mlp", "full")),
     *(Case(DENSE, stage="full", number=recipe) for recipe in FP8),
     # It has three groups of keys and values, which TP 2 cannot split.
+    *(Case(GROWN, stage=stage, layout=PP) for stage in ("full", "2")),
     Case(DENSE, stage="full", layout=PP),
+    *(Case(GROWN, stage="blocks", recompute=mode) for mode in ("none", "core_attn", "mlp", "full")),
+    *(Case(GROWN, stage="blocks", number=number) for number in ("fp32", *FP8)),
+    *(Case(GROWN, stage="blocks", layout=layout) for layout in (TP, PP)),
 ]
 QUICK = [
     Case(),
@@ -53,6 +58,7 @@ QUICK = [
     Case("some dense", recompute="moe"),
     Case("some dense", recompute="full"),
     Case(DENSE, stage="full"),
+    Case(GROWN, stage="blocks"),
     Case("many heads", number="delayed", stage="full"),
     Case("wide FFN", number="blockwise", fp8_parameters=True),
     Case("some dense", number="tensorwise", layout=TP),

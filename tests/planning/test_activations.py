@@ -1,6 +1,7 @@
-"""What the plan says of activations after a second expansion, against the closed form."""
+"""What the plan says of activations after a second expansion or block expansion, against the closed form."""
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -14,12 +15,16 @@ from tests.fuzzing.targets import DENSE
 
 SHAPE = ModelShape(read_architecture(DENSE, "config"), (7, 1), 2)
 EXPANDED = dataclasses.replace(SHAPE, expansions=((4, 0), (2, 0)))
+DENSE_SHAPE = ModelShape(dataclasses.replace(SHAPE.architecture, num_layers=4), (1,) * 4, 1)
+ONE_RANK = ParallelLayout()
 TOKENS = 64
 
 
-def planned(shape: ModelShape, stage: str, routing: str = "balanced", needs=kept_bytes) -> float:
-    sizes = RunSizes(STAGES[stage].trains, 1, TOKENS, global_batch_size=1, routing=routing)
-    return needs(shape, ParallelLayout(), sizes, "none", 0)
+def planned(
+    shape: ModelShape, stage: str, routing="balanced", needs=kept_bytes, layout=ONE_RANK, rank=0, tokens=TOKENS
+) -> float:
+    sizes = RunSizes(STAGES[stage].trains, layout.model_parallel_size, tokens, global_batch_size=1, routing=routing)
+    return needs(shape, layout, sizes, "none", rank)
 
 
 def test_rows_of_earlier_experts_keep_no_input():
@@ -37,3 +42,25 @@ def test_they_have_no_weight_gradients():
 def test_where_nothing_differs(stage, routing):
     """Neither trains, both train, or all tokens choose the latest experts."""
     assert planned(EXPANDED, stage, routing) == planned(SHAPE, stage, routing)
+
+
+def test_only_inserted_blocks_keep_inputs():
+    """Beside `full`, of 4 blocks the 2 that are frozen keep no input of their 4 matrices (attention's output is kept by
+    attention itself): hidden twice, FFN once; nor does the output matrix. All in bf16."""
+    grown = dataclasses.replace(DENSE_SHAPE, inserted_blocks=(1, 3))
+    inputs = 2 * (2 * grown.architecture.hidden_size + grown.architecture.ffn_hidden_size)
+    output_matrix = 2 * grown.architecture.hidden_size
+    difference = planned(grown, "full") - planned(grown, "blocks")
+    assert difference == pytest.approx(TOKENS * (2 * inputs + output_matrix))
+    everywhere = dataclasses.replace(DENSE_SHAPE, inserted_blocks=(0, 1, 2, 3))
+    assert planned(everywhere, "blocks") == planned(grown, "full") - TOKENS * output_matrix
+
+
+def test_their_weight_gradients_count_where_they_are():
+    """Few tokens, so that they outweigh activations. The fullest layer decides: on a pipeline stage that has inserted
+    blocks it is as under `full`; on one that has none, as where nothing trains."""
+    grown = dataclasses.replace(DENSE_SHAPE, inserted_blocks=(3,))
+    halves = ParallelLayout(pipeline_model_parallel_size=2)
+    working = functools.partial(planned, grown, needs=working_bytes, layout=halves, tokens=8)
+    assert working("blocks", rank=1) == working("full", rank=1)
+    assert working("blocks", rank=0) == working("2", rank=0) < working("blocks", rank=1)

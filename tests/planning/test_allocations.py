@@ -4,9 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
+from megatron_moe_lpr.conversion.importer import import_hf
+from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.model.config import ComputeOptions
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -15,6 +18,7 @@ from megatron_moe_lpr.platform import select_platform
 from megatron_moe_lpr.training.config import OptimizerOptions
 from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_moe_lpr.training.stages import STAGES, freeze
+from tests.conversion.tiny_models import COMMON
 from tests.distributed import rank_pool
 from tests.launching.builders import prepare_inputs
 
@@ -43,6 +47,9 @@ CASES = [
     Case({"expert_model_parallel_size": 2}),
     Case({"pipeline_model_parallel_size": 2}),
     Case({"pipeline_model_parallel_size": 2}, stage="full"),
+    Case({}, stage="blocks"),
+    Case({"tensor_model_parallel_size": 2}, stage="blocks"),
+    Case({"pipeline_model_parallel_size": 2}, stage="blocks"),
 ]
 
 
@@ -52,7 +59,7 @@ def allocated(path, case: Case) -> dict[str, int]:
     initialize_parallel(platform, layout)
     options = ComputeOptions(dtype=getattr(torch, case.dtype))
     model = load_model(path, layout, platform, options, calculate_per_token_loss=True)
-    freeze(model.chunks, STAGES[case.stage])
+    freeze(model.chunks, STAGES[case.stage], model.shape.inserted_blocks)
     settings = OptimizerOptions(use_distributed_optimizer=case.distributed)
     chunks = wrap_data_parallel(model.chunks, model.config, settings)
     optimizer = build_optimizer(chunks, model.config, settings, platform)
@@ -76,13 +83,19 @@ def optimizer_state(optimizer, model) -> int:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A converted tiny model."""
-    return prepare_inputs(tmp_path_factory.mktemp("inputs")) / "moe"
+def checkpoints(tmp_path_factory):
+    """A converted tiny model, upcycled and with inserted blocks."""
+    root = prepare_inputs(tmp_path_factory.mktemp("inputs"))
+    # Hidden size 64: Megatron pads every gradient to a multiple of 64.
+    config = AutoConfig.for_model("llama", **COMMON | {"hidden_size": 64, "num_hidden_layers": 2})
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "wider")
+    import_hf(ImportOptions(hf=root / "wider", expand_blocks=2), root / "grown")
+    return root
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_allocations(checkpoint, case):
+def test_allocations(checkpoints, case):
+    checkpoint = checkpoints / ("grown" if case.stage == "blocks" else "moe")
     shape, layout = model_shape(resolve_checkpoint(checkpoint)), ParallelLayout(**case.layout)
     precision = "bf16" if case.dtype == "bfloat16" else "fp32"
     sizes = RunSizes(STAGES[case.stage].trains, 2, precision=precision, distributed_optimizer=case.distributed)

@@ -12,6 +12,7 @@ from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import RunSizes
 from megatron_moe_lpr.planning.saving import save_needs
 from megatron_moe_lpr.training.stages import STAGES
+from tests.conversion.helpers import run
 from tests.distributed import rank_pool
 from tests.training.runs import make_checkpoint, make_data, train
 
@@ -26,13 +27,18 @@ CASES = [
     (EP2, "1", {}),
     (PP2, "1", {}),
     ({}, "1", {"save_trainable_only": True}),
+    ({}, "blocks", {"save_trainable_only": True}),
+    (PP2, "blocks", {}),
 ]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
+    """A checkpoint with experts, one with inserted blocks, and data."""
     root = tmp_path_factory.mktemp("inputs")
-    return make_checkpoint(root, model="qwen2"), make_data(root)
+    checkpoint = make_checkpoint(root, model="qwen2")
+    run("import", "--hf", root / "hf", "--save", root / "grown", "--expand-blocks", 2)
+    return checkpoint, root / "grown", make_data(root)
 
 
 def written(path) -> Counter:
@@ -48,7 +54,8 @@ def written(path) -> Counter:
 
 @pytest.mark.parametrize("layout, stage, options", CASES, ids=str)
 def test_bytes(layout, stage, options, inputs, tmp_path):
-    checkpoint, data = inputs
+    upcycled, grown, data = inputs
+    checkpoint = grown if stage == "blocks" else upcycled
     job = functools.partial(train, checkpoint, tmp_path / "run", data, stage, train_iters=1)
     rank_pool(2).run(functools.partial(job, **{"use_distributed_optimizer": True} | layout | options))
     found = written(resolve_checkpoint(tmp_path / "run").path)
