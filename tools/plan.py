@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Plan a run before it is started: parameters, operations, memory of a rank, and the layouts that fit, best first.
+"""Plan a run before it is started: parameters, operations, memory of a rank, the layouts that fit, best first, and what
+each of them sends.
 
 Layout flags that are given are kept; the others are searched.
 """
@@ -10,6 +11,11 @@ from typing import Literal
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
+
+ABOVE_ZERO = (
+    *("gpus", "gpu_memory", "gpus_per_node", "seq_length", "micro_batch_size", "global_batch_size", "show"),
+    *("peak_tflops", "utilization", "node_bandwidth", "network_bandwidth"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,23 +59,32 @@ class Flags:
     """Activations: keep all, compute one of training's --recompute-modules again, or whole layers."""
     show: int = 8
     """Layouts to show."""
+    routing: Path | None = None
+    """An evaluation's JSON file (tools/evaluate.py): what is sent is counted with its routing. Default: balanced."""
+    original_share: float | None = None
+    """With --routing: share of tokens of original languages. Default: as in the data that the checkpoint saw last."""
+    peak_tflops: float = 989.0
+    """TFLOP/s of a GPU, here an H100's in bf16; 1979 in FP8. This and the next three are for the step on paper."""
+    utilization: float = 0.4
+    """Share of it that a step's operations reach: an assumption."""
+    node_bandwidth: float = 450.0
+    """GB/s that a GPU sends to others of its node."""
+    network_bandwidth: float = 50.0
+    """GB/s that a GPU sends to other nodes."""
 
 
 def main() -> None:
     flags = parse_flags(Flags, description=__doc__)
-    for name in ("gpus", "gpu_memory", "gpus_per_node", "seq_length", "micro_batch_size", "global_batch_size", "show"):
-        if getattr(flags, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be above 0")
-    if flags.fp8_param_gather and flags.precision != "fp8":
-        raise UserError("--fp8-param-gather needs --precision fp8")
-    if flags.fp8_param_gather and flags.fp8_recipe == "delayed":
-        raise UserError("--fp8-param-gather is not supported with --fp8-recipe delayed; choose tensorwise or blockwise")
+    _check(flags)
     # Late, because Megatron takes seconds to import and the checks above do without.
-    from megatron_moe_lpr.planning.report import print_plan
+    from megatron_moe_lpr.planning.interconnect import Hardware
+    from megatron_moe_lpr.planning.report import print_communication, print_plan
+    from megatron_moe_lpr.planning.routing import Routing, read_routing
     from megatron_moe_lpr.planning.saving import describe_needs
     from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
 
     shape, sizes = read_shape(flags), read_sizes(flags)
+    routing = read_routing(flags.routing, flags.original_share) if flags.routing else Routing()
     if flags.stage == "blocks" and not shape.inserted_blocks:
         raise UserError("--stage blocks trains inserted blocks: give a checkpoint of import --expand-blocks by --load")
     machine = Machine(flags.gpus, flags.gpus_per_node, flags.gpu_memory)
@@ -81,11 +96,28 @@ def main() -> None:
     )
     candidates = find_layouts(shape, sizes, machine, choice)
     print_plan(shape, sizes, machine, candidates[: flags.show])
+    if flags.gpus > 1:
+        speeds = (flags.peak_tflops, flags.utilization, flags.node_bandwidth, flags.network_bandwidth)
+        print_communication(shape, sizes, candidates[: flags.show], routing, Hardware(flags.gpus_per_node, *speeds))
     print(describe_needs(shape, candidates[0].layout, sizes, flags.gpus_per_node))
     if flags.experts_per_layer is not None:
         from megatron_moe_lpr.planning.savings import saving_against_uniform
 
         print(saving_against_uniform(shape, sizes, flags.num_experts))
+
+
+def _check(flags: Flags) -> None:
+    for name in ABOVE_ZERO:
+        if getattr(flags, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be above 0")
+    if flags.fp8_param_gather and flags.precision != "fp8":
+        raise UserError("--fp8-param-gather needs --precision fp8")
+    if flags.fp8_param_gather and flags.fp8_recipe == "delayed":
+        raise UserError("--fp8-param-gather is not supported with --fp8-recipe delayed; choose tensorwise or blockwise")
+    if flags.original_share is not None and flags.routing is None:
+        raise UserError("--original-share needs --routing")
+    if flags.original_share is not None and not 0 <= flags.original_share <= 1:
+        raise UserError(f"--original-share {flags.original_share}: from 0 to 1")
 
 
 def read_shape(flags: Flags):

@@ -7,8 +7,11 @@ from rich.table import Table
 
 from megatron_moe_lpr.model.config import ModelShape
 from megatron_moe_lpr.model.flops import training_flops_per_token
+from megatron_moe_lpr.planning.communication import busiest_rank
+from megatron_moe_lpr.planning.interconnect import Hardware, step_times
 from megatron_moe_lpr.planning.memory import GIB, RunSizes, worst_total
 from megatron_moe_lpr.planning.parameters import active_parameters, model_parameters, trainable
+from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.search import Candidate, Machine
 
 
@@ -31,6 +34,77 @@ def print_plan(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates:
         )
 
 
+def print_communication(
+    shape: ModelShape, sizes: RunSizes, candidates: Sequence[Candidate], routing: Routing, hardware: Hardware
+) -> None:
+    """What a rank of each layout sends in a step, and the step on paper, never measured."""
+    title = (
+        f"GB that the busiest rank sends in a step of {sizes.global_batch_size:,} x {sizes.seq_length:,} tokens, and "
+        "the step on paper (never measured)"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in ("TP", "PP", "EP", "DP", "sent: DP", "TP", "EP", "PP", "step, s", "compute, s"):
+        table.add_column(name, justify="right")
+    table.add_column("where the time goes", overflow="fold")
+    table.add_column("with the original expert inside the EP group", overflow="fold")
+    for candidate in candidates:
+        table.add_row(*_communication_row(shape, sizes, candidate, routing, hardware))
+    console = Console(width=160)
+    console.print(table)
+    console.print(
+        f"On paper: {hardware.peak_tflops:g} TFLOP/s at {hardware.utilization:.0%}, {hardware.node_bandwidth:g} GB/s "
+        f"inside a node of {hardware.gpus_per_node} GPUs, {hardware.network_bandwidth:g} GB/s a GPU between nodes; DP "
+        "overlaps with one micro-batch, TP, EP and PP with nothing. "
+        + (_routing_words(routing) if shape.num_moe_layers else "")
+    )
+
+
+def _communication_row(
+    shape: ModelShape, sizes: RunSizes, candidate: Candidate, routing: Routing, hardware: Hardware
+) -> list[str]:
+    layout, kind = candidate.layout, candidate.recompute
+    traffic, times = (
+        [function(shape, layout, sizes, kind, routing, *more, inside) for inside in (False, True)]
+        for function, more in ((busiest_rank, ()), (step_times, (hardware,)))
+    )
+    sent, of = traffic[0], times[0]
+    numbers = (sent.data + sent.expert_data, sent.tensor, sent.expert + sent.expert_tensor, sent.pipeline)
+    inside = ""
+    if layout.expert_model_parallel_size > 1:
+        exchanged = traffic[1].expert + traffic[1].expert_tensor
+        inside = f"EP {exchanged / 1e9:,.2f} GB, step {times[1].total:,.3f} s: {times[1].bound}"
+    return [
+        *layout_sides(candidate, sizes.gpus),
+        *(f"{number / 1e9:,.2f}" for number in numbers),
+        f"{of.total:,.3f}",
+        f"{of.compute:,.3f}",
+        of.bound,
+        inside,
+    ]
+
+
+def layout_sides(candidate: Candidate, gpus: int) -> list[str]:
+    """TP, PP, EP and DP of a layout."""
+    layout = candidate.layout
+    sides = (
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
+        layout.expert_model_parallel_size,
+        layout.data_parallel_size(gpus),
+    )
+    return [str(side) for side in sides]
+
+
+def _routing_words(routing: Routing) -> str:
+    if not routing.layers:
+        return "Routing is taken as balanced (--routing: as an evaluation found it)."
+    share = sum(shares[0] for shares in routing.layers) / len(routing.layers)
+    return (
+        f"Routing: {share:.1%} of the tokens have the original expert among their top k "
+        f"({routing.original_share:.0%} of the tokens are of original languages)."
+    )
+
+
 def _layouts(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates: Sequence[Candidate]) -> Table:
     precision = f"fp8 {sizes.fp8_recipe}" if sizes.precision == "fp8" else sizes.precision
     title = (
@@ -43,14 +117,9 @@ def _layouts(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates: S
         table.add_column(name, justify="left" if name == "recompute" else "right")
     table.add_column("why", overflow="fold")
     for candidate in candidates:
-        layout = candidate.layout
-        sides = (
-            layout.tensor_model_parallel_size,
-            layout.pipeline_model_parallel_size,
-            layout.expert_model_parallel_size,
-            layout.data_parallel_size(machine.gpus),
-        )
         memory = (f"{getattr(candidate.memory, part) / GIB:.1f}" for part in parts)
-        worst = f"{worst_total(shape, layout, sizes, candidate.recompute) / GIB:.1f}"
-        table.add_row(*map(str, sides), candidate.recompute, *memory, worst, ", ".join(candidate.reasons))
+        worst = f"{worst_total(shape, candidate.layout, sizes, candidate.recompute) / GIB:.1f}"
+        table.add_row(
+            *layout_sides(candidate, machine.gpus), candidate.recompute, *memory, worst, ", ".join(candidate.reasons)
+        )
     return table

@@ -132,13 +132,9 @@ def evaluate(
 ) -> Candidate:
     """Memory and expected cost of one layout."""
     memory = largest_rank(shape, layout, sizes, recompute)
-    stages, tp, ep = (
-        layout.pipeline_model_parallel_size,
-        layout.tensor_model_parallel_size,
-        layout.expert_model_parallel_size,
-    )
-    waiting = (stages - 1) / sizes.num_microbatches(layout) + _excess_of_last_stage(shape, sizes, stages)
-    again = _recomputed_share(shape, sizes, recompute)
+    tp, ep = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
+    waiting = waiting_share(shape, layout, sizes)
+    again = recomputed_share(shape, sizes, recompute)
     tp_cost = COST_OF_TP * math.log2(tp)
     ep_cost = COST_OF_EP * math.log2(ep) * (ACROSS_NODES if max(tp, ep) > machine.gpus_per_node else 1)
     cost = (1 + again) * (1 + waiting) * (1 + tp_cost + ep_cost)
@@ -150,6 +146,12 @@ def evaluate(
     return Candidate(layout, recompute, memory, cost, tuple(reasons))
 
 
+def waiting_share(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes) -> float:
+    """Time that pipeline stages wait for each other, against a step without."""
+    stages = layout.pipeline_model_parallel_size
+    return (stages - 1) / sizes.num_microbatches(layout) + _excess_of_last_stage(shape, sizes, stages)
+
+
 def _excess_of_last_stage(shape: ModelShape, sizes: RunSizes, stages: int) -> float:
     """How much longer than the average pipeline stage the last one takes, which has the output matrix as well."""
     flops = training_flops_per_token(shape, sizes.trains, sizes.seq_length)
@@ -158,7 +160,7 @@ def _excess_of_last_stage(shape: ModelShape, sizes: RunSizes, stages: int) -> fl
     return head / flops * (stages - 1)
 
 
-def _recomputed_share(shape: ModelShape, sizes: RunSizes, recompute: Recompute) -> float:
+def recomputed_share(shape: ModelShape, sizes: RunSizes, recompute: Recompute) -> float:
     """Extra operations of recomputing, against a step without."""
     architecture = shape.architecture
     ffn = 6.0 * architecture.hidden_size * architecture.ffn_hidden_size
