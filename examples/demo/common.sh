@@ -39,6 +39,22 @@ step() {
     [ -e "$done" ] || touch "$done"
 }
 
+# beside NAME COMMAND...: in the background, its lines marked with NAME; await waits for all of them, or fails.
+beside() {
+    local name=$1
+    shift
+    ("$@") > >(sed -u "s/^/$name | /") 2>&1 &
+    STARTED+=($!)
+}
+STARTED=()
+
+await() {
+    local process failed=0
+    for process in "${STARTED[@]}"; do wait "$process" || failed=1; done
+    STARTED=()
+    return $failed
+}
+
 ranks() {
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" "$@"
 }

@@ -5,7 +5,9 @@
 RUNS=${RUNS:-runs/full}
 # 10,070 windows of 256 tokens, 8 a step.
 STAGE1_ITERS=${STAGE1_ITERS:-1258}
-export RUNS STAGE1_ITERS
+# The top layer alone: its router tells the languages apart best, and what a token loses by a wrong choice is lost once.
+MOE_LAYERS=${MOE_LAYERS:-[0]*3+[1]}
+export RUNS STAGE1_ITERS MOE_LAYERS
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 SECONDS=0

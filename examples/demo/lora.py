@@ -5,7 +5,6 @@ the model with the adapters added to its weights, a stock dense model.
 """
 
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -63,7 +62,6 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.bf16 and flags.fp32:
         raise UserError("--bf16 and --fp32: give one of them")
     torch.manual_seed(flags.seed)
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     dense = AutoModelForCausalLM.from_pretrained(flags.hf, local_files_only=True)
     dtype = dense.dtype
     adapters = LoraConfig(r=flags.rank, lora_alpha=2 * flags.rank, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -6,6 +6,7 @@
 RUNS=${RUNS:-runs/paper}
 FULL=${FULL:-runs/full}
 SEED=${SEED:-1234}
+RANKS=${RANKS:-1}
 REPLAY_DOCUMENTS=${REPLAY_DOCUMENTS:-2}
 TABLE=$RUNS
 RUNS=$TABLE/scaling
@@ -26,31 +27,49 @@ both() {
     step "$RUNS/$1-stage1/.done" "$1: stage 1" learn_expanded 1 "$RUNS/$1" "$RUNS/$1-stage1"
     step "$RUNS/$1-stage2/.done" "$1: stage 2" review "$RUNS/$1-stage1" "$RUNS/$1-stage2"
 }
-for count in 3 9; do
-    both experts-$count $count
-    evaluate experts-$count "$RUNS/experts-$count-stage2"
-done
 
 # After stage 1 over the whole corpus, of which one document of each original language is 0.1%.
-for documents in 1 3 11 33; do
-    REPLAY=replay-$documents
-    for language in $ORIGINAL; do tokens "$REPLAY" train "$language" "$BASE" --max-documents $documents; done
-    step "$RUNS/$REPLAY/.done" "a review with $documents documents of each original language" \
-        review "$FULL/stage1" "$RUNS/$REPLAY"
-    evaluate "$REPLAY" "$RUNS/$REPLAY"
-done
+replays() {
+    local documents language REPLAY
+    for documents in 1 3 11 33; do
+        REPLAY=replay-$documents
+        for language in $ORIGINAL; do tokens "$REPLAY" train "$language" "$BASE" --max-documents $documents; done
+        step "$RUNS/$REPLAY/.done" "a review with $documents documents of each original language" \
+            review "$FULL/stage1" "$RUNS/$REPLAY"
+        evaluate "$REPLAY" "$RUNS/$REPLAY"
+    done
+}
 
 # A third more tokens in both stages: each language has as many as before. The first 40 pages are for validation.
-REPLAY=replay
-gnome_text "$RUNS/gnome" cs en
-head -n 40 "$RUNS/gnome/text/cs.jsonl" >"$RUNS/gnome/valid-cs.jsonl"
-tail -n +41 "$RUNS/gnome/text/cs.jsonl" >"$RUNS/gnome/train-cs.jsonl"
-for split in train valid; do
-    step "$DATA/$split-cs.json" "tokens of $split cs" "$PYTHON" tools/preprocess_data.py \
-        --input "$RUNS/gnome/$split-cs.jsonl" --language cs --tokenizer "$BASE" --output-prefix "$DATA/$split-cs"
-done
-EXPANDED="$EXPANDED cs" STAGE1_ITERS=$((STAGE1_ITERS * 4 / 3)) STAGE2_ITERS=$((STAGE2_ITERS * 4 / 3)) both cs $EXPERTS
-evaluate cs "$RUNS/cs-stage2"
+czech() {
+    local split EXPANDED="$EXPANDED"
+    gnome_text "$RUNS/gnome" cs en
+    head -n 40 "$RUNS/gnome/text/cs.jsonl" >"$RUNS/gnome/valid-cs.jsonl"
+    tail -n +41 "$RUNS/gnome/text/cs.jsonl" >"$RUNS/gnome/train-cs.jsonl"
+    for split in train valid; do
+        step "$DATA/$split-cs.json" "tokens of $split cs" "$PYTHON" tools/preprocess_data.py \
+            --input "$RUNS/gnome/$split-cs.jsonl" --language cs --tokenizer "$BASE" --output-prefix "$DATA/$split-cs"
+    done
+    EXPANDED="$EXPANDED cs" STAGE1_ITERS=$((STAGE1_ITERS * 4 / 3)) STAGE2_ITERS=$((STAGE2_ITERS * 4 / 3)) both cs $EXPERTS
+    evaluate cs "$RUNS/cs-stage2"
+}
+
+experts() {
+    local count
+    for count in 3 9; do
+        both experts-$count $count
+        evaluate experts-$count "$RUNS/experts-$count-stage2"
+    done
+}
+
+replays_and_czech() {
+    replays
+    czech
+}
+
+beside "experts" experts
+beside "replay and cs" replays_and_czech
+await
 ORIGINAL="en" EXPANDED="cs" evaluate on-cs-base "$TABLE/base"
 ORIGINAL="en" EXPANDED="cs" evaluate on-cs-without "$TABLE/seed-$SEED/stage2"
 ORIGINAL="en" EXPANDED="cs" evaluate on-cs-with "$RUNS/cs-stage2"

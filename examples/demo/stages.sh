@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 BASE=${BASE:-data/base_model}
 EXPERTS=5
 # Layer 0 stays dense: its router cannot tell the languages apart.
-MOE_LAYERS='[0]+[1]*3'
+MOE_LAYERS=${MOE_LAYERS:-[0]+[1]*3}
 LENGTH=256
 SEED=${SEED:-1234}
 STAGE1_ITERS=${STAGE1_ITERS:-280}

@@ -35,9 +35,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path, list]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora, "lm_loss", remembered)
-        threads = torch.get_num_threads()
         lora.main(list(map(str, arguments)))
-        torch.set_num_threads(threads)
     return dense, root / "tuned", seen
 
 
