@@ -56,7 +56,7 @@ def curves(flags: Flags) -> list[dict]:
         curve(
             "One more new language",
             "new languages",
-            "Greek, Hungarian and Turkish alone, or with Czech beside them; each language has the same number of tokens "
+            "Greek, Hungarian and Turkish alone, or with Czech beside them; each language has as many tokens "
             "in both. The figures are those of the languages that both have learned.",
             {"3": own, "4": scaled("cs")},
         ),
