@@ -1,0 +1,70 @@
+"""Where a training step makes the host wait for the device, counted on the emulated device, per micro-batch and layer.
+
+`make test-te TESTS="tests/gpu/test_synchronisations.py -s"` prints every place.
+"""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from megatron_moe_lpr.training.loop import Trainer
+from tests.gpu import device
+from tests.gpu.ranks import run
+from tests.gpu.synchronisations import counted
+from tests.gpu.test_layouts import EP2, TP2
+from tests.gpu.test_numerics import BF16, RECIPES, SHARDED
+from tests.training.runs import train
+
+COUNTED_STEP = 3  # what only the first steps do is over
+LAYERS = 4
+GLOBAL_BATCH = 8
+pytestmark = pytest.mark.skipif(not device.EMULATED, reason="counts on the emulated device alone")
+CASES = {
+    "one rank": (1, {}),
+    "one rank, fp32": (1, {"fp32": True, "bf16": False}),
+    "stage 2": (1, {"stage": "2"}),
+    "fp8 tensorwise": (1, RECIPES["tensorwise"]),
+    "EP2": (2, EP2 | SHARDED),
+    "TP2+SP": (2, TP2),
+}
+
+
+def waits_of_a_step(checkpoint: Path, save: Path, data: dict, **changes) -> Counter:
+    """On every rank: the waits of one whole step, the look at the stop request included."""
+    found: Counter = Counter()
+    step, asked = Trainer.step, Trainer._asked_to_stop
+
+    def watched(method, trainer, iteration, *arguments):
+        if iteration != COUNTED_STEP:
+            return method(trainer, *arguments)
+        with counted() as waits:
+            result = method(trainer, *arguments)
+        found.update(waits.counts)
+        return result
+
+    with (
+        patch.object(Trainer, "step", lambda self, batches: watched(step, self, self.state.iteration + 1, batches)),
+        patch.object(Trainer, "_asked_to_stop", lambda self: watched(asked, self, self.state.iteration)),
+    ):
+        train(checkpoint, save, data, platform="cuda", log_interval=100, **changes)
+    return found
+
+
+def count(inputs, save: Path, name: str) -> Counter:
+    """Rank 0's waits of a step with two micro-batches."""
+    world, changes = CASES[name]
+    fields = {"fp32": False, **BF16, "seq_length": 64, "micro_batch_size": 4 // (2 if name == "EP2" else 1)}
+    fields |= {"global_batch_size": GLOBAL_BATCH, "train_iters": COUNTED_STEP + 1} | changes
+    return run(world, partial(waits_of_a_step, **fields), inputs[0], save, inputs[1])[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_counts(name, inputs, tmp_path):
+    found = count(inputs, tmp_path / "run", name)
+    print(f"\n{name}")
+    for (operation, site), times in sorted(found.items()):
+        print(f"  {times:4} {operation:18} {site}")
+    assert found
