@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -108,11 +109,36 @@ class MoELPRLayer(MoELayer):
 
     def _mixture(self, hidden_states: torch.Tensor, token_tags: torch.Tensor | None) -> torch.Tensor:
         weights, choices = self.router(hidden_states, token_tags)
+        counts = self._send_counts(choices[:, 0])
         new_weights, new_choices = weights[:, 1:], choices[:, 1:]
         if self.dispatch_order:
             new_weights, new_choices = new_weights[:, self.dispatch_order], new_choices[:, self.dispatch_order]
         new = self._new_experts(hidden_states, new_weights.contiguous(), new_choices.contiguous())
-        return self._add_original_expert(new, hidden_states, weights[:, 0], choices[:, 0])
+        count, largest = counts.tolist()
+        # The indices in their order, as `nonzero` gives them, without its wait for the device.
+        chosen = choices[:, 0].to(torch.uint8).argsort(descending=True, stable=True)[:count]
+        return self._add_original_expert(new, hidden_states, weights[:, 0], chosen, largest)
+
+    def _send_counts(self, choice: torch.Tensor) -> torch.Tensor:
+        """Start the copy to the host of how many tokens chose the original expert, here and at most on a TP rank: [2].
+
+        Sequence parallelism gathers pieces of equal size, but the ranks' parts of the sequence choose the original
+        expert unequally often. The copy runs on the stream of the all-to-all dispatcher's own, before them, and has
+        arrived when the dispatcher has waited for those (token_dispatcher.py `_maybe_dtoh_and_synchronize`; with a
+        capacity before its first permutation): one wait for both. Other dispatchers have no such stream: a wait more.
+        """
+        count = choice.sum()
+        largest = count
+        if self.config.sequence_parallel:
+            largest = count.clone()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.attn_tp_group)
+        counts = torch.stack((count, largest))
+        stream = getattr(self.token_dispatcher, "cuda_dtoh_stream", None)
+        if stream is None:
+            return counts
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            return token_dispatcher.maybe_move_tensor_to_cpu(counts, record_stream=True)
 
     def _new_experts(self, hidden_states: torch.Tensor, weights: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the new experts; tokens that chose none of them get zeros."""
@@ -123,33 +149,24 @@ class MoELPRLayer(MoELayer):
             return self.token_dispatcher.combine_postprocess(self.combine(output))
 
     def _add_original_expert(
-        self, output: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, choice: torch.Tensor
+        self, output: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor, rows: int
     ) -> torch.Tensor:
-        """Add weight * original_expert(x) at the tokens whose `choice` ([tokens], bool) is set."""
+        """Add weight * original_expert(x) at the tokens `chosen` ([count]); `rows`: the largest count of a TP rank."""
         hidden = hidden_states.shape[-1]
-        chosen = choice.nonzero().squeeze(1)
         tokens = hidden_states.reshape(-1, hidden).index_select(0, chosen)
-        padding = self._rows_of_original_expert(chosen.numel()) - chosen.numel()
+        padding = self._rows_of_original_expert(rows) - chosen.numel()
         tokens = torch.nn.functional.pad(tokens, (0, 0, 0, padding)).unsqueeze(1)
         original, _ = self.original_expert(tokens)
         original = original.squeeze(1)[: chosen.numel()] * weight.index_select(0, chosen).unsqueeze(1)
         flat = output.reshape(-1, hidden).index_add(0, chosen, original.to(output.dtype))
         return flat.view(output.shape)
 
-    def _rows_of_original_expert(self, chosen: int) -> int:
-        """Rows each TP rank brings to the original expert: the largest count among them, at least 1, aligned for FP8.
-
-        Sequence parallelism gathers pieces of equal size, but the ranks' parts of the sequence choose the original
-        expert unequally often. A row of zeros comes out as zeros.
-        """
-        if self.config.sequence_parallel:
-            largest = torch.tensor(chosen, device=torch.cuda.current_device())
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.attn_tp_group)
-            chosen = int(largest)
+    def _rows_of_original_expert(self, largest: int) -> int:
+        """Rows each TP rank brings to the original expert: at least 1, aligned for FP8. A row of zeros stays zeros."""
         alignment = 1
         if self.config.fp8:
             alignment = row_alignment(self.config.fp8_recipe, self.config.sequence_parallel)
-        return max(1, math.ceil(chosen / alignment)) * alignment
+        return max(1, math.ceil(largest / alignment)) * alignment
 
 
 @contextlib.contextmanager

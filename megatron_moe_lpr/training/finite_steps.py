@@ -54,8 +54,10 @@ class FiniteSteps:
     def _found_non_finite(self) -> bool:
         found = self._prepare()
         self.grad_norm = float(self._norm())
-        sums = [buffer.grad_data.sum() for buffer in self.buffers]
-        found |= not math.isfinite(self.grad_norm) or not all(map(math.isfinite, sums))
-        flag = torch.tensor(int(found), device=torch.cuda.current_device())
+        found |= not math.isfinite(self.grad_norm)
+        flag = torch.full((), int(found), device=torch.cuda.current_device())
+        # Looked at on the device: the host waits once, for the answer of all ranks.
+        for buffer in self.buffers:
+            flag |= ~buffer.grad_data.sum().isfinite()
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)

@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from megatron.core.transformer.moe import token_dispatcher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_moe_lpr.platform.cpu.streams import FinishedEvent, InOrderStream
@@ -27,6 +28,10 @@ DYNAMIC = {
     aten._unique2.default: "unique",
 }
 HERE = Path(__file__)
+EMULATION = HERE.parents[1] / "emulation"
+HOST_ONLY = {"gpt_dataset.py", "random.py"}
+"""Megatron's samples and its states of random numbers lie on the host."""
+WRAPPERS = {"emulation/device.py", "platform/cpu"}
 
 
 class Waits(TorchDispatchMode):
@@ -43,13 +48,21 @@ class Waits(TorchDispatchMode):
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         ):
             name = "boolean index"
+        # One value at a mask is a masked fill (ATen's `canDispatchToMaskedFill`), which needs no indices.
+        if name and function is not aten.index.Tensor and len(args) > 2 and args[2].numel() == 1:
+            name = None
         if name and not self.is_on_host(args[0]):
             self.add(name)
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        if tensors and all(map(self.is_on_host, tensors)) and isinstance(result, torch.Tensor):
+            self._keep(result)
+        return result
 
     def add(self, operation: str) -> None:
         """Count a wait of the line that is being run."""
-        self.counts[operation, _site()] += 1
+        if site := _site():
+            self.counts[operation, site] += 1
 
     def is_on_host(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor was copied to the host or made there: on the emulated device both are the CPU."""
@@ -58,9 +71,12 @@ class Waits(TorchDispatchMode):
     def put_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same values, known to lie on the host."""
         copied = tensor.detach().clone()
-        storage = copied.untyped_storage()
-        self._on_host[storage._cdata] = storage
+        self._keep(copied)
         return copied
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._on_host[storage._cdata] = storage  # held, so that no other storage takes its place
 
 
 @contextlib.contextmanager
@@ -89,6 +105,12 @@ def counted() -> Iterator[Waits]:
         result = tensor(*args, **kwargs)
         return result if kwargs.get("device") is not None else waits.put_on_host(result)
 
+    def started(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if not torch.is_tensor(value):
+            return value
+        copy = waits.put_on_host(value)
+        return copy.numpy() if as_numpy else copy
+
     def synchronize(self: Any) -> None:
         waits.add("synchronize")
 
@@ -98,6 +120,7 @@ def counted() -> Iterator[Waits]:
         patch.object(torch.Tensor, "numpy", read(numpy, "numpy")),
         patch.object(torch.Tensor, "tolist", read(tolist, "tolist")),
         patch.object(torch, "tensor", made),
+        patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", started),
         patch.object(FinishedEvent, "synchronize", synchronize),
         patch.object(InOrderStream, "synchronize", synchronize),
         patch.object(torch.cuda, "synchronize", lambda *args: waits.add("synchronize")),
@@ -110,19 +133,18 @@ def counted() -> Iterator[Waits]:
 
 
 def _is_host(target: Any) -> bool:
-    """Only by name: the emulated device is a torch.device("cpu") too, which `current_device` answers as an object."""
-    return target == "cpu" and isinstance(target, str) or _from_dispatcher(target)
+    """Only by name: the emulated device, too, is a torch.device("cpu"), which is passed as an object."""
+    return isinstance(target, str) and target == "cpu"
 
 
-def _from_dispatcher(target: Any) -> bool:
-    # moe_utils.py `maybe_move_tensor_to_cpu` names the host as an object.
-    names = (frame.name for frame in traceback.extract_stack(limit=5))
-    return isinstance(target, torch.device) and "maybe_move_tensor_to_cpu" in names
-
-
-def _site() -> str:
+def _site() -> str | None:
+    """The innermost line that is neither torch's nor a wrapper's; None: inside an emulated kernel, which on a device
+    would not wait."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path != HERE and "torch" not in path.parts and "unittest" not in path.parts and "emulation" not in path.parts[:-1]:
-            return f"{path.name}:{frame.name}"
-    return "?"
+        if path == HERE or any(part in WRAPPERS for part in ("/".join(path.parts[-2:]), "/".join(path.parts[-3:-1]))):
+            continue
+        if "/site-packages/torch/" in str(path) or path.name == "contextlib.py":
+            continue
+        return None if path.parent == EMULATION or path.name in HOST_ONLY else f"{path.name}:{frame.name}"
+    return None
