@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from megatron_moe_lpr.training.loop import Trainer
 from tests.gpu import device
@@ -61,10 +62,40 @@ def count(inputs, save: Path, name: str) -> Counter:
     return run(world, partial(waits_of_a_step, **fields), inputs[0], save, inputs[1])[0]
 
 
+OF_THE_STEP = {
+    ("copy to the host", "global_batch.py:_sum_over_ranks"): 1,  # the losses
+    ("item", "clip_grads.py:get_grad_norm_fp32"): 1,  # Megatron's
+    ("item", "finalize_model_grads.py:finalize_model_grads"): 1,  # Megatron's, whether there are tokens
+    ("item", "finite_steps.py:_found_non_finite"): 1,
+    ("item", "loop.py:_asked_to_stop"): 1,
+}
+OF_A_LAYER = ("synchronize", "token_dispatcher.py:_maybe_dtoh_and_synchronize")
+MICRO_BATCHES = 2
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_counts(name, inputs, tmp_path):
+def test_one_wait_a_layer_and_five_a_step(name, inputs, tmp_path):
     found = count(inputs, tmp_path / "run", name)
     print(f"\n{name}")
     for (operation, site), times in sorted(found.items()):
         print(f"  {times:4} {operation:18} {site}")
-    assert found
+    assert found == OF_THE_STEP | {OF_A_LAYER: LAYERS * MICRO_BATCHES}
+
+
+def planted() -> Counter:
+    """Waits of every kind, on a rank."""
+    tensor = torch.arange(4.0)
+    with counted() as waits:
+        tensor.sum().item()
+        bool(tensor.any())
+        tensor.nonzero()
+        tensor[tensor > 1]
+        tensor.tolist()
+        tensor.cpu().sum().item()  # the copy waits, what is done with it does not
+        torch.cuda.synchronize()
+    return Counter(operation for operation, _ in waits.counts.elements())
+
+
+def test_planted_waits_are_found():
+    kinds = {"item": 2, "nonzero": 1, "boolean index": 1, "tolist": 1, "copy to the host": 1, "synchronize": 1}
+    assert run(1, planted)[0] == kinds
