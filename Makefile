@@ -3,6 +3,7 @@
 #   make test            install, then run the tests on this machine's CPU
 #   make test-te         the GPU tests on an emulated device, in an environment of their own, without a GPU
 #   make test-gpu        the same tests on GPUs
+#   make test-eval       installs lm_eval, then runs the tests that need it
 #   make test-serving    exports in vLLM, llama.cpp and transformers 4, in environments of their own
 #   make lint            ruff
 #   make demo            the whole method on real text; make demo-baselines for what else one could do
@@ -25,7 +26,7 @@ ENGINES := $(CURDIR)/.venv-vllm/.installed $(CURDIR)/.venv-llama-cpp/.installed 
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test test-te test-gpu test-serving lint clean
+.PHONY: install test test-te test-eval test-gpu test-serving lint clean
 
 install: $(INSTALLED)
 
@@ -50,6 +51,13 @@ $(TE_VENV)/.installed: tests/transformer_engine/environment.sh setup.py constrai
 
 test-te: $(TE_VENV)/.installed
 	$(TE_VENV)/bin/python -m pytest -p tests.emulation.plugin $(or $(TESTS),tests/emulation tests/transformer_engine tests/gpu)
+
+# lm_eval brings fifty packages, 540 MB: the tests that need it (and pyarrow) are skipped by `make test` without them.
+test-eval: $(INSTALLED)
+ifndef SYSTEM_PYTHON
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,eval]'
+endif
+	$(BIN)/python -m pytest $(or $(TESTS),tests/evaluation/benchmarks tests/data/test_hub.py tests/data/test_sources.py)
 
 # With the Python that has the real Transformer Engine, as the Docker image's has; installs nothing.
 test-gpu:

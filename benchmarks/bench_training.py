@@ -63,6 +63,7 @@ def main() -> None:
         for stage in flags.stages:
             rows += measure(flags, stage, inputs, sizes, Path(work))
             print_table(rows, stage)
+            print_kinds(rows, stage)
     if flags.json:
         text = json.dumps({"machine": platform.processor() or platform.machine(), "sizes": sizes, "rows": rows})
         flags.json.write_text(text + "\n", encoding="utf-8")
@@ -98,7 +99,7 @@ def measure(flags: Flags, stage: str, inputs: dict, sizes: dict, work: Path) -> 
         for _ in range(flags.rounds):
             for each in running:
                 each.measure(flags.steps)
-        return [figures(stage, each, running, sizes) for each in running]
+        return [figures(stage, each, running, sizes) | {"time_by_kind": each.profile()} for each in running]
 
 
 def faster(peers: list) -> Any:
@@ -150,6 +151,19 @@ def print_table(rows: list[dict[str, Any]], stage: str) -> None:
                 f"{row['peak_megabytes']:,.0f}",
                 *(format_ratio(row[name]) for name in ("share_of_floor", "times_peer", "times_ours_fp32")),
             )
+    Console(width=110).print(table)
+
+
+def print_kinds(rows: list[dict[str, Any]], stage: str) -> None:
+    """Where the time of one profiled step goes."""
+    table = Table(title=f"stage {stage}: share of a step's time")
+    table.add_column("")
+    chosen = [row for row in rows if row["stage"] == stage and not row["candidate"].startswith("floor")]
+    for kind in chosen[0]["time_by_kind"]:
+        table.add_column(kind, justify="right")
+    for row in chosen:
+        parts = (f"{part:.0%}" for part in row["time_by_kind"].values())
+        table.add_row(f"{row['candidate']}, {row['precision']}", *parts)
     Console(width=110).print(table)
 
 

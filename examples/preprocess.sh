@@ -12,6 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 : "${VALID_INPUT:=$ROOT/data/help_corpus/valid/LANGUAGE.jsonl.zst}"  # the same for validation
 : "${REVIEW_EXPANDED:=100000}"                                # documents of each expanded language in stage 2
 : "${REVIEW_ORIGINAL:=50000}"                                 # documents of each original language in stage 2
+: "${VALID_DOCUMENTS:=}"                                      # documents of each language in validation; default: all
 : "${WORKERS:=}"                                              # processes; default: one a core
 : "${PARTITION:=}"                                            # i/n: a part of train-*; merge/n: join, do the rest
 
@@ -58,4 +59,6 @@ done
 for language in $ORIGINAL; do
     dataset "$DATA/review-$language" "$language" "$INPUT" --max-documents "$REVIEW_ORIGINAL"
 done
-for language in $EXPANDED $ORIGINAL; do dataset "$DATA/valid-$language" "$language" "$VALID_INPUT"; done
+for language in $EXPANDED $ORIGINAL; do
+    dataset "$DATA/valid-$language" "$language" "$VALID_INPUT" ${VALID_DOCUMENTS:+--max-documents "$VALID_DOCUMENTS"}
+done

@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from megatron_moe_lpr.errors import fail
+from megatron_moe_lpr.errors import UserError, fail
 
 SIDES = "│|"
 RULES = "╭╮╰╯─+-"
@@ -19,7 +19,8 @@ HELP_TEXTS = ("Argument helptext", "For full helptext", "Perhaps you meant")
 def parse_flags(kind: Any, arguments: Sequence[str] | None = None, description: str | None = None) -> Any:
     """Parse a command line into a dataclass, or a union of them as sub-commands.
 
-    tyro explains a mistake in a box of many lines; here it ends in one `error:` line and exit code 2.
+    tyro explains a mistake in a box of many lines; here it ends in one `error:` line and exit code 2, and so does a
+    value that the dataclass itself refuses (UserError).
     """
     complaint = io.StringIO()
     try:
@@ -29,6 +30,8 @@ def parse_flags(kind: Any, arguments: Sequence[str] | None = None, description: 
         if not stop.code:
             raise
         fail(f"{_one_line(complaint.getvalue())}; --help lists the flags", code=2)
+    except UserError as error:
+        fail(str(error), code=2)
     finally:
         if sys.exc_info()[0] is None:
             sys.stderr.write(complaint.getvalue())
@@ -46,8 +49,9 @@ def _one_line(box: str) -> str:
     complaints = []
     for lines in paragraphs:
         text = re.sub(r"\s+", " ", " ".join(lines))
-        if text.startswith("Missing"):
-            complaints.append("missing " + ", ".join(line.split()[0] for line in lines if line.startswith("--")))
+        missing = [line.split()[0] for line in lines if line.startswith("--") or line.isupper()]
+        if text.startswith("Missing") and missing:
+            complaints.append("missing " + ", ".join(missing))
         elif text and not text.startswith(HELP_TEXTS):
             complaints.append(text.rstrip("."))
     return "; ".join(complaints)

@@ -18,6 +18,7 @@ import psutil
 from megatron_moe_lpr.pretrain import LAUNCHER
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE, StopRequest
 
+TRAINING = "megatron_moe_lpr.pretrain"
 SIGNALS_OF_TORCHRUN = "--signals-to-handle"
 LINES_SHOWN = 12
 """Of each rank, when a run has failed."""
@@ -76,13 +77,14 @@ def exit_code(codes: Sequence[int], asked: bool = False) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Start the workers as torchrun does and wait for them."""
     stop, since = ForwardedStop(), time.time()
-    # After the handlers: this takes seconds.
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    check_training_flags(arguments)
+    # After the handlers and the flags: this takes seconds.
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ[LAUNCHER] = str(os.getpid())
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         torchrun.main(_keep_signals(torchrun, arguments))
     except ChildFailedError as error:
@@ -93,6 +95,20 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(code)
     except SignalException as caught:
         sys.exit(EXIT_REQUEUE if caught.sigval in (signal.SIGTERM, signal.SIGUSR1) else 128 + caught.sigval)
+
+
+def check_training_flags(arguments: Sequence[str]) -> None:
+    """Tell a mistake in the flags of a training once and at once, instead of by each rank after torchrun's start.
+
+    A mistake, and --help among them, end the process as they end `megatron_moe_lpr.pretrain`.
+    """
+    if TRAINING not in arguments:
+        return
+    from megatron_moe_lpr import pretrain
+    from megatron_moe_lpr.command_line import parse_flags
+    from megatron_moe_lpr.training.config import TrainingConfig
+
+    parse_flags(TrainingConfig, arguments[arguments.index(TRAINING) + 1 :], pretrain.__doc__)
 
 
 def _keep_signals(torchrun: object, arguments: list[str]) -> list[str]:

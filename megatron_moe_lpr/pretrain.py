@@ -63,7 +63,6 @@ def main() -> None:
 def _run() -> bool:
     from megatron_moe_lpr.command_line import parse_flags
     from megatron_moe_lpr.errors import run_command
-    from megatron_moe_lpr.parallel.groups import destroy_parallel
     from megatron_moe_lpr.training.config import TrainingConfig
 
     config = parse_flags(TrainingConfig, description=__doc__)
@@ -71,6 +70,8 @@ def _run() -> bool:
 
     def command() -> None:
         nonlocal finished
+        from megatron_moe_lpr.parallel.groups import destroy_parallel
+
         finished = pretrain(config)
         destroy_parallel()
 

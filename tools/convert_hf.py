@@ -5,20 +5,14 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.conversion.exporter import Engine, export_hf
-from megatron_moe_lpr.conversion.importer import import_hf
-from megatron_moe_lpr.conversion.inspection import inspect_directory, print_inspection
-from megatron_moe_lpr.conversion.model_card import CardOptions
-from megatron_moe_lpr.conversion.notes import import_notes
-from megatron_moe_lpr.conversion.plan import ImportOptions
-from megatron_moe_lpr.conversion.safetensors_writer import parse_size
-from megatron_moe_lpr.conversion.verify import print_comparison
+from megatron_moe_lpr.conversion.engine import Engine
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.platform import PlatformName, select_platform
+
+# torch, and for some of the sub-commands Megatron and transformers, take seconds: each imports what it needs.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +48,10 @@ class Import:
 
     def run(self) -> None:
         """Convert, then print what came out."""
+        from megatron_moe_lpr.conversion.importer import import_hf
+        from megatron_moe_lpr.conversion.notes import import_notes
+        from megatron_moe_lpr.conversion.plan import ImportOptions
+
         options = ImportOptions(
             hf=self.hf,
             num_experts=self.num_experts,
@@ -68,7 +66,7 @@ class Import:
         card = import_hf(options, self.save, self.overwrite)
         for note in import_notes(self.hf, card):
             print(f"note: {note}")
-        print_inspection(self.save, inspect_directory(self.save))
+        show(self.save)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +99,7 @@ class Expand:
             self.load, added, self.seed, self.expert_model_parallel_size, self.base_checkpoint, self.verify
         )
         expand(options, self.save, self.overwrite)
-        print_inspection(self.save, inspect_directory(self.save))
+        show(self.save)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +129,10 @@ class Export:
 
     def run(self) -> None:
         """Convert, then print what came out."""
+        from megatron_moe_lpr.conversion.exporter import export_hf
+        from megatron_moe_lpr.conversion.model_card import CardOptions
+        from megatron_moe_lpr.conversion.safetensors_writer import parse_size
+
         options = CardOptions(self.base_model, self.licence, self.evaluation)
         size = parse_size(self.max_shard_size)
         plan = export_hf(
@@ -146,8 +148,7 @@ class Export:
         for warning in plan.warnings:
             print(f"warning: {warning}")
         # Not every form for llama.cpp is a Hugging Face model.
-        shown = self.hf if self.engine == "transformers" else self.load
-        print_inspection(self.hf, inspect_directory(shown))
+        show(self.hf, self.hf if self.engine == "transformers" else self.load)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,9 @@ class Verify:
 
     def run(self) -> None:
         """Compare; models that differ end in exit code 1."""
-        # transformers and Megatron take seconds to import, which the other sub-commands do not need.
+        import torch
+
+        from megatron_moe_lpr.conversion.verify import print_comparison
         from megatron_moe_lpr.conversion.verify_models import verify_checkpoint
 
         comparison = verify_checkpoint(
@@ -201,7 +204,14 @@ class Inspect:
 
     def run(self) -> None:
         """Print it."""
-        print_inspection(self.directory, inspect_directory(self.directory, self.verify))
+        show(self.directory, verified=self.verify)
+
+
+def show(path: Path, read_from: Path | None = None, verified: bool = False) -> None:
+    """One screen about `path`, as `read_from` (default: the same) tells it. Raises UserError."""
+    from megatron_moe_lpr.conversion.inspection import inspect_directory, print_inspection
+
+    print_inspection(path, inspect_directory(read_from or path, verified))
 
 
 Command = (

@@ -6,19 +6,18 @@ Runs alone or under torchrun at any layout: `torchrun --nproc-per-node 2 tools/e
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, naming, run_command
-from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
-from megatron_moe_lpr.evaluation.results import evaluation_record, print_evaluation
 from megatron_moe_lpr.filesystem import atomic_file
-from megatron_moe_lpr.parallel.groups import destroy_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import PlatformName
+
+if TYPE_CHECKING:
+    from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +54,13 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parse_flags(Flags, arguments, __doc__)
     if flags.output and not flags.output.parent.is_dir():
         raise UserError(f"--output {flags.output}: there is no directory {flags.output.parent}")
+    # torch and Megatron take seconds to import, and the checks above do without.
+    import torch.distributed as dist
+
+    from megatron_moe_lpr.evaluation.checkpoint import evaluate_checkpoint
+    from megatron_moe_lpr.evaluation.results import evaluation_record, print_evaluation
+    from megatron_moe_lpr.parallel.groups import destroy_parallel
+
     record = evaluation_record(evaluate_checkpoint(plan(flags)))
     if dist.get_rank() == 0:
         print_evaluation(record)
@@ -63,10 +69,14 @@ def main(arguments: list[str] | None = None) -> None:
     destroy_parallel()
 
 
-def plan(flags: Flags) -> EvaluationPlan:
+def plan(flags: Flags) -> "EvaluationPlan":
     """Flags as the evaluation room takes them. Raises UserError where they contradict each other."""
     if flags.bf16 and flags.fp32:
         raise UserError("--bf16 and --fp32: give one of them")
+    import torch
+
+    from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan
+
     dtype = torch.bfloat16 if flags.bf16 else torch.float32 if flags.fp32 else None
     fields = {field.name for field in dataclasses.fields(EvaluationPlan)} - {"dtype"}
     return EvaluationPlan(dtype=dtype, **{name: getattr(flags, name) for name in fields})

@@ -2,7 +2,8 @@
 
     python -m benchmarks.training.candidates JSON       one candidate; a line of standard input steps it
 
-Each runs in a process of its own. Reads a number of steps a line, answers each step with a JSON line.
+Each runs in a process of its own. Reads a number of steps a line, answers each step with a JSON line; to the word
+`profile` with where a step's time goes.
 """
 
 import json
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.training.processes import PROFILE
+from benchmarks.training.profile import shares
 from megatron_moe_lpr.processes import end_with_parent
 
 ROUTER = r"\.mlp\.gate\.weight$"
@@ -159,6 +162,9 @@ def main() -> None:
     os.dup2(2, 1)
     step = CANDIDATES[task.pop("candidate")](**task)
     for line in sys.stdin:
+        if line.strip() == PROFILE:
+            print(json.dumps(shares(step)), file=answer, flush=True)
+            continue
         for _ in range(int(line)):
             wall, cpu = time.perf_counter(), time.process_time()
             loss = step()

@@ -1,18 +1,19 @@
 """The matrix products that a step cannot do without, by shape, and how long they take alone.
 
-A product is (rows, inner, columns). Attention scores are left out: they are less than 3% of the operations here, and
-torch's kernel for them is no matrix product of this kind.
+A product is (batch, rows, inner, columns). Attention's are counted over the half of the scores that is not masked; no
+product is counted twice, as it is where backward computes the scores again.
 """
 
+import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 
 from benchmarks.training.inputs import Sizes
 from megatron_moe_lpr.model.parameter_kinds import ParameterKind
 
-Products = Counter[tuple[int, int, int]]
+Products = Counter[tuple[int, int, int, int]]
 TRAINED: dict[str, tuple[ParameterKind, ...]] = {
     "1": ("new experts", "router"),
     "2": ("router",),
@@ -31,9 +32,20 @@ def products(sizes: Sizes, stage: str) -> Products:
         # Below the first router nothing trains, unless everything does: no gradient goes there.
         lowest = layer == 0 and "attention" not in trains
         found += product(rows, sizes.hidden_size, projection, not lowest, "attention" in trains)
+        found += attention(sizes, backward=not lowest)
         found += product(rows, head * sizes.num_attention_heads, sizes.hidden_size, not lowest, "attention" in trains)
         found += experts(sizes, trains, of_input=not lowest)
     return found + product(rows, sizes.hidden_size, sizes.vocab_size, True, "embedding" in trains)
+
+
+def attention(sizes: Sizes, backward: bool) -> Products:
+    """Scores and their sums over the values, with causal masking; the gradients of queries, keys and values."""
+    length, head = sizes.seq_length, sizes.hidden_size // sizes.num_attention_heads
+    batch, half = sizes.batch_size * sizes.num_attention_heads, length // 2
+    scores, sums, transposed = (batch, half, head, length), (batch, half, length, head), (batch, length, half, head)
+    if not backward:
+        return Counter({scores: 1, sums: 1})
+    return Counter({scores: 2, sums: 2, transposed: 2})
 
 
 def experts(sizes: Sizes, trains: Collection[ParameterKind], of_input: bool) -> Products:
@@ -53,17 +65,23 @@ def experts(sizes: Sizes, trains: Collection[ParameterKind], of_input: bool) -> 
 
 def product(rows: int, inner: int, columns: int, of_input: bool, of_weight: bool) -> Products:
     """A linear layer of `rows` tokens: forward, the gradient of its input and that of its weight."""
-    found: Products = Counter({(rows, inner, columns): 1})
+    found: Products = Counter({(1, rows, inner, columns): 1})
     if of_input:
-        found[rows, columns, inner] += 1
+        found[1, rows, columns, inner] += 1
     if of_weight:
-        found[columns, rows, inner] += 1
+        found[1, columns, rows, inner] += 1
     return found
 
 
 def operations(found: Products) -> float:
     """Floating-point operations, a multiply-add counted as two."""
-    return sum(2.0 * rows * inner * columns * count for (rows, inner, columns), count in found.items())
+    return sum(2.0 * math.prod(shape) * count for shape, count in found.items())
+
+
+def separate(found: Products) -> Iterator[tuple[tuple[list[int], int, int, int], int]]:
+    """Shapes with their batch as a list, empty for a single product."""
+    for (batch, *sizes), count in found.items():
+        yield ([batch] if batch > 1 else [], *sizes), count
 
 
 class Floor:
@@ -73,13 +91,13 @@ class Floor:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.pairs = [
             # Weights lie [output, input], as a linear layer keeps them.
-            (torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype).t(), count)
-            for (rows, inner, columns), count in found.items()
+            (torch.randn(*batch, rows, inner, dtype=dtype), torch.randn(*batch, columns, inner, dtype=dtype).mT, count)
+            for (batch, rows, inner, columns), count in separate(found)
         ]
 
     def step(self) -> float:
         """One step's products."""
         for left, right, count in self.pairs:
             for _ in range(count):
-                torch.mm(left, right)
+                torch.matmul(left, right)
         return 0.0

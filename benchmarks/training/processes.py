@@ -14,6 +14,7 @@ from typing import Any
 from megatron_moe_lpr.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+PROFILE = "profile"
 CORES = 2
 """Threads of one process, or ranks of one thread each."""
 
@@ -53,13 +54,13 @@ class Candidate:
         Raises:
             UserError: with the last line of what the program said, where it ended.
         """
-        for process in self.processes:
-            try:
-                process.stdin.write(f"{count}\n".encode())
-                process.stdin.flush()
-            except BrokenPipeError:
-                raise self._failure() from None
+        self._ask(str(count))
         return [self._answer() for _ in range(count)]
+
+    def profile(self) -> dict[str, float]:
+        """Where a step's time goes, of the first rank."""
+        self._ask(PROFILE)
+        return json.loads(self._lines()[0])
 
     def measure(self, count: int) -> None:
         """Take steps that count."""
@@ -100,16 +101,27 @@ class Candidate:
         )
 
     def _answer(self) -> Step:
-        lines = [process.stdout.readline() for process in self.processes]
-        if not all(lines):
-            raise self._failure()
-        answers = [Step(**json.loads(line)) for line in lines]
+        answers = [Step(**json.loads(line)) for line in self._lines()]
         return Step(
             max(answer.seconds for answer in answers),
             sum(answer.cpu_seconds for answer in answers),
             answers[0].loss,
             sum(answer.peak_megabytes for answer in answers),
         )
+
+    def _ask(self, line: str) -> None:
+        for process in self.processes:
+            try:
+                process.stdin.write(f"{line}\n".encode())
+                process.stdin.flush()
+            except BrokenPipeError:
+                raise self._failure() from None
+
+    def _lines(self) -> list[bytes]:
+        lines = [process.stdout.readline() for process in self.processes]
+        if not all(lines):
+            raise self._failure()
+        return lines
 
     def _failure(self) -> UserError:
         said = self.log.read_text(errors="replace").strip().splitlines() or ["nothing was said"]

@@ -4,11 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-import tyro
 from make_choices import PREFIX
 from rich.console import Console
 from rich.table import Table
 
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
 
 
@@ -24,7 +24,7 @@ class Flags:
 
 def main() -> None:
     """Command line."""
-    flags = tyro.cli(Flags, description=__doc__)
+    flags = parse_flags(Flags, description=__doc__)
     table = Table("model", *flags.languages, title="right ending among four (chance: 25%)")
     for entry in flags.results:
         name, _, directory = entry.partition("=")

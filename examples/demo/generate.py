@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import torch
-import tyro
 from corpus import texts
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
 
 
@@ -32,7 +32,7 @@ class Flags:
 
 def main() -> None:
     """Command line."""
-    flags = tyro.cli(Flags, description=__doc__)
+    flags = parse_flags(Flags, description=__doc__)
     # Not AutoTokenizer: for a model_type of qwen2, transformers 5 splits text by Qwen2's rules, not by the file's.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(flags.hf)
     model = load(flags.hf)

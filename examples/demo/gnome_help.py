@@ -6,8 +6,7 @@ import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import tyro
-
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
 
 DIRECTORY = {"en": "C", "zh": "zh_CN"}
@@ -29,7 +28,7 @@ class Flags:
 
 def main() -> None:
     """Command line."""
-    flags = tyro.cli(Flags, description=__doc__)
+    flags = parse_flags(Flags, description=__doc__)
     english = {path.name: paragraphs(path) for path in pages_of(flags.pages, "en")}
     documents = {language: translated(flags.pages, language, english) for language in flags.languages}
     flags.output.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,9 @@ import json
 import random
 from pathlib import Path
 
-import tyro
 from corpus import texts
 
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.filesystem import atomic_directory
 
@@ -40,7 +40,7 @@ class Flags:
 
 def main() -> None:
     """Command line."""
-    flags = tyro.cli(Flags, description=__doc__)
+    flags = parse_flags(Flags, description=__doc__)
     with atomic_directory(flags.output, overwrite=True) as directory:
         for language in flags.languages:
             documents = list(texts([str(flags.corpus / f"{language}.jsonl.zst")]))

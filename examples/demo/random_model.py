@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import torch
-import tyro
 from corpus import texts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -37,7 +37,7 @@ class Flags:
 
 def main() -> None:
     """Command line."""
-    flags = tyro.cli(Flags, description=__doc__)
+    flags = parse_flags(Flags, description=__doc__)
     if flags.hf.exists():
         raise UserError(f"--hf {flags.hf}: exists; remove it or choose another directory")
     tokenizer = train_tokenizer(flags.input, flags.vocab_size)

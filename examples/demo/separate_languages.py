@@ -7,7 +7,6 @@ import dataclasses
 from pathlib import Path
 
 import torch
-import tyro
 from corpus import texts
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from megatron_moe_lpr.allocation.dense_source import open_dense_source
 from megatron_moe_lpr.allocation.ffn_inputs import ffn_inputs
 from megatron_moe_lpr.allocation.probe import right_side, separating_direction
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
 
 FIRST = 8
@@ -42,7 +42,7 @@ class Flags:
 
 def main() -> None:
     """Command line."""
-    flags = tyro.cli(Flags, description=__doc__)
+    flags = parse_flags(Flags, description=__doc__)
     # Not AutoTokenizer: for a model_type of qwen2, transformers 5 splits text by Qwen2's rules, not by the file's.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(flags.hf, local_files_only=True)
     source, device = open_dense_source(flags.hf), torch.device("cpu")

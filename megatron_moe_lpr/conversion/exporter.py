@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,6 +18,7 @@ from megatron_moe_lpr.checkpoint.directory import (
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader, is_model_key
 from megatron_moe_lpr.checkpoint.trainable_only import layers_of, open_reader, reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
+from megatron_moe_lpr.conversion.engine import Engine
 from megatron_moe_lpr.conversion.extra_tensors import ExtraTensor, extra_tensors
 from megatron_moe_lpr.conversion.hf_config import SHARED_EXPERT_WIDTH, moe_config, with_both_rope_spellings
 from megatron_moe_lpr.conversion.hf_directory import carry_files
@@ -41,7 +42,6 @@ from megatron_moe_lpr.model.architecture import Architecture
 from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.progress import ProgressReport
 
-Engine = Literal["transformers", "llama.cpp"]
 GENERATION_FILE = "generation_config.json"
 
 

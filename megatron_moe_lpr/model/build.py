@@ -6,6 +6,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -55,7 +61,20 @@ def _build_chunk(
         vp_stage=virtual_stage,
         **kwargs,
     ).to(platform.device)
+    _mark_split_weights(chunk)
     return Float16Module(config, chunk) if config.bf16 else chunk
+
+
+def _mark_split_weights(chunk: torch.nn.Module) -> None:
+    """Say which weights differ between TP ranks. Megatron's local layers do it where they initialise a weight, which
+    they are not asked to here (tensor_parallel/layers.py), and the norm of all gradients then leaves out what other
+    TP ranks hold of an unmarked one."""
+    dimensions = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in chunk.modules():
+        dimension = dimensions.get(type(module))
+        weight = getattr(module, "weight", None)
+        if dimension is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)
 
 
 def unwrap(module: torch.nn.Module) -> MoELPRModel:

@@ -1,15 +1,17 @@
 """FP8 arithmetic on NVIDIA GPUs: the flags, and what they ask of model, layout and device."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from packaging.version import Version
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.architecture import Architecture
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import GPUFacts, Platform
+
+if TYPE_CHECKING:
+    import torch
 
 FP8Format = Literal["hybrid", "e4m3"]
 FP8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
@@ -87,7 +89,7 @@ class FP8Options:
         }
 
 
-def check_fp8_flags(options: FP8Options, dtype: torch.dtype) -> None:
+def check_fp8_flags(options: FP8Options, dtype: "torch.dtype") -> None:
     """Check the flags against each other.
 
     Raises:
@@ -98,6 +100,8 @@ def check_fp8_flags(options: FP8Options, dtype: torch.dtype) -> None:
             if getattr(options, name):
                 raise UserError(f"--{name.replace('_', '-')} needs --fp8-format")
         return
+    import torch
+
     if dtype != torch.bfloat16:
         raise UserError(f"--fp8-format needs bf16, and this run computes in {dtype}; add --bf16")
     if options.first_last_layers_bf16 and options.fp8_recipe == "delayed":

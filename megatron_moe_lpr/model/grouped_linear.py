@@ -116,8 +116,22 @@ class _GroupedProduct(torch.autograd.Function):
                 gradient.split(ctx.counts), of_tokens.split(ctx.counts), weights, strict=True
             ):
                 torch.mm(rows, weight, out=result)
-        pairs = zip(gradient.split(ctx.counts), tokens.split(ctx.counts), ctx.needs_input_grad[2:], strict=True)
-        return of_tokens, None, *(torch.mm(rows.t(), inputs) if trains else None for rows, inputs, trains in pairs)
+        runs = zip(gradient.split(ctx.counts), tokens.split(ctx.counts), weights, ctx.needs_input_grad[2:], strict=True)
+        return of_tokens, None, *(_of_weight(*run) if trains else None for *run, trains in runs)
+
+
+def _of_weight(gradient: torch.Tensor, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The gradient of a matrix; where the optimizer keeps a buffer it is added to that, and what is returned has no
+    values. Megatron's marks for this are those of its `gradient_accumulation_fusion`."""
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None:
+        return torch.mm(gradient.t(), tokens)
+    if buffer.dtype == tokens.dtype:
+        torch.addmm(buffer, gradient.t(), tokens, out=buffer)
+    else:
+        buffer.add_(torch.mm(gradient.t(), tokens))
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
 
 
 class ColumnParallelGroupedLinear(GroupedLinear):

@@ -162,7 +162,12 @@ class MoELPRLayer(MoELayer):
         return flat.view(output.shape)
 
     def _rows_of_original_expert(self, largest: int) -> int:
-        """Rows each TP rank brings to the original expert: at least 1, aligned for FP8. A row of zeros stays zeros."""
+        """Rows each TP rank brings to the original expert: at least 1, aligned for FP8 and on the CPU in bf16 as the
+        new experts' rows are. A row of zeros comes out as zeros."""
+        if self.config.transformer_impl == "local" and self.config.bf16:
+            from megatron_moe_lpr.platform.cpu.expert_rows import rounded
+
+            return rounded(max(1, largest))
         alignment = 1
         if self.config.fp8:
             alignment = row_alignment(self.config.fp8_recipe, self.config.sequence_parallel)

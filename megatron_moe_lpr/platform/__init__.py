@@ -7,12 +7,15 @@ model.to(platform.device)
 
 import dataclasses
 import os
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.platform.facts import GPUFacts
+
+if TYPE_CHECKING:
+    import torch
+
+# Flags name this room's platforms, and are told before torch has been imported: it is where it is used.
 
 __all__ = ["GPUFacts", "Platform", "PlatformName", "select_platform"]
 
@@ -25,7 +28,7 @@ class Platform:
 
     name: Literal["cpu", "cuda"]
     backend: Literal["gloo", "nccl"]
-    device: torch.device
+    device: "torch.device"
     """Where this rank's parameters live."""
     transformer_engine: bool
     """Layers come from Transformer Engine; otherwise Megatron's local layers."""
@@ -45,6 +48,8 @@ def select_platform(name: PlatformName = "auto", tensor_parallel_size: int = 1) 
     Raises:
         UserError: CUDA was asked for and is missing, or another platform was chosen before.
     """
+    import torch
+
     global _selected
     if name != "cpu" and _selected is None:
         from megatron_moe_lpr.platform.cuda import keep_fp32_products, order_kernel_launches
@@ -62,6 +67,8 @@ def select_platform(name: PlatformName = "auto", tensor_parallel_size: int = 1) 
 
 
 def _select_cpu() -> Platform:
+    import torch
+
     from megatron_moe_lpr.platform import cpu
 
     cpu.install()
@@ -69,6 +76,8 @@ def _select_cpu() -> Platform:
 
 
 def _select_cuda(tensor_parallel_size: int) -> Platform:
+    import torch
+
     if not torch.cuda.is_available():
         raise UserError(
             "--platform cuda: no CUDA device is visible to PyTorch; check nvidia-smi, or pass --platform cpu"

@@ -1,20 +1,24 @@
-"""All flags of a training run, one dataclass per subject. Flags carry Megatron's names."""
+"""All flags of a training run, one dataclass per subject. Flags carry Megatron's names.
+
+Imports neither torch nor Megatron, which take seconds: a mistake in a flag is told at once.
+"""
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
 
 from megatron_moe_lpr.checkpoint.retention import Retention
 from megatron_moe_lpr.data.config import DataConfig
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.config import ComputeOptions
 from megatron_moe_lpr.model.fp8 import FP8Options
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform, PlatformName
 from megatron_moe_lpr.training.stages import StageOptions
+
+if TYPE_CHECKING:
+    from megatron_moe_lpr.model.config import ComputeOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +119,16 @@ class PrecisionOptions:
     recompute_modules: tuple[str, ...] | None = None
     """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
 
-    def compute_options(self, checkpoint_dtype: str, fp8: FP8Options | None = None) -> ComputeOptions:
+    def compute_options(self, checkpoint_dtype: str, fp8: FP8Options | None = None) -> "ComputeOptions":
         """What the model room needs to know.
 
         Raises:
             UserError: both formats were asked for.
         """
+        import torch
+
+        from megatron_moe_lpr.model.config import ComputeOptions
+
         if self.bf16 and self.fp32:
             raise UserError("--bf16 and --fp32: give one of them")
         dtype = getattr(torch, checkpoint_dtype)

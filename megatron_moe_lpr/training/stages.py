@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from megatron_moe_lpr.data.config import DataSources
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.parameter_kinds import KINDS, ParameterKind, kind_of
+
+if TYPE_CHECKING:
+    import torch
 
 StageName = Literal["1", "2", "full"]
 
@@ -143,7 +144,7 @@ def check_stage(stage: Stage, is_moe: bool, sources: DataSources, earlier: Seque
         raise UserError(f"--data-path: stage {stage.name} wants text of expanded languages beside the replay")
 
 
-def freeze(chunks: Iterable[torch.nn.Module], stage: Stage) -> None:
+def freeze(chunks: "Iterable[torch.nn.Module]", stage: Stage) -> None:
     """Let only what the stage trains require gradients."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():

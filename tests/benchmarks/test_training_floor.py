@@ -17,12 +17,14 @@ SIZES = Sizes(
 ATTENTION = 8 * (4 + 2 + 2) * 2 + 8 * 8
 EXPERT = 3 * 8 * 16
 HEAD = 8 * 32
-FORWARD = 2 * SIZES.tokens * (3 * (ATTENTION + 2 * EXPERT) + HEAD)
+SCORES = 2 * (2 * 4) * (4 * 4 / 2) * 2
+"""Operations of the scores, as of their sums over the values: batch x heads, half of sequence x sequence, dimension."""
+FORWARD = 2 * SIZES.tokens * (3 * (ATTENTION + 2 * EXPERT) + HEAD) + 3 * 2 * SCORES
 """Two operations for each weight and token; a token has two experts."""
 
 
 def test_a_linear_layer():
-    assert product(5, 3, 2, of_input=True, of_weight=True) == {(5, 3, 2): 1, (5, 2, 3): 1, (2, 5, 3): 1}
+    assert product(5, 3, 2, of_input=True, of_weight=True) == {(1, 5, 3, 2): 1, (1, 5, 2, 3): 1, (1, 2, 5, 3): 1}
     assert operations(product(5, 3, 2, of_input=False, of_weight=False)) == 2 * 5 * 3 * 2
 
 
@@ -32,7 +34,7 @@ def test_everything_trains():
 
 def test_routers_train():
     """Gradients go down to the second layer's input: the first layer's router needs none of its own input."""
-    backward = 2 * SIZES.tokens * (2 * (ATTENTION + 2 * EXPERT) + HEAD)
+    backward = 2 * SIZES.tokens * (2 * (ATTENTION + 2 * EXPERT) + HEAD) + 2 * 4 * SCORES
     assert operations(products(SIZES, "2")) == FORWARD + backward
 
 

@@ -40,7 +40,8 @@ class Step:
 
 
 def compute(platform_name: str, checkpoint: Path, step: Step) -> dict[str, Any]:
-    """On every rank: logits [batch, sequence, vocabulary], loss and whole gradients by checkpoint key, on the host."""
+    """On every rank: logits [batch, sequence, vocabulary], loss, whole gradients by checkpoint key, on the host, and
+    their norm as the optimizer computes it."""
     layout = ParallelLayout(**step.layout)
     platform = select_platform(platform_name, layout.tensor_model_parallel_size)
     initialize_parallel(platform, layout)
@@ -57,18 +58,17 @@ def compute(platform_name: str, checkpoint: Path, step: Step) -> dict[str, Any]:
         route_by_position(model.chunks, samples()["tokens"].shape[1])
     with torch.no_grad():
         logits = compute_logits(model.chunks, model.config, samples()["tokens"].to(platform.device), VOCABULARY)
-    loss, gradients = _step(model, step, platform)
-    return {"logits": logits.float().cpu(), "loss": loss, "gradients": gradients}
+    return {"logits": logits.float().cpu(), **_step(model, step, platform)}
 
 
-def _step(model: LoadedModel, step: Step, platform: Platform) -> tuple[float, dict[str, torch.Tensor]]:
+def _step(model: LoadedModel, step: Step, platform: Platform) -> dict[str, Any]:
     freeze(model.chunks, STAGES[step.stage])
     for chunk in model.chunks if step.frozen_by_mistake else []:
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and not name.endswith(step.frozen_by_mistake))
     options = OptimizerOptions(**step.optimizer)
     chunks = wrap_data_parallel(model.chunks, model.config, options)
-    build_optimizer(chunks, model.config, options, platform)
+    optimizer = build_optimizer(chunks, model.config, options, platform)
     watch = GradientWatch(chunks)
     for chunk in chunks:
         chunk.train()
@@ -76,7 +76,10 @@ def _step(model: LoadedModel, step: Step, platform: Platform) -> tuple[float, di
     batches = [to_device(batch, platform.device) for batch in micro_batches(step.micro_batch_size)]
     sums = run_schedule(chunks, model.config, batches, ORIGINAL_TABLE.to(platform.device))
     watch.check()
-    return sums.mean, {key: gradient.float().cpu() for key, gradient in gather_gradients(chunks).items()}
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    gradients = {key: gradient.float().cpu() for key, gradient in gather_gradients(chunks).items()}
+    return {"loss": sums.mean, "norm": norm, "gradients": gradients}
 
 
 def route_by_position(chunks: list[torch.nn.Module], sequence: int) -> None:

@@ -1,6 +1,7 @@
 """Layouts against one rank on the same device: fp32, bf16, and FP8 with routing held fixed."""
 
 import pytest
+import torch
 
 from tests.gpu import device
 from tests.gpu.compute import Step, compute
@@ -89,6 +90,9 @@ def test_layout_equals_one_rank(name, one_rank, inputs, figures):
     logits = relative_error(found["logits"], expected["logits"])
     gradients = gradient_error(found["gradients"], expected["gradients"])
     figures.add(name, logits=logits, gradients=gradients, loss=f"{found['loss']:.6f}")
+    whole = torch.cat([gradient.flatten() for gradient in found["gradients"].values()])
+    # The optimizer adds up squares in fp32.
+    assert found["norm"] == pytest.approx(whole.double().norm().item(), rel=1e-4)
     of_logits, of_gradients = limits(step)
     assert logits < of_logits
     assert gradients < of_gradients

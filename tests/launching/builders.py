@@ -57,7 +57,9 @@ def environment(work: Path, **settings: object) -> dict[str, str]:
     return {**os.environ, **{name: str(value) for name, value in own.items()}}
 
 
-def run_script(name: str, work: Path, *arguments: str, **settings: object) -> subprocess.CompletedProcess:
+def run_script(
+    name: str, work: Path, *arguments: str, timeout: int = 300, **settings: object
+) -> subprocess.CompletedProcess:
     """Run examples/NAME in `work` as a user would."""
     return subprocess.run(
         ["bash", str(ROOT / "examples" / name), *arguments],
@@ -65,5 +67,5 @@ def run_script(name: str, work: Path, *arguments: str, **settings: object) -> su
         env=environment(work, **settings),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )

@@ -6,7 +6,10 @@ from torch.nn import functional
 
 from megatron_moe_lpr.model.grouped_linear import _GroupedProduct
 from megatron_moe_lpr.model.norm import _RootMeanSquareNorm
-from megatron_moe_lpr.platform.cpu.activations import SwiGLU
+from megatron_moe_lpr.platform.cpu import cross_entropy
+from megatron_moe_lpr.platform.cpu.activations import ROWS, SwiGLU
+from megatron_moe_lpr.platform.cpu.expert_rows import _Gather, _Spread, rounded
+from megatron_moe_lpr.platform.cpu.optimizer import FusedAdam, _scale
 from megatron_moe_lpr.platform.cpu.rotary import Rotation, angles
 
 generator = torch.Generator().manual_seed(5)
@@ -37,6 +40,11 @@ def plain_swiglu(gate_and_up, weights=None):
 def test_swiglu():
     agree(lambda states: SwiGLU.apply(states, None), plain_swiglu, random(7, 20))
     agree(SwiGLU.apply, plain_swiglu, random(7, 20), torch.rand(7, 1, generator=generator))
+
+
+def test_swiglu_in_turns():
+    agree(SwiGLU.apply, plain_swiglu, random(2 * ROWS + 3, 20), random(2 * ROWS + 3, 1))
+    agree(lambda states: SwiGLU.apply(states, None), plain_swiglu, random(ROWS + 1, 2, 20))
 
 
 def test_swiglu_without_rows():
@@ -93,3 +101,88 @@ def test_grouped_product(counts):
         return torch.cat((pieces[0] @ first.T, pieces[1] @ second.T))
 
     agree(function, formula, random(7, 6), random(5, 6), random(5, 6))
+
+
+def test_grouped_product_adds_to_the_optimizers_buffer():
+    tokens, gradient = random(7, 6), random(7, 5)
+    weights = [random(5, 6).requires_grad_() for _ in range(2)]
+    _GroupedProduct.apply(tokens, [3, 4], *weights).backward(gradient)
+    expected = [weight.grad.clone() for weight in weights]
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):
+        rounded_weights = [weight.detach().to(dtype).requires_grad_() for weight in weights]
+        for weight in rounded_weights:
+            weight.main_grad = torch.ones(5, 6)
+        for _ in range(2):
+            _GroupedProduct.apply(tokens.to(dtype), [3, 4], *rounded_weights).backward(gradient.to(dtype))
+        for weight, value in zip(rounded_weights, expected, strict=True):
+            assert weight.grad_added_to_main_grad
+            torch.testing.assert_close(weight.main_grad, 1 + 2 * value, rtol=tolerance, atol=tolerance)
+
+
+def test_cross_entropy(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "BYTES", 4 * 11 * 4)
+    target = torch.randint(0, 11, (3, 5), generator=generator)
+
+    def formula(logits):
+        return functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(3, 5)
+
+    agree(lambda logits: cross_entropy.CrossEntropy.apply(logits * 1, target), formula, 20 * random(3, 5, 11))
+
+
+def test_cross_entropy_of_bf16_rounds_the_gradient_once():
+    logits = random(6, 33).bfloat16()
+    target = torch.randint(0, 33, (6,), generator=generator)
+    double = logits.double().requires_grad_()
+    expected = functional.cross_entropy(double, target, reduction="none")
+    expected.backward(torch.arange(6.0).double())
+    single = logits.clone().requires_grad_()
+    loss = cross_entropy.CrossEntropy.apply(single * 1, target)
+    loss.backward(torch.arange(6.0))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(single.grad, double.grad.bfloat16(), rtol=2**-8, atol=1e-8)
+
+
+def test_rounded_rows_are_few_and_hardly_more():
+    numbers = [rounded(rows) for rows in range(4097)]
+    assert all(rows <= number < max(rows + 32, rows * 17 / 16) for rows, number in enumerate(numbers) if rows)
+    assert numbers[0] == 0
+    assert numbers == sorted(numbers)
+    assert len(set(numbers[2048:4096])) <= 17
+    assert len(set(numbers[1:513])) == 16
+
+
+def test_spread_rows_and_back():
+    counts, longer = [3, 0, 4], [4, 0, 6]
+
+    def spread(rows):
+        zeros = [rows.new_zeros(more - count, 5) for count, more in zip(counts, longer, strict=True)]
+        pairs = zip(rows.split(counts), zeros, strict=True)
+        return torch.cat([piece for pair in pairs for piece in pair])
+
+    agree(lambda rows: _Spread.apply(rows, counts, longer), spread, random(7, 5))
+    agree(lambda rows: _Gather.apply(rows, counts, longer), lambda rows: rows[[0, 1, 2, 4, 5, 6, 7]], random(10, 5))
+
+
+@pytest.mark.parametrize("adam_w_mode", [True, False])
+def test_fused_adam(adam_w_mode):
+    plain = torch.optim.AdamW if adam_w_mode else torch.optim.Adam
+    weights = random(7, 5)
+    single, double = weights.clone().requires_grad_(), weights.double().requires_grad_()
+    fused = FusedAdam([single], adam_w_mode=adam_w_mode, lr=0.01, weight_decay=0.1)
+    reference = plain([double], lr=0.01, weight_decay=0.1, foreach=False)
+    for _ in range(3):
+        single.grad = random(7, 5)
+        double.grad = single.grad.double()
+        fused.step()
+        reference.step()
+    torch.testing.assert_close(single, double.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_scaling_in_place_and_to_another_dtype():
+    values, target = random(6), torch.empty(6, dtype=torch.bfloat16)
+    expected = values * 0.5
+    _scale(0, None, [[values], [target]], 0.5)
+    assert torch.equal(target, expected.bfloat16())
+    _scale(0, None, [[values], [values]], 0.5)
+    assert torch.equal(values, expected)

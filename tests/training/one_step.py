@@ -22,7 +22,7 @@ from megatron_moe_lpr.platform import select_platform
 from megatron_moe_lpr.training.config import OptimizerOptions
 from megatron_moe_lpr.training.guards import GradientWatch
 from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_moe_lpr.training.stages import STAGES, freeze
+from megatron_moe_lpr.training.stages import StageOptions, freeze
 
 SEQUENCE, SAMPLES, VOCABULARY = 32, 8, 99
 ORIGINAL_TABLE = torch.tensor([True, False, False, False])  # three languages, the first original; padding
@@ -34,6 +34,7 @@ class StepCase:
 
     layout: dict = dataclasses.field(default_factory=dict)
     stage: str = "1"
+    train_embeddings: bool = False
     micro_batch_size: int = 2
     load_balancing_coeff: float = 0.3
     lpr_loss_coeff: float = 0.5
@@ -49,6 +50,8 @@ class StepResult:
     loss: float
     lpr: float
     load_balancing: float
+    grad_norm: float
+    """As the optimizer computes it, to clip by."""
     gradients: dict[str, torch.Tensor]
 
     def norm(self, kind: str) -> float:
@@ -97,10 +100,10 @@ def run_step(path: Path, case: StepCase, table: torch.Tensor = ORIGINAL_TABLE) -
         lpr_loss_coeff=case.lpr_loss_coeff,
         calculate_per_token_loss=True,
     )
-    freeze(model.chunks, STAGES[case.stage])
+    freeze(model.chunks, StageOptions(stage=case.stage, train_embeddings=case.train_embeddings).resolve())
     options = OptimizerOptions(**case.optimizer)
     chunks = wrap_data_parallel(model.chunks, model.config, options)
-    build_optimizer(chunks, model.config, options, platform)
+    optimizer = build_optimizer(chunks, model.config, options, platform)
     watch = GradientWatch(chunks)
     reset_routing(chunks)
     for chunk in chunks:
@@ -109,10 +112,12 @@ def run_step(path: Path, case: StepCase, table: torch.Tensor = ORIGINAL_TABLE) -
     sums = run_schedule(chunks, model.config, micro_batches(case.micro_batch_size), table)
     watch.check()
     routing = collect_routing(chunks, model.shape)
+    optimizer.prepare_grads()
     return StepResult(
         loss=sums.mean,
         lpr=routing.mean_over_layers(routing.lpr_loss, "original"),
         load_balancing=routing.load_balancing.nanmean().item(),
+        grad_norm=float(optimizer.get_grad_norm()),
         gradients=gather_gradients(chunks),
     )
 

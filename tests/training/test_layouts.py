@@ -55,6 +55,8 @@ CASES: dict[str, tuple[int, StepCase]] = {
         4,
         StepCase(EP2 | PP2, recompute=FULL, optimizer=DISTRIBUTED),
     ),
+    "embeddings too, TP2+SP": (2, StepCase(TP2, train_embeddings=True)),
+    "embeddings too, PP2": (2, StepCase(PP2, train_embeddings=True)),
     "full training, TP2xEP2": (2, StepCase(TP2 | EP2, stage="full")),
     "full training, EP2xPP2": (4, StepCase(EP2 | PP2, stage="full")),
     "stage 2, TP2xEP2": (2, StepCase(TP2 | EP2, stage="2")),
@@ -78,13 +80,14 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def references(checkpoint):
-    """One process's results, by stage."""
-    known: dict[str, StepResult] = {}
+    """One process's results, by what trains."""
+    known: dict[tuple[str, bool], StepResult] = {}
 
-    def get(stage: str) -> StepResult:
-        if stage not in known:
-            known[stage] = rank_pool(1).run(run_step, checkpoint, StepCase(stage=stage))[0]
-        return known[stage]
+    def get(stage: str, train_embeddings: bool = False) -> StepResult:
+        case = (stage, train_embeddings)
+        if case not in known:
+            known[case] = rank_pool(1).run(run_step, checkpoint, StepCase({}, *case))[0]
+        return known[case]
 
     return get
 
@@ -108,6 +111,8 @@ def differences(result: StepResult, reference: StepResult) -> dict[str, float]:
     found = {
         name: relative(getattr(result, name), getattr(reference, name)) for name in ("loss", "lpr", "load_balancing")
     }
+    whole = torch.cat([gradient.flatten() for gradient in reference.gradients.values()])
+    found["gradient norm"] = relative(result.grad_norm, whole.double().norm().item())
     for key, gradient in reference.gradients.items():
         found[key] = ((result.gradients[key] - gradient).norm() / gradient.norm()).item()
     return found
@@ -132,7 +137,7 @@ def test_reference_has_every_gradient(references):
 @pytest.mark.parametrize("name", CASES)
 def test_layout_equals_one_process(name, checkpoint, references):
     world, case = CASES[name]
-    reference = references(case.stage)
+    reference = references(case.stage, case.train_embeddings)
     for result in rank_pool(world).run(run_step, checkpoint, case):
         found = differences(result, reference)
         worst = max(found, key=found.get)

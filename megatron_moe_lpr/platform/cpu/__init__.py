@@ -7,7 +7,7 @@ Megatron place that needs it. Installed only when the CPU platform is chosen, on
 import os
 
 # oneDNN keeps the kernels it compiled for the last 1,024 shapes and torch their operands' layouts. Experts get another
-# number of tokens in each step, so hardly any shape returns: memory grows by gigabytes, and steps take longer.
+# number of tokens in each step, so that memory grows by gigabytes, and steps take longer.
 CACHED_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 
 _installed = False
@@ -26,8 +26,26 @@ def install() -> None:
     devices.install()
     collectives.install()
     # Last, because it imports megatron-core, which reads torch.cuda while being imported.
-    from megatron_moe_lpr.platform.cpu import activations, internals, optimizer, permutation, rotary
+    from megatron_moe_lpr.platform.cpu import (
+        activations,
+        cross_entropy,
+        expert_rows,
+        gradient_buffer,
+        internals,
+        optimizer,
+        permutation,
+        rotary,
+    )
 
-    for module in (internals, optimizer, activations, permutation, rotary):
+    for module in (
+        internals,
+        optimizer,
+        gradient_buffer,
+        activations,
+        cross_entropy,
+        permutation,
+        expert_rows,
+        rotary,
+    ):
         module.install()
     _installed = True

@@ -9,34 +9,63 @@ import megatron.core.transformer.mlp as megatron_mlp
 import megatron.core.transformer.moe.experts as megatron_experts
 import torch
 
+ROWS = 256
+"""Rows of a turn: what one pass has written is still in the cache when the next one reads it."""
+
 
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up, times a weight for each row where there is one. Keeps its input only."""
 
     @staticmethod
     def forward(ctx: Any, gate_and_up: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """[rows, 2 * FFN] and [rows, 1] to [rows, FFN] in the input's dtype."""
+        """[rows, ..., 2 * FFN] and [rows, ..., 1] to [rows, ..., FFN] in the input's dtype."""
         ctx.save_for_backward(gate_and_up, weights)
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        output = torch.nn.functional.silu(gate).mul_(up)
-        return output if weights is None else output.mul_(weights)
+        output = gate_and_up.new_empty(*gate_and_up.shape[:-1], gate_and_up.shape[-1] // 2)
+        for inputs, result, weight in _turns(gate_and_up, output, weights):
+            gate, up = inputs.chunk(2, dim=-1)
+            torch.ops.aten.silu.out(gate, out=result)
+            result.mul_(up)
+            if weight is not None:
+                result.mul_(weight)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradients of the input and of the weights."""
         gate_and_up, weights = ctx.saved_tensors
-        gate, up = gate_and_up.chunk(2, dim=-1)
         of_input = torch.empty_like(gate_and_up)
-        of_gate, of_up = of_input.chunk(2, dim=-1)
-        activated, of_weights = torch.nn.functional.silu(gate), None
-        if weights is not None:
-            if ctx.needs_input_grad[1]:
-                of_weights = torch.linalg.vecdot((activated * up).to(weights.dtype), gradient.to(weights.dtype))
-                of_weights = of_weights.unsqueeze(-1)
-            gradient = (gradient * weights).to(gradient.dtype)
-        torch.mul(gradient, activated, out=of_up)
-        of_gate.copy_(torch.ops.aten.silu_backward(gradient * up, gate))
+        of_weights = torch.empty_like(weights) if weights is not None and ctx.needs_input_grad[1] else None
+        turns = _turns(gate_and_up, of_input, gradient, weights, of_weights)
+        for inputs, result, of_output, weight, of_weight in turns:
+            _backward(inputs, result, of_output, weight, of_weight)
         return of_input, of_weights
+
+
+def _backward(
+    inputs: torch.Tensor,
+    result: torch.Tensor,
+    of_output: torch.Tensor,
+    weight: torch.Tensor | None,
+    of_weight: torch.Tensor | None,
+) -> None:
+    """Gradients of some rows, written to `result` and `of_weight`."""
+    (gate, up), (of_gate, of_up) = inputs.chunk(2, dim=-1), result.chunk(2, dim=-1)
+    kept = torch.nn.functional.silu(gate)
+    torch.mul(of_output, kept, out=of_up)
+    if of_weight is not None:
+        # In fp32, whatever the activations are: the router's gradient comes from here.
+        of_weight.squeeze(-1).copy_(torch.linalg.vecdot(of_up.to(of_weight.dtype), up.to(of_weight.dtype)))
+    torch.mul(of_output, up, out=kept)
+    if weight is not None:
+        of_up.mul_(weight)
+        kept.mul_(weight)
+    torch.ops.aten.silu_backward.grad_input(kept, gate, grad_input=of_gate)
+
+
+def _turns(*tensors: torch.Tensor | None) -> zip:
+    """The same rows of all of them."""
+    count = len(tensors[0].split(ROWS))
+    return zip(*([None] * count if tensor is None else tensor.split(ROWS) for tensor in tensors), strict=True)
 
 
 def swiglu(

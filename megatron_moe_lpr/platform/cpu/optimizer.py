@@ -16,7 +16,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import (
     local_multi_tensor_applier,
     local_multi_tensor_l2_norm,
-    local_multi_tensor_scale,
 )
 
 
@@ -37,22 +36,31 @@ def _state_dict(self: DistributedOptimizer) -> dict[str, Any]:
     return {"optimizer": {"param_groups": [group | {"step": step} for group in groups]}}
 
 
-class FusedAdamW(torch.optim.AdamW):
-    """torch's AdamW in one pass over parameters, gradients and moments instead of one for each operation."""
+class FusedAdam(torch.optim.Adam):
+    """torch's Adam in one pass over parameters, gradients and moments instead of one for each operation.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, fused=True, **kwargs)
+    Takes `adam_w_mode` as Transformer Engine's and apex's do: torch's own class Megatron would make without `fused`.
+    """
+
+    def __init__(self, params: Any, *, adam_w_mode: bool, **kwargs: Any) -> None:
+        super().__init__(params, fused=True, decoupled_weight_decay=adam_w_mode, **kwargs)
+
+
+def _scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
+    """`local_multi_tensor_scale` without a copy of all gradients in between."""
+    for source, target in zip(*tensor_lists, strict=True):
+        torch.mul(source, scale, out=target)
 
 
 def _choose_torch() -> None:
     """optimizer/__init__.py, distrib_optimizer.py, optimizer.py, clip_grads.py: what each takes without either."""
-    megatron_optimizer.Adam, megatron_optimizer.SGD = FusedAdamW, torch.optim.SGD
-    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    megatron_optimizer.Adam, megatron_optimizer.SGD = FusedAdam, torch.optim.SGD
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = torch.optim.Adam, False
     distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
     for module in (clip_grads, optimizer):
         module.multi_tensor_applier = local_multi_tensor_applier
-        module.multi_tensor_scale_impl = local_multi_tensor_scale
+        module.multi_tensor_scale_impl = _scale
     clip_grads.l2_norm_impl = local_multi_tensor_l2_norm
 
 

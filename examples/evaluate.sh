@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The paper's benchmarks by lm_eval, on the dense model and on the exported one; ends in a table and OUT/benchmarks.json.
+# Needs `pip install -e '.[eval]' -c constraints.txt` and access to the benchmarks on the Hugging Face hub. Started
+# again, it goes on where it stopped. Further arguments go to tools/benchmarks.py.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+: "${HF:=}"                                     # directory of the dense model
+: "${HF_OUT:=exported/qwen1.5-1.8b-moe-lpr}"    # what export.sh wrote
+: "${OUT:=evaluation/qwen1.5-1.8b-moe-lpr}"     # where to write
+: "${EXPANDED:=el hu tr}"                       # languages that stage 1 taught
+: "${ORIGINAL:=en es zh}"                       # languages that the dense model knows
+: "${BENCHMARKS:=arc hellaswag mmlu belebele}"  # and flores, which lm_eval has for pairs with Spanish only
+: "${MODEL:=hf}"                                # lm_eval's kind of model: hf or vllm
+: "${MODEL_ARGS:=dtype=auto}"                   # for vllm on 8 GPUs: dtype=auto,data_parallel_size=8
+: "${BATCH_SIZE:=auto}"                         # lm_eval's
+: "${DEVICE:=}"                                 # lm_eval's; default: cpu for PLATFORM=cpu, else lm_eval decides
+: "${LAUNCHER:=}"                               # for hf on 8 GPUs: accelerate launch --num_processes 8 -m lm_eval
+: "${LIMIT:=}"                                  # only so many questions of each task, to try it
+
+need HF "the directory of the dense model"
+need_file HF "$HF/config.json" "HF must be the directory of a dense Hugging Face model"
+need_file HF_OUT "$HF_OUT/config.json" "export.sh writes it"
+[[ "$PLATFORM" != cpu ]] || DEVICE=${DEVICE:-cpu}
+read -ra original_ones <<<"$ORIGINAL"
+read -ra expanded_ones <<<"$EXPANDED"
+read -ra benchmarks <<<"$BENCHMARKS"
+((${#expanded_ones[@]} && ${#original_ones[@]})) || die "EXPANDED='$EXPANDED' ORIGINAL='$ORIGINAL': name languages"
+
+command=("$PYTHON" "$ROOT/tools/benchmarks.py" --base "$HF" --final "$HF_OUT" --output "$OUT"
+    --original-languages "${original_ones[@]}" --expanded-languages "${expanded_ones[@]}"
+    --benchmarks "${benchmarks[@]}" --model "$MODEL" --model-args "$MODEL_ARGS" --batch-size "$BATCH_SIZE")
+[[ -z "$DEVICE" ]] || command+=(--device "$DEVICE")
+[[ -z "$LAUNCHER" ]] || command+=(--launcher "$LAUNCHER")
+[[ -z "$LIMIT" ]] || command+=(--limit "$LIMIT")
+[[ "$DRY_RUN" != 1 ]] || command+=(--dry-run)
+show "${command[@]}" "$@"
+"${command[@]}" "$@"
