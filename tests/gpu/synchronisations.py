@@ -1,8 +1,9 @@
 """Counts the places where the host waits for the device, on the emulated device: with the line that waits.
 
-A wait is an event or stream that is synchronised, a blocking copy to the host, and an operation whose result the host
-needs to go on (`nonzero`, a boolean index, `item`, `bool`, `tolist`). A copy started with `non_blocking` is none; the
-event after it is.
+A wait is an event or stream that is synchronised, a blocking copy to the host, one of the host's own numbers to the
+device (`torch.tensor(1, device=...)`: torch waits for the stream that copies from memory that is not pinned), and an
+operation whose result the host needs to go on (`nonzero`, a boolean index, `item`, `bool`, `tolist`). A copy started
+with `non_blocking` is none; the event after it is.
 """
 
 import contextlib
@@ -83,15 +84,24 @@ class Waits(TorchDispatchMode):
 def counted() -> Iterator[Waits]:
     """Count within the context, in this thread."""
     waits = Waits()
-    to, numpy, tolist, tensor = torch.Tensor.to, torch.Tensor.numpy, torch.Tensor.tolist, torch.tensor
+    to, cuda, numpy, tolist = torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.numpy, torch.Tensor.tolist
 
     def copied(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         target = kwargs.get("device", args[0] if args else None)
+        if _is_device(target) and waits.is_on_host(self):
+            return sent(self, kwargs.get("non_blocking"))
         if not _is_host(target) or waits.is_on_host(self):
             return to(self, *args, **kwargs)
         if not kwargs.get("non_blocking"):
             waits.add("copy to the host")
         return waits.put_on_host(to(self, *args, **kwargs))
+
+    def sent(self: torch.Tensor, non_blocking: bool | None = False) -> torch.Tensor:
+        if not waits.is_on_host(self):
+            return cuda(self)
+        if not non_blocking:
+            waits.add("copy to the device")
+        return self.detach().clone()  # another storage, which is not the host's
 
     def read(original: Any, name: str) -> Any:
         def reading(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -101,9 +111,16 @@ def counted() -> Iterator[Waits]:
 
         return reading
 
-    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
-        result = tensor(*args, **kwargs)
-        return result if kwargs.get("device") is not None else waits.put_on_host(result)
+    def made(original: Any) -> Any:
+        def making(*args: Any, **kwargs: Any) -> torch.Tensor:
+            result = original(*args, **kwargs)
+            if kwargs.get("device") is None or _is_host(kwargs["device"]):
+                return waits.put_on_host(result)
+            if not isinstance(args[0], torch.Tensor) or waits.is_on_host(args[0]):
+                waits.add("copy to the device")
+            return result
+
+        return making
 
     def started(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         if not torch.is_tensor(value):
@@ -117,9 +134,11 @@ def counted() -> Iterator[Waits]:
     replaced = [
         patch.object(torch.Tensor, "to", copied),
         patch.object(torch.Tensor, "cpu", lambda self: copied(self, "cpu")),
+        patch.object(torch.Tensor, "cuda", lambda self, *args, **kwargs: sent(self, kwargs.get("non_blocking"))),
         patch.object(torch.Tensor, "numpy", read(numpy, "numpy")),
         patch.object(torch.Tensor, "tolist", read(tolist, "tolist")),
-        patch.object(torch, "tensor", made),
+        patch.object(torch, "tensor", made(torch.tensor)),
+        patch.object(torch, "as_tensor", made(torch.as_tensor)),
         patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", started),
         patch.object(FinishedEvent, "synchronize", synchronize),
         patch.object(InOrderStream, "synchronize", synchronize),
@@ -135,6 +154,10 @@ def counted() -> Iterator[Waits]:
 def _is_host(target: Any) -> bool:
     """Only by name: the emulated device, too, is a torch.device("cpu"), which is passed as an object."""
     return isinstance(target, str) and target == "cpu"
+
+
+def _is_device(target: Any) -> bool:
+    return isinstance(target, torch.device) or (isinstance(target, str) and target.startswith("cuda"))
 
 
 def _site() -> str | None:

@@ -3,6 +3,7 @@
 `make test-te TESTS="tests/gpu/test_synchronisations.py -s"` prints every place.
 """
 
+import contextlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -34,23 +35,22 @@ CASES = {
 
 
 def waits_of_a_step(checkpoint: Path, save: Path, data: dict, **changes) -> Counter:
-    """On every rank: the waits of one whole step, the look at the stop request included."""
+    """On every rank: the waits from the begin of one step to the begin of the next."""
     found: Counter = Counter()
-    step, asked = Trainer.step, Trainer._asked_to_stop
+    step = Trainer.step
 
-    def watched(method, trainer, iteration, *arguments):
-        if iteration != COUNTED_STEP:
-            return method(trainer, *arguments)
-        with counted() as waits:
-            result = method(trainer, *arguments)
-        found.update(waits.counts)
-        return result
+    with contextlib.ExitStack() as stack:
 
-    with (
-        patch.object(Trainer, "step", lambda self, batches: watched(step, self, self.state.iteration + 1, batches)),
-        patch.object(Trainer, "_asked_to_stop", lambda self: watched(asked, self, self.state.iteration)),
-    ):
-        train(checkpoint, save, data, platform="cuda", log_interval=100, **changes)
+        def watched(trainer, batches):
+            if trainer.state.iteration + 1 == COUNTED_STEP:
+                waits = stack.enter_context(counted())
+                stack.callback(lambda: found.update(waits.counts))
+            elif trainer.state.iteration == COUNTED_STEP:
+                stack.close()
+            return step(trainer, batches)
+
+        with patch.object(Trainer, "step", watched):
+            train(checkpoint, save, data, platform="cuda", log_interval=100, **changes)
     return found
 
 
@@ -63,18 +63,15 @@ def count(inputs, save: Path, name: str) -> Counter:
 
 
 OF_THE_STEP = {
-    ("copy to the host", "global_batch.py:_sum_over_ranks"): 1,  # the losses
     ("item", "clip_grads.py:get_grad_norm_fp32"): 1,  # Megatron's
-    ("item", "finalize_model_grads.py:finalize_model_grads"): 1,  # Megatron's, whether there are tokens
-    ("item", "finite_steps.py:_found_non_finite"): 1,
-    ("item", "loop.py:_asked_to_stop"): 1,
+    ("copy to the host", "agreement.py:agree"): 1,  # the losses, whether all is finite, whether to stop
 }
 OF_A_LAYER = ("synchronize", "token_dispatcher.py:_maybe_dtoh_and_synchronize")
 MICRO_BATCHES = 2
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_wait_a_layer_and_five_a_step(name, inputs, tmp_path):
+def test_one_wait_a_layer_and_two_a_step(name, inputs, tmp_path):
     found = count(inputs, tmp_path / "run", name)
     print(f"\n{name}")
     for (operation, site), times in sorted(found.items()):
@@ -92,10 +89,13 @@ def planted() -> Counter:
         tensor[tensor > 1]
         tensor.tolist()
         tensor.cpu().sum().item()  # the copy waits, what is done with it does not
+        torch.tensor(1.0).cuda()
+        torch.tensor(1.0, device=torch.cuda.current_device())
+        torch.as_tensor([1.0]).to(torch.cuda.current_device(), non_blocking=True)  # no wait
         torch.cuda.synchronize()
     return Counter(operation for operation, _ in waits.counts.elements())
 
 
 def test_planted_waits_are_found():
-    kinds = {"item": 2, "nonzero": 1, "boolean index": 1, "tolist": 1, "copy to the host": 1, "synchronize": 1}
+    kinds = {"copy to the device": 2, "item": 2, "nonzero": 1, "boolean index": 1, "tolist": 1, "copy to the host": 1, "synchronize": 1}
     assert run(1, planted)[0] == kinds
