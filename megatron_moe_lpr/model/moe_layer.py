@@ -4,7 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe_lpr.model.expert_groups import dispatch_order
 from megatron_moe_lpr.model.fp8 import row_alignment
+from megatron_moe_lpr.model.side_stream import SideStream
 
 
 @dataclasses.dataclass
@@ -77,6 +78,7 @@ class MoELPRLayer(MoELayer):
             ffn_hidden_size=config.ffn_hidden_size,
             tp_group=self.attn_tp_group,
         )
+        self.side_stream = SideStream() if config.original_expert_overlap and self.ep_group.size() > 1 else None
 
     def forward(
         self,
@@ -113,11 +115,35 @@ class MoELPRLayer(MoELayer):
         new_weights, new_choices = weights[:, 1:], choices[:, 1:]
         if self.dispatch_order:
             new_weights, new_choices = new_weights[:, self.dispatch_order], new_choices[:, self.dispatch_order]
-        new = self._new_experts(hidden_states, new_weights.contiguous(), new_choices.contiguous())
-        count, largest = counts.tolist()
-        # The indices in their order, as `nonzero` gives them, without its wait for the device.
-        chosen = choices[:, 0].to(torch.uint8).argsort(descending=True, stable=True)[:count]
-        return self._add_original_expert(new, hidden_states, weights[:, 0], chosen, largest)
+        original = partial(self._of_original_expert, hidden_states, weights[:, 0], choices[:, 0], counts)
+        new, (chosen, rows) = self._both(hidden_states, new_weights.contiguous(), new_choices.contiguous(), original)
+        flat = new.reshape(-1, new.shape[-1]).index_add(0, chosen, rows)
+        return flat.view(new.shape)
+
+    def _both(
+        self,
+        hidden_states: torch.Tensor,
+        weights: torch.Tensor,
+        choices: torch.Tensor,
+        original: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """What the new experts give, and what the original one does, which needs nothing that travels.
+
+        Beside: the tokens of the new experts are sent first and the original expert is launched then, so that also on
+        a device with one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) it computes while they are under way.
+        """
+        side = self.side_stream
+        if side is None:
+            return self._new_experts(hidden_states, weights, choices), original()
+        made = None
+
+        def sent() -> None:
+            nonlocal made
+            made = side.run(original)
+
+        side.fork()
+        new = self._new_experts(hidden_states, weights, choices, sent)
+        return new, side.join(made)
 
     def _send_counts(self, choice: torch.Tensor) -> torch.Tensor:
         """Start the copy to the host of how many tokens chose the original expert, here and at most on a TP rank: [2].
@@ -140,26 +166,36 @@ class MoELPRLayer(MoELayer):
         with torch.cuda.stream(stream):
             return token_dispatcher.maybe_move_tensor_to_cpu(counts, record_stream=True)
 
-    def _new_experts(self, hidden_states: torch.Tensor, weights: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of the new experts; tokens that chose none of them get zeros."""
+    def _new_experts(
+        self,
+        hidden_states: torch.Tensor,
+        weights: torch.Tensor,
+        choices: torch.Tensor,
+        sent: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
+        """Weighted sum of the new experts; tokens that chose none of them get zeros. `sent` is called when the tokens
+        are on their way."""
         with _forgetting(self.token_dispatcher):
             tokens, token_weights = self.token_dispatcher.dispatch_preprocess(hidden_states, choices, weights)
             tokens, token_weights = self.dispatch(tokens, token_weights)
+            sent()
             output, _ = self.routed_experts_compute(tokens, token_weights)
             return self.token_dispatcher.combine_postprocess(self.combine(output))
 
-    def _add_original_expert(
-        self, output: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor, rows: int
-    ) -> torch.Tensor:
-        """Add weight * original_expert(x) at the tokens `chosen` ([count]); `rows`: the largest count of a TP rank."""
-        hidden = hidden_states.shape[-1]
-        tokens = hidden_states.reshape(-1, hidden).index_select(0, chosen)
-        padding = self._rows_of_original_expert(rows) - chosen.numel()
+    def _of_original_expert(
+        self, hidden_states: torch.Tensor, weight: torch.Tensor, choice: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens whose `choice` ([tokens], bool) is set, [count], and weight * original_expert(x) of each,
+        [count, hidden]. `counts`: see `_send_counts`; they must have arrived."""
+        count, largest = counts.tolist()
+        # The indices in their order, as `nonzero` gives them, without its wait for the device.
+        chosen = choice.to(torch.uint8).argsort(descending=True, stable=True)[:count]
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, chosen)
+        padding = self._rows_of_original_expert(largest) - count
         tokens = torch.nn.functional.pad(tokens, (0, 0, 0, padding)).unsqueeze(1)
         original, _ = self.original_expert(tokens)
-        original = original.squeeze(1)[: chosen.numel()] * weight.index_select(0, chosen).unsqueeze(1)
-        flat = output.reshape(-1, hidden).index_add(0, chosen, original.to(output.dtype))
-        return flat.view(output.shape)
+        original = original.squeeze(1)[:count] * weight.index_select(0, chosen).unsqueeze(1)
+        return chosen, original.to(hidden_states.dtype)
 
     def _rows_of_original_expert(self, largest: int) -> int:
         """Rows each TP rank brings to the original expert: at least 1, aligned for FP8 and on the CPU in bf16 as the

@@ -97,5 +97,13 @@ def planted() -> Counter:
 
 
 def test_planted_waits_are_found():
-    kinds = {"copy to the device": 2, "item": 2, "nonzero": 1, "boolean index": 1, "tolist": 1, "copy to the host": 1, "synchronize": 1}
+    kinds = {
+        "copy to the device": 2,
+        "item": 2,
+        "nonzero": 1,
+        "boolean index": 1,
+        "tolist": 1,
+        "copy to the host": 1,
+        "synchronize": 1,
+    }
     assert run(1, planted)[0] == kinds
