@@ -42,6 +42,5 @@ class SideStream:
         current = torch.cuda.current_stream()
         current.wait_stream(SideStream._stream)
         for tensor in made:
-            if tensor.is_cuda:
-                tensor.record_stream(current)
+            tensor.record_stream(current)
         return made
