@@ -7,34 +7,43 @@ import contextlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from megatron_moe_lpr.model.router import RouterProduct
 from megatron_moe_lpr.training.loop import Trainer
 from tests.gpu import device
+from tests.gpu.figures import Figures
 from tests.gpu.ranks import run
 from tests.gpu.synchronisations import counted
 from tests.gpu.test_layouts import EP2, TP2
-from tests.gpu.test_numerics import BF16, RECIPES, SHARDED
+from tests.gpu.test_numerics import BF16, MOE, RECIPES, SHARDED
 from tests.training.runs import train
 
 COUNTED_STEP = 3  # what only the first steps do is over
-LAYERS = 4
-GLOBAL_BATCH = 8
+LAYERS, MICRO_BATCHES, GLOBAL_BATCH = 4, 2, 8
 pytestmark = pytest.mark.skipif(not device.EMULATED, reason="counts on the emulated device alone")
+OVERLAP = {"original_expert_overlap": True}
 CASES = {
     "one rank": (1, {}),
     "one rank, fp32": (1, {"fp32": True, "bf16": False}),
-    "stage 2": (1, {"stage": "2"}),
-    "fp8 tensorwise": (1, RECIPES["tensorwise"]),
+    "one rank, stage 2": (1, {"stage": "2"}),
+    "one rank, fp8 tensorwise": (1, RECIPES["tensorwise"]),
     "EP2": (2, EP2 | SHARDED),
+    "EP2, beside": (2, EP2 | SHARDED | OVERLAP),
+    "EP2, stage 2": (2, EP2 | SHARDED | {"stage": "2"}),
     "TP2+SP": (2, TP2),
+    "TP2+SP, stage 2": (2, TP2 | {"stage": "2"}),
+    "TP2+SP, EP2": (2, TP2 | EP2),
+    "TP2+SP, EP2, stage 2, beside": (2, TP2 | EP2 | OVERLAP | {"stage": "2"}),
+    "EP2, recompute moe": (2, EP2 | SHARDED | MOE),
 }
 
 
-def waits_of_a_step(checkpoint: Path, save: Path, data: dict, **changes) -> Counter:
+def waits_of_a_step(checkpoint: Path, save: Path, data: dict, fault: Any, **changes) -> Counter:
     """On every rank: the waits from the begin of one step to the begin of the next."""
     found: Counter = Counter()
     step = Trainer.step
@@ -49,34 +58,85 @@ def waits_of_a_step(checkpoint: Path, save: Path, data: dict, **changes) -> Coun
                 stack.close()
             return step(trainer, batches)
 
-        with patch.object(Trainer, "step", watched):
+        with fault(), patch.object(Trainer, "step", watched):
             train(checkpoint, save, data, platform="cuda", log_interval=100, **changes)
     return found
 
 
-def count(inputs, save: Path, name: str) -> Counter:
+def count(inputs, save: Path, name: str, fault=contextlib.nullcontext) -> Counter:
     """Rank 0's waits of a step with two micro-batches."""
     world, changes = CASES[name]
-    fields = {"fp32": False, **BF16, "seq_length": 64, "micro_batch_size": 4 // (2 if name == "EP2" else 1)}
-    fields |= {"global_batch_size": GLOBAL_BATCH, "train_iters": COUNTED_STEP + 1} | changes
-    return run(world, partial(waits_of_a_step, **fields), inputs[0], save, inputs[1])[0]
+    samples = GLOBAL_BATCH // MICRO_BATCHES // (1 if "tensor_model_parallel_size" in changes else world)
+    fields = {"fp32": False, **BF16, "seq_length": 64, "micro_batch_size": samples, "global_batch_size": GLOBAL_BATCH}
+    fields |= {"train_iters": COUNTED_STEP + 1} | changes
+    return run(world, partial(waits_of_a_step, **fields), inputs[0], save, inputs[1], fault)[0]
 
 
 OF_THE_STEP = {
     ("item", "clip_grads.py:get_grad_norm_fp32"): 1,  # Megatron's
     ("copy to the host", "agreement.py:agree"): 1,  # the losses, whether all is finite, whether to stop
 }
-OF_A_LAYER = ("synchronize", "token_dispatcher.py:_maybe_dtoh_and_synchronize")
-MICRO_BATCHES = 2
+OF_A_LAYER = ("synchronize", "token_dispatcher.py:_maybe_dtoh_and_synchronize")  # Megatron's
+
+
+@pytest.fixture(scope="module")
+def figures():
+    rows = Figures("waits of a step", "micro-batches", "MoE layers", "a layer and micro-batch", "a step beside")
+    yield rows
+    rows.print()
+
+
+def expected_of(name: str) -> Counter:
+    """One wait of each layer's forward pass, twice where it is computed again."""
+    passes = 2 if "recompute" in name else 1
+    return Counter(OF_THE_STEP) + Counter({OF_A_LAYER: passes * LAYERS * MICRO_BATCHES})
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_wait_a_layer_and_two_a_step(name, inputs, tmp_path):
+def test_one_wait_a_layer_and_two_a_step(name, inputs, tmp_path, figures):
     found = count(inputs, tmp_path / "run", name)
-    print(f"\n{name}")
-    for (operation, site), times in sorted(found.items()):
-        print(f"  {times:4} {operation:18} {site}")
-    assert found == OF_THE_STEP | {OF_A_LAYER: LAYERS * MICRO_BATCHES}
+    print(f"\n{name}", *(f"{times:4} {what} in {site}" for (what, site), times in sorted(found.items())), sep="\n")
+    of_layers = found[OF_A_LAYER]
+    figures.add(
+        name,
+        **{
+            "micro-batches": str(MICRO_BATCHES),
+            "MoE layers": str(LAYERS),
+            "a layer and micro-batch": str(of_layers / LAYERS / MICRO_BATCHES),
+            "a step beside": str(found.total() - of_layers),
+        },
+    )
+    assert found == expected_of(name)
+
+
+@contextlib.contextmanager
+def looking_at_numbers():
+    """A look at a number in the forward and in the backward pass of every router, as someone might add it."""
+    forward, backward = RouterProduct.forward, RouterProduct.backward
+
+    def look_forward(ctx, hidden_states, weight):
+        hidden_states.sum().item()
+        return forward(ctx, hidden_states, weight)
+
+    def look_backward(ctx, gradient):
+        if gradient.abs().max() > 1e9:
+            raise ValueError("never")
+        return backward(ctx, gradient)
+
+    with (
+        patch.object(RouterProduct, "forward", staticmethod(look_forward)),
+        patch.object(RouterProduct, "backward", staticmethod(look_backward)),
+    ):
+        yield
+
+
+def test_a_look_at_a_number_is_found_in_forward_and_backward(inputs, tmp_path):
+    found = count(inputs, tmp_path / "run", "one rank", looking_at_numbers)
+    of_all = LAYERS * MICRO_BATCHES
+    assert found - expected_of("one rank") == {
+        ("item", "test_synchronisations.py:look_forward"): of_all,
+        ("item", "test_synchronisations.py:look_backward"): of_all,
+    }
 
 
 def planted() -> Counter:

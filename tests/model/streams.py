@@ -1,8 +1,8 @@
 """Streams of a device that may run in any order but the one they were told to: finds what was not told.
 
-Each stream has a vector clock. An operation may touch a tensor only if its stream is behind what wrote it, and, where it
-writes, behind all that read it. Memory that is freed goes back to the stream that it was taken on, which must be behind
-every use of it, unless `record_stream` named the other stream (torch's caching allocator).
+Each stream has a vector clock. An operation may touch a tensor only if its stream is behind what wrote it, and, where
+it writes, behind all that read it. Memory that is freed goes back to the stream that it was taken on, which must be
+behind every use of it, unless `record_stream` named the other stream (torch's caching allocator).
 
 Only what a forward pass launches is seen: on the CPU autograd runs every backward operation on the one stream there is.
 """
