@@ -1,4 +1,4 @@
-"""`--original-expert-overlap` on the device: the original expert beside the new ones gives what it gives behind them."""
+"""`--original-expert-overlap` on the device: the original expert beside the new ones gives what it gives behind."""
 
 import pytest
 import torch

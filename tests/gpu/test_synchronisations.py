@@ -25,6 +25,7 @@ from tests.training.runs import train
 
 COUNTED_STEP = 3  # what only the first steps do is over
 LAYERS, MICRO_BATCHES, GLOBAL_BATCH = 4, 2, 8
+COLUMNS = ("MoE layers", "each, a micro-batch", "exchanges between stages", "in all")
 pytestmark = pytest.mark.skipif(not device.EMULATED, reason="counts on the emulated device alone")
 OVERLAP = {"original_expert_overlap": True}
 CASES = {
@@ -39,6 +40,7 @@ CASES = {
     "TP2+SP, stage 2": (2, TP2 | {"stage": "2"}),
     "TP2+SP, EP2": (2, TP2 | EP2),
     "TP2+SP, EP2, stage 2, beside": (2, TP2 | EP2 | OVERLAP | {"stage": "2"}),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}),
     "EP2, recompute moe": (2, EP2 | SHARDED | MOE),
 }
 
@@ -63,13 +65,17 @@ def waits_of_a_step(checkpoint: Path, save: Path, data: dict, fault: Any, **chan
     return found
 
 
-def count(inputs, save: Path, name: str, fault=contextlib.nullcontext) -> Counter:
-    """Rank 0's waits of a step with two micro-batches."""
+def count(inputs, save: Path, name: str, fault=contextlib.nullcontext) -> list[Counter]:
+    """Each rank's waits of a step with two micro-batches."""
     world, changes = CASES[name]
-    samples = GLOBAL_BATCH // MICRO_BATCHES // (1 if "tensor_model_parallel_size" in changes else world)
+    samples = (
+        GLOBAL_BATCH
+        // MICRO_BATCHES
+        // (1 if {"tensor_model_parallel_size", "pipeline_model_parallel_size"} & changes.keys() else world)
+    )
     fields = {"fp32": False, **BF16, "seq_length": 64, "micro_batch_size": samples, "global_batch_size": GLOBAL_BATCH}
     fields |= {"train_iters": COUNTED_STEP + 1} | changes
-    return run(world, partial(waits_of_a_step, **fields), inputs[0], save, inputs[1], fault)[0]
+    return run(world, partial(waits_of_a_step, **fields), inputs[0], save, inputs[1], fault)
 
 
 OF_THE_STEP = {
@@ -77,36 +83,35 @@ OF_THE_STEP = {
     ("copy to the host", "agreement.py:agree"): 1,  # the losses, whether all is finite, whether to stop
 }
 OF_A_LAYER = ("synchronize", "token_dispatcher.py:_maybe_dtoh_and_synchronize")  # Megatron's
+OF_AN_EXCHANGE = ("synchronize", "p2p_communication.py:_communicate")  # Megatron's, after each (`batch_p2p_sync`)
 
 
 @pytest.fixture(scope="module")
 def figures():
-    rows = Figures("waits of a step", "micro-batches", "MoE layers", "a layer and micro-batch", "a step beside")
+    rows = Figures(f"waits of a rank in a step of {MICRO_BATCHES} micro-batches", *COLUMNS)
     yield rows
     rows.print()
 
 
 def expected_of(name: str) -> Counter:
     """One wait of each layer's forward pass, twice where it is computed again."""
-    passes = 2 if "recompute" in name else 1
-    return Counter(OF_THE_STEP) + Counter({OF_A_LAYER: passes * LAYERS * MICRO_BATCHES})
+    passes, stages = 2 if "recompute" in name else 1, 2 if "PP2" in name else 1
+    # One stage sends forward and the other back; one of these is sent and received in a single exchange.
+    exchanges = 2 * MICRO_BATCHES - 1 if stages > 1 else 0
+    of_layers = passes * LAYERS // stages * MICRO_BATCHES
+    return Counter(OF_THE_STEP) + Counter({OF_A_LAYER: of_layers, OF_AN_EXCHANGE: exchanges})
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_wait_a_layer_and_two_a_step(name, inputs, tmp_path, figures):
-    found = count(inputs, tmp_path / "run", name)
+    ranks = count(inputs, tmp_path / "run", name)
+    found = ranks[0]
     print(f"\n{name}", *(f"{times:4} {what} in {site}" for (what, site), times in sorted(found.items())), sep="\n")
-    of_layers = found[OF_A_LAYER]
-    figures.add(
-        name,
-        **{
-            "micro-batches": str(MICRO_BATCHES),
-            "MoE layers": str(LAYERS),
-            "a layer and micro-batch": str(of_layers / LAYERS / MICRO_BATCHES),
-            "a step beside": str(found.total() - of_layers),
-        },
-    )
-    assert found == expected_of(name)
+    layers = LAYERS // 2 if name == "PP2" else LAYERS
+    counted_here = (found[OF_A_LAYER] // layers // MICRO_BATCHES, found[OF_AN_EXCHANGE], found.total())
+    figures.add(name, **dict(zip(COLUMNS, map(str, (layers, *counted_here)), strict=True)))
+    for found in ranks:
+        assert found == expected_of(name)
 
 
 @contextlib.contextmanager
@@ -131,7 +136,7 @@ def looking_at_numbers():
 
 
 def test_a_look_at_a_number_is_found_in_forward_and_backward(inputs, tmp_path):
-    found = count(inputs, tmp_path / "run", "one rank", looking_at_numbers)
+    found = count(inputs, tmp_path / "run", "one rank", looking_at_numbers)[0]
     of_all = LAYERS * MICRO_BATCHES
     assert found - expected_of("one rank") == {
         ("item", "test_synchronisations.py:look_forward"): of_all,
