@@ -19,11 +19,9 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "moe", "layernorm")}
 CASES = {
     "EP1": {"layout": {}},
-    "EP1, TP2+SP": {"layout": TP2},
     "EP2": {"layout": EP2},
     "EP2, stage 2": {"layout": EP2, "stage": "2"},
     "EP2, full training": {"layout": EP2, "stage": "full"},
-    "EP2, recompute full": {"layout": EP2, "recompute": FULL},
     "EP2, recompute selective": {"layout": EP2, "recompute": SELECTIVE},
     "EP2, all-gather dispatcher": {"layout": EP2, "dispatcher": "allgather"},
     "TP2+SP, EP2, distributed optimizer": {"layout": TP2 | EP2, "optimizer": {"use_distributed_optimizer": True}},
