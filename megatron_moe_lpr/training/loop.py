@@ -88,26 +88,21 @@ class Trainer:
                 return False
         self.save()
         self._tell_saved(self.saver.wait())
-        if self.run.datasets.valid and not self._evaluated_last():
+        if self.run.datasets.valid and not self._is_due(self.run.config.logging.eval_interval):
             self.evaluate()
         return True
 
     def _evaluate_and_save_if_due(self) -> bool:
         """Whether either was due: it takes time, in which a signal may come."""
-        due = [
-            (interval, work)
-            for interval, work in (
-                (self.run.config.logging.eval_interval, self.evaluate),
-                (self.run.config.checkpoint.save_interval, self.save),
-            )
-            if interval and self.state.iteration % interval == 0
-        ]
-        for _, work in due:
-            work()
-        return bool(due)
+        evaluates = self._is_due(self.run.config.logging.eval_interval)
+        saves = self._is_due(self.run.config.checkpoint.save_interval)
+        if evaluates:
+            self.evaluate()
+        if saves:
+            self.save()
+        return evaluates or saves
 
-    def _evaluated_last(self) -> bool:
-        interval = self.run.config.logging.eval_interval
+    def _is_due(self, interval: int | None) -> bool:
         return bool(interval) and self.state.iteration % interval == 0
 
     def _batches(self) -> Iterator[Batch]:
