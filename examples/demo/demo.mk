@@ -1,10 +1,22 @@
 # The demo's targets, included by the Makefile.
 
-.PHONY: demo demo-baselines demo-eval demo-other-text demo-growing base-model
+.PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing paper-table paper-scaling base-model
 
 ## Run the whole method on real text, up to runs/demo/report.html; goes on where it was interrupted.
 demo: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/run.sh
+
+## Run it at the paper's proportions: the whole corpus once, a replay of less than 1% of it.
+demo-full: $(INSTALLED)
+	PYTHON=$(BIN)/python bash examples/demo/full.sh
+
+## Make the paper's Table 1 in small, two seeds; ends in runs/paper/report.html.
+paper-table: $(INSTALLED)
+	PYTHON=$(BIN)/python bash examples/demo/paper_table.sh
+
+## Draw curves over the number of experts, the replay and the languages, into the same page.
+paper-scaling: $(INSTALLED)
+	PYTHON=$(BIN)/python bash examples/demo/scaling.sh
 
 ## Do what else one could with the same tokens, for the demo's table.
 demo-baselines: $(INSTALLED)
