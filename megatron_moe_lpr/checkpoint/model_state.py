@@ -16,7 +16,8 @@ from megatron.core.fp8_utils import is_float8tensor
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.distributed_loading import load_distributed
 from megatron_moe_lpr.checkpoint.reader import read_index
-from megatron_moe_lpr.checkpoint.trainable_only import layers_of, part_with_keys
+from megatron_moe_lpr.checkpoint.sharded_parts import part_with_keys
+from megatron_moe_lpr.checkpoint.trainable_only import layers_of
 from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap

@@ -1,14 +1,11 @@
 """Checkpoints that hold only what a run trains, and the checkpoint that holds the rest: their base."""
 
 import contextlib
-import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
 from megatron_moe_lpr.checkpoint.card import Base
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
@@ -133,28 +130,3 @@ def open_reader(directory: CheckpointDirectory) -> CheckpointReader | LayeredRea
     """All tensors of a checkpoint, its base's included. Raises what `base_of` and CheckpointReader raise."""
     layers = layers_of(directory)
     return CheckpointReader(directory.path) if len(layers) == 1 else LayeredReader(layers)
-
-
-def trained_part(state: dict[str, Any]) -> dict[str, Any]:
-    """Of a sharded model state what belongs to parameters that train, and the extra states beside them."""
-    return _select(state, lambda entry: isinstance(entry, ShardedObject) or entry.data.requires_grad)
-
-
-def part_with_keys(state: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    """Of a sharded model state what a checkpoint with these keys holds."""
-    return _select(state, lambda entry: all(key in keys for key in _keys(entry)))
-
-
-def _select(state: dict[str, Any], wanted) -> dict[str, Any]:
-    kinds = (ShardedTensor, ShardedTensorFactory, ShardedObject)
-    return {name: entry for name, entry in state.items() if isinstance(entry, kinds) and wanted(entry)}
-
-
-def _keys(entry: ShardedTensor | ShardedTensorFactory | ShardedObject) -> list[str]:
-    if isinstance(entry, ShardedObject):
-        return [entry.unique_key]
-    if isinstance(entry, ShardedTensor):
-        return [entry.key]
-    # Cut without the values: on `meta` that costs nothing.
-    probe = dataclasses.replace(entry, data=torch.empty(entry.data.shape, device="meta"))
-    return [tensor.key for tensor in probe.build()]

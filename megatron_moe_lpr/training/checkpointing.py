@@ -26,7 +26,8 @@ from megatron_moe_lpr.checkpoint.model_state import fill_model, sharded_model_st
 from megatron_moe_lpr.checkpoint.optimizer_state import keep_shares_apart
 from megatron_moe_lpr.checkpoint.retention import being_read
 from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved
-from megatron_moe_lpr.checkpoint.trainable_only import base_of, trained_part
+from megatron_moe_lpr.checkpoint.sharded_parts import trained_part
+from megatron_moe_lpr.checkpoint.trainable_only import base_of
 from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
 from megatron_moe_lpr.model.build import unwrap
 

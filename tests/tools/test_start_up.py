@@ -40,3 +40,16 @@ def test_flags_are_told_without_heavy_imports(command, flag):
         assert "usage" in result.stdout and said == []
     else:
         assert len(said) == 1 and said[0].startswith("error: ") and flag in said[0]
+
+
+@pytest.mark.parametrize(
+    "words", [("inspect", "data/base_model"), ("import", "--hf", "data/base_model", "--num-experts", "2", "--save")]
+)
+def test_what_converts_works_without_megatron(words, tmp_path):
+    """Its import takes two seconds, as long as a model of 1B parameters takes to write."""
+    words = [*words, str(tmp_path / "checkpoint")] if words[-1] == "--save" else words
+    command = [sys.executable, "-c", CHILD, str(ROOT / "tools" / "convert_hf.py"), *words]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    imported = result.stderr.split("\n")[-1].split()
+    assert "torch" in imported and "megatron.core" not in imported
