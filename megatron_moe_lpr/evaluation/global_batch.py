@@ -30,7 +30,7 @@ class StepWeights:
 
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """LM loss of a step, summed over all ranks."""
+    """LM loss of a step: `over_ranks` makes the sums of all ranks of one rank's."""
 
     loss: torch.Tensor
     """[languages], fp64: summed loss of the tokens with that language's tag."""
@@ -48,6 +48,12 @@ class LossSums:
 
     def __add__(self, other: "LossSums") -> "LossSums":
         return LossSums(self.loss + other.loss, self.tokens + other.tokens)
+
+    def over_ranks(self) -> "LossSums":
+        """Summed over all ranks, on the host, which waits for the device. Every rank must call it."""
+        total = torch.stack((self.loss, self.tokens))
+        dist.all_reduce(total)
+        return LossSums(*total.cpu())
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -67,9 +73,11 @@ def step_weights(batches: Sequence[Batch], original_table: torch.Tensor) -> Step
     with_loss = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum()
     has_prior = _groups(original_table) >= 0
     original = torch.stack([has_prior[batch["language"]].sum() for batch in batches]).sum()
-    counts = torch.stack((with_loss.double(), original.double(), torch.tensor(float(len(batches)), device=device)))
+    # `full` and not `tensor`: the host waits for the device where it copies a number of its own there.
+    micro_batches = torch.full((), float(len(batches)), device=device)
+    counts = torch.stack((with_loss.double(), original.double(), micro_batches))
     dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-    tokens, originals, micro_batches = counts.float()
+    tokens, originals, micro_batches = counts.float().unbind()
     lpr = torch.where(originals > 0, tokens / originals.clamp(min=1.0), 0.0)
     return StepWeights(lpr, tokens / micro_batches)
 
@@ -83,13 +91,28 @@ def run_schedule(
 ) -> LossSums:
     """Forward and, unless `forward_only`, backward of all micro-batches. Every rank must call it.
 
+    Returns:
+        The summed LM losses, the same on every rank, on the host. Arguments: see `run_micro_batches`.
+    """
+    return run_micro_batches(chunks, config, batches, original_table, forward_only).over_ranks()
+
+
+def run_micro_batches(
+    chunks: Sequence[torch.nn.Module],
+    config: MoELPRConfig,
+    batches: Sequence[Batch],
+    original_table: torch.Tensor,
+    forward_only: bool = False,
+) -> LossSums:
+    """The same without a look at the losses, for which the host would wait. Every rank must call it.
+
     Args:
         chunks: this rank's part of the model.
         batches: this rank's micro-batches on the model's device, [batch, sequence] each.
         original_table: see `step_weights`.
 
     Returns:
-        The summed LM losses, the same on every rank.
+        This rank's part of the summed LM losses, on the device.
     """
     languages = len(original_table) - 1
     forward = partial(
@@ -110,7 +133,7 @@ def run_schedule(
         micro_batch_size=batch,
         forward_only=forward_only,
     )
-    return _sum_over_ranks(reports, languages, batches[0]["tokens"].device)
+    return _sum_of_rank(reports, languages, batches[0]["tokens"].device)
 
 
 def _forward_step(
@@ -153,11 +176,9 @@ def _loss(batch: Batch, languages: int, output: torch.Tensor) -> tuple[torch.Ten
     return losses.sum(), tokens.to(torch.int), report
 
 
-def _sum_over_ranks(reports: list[torch.Tensor], languages: int, device: torch.device) -> LossSums:
+def _sum_of_rank(reports: list[torch.Tensor], languages: int, device: torch.device) -> LossSums:
     """The last stage has the reports, equal on its TP ranks: one of these counts for all."""
     total = torch.zeros(2, languages, dtype=torch.float64, device=device)
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
         total += torch.stack(reports).sum(dim=0)
-    dist.all_reduce(total)
-    total = total.cpu()
     return LossSums(total[0], total[1])

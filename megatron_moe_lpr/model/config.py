@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.architecture import Architecture
 from megatron_moe_lpr.model.fp8 import FP8Options, check_fp8_device, check_fp8_flags, check_fp8_shapes
 from megatron_moe_lpr.model.kernels import check_dispatcher, platform_fields
@@ -28,6 +29,8 @@ class MoELPRConfig(TransformerConfig):
     """Weight of the LPR loss, the mean over MoE layers and tokens of original languages."""
     lpr_loss_form: LPRLossForm = "paper"
     num_moe_layers: int = 0
+    original_expert_overlap: bool = False
+    """Compute the original expert beside the all-to-all of the new ones."""
     fp8_new_expert_parameters: bool = False
     """Keep the new experts' weights, and only these, in FP8; Megatron's own `fp8_param` means every matrix."""
 
@@ -77,6 +80,7 @@ class ComputeOptions:
 
     dtype: torch.dtype = torch.float32
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    original_expert_overlap: bool = False
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None
@@ -141,6 +145,8 @@ def check_options(
     check_fp8_flags(options.fp8, options.dtype)
     check_recompute(options.recompute_granularity, options.recompute_num_layers, options.recompute_modules, options.fp8)
     check_fp8_shapes(options.fp8, shape.architecture, layout, tokens)
+    if options.original_expert_overlap and shape.max_experts == 1:
+        raise UserError("--original-expert-overlap: the checkpoint is dense, it has no experts; leave the flag out")
 
 
 def check_platform(shape: ModelShape, layout: ParallelLayout, options: ComputeOptions, platform: Platform) -> None:
@@ -200,6 +206,7 @@ def _expert_fields(shape: ModelShape, options: ComputeOptions) -> dict[str, Any]
         # Renormalising one probability would make every weight 1 and hide the router from the loss.
         "moe_router_pre_softmax": shape.top_k == 1,
         "moe_token_dispatcher_type": options.moe_token_dispatcher_type,
+        "original_expert_overlap": options.original_expert_overlap,
         "moe_grouped_gemm": True,
     }
 

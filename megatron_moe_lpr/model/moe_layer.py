@@ -4,7 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -19,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe_lpr.model.expert_groups import dispatch_order
 from megatron_moe_lpr.model.fp8 import row_alignment
+from megatron_moe_lpr.model.side_stream import SideStream
 
 
 @dataclasses.dataclass
@@ -76,6 +78,7 @@ class MoELPRLayer(MoELayer):
             ffn_hidden_size=config.ffn_hidden_size,
             tp_group=self.attn_tp_group,
         )
+        self.side_stream = SideStream() if config.original_expert_overlap and self.ep_group.size() > 1 else None
 
     def forward(
         self,
@@ -108,53 +111,103 @@ class MoELPRLayer(MoELayer):
 
     def _mixture(self, hidden_states: torch.Tensor, token_tags: torch.Tensor | None) -> torch.Tensor:
         weights, choices = self.router(hidden_states, token_tags)
+        counts = self._send_counts(choices[:, 0])
         new_weights, new_choices = weights[:, 1:], choices[:, 1:]
         if self.dispatch_order:
             new_weights, new_choices = new_weights[:, self.dispatch_order], new_choices[:, self.dispatch_order]
-        new = self._new_experts(hidden_states, new_weights.contiguous(), new_choices.contiguous())
-        return self._add_original_expert(new, hidden_states, weights[:, 0], choices[:, 0])
+        original = partial(self._of_original_expert, hidden_states, weights[:, 0], choices[:, 0], counts)
+        new, (chosen, rows) = self._both(hidden_states, new_weights.contiguous(), new_choices.contiguous(), original)
+        flat = new.reshape(-1, new.shape[-1]).index_add(0, chosen, rows)
+        return flat.view(new.shape)
 
-    def _new_experts(self, hidden_states: torch.Tensor, weights: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of the new experts; tokens that chose none of them get zeros."""
+    def _both(
+        self,
+        hidden_states: torch.Tensor,
+        weights: torch.Tensor,
+        choices: torch.Tensor,
+        original: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """What the new experts give, and what the original one does, which needs nothing that travels.
+
+        Beside: the tokens of the new experts are sent first and the original expert is launched then, so that also on
+        a device with one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) it computes while they are under way.
+        """
+        side = self.side_stream
+        if side is None:
+            return self._new_experts(hidden_states, weights, choices), original()
+        made = None
+
+        def sent() -> None:
+            nonlocal made
+            made = side.run(original)
+
+        side.fork()
+        new = self._new_experts(hidden_states, weights, choices, sent)
+        return new, side.join(made)
+
+    def _send_counts(self, choice: torch.Tensor) -> torch.Tensor:
+        """Start the copy to the host of how many tokens chose the original expert, here and at most on a TP rank: [2].
+
+        Sequence parallelism gathers pieces of equal size, but the ranks' parts of the sequence choose the original
+        expert unequally often. The copy runs on the stream of the all-to-all dispatcher's own, before them, and has
+        arrived when the dispatcher has waited for those (token_dispatcher.py `_maybe_dtoh_and_synchronize`; with a
+        capacity before its first permutation): one wait for both. Other dispatchers have no such stream: a wait more.
+        """
+        count = choice.sum()
+        largest = count
+        if self.config.sequence_parallel:
+            largest = count.clone()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.attn_tp_group)
+        counts = torch.stack((count, largest))
+        stream = getattr(self.token_dispatcher, "cuda_dtoh_stream", None)
+        if stream is None:
+            return counts
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            return token_dispatcher.maybe_move_tensor_to_cpu(counts, record_stream=True)
+
+    def _new_experts(
+        self,
+        hidden_states: torch.Tensor,
+        weights: torch.Tensor,
+        choices: torch.Tensor,
+        sent: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:
+        """Weighted sum of the new experts; tokens that chose none of them get zeros. `sent` is called when the tokens
+        are on their way."""
         with _forgetting(self.token_dispatcher):
             tokens, token_weights = self.token_dispatcher.dispatch_preprocess(hidden_states, choices, weights)
             tokens, token_weights = self.dispatch(tokens, token_weights)
+            sent()
             output, _ = self.routed_experts_compute(tokens, token_weights)
             return self.token_dispatcher.combine_postprocess(self.combine(output))
 
-    def _add_original_expert(
-        self, output: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, choice: torch.Tensor
-    ) -> torch.Tensor:
-        """Add weight * original_expert(x) at the tokens whose `choice` ([tokens], bool) is set."""
-        hidden = hidden_states.shape[-1]
-        chosen = choice.nonzero().squeeze(1)
-        tokens = hidden_states.reshape(-1, hidden).index_select(0, chosen)
-        padding = self._rows_of_original_expert(chosen.numel()) - chosen.numel()
+    def _of_original_expert(
+        self, hidden_states: torch.Tensor, weight: torch.Tensor, choice: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens whose `choice` ([tokens], bool) is set, [count], and weight * original_expert(x) of each,
+        [count, hidden]. `counts`: see `_send_counts`; they must have arrived."""
+        count, largest = counts.tolist()
+        # The indices in their order, as `nonzero` gives them, without its wait for the device.
+        chosen = choice.to(torch.uint8).argsort(descending=True, stable=True)[:count]
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, chosen)
+        padding = self._rows_of_original_expert(largest) - count
         tokens = torch.nn.functional.pad(tokens, (0, 0, 0, padding)).unsqueeze(1)
         original, _ = self.original_expert(tokens)
-        original = original.squeeze(1)[: chosen.numel()] * weight.index_select(0, chosen).unsqueeze(1)
-        flat = output.reshape(-1, hidden).index_add(0, chosen, original.to(output.dtype))
-        return flat.view(output.shape)
+        original = original.squeeze(1)[:count] * weight.index_select(0, chosen).unsqueeze(1)
+        return chosen, original.to(hidden_states.dtype)
 
-    def _rows_of_original_expert(self, chosen: int) -> int:
-        """Rows each TP rank brings to the original expert: the largest count among them, at least 1, aligned for FP8
-        and on the CPU in bf16 as the new experts' rows are.
-
-        Sequence parallelism gathers pieces of equal size, but the ranks' parts of the sequence choose the original
-        expert unequally often. A row of zeros comes out as zeros.
-        """
-        if self.config.sequence_parallel:
-            largest = torch.tensor(chosen, device=torch.cuda.current_device())
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.attn_tp_group)
-            chosen = int(largest)
+    def _rows_of_original_expert(self, largest: int) -> int:
+        """Rows each TP rank brings to the original expert: at least 1, aligned for FP8 and on the CPU in bf16 as the
+        new experts' rows are. A row of zeros comes out as zeros."""
         if self.config.transformer_impl == "local" and self.config.bf16:
             from megatron_moe_lpr.platform.cpu.expert_rows import rounded
 
-            return rounded(max(1, chosen))
+            return rounded(max(1, largest))
         alignment = 1
         if self.config.fp8:
             alignment = row_alignment(self.config.fp8_recipe, self.config.sequence_parallel)
-        return max(1, math.ceil(chosen / alignment)) * alignment
+        return max(1, math.ceil(largest / alignment)) * alignment
 
 
 @contextlib.contextmanager

@@ -73,6 +73,7 @@ class LPRRouter(TopKRouter):
                 exactly what it did before the expansion; at 1 it is the stock softmax.
         """
         self.group_ends = list(itertools.accumulate((1, *groups[:-1])))
+        self._group_ends: torch.Tensor | None = None
         self.num_earlier, self.openness = self.group_ends[-1], openness
 
     def reset_parameters(self) -> None:
@@ -125,8 +126,10 @@ class LPRRouter(TopKRouter):
         """Experts of each token's group and those before it, [tokens]; a latest group's token counts nowhere."""
         if self.group_ends is None:
             return None
-        ends = torch.tensor(self.group_ends, device=tags.device)
-        return ends[tags[:, GROUP].long()]
+        # Each copy of a number of the host's makes it wait for the device: one for all steps.
+        if self._group_ends is None or self._group_ends.device != tags.device:
+            self._group_ends = torch.tensor(self.group_ends, device=tags.device)
+        return self._group_ends[tags[:, GROUP].long()]
 
     def _load_balancing(self, probabilities: torch.Tensor, choices: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
         valid = tags[:, MICRO_BATCH] > 0

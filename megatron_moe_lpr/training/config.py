@@ -110,6 +110,9 @@ class PrecisionOptions:
     """Compute in fp32."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
     """How tokens travel to new experts on other ranks."""
+    original_expert_overlap: bool = False
+    """Compute the original expert on a stream of its own while tokens travel to new experts on other ranks. Without
+    expert parallelism it has no effect, and on CPUs it changes the order of launches alone. Never timed on a GPU."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass: whole layers, or --recompute-modules."""
     recompute_method: Literal["uniform", "block"] | None = None
@@ -138,6 +141,7 @@ class PrecisionOptions:
         return ComputeOptions(
             dtype=dtype,
             moe_token_dispatcher_type=self.moe_token_dispatcher_type,
+            original_expert_overlap=self.original_expert_overlap,
             recompute_granularity=self.recompute_granularity,
             recompute_method=self.recompute_method or ("uniform" if full else None),
             recompute_num_layers=self.recompute_num_layers or (1 if full else None),

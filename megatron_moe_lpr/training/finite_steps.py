@@ -1,13 +1,14 @@
-"""Optimizer steps only with gradients that are finite on every rank."""
+"""Optimizer steps only with a loss and gradients that are finite on every rank."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 
+from megatron_moe_lpr.evaluation.global_batch import LossSums
+from megatron_moe_lpr.training.agreement import Agreed, agree
 from megatron_moe_lpr.training.config import GuardOptions
 
 
@@ -32,12 +33,18 @@ class FiniteSteps:
         optimizer.get_grad_norm = lambda: self.grad_norm
         optimizer.prepare_grads = self._found_non_finite
 
-    def step(self) -> bool:
-        """Whether the optimizer took the step. Every rank must call it; the answer is the same on all."""
-        updated, _, _ = self.optimizer.step()
-        if updated:
+    def step(self, sums: LossSums, asked_to_stop: Callable[[], bool]) -> Agreed:
+        """Step the optimizer, unless something is not finite. Every rank must call it; all get the same answer.
+
+        Args:
+            sums: this rank's part of the step's losses, on the device.
+            asked_to_stop: called as late as can be, when the device has caught up: whether this rank is to stop.
+        """
+        self._of_rank = sums, asked_to_stop
+        self.optimizer.step()
+        if self._agreed.not_finite is None:
             self.in_a_row = 0
-        return updated
+        return self._agreed
 
     def may_skip(self) -> bool:
         """Count a step that is left out; False: this one ends the run."""
@@ -54,8 +61,11 @@ class FiniteSteps:
     def _found_non_finite(self) -> bool:
         found = self._prepare()
         self.grad_norm = float(self._norm())
-        sums = [buffer.grad_data.sum() for buffer in self.buffers]
-        found |= not math.isfinite(self.grad_norm) or not all(map(math.isfinite, sums))
-        flag = torch.tensor(int(found), device=torch.cuda.current_device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        found |= not math.isfinite(self.grad_norm)
+        sums, asked_to_stop = self._of_rank
+        finite = torch.full((), not found, device=sums.loss.device)
+        # Looked at on the device: the host waits once, for the answer of all ranks.
+        for buffer in self.buffers:
+            finite &= buffer.grad_data.sum().isfinite()
+        self._agreed = agree(sums, finite, asked_to_stop())
+        return self._agreed.not_finite is not None

@@ -15,7 +15,7 @@ from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_pa
 from megatron_moe_lpr.checkpoint.trainable_only import layers_of, reading, record_base
 from megatron_moe_lpr.data.batches import Batch, build_data_iterator
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
+from megatron_moe_lpr.evaluation.global_batch import LossSums, run_micro_batches, to_device
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
 from megatron_moe_lpr.evaluation.routing import collect_routing, open_experts, reset_routing
 from megatron_moe_lpr.model.flops import training_flops_per_token
@@ -49,6 +49,7 @@ class Trainer:
         self.saved_iteration = run.state.iteration if run.state.iteration else None
         self.grad_norm = 0.0
         self.is_first_step = True
+        self.asked_to_stop = False
 
     def train(self) -> bool:
         """Run to the end.
@@ -79,22 +80,29 @@ class Trainer:
             self._tell_saved(self.saver.poll())
             if state.iteration % config.logging.log_interval == 0 or state.iteration == config.batch.train_iters:
                 self._log()
-            if config.logging.eval_interval and state.iteration % config.logging.eval_interval == 0:
-                self.evaluate()
-            if config.checkpoint.save_interval and state.iteration % config.checkpoint.save_interval == 0:
-                self.save()
-            if self._asked_to_stop() and state.iteration < config.batch.train_iters:
+            if self._evaluate_and_save_if_due():
+                self._ask_whether_to_stop()
+            if self.asked_to_stop and state.iteration < config.batch.train_iters:
                 self.save()
                 self._tell_saved(self.saver.wait())
                 return False
         self.save()
         self._tell_saved(self.saver.wait())
-        if self.run.datasets.valid and not self._evaluated_last():
+        if self.run.datasets.valid and not self._is_due(self.run.config.logging.eval_interval):
             self.evaluate()
         return True
 
-    def _evaluated_last(self) -> bool:
-        interval = self.run.config.logging.eval_interval
+    def _evaluate_and_save_if_due(self) -> bool:
+        """Whether either was due: it takes time, in which a signal may come."""
+        evaluates = self._is_due(self.run.config.logging.eval_interval)
+        saves = self._is_due(self.run.config.checkpoint.save_interval)
+        if evaluates:
+            self.evaluate()
+        if saves:
+            self.save()
+        return evaluates or saves
+
+    def _is_due(self, interval: int | None) -> bool:
         return bool(interval) and self.state.iteration % interval == 0
 
     def _batches(self) -> Iterator[Batch]:
@@ -124,17 +132,19 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        sums = run_schedule(state.chunks, run.model.config, batches, self.original_table)
+        of_rank = run_micro_batches(state.chunks, run.model.config, batches, self.original_table)
         if watch:
             watch.check()
             self.is_first_step = False
-        if not torch.isfinite(sums.loss).all():
-            self._skip("loss", lambda step: self._explain_loss(batches, step))
-            reset_routing(state.chunks)
-        elif self.steps.step():
+        agreed = self.steps.step(of_rank, self._is_asked_to_stop)
+        sums, self.asked_to_stop = agreed.sums, agreed.asked_to_stop
+        if agreed.not_finite is None:
             state.schedule.step(increment=batch.global_batch_size)
             self.grad_norm = self.steps.grad_norm
             self.interval = sums if self.interval is None else self.interval + sums
+        elif agreed.not_finite == "loss":
+            self._skip("loss", lambda step: self._explain_loss(batches, step))
+            reset_routing(state.chunks)
         else:
             self._skip("gradient", lambda step: explain_non_finite_gradient(state.chunks, step))
         state.iteration += 1
@@ -255,11 +265,15 @@ class Trainer:
                 f"of which training waited {saved.stalled:.1f} s"
             )
 
-    def _asked_to_stop(self) -> bool:
+    def _is_asked_to_stop(self) -> bool:
+        """Whether this rank received a signal."""
+        return self.stop.received is not None
+
+    def _ask_whether_to_stop(self) -> None:
         """Whether any rank received a signal: all stop after the same step."""
-        flag = torch.tensor(int(self.stop.received is not None), device=self.run.platform.device)
+        flag = torch.full((), int(self._is_asked_to_stop()), device=self.run.platform.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        self.asked_to_stop = bool(flag)
 
 
 def current_lr(run: Run) -> float:

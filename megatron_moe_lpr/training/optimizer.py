@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron_moe_lpr.model.config import MoELPRConfig
 from megatron_moe_lpr.platform import Platform
 from megatron_moe_lpr.training.config import BatchOptions, OptimizerOptions
+from megatron_moe_lpr.training.finalizing import finalize_gradients
 
 
 def wrap_data_parallel(
@@ -76,7 +77,7 @@ def _connect(
     options: OptimizerOptions,
     optimizer: MegatronOptimizer,
 ) -> None:
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize_gradients
     config.grad_scale_func = optimizer.scale_loss
     if options.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]

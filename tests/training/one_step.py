@@ -41,6 +41,7 @@ class StepCase:
     recompute: dict = dataclasses.field(default_factory=dict)
     optimizer: dict = dataclasses.field(default_factory=dict)
     dispatcher: str = "alltoall"
+    overlap: bool = False
 
 
 @dataclasses.dataclass
@@ -95,7 +96,9 @@ def run_step(path: Path, case: StepCase, table: torch.Tensor = ORIGINAL_TABLE) -
         path,
         layout,
         platform,
-        ComputeOptions(moe_token_dispatcher_type=case.dispatcher, **case.recompute),
+        ComputeOptions(
+            moe_token_dispatcher_type=case.dispatcher, original_expert_overlap=case.overlap, **case.recompute
+        ),
         load_balancing_coeff=case.load_balancing_coeff,
         lpr_loss_coeff=case.lpr_loss_coeff,
         calculate_per_token_loss=True,

@@ -27,7 +27,7 @@ def poisoned(what: str, steps: tuple[int, ...], *arguments, **changes):
     Returns the error or None, and by step whether weights, masters and moments were changed by it.
     """
     changed: dict[int, bool] = {}
-    original_schedule, original_step = loop.run_schedule, loop.Trainer.step
+    original_schedule, original_step = loop.run_micro_batches, loop.Trainer.step
 
     def schedule(chunks, *rest, **named):
         sums = original_schedule(chunks, *rest, **named)
@@ -51,13 +51,13 @@ def poisoned(what: str, steps: tuple[int, ...], *arguments, **changes):
         )
 
     current = None
-    loop.run_schedule, loop.Trainer.step = schedule, step
+    loop.run_micro_batches, loop.Trainer.step = schedule, step
     try:
         train(*arguments, **changes)
     except UserError as error:
         return str(error), changed
     finally:
-        loop.run_schedule, loop.Trainer.step = original_schedule, original_step
+        loop.run_micro_batches, loop.Trainer.step = original_schedule, original_step
     return None, changed
 
 

@@ -62,6 +62,7 @@ def install() -> None:
     cuda.default_stream = lambda *args, **kwargs: stream
     cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
     cuda.synchronize = lambda *args, **kwargs: None
+    torch.Tensor.record_stream = lambda self, stream: None
     # everywhere: torch.empty(..., device=torch.cuda.current_device())
     cuda.current_device = lambda: cpu
     cuda.set_device = lambda *args, **kwargs: None
