@@ -3,11 +3,15 @@
 The limit is `encode_batch` of the Rust tokenizer on texts already in memory, with as many of its own threads as the
 pipeline has workers. The pipeline reads and parses files, encodes, appends EOD and writes. Runs alternate, the best of
 each counts. Memory is the largest resident set of the main process and of any worker, in a fresh process each.
+
+With --megatron-lm, whole commands are timed too, from their start to their end: Megatron-LM's tools/preprocess_data.py
+and ours, on the same file; their tokens must be the same bytes.
 """
 
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,8 +56,10 @@ print(json.dumps([rate, main, worker]))
 class Flags:
     """Measure preprocessing against the tokenizer's own encode_batch."""
 
-    tokenizer: str
-    """A directory with a tokenizer.json, or the file."""
+    tokenizer: str = str(ROOT / "data" / "base_model")
+    """A directory with a tokenizer.json, or the file. Default: the demo's, of 1,024 tokens."""
+    megatron_lm: Path | None = None
+    """A checkout of Megatron-LM (its tag core_v0.16.1 was tried; it needs the packages six, tiktoken and triton)."""
     input: list[Path] = dataclasses.field(default_factory=lambda: sorted(ROOT.glob("data/help_corpus/train/*.zst")))
     """JSON lines, plain or .zst. Default: the demo corpus."""
     workers: int = len(os.sched_getaffinity(0))
@@ -76,6 +82,8 @@ def main() -> None:
         source = Path(directory) / "once.jsonl"
         source.write_bytes(b"".join(map(read, flags.input)))
         speed(flags, source, Path(directory))
+        if flags.megatron_lm:
+            commands(flags, source, Path(directory))
         memory(flags, source, Path(directory))
 
 
@@ -101,6 +109,51 @@ def speed(flags: Flags, source: Path, directory: Path) -> None:
     for name, rate in best.items():
         table.add_row(name, f"{rate:,.0f}", f"{best['pipeline'] / rate:.2f}")
     Console(width=100).print(table)
+
+
+def commands(flags: Flags, source: Path, directory: Path) -> None:
+    """Best seconds of whole commands, Megatron-LM's and ours."""
+    theirs, ours = directory / "theirs", directory / "ours"
+    workers = ["--workers", str(flags.workers)]
+    megatron = [flags.megatron_lm / "tools" / "preprocess_data.py", "--input", source, "--output-prefix", theirs]
+    tokenizer = plain_tokenizer(flags, directory / "tokenizer")
+    megatron += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--append-eod"]
+    own = [ROOT / "tools" / "preprocess_data.py", "--input", source, "--language", "xx", "--output-prefix", ours]
+    own += ["--tokenizer", flags.tokenizer, "--overwrite"]
+    best = {"Megatron-LM": float("inf"), "ours": float("inf")}
+    for _ in range(flags.repeats):
+        best["Megatron-LM"] = min(best["Megatron-LM"], run_command_line([*megatron, *workers], flags.megatron_lm))
+        best["ours"] = min(best["ours"], run_command_line([*own, *workers], ROOT))
+    if theirs.with_name("theirs_text_document.bin").read_bytes() != ours.with_name("ours.bin").read_bytes():
+        raise UserError("Megatron-LM's preprocess_data.py and ours wrote different tokens")
+    table = Table(title="whole commands, start to end; both wrote the same tokens")
+    for column in ("tools/preprocess_data.py of", "seconds", "x Megatron-LM"):
+        table.add_column(column, justify="left" if column.startswith("tools") else "right")
+    for name, seconds in best.items():
+        table.add_row(name, f"{seconds:.1f}", f"{best['Megatron-LM'] / seconds:.1f}")
+    Console(width=100).print(table)
+
+
+def plain_tokenizer(flags: Flags, directory: Path) -> Path:
+    """The tokenizer without its model: for a model_type of qwen2, transformers 5 splits text by Qwen2's own rules."""
+    loaded = load_tokenizer(flags.tokenizer, flags.eod_token or None)
+    end = RustTokenizer.from_file(str(loaded.path)).id_to_token(loaded.eod)
+    directory.mkdir()
+    shutil.copy(loaded.path, directory / "tokenizer.json")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def run_command_line(command: list[object], first_on_path: Path) -> float:
+    """Seconds of a command, with one directory in front of the modules' path. Raises UserError where it fails."""
+    path = os.pathsep.join([str(first_on_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    start = time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f"{command[0]} failed: {result.stderr.strip().splitlines()[-1]}")
+    return time.perf_counter() - start
 
 
 def encode(encoder: Callable, texts: list[str]) -> float:

@@ -19,14 +19,22 @@ class Flags:
     """Compare evaluations in one HTML file."""
 
     evaluation: list[str]
-    """TITLE=FILE of tools/evaluate.py --output; the first is what the others are compared with, the third (base,
-    stage 1, stage 2) is the page's subject."""
+    """TITLE=FILE of tools/evaluate.py --output; the first is what the others are compared with. The same TITLE again is
+    another run of the same model: the table has their mean and spread."""
     output: Path
     """HTML file to write."""
     metrics: list[str] = dataclasses.field(default_factory=list)
     """TITLE=FILE of a run's metrics.jsonl, for its loss curves."""
     samples: Path | None = None
     """JSON file with generated text: a list of objects with language, prompt and text."""
+    subject: str | None = None
+    """Title of the evaluation that the page is about. Default: the third (base, stage 1, stage 2), or the last
+    of fewer."""
+    costs: Path | None = None
+    """JSON file with parameters, active_parameters and generated_tokens_per_second by title, as examples/demo/costs.py
+    writes it: three more columns."""
+    curves: Path | None = None
+    """JSON file with a list of curves: title, caption, setting, and points of a value and evaluations (files)."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parse_flags(Flags, arguments, __doc__)
     if not flags.output.parent.is_dir():
         raise UserError(f"--output {flags.output}: there is no directory {flags.output.parent}")
-    inputs = read_inputs(flags.evaluation, flags.metrics, flags.samples)
+    inputs = read_inputs(flags.evaluation, flags.metrics, flags.samples, flags.subject, flags.costs, flags.curves)
     print_table(inputs)
     with naming(flags.output), atomic_file(flags.output) as partial:
         partial.write_text(build_page(inputs), encoding="utf-8")

@@ -10,6 +10,7 @@ PYTHON=${PYTHON:-python}
 ORIGINAL="en es zh"
 EXPANDED="el hu tr"
 CORPUS=data/help_corpus
+DATA=${DATA:-$RUNS/data}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Nothing here needs the network.
@@ -38,22 +39,38 @@ step() {
     [ -e "$done" ] || touch "$done"
 }
 
+# beside NAME COMMAND...: in the background, its lines marked with NAME; await waits for all of them, or fails.
+beside() {
+    local name=$1
+    shift
+    ("$@") > >(sed -u "s/^/$name | /") 2>&1 &
+    STARTED+=($!)
+}
+STARTED=()
+
+await() {
+    local process failed=0
+    for process in "${STARTED[@]}"; do wait "$process" || failed=1; done
+    STARTED=()
+    return $failed
+}
+
 ranks() {
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" "$@"
 }
 
-# tokens NAME SPLIT LANGUAGE TOKENIZER ARGUMENTS...: the dataset $RUNS/data/NAME-LANGUAGE.
+# tokens NAME SPLIT LANGUAGE TOKENIZER ARGUMENTS...: the dataset $DATA/NAME-LANGUAGE.
 tokens() {
     local name=$1 split=$2 language=$3 tokenizer=$4
     shift 4
-    step "$RUNS/data/$name-$language.json" "tokens of $name $language" \
+    step "$DATA/$name-$language.json" "tokens of $name $language" \
         "$PYTHON" tools/preprocess_data.py --input "$CORPUS/$split/$language.jsonl.zst" --language "$language" \
-        --tokenizer "$tokenizer" --output-prefix "$RUNS/data/$name-$language" "$@"
+        --tokenizer "$tokenizer" --output-prefix "$DATA/$name-$language" "$@"
 }
 
 # datasets SPLIT LANGUAGE...: their prefixes.
 datasets() {
     local split=$1 language
     shift
-    for language in "$@"; do echo "$RUNS/data/$split-$language"; done
+    for language in "$@"; do echo "$DATA/$split-$language"; done
 }

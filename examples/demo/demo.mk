@@ -1,10 +1,22 @@
 # The demo's targets, included by the Makefile.
 
-.PHONY: demo demo-baselines demo-eval demo-other-text demo-growing base-model
+.PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing paper-table paper-scaling base-model
 
 # The whole method on real text; ends in runs/demo/report.html. Goes on where it was interrupted.
 demo: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/run.sh
+
+# The same at the paper's proportions: the whole corpus once, a replay of less than 1% of it.
+demo-full: $(INSTALLED)
+	PYTHON=$(BIN)/python bash examples/demo/full.sh
+
+# The paper's Table 1 in small, two seeds; ends in runs/paper/report.html.
+paper-table: $(INSTALLED)
+	PYTHON=$(BIN)/python bash examples/demo/paper_table.sh
+
+# Curves over the number of experts, the replay and the languages, into the same page.
+paper-scaling: $(INSTALLED)
+	PYTHON=$(BIN)/python bash examples/demo/scaling.sh
 
 # What else one could do with the same tokens, for the table.
 demo-baselines: $(INSTALLED)

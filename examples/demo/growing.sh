@@ -10,14 +10,8 @@ STAGE2_ITERS=${STAGE2_ITERS:-400}
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 SECONDS=0
-for language in $EXPANDED; do tokens train train "$language" "$BASE"; done
-for language in $ORIGINAL; do
-    tokens replay train "$language" "$BASE" --max-documents "$REPLAY_DOCUMENTS"
-    tokens sample train "$language" "$BASE" --max-documents 60
-done
-for language in $ORIGINAL $EXPANDED; do
-    tokens valid valid "$language" "$BASE" --max-documents "$VALIDATION_DOCUMENTS"
-done
+demo_tokens
+for language in $ORIGINAL; do tokens sample train "$language" "$BASE" --max-documents 60; done
 step "$RUNS/base/latest_checkpointed_iteration.txt" "dense model to Megatron" \
     "$PYTHON" tools/convert_hf.py import --hf "$BASE" --save "$RUNS/base" --num-experts 1
 

@@ -1,33 +1,21 @@
 #!/usr/bin/env bash
 # The demo's models on text of another program by other writers: GNOME's desktop help, from Debian's or Ubuntu's package
-# gnome-user-docs (8 MB, CC BY-SA 3.0), which this fetches. It is hardly translated to Turkish. Needs `make demo`, apt-get
-# and dpkg.
+# gnome-user-docs, which this fetches. It is hardly translated to Turkish. Needs `make demo`, apt-get and dpkg.
 
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
+source examples/demo/gnome.sh
 
 OTHER=$RUNS/other_text
 EXPANDED="el hu"
-for program in apt-get dpkg; do
-    if ! command -v $program >/dev/null; then
-        echo "error: $program is not here; the text comes from the Debian package gnome-user-docs" >&2
-        exit 1
-    fi
-done
 [ -e "$RUNS/hf/config.json" ] || bash examples/demo/run.sh
-unpack() {
-    mkdir -p "$OTHER/package"
-    (cd "$OTHER/package" && apt-get download -q gnome-user-docs && dpkg -x gnome-user-docs_*.deb .)
-}
-step "$OTHER/.unpacked" "the package gnome-user-docs" unpack
 # shellcheck disable=SC2086  # a list of words
-step "$OTHER/text/.done" "its pages in five languages" "$PYTHON" examples/demo/gnome_help.py \
-    --pages "$OTHER/package/usr/share/help" --languages $ORIGINAL $EXPANDED --output "$OTHER/text"
+gnome_text "$OTHER" $ORIGINAL $EXPANDED
 for language in $ORIGINAL $EXPANDED; do
     step "$OTHER/data/valid-$language.json" "tokens of $language" "$PYTHON" tools/preprocess_data.py \
         --input "$OTHER/text/$language.jsonl" --language "$language" --tokenizer "$BASE" \
         --output-prefix "$OTHER/data/valid-$language" --max-documents "$VALIDATION_DOCUMENTS"
 done
-demo=$RUNS RUNS=$OTHER
+demo=$RUNS RUNS=$OTHER DATA=$OTHER/data
 # shellcheck disable=SC2086  # a list of words
 {
 evaluate base "$demo/base"

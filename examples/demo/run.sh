@@ -8,11 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 SECONDS=0
 [ -d "$RUNS" ] && echo "reusing what is complete in $RUNS; to start over: rm -r $RUNS"
 
-for language in $EXPANDED; do tokens train train "$language" "$BASE"; done
-for language in $ORIGINAL; do tokens replay train "$language" "$BASE" --max-documents "$REPLAY_DOCUMENTS"; done
-for language in $ORIGINAL $EXPANDED; do
-    tokens valid valid "$language" "$BASE" --max-documents "$VALIDATION_DOCUMENTS"
-done
+demo_tokens
 step "$RUNS/base/latest_checkpointed_iteration.txt" "dense model to Megatron" \
     "$PYTHON" tools/convert_hf.py import --hf "$BASE" --save "$RUNS/base" --num-experts 1
 step "$RUNS/moe/latest_checkpointed_iteration.txt" "dense model to a mixture of $EXPERTS experts" \

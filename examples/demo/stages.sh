@@ -8,17 +8,31 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 BASE=${BASE:-data/base_model}
 EXPERTS=5
 # Layer 0 stays dense: its router cannot tell the languages apart.
-MOE_LAYERS='[0]+[1]*3'
+MOE_LAYERS=${MOE_LAYERS:-[0]+[1]*3}
 LENGTH=256
+SEED=${SEED:-1234}
 STAGE1_ITERS=${STAGE1_ITERS:-280}
 STAGE1_BATCH=8
 STAGE1_LR=${STAGE1_LR:-3e-3}
 STAGE2_ITERS=${STAGE2_ITERS:-1200}
 STAGE2_BATCH=2
 STAGE2_LR=${STAGE2_LR:-5e-3}
+REPLAY=${REPLAY:-replay}
 REPLAY_DOCUMENTS=${REPLAY_DOCUMENTS:-10}
 VALIDATION_DOCUMENTS=${VALIDATION_DOCUMENTS:-40}
 EXPERT_PARALLEL="--expert-model-parallel-size $RANKS"
+
+# demo_tokens: training text of the expanded languages, the replay, and validation text.
+demo_tokens() {
+    local language
+    for language in $EXPANDED; do tokens train train "$language" "$BASE"; done
+    for language in $ORIGINAL; do
+        tokens "$REPLAY" train "$language" "$BASE" --max-documents "$REPLAY_DOCUMENTS"
+    done
+    for language in $ORIGINAL $EXPANDED; do
+        tokens valid valid "$language" "$BASE" --max-documents "$VALIDATION_DOCUMENTS"
+    done
+}
 
 # train STAGE BATCH LOAD SAVE ARGUMENTS...: goes on where an earlier start was interrupted.
 train() {
@@ -27,7 +41,8 @@ train() {
     # shellcheck disable=SC2086  # lists of words
     ranks -m megatron_moe_lpr.pretrain --stage "$stage" --load "$load" --save "$save" $PRECISION \
         --micro-batch-size $((batch / RANKS)) --global-batch-size "$batch" --seq-length $LENGTH \
-        --original-languages $ORIGINAL --num-workers 0 --log-interval 20 --save-interval 200 "$@"
+        --original-languages $ORIGINAL --num-workers 0 --log-interval 20 --save-interval 200 \
+        --seed "$SEED" "$@"
 }
 
 # learn_expanded STAGE LOAD SAVE ARGUMENTS...: el, hu and tr, as stage 1 does.
@@ -39,12 +54,13 @@ learn_expanded() {
         --lr-warmup-iters $((STAGE1_ITERS / 20)) --data-path $(datasets train $EXPANDED)
 }
 
-# review LOAD SAVE ARGUMENTS...: a third replay of a few documents of en, es and zh, two thirds el, hu and tr.
+# review LOAD SAVE ARGUMENTS...: a third replay of a few documents of en, es and zh, two thirds el, hu and tr. The
+# replay are the datasets $REPLAY-LANGUAGE.
 review() {
     local load=$1 save=$2 language blend=()
     shift 2
-    for language in $ORIGINAL; do blend+=(1 "$RUNS/data/replay-$language"); done
-    for language in $EXPANDED; do blend+=(2 "$RUNS/data/train-$language"); done
+    for language in $ORIGINAL; do blend+=(1 "$DATA/$REPLAY-$language"); done
+    for language in $EXPANDED; do blend+=(2 "$DATA/train-$language"); done
     train 2 $STAGE2_BATCH "$load" "$save" --train-iters "$STAGE2_ITERS" --lr "$STAGE2_LR" \
         --data-path "${blend[@]}" "$@"
 }

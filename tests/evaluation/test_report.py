@@ -51,8 +51,8 @@ def files(tmp_path):
     return tmp_path
 
 
-def write_report(files: Path, **changes: str) -> str:
-    evaluations = [f"{name.title()}={files / name}.json" for name in ("base", "one", "two")]
+def write_report(files: Path, evaluations=("Base=base", "One=one", "Two=two"), **changes: str) -> str:
+    evaluations = [f"{title}={files / name}.json" for title, name in (one.split("=") for one in evaluations)]
     options = {
         "--metrics": f"Stage 1={files / 'metrics.jsonl'}",
         "--samples": str(files / "samples.json"),
@@ -99,12 +99,54 @@ def test_heat_maps_before_and_after(files):
     assert ">40%</text>" in page and ">97%</text>" in page and 'class="empty"' in page
 
 
+def test_runs_of_one_title_become_mean_and_spread(files):
+    (files / "again.json").write_text(json.dumps(evaluation({"en": 2.03, "el": 2.06}, 0.95)))
+    page = write_report(files, evaluations=["Base=base", "Ours=two", "Ours=again"], **{"--subject": "Ours"})
+    # 2.01 and 2.03 against 2.0 are +0.5% and +1.5%; 2.02 and 2.06 against 4.0 are -49.5% and -48.5%.
+    for figure in ("2.020 ±0.010", "+1.0% ±0.5", "2.040 ±0.020", "-49.0% ±0.5", "96.0% ±1.0"):
+        assert f">{figure}<" in page, figure
+    assert "trained 2 times" in page and page.count("<tr class=subject>") == 1
+    assert page.index("<tr class=subject>") < page.index("2.020 ±0.010")
+
+
+def test_costs_are_columns(files):
+    sizes = {"parameters": 4_000_000, "active_parameters": 3_000_000, "generated_tokens_per_second": 50.0}
+    costs = {"Base": {**sizes, "generated_tokens_per_second": 100.0}, "Two": sizes}
+    (files / "costs.json").write_text(json.dumps(costs))
+    page = write_report(files, **{"--costs": str(files / "costs.json")})
+    assert "<td>4.00M</td><td>3.00M</td><td>50 (0.50x)</td>" in page and "<td>100</td>" in page
+    assert "<td>–</td><td>–</td><td>–</td>" in page  # the one without costs
+    (files / "costs.json").write_text(json.dumps({"Nobody": sizes}))
+    with pytest.raises(report.UserError, match="no evaluation is called 'Nobody'"):
+        write_report(files, **{"--costs": str(files / "costs.json")})
+
+
+def test_curves_are_drawn_for_both_groups(files):
+    points = [
+        {"value": value, "evaluations": [str(files / f"{name}.json")]} for value, name in (("3", "one"), ("5", "two"))
+    ]
+    curve = {"title": "Experts", "caption": "More <experts>.", "setting": "experts", "points": points}
+    (files / "curves.json").write_text(json.dumps([curve]))
+    page = write_report(files, **{"--curves": str(files / "curves.json")})
+    figure = page[page.index("<h3>Experts") :]
+    # 2.5 and 2.01 against 2.0; 2.0 and 2.02 against 4.0.
+    for label in ("+25.0%", "+0.5%", "-50.0%", "-49.5%"):
+        assert f">{label}</text>" in figure, label
+    assert "More &lt;experts&gt;." in figure and figure.count("<circle") == 4
+    curve["points"] = []
+    (files / "curves.json").write_text(json.dumps([curve]))
+    with pytest.raises(report.UserError, match="points"):
+        write_report(files, **{"--curves": str(files / "curves.json")})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"--metrics": "no-title"}, "write TITLE=FILE"),
         ({"--metrics": "Stage 1=gone.jsonl"}, "no such file"),
         ({"--output": "no/such/place.html"}, "there is no directory"),
+        ({"--subject": "Three"}, "no evaluation has this title"),
+        ({"--costs": "gone.json"}, "no such file"),
     ],
 )
 def test_bad_input_is_one_line(files, change, message):

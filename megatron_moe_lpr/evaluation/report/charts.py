@@ -1,7 +1,8 @@
 """Charts as inline SVG: lines over tokens, and heat maps by layer and language."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from megatron_moe_lpr.evaluation.report.inputs import TrainingLog
@@ -11,39 +12,78 @@ LOW, HIGH = (247, 250, 252), (30, 64, 175)
 """Colours of 0 and 1 in heat maps."""
 
 
-def line_chart(log: TrainingLog, languages: Sequence[str], width: int = 520, height: int = 280) -> str:
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A chart's area: what is shown from `low` to `high` upwards and from 0 to `end` to the right, in pixels."""
+
+    end: float
+    low: float
+    high: float
+    width: int = 520
+    height: int = 280
+    left: int = 48
+    right: int = 44
+    top: int = 14
+    bottom: int = 38
+
+    @classmethod
+    def around(cls, heights: Sequence[float], end: float, **sizes: int) -> "Frame":
+        """With a little room above and below what is drawn."""
+        low, high = min(heights), max(heights)
+        room = 0.05 * (high - low) or 1e-3
+        return cls(end or 1, low - room, high + room, **sizes)
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """A point's pixels."""
+        across = (self.width - self.left - self.right) * x / self.end
+        down = (self.height - self.top - self.bottom) * (self.high - y) / (self.high - self.low)
+        return self.left + across, self.top + down
+
+    def open(self, title: str) -> str:
+        """The picture's beginning."""
+        return f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(title)}">'
+
+    def rules(self, text: Callable[[float], str]) -> str:
+        """Horizontal lines at round heights, each with its number."""
+        parts = []
+        for y in ticks(self.low, self.high):
+            _, at = self.place(0, y)
+            parts.append(f'<line class="grid" x1="{self.left}" x2="{self.width - self.right}" ')
+            parts.append(f'y1="{at:.1f}" y2="{at:.1f}"/>')
+            parts.append(f'<text class="tick" x="{self.left - 6}" y="{at + 4:.1f}" text-anchor="end">{text(y)}</text>')
+        return "".join(parts)
+
+    def marks(self, values: Sequence[tuple[float, str]], name: str) -> str:
+        """Values below the chart, and what they are."""
+        parts = []
+        for x, text in values:
+            at, base = self.place(x, self.low)
+            parts.append(
+                f'<text class="tick" x="{at:.1f}" y="{base + 16:.1f}" text-anchor="middle">{escape(text)}</text>'
+            )
+        right, below = self.width - self.right, self.height - 4
+        return "".join([*parts, f'<text class="tick" x="{right}" y="{below}" text-anchor="end">{escape(name)}</text>'])
+
+
+def line_chart(log: TrainingLog, languages: Sequence[str]) -> str:
     """Loss per token over tokens seen, a line per language, named at its end.
 
     Args:
         languages: of all charts, so that a language has one colour everywhere.
     """
     colors = {language: COLORS[index % len(COLORS)] for index, language in enumerate(sorted(languages))}
-    left, right, top, bottom = 44, 44, 14, 34
     points = [point for line in log.losses.values() for point in line]
     if not points:
         return "<p>The log has no losses.</p>"
-    end = max(x for x, _ in points) or 1
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    low, high = low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return left + (width - left - right) * x / end, top + (height - top - bottom) * (high - y) / (high - low)
-
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(log.title)}: training loss">']
-    for y in ticks(low, high):
-        _, height_at = place(0, y)
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{height_at:.1f}" y2="{height_at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 6}" y="{height_at + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in ticks(0, end):
-        at, base = place(x, low)
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{base + 16:.1f}" text-anchor="middle">{short(x)}</text>')
-    parts.append(f'<text class="tick" x="{width - right}" y="{height - 2}" text-anchor="end">tokens seen</text>')
-    ends = spread({language: place(*line[-1])[1] for language, line in log.losses.items()})
+    frame = Frame.around([y for _, y in points], max(x for x, _ in points))
+    parts = [frame.open(f"{log.title}: training loss"), frame.rules("{:g}".format)]
+    parts.append(frame.marks([(x, short(x)) for x in ticks(0, frame.end)], "tokens seen"))
+    ends = spread({language: frame.place(*line[-1])[1] for language, line in log.losses.items()})
     for language, line in log.losses.items():
         color = colors[language]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.place(*point) for point in line))
         parts.append(f'<polyline points="{path}" stroke="{color}" fill="none" stroke-width="2"/>')
-        at, _ = place(*line[-1])
+        at, _ = frame.place(*line[-1])
         parts.append(f'<text class="name" x="{at + 5:.1f}" y="{ends[language] + 4:.1f}" fill="{color}">')
         parts.append(f"{escape(language)}</text>")
     return "".join([*parts, "</svg>"])

@@ -2,36 +2,65 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.report.record import is_evaluation, is_list_of_texts
+from megatron_moe_lpr.evaluation.report.record import are_costs, are_curves, is_evaluation, is_list_of_texts
+from megatron_moe_lpr.evaluation.report.summary import Summary, summarize
 from megatron_moe_lpr.json_files import is_number
-
-Averages = dict[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class NamedEvaluation:
-    """One model's results under the title they have in the report."""
+    """One model's results under the title they have in the report.
+
+    Attributes:
+        title: its name.
+        records: what tools/evaluate.py wrote; several for runs that differ in their seed.
+    """
 
     title: str
-    record: dict[str, Any]
+    records: tuple[dict[str, Any], ...]
 
-    def bits(self, language: str) -> float | None:
+    @property
+    def record(self) -> dict[str, Any]:
+        """The first run, where one must stand for all."""
+        return self.records[0]
+
+    def bits(self, language: str) -> Summary | None:
         """Bits per byte of a language; None where it was not evaluated."""
-        return next((one["bits_per_byte"] for one in self.record["datasets"] if one["language"] == language), None)
+        found = [one for record in self.records for one in record["datasets"] if one["language"] == language]
+        return summarize(one["bits_per_byte"] for one in found)
 
-    def averages(self, group: str) -> Averages:
-        """loss, bits_per_byte, expert0_probability and expert0_top_k_share of `original` or `expanded` languages."""
-        return self.record["averages"][group]
+    def average(self, group: str, name: str = "bits_per_byte") -> Summary | None:
+        """Mean over the `original` or `expanded` languages of bits_per_byte or expert0_top_k_share."""
+        return summarize(record["averages"][group].get(name) for record in self.records)
+
+    def change(self, group: str, reference: "NamedEvaluation") -> Summary | None:
+        """Relative change of a group's bits per byte, for example -0.25, against the mean of `reference`."""
+        before = reference.average(group)
+        if before is None or not before.mean or self.average(group) is None:
+            return None
+        return summarize(record["averages"][group]["bits_per_byte"] / before.mean - 1 for record in self.records)
 
     @property
     def is_moe(self) -> bool:
         """There is routing to show."""
         return any(one["routing"] for one in self.record["datasets"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """How results depend on one setting."""
+
+    title: str
+    caption: str
+    setting: str
+    """Name of the setting, for the axis."""
+    points: list[tuple[str, NamedEvaluation]]
+    """Value of the setting, as it is written, and the results with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,25 +81,85 @@ class ReportInputs:
     logs: list[TrainingLog]
     samples: list[dict[str, str]]
     """`language`, `prompt` and `text` of generated continuations."""
+    subject: NamedEvaluation
+    """The model that the page is about."""
+    costs: dict[str, dict[str, float]]
+    """By title of an evaluation: parameters, active_parameters and generated_tokens_per_second."""
+    curves: list[Curve]
 
     def languages(self, group: str) -> list[str]:
         """Languages of a group in the order of the first evaluation."""
         return [one["language"] for one in self.evaluations[0].record["datasets"] if one["group"] == group]
 
 
-def read_inputs(evaluations: list[str], metrics: list[str], samples: Path | None) -> ReportInputs:
-    """Read the files of `TITLE=FILE` arguments.
+def read_inputs(
+    evaluations: list[str],
+    metrics: list[str],
+    samples: Path | None = None,
+    subject: str | None = None,
+    costs: Path | None = None,
+    curves: Path | None = None,
+) -> ReportInputs:
+    """Read the files of `TITLE=FILE` arguments; the same title again is another run of the same model.
 
     Raises:
         UserError: a malformed argument, a missing or foreign file, evaluations of different texts.
     """
     if not evaluations:
         raise UserError("--evaluation: give at least one TITLE=FILE")
-    named = [_evaluation(*_split(argument, "--evaluation")) for argument in evaluations]
-    for one in named[1:]:
+    files: dict[str, list[Path]] = {}
+    for argument in evaluations:
+        title, path = _split(argument, "--evaluation")
+        files.setdefault(title, []).append(path)
+    named = [_evaluation(title, paths) for title, paths in files.items()]
+    drawn = _curves(curves) if curves else []
+    for one in [*named, *(point for curve in drawn for _, point in curve.points)]:
         _check_comparable(named[0], one)
-    logs = [_log(*_split(argument, "--metrics")) for argument in metrics]
-    return ReportInputs(named, logs, _samples(samples) if samples else [])
+    return ReportInputs(
+        evaluations=named,
+        logs=[_log(*_split(argument, "--metrics")) for argument in metrics],
+        samples=_samples(samples) if samples else [],
+        subject=_subject(named, subject),
+        costs=_costs(costs, list(files)) if costs else {},
+        curves=drawn,
+    )
+
+
+def _subject(evaluations: list[NamedEvaluation], title: str | None) -> NamedEvaluation:
+    if title is None:
+        return evaluations[:3][-1]
+    for one in evaluations:
+        if one.title == title:
+            return one
+    raise UserError(f"--subject {title}: no evaluation has this title")
+
+
+def _costs(path: Path, titles: list[str]) -> dict[str, dict[str, float]]:
+    content = _json(path)
+    if not are_costs(content):
+        raise UserError(f"--costs {path}: an object of titles is expected, each with a model's parameters and speeds")
+    unknown = sorted(set(content) - set(titles))
+    if unknown:
+        raise UserError(f"--costs {path}: no evaluation is called {unknown[0]!r}")
+    return content
+
+
+def _curves(path: Path) -> list[Curve]:
+    content = _json(path)
+    if not are_curves(content):
+        raise UserError(
+            f"--curves {path}: a list of objects with title, caption, setting and points (value, evaluations) is "
+            "expected"
+        )
+    return [
+        Curve(
+            one["title"],
+            one["caption"],
+            one["setting"],
+            [(point["value"], _evaluation(point["value"], map(Path, point["evaluations"]))) for point in one["points"]],
+        )
+        for one in content
+    ]
 
 
 def _samples(path: Path) -> list[dict[str, str]]:
@@ -87,18 +176,21 @@ def _split(argument: str, flag: str) -> tuple[str, Path]:
     return title, Path(path)
 
 
-def _evaluation(title: str, path: Path) -> NamedEvaluation:
-    record = _json(path)
-    if not is_evaluation(record):
-        raise UserError(f"--evaluation {path}: not a file of tools/evaluate.py --output")
-    return NamedEvaluation(title, record)
+def _evaluation(title: str, paths: Iterable[Path]) -> NamedEvaluation:
+    records = []
+    for path in paths:
+        records.append(_json(path))
+        if not is_evaluation(records[-1]):
+            raise UserError(f"--evaluation {path}: not a file of tools/evaluate.py --output")
+    return NamedEvaluation(title, tuple(records))
 
 
 def _check_comparable(first: NamedEvaluation, other: NamedEvaluation) -> None:
-    def text(one: NamedEvaluation) -> list[tuple]:
-        return [(data["language"], data["group"], data["tokens"]) for data in one.record["datasets"]]
+    def text(record: dict[str, Any]) -> list[tuple]:
+        tokens = [(data["language"], data["group"], data["tokens"]) for data in record["datasets"]]
+        return [*tokens, record["sequence_length"]]
 
-    if text(first) != text(other) or first.record["sequence_length"] != other.record["sequence_length"]:
+    if any(text(record) != text(first.record) for record in other.records):
         raise UserError(
             f"--evaluation: {first.title!r} and {other.title!r} were evaluated on different texts or sequence lengths"
         )

@@ -3,9 +3,10 @@
 from html import escape
 
 from megatron_moe_lpr.evaluation.report.charts import heat_map, line_chart
-from megatron_moe_lpr.evaluation.report.inputs import NamedEvaluation, ReportInputs
+from megatron_moe_lpr.evaluation.report.curves import curve_figure
+from megatron_moe_lpr.evaluation.report.inputs import ReportInputs
 from megatron_moe_lpr.evaluation.report.style import STYLE
-from megatron_moe_lpr.evaluation.report.tables import change, html_table, percent, share
+from megatron_moe_lpr.evaluation.report.tables import html_table, percent, share
 from megatron_moe_lpr.model.routing_groups import GROUPS
 
 
@@ -17,13 +18,8 @@ def build_page(inputs: ReportInputs) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body><main><header><p class='kicker'>MoE-LPR on Megatron-Core</p>"
         f"<h1>{title}</h1>{_introduction(inputs)}</header>{_tiles(inputs)}{_results(inputs)}"
-        f"{_routing(inputs)}{_curves(inputs)}{_samples(inputs)}{_method(inputs)}</main></body></html>\n"
+        f"{_scaling(inputs)}{_routing(inputs)}{_training(inputs)}{_samples(inputs)}{_method(inputs)}</main></body></html>\n"
     )
-
-
-def final(inputs: ReportInputs) -> NamedEvaluation:
-    """The model that the page is about: the third, after base and stage 1, or the last of fewer."""
-    return inputs.evaluations[:3][-1]
 
 
 def _introduction(inputs: ReportInputs) -> str:
@@ -36,18 +32,15 @@ def _introduction(inputs: ReportInputs) -> str:
 
 
 def _tiles(inputs: ReportInputs) -> str:
-    first, last = inputs.evaluations[0], final(inputs)
+    first, last = inputs.evaluations[0], inputs.subject
     if last is first:
         return ""
-    expanded, original = (
-        percent(change(last.averages(group)["bits_per_byte"], first.averages(group)["bits_per_byte"]))
-        for group in ("expanded", "original")
-    )
+    expanded, original = (percent(last.change(group, first)) for group in ("expanded", "original"))
     tiles = [
         (expanded, "bits per byte, new languages", "lower is better"),
         (original, "bits per byte, old languages", "near 0: nothing was forgotten"),
     ]
-    chosen = last.averages("original").get("expert0_top_k_share")
+    chosen = last.average("original", "expert0_top_k_share")
     if chosen is not None:
         tiles.append((share(chosen), "of old-language tokens choose the original expert", "mean over layers"))
     return (
@@ -65,7 +58,38 @@ def _results(inputs: ReportInputs) -> str:
     return (
         "<section><h2>Results</h2><p>Bits per byte of held-out text: how many bits the model needs to store one byte "
         "of it. Lower is better, and unlike perplexity it does not depend on the tokenizer. Changes are relative to "
-        f"the first line. Contexts of up to {length} tokens.</p>{html_table(inputs)}</section>"
+        f"the first line. Contexts of up to {length} tokens.{_words_on_runs(inputs)}{_words_on_costs(inputs)}</p>"
+        f"{html_table(inputs)}</section>"
+    )
+
+
+def _words_on_runs(inputs: ReportInputs) -> str:
+    runs = max(len(one.records) for one in inputs.evaluations)
+    if runs == 1:
+        return ""
+    return (
+        f" Of models trained {runs} times, with different seeds, the figures are means; behind ± stands half the "
+        "distance between the lowest and the highest."
+    )
+
+
+def _words_on_costs(inputs: ReportInputs) -> str:
+    if not inputs.costs:
+        return ""
+    return (
+        " Of a mixture's parameters a token uses only those of the experts it chooses: they are <i>active</i>. The "
+        "last column is how fast the exported model writes, token by token, in Hugging Face transformers on a CPU."
+    )
+
+
+def _scaling(inputs: ReportInputs) -> str:
+    if not inputs.curves:
+        return ""
+    figures = "".join(curve_figure(curve, inputs.evaluations[0]) for curve in inputs.curves)
+    return (
+        "<section><h2>What decides the outcome</h2><p>One setting changes along each line, all others stay. Each dot "
+        "is a trained model; its height is the change of bits per byte against the base model, lower is better.</p>"
+        f"{figures}</section>"
     )
 
 
@@ -92,7 +116,7 @@ def _routing(inputs: ReportInputs) -> str:
     )
 
 
-def _curves(inputs: ReportInputs) -> str:
+def _training(inputs: ReportInputs) -> str:
     if not inputs.logs:
         return ""
     languages = {language for log in inputs.logs for language in log.losses}
@@ -100,7 +124,8 @@ def _curves(inputs: ReportInputs) -> str:
         f"<figure><h4>{escape(log.title)}</h4>{line_chart(log, sorted(languages))}</figure>" for log in inputs.logs
     )
     return (
-        "<section><h2>Training</h2><p>Loss per token of the text trained on, by language.</p>"
+        "<section><h2>Training</h2><p>Loss per token of the text trained on, by language, from the first step to the "
+        "last. In stage 1 only new languages are read; in the review the old ones come beside them.</p>"
         f"<div class='charts'>{charts}</div></section>"
     )
 
@@ -121,7 +146,7 @@ def _samples(inputs: ReportInputs) -> str:
 
 
 def _method(inputs: ReportInputs) -> str:
-    per_layer = final(inputs).record["experts_per_layer"]
+    per_layer = inputs.subject.record["experts_per_layer"]
     counts = sorted({experts for experts in per_layer if experts > 1})
     count = f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} experts" if counts else "several experts"
     chosen = sum(experts > 1 for experts in per_layer)

@@ -28,6 +28,26 @@ def is_list_of_texts(value: Any, names: Sequence[str]) -> bool:
     return _are(value, lambda one: isinstance(one, dict) and all(isinstance(one.get(name), str) for name in names))
 
 
+def are_costs(value: Any) -> bool:
+    """Whether a value gives models by their titles the numbers that the table shows."""
+    names = ("parameters", "active_parameters", "generated_tokens_per_second")
+    return isinstance(value, dict) and all(
+        isinstance(one, dict) and all(is_number(one.get(name)) and one[name] > 0 for name in names)
+        for one in value.values()
+    )
+
+
+def are_curves(value: Any) -> bool:
+    """Whether a value is a list of curves: texts, and points with a value and files."""
+    return is_list_of_texts(value, ("title", "caption", "setting")) and all(
+        is_list_of_texts(one.get("points"), ("value",))
+        and one["points"]
+        and all(_are(point.get("evaluations"), lambda file: isinstance(file, str)) for point in one["points"])
+        and all(point["evaluations"] for point in one["points"])
+        for one in value
+    )
+
+
 def _are(value: Any, check) -> bool:
     return isinstance(value, list) and all(map(check, value))
 

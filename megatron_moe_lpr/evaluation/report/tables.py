@@ -1,53 +1,68 @@
 """The report's tables: bits per byte for each language, and their change against the first model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_moe_lpr.evaluation.report.inputs import NamedEvaluation, ReportInputs
+from megatron_moe_lpr.evaluation.report.summary import Summary
 from megatron_moe_lpr.model.routing_groups import GROUPS
 
-
-def change(value: float | None, reference: float | None) -> float | None:
-    """Relative change, for example -0.25."""
-    return None if value is None or not reference else value / reference - 1
+COSTS = ("parameters", "of them active", "tokens/s")
 
 
-def percent(value: float | None) -> str:
+def percent(value: Summary | None) -> str:
     """`-25.0%`, or a dash where there is nothing to say."""
-    return "–" if value is None else f"{value:+.1%}"
+    return _with_spread(value, "{:+.1%}", lambda spread: f"{spread * 100:.1f}")
 
 
-def number(value: float | None) -> str:
+def number(value: Summary | None) -> str:
     """Bits per byte."""
-    return "–" if value is None else f"{value:.3f}"
+    return _with_spread(value, "{:.3f}", lambda spread: f"{spread:.3f}")
 
 
-def share(value: float | None) -> str:
+def _mean(value: Summary | None) -> str:
+    # Of a single language without the spread: the columns are many.
+    return number(None if value is None else Summary(value.mean))
+
+
+def share(value: Summary | None) -> str:
     """`97.1%`, or a dash for a dense model."""
-    return "–" if value is None else f"{value:.1%}"
+    return _with_spread(value, "{:.1%}", lambda spread: f"{spread * 100:.1f}")
+
+
+def _with_spread(value: Summary | None, pattern: str, spread: Callable[[float], str]) -> str:
+    if value is None:
+        return "–"
+    return pattern.format(value.mean) + ("" if value.spread is None else f" ±{spread(value.spread)}")
 
 
 def rows(inputs: ReportInputs) -> Iterator[tuple[NamedEvaluation, list[str]]]:
-    """Each model's cells: for each group its languages, their mean and its change; last expert 0's share."""
+    """Each model's cells: for each group its languages, their mean and its change; expert 0's share; what it costs."""
     first = inputs.evaluations[0]
     for one in inputs.evaluations:
         cells = []
         for group in GROUPS:
-            mean = one.averages(group)["bits_per_byte"]
-            cells += [number(one.bits(language)) for language in inputs.languages(group)]
-            cells += [
-                number(mean),
-                "" if one is first else percent(change(mean, first.averages(group)["bits_per_byte"])),
-            ]
-        yield one, [*cells, share(one.averages("original").get("expert0_top_k_share"))]
+            cells += [_mean(one.bits(language)) for language in inputs.languages(group)]
+            cells += [number(one.average(group)), "" if one is first else percent(one.change(group, first))]
+        cells.append(share(one.average("original", "expert0_top_k_share")))
+        yield one, [*cells, *(_costs(one.title, inputs) if inputs.costs else [])]
+
+
+def _costs(title: str, inputs: ReportInputs) -> list[str]:
+    costs, first = inputs.costs.get(title), inputs.costs.get(inputs.evaluations[0].title)
+    if not costs:
+        return ["–"] * len(COSTS)
+    speed = costs["generated_tokens_per_second"]
+    relative = f" ({speed / first['generated_tokens_per_second']:.2f}x)" if first and first is not costs else ""
+    return [*(f"{costs[name] / 1e6:,.2f}M" for name in ("parameters", "active_parameters")), f"{speed:,.0f}{relative}"]
 
 
 def print_table(inputs: ReportInputs, console: Console | None = None) -> None:
     """The table for a terminal."""
-    console = console or Console(width=160)
+    console = console or Console(width=200)
     table = Table("model", title="Bits per byte, lower is better", title_justify="left")
     for group in GROUPS:
         for language in inputs.languages(group):
@@ -55,6 +70,8 @@ def print_table(inputs: ReportInputs, console: Console | None = None) -> None:
         table.add_column(f"{group} mean", justify="right", style="bold")
         table.add_column("change", justify="right")
     table.add_column("expert 0 chosen, original", justify="right")
+    for name in COSTS if inputs.costs else ():
+        table.add_column(name, justify="right")
     for one, cells in rows(inputs):
         table.add_row(one.title, *cells)
     console.print(table)
@@ -71,12 +88,14 @@ def html_table(inputs: ReportInputs) -> str:
         + '<th class="mean">mean</th><th>change</th>'
         for group in GROUPS
     )
+    more = "".join(f'<th rowspan="2">{name}</th>' for name in COSTS) if inputs.costs else ""
     body = "".join(
-        f"<tr><th>{escape(one.title)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        f"<tr{' class=subject' if one is inputs.subject else ''}><th>{escape(one.title)}</th>"
+        f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
         for one, cells in rows(inputs)
     )
     return (
         f'<div class="wide"><table><thead><tr><th rowspan="2">model</th>{groups}'
-        f'<th rowspan="2">expert 0 chosen<br>(original)</th></tr><tr>{names}</tr></thead>'
+        f'<th rowspan="2">expert 0 chosen<br>(original)</th>{more}</tr><tr>{names}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )

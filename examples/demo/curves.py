@@ -1,0 +1,77 @@
+"""What scaling.sh has evaluated, as curves for tools/report.py --curves."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.errors import run_command
+from megatron_moe_lpr.filesystem import atomic_file
+
+
+@dataclasses.dataclass
+class Flags:
+    """What scaling.sh has evaluated, as curves."""
+
+    table: Path
+    """Directory of paper_table.sh, with scaling.sh's results in its directory scaling."""
+    seed: int
+    """Which of the table's runs stands for the demo's own settings."""
+    output: Path
+    """JSON file to write."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    flags = parse_flags(Flags, arguments, __doc__)
+    with atomic_file(flags.output) as partial:
+        partial.write_text(json.dumps(curves(flags), indent=2) + "\n", encoding="utf-8")
+
+
+def curves(flags: Flags) -> list[dict]:
+    """The three of them."""
+    own = f"{flags.table}/seed-{flags.seed}/evaluation/stage2.json"
+
+    def scaled(name: str) -> str:
+        return f"{flags.table}/scaling/evaluation/{name}.json"
+
+    return [
+        curve(
+            "How many experts?",
+            "experts in a layer, the original one included",
+            "More new experts mean more room for the new languages and more to choose from for the router. Every token "
+            "uses two of them, however many there are.",
+            {"3": scaled("experts-3"), "5": own, "9": scaled("experts-9")},
+        ),
+        curve(
+            "How much text of the old languages does the review need?",
+            "text to replay, as a share of stage 1's tokens",
+            "The same review after the same stage 1 over the whole corpus; only the number of documents of the old "
+            "languages differs, which the review reads again and again: 1, 3, 11 or 33 of each language.",
+            {
+                share: scaled(f"replay-{documents}")
+                for share, documents in {"0.1%": 1, "0.3%": 3, "1%": 11, "3%": 33}.items()
+            },
+        ),
+        curve(
+            "One more new language",
+            "new languages",
+            "Greek, Hungarian and Turkish alone, or with Czech beside them; each language has as many tokens "
+            "in both. The figures are those of the languages that both have learned.",
+            {"3": own, "4": scaled("cs")},
+        ),
+    ]
+
+
+def curve(title: str, setting: str, caption: str, points: dict[str, str]) -> dict:
+    """One curve, from values of the setting to evaluations."""
+    return {
+        "title": title,
+        "setting": setting,
+        "caption": caption,
+        "points": [{"value": value, "evaluations": [file]} for value, file in points.items()],
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,119 @@
+"""LoRA on a dense Hugging Face model, by peft, on the windows that megatron_moe_lpr.pretrain would draw.
+
+A row of `make paper-table`: every linear layer of the blocks gets an adapter, nothing else trains. What is written is
+the model with the adapters added to its weights, a stock dense model.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
+
+from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.data.batches import Batch, build_data_iterator
+from megatron_moe_lpr.data.config import DataConfig, read_data_sources
+from megatron_moe_lpr.data.training_dataset import build_training_dataset
+from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.filesystem import atomic_directory
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+
+
+@dataclasses.dataclass
+class Flags:
+    """LoRA on a dense Hugging Face model."""
+
+    hf: Path
+    """Dense Hugging Face directory to start from."""
+    save: Path
+    """Directory to write, with the adapters added to the weights."""
+    data_path: list[str]
+    """Training datasets: prefixes, or `weight prefix` pairs."""
+    train_iters: int
+    """Steps."""
+    global_batch_size: int
+    """Windows a step."""
+    seq_length: int
+    """Tokens of a window."""
+    lr: float
+    """Highest learning rate; it ends at 0 along a cosine."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up from 0."""
+    rank: int = 8
+    """Of each adapter."""
+    seed: int = 1234
+    """Decides the order of the windows and the adapters' initial values."""
+    bf16: bool = False
+    """Multiply in bfloat16 (autocast)."""
+    fp32: bool = False
+    """Multiply in fp32, the default."""
+    log_interval: int = 20
+    """Steps between lines."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    flags = parse_flags(Flags, arguments, __doc__)
+    if flags.bf16 and flags.fp32:
+        raise UserError("--bf16 and --fp32: give one of them")
+    torch.manual_seed(flags.seed)
+    dense = AutoModelForCausalLM.from_pretrained(flags.hf, local_files_only=True)
+    dtype = dense.dtype
+    adapters = LoraConfig(r=flags.rank, lora_alpha=2 * flags.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(dense.float(), adapters)
+    model.print_trainable_parameters()
+    train(model, windows(flags), flags)
+    with atomic_directory(flags.save, overwrite=True) as partial:
+        model.merge_and_unload().to(dtype).save_pretrained(partial)
+        for name in TOKENIZER_FILES:
+            if (flags.hf / name).is_file():
+                shutil.copy(flags.hf / name, partial)
+
+
+def windows(flags: Flags) -> Iterator[Batch]:
+    """Global batches in the order of a training run with the same flags."""
+    config = DataConfig(data_path=flags.data_path, seed=flags.seed, num_workers=0)
+    samples = flags.train_iters * flags.global_batch_size
+    dataset = build_training_dataset(read_data_sources(config), config, flags.seq_length, samples)
+    return build_data_iterator(dataset, 0, flags.global_batch_size, 0, 1)
+
+
+def train(model: PreTrainedModel, batches: Iterator[Batch], flags: Flags) -> None:
+    """AdamW, cosine schedule and clipping as `megatron_moe_lpr.pretrain` has them by default."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=flags.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, flags.lr_warmup_iters, flags.train_iters)
+    model.train()
+    start, total, steps = time.monotonic(), 0.0, 0
+    for step, batch in enumerate(batches, 1):
+        loss = lm_loss(model, batch, flags.bf16)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        total, steps = total + loss.item(), steps + 1
+        if step % flags.log_interval == 0 or step == flags.train_iters:
+            rate = step * flags.global_batch_size * flags.seq_length / (time.monotonic() - start)
+            print(f"LoRA | step {step:,}/{flags.train_iters:,} | loss {total / steps:.4f} | {rate:,.0f} tokens/s")
+            total, steps = 0.0, 0
+
+
+def lm_loss(model: PreTrainedModel, batch: Batch, bf16: bool) -> torch.Tensor:
+    """Mean cross-entropy over the tokens of `loss_mask`; batch entries [batch, sequence]."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits = model(input_ids=batch["tokens"], position_ids=batch["position_ids"], use_cache=False).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction="none"
+    )
+    mask = batch["loss_mask"].flatten()
+    return (losses * mask).sum() / mask.sum()
+
+
+if __name__ == "__main__":
+    run_command(main)

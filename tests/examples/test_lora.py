@@ -1,0 +1,69 @@
+"""The LoRA row of the table: linear layers change by little rank, the rest not at all, on the windows of a training."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conversion.tiny_models import load_model, save_model
+from tests.training.runs import make_data
+
+pytest.importorskip("peft", reason="needs peft")
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "demo"))
+import costs
+import lora
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK = 2
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path, list]:
+    """The dense model, the model with the adapters added, and the batches."""
+    root = tmp_path_factory.mktemp("lora")
+    dense = save_model("qwen2-tied", root / "dense")
+    data = make_data(root)
+    arguments = ["--hf", dense, "--save", root / "tuned", "--data-path", data["el"], data["hu"], "--train-iters", 20]
+    arguments += ["--global-batch-size", 4, "--seq-length", 32, "--lr", 0.02, "--rank", RANK]
+    seen, lm_loss = [], lora.lm_loss
+
+    def remembered(model, batch, bf16):
+        loss = lm_loss(model, batch, bf16)
+        seen.append(loss.item())
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora, "lm_loss", remembered)
+        lora.main(list(map(str, arguments)))
+    return dense, root / "tuned", seen
+
+
+def test_the_difference_has_the_adapters_rank(trained) -> None:
+    before, after = (load_model(directory).state_dict() for directory in trained[:2])
+    for name, weight in before.items():
+        difference = after[name].double() - weight.double()
+        if name.split(".")[-2] in LINEAR and name.endswith("weight"):
+            values = torch.linalg.svdvals(difference)
+            assert values[RANK - 1] > 1e-4 and values[RANK] < 1e-5 * values[0], name
+        else:
+            assert not difference.any(), name
+
+
+def test_it_learns_and_keeps_the_tokenizer(trained) -> None:
+    dense, tuned, losses = trained
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.3
+    assert (tuned / "tokenizer.json").read_bytes() == (dense / "tokenizer.json").read_bytes()
+
+
+def test_active_parameters_of_a_mixture() -> None:
+    """Top 2 of 4 experts: half of what the experts hold."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    experts = 2 * 4 * 3 * 16 * 24
+    assert costs.active_parameters(model) == model.num_parameters() - experts // 2
