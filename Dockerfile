@@ -12,7 +12,7 @@ RUN pip list --format=freeze | grep -iE '^(torch|torchvision|triton|numpy|transf
     && PIP_CONSTRAINT= pip install --no-cache-dir --no-deps 'megatron-core>=0.16.1,<0.17' \
     && PIP_CONSTRAINT= pip install --no-cache-dir --constraint /tmp/base.txt \
         huggingface_hub numpy packaging psutil rich 'safetensors>=0.4' sentencepiece tensorboard tokenizers \
-        'transformers>=4.51' 'tyro>=0.9' 'xxhash>=3.0' zstandard hypothesis pytest ruff
+        'transformers>=4.51' 'tyro>=0.9' 'xxhash>=3.0' zstandard hypothesis mypy pytest ruff
 COPY . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && chown -R trainer . && rm /tmp/base.txt
 # make uses this Python instead of an environment of its own.
@@ -32,7 +32,7 @@ RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} 'torch
     && pip install --no-cache-dir --no-deps 'megatron-core>=0.16.1,<0.17' \
     && pip install --no-cache-dir \
         huggingface_hub numpy packaging psutil rich 'safetensors>=0.4' sentencepiece tensorboard tokenizers \
-        'transformers>=4.51' 'tyro>=0.9' 'xxhash>=3.0' zstandard hypothesis pytest ruff 'setuptools>=77'
+        'transformers>=4.51' 'tyro>=0.9' 'xxhash>=3.0' zstandard hypothesis mypy pytest ruff 'setuptools>=77'
 COPY . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && chown -R trainer .
 # make uses this Python instead of an environment of its own.
