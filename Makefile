@@ -5,7 +5,7 @@
 #   make test-gpu        the same tests on GPUs
 #   make test-eval       installs lm_eval, then runs the tests that need it
 #   make test-serving    exports in vLLM, llama.cpp and transformers 4, in environments of their own
-#   make lint            ruff
+#   make lint            ruff, and mypy for types
 #   make demo            the whole method on real text; make demo-baselines for what else one could do
 #
 # The commands run in the active virtual environment, or in .venv, made on first use; with SYSTEM_PYTHON=1 (the Docker
@@ -83,6 +83,7 @@ test-serving: $(INSTALLED) $(ENGINES)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check megatron_moe_lpr tools tests benchmarks examples setup.py
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv .venv-te .venv-vllm .venv-llama-cpp .venv-transformers4 build *.egg-info

@@ -52,13 +52,13 @@ class _Pending:
 class CheckpointSaver:
     """Saves one state at a time. Every rank makes one and calls its methods in the same order."""
 
-    def __init__(self, root: Path, asynchronous: bool, on_complete: Callable[[Path], None] | None = None) -> None:
+    def __init__(self, root: Path, asynchronous: bool, on_complete: Callable[[int], None] | None = None) -> None:
         """Megatron's groups must exist.
 
         Args:
             root: directory of the iteration directories.
             asynchronous: write from a process beside this one, started now.
-            on_complete: called on rank 0 with each iteration directory that has become the latest.
+            on_complete: called on rank 0 with each iteration whose checkpoint has become the latest.
         """
         self.root, self.on_complete = Path(root), on_complete
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -176,9 +176,9 @@ class CheckpointSaver:
             pending.add_side_files(pending.partial)
             entries = {name: entry for part in (*written, pending.writer.written) for name, entry in part.items()}
             write_manifest(pending.partial, entries)
-            path = finish_iteration(pending.partial, self.root, pending.iteration)
+            finish_iteration(pending.partial, self.root, pending.iteration)
             if self.on_complete:
-                self.on_complete(path)
+                self.on_complete(pending.iteration)
 
         self._together(pending.iteration, finish)
         self.pending = None
