@@ -2,19 +2,21 @@
 #   docker build -t moe-lpr .                     for NVIDIA GPUs
 #   docker build -t moe-lpr:cpu --target cpu .    to try it without
 #   docker run IMAGE make test                    self-check
-# The GPU image keeps the base's torch and Transformer Engine: megatron-core comes without its dependencies, and a
-# constraints file pins what the base has, so that pip fails rather than replaces.
+# What to install is read from setup.py. Only what pip needs for that is copied before it: a change of the code leaves
+# the layer with the packages as it is.
 
 FROM nvcr.io/nvidia/pytorch:25.11-py3 AS gpu
 RUN useradd --create-home --uid 10001 trainer
 WORKDIR /opt/moe-lpr
+COPY setup.py pyproject.toml README.md ./
+COPY megatron_moe_lpr/__init__.py megatron_moe_lpr/
+# The base's torch and Transformer Engine stay: pip fails rather than replaces what these constraints pin. Those of
+# constraints.txt are of another torch, and the base's own (PIP_CONSTRAINT) are older than what setup.py asks for.
 RUN pip list --format=freeze | grep -iE '^(torch|torchvision|triton|numpy|transformer[_-]engine.*)==' > /tmp/base.txt \
-    && PIP_CONSTRAINT= pip install --no-cache-dir --no-deps 'megatron-core>=0.16.1,<0.17' \
-    && PIP_CONSTRAINT= pip install --no-cache-dir --constraint /tmp/base.txt \
-        huggingface_hub numpy packaging psutil rich 'safetensors>=0.4' sentencepiece tensorboard tokenizers \
-        'transformers>=4.51' 'tyro>=0.9' 'xxhash>=3.0' zstandard hypothesis mypy pytest ruff
+    && PIP_CONSTRAINT= pip install --no-cache-dir --constraint /tmp/base.txt --editable '.[test]' \
+    && rm /tmp/base.txt
 COPY . .
-RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && chown -R trainer . && rm /tmp/base.txt
+RUN chown -R trainer .
 # make uses this Python instead of an environment of its own.
 ENV SYSTEM_PYTHON=1
 USER trainer
@@ -26,15 +28,15 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 trainer
 WORKDIR /opt/moe-lpr
-# PyTorch's index of CPU builds makes a smaller image than the default one: --build-arg TORCH_INDEX=...
+COPY setup.py pyproject.toml constraints.txt README.md ./
+COPY megatron_moe_lpr/__init__.py megatron_moe_lpr/
+# PyTorch's index of CPU builds makes a smaller image than the default one: --build-arg TORCH_INDEX=... It has torch,
+# and not all that torch needs: that comes with the rest.
 ARG TORCH_INDEX
-RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} 'torch>=2.6' \
-    && pip install --no-cache-dir --no-deps 'megatron-core>=0.16.1,<0.17' \
-    && pip install --no-cache-dir \
-        huggingface_hub numpy packaging psutil rich 'safetensors>=0.4' sentencepiece tensorboard tokenizers \
-        'transformers>=4.51' 'tyro>=0.9' 'xxhash>=3.0' zstandard hypothesis mypy pytest ruff 'setuptools>=77'
+RUN pip install --no-cache-dir --constraint constraints.txt --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch \
+    && pip install --no-cache-dir --constraint constraints.txt --editable '.[test]'
 COPY . .
-RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && chown -R trainer .
+RUN chown -R trainer .
 # make uses this Python instead of an environment of its own.
 ENV SYSTEM_PYTHON=1
 USER trainer

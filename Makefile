@@ -1,12 +1,5 @@
-# One command each, from nothing: a machine needs Python 3.10 or newer and make.
-#
-#   make test            install, then run the tests on this machine's CPU
-#   make test-te         the GPU tests on an emulated device, in an environment of their own, without a GPU
-#   make test-gpu        the same tests on GPUs
-#   make test-eval       installs lm_eval, then runs the tests that need it
-#   make test-serving    exports in vLLM, llama.cpp and transformers 4, in environments of their own
-#   make lint            ruff, and mypy for types
-#   make demo            the whole method on real text; make demo-baselines for what else one could do
+# One command each, from nothing: a machine needs Python 3.10 or newer and make. `make help` lists them: a line that
+# begins with ## says what the target below it does.
 #
 # The commands run in the active virtual environment, or in .venv, made on first use; with SYSTEM_PYTHON=1 (the Docker
 # images) in the Python that is there, installing nothing.
@@ -26,9 +19,16 @@ ENGINES := $(CURDIR)/.venv-vllm/.installed $(CURDIR)/.venv-llama-cpp/.installed 
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test test-te test-eval test-gpu test-serving lint clean
+.PHONY: install help test test-te test-eval test-gpu test-serving lint clean
 
+## Install the package and what its tests need into the active virtual environment, or into .venv.
 install: $(INSTALLED)
+
+## List the targets.
+help:
+	@awk '/^## / { line = substr($$0, 4); next } \
+		line && match($$0, /^[a-z][a-z0-9-]*:/) { printf "make %-16s %s\n", substr($$0, 1, RLENGTH - 1), line } \
+		{ line = "" }' $(MAKEFILE_LIST)
 
 ifndef SYSTEM_PYTHON
 $(BIN)/python:
@@ -42,6 +42,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 endif
 
+## Install, then run the tests on this machine's CPU; TESTS="FILE -k NAME" runs a part of them.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
 
@@ -49,17 +50,20 @@ $(TE_VENV)/.installed: tests/transformer_engine/environment.sh setup.py constrai
 	bash tests/transformer_engine/environment.sh $(TE_VENV) $(PYTHON)
 	@touch $@
 
+## Run the GPU tests on an emulated device, without a GPU, in an environment of their own: .venv-te.
 test-te: $(TE_VENV)/.installed
 	$(TE_VENV)/bin/python -m pytest -p tests.emulation.plugin $(or $(TESTS),tests/emulation tests/transformer_engine tests/gpu)
 
 # lm_eval brings fifty packages, 540 MB: the tests that need it (and pyarrow) are skipped by `make test` without them.
+## Install lm_eval, then run the tests that need it.
 test-eval: $(INSTALLED)
 ifndef SYSTEM_PYTHON
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,eval]'
 endif
 	$(BIN)/python -m pytest $(or $(TESTS),tests/evaluation/benchmarks tests/data/test_hub.py tests/data/test_sources.py)
 
-# With the Python that has the real Transformer Engine, as the Docker image's has; installs nothing.
+# As the Docker image's has; installs nothing.
+## Run the GPU tests on GPUs, with the Python that has the real Transformer Engine.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(or $(TESTS),tests/gpu) -rs -s
 
@@ -76,15 +80,18 @@ $(CURDIR)/.venv-transformers4/.installed: $(SERVING)/transformers4.sh
 	@touch $@
 
 # Engines on the loopback interface against transformers and Megatron; docs/serving.md has the last output.
+## Try exports in vLLM, llama.cpp and transformers 4, in environments of their own.
 test-serving: $(INSTALLED) $(ENGINES)
 	$(BIN)/python -m tests.serving.compare --vllm .venv-vllm --llama-cpp .venv-llama-cpp \
 		--transformers4 .venv-transformers4
 
+## Check the code as CI does.
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check megatron_moe_lpr tools tests benchmarks examples setup.py
 	$(BIN)/mypy
 
+## Remove the environments and what was built, not what was trained.
 clean:
 	rm -rf .venv .venv-te .venv-vllm .venv-llama-cpp .venv-transformers4 build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,11 +1,5 @@
 #!/usr/bin/env bash
 # Qwen2.5-7B: the dense Hugging Face model becomes a Megatron checkpoint with experts.
+# 7b_to_8b/convert.sh has the settings.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-: "${HF:=}"                                   # directory with the model's config.json, safetensors and tokenizer
-: "${SAVE:=checkpoints/qwen2.5-7b-5experts}"  # the checkpoint to write
-: "${NUM_EXPERTS:=5}"                         # with the original one: then EP can be 1, 2 or 4
-: "${TOP_K:=2}"                               # experts per token
-
-convert "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/7b_to_8b/convert.sh" qwen2.5-7b "$@"

@@ -1,21 +1,5 @@
 #!/usr/bin/env bash
 # Qwen2.5-7B, stage 1 (post-pretraining) after the paper's settings: new experts learn the expanded languages.
-# For one node of 8 GPUs of 80 GB; tools/plan.py lists the layouts for other machines.
+# For one node of 8 GPUs of 80 GB; 7b_to_8b/stage1.sh has the settings.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-: "${LOAD:=checkpoints/qwen2.5-7b-5experts}"  # what convert_qwen2.5_7b.sh wrote
-: "${SAVE:=runs/qwen2.5-7b-5experts-stage1}"  # checkpoints and logs; started again, the run goes on from here
-: "${DATA:=datasets/qwen2.5-7b}"              # what preprocess.sh wrote with this model's tokenizer
-: "${EXPANDED:=el hu tr}"                     # languages to learn, in equal shares
-: "${ORIGINAL:=en es zh}"                     # languages that the dense model knows: validation only
-: "${TRAIN_ITERS:=45776}"                     # 24B tokens, 8B of each language
-: "${SEQ_LENGTH:=1024}"                       # tokens of a sequence
-: "${GLOBAL_BATCH:=512}"                      # sequences of a step
-: "${MICRO_BATCH:=1}"                         # sequences a rank computes at once; lower it when memory runs out
-: "${LR:=5e-5}"                               # highest learning rate, cosine decay
-: "${SAVE_INTERVAL:=1000}"                    # steps between checkpoints
-: "${TP:=1}" "${PP:=2}" "${EP:=4}"            # GPUs that share a matrix, the layers, the new experts
-: "${RECOMPUTE:=none}"                        # moe or full: compute these activations again instead of keeping them
-
-train_stage1 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/7b_to_8b/stage1.sh" qwen2.5-7b "$@"

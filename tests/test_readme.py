@@ -11,7 +11,7 @@ from megatron_moe_lpr import command_line
 from megatron_moe_lpr.training.config import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAINING = "megatron_moe_lpr.pretrain"
 
 

@@ -2,41 +2,41 @@
 
 .PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing paper-table paper-scaling base-model
 
-# The whole method on real text; ends in runs/demo/report.html. Goes on where it was interrupted.
+## Run the whole method on real text, up to runs/demo/report.html; goes on where it was interrupted.
 demo: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/run.sh
 
-# The same at the paper's proportions: the whole corpus once, a replay of less than 1% of it.
+## Run it at the paper's proportions: the whole corpus once, a replay of less than 1% of it.
 demo-full: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/full.sh
 
-# The paper's Table 1 in small, two seeds; ends in runs/paper/report.html.
+## Make the paper's Table 1 in small, two seeds; ends in runs/paper/report.html.
 paper-table: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/paper_table.sh
 
-# Curves over the number of experts, the replay and the languages, into the same page.
+## Draw curves over the number of experts, the replay and the languages, into the same page.
 paper-scaling: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/scaling.sh
 
-# What else one could do with the same tokens, for the table.
+## Do what else one could with the same tokens, for the demo's table.
 demo-baselines: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/baselines.sh
 
-# lm_eval on the base model and the exported one: which of four endings continues a held-out passage?
+## Run lm_eval on the demo's models: which of four endings continues a held-out passage?
 demo-eval: $(INSTALLED)
 ifndef SYSTEM_PYTHON
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
 endif
 	PYTHON=$(BIN)/python bash examples/demo/evaluate_choices.sh
 
-# The demo's models on text of another program, fetched as a Debian package.
+## Try the demo's models on text of another program, fetched as a Debian package.
 demo-other-text: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/other_text.sh
 
-# Half of the demo's new experts, allocated by layer, against all of them.
+## Compare half of the demo's new experts, allocated by layer, with all of them.
 demo-growing: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/growing.sh
 
-# Remake data/base_model from a random initialisation, in runs/base_model/hf.
+## Make data/base_model again from a random initialisation, in runs/base_model/hf.
 base-model: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/make_base_model.sh

@@ -30,8 +30,8 @@ th, td { padding: 8px 9px; text-align: right; border-bottom: 1px solid var(--lin
 thead th { color: var(--soft); font-weight: 600; }
 thead th.group { text-align: center; color: var(--ink); }
 tbody th, thead tr:first-child th:first-child { text-align: left; font-weight: 600; white-space: normal; }
-tbody tr.subject { background: var(--marked); }
-tbody th { min-width: 130px; }
+tbody tr { background: var(--card); } tbody tr.subject { background: var(--marked); }
+tbody th { min-width: 130px; position: sticky; left: 0; background: inherit; }
 figure + figure { margin-top: 28px; } .maps figure, .charts figure { margin-top: 0; }
 .maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 24px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 24px; }
