@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_moe_lpr.evaluation.global_batch import run_schedule
+from megatron_moe_lpr.evaluation.global_batch import run_micro_batches
 from megatron_moe_lpr.model.architecture import read_architecture
 from megatron_moe_lpr.model.build import build_model, unwrap
 from megatron_moe_lpr.model.config import ModelShape, transformer_config
@@ -117,8 +117,9 @@ def _step(case: Case, layout: ParallelLayout, platform: Platform, options: Optim
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        run_schedule(chunks, config, [_batch(case.sequence, platform.device) for _ in range(MICRO_BATCHES)], table)
-        assert steps.step()
+        batches = [_batch(case.sequence, platform.device) for _ in range(MICRO_BATCHES)]
+        sums = run_micro_batches(chunks, config, batches, table)
+        assert steps.step(sums, lambda: False).not_finite is None
 
     return step
 
@@ -179,15 +180,15 @@ def planned(case: Case, layout: ParallelLayout, options: OptimizerOptions, platf
 
 
 def _control(case: Case, layout: ParallelLayout, distributed: bool) -> float:
-    """All-reduces, in the order of a step: tokens of the step, losses of two languages, tokens that Megatron divides
-    by (which the last stage sends to the others first), whether a gradient is not finite, and norms."""
+    """All-reduces, in the order of a step: tokens of the step, tokens that Megatron divides by (which the last stage
+    sends to the others first), what ranks agree on (losses and tokens of two languages, two flags), and norms."""
 
     def reduced(number_of_ranks: int) -> float:
         return 2 * (number_of_ranks - 1) / number_of_ranks
 
     ranks, stages = dist.get_world_size(), layout.pipeline_model_parallel_size
     data = layout.data_parallel_size(ranks)
-    total = 3 * 8 * reduced(data) + 2 * 2 * 8 * reduced(ranks) + 4 * reduced(data) + 8 * reduced(ranks)
+    total = 3 * 8 * reduced(data) + 4 * reduced(data) + (2 * 2 + 2) * 8 * reduced(ranks)
     total += 4 * (stages - 1) * parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     if distributed:
         return total + 4 * reduced(ranks)
