@@ -89,6 +89,7 @@ test-serving: $(INSTALLED) $(ENGINES)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check megatron_moe_lpr tools tests benchmarks examples setup.py
+	$(BIN)/mypy
 
 ## Remove the environments and what was built, not what was trained.
 clean:

@@ -225,23 +225,25 @@ def median_save(saver: Any, state: Any) -> dict[str, float]:
 
 def measured_save(saver: Any, state: Any) -> dict[str, float]:
     """Save once, looking now and then, as after each step, whether the checkpoint is complete."""
+    import torch.distributed as dist
+
     from megatron_moe_lpr.training.checkpointing import STATE_METADATA, sharded_state
 
     writer = saver.background.process.pid if saver.background else None
 
-    def save() -> tuple[float, float]:
+    def save() -> Any:
         add_nothing = lambda directory: (directory / "moe_lpr").mkdir()  # noqa: E731
         began = time.monotonic()
         saved = saver.start(state.iteration, sharded_state(state), dict(STATE_METADATA), add_nothing, began)
         while saved is None:
             time.sleep(POLL_SECONDS)
             saved = saver.poll()
-        return saved.seconds, saved.stalled
+        return saved
 
-    (seconds, stalled), rise = with_peak(save)
-    written = sum(entry.bytes for name, entry in saver.shares.writer.written.items() if name.endswith(".distcp"))
+    saved, rise = with_peak(save)
+    written = sum(path.stat().st_size for path in saved.path.glob(f"__{dist.get_rank()}_*.distcp"))
     private = memory("RssAnon", writer) if writer else 0
-    return {"seconds": seconds, "stalled": stalled, "rise": rise, "written": written, "writer": private}
+    return {"seconds": saved.seconds, "stalled": saved.stalled, "rise": rise, "written": written, "writer": private}
 
 
 def gathered(state: Any, root: Path) -> dict[str, float]:

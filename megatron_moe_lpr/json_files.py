@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_moe_lpr.errors import UserError
 
@@ -56,14 +56,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def is_integer(value: object, low: int = 0, high: int = 2**63 - 1) -> bool:
+def is_integer(value: object, low: int = 0, high: int = 2**63 - 1) -> TypeGuard[int]:
     """Whether a value is a whole number in a range; true and false are none."""
     return type(value) is int and low <= value <= high
 
 
-def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
+def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> TypeGuard[float]:
     """Whether a value is a finite number in a range."""
-    if type(value) not in (int, float):
+    if not (type(value) is int or type(value) is float):
         return False
     try:
         return math.isfinite(value) and low <= value <= high

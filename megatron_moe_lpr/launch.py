@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 
@@ -111,7 +112,7 @@ def check_training_flags(arguments: Sequence[str]) -> None:
     parse_flags(TrainingConfig, arguments[arguments.index(TRAINING) + 1 :], pretrain.__doc__)
 
 
-def _keep_signals(torchrun: object, arguments: list[str]) -> list[str]:
+def _keep_signals(torchrun: ModuleType, arguments: list[str]) -> list[str]:
     """Keep torchrun from taking SIGTERM: it would end workers that take longer than 30 seconds to save."""
     known = any(SIGNALS_OF_TORCHRUN in action.option_strings for action in torchrun.get_args_parser()._actions)
     return [f"{SIGNALS_OF_TORCHRUN}=SIGINT,SIGHUP,SIGQUIT", *arguments] if known else arguments

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from megatron_moe_lpr.processes import end_with_parent, start_time
-from megatron_moe_lpr.training.signals import EXIT_REQUEUE, StopRequest, stop_request
+from megatron_moe_lpr.training.signals import EXIT_REQUEUE, stop_request
 
 if TYPE_CHECKING:
     from megatron_moe_lpr.training.config import TrainingConfig
@@ -54,7 +54,7 @@ def main() -> None:
     except BaseException:
         # Peers that left for the same signal make this rank's start and first step fail in many ways.
         if stop.received and not stop.has_stepped:
-            _leave_at_once(stop)
+            _leave_at_once(stop.received)
         raise
     if not finished:
         sys.exit(EXIT_REQUEUE)
@@ -89,9 +89,9 @@ def _end_with_launcher() -> None:
     end_with_parent(signal.SIGTERM, parent, grace=ORPHAN_SECONDS)
 
 
-def _leave_at_once(stop: StopRequest) -> None:
+def _leave_at_once(received: signal.Signals) -> None:
     """Without Python's own end, which would wait for threads that wait for peers."""
-    print(f"stopped by {stop.received.name} before the first step: nothing to save; start again to go on", flush=True)
+    print(f"stopped by {received.name} before the first step: nothing to save; start again to go on", flush=True)
     sys.stderr.flush()
     os._exit(EXIT_REQUEUE)
 

@@ -26,7 +26,8 @@ class ProgressReport:
         self.counts: dict[str, float] = {}
         console = Console(stderr=True)
         self.bar = _terminal_bar(console) if enabled and console.is_terminal else None
-        self.task = self.bar.add_task(description, total=total, rates="") if self.bar else None
+        if self.bar:
+            self.bar.add_task(description, total=total, rates="")
 
     def __enter__(self) -> "ProgressReport":
         if self.bar:
@@ -45,7 +46,7 @@ class ProgressReport:
         for name, count in (counts or {}).items():
             self.counts[name] = self.counts.get(name, 0.0) + count
         if self.bar:
-            self.bar.update(self.task, advance=amount, rates=self.rates())
+            self.bar.update(self.bar.task_ids[0], advance=amount, rates=self.rates())
         elif self.enabled and time.monotonic() - self.last_line >= LOG_INTERVAL_SECONDS:
             self.last_line = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)

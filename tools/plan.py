@@ -130,12 +130,12 @@ def read_shape(flags: Flags):
     from megatron_moe_lpr.model.architecture import read_architecture
     from megatron_moe_lpr.model.config import ModelShape
 
-    if (flags.hf is None) == (flags.load is None):
-        raise UserError("give either --hf, a dense Hugging Face model, or --load, a converted checkpoint")
-    if flags.load is not None:
+    if flags.hf is None and flags.load is not None:
         if flags.experts_per_layer is not None:
             raise UserError("--experts-per-layer: the checkpoint given by --load knows its experts; leave the flag out")
         return model_shape(resolve_checkpoint(flags.load))
+    if flags.hf is None or flags.load is not None:
+        raise UserError("give either --hf, a dense Hugging Face model, or --load, a converted checkpoint")
     if not 1 <= flags.top_k <= max(flags.num_experts, 1):
         raise UserError("--num-experts and --top-k: at least 1, and no more top-k than experts")
     path = flags.hf / "config.json" if flags.hf.is_dir() else flags.hf

@@ -54,7 +54,7 @@ def open_dense_source(path: Path) -> DenseSource:
     if model.is_moe:
         raise UserError(f"{path}: has experts; give the dense model it was made from, or import it first")
     rows, source = model_rows(model.architecture, model.experts_per_layer, DENSE_LAYOUT), model.source()
-    check_tensors(rows, {}, source, path)
+    check_tensors(rows, [], source, path)
     return DenseSource(model.config, model.architecture, rows, lambda row: [source.read(name) for name in row.names])
 
 

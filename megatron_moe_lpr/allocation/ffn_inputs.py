@@ -31,7 +31,7 @@ def ffn_inputs(
     del embedding
     length = next(iter(windows.values())).shape[1]
     for index in range(source.architecture.num_layers):
-        layer = model.layers[index].to_empty(device=device)
+        layer = model.get_submodule(f"layers.{index}").to_empty(device=device)
         layer.load_state_dict(source.layer(index), strict=True)
         passing = _Passing(layer, _arguments(model, source.architecture.sliding_window, length, device))
         inputs = {name: passing(stream, name, device) for name in stream}
@@ -45,7 +45,7 @@ class _Passing:
     def __init__(self, layer: torch.nn.Module, arguments: dict[str, Any]) -> None:
         self.layer, self.arguments = layer, arguments
         self.kept: list[torch.Tensor] = []
-        layer.mlp.register_forward_pre_hook(lambda _, inputs: self.kept.append(inputs[0].cpu()))
+        layer.get_submodule("mlp").register_forward_pre_hook(lambda _, inputs: self.kept.append(inputs[0].cpu()))
 
     def __call__(self, stream: dict[str, torch.Tensor], name: str, device: torch.device) -> torch.Tensor:
         """The FFN's inputs of one language, whose stream advances to the layer's output."""
@@ -70,7 +70,7 @@ def _skeleton(config: dict[str, Any]) -> torch.nn.Module:
     finally:
         logging.set_verbosity(verbosity)
     # Its frequencies are computed, not loaded: once more where they can be.
-    model.rotary_emb = type(model.rotary_emb)(configuration)
+    model.rotary_emb = type(model.get_submodule("rotary_emb"))(configuration)
     return model
 
 
@@ -81,7 +81,7 @@ def _arguments(model: torch.nn.Module, sliding_window: int | None, length: int, 
     seen = distance >= 0
     if sliding_window:
         seen &= distance < sliding_window
-    cosine, sine = model.rotary_emb(torch.zeros(1, length, 1), positions[None])
+    cosine, sine = model.get_submodule("rotary_emb")(torch.zeros(1, length, 1), positions[None])
     return {
         "attention_mask": seen[None, None].to(device),
         "position_ids": positions[None].to(device),

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncRequest
 
 from megatron_moe_lpr.checkpoint.integrity import FileChecksum
-from megatron_moe_lpr.checkpoint.share_writer import ShareWriter
+from megatron_moe_lpr.checkpoint.share_writer import ShareWriter, writer_of
 
 END_SECONDS = 10
 """How long a writer process that has nothing to do may take to end."""
@@ -77,9 +77,10 @@ class MemoryStream:
         """Copy a bytes-like object whole."""
         source = memoryview(block).cast("B")
         end = self.position + source.nbytes
-        if end > self.memory.size:
+        content = self.memory.content
+        if content is None or end > len(content):
             raise ValueError("a share is larger than planned")
-        with memoryview(self.memory.content) as target:
+        with memoryview(content) as target:
             target[self.position : end] = source
         self.position = end
         return source.nbytes
@@ -119,6 +120,7 @@ class BackgroundWriter(AsyncCaller):
         self.lines = ours.makefile("rw", encoding="utf-8")
         self.active: ShareWriter | None = None
         self.reserving: threading.Thread | None = None
+        self.closed = False
 
     def expect(self, writer: ShareWriter) -> None:
         """Take the memory for a share like this one beside what this process does, so that the first save finds it."""
@@ -144,7 +146,7 @@ class BackgroundWriter(AsyncCaller):
 
         An error waits in the ShareWriter until all ranks can hear of it.
         """
-        (writer,) = async_req.async_fn_args
+        writer = writer_of(async_req)
         if not writer.files or writer.error is not None:
             return
         try:
@@ -174,7 +176,8 @@ class BackgroundWriter(AsyncCaller):
     def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
         """Whether every rank's share is written, or has failed. Every rank must call it, unless `no_dist`."""
         if self.active and (blocking or self._has_answered()):
-            self._hear()
+            writer, self.active = self.active, None
+            self._hear(writer)
         busy = self.active is not None
         return not busy if no_dist else self.sync_all_async_calls(busy)
 
@@ -184,8 +187,7 @@ class BackgroundWriter(AsyncCaller):
         poll.register(self.connection, select.POLLIN)
         return bool(poll.poll(0))
 
-    def _hear(self) -> None:
-        writer, self.active = self.active, None
+    def _hear(self, writer: ShareWriter) -> None:
         try:
             answer = json.loads(self.lines.readline() or "null")
         except (OSError, ValueError):
@@ -207,7 +209,7 @@ class BackgroundWriter(AsyncCaller):
 
     def close(self, abort: bool = False) -> None:
         """End the process; with `abort`, or where it does not end by itself, by force."""
-        if self.process is None:
+        if self.closed:
             return
         if abort:
             self.process.kill()
@@ -221,7 +223,7 @@ class BackgroundWriter(AsyncCaller):
             self.process.wait()
         self._wait_for_memory()
         self.memory.close()
-        self.process = None
+        self.closed = True
 
     def __del__(self) -> None:
         """The base class demands one; whoever made this object closes it."""

@@ -67,8 +67,9 @@ class _Reader(FileSystemReader):
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
         if self._index is None:
             self._index = read_index(Path(self.path) / ".metadata")
-            self._index.storage_meta = self._index.storage_meta or StorageMeta()
-        self._index.storage_meta.load_id = self.load_id
+        storage = self._index.storage_meta or StorageMeta()
+        storage.load_id = self.load_id
+        self._index.storage_meta = storage
         return self._index
 
 

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import xxhash
 
@@ -32,6 +32,16 @@ class FileChecksum:
     """Its size."""
     checksum: str
     """xxh3_128 of its content, in 32 hexadecimal digits."""
+
+
+class OutputStream(Protocol):
+    """What torch.save and the zip writer below it write to."""
+
+    def write(self, block: Any) -> int: ...
+
+    def tell(self) -> int: ...
+
+    def flush(self) -> None: ...
 
 
 class ChecksumStream:

@@ -99,9 +99,9 @@ def fill_model(chunk: torch.nn.Module, state: dict[str, Any], is_complete: bool 
 
 
 def _refuse_differences(directory: Path, lacking: set[str], surplus: set[str]) -> None:
-    lacking = sorted(key for key in lacking if EXTRA_STATE not in key)
-    surplus = sorted(key for key in surplus if EXTRA_STATE not in key and not key.startswith("optimizer"))
-    if lacking:
-        raise UserError(f"{directory}: lacks {len(lacking)} tensors of the model, for example {lacking[0]}")
-    if surplus:
-        raise UserError(f"{directory}: holds {len(surplus)} tensors the model has no place for, e.g. {surplus[0]}")
+    missing = sorted(key for key in lacking if EXTRA_STATE not in key)
+    foreign = sorted(key for key in surplus if EXTRA_STATE not in key and not key.startswith("optimizer"))
+    if missing:
+        raise UserError(f"{directory}: lacks {len(missing)} tensors of the model, for example {missing[0]}")
+    if foreign:
+        raise UserError(f"{directory}: holds {len(foreign)} tensors the model has no place for, e.g. {foreign[0]}")

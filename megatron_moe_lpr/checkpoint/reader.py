@@ -7,7 +7,7 @@ import math
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
@@ -67,10 +67,13 @@ class CheckpointReader:
         self.directory = Path(directory)
         self.metadata = read_index(self.directory / ".metadata")
         check_index(self.metadata, self.directory)
-        self.tensors = {
-            key: TensorInfo(tuple(entry.size), entry.properties.dtype)
+        self.entries = {
+            key: entry
             for key, entry in self.metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
+        }
+        self.tensors = {
+            key: TensorInfo(tuple(entry.size), entry.properties.dtype) for key, entry in self.entries.items()
         }
 
     def read(self, key: str) -> torch.Tensor:
@@ -79,9 +82,9 @@ class CheckpointReader:
         Raises:
             UserError: no such key, or a file that is missing or cut short.
         """
-        if key not in self.tensors:
+        if key not in self.entries:
             raise UserError(f"{self.directory}: the checkpoint has no tensor {key}")
-        entry = self.metadata.state_dict_metadata[key]
+        entry = self.entries[key]
         if len(entry.chunks) == 1:
             return self._read_chunk(key, entry.chunks[0])
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -97,7 +100,8 @@ class CheckpointReader:
             with open(path, "rb") as stream:
                 _refuse_compression(_Window(stream, place.offset, place.length))
                 view = _create_file_view(stream, place.offset, place.length)
-                tensor = torch.load(view, "cpu", weights_only=True)
+                # torch made the view for its own load, and says IOBase of it, which is less.
+                tensor = torch.load(view, "cpu", weights_only=True)  # type: ignore[arg-type]
         except FileNotFoundError:
             raise UserError(f"{path}: no such file, but {key} should lie there; copy the checkpoint again") from None
         except UserError as error:
@@ -118,7 +122,7 @@ class CheckpointReader:
 class _Window(io.RawIOBase):
     """A part of a file as a file of its own. zipfile reads to the end, which the view of torch does not."""
 
-    def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
+    def __init__(self, stream: io.BufferedReader, offset: int, length: int) -> None:
         self.stream, self.offset, self.length, self.place = stream, offset, length, 0
 
     def readable(self) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -21,8 +20,8 @@ from megatron_moe_lpr.checkpoint.background import BackgroundWriter
 from megatron_moe_lpr.checkpoint.directory import finish_iteration, iteration_directory_name
 from megatron_moe_lpr.checkpoint.integrity import ChecksumStream, FileChecksum, write_manifest
 from megatron_moe_lpr.checkpoint.retention import remove_hidden
-from megatron_moe_lpr.checkpoint.share_writer import ShareStrategy, ShareWriter
-from megatron_moe_lpr.checkpoint.writer import TORCH_DIST_CONFIG
+from megatron_moe_lpr.checkpoint.share_writer import ShareStrategy, ShareWriter, writer_of
+from megatron_moe_lpr.checkpoint.writer import TORCH_DIST_CONFIG, save_blob
 from megatron_moe_lpr.errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
@@ -53,18 +52,17 @@ class _Pending:
 class CheckpointSaver:
     """Saves one state at a time. Every rank makes one and calls its methods in the same order."""
 
-    def __init__(self, root: Path, asynchronous: bool, on_complete: Callable[[Path], None] | None = None) -> None:
+    def __init__(self, root: Path, asynchronous: bool, on_complete: Callable[[int], None] | None = None) -> None:
         """Megatron's groups must exist.
 
         Args:
             root: directory of the iteration directories.
             asynchronous: write from a process beside this one, started now.
-            on_complete: called on rank 0 with each iteration directory that has become the latest.
+            on_complete: called on rank 0 with each iteration whose checkpoint has become the latest.
         """
         self.root, self.on_complete = Path(root), on_complete
-        self.shares = ShareStrategy()
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self.strategy = FullyParallelSaveStrategyWrapper(self.shares, group, do_cache_distribution=True)
+        self.strategy = FullyParallelSaveStrategyWrapper(ShareStrategy(), group, do_cache_distribution=True)
         self.queue = AsyncCallsQueue(persistent=True)
         self.background = BackgroundWriter() if asynchronous else None
         self.queue.persistent_caller = self.background
@@ -76,8 +74,8 @@ class CheckpointSaver:
         takes no longer than later ones. Does nothing without a background writer."""
         if self.background is None:
             return
-        self.strategy.async_save(self._checked(state, metadata)[0], self.root)
-        self.background.expect(self.shares.writer)
+        request = self.strategy.async_save(self._checked(state, metadata)[0], self.root)
+        self.background.expect(writer_of(request))
 
     def _checked(self, state: ShardedStateDict, metadata: dict[str, Any]) -> tuple[ShardedStateDict, dict[str, Any]]:
         """Sharded and common part of a state; that all ranks' parts fit together is looked at once."""
@@ -115,15 +113,16 @@ class CheckpointSaver:
         self._together(iteration, lambda: _make_empty(partial))
         sharded, common = self._checked(state, metadata)
         request = self.strategy.async_save(sharded, partial)
-        request.add_finalize_fn(self._finish)
-        self.pending = _Pending(iteration, partial, self.shares.writer, add_side_files, started)
+        pending = _Pending(iteration, partial, writer_of(request), add_side_files, started)
+        request.add_finalize_fn(lambda: self._finish(pending))
+        self.pending = pending
         if dist.get_rank() == 0:
-            _write_common(common, self.pending)
+            _write_common(common, pending)
         if self.background:
             self.queue.schedule_async_request(request)
-            self.pending.stalled = time.monotonic() - started
+            pending.stalled = time.monotonic() - started
             return None
-        return self._finalize(request.execute_sync)
+        return self._finalize(pending, request.execute_sync)
 
     def poll(self) -> Saved | None:
         """Complete the save under way if all ranks have written. Cheap where there is none.
@@ -133,13 +132,13 @@ class CheckpointSaver:
         """
         if self.pending is None:
             return None
-        return self._finalize(self.queue.maybe_finalize_async_calls)
+        return self._finalize(self.pending, self.queue.maybe_finalize_async_calls)
 
     def wait(self) -> Saved | None:
         """Complete the save under way, waiting for the writers. Raises what `poll` raises."""
         if self.pending is None:
             return None
-        return self._finalize(lambda: self.queue.maybe_finalize_async_calls(blocking=True))
+        return self._finalize(self.pending, lambda: self.queue.maybe_finalize_async_calls(blocking=True))
 
     def close(self) -> None:
         """End the background writer; a save still under way is given up, and leaves nothing behind."""
@@ -150,15 +149,15 @@ class CheckpointSaver:
             shutil.rmtree(self.pending.partial, ignore_errors=True)
         self.pending = None
 
-    def _finalize(self, action: Callable[[], object]) -> Saved | None:
+    def _finalize(self, pending: _Pending, action: Callable[[], object]) -> Saved | None:
         """Let Megatron finalize; `_finish` clears `pending` where it gets as far."""
-        pending, begin = self.pending, time.monotonic()
+        begin = time.monotonic()
         try:
             action()
         except CheckpointException as error:
             # It derives from BaseException, and only rank 0 knows the reasons.
             reasons = [_reason(failure[0]) for failure in error.failures.values()]
-            self._give_up(_from_rank_0("; ".join(sorted(set(reasons)))))
+            self._give_up(_from_rank_0("; ".join(sorted(set(reasons)))), pending.iteration)
         if self.pending is not None:
             pending.stalled += time.monotonic() - begin
             return None
@@ -167,21 +166,19 @@ class CheckpointSaver:
         path = self.root / iteration_directory_name(pending.iteration)
         return Saved(pending.iteration, path, now - pending.started, stalled)
 
-    def _finish(self) -> None:
+    def _finish(self, pending: _Pending) -> None:
         """After every rank has written its share and rank 0 the index of all: name the directory."""
-        pending = self.pending
-        parts: list[dict[str, FileChecksum]] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(pending.writer.written, parts)
+        written = _gathered(pending.writer.written)
 
         def finish() -> None:
             pending.writer.raise_index_error()
             _write_format(pending)
             pending.add_side_files(pending.partial)
-            entries = {name: entry for part in (*parts, pending.writer.written) for name, entry in part.items()}
+            entries = {name: entry for part in (*written, pending.writer.written) for name, entry in part.items()}
             write_manifest(pending.partial, entries)
-            path = finish_iteration(pending.partial, self.root, pending.iteration)
+            finish_iteration(pending.partial, self.root, pending.iteration)
             if self.on_complete:
-                self.on_complete(path)
+                self.on_complete(pending.iteration)
 
         self._together(pending.iteration, finish)
         self.pending = None
@@ -200,8 +197,7 @@ class CheckpointSaver:
         if reason:
             self._give_up(reason, iteration)
 
-    def _give_up(self, reason: str, iteration: int | None = None) -> None:
-        iteration = self.pending.iteration if iteration is None else iteration
+    def _give_up(self, reason: str, iteration: int) -> None:
         if dist.get_rank() == 0:
             partial = self.root / f".{iteration_directory_name(iteration)}{PARTIAL_SUFFIX}"
             shutil.rmtree(partial, ignore_errors=True)
@@ -220,7 +216,7 @@ def _write_common(common: dict[str, Any], pending: _Pending) -> None:
     """What is the same on all ranks, as Megatron's TorchCommonSaveStrategy writes it."""
     try:
         with ChecksumStream(open(pending.partial / "common.pt", "wb")) as stream:
-            torch.save(common, stream)
+            save_blob(common, stream)
         pending.writer.written["common.pt"] = stream.entry()
     except (OSError, RuntimeError) as error:
         pending.writer.error = error
@@ -242,6 +238,16 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     return str(error) or type(error).__name__
+
+
+def _gathered(written: dict[str, FileChecksum]) -> list[dict[str, FileChecksum]]:
+    """On rank 0 what each rank has, elsewhere nothing."""
+    if dist.get_rank() != 0:
+        dist.gather_object(written)
+        return []
+    parts: list[dict[str, FileChecksum]] = [{} for _ in range(dist.get_world_size())]
+    dist.gather_object(written, parts)
+    return parts
 
 
 def _from_rank_0(value: Any) -> Any:

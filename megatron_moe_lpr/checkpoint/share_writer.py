@@ -3,11 +3,15 @@
 import dataclasses
 import pickle
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, _split_by_size_and_type
+from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+    FileSystemWriterAsync,
+    WriteBucket,
+    _split_by_size_and_type,
+)
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
     save_state_dict_async_finalize,
     save_state_dict_async_plan,
@@ -25,20 +29,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_moe_lpr.checkpoint.integrity import ChecksumStream, FileChecksum
-from megatron_moe_lpr.checkpoint.writer import without_crc
+from megatron_moe_lpr.checkpoint.integrity import ChecksumStream, FileChecksum, OutputStream
+from megatron_moe_lpr.checkpoint.writer import save_blob, without_crc
 
 FILES_PER_RANK = 2
 BLOB_BYTES = 4096
 """More than torch.save needs beside a tensor's values."""
-
-
-class Stream(Protocol):
-    """What torch.save needs to write to."""
-
-    def write(self, block: Any) -> int: ...
-
-    def tell(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +50,7 @@ class ShareFile:
         """No fewer than the file will have."""
         return sum(BLOB_BYTES + _nbytes(data) for _, data in self.items)
 
-    def write(self, stream: Stream) -> list[WriteResult]:
+    def write(self, stream: OutputStream) -> list[WriteResult]:
         """Write all items, one at a time in host memory, to a stream at its beginning."""
         results, begin = [], stream.tell()
         for item, data in self.items:
@@ -63,7 +59,7 @@ class ShareFile:
                 stream.write(data.getbuffer())
             else:
                 with without_crc():
-                    torch.save(_alone_in_its_storage(data), stream)
+                    save_blob(_alone_in_its_storage(data), stream)
             length = stream.tell() - begin - offset
             results.append(WriteResult(item.index, length, _StorageInfo(self.name, offset, length)))
         return results
@@ -84,7 +80,7 @@ class ShareWriter(FileSystemWriterAsync):
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         """Decide what goes into which file."""
         # What the base class looks at when it is asked for results.
-        self.write_buckets = []
+        self.write_buckets: list[WriteBucket] = []
         for index, items in enumerate(_split_by_size_and_type(self.thread_count, plan.items)):
             if items:
                 name = f"{plan.storage_data.prefix}{index}.distcp"
@@ -140,24 +136,28 @@ class ShareStrategy(TorchDistSaveShardedStrategy):
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1, thread_count=FILES_PER_RANK)
-        self.writer: ShareWriter | None = None
-        """That of the last save."""
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
         """Plan this rank's share. Every rank must call it.
 
         Returns:
-            A request whose function has the ShareWriter as its only argument.
+            A request whose function has the ShareWriter as its only argument, see `writer_of`.
         """
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        self.writer = ShareWriter(checkpoint_dir)
+        writer = ShareWriter(checkpoint_dir)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), self.writer, None, 0, planner=planner)
+        planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner)
 
         def finalize() -> None:
             save_state_dict_async_finalize(*planned)
 
-        return AsyncRequest(ShareWriter.write_here, [self.writer], [finalize])
+        return AsyncRequest(ShareWriter.write_here, [writer], [finalize])
+
+
+def writer_of(request: AsyncRequest) -> ShareWriter:
+    """The ShareWriter of a request that `ShareStrategy.async_save` made."""
+    (writer,) = request.async_fn_args
+    return writer
 
 
 def _telling_os_errors(file: ShareFile, stream: ChecksumStream) -> list[WriteResult]:

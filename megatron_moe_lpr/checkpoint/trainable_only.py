@@ -59,11 +59,11 @@ def base_of(directory: CheckpointDirectory) -> CheckpointDirectory | None:
             "exist; say with --base-checkpoint where it is now"
         )
     base = resolve_checkpoint(path)
-    _check_base(directory, base)
+    _check_base(directory, card.base, base)
     return base
 
 
-def _check_base(directory: CheckpointDirectory, base: CheckpointDirectory) -> None:
+def _check_base(directory: CheckpointDirectory, recorded: Base, base: CheckpointDirectory) -> None:
     card, base_card = directory.card(), base.card()
     problem = None
     if base_card.original_fingerprint != card.original_fingerprint:
@@ -72,11 +72,11 @@ def _check_base(directory: CheckpointDirectory, base: CheckpointDirectory) -> No
         problem = "its layers have other numbers of experts"
     elif base_card.inserted_blocks != card.inserted_blocks:
         problem = "its inserted blocks are others"
-    elif weights_checksum(base) != card.base.checksum and not _needs_only_originals(directory, base):
+    elif weights_checksum(base) != recorded.checksum and not _needs_only_originals(directory, base):
         problem = "its weights are others (checksum)"
     if problem:
         raise UserError(
-            f"{base.path}: not the base of {directory.path}: {problem}; it was trained from {card.base.path}, give "
+            f"{base.path}: not the base of {directory.path}: {problem}; it was trained from {recorded.path}, give "
             "that one with --base-checkpoint"
         )
 
@@ -126,7 +126,10 @@ class LayeredReader:
         return self.sources[key].read(key)
 
 
-def open_reader(directory: CheckpointDirectory) -> CheckpointReader | LayeredReader:
+TensorReader = CheckpointReader | LayeredReader
+
+
+def open_reader(directory: CheckpointDirectory) -> TensorReader:
     """All tensors of a checkpoint, its base's included. Raises what `base_of` and CheckpointReader raise."""
     layers = layers_of(directory)
     return CheckpointReader(directory.path) if len(layers) == 1 else LayeredReader(layers)

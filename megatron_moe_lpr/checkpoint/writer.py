@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_moe_lpr.checkpoint.integrity import ChecksumStream, FileChecksum
+from megatron_moe_lpr.checkpoint.integrity import ChecksumStream, FileChecksum, OutputStream
 from megatron_moe_lpr.errors import UserError
 
 # Several files let many ranks and many disks read at once; each holds at least one tensor.
@@ -48,7 +49,7 @@ class CheckpointWriter:
     def __init__(self, directory: Path, common: Mapping[str, Any], file_bytes: int = DEFAULT_FILE_BYTES) -> None:
         """`common` goes into common.pt, beside the content metadata that Megatron expects there."""
         self.directory, self.common, self.file_bytes = Path(directory), dict(common), file_bytes
-        self.tensors: dict[str, TensorStorageMetadata] = {}
+        self.tensors: dict[str, STORAGE_TYPES] = {}
         self.places: dict[MetadataIndex, _StorageInfo] = {}
         self.files: list[Path] = []
         self.checksums: dict[str, FileChecksum] = {}
@@ -75,7 +76,7 @@ class CheckpointWriter:
             raise UserError(f"{key}: written twice")
         stream = self._stream()
         begin = stream.tell()
-        _save_blob(tensor, stream)
+        _save_tensor(tensor, stream)
         offsets = torch.Size([0] * tensor.dim())
         chunk = ChunkStorageMetadata(offsets=offsets, sizes=tensor.size())
         self.tensors[key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.size(), [chunk])
@@ -99,7 +100,7 @@ class CheckpointWriter:
     def _write_index(self) -> None:
         metadata = Metadata(self.tensors, None, self.places, StorageMeta(), "1.0.0")
         with self._summed("common.pt") as stream:
-            torch.save({**self.common, "content_metadata": CONTENT_METADATA}, stream)
+            save_blob({**self.common, "content_metadata": CONTENT_METADATA}, stream)
         with self._summed(".metadata") as stream:
             pickle.dump(metadata, stream)
         with self._summed("metadata.json") as stream:
@@ -112,10 +113,16 @@ class CheckpointWriter:
         self.checksums[name] = stream.entry()
 
 
-def _save_blob(tensor: torch.Tensor, stream: ChecksumStream) -> None:
+def save_blob(content: object, stream: OutputStream) -> None:
+    """torch.save to a stream that has no more than torch.save needs."""
+    # It is annotated for whole files.
+    torch.save(content, stream)  # type: ignore[arg-type]
+
+
+def _save_tensor(tensor: torch.Tensor, stream: ChecksumStream) -> None:
     try:
         with without_crc():
-            torch.save(tensor, stream)
+            save_blob(tensor, stream)
     except Exception:
         if stream.error is not None:
             raise stream.error from None

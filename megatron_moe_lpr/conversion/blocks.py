@@ -38,7 +38,7 @@ def inserted_positions(num_layers: int, added: int) -> list[int]:
 
 def source_layers(num_layers: int, inserted: Collection[int]) -> list[int]:
     """Of each layer of the grown model the dense model's layer that it is, or is a copy of."""
-    sources = []
+    sources: list[int] = []
     for layer in range(num_layers):
         sources.append(sources[-1] if layer in inserted else layer - sum(block < layer for block in inserted))
     return sources

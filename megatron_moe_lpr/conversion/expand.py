@@ -10,8 +10,7 @@ import torch
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, check_experts
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, RELEASE, SIDE_DIRECTORY, resolve_checkpoint, write_latest
 from megatron_moe_lpr.checkpoint.integrity import MANIFEST, write_manifest
-from megatron_moe_lpr.checkpoint.reader import CheckpointReader
-from megatron_moe_lpr.checkpoint.trainable_only import LayeredReader, open_reader, reading
+from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, open_reader, reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.exporter import check_model_tensors
@@ -140,13 +139,16 @@ def _matrix(row: Row) -> str:
     return ".".join(row.key.split(".")[-2:])
 
 
-def _tensor(row: Row, source: str | None, reader: CheckpointReader | LayeredReader, seed: int) -> torch.Tensor:
-    if row.role is Role.ROUTER:
-        weight = initial_router(*row.shape, seed, row.layer)
+def _tensor(row: Row, source: str | None, reader: TensorReader, seed: int) -> torch.Tensor:
+    if row.role is Role.ROUTER and row.layer is not None:
+        num_experts, hidden_size = row.shape
+        weight = initial_router(num_experts, hidden_size, seed, row.layer)
         if source:
             rows = reader.read(source)
             weight[: len(rows)] = rows
         return weight
+    if source is None:
+        raise UserError(f"{reader.directory}: the checkpoint has nothing to make {row.key} of")
     tensor = reader.read(source)
     # Training pads the vocabulary.
     return tensor[: row.shape[0]].clone() if row.key in VOCABULARY_KEYS else tensor

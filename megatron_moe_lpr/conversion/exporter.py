@@ -15,8 +15,8 @@ from megatron_moe_lpr.checkpoint.directory import (
     SIDE_DIRECTORY,
     CheckpointDirectory,
 )
-from megatron_moe_lpr.checkpoint.reader import CheckpointReader, is_model_key
-from megatron_moe_lpr.checkpoint.trainable_only import layers_of, open_reader, reading
+from megatron_moe_lpr.checkpoint.reader import is_model_key
+from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, layers_of, open_reader, reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.engine import Engine
 from megatron_moe_lpr.conversion.extra_tensors import ExtraTensor, extra_tensors
@@ -55,7 +55,7 @@ class ExportPlan:
     layout: Layout
     config: dict
     rows: list[Row]
-    reader: CheckpointReader
+    reader: TensorReader
     dtype: torch.dtype
     engine: Engine
     warnings: tuple[str, ...]
@@ -127,7 +127,8 @@ def plan_export(
         for layer in layers_of(checkpoint):
             verify_all(layer.path)
     card, architecture = checkpoint.card(), checkpoint.architecture()
-    config, warnings = _with_dtype(read_json(checkpoint.side_directory / CONFIG_FILE), card.dtype), ()
+    config = _with_dtype(read_json(checkpoint.side_directory / CONFIG_FILE), card.dtype)
+    warnings: tuple[str, ...] = ()
     if len(card.experts_per_layer) != architecture.num_layers or card.family != architecture.family.name:
         raise UserError(f"{checkpoint.side_directory}: {CARD_FILE} and {CONFIG_FILE} do not belong to one model")
     layout = DENSE_LAYOUT
@@ -164,7 +165,7 @@ def _dense_config(config: dict, architecture: Architecture) -> dict:
     return config
 
 
-def check_model_tensors(rows: list[Row], reader: CheckpointReader) -> None:
+def check_model_tensors(rows: list[Row], reader: TensorReader) -> None:
     """Check that the checkpoint holds the model's tensors in their shapes and no other model tensor.
 
     Optimizer state and whatever else training saves beside the model is not looked at.
@@ -185,7 +186,7 @@ def check_model_tensors(rows: list[Row], reader: CheckpointReader) -> None:
             raise UserError(f"{reader.directory}: {key} has shape {list(found)}, the model wants {list(shape)}")
 
 
-def read_row(row: Row, reader: CheckpointReader, architecture: Architecture, dtype: torch.dtype) -> list[torch.Tensor]:
+def read_row(row: Row, reader: TensorReader, architecture: Architecture, dtype: torch.dtype) -> list[torch.Tensor]:
     """The Hugging Face tensors of one row: query, key and value apart, the vocabulary's padding cut off."""
     tensor = reader.read(row.key)
     if not is_finite(tensor):

@@ -81,7 +81,8 @@ def _shared_expert(architecture: Architecture, layer: int, width: int) -> Iterat
 
 def _equal_experts(architecture: Architecture, layer: int, num_experts: int, layout: Layout) -> Iterator[ExtraTensor]:
     router = (num_experts, architecture.hidden_size)
-    yield ExtraTensor(layout.router.format(layer=layer), router, _DENSE_LAYER, is_router=True)
+    if layout.router:
+        yield ExtraTensor(layout.router.format(layer=layer), router, _DENSE_LAYER, is_router=True)
     for projection, shape in zip(layout.projections, projection_shapes(architecture), strict=True):
         original = layout.original.format(layer=layer, expert=0, projection=projection)
         for expert in range(1, num_experts):

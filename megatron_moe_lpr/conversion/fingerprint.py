@@ -18,7 +18,7 @@ class OriginalFingerprint:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Add a contiguous CPU tensor of any shape and dtype."""
         digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         self.digests[name] = digest.hexdigest()
 
     def hexdigest(self) -> str:

@@ -29,7 +29,7 @@ MOE_FIELDS = (
     "shared_expert_intermediate_size",
 )
 # What an absent field means in the MoE architecture, where the dense one means something else by its absence.
-MOE_DEFAULTS = {
+MOE_DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {"num_key_value_heads": 16, "num_experts_per_tok": 4},
     "qwen3_moe": {"num_key_value_heads": 4, "num_experts_per_tok": 8},

@@ -79,7 +79,7 @@ def _read_finite(plan: ImportPlan, name: str) -> torch.Tensor:
 def _tensor(plan: ImportPlan, row: Row, parts: list[torch.Tensor]) -> torch.Tensor:
     if plan.inserts and row.role is Role.INSERTED_BLOCK and row.key.endswith(ZEROED):
         return torch.zeros_like(parts[0])
-    if row.role is Role.ROUTER and not parts:
+    if row.role is Role.ROUTER and row.layer is not None and not parts:
         num_experts, hidden_size = row.shape
         return initial_router(num_experts, hidden_size, plan.seed, row.layer)
     if len(parts) > 1:

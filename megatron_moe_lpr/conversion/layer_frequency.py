@@ -34,18 +34,20 @@ def layers_with_experts(text: str, num_layers: int) -> list[bool]:
 
 def _value(node: ast.expr) -> int | list[int]:
     """Raises ValueError for anything but numbers, lists of them, + of two lists and * of a list and a number."""
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
     if isinstance(node, ast.List):
-        values = [_value(element) for element in node.elts]
-        if all(isinstance(value, int) for value in values):
-            return values
+        return [_number(element) for element in node.elts]
     if isinstance(node, ast.BinOp):
         left, right = _value(node.left), _value(node.right)
         if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
             return left + right
         if isinstance(node.op, ast.Mult):
             return _repeated(*((right, left) if isinstance(left, int) else (left, right)))
+    return _number(node)
+
+
+def _number(node: ast.expr) -> int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
     raise ValueError(ast.dump(node))
 
 

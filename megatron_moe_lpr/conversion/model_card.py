@@ -43,7 +43,7 @@ def write_model_card(
         UserError: the evaluation file is not one.
     """
     base, languages = _base_metadata(directory), _languages(card)
-    base_model = options.base_model or _base_model(config, base)
+    base_model, licence = options.base_model or _base_model(config, base), _licence(directory, base, options)
     data = ModelCardData(
         language=sorted(code for group in languages.values() for code in group if ISO_639.fullmatch(code)) or None,
         base_model=base_model,
@@ -51,10 +51,12 @@ def write_model_card(
         library_name="transformers" if engine == "transformers" else None,
         pipeline_tag="text-generation",
         tags=["moe-lpr", *(["moe"] if card.is_moe else [])],
-        **_licence(directory, base, options),
+        license=licence["license"],
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
     )
     sections = [
-        _head(card, base_model, data.license, languages),
+        _head(card, base_model, licence["license"], languages),
         _training(card),
         _evaluation(options.evaluation),
         _usage(card, engine),

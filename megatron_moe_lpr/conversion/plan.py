@@ -103,7 +103,7 @@ def plan_import(options: ImportOptions) -> ImportPlan:
 def _inserted_blocks(options: ImportOptions, model: HFDirectory, experts: list[int]) -> list[int]:
     """Those that the import inserts, or that an exported grown model has and keeps."""
     present = model.card.inserted_blocks if model.card else []
-    if present and len(model.card.experts_per_layer) != len(experts):
+    if present and model.card and len(model.card.experts_per_layer) != len(experts):
         raise UserError(f"{model.path}: moe_lpr/card.json is another model's; remove it to read the model as it is")
     if present and max(experts) > 1:
         raise UserError(

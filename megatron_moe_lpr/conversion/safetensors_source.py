@@ -1,9 +1,11 @@
 """Read safetensors files one tensor at a time; headers first, so that wrong checkpoints are refused before any work."""
 
 import dataclasses
+import io
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
@@ -74,7 +76,7 @@ class SafetensorsSource:
         tensor = torch.empty(place.info.shape, dtype=place.info.dtype)
         with open(place.path, "rb", buffering=0) as stream:
             stream.seek(place.offset)
-            _read_fully(stream, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), place.path)
+            _read_fully(stream, tensor.reshape(-1).view(torch.uint8).numpy().data, place.path)
         return tensor
 
 
@@ -142,9 +144,12 @@ def _read_header(path: Path) -> dict[str, _Place]:
 def _place(path: Path, name: str, entry: object, start: int, file_size: int) -> _Place:
     fields = entry if isinstance(entry, dict) else {}
     name_of_dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    is_shape = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and all(map(is_integer, shape))
-    is_place = isinstance(offsets, list) and len(offsets) == 2 and all(map(is_integer, offsets))
-    if not isinstance(name_of_dtype, str) or name_of_dtype not in DTYPES or not is_shape or not is_place:
+    if (
+        not isinstance(name_of_dtype, str)
+        or name_of_dtype not in DTYPES
+        or not _are_integers(shape, range(MAX_DIMENSIONS + 1))
+        or not _are_integers(offsets, range(2, 3))
+    ):
         raise UserError(f"{path}: the header's entry for {shown(name, 200)} is not understood: {shown(entry)}")
     dtype, (begin, end) = DTYPES[name_of_dtype], offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
@@ -157,6 +162,10 @@ def _place(path: Path, name: str, entry: object, start: int, file_size: int) -> 
     return _Place(path, start + begin, TensorInfo(tuple(shape), dtype))
 
 
+def _are_integers(value: object, lengths: range) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and len(value) in lengths and all(map(is_integer, value))
+
+
 def _refuse_overlaps(path: Path, places: Mapping[str, _Place]) -> None:
     """Two tensors in one place would be one tensor that training changes twice; the safetensors library refuses too."""
     end, before = 0, ""
@@ -166,7 +175,7 @@ def _refuse_overlaps(path: Path, places: Mapping[str, _Place]) -> None:
         end, before = max(end, place.offset + place.num_bytes), name
 
 
-def _read_fully(stream: object, target: memoryview, path: Path) -> None:
+def _read_fully(stream: io.FileIO, target: memoryview, path: Path) -> None:
     done = 0
     while done < len(target):
         # Linux reads at most 2 GiB at once.

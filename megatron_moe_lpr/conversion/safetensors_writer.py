@@ -66,7 +66,7 @@ def _write_file(path: Path, specs: Sequence[TensorSpec], produce: Callable[[Tens
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
                 found = f"{list(tensor.shape)} {tensor.dtype}"
                 raise UserError(f"{spec.name}: {found} where {list(spec.shape)} {spec.dtype} was announced")
-            stream.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def parse_size(text: str) -> int:

@@ -1,8 +1,9 @@
 """The two sides of `verify`: transformers' own class, and the Megatron model in this one process."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,16 +69,18 @@ def transformers_forward(directory: Path, dtype: torch.dtype, device: torch.devi
     """
     from transformers import AutoModelForCausalLM
 
-    model, information = AutoModelForCausalLM.from_pretrained(
+    # Annotated without `output_loading_info`, with which it returns a pair.
+    loaded: tuple[torch.nn.Module, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
         directory, dtype=dtype, local_files_only=True, output_loading_info=True, attn_implementation="eager"
     )
+    model, information = loaded
     problems = {kind: list(names)[:3] for kind, names in information.items() if names}
     if problems:
         raise UserError(f"{directory}: transformers does not load it cleanly: {problems}")
     model.to(device).eval()
 
     def forward(tokens: torch.Tensor) -> Outputs:
-        with _recorded(model.model.layers) as layers:
+        with _recorded(model.get_submodule("model.layers").children()) as layers:
             logits = model(tokens.to(device)).logits
         return Outputs(logits, layers)
 
@@ -106,7 +109,7 @@ def megatron_forward(
 
 
 @contextlib.contextmanager
-def _recorded(layers: torch.nn.ModuleList) -> Iterator[list[torch.Tensor]]:
+def _recorded(layers: Iterable[torch.nn.Module]) -> Iterator[list[torch.Tensor]]:
     """Collects what each layer puts out."""
     outputs: list[torch.Tensor] = []
 

@@ -5,10 +5,12 @@ import contextlib
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from megatron_moe_lpr.data.training_dataset import TrainingDataset
 from megatron_moe_lpr.data.validation_dataset import ValidationDataset
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.processes import STOP_SIGNALS, end_with_parent, shielded_from
@@ -20,7 +22,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def build_data_iterator(
-    dataset: Dataset,
+    dataset: TrainingDataset,
     consumed_samples: int,
     micro_batch_size: int,
     data_parallel_rank: int,
@@ -98,7 +100,9 @@ class _Indices:
             yield list(range(start + self.first, start + self.first + self.micro_batch_size))
 
 
-def _loader(dataset: Dataset, indices: _Indices, num_workers: int, pin_memory: bool) -> DataLoader:
+def _loader(
+    dataset: TrainingDataset | ValidationDataset, indices: _Indices, num_workers: int, pin_memory: bool
+) -> DataLoader:
     # Forked loaders share the memory-mapped indexes; any other start would copy them into each.
     context = "fork" if num_workers else None
     return DataLoader(
@@ -122,7 +126,7 @@ def _start(loader: DataLoader) -> Iterator[Batch]:
     return iterator
 
 
-def _kill(workers: set[multiprocessing.Process]) -> None:
+def _kill(workers: set[BaseProcess]) -> None:
     # torch's handler would raise for each, in the midst of whatever else ends with Python.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from megatron.core.datasets.blended_dataset import BlendedDataset
 
 from megatron_moe_lpr.data.config import DataConfig, DataSources
-from megatron_moe_lpr.data.training_dataset import build_training_dataset
+from megatron_moe_lpr.data.training_dataset import TrainingDataset, build_training_dataset
 from megatron_moe_lpr.data.validation_dataset import ValidationDataset
 
 
@@ -15,7 +14,7 @@ from megatron_moe_lpr.data.validation_dataset import ValidationDataset
 class Datasets:
     """What a run trains on and is evaluated on."""
 
-    train: BlendedDataset | torch.utils.data.ConcatDataset
+    train: TrainingDataset
     valid: list[ValidationDataset]
     """One for each validation dataset, in the order given."""
 

@@ -79,7 +79,8 @@ class BlockEncoder:
 
     def encode(self, block: Block) -> EncodedBlock:
         """Raises UserError where the block holds a bad line and errors are to stop the run."""
-        counts, first = Counter(), {}
+        counts: Counter[str] = Counter()
+        first: dict[str, str] = {}
         texts: dict[str, list[str]] = {}
         for language, text in read_documents(block, self.options.documents, counts, first):
             texts.setdefault(language, []).append(text)
@@ -98,15 +99,15 @@ class BlockEncoder:
                 tokens.append(self.tokenizer.eod)
             lengths.append(len(ids) + self.options.append_eod)
             sizes.append(len(text) if text.isascii() else len(text.encode("utf-8")))
-        ids = np.frombuffer(tokens, dtype=np.int32) if tokens else np.empty(0, np.int32)
+        joined = np.frombuffer(tokens, dtype=np.int32) if tokens else np.empty(0, np.int32)
         limit = self.options.model_vocabulary
-        if limit is not None and len(ids) and int(ids.max()) >= limit:
+        if limit is not None and len(joined) and int(joined.max()) >= limit:
             raise UserError(
-                f"{self.tokenizer.path}: gives the token id {int(ids.max())}, and config.json beside it says that the "
-                f"model has {limit:,} ids (vocab_size); use the model's own tokenizer"
+                f"{self.tokenizer.path}: gives the token id {int(joined.max())}, and config.json beside it says that "
+                f"the model has {limit:,} ids (vocab_size); use the model's own tokenizer"
             )
         return EncodedDocuments(
-            ids.astype(self.tokenizer.dtype), np.array(lengths, np.int32), np.array(sizes, np.int64)
+            joined.astype(self.tokenizer.dtype), np.array(lengths, np.int32), np.array(sizes, np.int64)
         )
 
 

@@ -51,6 +51,8 @@ def find_shards(corpus: Corpus, language: str, revision: str, train: int, valid:
 
     with _telling(corpus.repository):
         commit = HfApi().dataset_info(corpus.repository, revision=revision).sha
+        if commit is None:
+            raise UserError(f"{corpus.repository}: the hub does not say which commit {revision} is; try again")
         files = list(itertools.islice(_files(corpus, language, commit), train + valid))
     if len(files) < train + valid:
         raise UserError(

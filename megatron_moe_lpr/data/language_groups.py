@@ -18,7 +18,8 @@ def learned_languages(history: Sequence[Mapping[str, Any]]) -> list[set[str]]:
     Learned in a stage 1: what `--stage full` trained on belongs to the dense model. The last group may be empty, of an
     expansion that nothing was trained after.
     """
-    original, seen = original_languages(history), set()
+    original = original_languages(history)
+    seen: set[str] = set()
     groups: list[set[str]] = [set()]
     for entry in history:
         if entry.get("stage") == EXPANSION:

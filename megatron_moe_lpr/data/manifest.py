@@ -171,7 +171,7 @@ def _is_partition(value: object) -> bool:
     if value is None:
         return True
     match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", value) if isinstance(value, str) else None
-    return bool(match) and 1 <= int(match[1]) <= int(match[2])
+    return match is not None and 1 <= int(match[1]) <= int(match[2])
 
 
 _FIELD_CHECKS = {

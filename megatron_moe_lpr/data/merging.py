@@ -43,7 +43,7 @@ def merge(
         raise UserError(f"--output-prefix {output_prefix}: is an input too")
     with output_lock(output_prefix), naming(output_prefix):
         refuse_existing(output_prefix, overwrite)
-        manifest = _merged(list(map(manifests.get, prefixes)), shuffle_seed)
+        manifest = _merged([manifests[prefix] for prefix in prefixes], shuffle_seed)
         return _write(prefixes, manifests, manifest, output_prefix, overwrite)
 
 
@@ -92,10 +92,10 @@ def check_agreement(manifests: dict[str, Manifest], fields: Sequence[str]) -> No
 
 
 def _in_partition_order(manifests: dict[str, Manifest], allow_missing: bool) -> list[str]:
-    partitions = {prefix: manifest.partition for prefix, manifest in manifests.items()}
-    if not any(partitions.values()):
+    partitions = {prefix: manifest.partition for prefix, manifest in manifests.items() if manifest.partition}
+    if not partitions:
         return list(manifests)
-    whole = [prefix for prefix, partition in partitions.items() if partition is None]
+    whole = [prefix for prefix in manifests if prefix not in partitions]
     if whole:
         raise UserError(f"{whole[0]}: not a partition, but other inputs are; merge the partitions first")
     numbers = {prefix: tuple(map(int, partition.split("/"))) for prefix, partition in partitions.items()}
@@ -107,13 +107,13 @@ def _in_partition_order(manifests: dict[str, Manifest], allow_missing: bool) -> 
     if missing and not allow_missing:
         names = ", ".join(f"{index}/{count}" for index in sorted(missing))
         raise UserError(f"--input: partition {names} is missing; --allow-missing-partitions merges without")
-    return sorted(manifests, key=numbers.get)
+    return sorted(manifests, key=numbers.__getitem__)
 
 
 def _merged(manifests: list[Manifest], shuffle_seed: int | None) -> Manifest:
     sources: dict[str, Source] = {source.name: source for manifest in manifests for source in manifest.sources}
     skipped = sum((Counter(manifest.skipped) for manifest in manifests), Counter())
-    known = all(manifest.largest_token is not None for manifest in manifests)
+    largest = [manifest.largest_token for manifest in manifests if manifest.largest_token is not None]
     return dataclasses.replace(
         manifests[0],
         documents=sum(manifest.documents for manifest in manifests),
@@ -121,7 +121,7 @@ def _merged(manifests: list[Manifest], shuffle_seed: int | None) -> Manifest:
         text_bytes=sum(manifest.text_bytes for manifest in manifests),
         skipped=dict(sorted(skipped.items())),
         sources=list(sources.values()),
-        largest_token=max((one.largest_token for one in manifests), default=0) if known else None,
+        largest_token=max(largest) if len(largest) == len(manifests) else None,
         partition=None,
         shuffle_seed=shuffle_seed,
     )

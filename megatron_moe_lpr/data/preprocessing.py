@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from megatron_moe_lpr.data.documents import REPAIRED
 from megatron_moe_lpr.data.encoding import (
     BlockEncoder,
@@ -54,7 +56,7 @@ class PreprocessingPlan:
 class PartialDatasets:
     """The datasets being written, one for each language, in a directory that vanishes if the run fails."""
 
-    def __init__(self, directory: Path, plan: PreprocessingPlan, dtype: str) -> None:
+    def __init__(self, directory: Path, plan: PreprocessingPlan, dtype: np.dtype) -> None:
         self.directory, self.plan, self.dtype = directory, plan, dtype
         self.writers: dict[str, IndexedWriter] = {}
         self.locks = contextlib.ExitStack()
@@ -156,7 +158,9 @@ def _manifest_template(plan: PreprocessingPlan, tokenizer: Tokenizer, names: lis
 
 
 def _encode_into(datasets: PartialDatasets, slices: list[Slice], tokenizer: Tokenizer) -> Counter:
-    plan, skipped, first = datasets.plan, Counter(), {}
+    skipped: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    plan = datasets.plan
     options = plan.encoder.documents
     columns = [options.json_key, *([options.language_key] if options.language_key else [])]
     total = sum(piece.end - piece.start for piece in slices) or None

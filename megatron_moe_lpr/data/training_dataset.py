@@ -24,6 +24,8 @@ from megatron_moe_lpr.data.index_maps import are_intact, refuse_pickles
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import atomic_directory
 
+TrainingDataset = BlendedDataset | torch.utils.data.ConcatDataset
+"""Of a run; joined of several where the run was lengthened."""
 SURPLUS = 0.005  # megatron-core's own: blending may draw slightly more than a dataset's exact share
 SHARED_FILE_SYSTEM_SECONDS = 30.0
 

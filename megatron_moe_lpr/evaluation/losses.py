@@ -1,8 +1,10 @@
 """Loss, perplexity and bits per byte of validation text, and where its tokens are routed."""
 
 import dataclasses
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +12,7 @@ from megatron.core import parallel_state
 
 from megatron_moe_lpr.data.batches import build_validation_iterator, count_validation_micro_batches
 from megatron_moe_lpr.data.validation_dataset import ValidationDataset
-from megatron_moe_lpr.evaluation.global_batch import run_schedule, to_device
+from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
 from megatron_moe_lpr.evaluation.routing import collect_routing, counted_apart
 from megatron_moe_lpr.model.config import ModelShape, MoELPRConfig
 from megatron_moe_lpr.model.routing_statistics import RoutingReport
@@ -66,21 +68,21 @@ def evaluate_dataset(
     batches = build_validation_iterator(dataset, micro_batch_size, rank, size, together)
     for chunk in chunks:
         chunk.eval()
-    total, routing = None, None
+
+    def next_pass() -> LossSums:
+        part = [to_device(batch, device) for batch in itertools.islice(batches, together)]
+        return run_schedule(chunks, config, part, original_table, forward_only=True)
+
     with counted_apart(chunks):
-        for _ in range(passes):
-            part = [to_device(batch, device) for batch in itertools.islice(batches, together)]
-            sums = run_schedule(chunks, config, part, original_table, forward_only=True)
-            total = sums if total is None else total + sums
-        if config.num_moe_experts:
-            routing = collect_routing(chunks, shape)
+        total = functools.reduce(operator.add, (next_pass() for _ in range(passes)))
+        routing = collect_routing(chunks, shape) if config.num_moe_experts else None
     tokens = int(total.tokens.sum())
-    whole = tokens == dataset.predicted_tokens and dataset.text_bytes
+    text_bytes = dataset.text_bytes if tokens == dataset.predicted_tokens else None
     return DatasetLoss(
         name=dataset.name,
         language=dataset.language,
         loss=total.mean,
         tokens=tokens,
-        bits_per_byte=float(total.loss.sum()) / math.log(2) / dataset.text_bytes if whole else None,
+        bits_per_byte=float(total.loss.sum()) / math.log(2) / text_bytes if text_bytes else None,
         routing=routing,
     )

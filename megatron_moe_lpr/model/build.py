@@ -80,5 +80,5 @@ def _mark_split_weights(chunk: torch.nn.Module) -> None:
 def unwrap(module: torch.nn.Module) -> MoELPRModel:
     """The model inside Float16Module and DistributedDataParallel."""
     while not isinstance(module, MoELPRModel):
-        module = module.module
+        module = module.get_submodule("module")
     return module

@@ -22,7 +22,7 @@ class ExpertGroups(MegatronModule):
         submodules: MLPSubmodules,
         earlier: int,
         newest: int,
-        pg_collection: ProcessGroupCollection | None = None,
+        pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
         ranks = pg_collection.ep.size()

@@ -7,6 +7,7 @@ mixed up. It also joins the parts in a hook that runs after Transformer Engine h
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,13 +42,21 @@ def merge_states(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return state
 
 
-class ExpertStates:
+class ExpertStates(torch.nn.Module):
     """Beside a grouped linear layer of Megatron and Transformer Engine: its extra state by expert."""
 
+    # What that layer has.
+    num_gemms: int
+    init_fp8_metadata: Callable[..., None]
+    _encode_extra_state: Callable[[dict[str, Any]], torch.Tensor]
+    _decode_extra_state: Callable[[torch.Tensor], dict[str, Any] | None]
+    """None of an empty tensor: without FP8 there is no such state."""
+
     def _split_extra_state(self, state: torch.Tensor) -> list[torch.Tensor]:
-        if state.numel() == 0:
+        whole = self._decode_extra_state(state)
+        if whole is None:
             return [state] * self.num_gemms
-        return [self._encode_extra_state(part) for part in split_state(self._decode_extra_state(state), self.num_gemms)]
+        return [self._encode_extra_state(part) for part in split_state(whole, self.num_gemms)]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         self._join_extra_states(state_dict, prefix)
@@ -58,8 +67,9 @@ class ExpertStates:
         if not all(name in state_dict for name in names):
             return
         self.init_fp8_metadata(num_gemms=self.num_gemms)
-        parts = [self._decode_extra_state(state_dict.pop(name)) for name in names]
-        if all(part is not None for part in parts):
+        decoded = [self._decode_extra_state(state_dict.pop(name)) for name in names]
+        parts = [part for part in decoded if part is not None]
+        if len(parts) == len(names):
             state_dict[names[0]] = self._encode_extra_state(merge_states(parts))
 
 

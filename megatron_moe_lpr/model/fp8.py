@@ -142,9 +142,9 @@ def check_fp8_shapes(
         _aligned(share, alignment, "--micro-batch-size x --seq-length of a rank", recipe)
 
 
-def row_alignment(options_recipe: str, sequence_parallel: bool) -> int:
+def row_alignment(recipe: FP8Recipe, sequence_parallel: bool) -> int:
     """Rows of an FP8 linear layer's input come in multiples of this."""
-    needs = RECIPES[options_recipe]
+    needs = RECIPES[recipe]
     return needs.gathered_alignment if sequence_parallel else needs.alignment
 
 

@@ -130,7 +130,8 @@ def _of_weight(gradient: torch.Tensor, tokens: torch.Tensor, weight: torch.Tenso
         torch.addmm(buffer, gradient.t(), tokens, out=buffer)
     else:
         buffer.add_(torch.mm(gradient.t(), tokens))
-    weight.grad_added_to_main_grad = True
+    # An attribute of Megatron's, which torch's class does not have.
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.empty_like(weight)
 
 

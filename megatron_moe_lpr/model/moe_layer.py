@@ -135,15 +135,10 @@ class MoELPRLayer(MoELayer):
         side = self.side_stream
         if side is None:
             return self._new_experts(hidden_states, weights, choices), original()
-        made = None
-
-        def sent() -> None:
-            nonlocal made
-            made = side.run(original)
-
+        made: list[tuple[torch.Tensor, torch.Tensor]] = []
         side.fork()
-        new = self._new_experts(hidden_states, weights, choices, sent)
-        return new, side.join(made)
+        new = self._new_experts(hidden_states, weights, choices, lambda: made.append(side.run(original)))
+        return new, side.join(made[0])
 
     def _send_counts(self, choice: torch.Tensor) -> torch.Tensor:
         """Start the copy to the host of how many tokens chose the original expert, here and at most on a TP rank: [2].

@@ -17,7 +17,8 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        # The mark is an attribute of Megatron's, which torch's class does not have.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise [..., hidden] to [..., hidden], same dtype."""

@@ -1,8 +1,11 @@
 """Work beside the device's current stream, as Megatron's shared experts have it (moe/shared_experts.py)."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+
+Tensors = TypeVar("Tensors", bound=tuple[torch.Tensor, ...])
 
 
 class SideStream:
@@ -26,21 +29,25 @@ class SideStream:
     _stream: torch.cuda.Stream | None = None
     """One for all layers: work of two layers never overlaps."""
 
-    def fork(self) -> None:
-        """What runs later may begin as soon as the current stream has done what it was given so far."""
+    def stream(self) -> torch.cuda.Stream:
+        """The stream, made on first use."""
         if SideStream._stream is None:
             SideStream._stream = torch.cuda.Stream()
-        SideStream._stream.wait_stream(torch.cuda.current_stream())
+        return SideStream._stream
 
-    def run(self, work: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    def fork(self) -> None:
+        """What runs later may begin as soon as the current stream has done what it was given so far."""
+        self.stream().wait_stream(torch.cuda.current_stream())
+
+    def run(self, work: Callable[[], Tensors]) -> Tensors:
         """Launch what `work` launches; its results are for `join`."""
-        with torch.cuda.stream(SideStream._stream):
+        with torch.cuda.stream(self.stream()):
             return work()
 
-    def join(self, made: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def join(self, made: Tensors) -> Tensors:
         """The current stream goes on when the work is done, of which `made` are the results."""
         current = torch.cuda.current_stream()
-        current.wait_stream(SideStream._stream)
+        current.wait_stream(self.stream())
         for tensor in made:
             tensor.record_stream(current)
         return made

@@ -6,7 +6,7 @@ Left out: the rows by which each expert's tokens are padded for FP8, at most 15 
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from megatron_moe_lpr.model.build import padded_vocab_size
 from megatron_moe_lpr.model.config import ModelShape
@@ -22,7 +22,8 @@ BLOCK = 128
 """Values that share a scale under the recipe blockwise."""
 
 
-class LayerExperts(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LayerExperts:
     """Experts of a layer."""
 
     count: int

@@ -58,7 +58,7 @@ def _exchange(
 ) -> Traffic:
     """Dispatch and combine of a rank whose experts are in `own` of the tokens' choices, other ranks' in `away`."""
     ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
-    tokens = sizes.micro_batch_size * sizes.seq_length
+    tokens: float = sizes.micro_batch_size * sizes.seq_length
     if layout.uses_sequence_parallel:
         tokens /= layout.tensor_model_parallel_size
     sent, received = tokens * away, tokens * own * (ep - 1)

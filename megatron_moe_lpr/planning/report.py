@@ -63,10 +63,8 @@ def _communication_row(
     shape: ModelShape, sizes: RunSizes, candidate: Candidate, routing: Routing, hardware: Hardware
 ) -> list[str]:
     layout, kind = candidate.layout, candidate.recompute
-    traffic, times = (
-        [function(shape, layout, sizes, kind, routing, *more, inside) for inside in (False, True)]
-        for function, more in ((busiest_rank, ()), (step_times, (hardware,)))
-    )
+    traffic = [busiest_rank(shape, layout, sizes, kind, routing, inside) for inside in (False, True)]
+    times = [step_times(shape, layout, sizes, kind, routing, hardware, inside) for inside in (False, True)]
     sent, of = traffic[0], times[0]
     numbers = (sent.data + sent.expert_data, sent.tensor, sent.expert + sent.expert_tensor, sent.pipeline)
     inside = ""

@@ -71,7 +71,8 @@ def find_layouts(shape: ModelShape, sizes: RunSizes, machine: Machine, choice: C
     Raises:
         UserError: none splits (the reason of the first tried) or none fits (what the smallest needs).
     """
-    candidates, refused = [], None
+    candidates: list[Candidate] = []
+    refused: list[UserError] = []
     kinds = choice.recompute or _worth_trying(shape, sizes)
     for kind in kinds:
         check_recompute(sizes, kind)
@@ -79,11 +80,11 @@ def find_layouts(shape: ModelShape, sizes: RunSizes, machine: Machine, choice: C
         try:
             check(shape, layout, sizes)
         except UserError as error:
-            refused = refused or error
+            refused.append(error)
             continue
         candidates += [evaluate(shape, layout, sizes, machine, kind) for kind in kinds]
     if not candidates:
-        raise refused
+        raise refused[0]
     fitting = [candidate for candidate in candidates if candidate.memory.total <= machine.usable_bytes]
     if not fitting:
         raise UserError(_nothing_fits(candidates, machine))
@@ -192,7 +193,7 @@ def _nothing_fits(candidates: Sequence[Candidate], machine: Machine) -> str:
     smallest = min(candidates, key=lambda candidate: candidate.memory.total)
     layout = smallest.layout
     parts = dataclasses.asdict(smallest.memory)
-    largest = max(parts, key=parts.get)
+    largest = max(parts, key=parts.__getitem__)
     return (
         f"{machine.gpus} x {machine.gpu_memory:g} GiB: no layout fits; TP {layout.tensor_model_parallel_size} PP "
         f"{layout.pipeline_model_parallel_size} EP {layout.expert_model_parallel_size} with recompute "

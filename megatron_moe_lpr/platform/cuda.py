@@ -30,7 +30,13 @@ def require_transformer_engine() -> None:
 
 
 def gpu_facts() -> GPUFacts:
-    """Ask the device of this rank and the installed libraries."""
+    """Ask the device of this rank and the installed libraries.
+
+    Raises:
+        UserError: PyTorch is built for other devices.
+    """
+    if torch.version.cuda is None:
+        raise UserError(f"--platform cuda: PyTorch {torch.__version__} is not built for CUDA; {INSTALL_HINT}")
     major, minor, *_ = (int(part) for part in torch.version.cuda.split("."))
     return GPUFacts(
         capability=torch.cuda.get_device_capability(),

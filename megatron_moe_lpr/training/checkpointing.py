@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -43,7 +43,7 @@ STATE_METADATA = CONTENT_METADATA | {
 class RunState:
     """Everything of a run that a checkpoint holds."""
 
-    chunks: list[torch.nn.Module]
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     iteration: int = 0
@@ -96,7 +96,7 @@ def expect_saves(saver: CheckpointSaver, state: RunState, trainable_only: bool =
     saver.expect(sharded_state(state, trainable_only=trainable_only), dict(STATE_METADATA))
 
 
-def _finish_parameter_gather(chunks: list[torch.nn.Module]) -> None:
+def _finish_parameter_gather(chunks: list[DistributedDataParallel]) -> None:
     """With overlapped gathering a rank has only its own share of the last step's weights until the next forward pass
     (distrib_optimizer.py `step_with_ready_grads`)."""
     for chunk in chunks:
@@ -104,7 +104,7 @@ def _finish_parameter_gather(chunks: list[torch.nn.Module]) -> None:
             _gather_parameters(chunk)
 
 
-def _gather_parameters(chunk: torch.nn.Module) -> None:
+def _gather_parameters(chunk: DistributedDataParallel) -> None:
     """Gather now. Weights in FP8 get their transposed copies too, which Megatron-Core 0.16 leaves to the gathering in
     the forward pass (param_and_grad_buffer.py `finish_param_sync`): it would find this one done, and the next backward
     pass would multiply with the copies of the step before."""

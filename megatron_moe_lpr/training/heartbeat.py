@@ -46,27 +46,27 @@ class Note:
 
 
 class Heartbeat:
-    """Beats inside a `with` block, where there are several ranks that met in a TCPStore."""
+    """Beats inside a `with` block of the main thread, where there are several ranks that met in a TCPStore."""
 
     def __init__(self, timeout: float) -> None:
         """`timeout`: seconds after which a collective fails."""
         self.step, self.beats = 0, 0
         self.timeout, self.period = timeout, min(LONGEST_PERIOD, timeout / BEATS_A_TIMEOUT)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.main = threading.main_thread().ident
+        self.main = threading.get_ident()
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._beat, daemon=True)
-        self.store = _own_connection() if self.world > 1 else None
+        store = _own_connection() if self.world > 1 else None
+        self.thread = threading.Thread(target=self._beat, args=(store,), daemon=True) if store else None
 
     def __enter__(self) -> "Heartbeat":
-        if self.store is not None:
+        if self.thread:
             self.thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Raises UserError where a collective of the block has failed: a peer ended or took too long."""
         self.ended.set()
-        if self.thread.is_alive():
+        if self.thread:
             self.thread.join(self.period)
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             place, _ = _place(_innermost(trace))
@@ -76,7 +76,7 @@ class Heartbeat:
                 "ended first is the cause"
             ) from error
 
-    def _beat(self) -> None:
+    def _beat(self, store: dist.Store) -> None:
         still, last, told = 0, None, False
         while not self.ended.wait(self.period):
             here = (self.step, *_place(sys._current_frames().get(self.main)))
@@ -84,38 +84,38 @@ class Heartbeat:
             still, told = (still + 1, told) if here == last else (0, False)
             last = here
             try:
-                self._note(here[1])
+                self._note(store, here[1])
                 if not told and still * self.period >= PATIENCE * self.timeout:
                     told = True
-                    self._look(still * self.period, here[1])
+                    self._look(store, still * self.period, here[1])
             except (dist.DistError, RuntimeError):
                 return  # the store went with the rank or launcher that kept it: they are ending
 
-    def _note(self, place: str) -> None:
+    def _note(self, store: dist.Store, place: str) -> None:
         self.beats += 1
         note = Note(self.beats, self.step, place, socket.gethostname(), os.getpid())
-        self.store.set(f"{PREFIX}/{self.rank}", json.dumps(dataclasses.asdict(note)))
+        store.set(f"{PREFIX}/{self.rank}", json.dumps(dataclasses.asdict(note)))
 
-    def _look(self, waited: float, place: str) -> None:
+    def _look(self, store: dist.Store, waited: float, place: str) -> None:
         """End this process where another rank does not answer; else say where all are, and leave it to the timeout."""
-        before = self._notes()
-        self._beat_on(max(3 * self.period, SILENCE_SECONDS), place)
-        after = self._notes()
+        before = self._notes(store)
+        self._beat_on(store, max(3 * self.period, SILENCE_SECONDS), place)
+        after = self._notes(store)
         silent = [rank for rank in after if rank != self.rank and after[rank].beat == before[rank].beat]
         answering = [rank for rank in after if rank not in silent]
         if self.rank == min(answering):
             print(self._words(waited, after, silent), file=sys.stderr, flush=True)
         elif silent:
             # The launcher ends all with the first: let that be the one that tells why.
-            self._beat_on(3 * self.period, place)
+            self._beat_on(store, 3 * self.period, place)
         if silent:
             os._exit(1)
 
-    def _beat_on(self, seconds: float, place: str) -> None:
+    def _beat_on(self, store: dist.Store, seconds: float, place: str) -> None:
         """Wait, and answer meanwhile: the others are looking too."""
         for _ in range(math.ceil(seconds / self.period)):
             time.sleep(self.period)
-            self._note(place)
+            self._note(store, place)
 
     def _words(self, waited: float, notes: dict[int, Note], silent: list[int]) -> str:
         mine = notes[self.rank]
@@ -134,10 +134,10 @@ class Heartbeat:
         named = "; ".join(f"ranks {', '.join(map(str, ranks[:SHOWN]))} in {place}" for place, ranks in rare)
         return f"warning: step {mine.step}: {here} for {waited:.0f} s, and every rank answers: {named}"
 
-    def _notes(self) -> dict[int, Note]:
+    def _notes(self, store: dist.Store) -> dict[int, Note]:
         keys = [f"{PREFIX}/{rank}" for rank in range(self.world)]
-        known = [rank for rank, key in enumerate(keys) if self.store.check([key])]
-        return {rank: Note(**json.loads(self.store.get(keys[rank]))) for rank in known}
+        known = [rank for rank, key in enumerate(keys) if store.check([key])]
+        return {rank: Note(**json.loads(store.get(keys[rank]))) for rank in known}
 
 
 def _own_connection() -> dist.Store | None:
@@ -145,13 +145,16 @@ def _own_connection() -> dist.Store | None:
     store = dist.distributed_c10d._get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
-    return store.clone() if isinstance(store, dist.TCPStore) else None
+    if not isinstance(store, dist.TCPStore):
+        return None
+    # torch's stubs leave it out.
+    return store.clone()  # type: ignore[attr-defined]
 
 
-def _innermost(trace: TracebackType) -> FrameType:
-    while trace.tb_next is not None:
+def _innermost(trace: TracebackType | None) -> FrameType | None:
+    while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace.tb_frame
+    return trace.tb_frame if trace else None
 
 
 def _place(frame: FrameType | None) -> tuple[str, int]:

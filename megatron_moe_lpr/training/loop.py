@@ -3,13 +3,11 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_moe_lpr.checkpoint.directory import iteration_of
 from megatron_moe_lpr.checkpoint.retention import remove_superfluous
 from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_partial
 from megatron_moe_lpr.checkpoint.trainable_only import layers_of, reading, record_base
@@ -103,7 +101,7 @@ class Trainer:
         return evaluates or saves
 
     def _is_due(self, interval: int | None) -> bool:
-        return bool(interval) and self.state.iteration % interval == 0
+        return bool(interval and self.state.iteration % interval == 0)
 
     def _batches(self) -> Iterator[Batch]:
         config = self.run.config
@@ -251,9 +249,9 @@ class Trainer:
         if dist.get_rank() == 0:
             remove_partial(options.save)
 
-        def tidy(path: Path) -> None:
+        def tidy(newest: int) -> None:
             kept = [layer.path for layer in layers_of(self.run.model.directory)]
-            for note in remove_superfluous(options.save, iteration_of(path), options.retention, kept):
+            for note in remove_superfluous(options.save, newest, options.retention, kept):
                 self.writer.say(note)
 
         return CheckpointSaver(options.save, options.async_save, tidy)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,16 @@ def find_own_checkpoint(
     accepted = accepted_names(options.accept_changes, options.override_opt_param_scheduler)
     while (iteration := _on_rank_0(lambda: _latest(options.save))) is not None:
         found = CheckpointDirectory(options.save / iteration_directory_name(iteration), iteration)
-        reason = _failure(lambda found=found: _check_files(found, options.verify))
+        reason = _failure(partial(_check_files, found, options.verify))
         if reason is None:
             recorded = _recorded(found.card(), start, options.save)
             if options.use_checkpoint_opt_param_scheduler:
                 description = {**description, **{name: recorded[name] for name in SCHEDULE if name in recorded}}
             refuse_differences(recorded, description, accepted, f"--save {options.save}")
-            reason = _failure(lambda found=found: verify_all(found.path)) if options.verify else None
+            reason = _failure(partial(verify_all, found.path)) if options.verify else None
             if reason is None:
                 return _own(found, recorded, description)
-        _on_rank_0(lambda found=found, reason=reason: _fall_back(found, options, reason))
+        _on_rank_0(partial(_fall_back, iteration, options, reason))
     return None
 
 
@@ -123,7 +124,7 @@ def _iterations(save: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def _fall_back(damaged: CheckpointDirectory, options: CheckpointOptions, reason: str) -> None:
+def _fall_back(damaged: int, options: CheckpointOptions, reason: str) -> None:
     """Set a damaged checkpoint aside and let the one before be the latest."""
     if not options.fall_back:
         raise UserError(f"{reason} (--no-fall-back: the checkpoint before is not taken instead)")
@@ -131,18 +132,19 @@ def _fall_back(damaged: CheckpointDirectory, options: CheckpointOptions, reason:
     older = [
         number
         for number in _iterations(save)
-        if number < damaged.iteration and is_iteration_directory(save / iteration_directory_name(number))
+        if number < damaged and is_iteration_directory(save / iteration_directory_name(number))
     ]
     if not older:
         raise UserError(f"{reason}; --save {save} holds no older checkpoint to go on from; move it away to start again")
-    aside = _aside(damaged.path)
-    if damaged.path.exists():
-        os.rename(damaged.path, aside)
+    path = save / iteration_directory_name(damaged)
+    aside = _aside(path)
+    if path.exists():
+        os.rename(path, aside)
         sync_directory(save)
     write_latest(save, older[-1])
     warn(
         f"DAMAGED CHECKPOINT: {reason}. It is kept as {aside.name}; the run goes on from "
-        f"{iteration_directory_name(older[-1])} and repeats {damaged.iteration - older[-1]:,} steps"
+        f"{iteration_directory_name(older[-1])} and repeats {damaged - older[-1]:,} steps"
     )
 
 

@@ -139,10 +139,10 @@ def _build(
     freeze(model.chunks, stage, model.shape.inserted_blocks)
     # Megatron's plain bf16 optimizer cannot save what is fp32 beside bf16, as the routers are.
     distributed = config.optimizer.use_distributed_optimizer or model.config.bf16
-    options = dataclasses.replace(config.optimizer, use_distributed_optimizer=distributed)
-    chunks = wrap_data_parallel(model.chunks, model.config, options)
-    optimizer = build_optimizer(chunks, model.config, options, platform)
-    state = RunState(chunks, optimizer, build_schedule(optimizer, options, config.batch))
+    optimizer_options = dataclasses.replace(config.optimizer, use_distributed_optimizer=distributed)
+    chunks = wrap_data_parallel(model.chunks, model.config, optimizer_options)
+    optimizer = build_optimizer(chunks, model.config, optimizer_options, platform)
+    state = RunState(chunks, optimizer, build_schedule(optimizer, optimizer_options, config.batch))
     if own:
         load_run(state, own.directory, start)
     return dataclasses.replace(model, chunks=chunks), state

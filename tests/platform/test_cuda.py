@@ -4,12 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.platform.cuda import (
     MAX_CONNECTIONS,
     TF32_OVERRIDE,
     check_kernel_launch_order,
+    gpu_facts,
     keep_fp32_products,
     order_kernel_launches,
     require_transformer_engine,
@@ -17,6 +19,13 @@ from megatron_moe_lpr.platform.cuda import (
 
 ROOT = Path(__file__).parents[2]
 HOPPER, BLACKWELL = (9, 0), (10, 0)
+
+
+def test_pytorch_for_other_devices_is_refused(monkeypatch):
+    """ROCm's builds answer torch.cuda too."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match=r"--platform cuda: PyTorch .* is not built for CUDA; use the project's Docker"):
+        gpu_facts()
 
 
 def test_tensor_parallelism_orders_kernel_launches():

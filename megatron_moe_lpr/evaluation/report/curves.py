@@ -1,6 +1,6 @@
 """How the outcome depends on one setting: two charts side by side, one for each group of languages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from html import escape
 
 from megatron_moe_lpr.evaluation.report.charts import COLORS, Frame
@@ -39,7 +39,7 @@ def _chart(curve: Curve, group: str, reference: NamedEvaluation, color: str) -> 
     return "".join([*parts, "</svg>"])
 
 
-def _extent(summaries: Sequence[Summary]) -> list[float]:
+def _extent(summaries: Iterable[Summary]) -> list[float]:
     return [one.mean + sign * (one.spread or 0) for one in summaries for sign in (-1, 1)]
 
 

@@ -1,7 +1,7 @@
 """What a file of tools/evaluate.py must look like for the report to read it."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 from megatron_moe_lpr.json_files import is_integer, is_number
 from megatron_moe_lpr.model.routing_groups import GROUPS
@@ -48,7 +48,7 @@ def are_curves(value: Any) -> bool:
     )
 
 
-def _are(value: Any, check) -> bool:
+def _are(value: Any, check: Callable[[Any], bool]) -> TypeGuard[list[Any]]:
     return isinstance(value, list) and all(map(check, value))
 
 

@@ -19,8 +19,9 @@ class Summary:
 
 def summarize(values: Iterable[float | None]) -> Summary | None:
     """Of one value a run; None where a run lacks it or there is none."""
-    numbers = list(values)
-    if not numbers or None in numbers:
+    given = list(values)
+    numbers = [value for value in given if value is not None]
+    if not numbers or len(numbers) < len(given):
         return None
     spread = (max(numbers) - min(numbers)) / 2 if len(numbers) > 1 else None
     return Summary(sum(numbers) / len(numbers), spread)

@@ -62,10 +62,11 @@ def _backward(
     torch.ops.aten.silu_backward.grad_input(kept, gate, grad_input=of_gate)
 
 
-def _turns(*tensors: torch.Tensor | None) -> zip:
+def _turns(first: torch.Tensor, *others: torch.Tensor | None) -> zip:
     """The same rows of all of them."""
-    count = len(tensors[0].split(ROWS))
-    return zip(*([None] * count if tensor is None else tensor.split(ROWS) for tensor in tensors), strict=True)
+    turns = first.split(ROWS)
+    rows = ([None] * len(turns) if tensor is None else tensor.split(ROWS) for tensor in others)
+    return zip(turns, *rows, strict=True)
 
 
 def swiglu(

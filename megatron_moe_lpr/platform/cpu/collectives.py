@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe_lpr.platform.cpu.replacing import replace
+
 
 def _average_by_sum() -> None:
     """distributed/finalize_model_grads.py, moe/moe_utils.py: all_reduce(op=AVG)."""
@@ -21,7 +23,7 @@ def _average_by_sum() -> None:
         tensor /= dist.get_world_size(group)
         return work
 
-    dist.all_reduce = all_reduce
+    replace(dist, all_reduce=all_reduce)
 
 
 def _gather_unequal_pieces() -> None:
@@ -43,7 +45,7 @@ def _gather_unequal_pieces() -> None:
             piece.copy_(received)
         return None
 
-    dist.all_gather = all_gather
+    replace(dist, all_gather=all_gather)
 
 
 def _scatter_unequal_pieces() -> None:
@@ -68,7 +70,7 @@ def _scatter_unequal_pieces() -> None:
                 output.copy_(reduced)
         return None
 
-    dist.reduce_scatter = reduce_scatter
+    replace(dist, reduce_scatter=reduce_scatter)
 
 
 @functools.cache
@@ -87,12 +89,13 @@ def _share_devices() -> None:
     original = dist.ProcessGroupGloo.__init__
 
     def init(self: dist.ProcessGroupGloo, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
-        options = dist.ProcessGroupGloo._Options()
+        # torch's stubs leave out what its own _new_process_group_helper makes them of.
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices, options._timeout = _devices(), timeout
         options._threads = 2 * len(options._devices)
         original(self, store, rank, size, options)
 
-    dist.ProcessGroupGloo.__init__ = init
+    replace(dist.ProcessGroupGloo, __init__=init)
 
 
 def install() -> None:

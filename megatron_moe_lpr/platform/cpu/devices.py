@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_moe_lpr.platform.cpu.replacing import replace
+
 CPU = torch.device("cpu")
 
 # Factories that megatron-core calls with device="cuda" (optimizer/, moe/, distributed/, dist_checkpointing/).
@@ -42,8 +44,7 @@ def _redirect_tensor_to() -> None:
             kwargs["device"] = CPU
         return original(self, *args, **kwargs)
 
-    torch.Tensor.to = to
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    replace(torch.Tensor, to=to, cuda=lambda self, *args, **kwargs: self)
 
 
 def _redirect_tensor_type() -> None:
@@ -57,7 +58,7 @@ def _redirect_tensor_type() -> None:
             return answer.replace("torch.", "torch.cuda.", 1)
         return answer
 
-    torch.Tensor.type = tensor_type
+    replace(torch.Tensor, type=tensor_type)
 
 
 def install() -> None:

@@ -17,14 +17,20 @@ def _others(group: dist.ProcessGroup) -> list[int]:
     return [rank for rank in range(group.size()) if rank != group.rank()]
 
 
+def _wait_for(requests: list[dist.Work | None]) -> None:
+    for request in requests:
+        # None: this rank is no member of the group.
+        if request is not None:
+            request.wait()
+
+
 def _reduce_scatter(piece: torch.Tensor, buffer: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Sum the ranks' pieces in the order of the ranks, so that it is the same whichever rank owns them."""
     pieces, others = buffer.view(group.size(), -1), _others(group)
     received = {rank: torch.empty_like(piece) for rank in others}
     requests = [dist.irecv(received[rank], group=group, group_src=rank) for rank in others]
     requests += [dist.isend(pieces[rank], group=group, group_dst=rank) for rank in others]
-    for request in requests:
-        request.wait()
+    _wait_for(requests)
     ordered = [received.get(rank, piece) for rank in range(group.size())]
     torch.add(functools.reduce(torch.add, ordered[:-1]), ordered[-1], out=piece)
 
@@ -34,8 +40,7 @@ def _all_gather(buffer: torch.Tensor, piece: torch.Tensor, group: dist.ProcessGr
     pieces, others = buffer.view(group.size(), -1), _others(group)
     requests = [dist.irecv(pieces[rank], group=group, group_src=rank) for rank in others]
     requests += [dist.isend(piece, group=group, group_dst=rank) for rank in others]
-    for request in requests:
-        request.wait()
+    _wait_for(requests)
 
 
 def _is_piece(piece: torch.Tensor, buffer: torch.Tensor, group: dist.ProcessGroup) -> bool:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from megatron_moe_lpr.platform.cpu.replacing import replace
+
 
 class InOrderStream:
     """Every CUDA stream at once: work on the CPU is finished when the call returns."""
@@ -55,19 +57,29 @@ class FinishedEvent:
 
 def install() -> None:
     """Replace the parts of torch.cuda that Megatron calls without asking for a device first."""
-    cuda, stream, cpu = torch.cuda, InOrderStream(), torch.device("cpu")
+    stream, cpu = InOrderStream(), torch.device("cpu")
     # token_dispatcher.py, param_and_grad_buffer.py, p2p_communication.py: side streams for copies and overlap
-    cuda.Stream, cuda.Event = InOrderStream, FinishedEvent
-    cuda.current_stream = lambda *args, **kwargs: stream
-    cuda.default_stream = lambda *args, **kwargs: stream
-    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
-    cuda.synchronize = lambda *args, **kwargs: None
-    torch.Tensor.record_stream = lambda self, stream: None
+    replace(
+        torch.cuda,
+        Stream=InOrderStream,
+        Event=FinishedEvent,
+        current_stream=lambda *args, **kwargs: stream,
+        default_stream=lambda *args, **kwargs: stream,
+        stream=lambda *args, **kwargs: contextlib.nullcontext(),
+        synchronize=lambda *args, **kwargs: None,
+    )
+    replace(torch.Tensor, record_stream=lambda self, stream: None)
     # everywhere: torch.empty(..., device=torch.cuda.current_device())
-    cuda.current_device = lambda: cpu
-    cuda.set_device = lambda *args, **kwargs: None
-    cuda.empty_cache = lambda: None
+    replace(
+        torch.cuda,
+        current_device=lambda: cpu,
+        set_device=lambda *args, **kwargs: None,
+        empty_cache=lambda: None,
+    )
     # tensor_parallel/random.py: the model-parallel random number tracker
-    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    replace(
+        torch.cuda,
+        get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+        manual_seed=lambda seed: torch.manual_seed(seed),
+    )
