@@ -89,8 +89,8 @@ def measure(flags: Flags) -> Measurement:
 def read_windows(flags: Flags, architecture) -> "dict[str, torch.Tensor]":
     """The sample, with languages of both groups in it. Raises UserError."""
     from megatron_moe_lpr.allocation.samples import sample_windows
-    from megatron_moe_lpr.data.blend import read_blend
-    from megatron_moe_lpr.data.languages import LanguageRegistry
+    from megatron_moe_lpr.data.reading.blend import read_blend
+    from megatron_moe_lpr.data.reading.languages import LanguageRegistry
 
     if flags.seq_length > architecture.max_position_embeddings:
         longest = architecture.max_position_embeddings

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from megatron.core import parallel_state
 
-from megatron_moe_lpr.data.batches import build_validation_iterator, count_validation_micro_batches
-from megatron_moe_lpr.data.validation_dataset import ValidationDataset
+from megatron_moe_lpr.data.reading.batches import build_validation_iterator, count_validation_micro_batches
+from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
 from megatron_moe_lpr.evaluation.routing import collect_routing, counted_apart
 from megatron_moe_lpr.model.config import ModelShape, MoELPRConfig

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from megatron_moe_lpr.checkpoint.retention import Retention
-from megatron_moe_lpr.data.config import DataConfig
+from megatron_moe_lpr.data.reading.config import DataConfig
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.fp8 import FP8Options
 from megatron_moe_lpr.parallel.layout import ParallelLayout

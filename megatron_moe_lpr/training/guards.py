@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_moe_lpr.data.batches import Batch
+from megatron_moe_lpr.data.reading.batches import Batch
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.global_batch import run_schedule
 from megatron_moe_lpr.model.build import unwrap

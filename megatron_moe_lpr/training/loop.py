@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron_moe_lpr.checkpoint.retention import remove_superfluous
 from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_partial
 from megatron_moe_lpr.checkpoint.trainable_only import layers_of, reading, record_base
-from megatron_moe_lpr.data.batches import Batch, build_data_iterator
+from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.global_batch import LossSums, run_micro_batches, to_device
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset

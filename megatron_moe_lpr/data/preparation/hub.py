@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_moe_lpr.data.corpora import Corpus
+from megatron_moe_lpr.data.preparation.corpora import Corpus
 from megatron_moe_lpr.errors import UserError
 
 STAGING = ".incomplete"

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_moe_lpr.data.documents import REPAIRED
-from megatron_moe_lpr.data.encoding import (
+from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
+from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path
+from megatron_moe_lpr.data.preparation.documents import REPAIRED
+from megatron_moe_lpr.data.preparation.encoding import (
     BlockEncoder,
     EncodedBlock,
     EncodedDocuments,
@@ -20,10 +22,8 @@ from megatron_moe_lpr.data.encoding import (
     encode_blocks,
     worker_pool,
 )
-from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
-from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path
-from megatron_moe_lpr.data.output_lock import output_lock
-from megatron_moe_lpr.data.sources import Slice, disk_bytes, expand_inputs, partition_slices, read_blocks
+from megatron_moe_lpr.data.preparation.output_lock import output_lock
+from megatron_moe_lpr.data.preparation.sources import Slice, disk_bytes, expand_inputs, partition_slices, read_blocks
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer, model_vocabulary
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import sha256_of_file, sync_directory

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_moe_lpr.data.indexed import open_tokens, read_lengths
-from megatron_moe_lpr.data.manifest import Manifest
+from megatron_moe_lpr.data.manifest import Manifest, check_tokenizer
 from megatron_moe_lpr.data.tokenizer import Tokenizer
 from megatron_moe_lpr.errors import UserError
 
@@ -58,12 +58,3 @@ def samples_table(
         has_eod = "yes" if len(ids) and ids[-1] == manifest.eod else "no"
         table.add_row(str(document), f"{len(ids):,}", has_eod, Text(tokenizer.decode(ids[:max_tokens].tolist())))
     return table
-
-
-def check_tokenizer(prefix: str, manifest: Manifest, fingerprint: str, name: str) -> None:
-    """Raise UserError where `fingerprint`, that of the tokenizer `name`, is not the dataset's."""
-    if manifest.tokenizer != fingerprint:
-        raise UserError(
-            f"{prefix}: was made with another tokenizer than {name} "
-            f"({manifest.tokenizer[:12]} is not {fingerprint[:12]}); preprocess again with that one"
-        )

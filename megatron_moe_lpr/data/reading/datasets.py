@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_moe_lpr.data.config import DataConfig, DataSources
-from megatron_moe_lpr.data.training_dataset import TrainingDataset, build_training_dataset
-from megatron_moe_lpr.data.validation_dataset import ValidationDataset
+from megatron_moe_lpr.data.reading.config import DataConfig, DataSources
+from megatron_moe_lpr.data.reading.training_dataset import TrainingDataset, build_training_dataset
+from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 
 
 @dataclasses.dataclass(frozen=True)

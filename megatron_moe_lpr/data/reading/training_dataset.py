@@ -18,9 +18,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_moe_lpr.checkpoint.integrity import write_manifest
-from megatron_moe_lpr.data.blend import BlendEntry
-from megatron_moe_lpr.data.config import DataConfig, DataSources, cache_directory
-from megatron_moe_lpr.data.index_maps import are_intact, refuse_pickles
+from megatron_moe_lpr.data.reading.blend import BlendEntry
+from megatron_moe_lpr.data.reading.config import DataConfig, DataSources, cache_directory
+from megatron_moe_lpr.data.reading.index_maps import are_intact, refuse_pickles
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import atomic_directory
 

@@ -18,8 +18,8 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
-from megatron_moe_lpr.data.documents import DocumentOptions, read_documents
-from megatron_moe_lpr.data.sources import Block
+from megatron_moe_lpr.data.preparation.documents import DocumentOptions, read_documents
+from megatron_moe_lpr.data.preparation.sources import Block
 from megatron_moe_lpr.data.tokenizer import Tokenizer
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.processes import end_with_parent

@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from tests.data.builders import corpus_texts
-from tests.data.hub_server import COMMIT, Hub, serve
+from tests.data.preparation.hub_server import COMMIT, Hub, serve
 from tests.launching.builders import run_script, save_dense_model
 
 SKYPILE = "Skywork/SkyPile-150B"

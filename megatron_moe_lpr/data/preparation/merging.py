@@ -8,9 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_moe_lpr.data.indexed import IndexedWriter, check_index, shuffle_documents
-from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, read_manifest, strip_suffix, verify_index
-from megatron_moe_lpr.data.output_lock import output_lock
-from megatron_moe_lpr.data.preprocessing import partial_directory, publish, refuse_existing
+from megatron_moe_lpr.data.manifest import (
+    Manifest,
+    Source,
+    bin_path,
+    check_agreement,
+    read_manifest,
+    strip_suffix,
+    verify_index,
+)
+from megatron_moe_lpr.data.preparation.output_lock import output_lock
+from megatron_moe_lpr.data.preparation.preprocessing import partial_directory, publish, refuse_existing
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.progress import ProgressReport
 
@@ -79,16 +87,6 @@ def expand_prefixes(inputs: Sequence[str]) -> list[str]:
         if prefixes.count(prefix) > 1:
             raise UserError(f"--input {prefix}: given twice")
     return prefixes
-
-
-def check_agreement(manifests: dict[str, Manifest], fields: Sequence[str]) -> None:
-    """Raise UserError where two datasets differ in one of the fields, naming both."""
-    (first_prefix, first), *others = manifests.items()
-    for prefix, manifest in others:
-        for field in fields:
-            ours, theirs = getattr(first, field), getattr(manifest, field)
-            if ours != theirs:
-                raise UserError(f"{prefix}: {field} is {theirs}, but {ours} in {first_prefix}; they can't be mixed")
 
 
 def _in_partition_order(manifests: dict[str, Manifest], allow_missing: bool) -> list[str]:

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from megatron_moe_lpr.data.blend import BlendEntry
 from megatron_moe_lpr.data.indexed import open_tokens, read_lengths
-from megatron_moe_lpr.data.languages import PADDING_LANGUAGE
+from megatron_moe_lpr.data.reading.blend import BlendEntry
+from megatron_moe_lpr.data.reading.languages import PADDING_LANGUAGE
 
 
 class ValidationDataset(torch.utils.data.Dataset):

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_moe_lpr.data.blend import BlendEntry
 from megatron_moe_lpr.data.indexed import open_tokens
 from megatron_moe_lpr.data.manifest import bin_path
+from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.errors import UserError
 
 BLOCK_TOKENS = 1 << 24

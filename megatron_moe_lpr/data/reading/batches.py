@@ -10,8 +10,8 @@ from multiprocessing.process import BaseProcess
 import torch
 from torch.utils.data import DataLoader
 
-from megatron_moe_lpr.data.training_dataset import TrainingDataset
-from megatron_moe_lpr.data.validation_dataset import ValidationDataset
+from megatron_moe_lpr.data.reading.training_dataset import TrainingDataset
+from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.processes import STOP_SIGNALS, end_with_parent, shielded_from
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_moe_lpr.data.languages import PADDING_LANGUAGE, LanguageRegistry
+from megatron_moe_lpr.data.reading.languages import PADDING_LANGUAGE, LanguageRegistry
 from megatron_moe_lpr.errors import UserError
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_moe_lpr.data.batches import build_data_iterator
-from megatron_moe_lpr.data.config import DataConfig, read_data_sources
-from megatron_moe_lpr.data.datasets import build_datasets
+from megatron_moe_lpr.data.reading.batches import build_data_iterator
+from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
+from megatron_moe_lpr.data.reading.datasets import build_datasets
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
@@ -55,7 +55,7 @@ def fail_to_build(prefixes, cache):
 
 
 def shorten_the_wait():
-    from megatron_moe_lpr.data import training_dataset
+    from megatron_moe_lpr.data.reading import training_dataset
 
     training_dataset.SHARED_FILE_SYSTEM_SECONDS = 0.1
 

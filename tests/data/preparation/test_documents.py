@@ -2,8 +2,8 @@ from collections import Counter
 
 import pytest
 
-from megatron_moe_lpr.data.documents import DocumentOptions, read_documents
-from megatron_moe_lpr.data.sources import Block
+from megatron_moe_lpr.data.preparation.documents import DocumentOptions, read_documents
+from megatron_moe_lpr.data.preparation.sources import Block
 from megatron_moe_lpr.errors import UserError
 
 

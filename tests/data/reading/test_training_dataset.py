@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moe_lpr.data import training_dataset
-from megatron_moe_lpr.data.batches import BATCH_KEYS, collate
-from megatron_moe_lpr.data.config import DataConfig, read_data_sources
-from megatron_moe_lpr.data.datasets import build_datasets
 from megatron_moe_lpr.data.indexed import open_tokens
-from megatron_moe_lpr.data.training_dataset import build_training_dataset
+from megatron_moe_lpr.data.reading import training_dataset
+from megatron_moe_lpr.data.reading.batches import BATCH_KEYS, collate
+from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
+from megatron_moe_lpr.data.reading.datasets import build_datasets
+from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
 from megatron_moe_lpr.errors import UserError
 from tests.data.builders import CORPUS, LANGUAGES, numbered_dataset, run_plan
 
 SEQUENCE = 32
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

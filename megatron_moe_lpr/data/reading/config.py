@@ -3,8 +3,15 @@
 import dataclasses
 from pathlib import Path
 
-from megatron_moe_lpr.data.blend import BlendEntry, LanguageShare, language_shares, parse_blend, parse_split, read_blend
-from megatron_moe_lpr.data.languages import LanguageRegistry
+from megatron_moe_lpr.data.reading.blend import (
+    BlendEntry,
+    LanguageShare,
+    language_shares,
+    parse_blend,
+    parse_split,
+    read_blend,
+)
+from megatron_moe_lpr.data.reading.languages import LanguageRegistry
 from megatron_moe_lpr.errors import UserError
 
 

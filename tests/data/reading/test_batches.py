@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from megatron_moe_lpr.data.batches import BATCH_KEYS, build_data_iterator
+from megatron_moe_lpr.data.reading.batches import BATCH_KEYS, build_data_iterator
 from megatron_moe_lpr.errors import UserError
 
 
@@ -55,7 +55,7 @@ LEAVES = """
 import atexit, sys, time
 # Runs after what the iterator does at the end of Python.
 atexit.register(time.sleep, 0.5)
-from tests.data.test_batches import Numbers, build_data_iterator
+from tests.data.reading.test_batches import Numbers, build_data_iterator
 iterator = build_data_iterator(Numbers(), 0, 2, 0, 1, num_workers=2)
 next(iterator)
 sys.exit("error: a full disk")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.builders import CORPUS, run_plan, write_jsonl
 
-TOOLS = Path(__file__).parents[2] / "tools"
+TOOLS = Path(__file__).parents[3] / "tools"
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from megatron_moe_lpr.data.blend import read_blend
 from megatron_moe_lpr.data.manifest import read_manifest
-from megatron_moe_lpr.data.output_lock import output_lock
-from megatron_moe_lpr.data.vocabulary import check_token_ids
+from megatron_moe_lpr.data.preparation.output_lock import output_lock
+from megatron_moe_lpr.data.reading.blend import read_blend
+from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
 from megatron_moe_lpr.errors import UserError
 from tests.data.builders import run_plan, write_dataset, write_jsonl
 

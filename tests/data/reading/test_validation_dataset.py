@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moe_lpr.data.batches import build_validation_iterator, count_validation_micro_batches
-from megatron_moe_lpr.data.config import DataConfig, read_data_sources
-from megatron_moe_lpr.data.datasets import build_validation_datasets
-from megatron_moe_lpr.data.languages import PADDING_LANGUAGE
+from megatron_moe_lpr.data.reading.batches import build_validation_iterator, count_validation_micro_batches
+from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
+from megatron_moe_lpr.data.reading.datasets import build_validation_datasets
+from megatron_moe_lpr.data.reading.languages import PADDING_LANGUAGE
 from tests.data.builders import numbered_dataset, write_dataset
 
 SEQUENCE = 16

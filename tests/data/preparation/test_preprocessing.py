@@ -8,11 +8,11 @@ import sentencepiece
 import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_moe_lpr.data import encoding, preprocessing, sources
 from megatron_moe_lpr.data.indexed import read_lengths
 from megatron_moe_lpr.data.manifest import read_manifest
-from megatron_moe_lpr.data.merging import merge
-from megatron_moe_lpr.data.preprocessing import preprocess
+from megatron_moe_lpr.data.preparation import encoding, preprocessing, sources
+from megatron_moe_lpr.data.preparation.merging import merge
+from megatron_moe_lpr.data.preparation.preprocessing import preprocess
 from megatron_moe_lpr.errors import UserError
 from tests.data.builders import CORPUS, LANGUAGES, corpus_texts, make_plan, run_plan, write_jsonl
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from megatron_moe_lpr.data.manifest import LANGUAGE_PATTERN
-from megatron_moe_lpr.data.sources import Block, count_lines
+from megatron_moe_lpr.data.preparation.sources import Block, count_lines
 from megatron_moe_lpr.errors import UserError
 
 _SURROGATES = re.compile("[\ud800-\udfff]")

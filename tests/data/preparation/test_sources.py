@@ -4,8 +4,8 @@ import os
 import pytest
 import zstandard
 
-from megatron_moe_lpr.data import sources
-from megatron_moe_lpr.data.sources import Slice, expand_inputs, partition_slices, read_blocks
+from megatron_moe_lpr.data.preparation import sources
+from megatron_moe_lpr.data.preparation.sources import Slice, expand_inputs, partition_slices, read_blocks
 from megatron_moe_lpr.errors import UserError
 
 LINES = [f"line {index} ".encode() * (index % 5 * 20 + 1) + b"\n" for index in range(200)]

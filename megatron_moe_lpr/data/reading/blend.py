@@ -7,9 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_moe_lpr.data.indexed import check_index, read_lengths
-from megatron_moe_lpr.data.inspection import check_tokenizer
-from megatron_moe_lpr.data.manifest import Manifest, read_manifest, strip_suffix, verify_index
-from megatron_moe_lpr.data.merging import check_agreement
+from megatron_moe_lpr.data.manifest import (
+    Manifest,
+    check_agreement,
+    check_tokenizer,
+    read_manifest,
+    strip_suffix,
+    verify_index,
+)
 from megatron_moe_lpr.errors import UserError
 
 
