@@ -64,10 +64,10 @@ def make_checkpoint(flags: Flags, work: Path) -> None:
     """A dense model of random weights, upcycled."""
     import torch
 
+    from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec, write_safetensors
     from megatron_moe_lpr.conversion.importer import import_hf
-    from megatron_moe_lpr.conversion.names import DENSE_LAYOUT, model_rows
     from megatron_moe_lpr.conversion.plan import ImportOptions
-    from megatron_moe_lpr.conversion.safetensors_writer import TensorSpec, write_safetensors
+    from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, model_rows
     from megatron_moe_lpr.model.architecture import read_architecture
 
     config = {

@@ -46,7 +46,7 @@ class CheckpointCard:
     dtype: str
     """The model's dtype in torch's words, for example `bfloat16`; routers are float32 whatever it says."""
     original_fingerprint: str
-    """Digest of every weight of the dense model (`conversion/fingerprint.py`)."""
+    """Digest of every weight of the dense model (`conversion/tensors/fingerprint.py`)."""
     router_seed: int | None = None
     """Seed of the routers' initial values; None where they came from elsewhere."""
     tokenizer_files: dict[str, str] = dataclasses.field(default_factory=dict)

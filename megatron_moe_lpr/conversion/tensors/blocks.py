@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from megatron_moe_lpr.conversion.names import Role, Row
+from megatron_moe_lpr.conversion.tensors.names import Role, Row
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.architecture import MAX_LAYERS
 

@@ -16,7 +16,7 @@ from tests.conversion.helpers import hf_tensors, perturb, rewrite_checkpoint, ru
 from tests.conversion.tiny_models import load_model, logits, save_model
 
 Dense = Callable[[str], Path]
-DEMO = Path(__file__).parents[2] / "data" / "base_model"
+DEMO = Path(__file__).parents[3] / "data" / "base_model"
 FREQUENCIES = ("[1,1,1]", "[0,1,1]")
 
 

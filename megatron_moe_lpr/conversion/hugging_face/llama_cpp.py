@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.conversion.hf_config import MOE_FIELDS, mixtral_fields
-from megatron_moe_lpr.conversion.names import MOE_LAYOUTS, Layout
+from megatron_moe_lpr.conversion.hugging_face.hf_config import MOE_FIELDS, mixtral_fields
+from megatron_moe_lpr.conversion.tensors.names import MOE_LAYOUTS, Layout
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.architecture import Architecture
 

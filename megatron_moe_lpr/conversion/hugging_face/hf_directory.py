@@ -11,16 +11,17 @@ import torch
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_card, read_json
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, SIDE_DIRECTORY
 from megatron_moe_lpr.checkpoint.reader import TensorInfo
-from megatron_moe_lpr.conversion.extra_tensors import ExtraTensor, extra_tensors, zero_attention_biases
-from megatron_moe_lpr.conversion.hf_config import (
+from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     DENSE_FAMILY_OF_MOE,
     SHARED_EXPERT_WIDTH,
     dense_config,
     experts_per_layer_of,
     top_k_of,
 )
-from megatron_moe_lpr.conversion.llama_cpp import LLAMA_CPP_MODEL_TYPE
-from megatron_moe_lpr.conversion.names import (
+from megatron_moe_lpr.conversion.hugging_face.llama_cpp import LLAMA_CPP_MODEL_TYPE
+from megatron_moe_lpr.conversion.hugging_face.safetensors_source import SafetensorsSource, weight_files
+from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors, zero_attention_biases
+from megatron_moe_lpr.conversion.tensors.names import (
     DENSE_LAYOUT,
     EMBEDDING_NAME,
     MOE_LAYOUTS,
@@ -28,7 +29,6 @@ from megatron_moe_lpr.conversion.names import (
     Layout,
     Row,
 )
-from megatron_moe_lpr.conversion.safetensors_source import SafetensorsSource, weight_files
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer
 from megatron_moe_lpr.model.architecture import MAX_SIZE, Architecture, read_architecture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_moe_lpr.conversion.safetensors_source import DTYPES, INDEX_FILE, SINGLE_FILE
+from megatron_moe_lpr.conversion.hugging_face.safetensors_source import DTYPES, INDEX_FILE, SINGLE_FILE
 from megatron_moe_lpr.errors import UserError
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

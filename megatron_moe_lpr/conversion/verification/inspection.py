@@ -13,8 +13,8 @@ from rich.table import Table
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
-from megatron_moe_lpr.conversion.hf_directory import open_hf_directory
-from megatron_moe_lpr.conversion.names import DENSE_LAYOUT, Role, model_rows
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
+from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, Role, model_rows
 from megatron_moe_lpr.model.architecture import Architecture
 
 # Of an entry in a card's history: for programs, not for a screen.

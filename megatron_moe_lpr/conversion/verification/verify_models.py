@@ -10,8 +10,8 @@ import torch
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import load_model
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint
-from megatron_moe_lpr.conversion.hf_directory import open_hf_directory
-from megatron_moe_lpr.conversion.verify import Comparison, Forward, Outputs, compare, random_tokens
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
+from megatron_moe_lpr.conversion.verification.verify import Comparison, Forward, Outputs, compare, random_tokens
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.config import ComputeOptions
