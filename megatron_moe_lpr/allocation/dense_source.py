@@ -14,7 +14,7 @@ from megatron_moe_lpr.conversion.hugging_face.hf_directory import check_tensors,
 from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, Row, model_rows
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import read_json
-from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.configuration.architecture import Architecture
 
 
 class DenseSource:

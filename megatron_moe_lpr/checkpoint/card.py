@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer, is_integer, is_number, read_json, shown
-from megatron_moe_lpr.model.architecture import FAMILIES, MAX_LAYERS
+from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS
 
 FORMAT_VERSION = 3
 MODEL_DTYPES = ("float32", "bfloat16", "float16")

@@ -38,7 +38,7 @@ from megatron_moe_lpr.conversion.tensors.names import (
 from megatron_moe_lpr.conversion.tensors.upcycling import split_qkv
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import atomic_directory
-from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.progress import ProgressReport
 

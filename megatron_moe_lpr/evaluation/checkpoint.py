@@ -18,7 +18,7 @@ from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.finite import check_finite_losses, check_finite_weights
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
-from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, check_layout
+from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, check_layout
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import PlatformName, select_platform

@@ -20,8 +20,14 @@ from megatron_moe_lpr.data.reading.datasets import Datasets, build_datasets
 from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, check_layout, check_options, check_platform
-from megatron_moe_lpr.model.fp8 import FP8Options
+from megatron_moe_lpr.model.configuration.config import (
+    ComputeOptions,
+    ModelShape,
+    check_layout,
+    check_options,
+    check_platform,
+)
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.platform import Platform, select_platform

@@ -31,7 +31,7 @@ from megatron_moe_lpr.data.preparation.sources import Block
 from megatron_moe_lpr.data.tokenizer import load_tokenizer, model_vocabulary
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
-from megatron_moe_lpr.model.rope import inverse_frequencies
+from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
 from megatron_moe_lpr.training.metrics_file import MetricsFile
 from tests.data.builders import write_dataset
 

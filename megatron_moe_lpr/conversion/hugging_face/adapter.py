@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import is_integer, read_json, shown
-from megatron_moe_lpr.model.architecture import MAX_LAYERS
+from megatron_moe_lpr.model.configuration.architecture import MAX_LAYERS
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

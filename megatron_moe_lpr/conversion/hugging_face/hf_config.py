@@ -10,7 +10,7 @@ from typing import Any
 from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS, check_experts
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer, integer, is_integer, shown
-from megatron_moe_lpr.model.architecture import FAMILIES, MAX_LAYERS, MAX_SIZE, Architecture
+from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS, MAX_SIZE, Architecture
 
 # Wide enough that tensor-parallel servers can split it; all its weights are zero.
 SHARED_EXPERT_WIDTH = 128

@@ -31,7 +31,7 @@ from megatron_moe_lpr.conversion.tensors.names import (
 )
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer
-from megatron_moe_lpr.model.architecture import MAX_SIZE, Architecture, read_architecture
+from megatron_moe_lpr.model.configuration.architecture import MAX_SIZE, Architecture, read_architecture
 
 TOKENIZER_PATTERNS = (
     "tokenizer*",

@@ -22,7 +22,7 @@ from megatron_moe_lpr.checkpoint.card import CheckpointCard
 from megatron_moe_lpr.conversion.hugging_face.hf_config import MOE_FIELDS, mixtral_fields
 from megatron_moe_lpr.conversion.tensors.names import MOE_LAYOUTS, Layout
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.configuration.architecture import Architecture
 
 LLAMA_CPP_MODEL_TYPE = "mixtral_for_llama_cpp"
 ATTENTION_FACTOR = "attention_factor"

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_moe_lpr.conversion.tensors.names import Role, Row
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.architecture import MAX_LAYERS
+from megatron_moe_lpr.model.configuration.architecture import MAX_LAYERS
 
 FLAG = "--expand-blocks"
 ZEROED = (".self_attention.linear_proj.weight", ".mlp.linear_fc2.weight")

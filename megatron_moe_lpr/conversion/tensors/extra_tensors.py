@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, Layout, Shape, projection_shapes
-from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.configuration.architecture import Architecture
 
 _SHARED_EXPERT = "a Qwen2-MoE with a real shared expert is not an upcycled dense model and cannot be imported"
 _ATTENTION_BIAS = "the stock MoE architectures of this family have no place for attention biases"

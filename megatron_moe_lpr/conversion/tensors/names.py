@@ -9,7 +9,7 @@ import dataclasses
 import enum
 from collections.abc import Iterator, Sequence
 
-from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.configuration.architecture import Architecture
 
 Shape = tuple[int, ...]
 

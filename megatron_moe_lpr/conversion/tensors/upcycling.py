@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.configuration.architecture import Architecture
 
 
 def interleave_qkv(parts: list[torch.Tensor], architecture: Architecture) -> torch.Tensor:

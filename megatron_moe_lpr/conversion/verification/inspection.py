@@ -15,7 +15,7 @@ from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE, is_i
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, Role, model_rows
-from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.configuration.architecture import Architecture
 
 # Of an entry in a card's history: for programs, not for a screen.
 LONG_FIELDS = ("data",)

@@ -14,7 +14,7 @@ from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_direct
 from megatron_moe_lpr.conversion.verification.verify import Comparison, Forward, Outputs, compare, random_tokens
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
-from megatron_moe_lpr.model.config import ComputeOptions
+from megatron_moe_lpr.model.configuration.config import ComputeOptions
 from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout

@@ -5,8 +5,8 @@ import torch
 from packaging.version import Version
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.architecture import read_architecture
-from megatron_moe_lpr.model.fp8 import (
+from megatron_moe_lpr.model.configuration.architecture import read_architecture
+from megatron_moe_lpr.model.configuration.fp8 import (
     RECIPES,
     FP8Options,
     check_fp8_device,

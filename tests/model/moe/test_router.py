@@ -6,9 +6,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, switch_load_balancing_loss_func
 
-from megatron_moe_lpr.model.router import LPRRouter
-from megatron_moe_lpr.model.routing_statistics import gather_routing
-from megatron_moe_lpr.model.token_tags import token_tags
+from megatron_moe_lpr.model.moe.router import LPRRouter
+from megatron_moe_lpr.model.moe.routing_statistics import gather_routing
+from megatron_moe_lpr.model.moe.token_tags import token_tags
 from tests.model.sizes import small_config, small_shape
 
 SEQUENCE, BATCH, HIDDEN, EXPERTS, TOP_K = 6, 3, 32, 4, 2
@@ -108,7 +108,7 @@ def test_lpr_gradient(make_router, hidden, masks, form):
 
 
 def test_reference_form_has_a_floor_above_zero():
-    from megatron_moe_lpr.model.losses import lpr_negative_log_likelihood
+    from megatron_moe_lpr.model.moe.losses import lpr_negative_log_likelihood
 
     certain = torch.tensor([[50.0, 0.0, 0.0, 0.0]])
     floor = torch.log(torch.tensor(1 + 3 / torch.e))
@@ -155,7 +155,7 @@ def test_papers_coefficient_in_megatrons_unit(make_router, hidden, masks):
 
 
 def test_uniform_load_is_k(make_router):
-    from megatron_moe_lpr.model.losses import load_balancing_loss
+    from megatron_moe_lpr.model.moe.losses import load_balancing_loss
 
     uniform = torch.full((8, EXPERTS), 1 / EXPERTS)
     counts = torch.full((EXPERTS,), 8 * TOP_K / EXPERTS)

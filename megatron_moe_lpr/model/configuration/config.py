@@ -8,15 +8,16 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.architecture import Architecture
-from megatron_moe_lpr.model.fp8 import FP8Options, check_fp8_device, check_fp8_flags, check_fp8_shapes
-from megatron_moe_lpr.model.kernels import check_dispatcher, platform_fields
-from megatron_moe_lpr.model.losses import LPRLossForm
-from megatron_moe_lpr.model.recompute import check_recompute
-from megatron_moe_lpr.model.rope import attention_factor
+from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options, check_fp8_device, check_fp8_flags, check_fp8_shapes
+from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, platform_fields
+from megatron_moe_lpr.model.configuration.recompute import check_recompute
+from megatron_moe_lpr.model.transformer.rope import attention_factor
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform
+
+LPRLossForm = Literal["paper", "reference"]
 
 
 @dataclasses.dataclass

@@ -11,10 +11,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_moe_lpr.model.config import MoELPRConfig
-from megatron_moe_lpr.model.losses import load_balancing_loss, lpr_negative_log_likelihood
-from megatron_moe_lpr.model.routing_statistics import RoutingStatistics
-from megatron_moe_lpr.model.token_tags import GROUP, MICRO_BATCH, PRIOR
+from megatron_moe_lpr.model.configuration.config import MoELPRConfig
+from megatron_moe_lpr.model.moe.losses import load_balancing_loss, lpr_negative_log_likelihood
+from megatron_moe_lpr.model.moe.routing_statistics import RoutingStatistics
+from megatron_moe_lpr.model.moe.token_tags import GROUP, MICRO_BATCH, PRIOR
 
 
 class RouterProduct(torch.autograd.Function):

@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.fp8 import FP8Options
-from megatron_moe_lpr.model.recompute import MODULES, NOT_DELAYED, check_recompute
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
+from megatron_moe_lpr.model.configuration.recompute import MODULES, NOT_DELAYED, check_recompute
 
 DELAYED = FP8Options(fp8_format="hybrid", fp8_recipe="delayed")
 TENSORWISE = FP8Options(fp8_format="hybrid", fp8_recipe="tensorwise")

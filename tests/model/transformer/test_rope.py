@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megatron_moe_lpr.model.rope import attention_factor, inverse_frequencies
+from megatron_moe_lpr.model.transformer.rope import attention_factor, inverse_frequencies
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.fp8 import FP8Options
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 
 MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe")
 """Megatron-Core's, without those of models that are not ours."""

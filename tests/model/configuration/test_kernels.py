@@ -5,7 +5,7 @@ import torch
 from packaging.version import Version
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.kernels import check_dispatcher, platform_fields
+from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, platform_fields
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import GPUFacts, Platform
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.architecture import read_architecture
+from megatron_moe_lpr.model.configuration.architecture import read_architecture
 
 SIZES = {
     "hidden_size": 64,

@@ -1,10 +1,8 @@
 """The router's losses, in the paper's units, per layer."""
 
-from typing import Literal
-
 import torch
 
-LPRLossForm = Literal["paper", "reference"]
+from megatron_moe_lpr.model.configuration.config import LPRLossForm
 
 
 def load_balancing_loss(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from packaging.version import Version
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import GPUFacts, Platform
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-from megatron_moe_lpr.model.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.routing_groups import GROUPS
 
 TOKENS, PROBABILITY, CHOSEN, LIKELIHOOD, EXPERTS = range(5)
 """Columns of a group's sums; from EXPERTS on, the tokens that chose each expert."""

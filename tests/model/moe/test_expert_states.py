@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_moe_lpr.model.expert_states import merge_states, split_state
+from megatron_moe_lpr.model.moe.expert_states import merge_states, split_state
 
 STEPS = 4
 

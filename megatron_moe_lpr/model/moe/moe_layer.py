@@ -18,9 +18,9 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moe_lpr.model.expert_groups import dispatch_order
-from megatron_moe_lpr.model.fp8 import row_alignment
-from megatron_moe_lpr.model.side_stream import SideStream
+from megatron_moe_lpr.model.configuration.fp8 import row_alignment
+from megatron_moe_lpr.model.moe.expert_groups import dispatch_order
+from megatron_moe_lpr.model.moe.side_stream import SideStream
 
 
 @dataclasses.dataclass
