@@ -71,8 +71,9 @@ def measure(flags: Flags) -> Measurement:
     from megatron_moe_lpr.allocation.ffn_inputs import ffn_inputs
     from megatron_moe_lpr.allocation.probe import separability
     from megatron_moe_lpr.allocation.similarity import layer_similarity, mean_unit_vector
+    from megatron_moe_lpr.platform.devices import visible_device
 
-    device = torch.device(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(flags.device) if flags.device else visible_device()
     source = open_dense_source(flags.load)
     options = AllocationOptions(flags.budget, flags.multiple_of, flags.uniform_count, flags.dense_layers)
     allocate([1.0] * source.architecture.num_layers, options)  # what is wrong with the flags shows before the work

@@ -93,7 +93,7 @@ class OptimizerOptions:
 
     def on(self, platform: Platform) -> "OptimizerOptions":
         """These options with the platform's launch defaults."""
-        if platform.name != "cuda" or not self.overlap_on_gpus:
+        if not platform.on_gpus or not self.overlap_on_gpus:
             return self
         return dataclasses.replace(
             self, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True

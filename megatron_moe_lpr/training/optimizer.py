@@ -65,7 +65,7 @@ def build_optimizer(
         settings,
         list(chunks),
         config_overrides=overrides,
-        use_gloo_process_groups=platform.backend == "nccl",
+        use_gloo_process_groups=platform.on_gpus,
     )
     _connect(chunks, config, options, optimizer)
     return optimizer

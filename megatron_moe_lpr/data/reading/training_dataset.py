@@ -1,12 +1,11 @@
 """Training samples: megatron-core's GPTDataset and BlendedDataset with a language tag on every token."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import megatron.core
@@ -23,6 +22,7 @@ from megatron_moe_lpr.data.reading.config import DataConfig, DataSources, cache_
 from megatron_moe_lpr.data.reading.index_maps import are_intact, refuse_pickles
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import atomic_directory
+from megatron_moe_lpr.platform.collectives import world_of_one
 
 TrainingDataset = BlendedDataset | torch.utils.data.ConcatDataset
 """Of a run; joined of several where the run was lengthened."""
@@ -139,7 +139,8 @@ def _build_on_first_rank(directory: Path, build) -> None:
     try:
         if (not is_distributed or torch.distributed.get_rank() == 0) and not are_intact(directory):
             _check_helpers()
-            with atomic_directory(directory, overwrite=True) as partial, _process_group():
+            # BlendedDataset asks for its rank before it writes its maps.
+            with atomic_directory(directory, overwrite=True) as partial, world_of_one():
                 build(partial)
                 write_manifest(partial, {})
     finally:
@@ -163,16 +164,3 @@ def _check_helpers() -> None:
             f"megatron-core's compiled data helpers are missing ({error}); install its wheel, or with a C++ compiler "
             "and pybind11 present: pip install --no-binary megatron-core megatron-core"
         ) from None
-
-
-@contextlib.contextmanager
-def _process_group() -> Iterator[None]:
-    """A world of one process where there is none: BlendedDataset asks for its rank before it writes its maps."""
-    if torch.distributed.is_initialized():
-        yield
-        return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe_lpr.model.configuration.fp8 import row_alignment
 from megatron_moe_lpr.model.moe.expert_groups import dispatch_order
-from megatron_moe_lpr.model.moe.side_stream import SideStream
+from megatron_moe_lpr.platform.side_stream import SideStream, behind_current
 
 
 @dataclasses.dataclass
@@ -157,8 +157,7 @@ class MoELPRLayer(MoELayer):
         stream = getattr(self.token_dispatcher, "cuda_dtoh_stream", None)
         if stream is None:
             return counts
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with behind_current(stream):
             return token_dispatcher.maybe_move_tensor_to_cpu(counts, record_stream=True)
 
     def _new_experts(

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.platform.collectives import collective_device
 
 TOKENS, PROBABILITY, CHOSEN, LIKELIHOOD, EXPERTS = range(5)
 """Columns of a group's sums; from EXPERTS on, the tokens that chose each expert."""
@@ -94,8 +95,7 @@ def gather_routing(
         padded = torch.nn.functional.pad(statistics.sums.cpu(), (0, max_experts - statistics.num_experts))
         sums[layer] += torch.cat((padded.flatten(), statistics.load_balancing.cpu()))
     if dist.is_initialized() and dist.get_world_size() > 1:
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-        sums = sums.to(device)
+        sums = sums.to(collective_device())
         dist.all_reduce(sums)
         sums = sums.cpu()
     return _report(sums[:, :-2].view(num_layers, len(GROUPS), width), sums[:, -2:])

@@ -10,10 +10,10 @@ import torch
 from megatron_moe_lpr.checkpoint.loading import load_model
 from megatron_moe_lpr.evaluation.global_batch import run_schedule
 from megatron_moe_lpr.model.configuration.config import ComputeOptions
-from megatron_moe_lpr.model.moe.side_stream import SideStream
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
+from megatron_moe_lpr.platform.side_stream import SideStream
 from tests.distributed import rank_pool
 from tests.model.streams import watched
 from tests.training.one_step import ORIGINAL_TABLE, micro_batches

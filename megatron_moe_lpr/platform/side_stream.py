@@ -1,6 +1,7 @@
 """Work beside the device's current stream, as Megatron's shared experts have it (moe/shared_experts.py)."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -51,3 +52,11 @@ class SideStream:
         for tensor in made:
             tensor.record_stream(current)
         return made
+
+
+@contextlib.contextmanager
+def behind_current(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Launch on `stream`, after what the current one was given so far."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
