@@ -116,7 +116,7 @@ def _qwen_fields(
         "moe_intermediate_size": architecture.ffn_hidden_size,
         "use_sliding_window": False,
     }
-    if architecture.family.name == "qwen2":
+    if architecture.family.moe_model_type == "qwen2_moe":
         return {**fields, "qkv_bias": True, "shared_expert_intermediate_size": SHARED_EXPERT_WIDTH}
     return {**fields, "head_dim": architecture.head_dim}
 

@@ -42,7 +42,7 @@ def llama_cpp_form(
         return config, layout, warnings
     if card.top_k == 1:
         raise UserError("--for llama.cpp: it weights a single expert by 1, not by its probability; use --top-k 2")
-    if architecture.family.name == "qwen2":
+    if architecture.family.moe_model_type == "qwen2_moe":
         left_out = (*MOE_FIELDS, *QWEN_FIELDS, "rope_scaling")
         config = {name: value for name, value in config.items() if name not in left_out}
         config |= {
@@ -53,7 +53,7 @@ def llama_cpp_form(
             **mixtral_fields(architecture, card.num_experts, card.top_k),
         }
         return config, MOE_LAYOUTS["mixtral"], warnings
-    if architecture.family.name == "qwen3":
+    if architecture.family.moe_model_type == "qwen3_moe":
         config["mlp_only_layers"] = []
     return config, dataclasses.replace(layout, experts_everywhere=True), warnings
 
