@@ -41,7 +41,7 @@ class RankPool:
         context = multiprocessing.get_context("forkserver" if preloaded else "spawn")
         if preloaded:
             context.set_forkserver_preload(list(PRELOADED))
-        port = _free_port()
+        port = free_port()
         self.processes, self.pipes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
@@ -112,7 +112,7 @@ def _receive(pipe: Connection) -> tuple[str, Any]:
         return "error", "the process died"
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Below the ports that the system hands out: gloo takes these by the hundred, also between the look and the use."""
     for port in random.SystemRandom().sample(range(12_000, 32_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
