@@ -13,6 +13,7 @@ import random
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,6 +22,9 @@ TIMEOUT_SECONDS = 240
 GRACE_SECONDS = 3
 PRELOADED = ("megatron_moe_lpr.training.setup", "megatron_moe_lpr.evaluation.checkpoint", "transformers")
 """Imported once per session by the process that ranks are forked from, instead of once by each of them."""
+
+OURS = r"(megatron_moe_lpr|tests|tools|benchmarks)\b"
+"""Modules whose warnings are errors on ranks, as pyproject.toml makes them in the test process."""
 
 
 class RankFailure(AssertionError):
@@ -124,6 +128,7 @@ def free_port() -> int:
 def _serve(rank: int, world_size: int, port: int, pipe: Connection, platform: str = "cpu") -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["LOCAL_RANK"] = str(rank)
+    warnings.filterwarnings("error", module=OURS)
     import torch
 
     torch.set_num_threads(1)
