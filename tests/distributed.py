@@ -7,6 +7,7 @@ assert rank_pool(2).run(check, 10) == [10, 11]
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import random
@@ -136,6 +137,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, platform: st
     from megatron_moe_lpr.parallel.layout import ParallelLayout
     from megatron_moe_lpr.platform import select_platform
 
+    # Half a million objects of what has been imported: to look through them took half of a small test's time.
+    gc.freeze()
     # With the largest TP that a test may ask for: it decides how kernels are launched.
     initialize_parallel(select_platform(platform, tensor_parallel_size=world_size), ParallelLayout())
     while True:
