@@ -42,9 +42,13 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 endif
 
-## Install, then run the tests on this machine's CPU; TESTS="FILE -k NAME" runs a part of them.
+# Two files at a time: with one, a core of two waits a third of the time. A part is run in one process, so that -s prints.
+JOBS ?= $(if $(TESTS),0,2)
+ORDER ?= -p tests.slowest_first
+
+## Install, then test on the CPU; TESTS="FILE -k NAME" for a part, ORDER=--random-order to shuffle.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ORDER) $(TESTS)
 
 $(TE_VENV)/.installed: tests/transformer_engine/environment.sh setup.py constraints.txt
 	bash tests/transformer_engine/environment.sh $(TE_VENV) $(PYTHON)
