@@ -1,8 +1,8 @@
-# One command each, from nothing: a machine needs Python 3.10 or newer and make. `make help` lists them: a line that
-# begins with ## says what the target below it does.
+# `make help` lists the targets: a line that begins with ## describes the target below it. A machine needs make and
+# Python 3.10 or newer.
 #
-# The commands run in the active virtual environment, or in .venv, made on first use; with SYSTEM_PYTHON=1 (the Docker
-# images) in the Python that is there, installing nothing.
+# Commands run in the active virtual environment, or else in .venv, made on first use. With SYSTEM_PYTHON=1 (the Docker
+# images) they run in the Python that is there, and nothing is installed.
 
 PYTHON ?= python3
 VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),$(CURDIR)/.venv)
@@ -46,7 +46,7 @@ endif
 JOBS ?= $(if $(TESTS),0,2)
 ORDER ?= -p tests.slowest_first
 
-## Install, then test on the CPU; TESTS="FILE -k NAME" for a part, ORDER=--random-order to shuffle.
+## Install, then run the tests on the CPU; TESTS="FILE -k NAME" selects some, ORDER=--random-order shuffles.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ORDER) $(TESTS)
 
@@ -54,12 +54,12 @@ $(TE_VENV)/.installed: tests/transformer_engine/environment.sh setup.py constrai
 	bash tests/transformer_engine/environment.sh $(TE_VENV) $(PYTHON)
 	@touch $@
 
-## Run the GPU tests on an emulated device, without a GPU, in an environment of their own: .venv-te.
+## Run the GPU tests without a GPU, on an emulated device, in their own environment .venv-te.
 test-te: $(TE_VENV)/.installed
 	$(TE_VENV)/bin/python -m pytest -p tests.emulation.plugin $(or $(TESTS),tests/emulation tests/transformer_engine tests/gpu)
 
 # lm_eval brings fifty packages, 540 MB: the tests that need it (and pyarrow) are skipped by `make test` without them.
-## Install lm_eval, then run the tests that need it.
+## Install lm_eval (540 MB), then run the tests that need it.
 test-eval: $(INSTALLED)
 ifndef SYSTEM_PYTHON
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,eval]'
@@ -67,7 +67,7 @@ endif
 	$(BIN)/python -m pytest $(or $(TESTS),tests/evaluation/benchmarks tests/data/preparation/test_hub.py tests/data/preparation/test_sources.py)
 
 # As the Docker image's has; installs nothing.
-## Run the GPU tests on GPUs, with the Python that has the real Transformer Engine.
+## Run the GPU tests on GPUs; needs a Python with Transformer Engine; installs nothing.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(or $(TESTS),tests/gpu) -rs -s
 
@@ -84,18 +84,18 @@ $(CURDIR)/.venv-transformers4/.installed: $(SERVING)/transformers4.sh
 	@touch $@
 
 # Engines on the loopback interface against transformers and Megatron; docs/serving.md has the last output.
-## Try exports in vLLM, llama.cpp and transformers 4, in environments of their own.
+## Compare exports in vLLM, llama.cpp and transformers 4, each in its own environment.
 test-serving: $(INSTALLED) $(ENGINES)
 	$(BIN)/python -m tests.serving.compare --vllm .venv-vllm --llama-cpp .venv-llama-cpp \
 		--transformers4 .venv-transformers4
 
-## Check the code as CI does.
+## Check style and types as CI does.
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check megatron_moe_lpr tools tests benchmarks examples setup.py
 	$(BIN)/mypy
 
-## Remove the environments and what was built, not what was trained.
+## Remove environments and builds; keep what was trained in runs/.
 clean:
 	rm -rf .venv .venv-te .venv-vllm .venv-llama-cpp .venv-transformers4 build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

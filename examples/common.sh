@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# What the example scripts share: checks that stop before anything is started, and the launch. Sourced, not run.
+# Shared by the example scripts: checks before the start, and the launch. Sourced, not run. Variables for all scripts:
 #
 #   PLATFORM       cuda, or cpu to try the scripts without GPUs
 #   GPUS_PER_NODE  ranks on each node; default: all GPUs that nvidia-smi shows (PLATFORM=cpu: 1)
 #   NUM_NODES      default: those of the SLURM job, else 1
-#   DRY_RUN=1      print the command, the layout and the memory estimate, and start nothing
-#   FP8=1          matrix products in FP8 (Hopper: FP8_RECIPE=delayed, or blockwise), else bf16
+#   DRY_RUN=1      print the command, the layout and the memory estimate; start nothing
+#   FP8=1          matrix products in FP8 (FP8_RECIPE=delayed, the default, or blockwise); default: bf16
 #   GPU_MEMORY     GiB of one GPU, for the estimate; default: what nvidia-smi says
 #   LOG_DIR        where each rank's output goes; default: SAVE/logs
-#   PYTHON         the interpreter
+#   PYTHON         the Python interpreter; default: python
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"

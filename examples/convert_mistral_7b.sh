@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# Mistral-7B: the dense Hugging Face model becomes a Megatron checkpoint with experts.
-# 7b_to_8b/convert.sh has the settings.
+# Converts the dense Mistral-7B to a Megatron checkpoint with experts. Settings: 7b_to_8b/convert.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/7b_to_8b/convert.sh" mistral-7b "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The paper's benchmarks by lm_eval, on the dense model and on the exported one; ends in a table and OUT/benchmarks.json.
-# Needs `pip install -e '.[eval]' -c constraints.txt` and access to the benchmarks on the Hugging Face hub. Started
-# again, it goes on where it stopped. Further arguments go to tools/benchmarks.py.
+# Runs the paper's benchmarks by lm_eval, on the dense model and on the exported one. Prints a table and writes
+# OUT/benchmarks.json. Needs `pip install -e '.[eval]' -c constraints.txt` and access to the Hugging Face hub. Started
+# again, it continues where it stopped. Further arguments go to tools/benchmarks.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -10,13 +10,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 : "${OUT:=evaluation/qwen1.5-1.8b-moe-lpr}"     # where to write
 : "${EXPANDED:=el hu tr}"                       # languages that stage 1 taught
 : "${ORIGINAL:=en es zh}"                       # languages that the dense model knows
-: "${BENCHMARKS:=arc hellaswag mmlu belebele}"  # and flores, which lm_eval has for pairs with Spanish only
+: "${BENCHMARKS:=arc hellaswag mmlu belebele}"  # also: flores, only for language pairs with Spanish
 : "${MODEL:=hf}"                                # lm_eval's kind of model: hf or vllm
 : "${MODEL_ARGS:=dtype=auto}"                   # for vllm on 8 GPUs: dtype=auto,data_parallel_size=8
 : "${BATCH_SIZE:=auto}"                         # lm_eval's
 : "${DEVICE:=}"                                 # lm_eval's; default: cpu for PLATFORM=cpu, else lm_eval decides
 : "${LAUNCHER:=}"                               # for hf on 8 GPUs: accelerate launch --num_processes 8 -m lm_eval
-: "${LIMIT:=}"                                  # only so many questions of each task, to try it
+: "${LIMIT:=}"                                  # only the first N questions of each task, for a trial
 
 need HF "the directory of the dense model"
 need_file HF "$HF/config.json" "HF must be the directory of a dense Hugging Face model"

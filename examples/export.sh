@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The trained checkpoint becomes a stock Hugging Face directory that transformers, vLLM and lm_eval load.
+# Exports the trained checkpoint to a stock Hugging Face directory, which transformers, vLLM and lm_eval load.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Text becomes datasets for both stages, one language each: DATA/train-el, DATA/review-el, DATA/valid-el, ...
-# The defaults read the small demo corpus of this repository. What is already there is left as it is.
+# Converts text to the datasets of both stages, one language each: DATA/train-el, DATA/review-el, DATA/valid-el, ...
+# By default it reads the small demo corpus of this repository: set INPUT and VALID_INPUT to use your own text. Datasets
+# that exist are left as they are.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 : "${HF:=}"                                                   # directory of the dense model: its tokenizer is used
-: "${DATA:=datasets/qwen1.5-1.8b}"                            # where to write
-: "${EXPANDED:=el hu tr}"                                     # languages to learn: train, review, valid
-: "${ORIGINAL:=en es zh}"                                     # languages that the dense model knows: review, valid
+: "${DATA:=datasets/qwen1.5-1.8b}"                            # directory to write
+: "${EXPANDED:=el hu tr}"                                     # languages to learn: train-, review- and valid-
+: "${ORIGINAL:=en es zh}"                                     # languages that the dense model knows: review- and valid-
 : "${INPUT:=$ROOT/data/help_corpus/train/LANGUAGE.jsonl.zst}"  # a file or glob; LANGUAGE is replaced
 : "${VALID_INPUT:=$ROOT/data/help_corpus/valid/LANGUAGE.jsonl.zst}"  # the same for validation
 : "${REVIEW_EXPANDED:=100000}"                                # documents of each expanded language in stage 2
 : "${REVIEW_ORIGINAL:=50000}"                                 # documents of each original language in stage 2
 : "${VALID_DOCUMENTS:=}"                                      # documents of each language in validation; default: all
 : "${WORKERS:=}"                                              # processes; default: one a core
-: "${PARTITION:=}"                                            # i/n: a part of train-*; merge/n: join, do the rest
+: "${PARTITION:=}"                                            # i/n: part i of train-*; merge/n: join, then the rest
 
 need HF "the directory with the model's tokenizer"
 need_file HF "$HF" "give the directory with the model's tokenizer"

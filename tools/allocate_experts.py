@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How many experts each layer should get: more where the languages are unlike each other in the dense model."""
+"""Find how many experts each layer should get: more where the dense model treats the languages differently."""
 
 import dataclasses
 import json
@@ -30,24 +30,23 @@ class Flags:
     original_languages: list[str]
     """Languages that the dense model already knows, as the datasets name them, for example en es zh."""
     budget: int | None = None
-    """New experts in all layers together. Default: 2 for each layer, the share of the published allocations."""
+    """Most new experts in all layers together. Default: 2 for each layer, as in the published allocations."""
     multiple_of: int = 1
     """New experts of a layer come in multiples of this: the --expert-model-parallel-size of the run."""
     uniform_count: int | None = None
-    """Each layer gets this many experts, the original one included, or none: a stock Qwen2-MoE or Qwen3-MoE can hold
-    that, but not different numbers."""
+    """Give each layer this many experts, the original one included, or none. Needed for an export."""
     dense_layers: tuple[int, ...] = ()
-    """Layers that get none, for example one whose router could not tell the languages apart."""
+    """Numbers of layers that get no experts, for example those marked poor."""
     tokens_per_language: int = 20_000
-    """Size of the sample."""
+    """Tokens of each language to measure with."""
     seq_length: int = 256
-    """Tokens of a window of the sample."""
+    """Tokens of a sequence in that sample."""
     output: Path | None = None
-    """JSON file that --experts-per-layer of convert_hf.py and plan.py reads."""
+    """JSON file to write, for --experts-per-layer of convert_hf.py and plan.py."""
     plot: Path | None = None
     """SVG file to draw."""
     device: str | None = None
-    """Where the layers run. Default: cuda where PyTorch sees a device, else cpu."""
+    """Where the layers run. Default: cuda if PyTorch sees a device, else cpu."""
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""lm_eval on the base model and the exported one: the paper's benchmarks in the original and the expanded languages.
+"""Run the paper's benchmarks by lm_eval, on the base model and the exported one, in all languages.
 
 Needs the package's extra `eval`. Started again with the same --output, it goes on where it stopped.
 """
@@ -44,11 +44,11 @@ class Flags:
     output: Path
     """Directory for lm_eval's results, a directory for each model and benchmark, and benchmarks.json beside them."""
     benchmarks: tuple[str, ...] = ("arc", "hellaswag", "mmlu", "belebele")
-    """Among arc, hellaswag, mmlu, belebele and flores."""
+    """Which of arc, hellaswag, mmlu, belebele and flores to run."""
     num_fewshot: int | None = None
     """Examples in the prompt. Default: 25 for arc, 10 for hellaswag, 5 for mmlu and belebele, 8 for flores."""
     limit: int | None = None
-    """Only the first so many questions of each task: to try it."""
+    """Only the first N questions of each task, for a trial."""
     model: str = "hf"
     """lm_eval's kind of model: hf or vllm."""
     model_args: str = "dtype=auto"
@@ -62,7 +62,7 @@ class Flags:
     launcher: str = ""
     """Command before lm_eval's flags, for example "accelerate launch -m lm_eval". Default: this Python's -m lm_eval."""
     dry_run: bool = False
-    """Print tasks and commands, and start nothing."""
+    """Print tasks and commands; start nothing."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -20,9 +20,9 @@ class Flags:
 
     data: Annotated[DataConfig, tyro.conf.OmitArgPrefixes]
     sequence_length: int
-    """Tokens a sample (--seq-length of the training)."""
+    """Tokens of a sample: the training's --seq-length."""
     train_samples: int
-    """Samples of the whole run: steps times the global batch size."""
+    """Samples of the whole run: --train-iters times --global-batch-size of the training."""
 
 
 def main() -> None:

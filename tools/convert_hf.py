@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert between Hugging Face directories and Megatron checkpoints, upcycling dense models on the way in."""
+"""Convert between Hugging Face directories and Megatron checkpoints; import upcycles dense models to MoE."""
 
 import dataclasses
 from pathlib import Path
@@ -24,28 +24,23 @@ class Import:
     save: Path
     """Checkpoint directory to write."""
     num_experts: int | None = None
-    """Experts per layer, the original one included; 1 keeps the model dense. Default: the paper's 6; a stock MoE
-    directory or an adapter decides by itself."""
+    """Experts per layer, with the original one; 1: stay dense. Default: 6 (paper), or what a MoE or adapter has."""
     top_k: int | None = None
     """Experts per token. Default: the paper's 2."""
     moe_layer_freq: str | None = None
-    """Which layers get experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31" (all but the
-    first). Default: 1, every layer."""
+    """Layers with experts: N for every N-th from layer 0 on, or a pattern: "[0]+[1]*31". Default: 1, every layer."""
     experts_per_layer: str | None = None
-    """Experts of each layer instead, the original one included, 1 for a dense layer: 5,4,3,... or the JSON file that
-    tools/allocate_experts.py writes."""
+    """Instead: experts of each layer (1: dense), as 5,4,3,... or as the JSON file of tools/allocate_experts.py."""
     expand_blocks: int | None = None
-    """Keep the model dense and insert so many blocks that --stage blocks trains (LLaMA-Pro): a copy after each of as
-    many equal groups of blocks, with its output projections zero."""
+    """Stay dense and insert N copied blocks, one after each of N groups, for --stage blocks (LLaMA-Pro)."""
     seed: int = 1234
     """Seed of the routers' initial values."""
     adapter: Path | None = None
-    """Take experts and routers from an adapter of the authors' Hugging Face implementation (peft_type MOE), with its
-    base model given by --hf."""
+    """Take experts and routers from an adapter of the authors' implementation (peft_type MOE); --hf is its base."""
     allow_top_1: bool = False
-    """Accept --top-k 1, although the upcycled model then differs from the dense one from the start."""
+    """Accept --top-k 1, although the upcycled model then differs from the dense one."""
     expert_model_parallel_size: int = 1
-    """Only check that this many ranks could share the new experts evenly."""
+    """Only a check: does this EP size divide the number of new experts?"""
     overwrite: bool = False
     """Replace what is at --save."""
 
@@ -75,10 +70,10 @@ class Import:
 
 @dataclasses.dataclass(frozen=True)
 class Expand:
-    """More experts for a second group of languages; the experts that a checkpoint has are frozen from then on."""
+    """Add experts for a second group of languages; the experts that the checkpoint has stay frozen."""
 
     load: Path
-    """Checkpoint directory, after stage 2, or one iteration in it."""
+    """Checkpoint directory after stage 2, or one iteration in it."""
     save: Path
     """Checkpoint directory to write."""
     add_experts: str
@@ -86,13 +81,13 @@ class Expand:
     seed: int = 1234
     """Seed of the routers' new rows."""
     expert_model_parallel_size: int = 1
-    """Only check that this many ranks could share the experts of each expansion evenly."""
+    """Only a check: does this EP size divide the number of experts of each expansion?"""
     base_checkpoint: Path | None = None
-    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
+    """For a --load of --save-trainable-only: directory of the checkpoint that its run started from, if it has moved."""
     overwrite: bool = False
     """Replace what is at --save."""
     verify: bool = True
-    """Compare the checkpoint's files with their checksums before anything in them is used."""
+    """Compare the checkpoint's files with their checksums before use."""
 
     def run(self) -> None:
         """Expand, then print what came out."""
@@ -115,11 +110,11 @@ class Export:
     hf: Path
     """Hugging Face directory to write."""
     base_checkpoint: Path | None = None
-    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
+    """For a --load of --save-trainable-only: directory of the checkpoint that its run started from, if it has moved."""
     max_shard_size: str = "5GB"
     """Largest size of one safetensors file, for example 500MB or 2GiB."""
     engine: Annotated[Engine, tyro.conf.arg(name="for")] = "transformers"
-    """What reads it: transformers stands for vLLM and SGLang too; llama.cpp needs a form of its own."""
+    """Program that will load it. transformers: also for vLLM; llama.cpp needs a form of its own."""
     base_model: str | None = None
     """For the model card: the base model's name on the hub. Default: what its config.json says."""
     licence: str | None = None
@@ -129,7 +124,7 @@ class Export:
     overwrite: bool = False
     """Replace what is at --hf."""
     verify: bool = True
-    """Compare the checkpoint's files with their checksums before anything in them is used."""
+    """Compare the checkpoint's files with their checksums before use."""
 
     def run(self) -> None:
         """Convert, then print what came out."""
@@ -164,7 +159,7 @@ class Verify:
     hf: Path
     """Hugging Face directory to compare with, loaded by transformers' own class."""
     base_checkpoint: Path | None = None
-    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
+    """For a --load of --save-trainable-only: directory of the checkpoint that its run started from, if it has moved."""
     tolerance: float = 1e-3
     """Largest difference of any logit that still counts as equal."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -174,7 +169,7 @@ class Verify:
     platform: PlatformName = "auto"
     """Where to compute."""
     verify: bool = True
-    """Compare the checkpoint's files with their checksums before anything in them is used."""
+    """Compare the checkpoint's files with their checksums before use."""
 
     def run(self) -> None:
         """Compare; models that differ end in exit code 1."""
@@ -199,12 +194,12 @@ class Verify:
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """One screen about a checkpoint or a Hugging Face directory."""
+    """Summarise a checkpoint or a Hugging Face directory."""
 
     directory: tyro.conf.Positional[Path]
     """Checkpoint directory, one iteration in it, or a Hugging Face directory."""
     verify: bool = False
-    """Compare every file of a checkpoint with its checksum; without it only the small ones are."""
+    """Compare every file of a checkpoint with its checksum. Default: only the small ones."""
 
     def run(self) -> None:
         """Print it."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fetch the paper's corpora by Hugging Face's own client: CulturaX, SlimPajama for en, SkyPile for zh.
+"""Download the paper's corpora from the Hugging Face hub: CulturaX, SlimPajama for en, SkyPile for zh.
 
 Writes OUTPUT/train/LANGUAGE/ and OUTPUT/valid/LANGUAGE/, which tools/preprocess_data.py reads. Started again, it goes
 on where it stopped; a file in its place is complete and was compared with its checksum.
@@ -29,13 +29,13 @@ class Flags:
     languages: list[str]
     """LANGUAGE, or LANGUAGE=N for N files instead of --shards, for example el=30 hu=30 en=8."""
     output: Path
-    """Directory for the text, and corpus.json, which says where it came from."""
+    """Directory for the text and for corpus.json, which records its source."""
     shards: int = 1
     """Files of each language for training."""
     valid_shards: int = 1
-    """The next so many files for validation."""
+    """Files of each language for validation, the next ones after those for training."""
     corpus: tuple[str, ...] = ()
-    """LANGUAGE=NAME, culturax, slimpajama or skypile, where it is not the paper's choice."""
+    """LANGUAGE=NAME to take another corpus than the paper: culturax, slimpajama or skypile."""
     revision: str = "main"
     """Branch, tag or commit of the data sets."""
     dry_run: bool = False

@@ -29,13 +29,13 @@ class Flags:
     valid_data_path: list[str]
     """Datasets: prefixes, each evaluated by itself, whole and in order."""
     base_checkpoint: Path | None = None
-    """For a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
+    """For a --load of --save-trainable-only: directory of the checkpoint that its run started from, if it has moved."""
     original_languages: list[str] = dataclasses.field(default_factory=list)
-    """Languages that the dense model already knows. Default: those that the checkpoint was trained with."""
+    """Languages that the dense model already knows. Default: as in the checkpoint's training."""
     output: Path | None = None
     """Write the results to this file as JSON too."""
     seq_length: int = 512
-    """Tokens of a sequence: the longest context a prediction gets."""
+    """Tokens of a sequence, which bounds the context of a prediction."""
     micro_batch_size: int = 4
     """Sequences a data-parallel rank computes at once."""
     bf16: bool = False
@@ -44,9 +44,9 @@ class Flags:
     """Compute in fp32."""
     layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
     verify: bool = True
-    """Compare the checkpoint's files with their checksums before anything in them is used."""
+    """Compare the checkpoint's files with their checksums before use."""
     platform: PlatformName = "auto"
-    """Where to run; auto: CUDA where there is a device."""
+    """Where to run. auto: CUDA if there is a device."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def plan(flags: Flags) -> "EvaluationPlan":
-    """Flags as the evaluation room takes them. Raises UserError where they contradict each other."""
+    """Flags as the evaluation takes them. Raises UserError where they contradict each other."""
     if flags.bf16 and flags.fp32:
         raise UserError("--bf16 and --fp32: give one of them")
     import torch

@@ -1,4 +1,4 @@
-"""Show what is in indexed datasets: counts, and decoded documents to look at."""
+"""Show what is in indexed datasets: counts, and some documents decoded."""
 
 import dataclasses
 import sys
@@ -21,15 +21,15 @@ class Flags:
     input: list[str]
     """Dataset prefixes, or a quoted glob."""
     tokenizer: str | None = None
-    """The tokenizer that made them, to decode samples."""
+    """The tokenizer that the datasets were made with. Without it no documents are decoded."""
     samples: int = 3
     """Documents to decode from each dataset, spread evenly over it."""
     documents: list[int] = dataclasses.field(default_factory=list)
     """Decode these documents instead, counted from 0."""
     max_tokens: int = 200
-    """Of a document, decode so many tokens."""
+    """Tokens to decode of each document."""
     verify: bool = False
-    """Read everything and compare it with the checksums that were made while it was written."""
+    """Read everything and compare it with the checksums in the manifest."""
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ class Flags:
     output_prefix: str
     """Where to write: PREFIX.bin, PREFIX.idx and PREFIX.json."""
     shuffle_seed: int | None = None
-    """Shuffle the documents, deterministically; needs room for a second copy on the disk meanwhile."""
+    """Shuffle the documents, deterministically; needs disk space for a second copy."""
     allow_missing_partitions: bool = False
-    """Merge though partitions of the run are missing."""
+    """Merge even if partitions are missing."""
     overwrite: bool = False
     """Replace existing output."""
 

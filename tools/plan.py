@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Plan a run before it is started: parameters, operations, memory of a rank, the layouts that fit, best first, and what
-each of them sends.
+"""Plan a run: parameters, operations, the layouts that fit into GPU memory, best first, and what each of them sends.
 
-Layout flags that are given are kept; the others are searched.
+Layout flags that you give are kept; the others are searched.
 """
 
 import dataclasses
@@ -20,16 +19,16 @@ ABOVE_ZERO = (
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Plan a run before it is started."""
+    """Plan a run."""
 
     gpus: int
     """GPUs of the run."""
     gpu_memory: float = 80.0
     """GiB of one GPU."""
     gpus_per_node: int = 8
-    """TP stays inside a node."""
+    """GPUs of one node. TP stays inside a node."""
     hf: Path | None = None
-    """A dense Hugging Face directory (or its config.json), upcycled as the next three flags say."""
+    """A dense Hugging Face directory (or its config.json), upcycled as the next four flags say."""
     num_experts: int = 6
     """Experts per layer, the original one included."""
     top_k: int = 2
@@ -37,36 +36,44 @@ class Flags:
     moe_layer_freq: str = "1"
     """Which layers have experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31"."""
     experts_per_layer: str | None = None
-    """Experts of each layer instead of the two flags for that: 5,4,3,... or the JSON file of allocate_experts.py. Shown
-    is what it saves against --num-experts (default 6) in every layer."""
+    """Experts of each layer, instead of --num-experts and --moe-layer-freq: 5,4,3,... or the JSON file of
+    allocate_experts.py. The plan then also shows what that saves against --num-experts in every layer."""
     load: Path | None = None
     """A converted checkpoint, instead of --hf."""
     stage: Literal["1", "2", "full", "blocks"] = "1"
     """1 trains new experts and routers, 2 routers, full everything, blocks the inserted blocks of --load."""
     seq_length: int = 1024
+    """Tokens of a sequence."""
     micro_batch_size: int = 1
+    """Sequences a data-parallel rank computes at once."""
     global_batch_size: int = 512
+    """Sequences of an optimizer step."""
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """fp8: matrix products in FP8, the rest in bf16."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"
     """With --precision fp8: how tensors are scaled."""
     fp8_param_gather: bool = False
-    """With --precision fp8: the new experts' weights are in FP8."""
+    """With --precision fp8: keep the new experts' weights in FP8."""
     use_distributed_optimizer: bool = True
+    """Split the optimizer's state over the data-parallel ranks."""
     tensor_model_parallel_size: int | None = None
+    """TP. Default: searched."""
     pipeline_model_parallel_size: int | None = None
+    """PP. Default: searched."""
     expert_model_parallel_size: int | None = None
+    """EP. Default: searched."""
     recompute: Literal["none", "core_attn", "layernorm", "moe_act", "mlp", "moe", "full"] | None = None
-    """Activations: keep all, compute one of training's --recompute-modules again, or whole layers."""
+    """Activation recomputation: none, one of training's --recompute-modules, or full layers. Default: searched."""
     show: int = 8
     """Layouts to show."""
     routing: Path | None = None
-    """An evaluation's JSON file (tools/evaluate.py): what is sent is counted with its routing. Default: balanced."""
+    """JSON file of tools/evaluate.py --output, whose routing the communication is computed with. Default: balanced."""
     original_share: float | None = None
-    """With --routing: share of tokens of original languages. Default: as in the data that the checkpoint saw last."""
+    """With --routing: share of original-language tokens. Default: as in the checkpoint's last training data."""
     peak_tflops: float = 989.0
-    """TFLOP/s of a GPU, here an H100's in bf16; 1979 in FP8. This and the next three are for the step on paper."""
+    """TFLOP/s of a GPU, by default an H100's in bf16 (1979 in FP8). This and the next three estimate step time."""
     utilization: float = 0.4
-    """Share of it that a step's operations reach: an assumption."""
+    """Share of --peak-tflops that a step reaches: an assumption."""
     node_bandwidth: float = 450.0
     """GB/s that a GPU sends to others of its node."""
     network_bandwidth: float = 50.0

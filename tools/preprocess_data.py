@@ -41,15 +41,15 @@ class Flags:
     max_documents: int | None = None
     """Keep only the first N documents (of each language)."""
     shuffle_seed: int | None = None
-    """Shuffle the documents at the end, deterministically; needs room for a second copy on the disk meanwhile."""
+    """Shuffle the documents at the end, deterministically; needs disk space for a second copy."""
     partitions: Annotated[str, tyro.conf.arg(metavar="I/N")] = "1/1"
-    """Do only partition I (from 1) of N and write PREFIX-0000I-of-0000N; tools/merge_datasets.py joins them."""
+    """Convert only partition I (from 1) of N, to PREFIX-0000I-of-0000N; tools/merge_datasets.py joins them."""
     append_eod: bool = True
     """End each document with the end-of-document token."""
     eod_token: str | None = None
-    """That token; default: the tokenizer's end-of-sequence token."""
+    """The end-of-document token. Default: the tokenizer's end-of-sequence token."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do about a line that is not a document; skipped ones are counted in the manifest."""
+    """What to do with a line that is not a document. skip: count it in the manifest."""
     overwrite: bool = False
     """Replace existing output."""
 

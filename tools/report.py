@@ -19,8 +19,7 @@ class Flags:
     """Compare evaluations in one HTML file."""
 
     evaluation: list[str]
-    """TITLE=FILE of tools/evaluate.py --output; the first is what the others are compared with. The same TITLE again is
-    another run of the same model: the table has their mean and spread."""
+    """TITLE=FILE of tools/evaluate.py --output; the first is the base of comparison. Same TITLE again: another seed."""
     output: Path
     """HTML file to write."""
     metrics: list[str] = dataclasses.field(default_factory=list)
@@ -28,13 +27,11 @@ class Flags:
     samples: Path | None = None
     """JSON file with generated text: a list of objects with language, prompt and text."""
     subject: str | None = None
-    """Title of the evaluation that the page is about. Default: the third (base, stage 1, stage 2), or the last
-    of fewer."""
+    """Title of the evaluation that the page is about. Default: the third (after base and stage 1), or the last."""
     costs: Path | None = None
-    """JSON file with parameters, active_parameters and generated_tokens_per_second by title, as examples/demo/costs.py
-    writes it: three more columns."""
+    """JSON file of examples/demo/costs.py: adds columns for parameters and speed."""
     curves: Path | None = None
-    """JSON file with a list of curves: title, caption, setting, and points of a value and evaluations (files)."""
+    """JSON file with curves, as examples/demo/curves.py writes it."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What else one could do with the same tokens, for the table: full fine-tuning of the dense model, upcycling with
-# nothing frozen, and a review without LPR. (The MoE without review is the demo's own stage 1.) Needs `make demo`.
+# Trains the demo's baselines on the same tokens and adds them to its table: full fine-tuning of the dense model,
+# upcycling with nothing frozen, and a review without LPR. (The MoE without review is the demo's own stage 1.) Runs the
+# demo first if it is not there.
 
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 

@@ -2,23 +2,23 @@
 
 .PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing paper-table paper-scaling base-model
 
-## Run the whole method on real text, up to runs/demo/report.html; goes on where it was interrupted.
+## Run the whole method on real text, up to runs/demo/report.html; resumes if interrupted.
 demo: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/run.sh
 
-## Run it at the paper's proportions: the whole corpus once, a replay of less than 1% of it.
+## Run the demo at the paper's proportions: the whole corpus once, a replay of less than 1% of it.
 demo-full: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/full.sh
 
-## Make the paper's Table 1 in small, two seeds; ends in runs/paper/report.html.
+## Reproduce the paper's Table 1 in small, with two seeds; ends in runs/paper/report.html.
 paper-table: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/paper_table.sh
 
-## Draw curves over the number of experts, the replay and the languages, into the same page.
+## Add curves over the number of experts, the replay and the languages to that report.
 paper-scaling: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/scaling.sh
 
-## Do what else one could with the same tokens, for the demo's table.
+## Train the demo's baselines on the same tokens and add them to its table.
 demo-baselines: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/baselines.sh
 
@@ -29,7 +29,7 @@ ifndef SYSTEM_PYTHON
 endif
 	PYTHON=$(BIN)/python bash examples/demo/evaluate_choices.sh
 
-## Try the demo's models on text of another program, fetched as a Debian package.
+## Evaluate the demo's models on another text, which is fetched as a Debian package.
 demo-other-text: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/other_text.sh
 
@@ -37,6 +37,6 @@ demo-other-text: $(INSTALLED)
 demo-growing: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/growing.sh
 
-## Make data/base_model again from a random initialisation, in runs/base_model/hf.
+## Train data/base_model again from a random initialisation, in runs/base_model/hf.
 base-model: $(INSTALLED)
 	PYTHON=$(BIN)/python bash examples/demo/make_base_model.sh

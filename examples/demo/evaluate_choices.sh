@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# lm_eval on the base model and on the demo's exported one: which of four endings continues a held-out passage? Needs
-# `make demo` and the package's extra `eval`.
+# Runs lm_eval on the base model and on the demo's exported one: which of four endings continues a held-out passage?
+# Needs the package's extra `eval`. Runs the demo first if it is not there.
 
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 

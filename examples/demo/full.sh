@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The demo at the paper's proportions: stage 1 reads the whole corpus of el, hu and tr once (2.6M tokens), the replay is
-# less than 1% of that. With full fine-tuning on the same tokens, and the demo's targets. Ends in runs/full/report.html.
+# Runs the demo at the paper's proportions: stage 1 reads the whole corpus of el, hu and tr once (2.6M tokens), and the
+# replay is less than 1% of that. Adds full fine-tuning on the same tokens, and prints which targets are reached. Ends
+# in runs/full/report.html.
 
 RUNS=${RUNS:-runs/full}
 # 10,070 windows of 256 tokens, 8 a step.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Experts by layer, and languages added later, with fewer steps than the demo's, in one process. Ends in two tables:
-# half of the demo's new experts, allocated by how alike the languages are in each layer, against all of them; and
-# el and hu first, tr by a second expansion, against all three at once. Both sides of either see the same tokens in stage 1.
+# Fewer experts, and languages added later, with fewer steps than the demo's, in one process. Ends in two tables: half
+# of the demo's new experts, allocated by layer, against all of them; and el and hu first, tr by a second expansion,
+# against all three at once. Both sides of a table see the same tokens in stage 1. Described in docs/growing.md.
 
 RUNS=${RUNS:-runs/demo-growing}
 RANKS=${RANKS:-1}

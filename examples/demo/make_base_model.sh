@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Remake data/base_model, the demo's small dense model: a tokenizer over the demo corpus, random weights, then
-# `--stage full` on English, Spanish and Chinese with 1% each of Greek, Hungarian and Turkish, as a real model would
-# have seen some of every language. Writes $RUNS/hf. See docs/demo.md for what was tried and how long it takes.
+# Makes data/base_model, the demo's small dense model, anew: a tokenizer over the demo corpus, random weights, then
+# `--stage full` on English, Spanish and Chinese with 1% each of Greek, Hungarian and Turkish, since a real model has
+# seen some of every language. Writes $RUNS/hf. docs/demo.md says how long it takes, docs/experiments.md what was tried.
 
 RUNS=${RUNS:-runs/base_model}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The demo's models on text of another program by other writers: GNOME's desktop help, from Debian's or Ubuntu's package
-# gnome-user-docs, which this fetches. It is hardly translated to Turkish. Needs `make demo`, apt-get and dpkg.
+# Evaluates the demo's models on another text: GNOME's desktop help, from Debian's or Ubuntu's package gnome-user-docs,
+# which this script fetches. It has hardly any Turkish. Needs apt-get and dpkg. Runs the demo first if it is not there.
 
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 source examples/demo/gnome.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The paper's Table 1 in small: other ways to teach the demo's base model el, hu and tr with the same windows of text, and
-# what the method is without its parts; means over $SEEDS, which run side by side. Ends in runs/paper/report.html. Goes on
-# where it was interrupted.
+# Reproduces the paper's Table 1 in small: other methods to teach the demo's base model el, hu and tr on the same
+# samples, and ablations of MoE-LPR. Means over $SEEDS, which run in parallel. Ends in runs/paper/report.html. Started
+# again, it resumes.
 
 RUNS=${RUNS:-runs/paper}
 SEEDS=${SEEDS:-1234 1235}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole method on real text, on a CPU: data/base_model (a small model that knows en, es and zh) learns el, hu and
-# tr, then reviews. Ends in runs/demo/report.html. Interrupt it whenever you like: the next start goes on from there.
-# Start over with `rm -r runs/demo`.
+# Runs the whole method on real text, on a CPU: data/base_model (a small model that knows en, es and zh) learns el, hu
+# and tr, then reviews. Ends in runs/demo/report.html. Interrupt it whenever you like; the next start resumes. To start
+# over: `rm -r runs/demo`.
 
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 

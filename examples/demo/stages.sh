@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034  # sourced by scripts that use what is set here
-# The demo's runs, shared by run.sh and baselines.sh so that all of them see the same tokens. docs/demo.md says what
-# was tried. A step takes BATCH x LENGTH tokens.
+# Settings and stages of the demo, shared by its scripts so that all of them see the same tokens. docs/experiments.md
+# says what was tried. A step takes BATCH x LENGTH tokens.
 
 RUNS=${RUNS:-runs/demo}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

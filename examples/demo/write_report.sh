@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# $RUNS/report.html out of every evaluation that is there, and the table on the terminal.
+# Writes $RUNS/report.html from all evaluations in $RUNS, and prints the table.
 
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 

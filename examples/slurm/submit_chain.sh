@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits stage 1, stage 2 and export, each when the one before has succeeded. From the root of the repository:
+# Submits stage 1, stage 2 and export; each starts when the one before has succeeded. From the root of the repository:
 #   bash examples/slurm/submit_chain.sh qwen --nodes=4 --gpus-per-node=8
 # The first argument picks the scripts (stage1_NAME.sh); the others go to sbatch for the two training jobs. Settings in
 # the environment reach all jobs; those below differ between them.

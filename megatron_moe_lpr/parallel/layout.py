@@ -9,7 +9,7 @@ from megatron_moe_lpr.parallel.experts import check_expert_parallel
 
 @dataclasses.dataclass(frozen=True)
 class ParallelLayout:
-    """Ranks along each parallel dimension. Data parallelism takes what the others leave of the world."""
+    """Ranks along each parallel dimension. Data parallelism takes the remaining ranks."""
 
     tensor_model_parallel_size: int = 1
     """TP: ranks that share each matrix of a layer."""

@@ -84,8 +84,8 @@ class StepTimes:
     @property
     def bound(self) -> str:
         """The part beside the computation that takes longest, and the computation's share."""
-        names = {"imbalance": "busiest EP rank", "data": "DP", "tensor": "TP", "expert": "EP", "pipeline": "PP"}
-        names["waiting"] = "pipeline waits"
+        names = {"imbalance": "EP imbalance", "data": "DP", "tensor": "TP", "expert": "EP", "pipeline": "PP"}
+        names["waiting"] = "pipeline bubble"
         longest = max(names, key=lambda name: getattr(self, name))
         share, of_longest = self.compute / self.total, getattr(self, longest) / self.total
         return f"compute {share:.0%}" + (f", {names[longest]} {of_longest:.0%}" if of_longest >= 0.005 else "")

@@ -37,10 +37,10 @@ def print_plan(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates:
 def print_communication(
     shape: ModelShape, sizes: RunSizes, candidates: Sequence[Candidate], routing: Routing, hardware: Hardware
 ) -> None:
-    """What a rank of each layout sends in a step, and the step on paper, never measured."""
+    """What a rank of each layout sends in a step, and the estimated time of the step."""
     title = (
         f"GB that the busiest rank sends in a step of {sizes.global_batch_size:,} x {sizes.seq_length:,} tokens, and "
-        "the step on paper (never measured)"
+        "estimated step time (never measured)"
     )
     table = Table(title=title, title_justify="left")
     for name in ("TP", "PP", "EP", "DP", "sent: DP", "TP", "EP", "PP", "step, s", "compute, s"):
@@ -52,9 +52,9 @@ def print_communication(
     console = Console(width=160)
     console.print(table)
     console.print(
-        f"On paper: {hardware.peak_tflops:g} TFLOP/s at {hardware.utilization:.0%}, {hardware.node_bandwidth:g} GB/s "
+        f"Assumed: {hardware.peak_tflops:g} TFLOP/s at {hardware.utilization:.0%}, {hardware.node_bandwidth:g} GB/s "
         f"inside a node of {hardware.gpus_per_node} GPUs, {hardware.network_bandwidth:g} GB/s a GPU between nodes; DP "
-        "overlaps with one micro-batch, TP, EP and PP with nothing. "
+        "overlaps with the computation of one micro-batch, TP, EP and PP with nothing. "
         + (_routing_words(routing) if shape.num_moe_layers else "")
     )
 

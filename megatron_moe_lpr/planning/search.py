@@ -141,7 +141,7 @@ def evaluate(
     cost = (1 + again) * (1 + waiting) * (1 + tp_cost + ep_cost)
     reasons = [f"{(machine.usable_bytes - memory.total) / GIB:.0f} GiB free"]
     reasons += ["nothing recomputed"] if recompute == "none" else [f"recompute {recompute} +{again:.0%}"]
-    reasons += [f"pipeline waits +{waiting:.0%}"] if waiting else []
+    reasons += [f"pipeline bubble +{waiting:.0%}"] if waiting else []
     reasons += [f"TP communication +{tp_cost:.0%}"] if tp_cost else []
     reasons += [f"EP communication +{ep_cost:.0%}"] if ep_cost else []
     return Candidate(layout, recompute, memory, cost, tuple(reasons))

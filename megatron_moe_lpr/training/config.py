@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class BatchOptions:
-    """How much text a step takes, and how many steps there are."""
+    """Batch size and number of steps."""
 
     train_iters: int
     """Optimizer steps of the whole run."""
@@ -80,12 +80,11 @@ class OptimizerOptions:
     use_distributed_optimizer: bool = False
     """Split the optimizer's state over the data-parallel ranks. Always so in bf16."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass goes on."""
+    """Reduce gradients during the backward pass."""
     overlap_param_gather: bool = False
     """Gather updated parameters during the next forward pass; needs the two above."""
     overlap_on_gpus: bool = True
-    """On GPUs turn the three above on: a step then neither waits for gradients nor for parameters to travel, and a
-    rank keeps its share of the optimizer's state only."""
+    """On GPUs, turn the three flags above on: communication overlaps, and the optimizer's state is split."""
 
     def __post_init__(self) -> None:
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
@@ -102,28 +101,27 @@ class OptimizerOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionOptions:
-    """Number formats and what is recomputed instead of kept."""
+    """Number formats, dispatch of tokens to experts, and activation recomputation."""
 
     bf16: bool = False
     """Compute in bfloat16, with fp32 gradients, routers and optimizer. Default: the checkpoint's own dtype."""
     fp32: bool = False
     """Compute in fp32."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
-    """How tokens travel to new experts on other ranks."""
+    """Communication of tokens to new experts on other ranks. flex needs DeepEP."""
     original_expert_overlap: bool = False
-    """Compute the original expert on a stream of its own while tokens travel to new experts on other ranks. Without
-    expert parallelism it has no effect, and on CPUs it changes the order of launches alone. Never timed on a GPU."""
+    """With EP on GPUs, compute the original expert on its own stream during the all-to-all. Never timed on a GPU."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass: whole layers, or --recompute-modules."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """Full recompute: groups of --recompute-num-layers layers, or only the first so many of a stage."""
+    """Full recompute. uniform: groups of --recompute-num-layers layers; block: only the first so many of a PP stage."""
     recompute_num_layers: int | None = None
-    """See --recompute-method."""
+    """Layers for --recompute-method. Default: 1."""
     recompute_modules: tuple[str, ...] | None = None
     """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
 
     def compute_options(self, checkpoint_dtype: str, fp8: FP8Options | None = None) -> "ComputeOptions":
-        """What the model room needs to know.
+        """What the model needs to know.
 
         Raises:
             UserError: both formats were asked for.
@@ -152,40 +150,36 @@ class PrecisionOptions:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointOptions:
-    """Where weights come from and where the run's state goes."""
+    """Which checkpoints are loaded, saved, kept and resumed."""
 
     load: Path
-    """Checkpoint to start from, at any layout: its weights, never its optimizer. A run that finds a checkpoint of its
-    own in --save goes on from that one instead."""
+    """Checkpoint to take the weights from, at any layout. Once --save has a checkpoint of this run, that one counts."""
     save: Path
-    """Directory for this run's checkpoints, and its logs."""
+    """Directory for this run's checkpoints and logs. A run resumes from its newest checkpoint there."""
     save_interval: int | None = None
-    """Steps between checkpoints. One is always written at the end."""
+    """Steps between checkpoints. Default: only at the end and on SIGTERM or SIGUSR1."""
     take_over: bool = False
-    """Take the lock in --save from a run on another host, which this one cannot see: only where it has ended."""
+    """Take over the lock in --save from a run on another host. Only if you know that run has ended."""
     base_checkpoint: Path | None = None
-    """For --load of a checkpoint with only trained weights: where the checkpoint is now that its run started from."""
+    """For a --load of --save-trainable-only: directory of the checkpoint that its run started from, if it has moved."""
     save_trainable_only: bool = False
-    """Save only the weights that train, and their optimizer; --load keeps the others, and is needed with them."""
+    """Save only what trains. Such a checkpoint is of use only together with --load: keep that."""
     save_retain_interval: int | None = None
-    """Keep the checkpoints of every so many steps; of the others only --keep-last-checkpoints (default then: 2)."""
+    """Keep the checkpoint of every K-th step for good, and the newest --keep-last-checkpoints (then 2 by default)."""
     keep_last_checkpoints: int | None = None
-    """Keep this many of the newest checkpoints, and those of --save-retain-interval. Default: all are kept. The one the
-    run started from and one that is being read are never removed."""
+    """Keep the newest N checkpoints; default: all. --load and a checkpoint that is being read are never removed."""
     async_save: bool = True
-    """Train on while a checkpoint is written, by a process beside each rank from a copy of its share in host memory."""
+    """Copy the checkpoint into host memory and write it from there while training goes on."""
     verify: bool = True
-    """Compare every file of a checkpoint with its checksum before anything in it is used."""
+    """Compare every file of a checkpoint with its checksum before use."""
     fall_back: bool = True
-    """Where the latest checkpoint in --save is damaged, set it aside under another name and go on from
-    the one before."""
+    """If the latest checkpoint in --save is damaged, rename it and resume from the one before."""
     accept_changes: tuple[str, ...] = ()
-    """Go on although these settings differ from those that the run's checkpoint records, by flag, e.g. lr data
-    train-iters. They count from the checkpoint's step on."""
+    """Flags whose values may differ from the checkpoint's when resuming, e.g. lr data train-iters."""
     override_opt_param_scheduler: bool = False
-    """Accept changes of all learning rate and weight decay settings; the given ones count."""
+    """When resuming, use the given learning rate and weight decay settings."""
     use_checkpoint_opt_param_scheduler: bool = False
-    """Take learning rate and weight decay settings from the run's checkpoint, whatever is given."""
+    """When resuming, use the checkpoint's learning rate and weight decay settings."""
 
     def __post_init__(self) -> None:
         if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
@@ -202,7 +196,7 @@ class GuardOptions:
     """What to do about a loss or a gradient that is not finite."""
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """skip: leave the step out, weights and optimizer as they were, and go on with the next batch."""
+    """stop: end the run. skip: leave weights and optimizer as they were and take the next batch."""
     max_consecutive_skips: int = 10
     """Steps in a row that may be skipped; one more ends the run."""
 
@@ -213,12 +207,12 @@ class GuardOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingOptions:
-    """What the run tells, and when."""
+    """Logs and evaluations."""
 
     log_interval: int = 10
     """Steps between log lines."""
     eval_interval: int | None = None
-    """Steps between evaluations. Default: only at the end, where there is validation data."""
+    """Steps between evaluations. Default: only at the end, if there is validation data."""
     eval_iters: int | None = None
     """Micro-batches of each validation dataset to use; default: all of it."""
     tensorboard_dir: Path | None = None
@@ -242,6 +236,6 @@ class TrainingConfig:
     logging: tyro.conf.OmitArgPrefixes[LoggingOptions] = dataclasses.field(default_factory=LoggingOptions)
     guards: tyro.conf.OmitArgPrefixes[GuardOptions] = dataclasses.field(default_factory=GuardOptions)
     platform: PlatformName = "auto"
-    """Where to run; auto: CUDA where there is a device."""
+    """Where to run. auto: CUDA if there is a device."""
     distributed_timeout_minutes: Annotated[int, tyro.conf.arg(name="distributed-timeout-minutes")] = 10
-    """A collective that takes longer ends the run."""
+    """A collective operation that takes longer ends the run."""

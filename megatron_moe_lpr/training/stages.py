@@ -75,24 +75,22 @@ STAGES: dict[StageName, Stage] = {
 
 @dataclasses.dataclass(frozen=True)
 class StageOptions:
-    """Which stage, and its losses in the paper's units."""
+    """Stage and losses. Coefficients are in the paper's units."""
 
     stage: StageName
-    """1: post-pretraining, trains new experts and routers; 2: review, trains routers; full: trains everything;
-    blocks: trains the blocks that convert_hf.py import --expand-blocks inserted."""
+    """What trains. 1: new experts and routers; 2: routers; full: everything; blocks: inserted blocks (LLaMA-Pro)."""
     load_balancing_coeff: float | None = None
     """Weight of the load balancing loss, mean over layers of N * sum f_i P_i. Default: 0.01, in stage 2 0."""
     lpr_loss_coeff: float | None = None
     """Weight of the LPR loss. Default: 0.1 in stage 2, else 0."""
     lpr_loss_form: Literal["paper", "reference"] = "paper"
-    """reference: cross-entropy of probabilities normalised twice, as in an earlier implementation; to compare only."""
+    """reference: an earlier implementation's form, for comparison only (docs/training.md)."""
     train_embeddings: bool = False
     """Stage 1: train input and output embeddings too."""
     allow_original_languages: bool = False
     """Stage 1: accept training data of original languages."""
     open_experts_iters: int | None = None
-    """Stage 1 after a second expansion: steps over which the weight of its experts in the routers rises from 0 to 1.
-    Default: a tenth of --train-iters."""
+    """After convert_hf.py expand: steps over which the latest experts come in. Default: a tenth of --train-iters."""
 
     def resolve(self) -> Stage:
         """The stage with this run's choices in place of its defaults.

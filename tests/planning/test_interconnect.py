@@ -132,7 +132,7 @@ def test_plan_prints_what_layouts_send(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plan.py", *arguments])
     load_tool("plan").main()
     printed = capsys.readouterr().out
-    assert "step on paper (never measured)" in printed
+    assert "estimated step time (never measured)" in printed
     assert "41.2% of the tokens have the original expert among their top k (25% of the tokens" in printed
 
 
