@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.slowest_first import SLOWEST
 from tests.test_makefile import ROOT, targets
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -124,3 +125,8 @@ def test_targets_and_paths_exist():
     text = re.sub(r"^\|.*", "", PAGE, flags=re.MULTILINE)
     named += [word for word in CODE.findall(text) if re.fullmatch(r"(tests|megatron_moe_lpr|docs|\.ci)/\S*", word)]
     assert len(named) > 10 and not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_slowest_files_are_those_that_start_first():
+    assert tuple(re.findall(r"\| `(tests/\S+\.py)` \|$", PAGE, re.MULTILINE)) == SLOWEST
+    assert all((ROOT / path).is_file() for path in SLOWEST)

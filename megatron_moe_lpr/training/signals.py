@@ -22,10 +22,11 @@ class StopRequest:
         self.received: signal.Signals | None = None
         self.nothing_to_save = nothing_to_save
         self.has_stepped = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
+        # Before the handlers: an exit out of the start of a thread leaves its lock in a state that is an error itself.
         if nothing_to_save:
             self._leave_from_libraries()
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
         self.received = signal.Signals(number)

@@ -133,6 +133,9 @@ def test_curves_are_drawn_for_both_groups(files):
     for label in ("+25.0%", "+0.5%", "-50.0%", "-49.5%"):
         assert f">{label}</text>" in figure, label
     assert "More &lt;experts&gt;." in figure and figure.count("<circle") == 4
+    # A digit of the ticks' font has 8 pixels at most: what begins left of the picture is cut off, sign first.
+    ticks = re.findall(r'<text class="tick" x="(\d+)" [^>]*text-anchor="end">([+-][^<]*)<', figure)
+    assert any(len(text) == len("+10.0%") for _, text in ticks) and all(int(x) >= 8 * len(text) for x, text in ticks)
     curve["points"] = []
     (files / "curves.json").write_text(json.dumps([curve]))
     with pytest.raises(report.UserError, match="points"):

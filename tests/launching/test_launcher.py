@@ -76,6 +76,30 @@ def test_a_signal_before_there_are_workers_asks_for_another_start(number, tmp_pa
     assert launcher.wait(120) == EXIT_REQUEUE
 
 
+STARTING = """
+import signal, threading
+from megatron_moe_lpr.training.signals import StopRequest
+
+start = threading.Thread.start
+
+def watched(thread):
+    print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+    start(thread)
+
+threading.Thread.start = watched
+StopRequest(nothing_to_save=True)
+print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+"""
+
+
+def test_no_handler_may_leave_out_of_the_start_of_a_thread():
+    """Seen once: exit code 1 and `release unlocked lock`."""
+    result = subprocess.run(
+        [sys.executable, "-c", STARTING], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert result.stdout.split() == ["True", "False"]
+
+
 def handles(process: int, number: int) -> bool:
     """Whether a process has a handler for a signal, as Linux tells."""
     status = Path(f"/proc/{process}/status").read_text()

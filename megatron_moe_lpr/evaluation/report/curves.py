@@ -8,6 +8,9 @@ from megatron_moe_lpr.evaluation.report.inputs import Curve, NamedEvaluation
 from megatron_moe_lpr.evaluation.report.summary import Summary
 from megatron_moe_lpr.model.moe.routing_groups import GROUPS
 
+PERCENT_WIDTH = 68
+"""Pixels left of a chart that hold a number such as +174.7%."""
+
 
 def curve_figure(curve: Curve, reference: NamedEvaluation) -> str:
     """Changes of bits per byte against `reference`, a dot for each value of the setting, at equal distances."""
@@ -27,7 +30,8 @@ def _chart(curve: Curve, group: str, reference: NamedEvaluation, color: str) -> 
     if not points:
         return "<p>Not evaluated.</p>"
     # Equal distances: the values of a setting often grow by factors.
-    frame = Frame.around([*_extent(summary for _, _, summary in points), 0.0], len(curve.points) + 0.5)
+    heights = [*_extent(summary for _, _, summary in points), 0.0]
+    frame = Frame.around(heights, len(curve.points) + 0.5, left=PERCENT_WIDTH)
     parts = [
         frame.open(f"{curve.title}: {group} languages"),
         frame.rules("{:+.1%}".format),
@@ -49,5 +53,5 @@ def _dot(frame: Frame, index: int, summary: Summary, color: str) -> str:
     return (
         f'<line class="bar" stroke="{color}" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{color}"/>'
-        f'<text class="value" x="{x + 8:.1f}" y="{y - 6:.1f}" fill="{color}">{summary.mean:+.1%}</text>'
+        f'<text class="value" x="{x:.1f}" y="{top - 10:.1f}" text-anchor="middle" fill="{color}">{summary.mean:+.1%}</text>'
     )
