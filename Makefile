@@ -42,9 +42,13 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 endif
 
-## Install, then run the tests on this machine's CPU; TESTS="FILE -k NAME" selects some.
+# Two files at a time: with one, a core of two waits a third of the time. A part is run in one process, so that -s prints.
+JOBS ?= $(if $(TESTS),0,2)
+ORDER ?= -p tests.slowest_first
+
+## Install, then test on the CPU; TESTS="FILE -k NAME" for a part, ORDER=--random-order to shuffle.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ORDER) $(TESTS)
 
 $(TE_VENV)/.installed: tests/transformer_engine/environment.sh setup.py constraints.txt
 	bash tests/transformer_engine/environment.sh $(TE_VENV) $(PYTHON)
@@ -60,7 +64,7 @@ test-eval: $(INSTALLED)
 ifndef SYSTEM_PYTHON
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,eval]'
 endif
-	$(BIN)/python -m pytest $(or $(TESTS),tests/evaluation/benchmarks tests/data/test_hub.py tests/data/test_sources.py)
+	$(BIN)/python -m pytest $(or $(TESTS),tests/evaluation/benchmarks tests/data/preparation/test_hub.py tests/data/preparation/test_sources.py)
 
 # As the Docker image's has; installs nothing.
 ## Run the GPU tests on GPUs; needs a Python with Transformer Engine; installs nothing.

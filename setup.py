@@ -38,6 +38,15 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "eval": ["lm-eval[hf]>=0.4.10"],
         "logging": ["tensorboard", "wandb"],
-        "test": ["hypothesis", "mypy", "peft", "pytest", "ruff", "tensorboard"],
+        "test": [
+            "hypothesis",
+            "mypy",
+            "peft",
+            "pytest",
+            "pytest-random-order",
+            "pytest-xdist",
+            "ruff",
+            "tensorboard",
+        ],
     },
 )

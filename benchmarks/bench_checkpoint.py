@@ -64,11 +64,11 @@ def make_checkpoint(flags: Flags, work: Path) -> None:
     """A dense model of random weights, upcycled."""
     import torch
 
+    from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec, write_safetensors
     from megatron_moe_lpr.conversion.importer import import_hf
-    from megatron_moe_lpr.conversion.names import DENSE_LAYOUT, model_rows
     from megatron_moe_lpr.conversion.plan import ImportOptions
-    from megatron_moe_lpr.conversion.safetensors_writer import TensorSpec, write_safetensors
-    from megatron_moe_lpr.model.architecture import read_architecture
+    from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, model_rows
+    from megatron_moe_lpr.model.configuration.architecture import read_architecture
 
     config = {
         "model_type": "qwen2",
@@ -161,7 +161,7 @@ def build(load: Path) -> Any:
     import torch
 
     from megatron_moe_lpr.checkpoint.loading import load_model
-    from megatron_moe_lpr.model.config import ComputeOptions
+    from megatron_moe_lpr.model.configuration.config import ComputeOptions
     from megatron_moe_lpr.parallel.groups import initialize_parallel
     from megatron_moe_lpr.parallel.layout import ParallelLayout
     from megatron_moe_lpr.platform import select_platform

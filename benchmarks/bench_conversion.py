@@ -40,9 +40,9 @@ SYNTHESISE = """
 import json, sys, torch
 from pathlib import Path
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.conversion.names import DENSE_LAYOUT, model_rows
-from megatron_moe_lpr.conversion.safetensors_writer import TensorSpec, write_safetensors
-from megatron_moe_lpr.model.architecture import read_architecture
+from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, model_rows
+from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec, write_safetensors
+from megatron_moe_lpr.model.configuration.architecture import read_architecture
 directory = Path(sys.argv[1])
 architecture = read_architecture(json.loads((directory / "config.json").read_text()))
 rows = model_rows(architecture, [1] * architecture.num_layers, DENSE_LAYOUT)

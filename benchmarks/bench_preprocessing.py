@@ -25,9 +25,9 @@ from rich.table import Table
 from tokenizers import Tokenizer as RustTokenizer
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.data.documents import DocumentOptions
-from megatron_moe_lpr.data.encoding import BlockEncoder, EncoderOptions
-from megatron_moe_lpr.data.sources import Slice, read_blocks
+from megatron_moe_lpr.data.preparation.documents import DocumentOptions
+from megatron_moe_lpr.data.preparation.encoding import BlockEncoder, EncoderOptions
+from megatron_moe_lpr.data.preparation.sources import Slice, read_blocks
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError, run_command
 
@@ -35,9 +35,9 @@ ROOT = Path(__file__).parents[1]
 
 CHILD = """
 import json, re, resource, sys, time
-from megatron_moe_lpr.data.documents import DocumentOptions
-from megatron_moe_lpr.data.encoding import EncoderOptions
-from megatron_moe_lpr.data.preprocessing import PreprocessingPlan, preprocess
+from megatron_moe_lpr.data.preparation.documents import DocumentOptions
+from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
+from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess
 source, output, tokenizer, eod_token, workers = sys.argv[1:6]
 encoder = EncoderOptions(tokenizer, eod_token or None, True, DocumentOptions(language="xx"))
 start = time.perf_counter()

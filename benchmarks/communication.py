@@ -12,8 +12,8 @@ from pathlib import Path
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
-from megatron_moe_lpr.model.architecture import read_architecture
-from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.configuration.architecture import read_architecture
+from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.communication import busiest_rank
 from megatron_moe_lpr.planning.interconnect import Hardware, StepTimes, step_times

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import psutil
 
 from megatron_moe_lpr.checkpoint.directory import LATEST_FILE
 from megatron_moe_lpr.training.metrics import METRICS_FILE
+from tests.distributed import free_port
 
 STEPS, SAVE_INTERVAL, RANKS = 150, 3, 2
 PATIENCE = 300.0
@@ -82,7 +82,7 @@ class TrainingRun:
             "num-workers": 1, "log-interval": 1, "lr": 1e-3, "platform": "cpu", "expert-model-parallel-size": RANKS,
         }  # fmt: skip
         return [
-            *(sys.executable, "-m", program, "--nproc-per-node", str(RANKS), "--master-port", str(_free_port())),
+            *(sys.executable, "-m", program, "--nproc-per-node", str(RANKS), "--master-port", str(free_port())),
             *("-m", "megatron_moe_lpr.pretrain", "--use-distributed-optimizer", "--fp32"),
             *(str(part) for name, value in values.items() for part in (f"--{name}", value)),
             *("--data-path", self.inputs.data["el"], self.inputs.data["hu"], "--original-languages", "en"),
@@ -269,9 +269,3 @@ def _names(processes: list[psutil.Process]) -> str:
         except psutil.NoSuchProcess:
             continue
     return ", ".join(names)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

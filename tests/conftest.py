@@ -1,5 +1,6 @@
 """Shared by all tests: the CPU platform, and the end of the rank pools."""
 
+import gc
 import os
 
 # Ranks share the cores: more threads than cores make every small matrix product slower.
@@ -12,6 +13,11 @@ from megatron_moe_lpr.parallel.groups import destroy_parallel, initialize_parall
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
 from tests.distributed import close_pools
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now is never garbage, and long to look through."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,14 @@ assert rank_pool(2).run(check, 10) == [10, 11]
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import random
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,6 +23,9 @@ TIMEOUT_SECONDS = 240
 GRACE_SECONDS = 3
 PRELOADED = ("megatron_moe_lpr.training.setup", "megatron_moe_lpr.evaluation.checkpoint", "transformers")
 """Imported once per session by the process that ranks are forked from, instead of once by each of them."""
+
+OURS = r"(megatron_moe_lpr|tests|tools|benchmarks)\b"
+"""Modules whose warnings are errors on ranks, as pyproject.toml makes them in the test process."""
 
 
 class RankFailure(AssertionError):
@@ -41,7 +46,7 @@ class RankPool:
         context = multiprocessing.get_context("forkserver" if preloaded else "spawn")
         if preloaded:
             context.set_forkserver_preload(list(PRELOADED))
-        port = _free_port()
+        port = free_port()
         self.processes, self.pipes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
@@ -112,7 +117,7 @@ def _receive(pipe: Connection) -> tuple[str, Any]:
         return "error", "the process died"
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Below the ports that the system hands out: gloo takes these by the hundred, also between the look and the use."""
     for port in random.SystemRandom().sample(range(12_000, 32_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -124,6 +129,7 @@ def _free_port() -> int:
 def _serve(rank: int, world_size: int, port: int, pipe: Connection, platform: str = "cpu") -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["LOCAL_RANK"] = str(rank)
+    warnings.filterwarnings("error", module=OURS)
     import torch
 
     torch.set_num_threads(1)
@@ -131,6 +137,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, platform: st
     from megatron_moe_lpr.parallel.layout import ParallelLayout
     from megatron_moe_lpr.platform import select_platform
 
+    # Half a million objects of what has been imported: to look through them took half of a small test's time.
+    gc.freeze()
     # With the largest TP that a test may ask for: it decides how kernels are launched.
     initialize_parallel(select_platform(platform, tensor_parallel_size=world_size), ParallelLayout())
     while True:

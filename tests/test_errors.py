@@ -59,6 +59,6 @@ def test_a_write_gets_the_name_of_its_file():
 def test_nobody_reads_the_output():
     """As `tool | head -1` does, with more output than a pipe holds."""
     code = "from megatron_moe_lpr.errors import run_command\nrun_command(lambda: print('x' * 10_000_000))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert (process.stderr.read(), process.wait(timeout=120)) == (b"", 141)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(timeout=120)) == (b"", 141)

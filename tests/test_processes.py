@@ -56,7 +56,7 @@ def test_a_child_ends_when_its_parent_is_killed(method, watch, tmp_path):
     wait_until(lambda: orphan.cwd() == "/")
     assert is_alive(orphan)
     parent.kill()
-    parent.wait()
+    parent.communicate()
     wait_until(lambda: not is_alive(orphan))
 
 

@@ -70,8 +70,9 @@ def measure(flags: Flags) -> Measurement:
     from megatron_moe_lpr.allocation.ffn_inputs import ffn_inputs
     from megatron_moe_lpr.allocation.probe import separability
     from megatron_moe_lpr.allocation.similarity import layer_similarity, mean_unit_vector
+    from megatron_moe_lpr.platform.devices import visible_device
 
-    device = torch.device(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(flags.device) if flags.device else visible_device()
     source = open_dense_source(flags.load)
     options = AllocationOptions(flags.budget, flags.multiple_of, flags.uniform_count, flags.dense_layers)
     allocate([1.0] * source.architecture.num_layers, options)  # what is wrong with the flags shows before the work
@@ -88,8 +89,8 @@ def measure(flags: Flags) -> Measurement:
 def read_windows(flags: Flags, architecture) -> "dict[str, torch.Tensor]":
     """The sample, with languages of both groups in it. Raises UserError."""
     from megatron_moe_lpr.allocation.samples import sample_windows
-    from megatron_moe_lpr.data.blend import read_blend
-    from megatron_moe_lpr.data.languages import LanguageRegistry
+    from megatron_moe_lpr.data.reading.blend import read_blend
+    from megatron_moe_lpr.data.reading.languages import LanguageRegistry
 
     if flags.seq_length > architecture.max_position_embeddings:
         longest = architecture.max_position_embeddings

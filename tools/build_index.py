@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.data.config import DataConfig, cache_directory, read_data_sources
+from megatron_moe_lpr.data.reading.config import DataConfig, cache_directory, read_data_sources
 from megatron_moe_lpr.errors import UserError, run_command
 
 
@@ -37,7 +37,7 @@ def main() -> None:
             f"{share.tokens_drawn:,.0f} drawn, {share.epochs:.2f} epochs"
         )
     # Late, because megatron-core takes seconds to import and the checks above do without.
-    from megatron_moe_lpr.data.training_dataset import build_training_dataset
+    from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
 
     dataset = build_training_dataset(sources, flags.data, flags.sequence_length, flags.train_samples)
     print(f"{len(dataset):,} samples; index maps in {cache_directory(flags.data)}")

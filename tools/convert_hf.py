@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.conversion.engine import Engine
+from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.platform import PlatformName, select_platform
 
@@ -129,8 +129,8 @@ class Export:
     def run(self) -> None:
         """Convert, then print what came out."""
         from megatron_moe_lpr.conversion.exporter import export_hf
-        from megatron_moe_lpr.conversion.model_card import CardOptions
-        from megatron_moe_lpr.conversion.safetensors_writer import parse_size
+        from megatron_moe_lpr.conversion.hugging_face.model_card import CardOptions
+        from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import parse_size
 
         options = CardOptions(self.base_model, self.licence, self.evaluation)
         size = parse_size(self.max_shard_size)
@@ -175,8 +175,8 @@ class Verify:
         """Compare; models that differ end in exit code 1."""
         import torch
 
-        from megatron_moe_lpr.conversion.verify import print_comparison
-        from megatron_moe_lpr.conversion.verify_models import verify_checkpoint
+        from megatron_moe_lpr.conversion.verification.verify import print_comparison
+        from megatron_moe_lpr.conversion.verification.verify_models import verify_checkpoint
 
         comparison = verify_checkpoint(
             self.load,
@@ -208,7 +208,7 @@ class Inspect:
 
 def show(path: Path, read_from: Path | None = None, verified: bool = False) -> None:
     """One screen about `path`, as `read_from` (default: the same) tells it. Raises UserError."""
-    from megatron_moe_lpr.conversion.inspection import inspect_directory, print_inspection
+    from megatron_moe_lpr.conversion.verification.inspection import inspect_directory, print_inspection
 
     print_inspection(path, inspect_directory(read_from or path, verified))
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.data.corpora import CORPORA, corpus_of
-from megatron_moe_lpr.data.hub import Shard, disk_need, download, find_shards, remove_staging
+from megatron_moe_lpr.data.preparation.corpora import CORPORA, corpus_of
+from megatron_moe_lpr.data.preparation.hub import Shard, disk_need, download, find_shards, remove_staging
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.filesystem import atomic_file
 

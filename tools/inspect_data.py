@@ -7,9 +7,9 @@ import numpy as np
 from rich.console import Console
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.data.inspection import counts_table, samples_table
 from megatron_moe_lpr.data.manifest import Manifest, read_manifest, verify_index, verify_tokens
-from megatron_moe_lpr.data.merging import expand_prefixes
+from megatron_moe_lpr.data.preparation.inspection import counts_table, samples_table
+from megatron_moe_lpr.data.preparation.merging import expand_prefixes
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import run_command
 

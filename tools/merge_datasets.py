@@ -3,7 +3,7 @@
 import dataclasses
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.data.merging import merge
+from megatron_moe_lpr.data.preparation.merging import merge
 from megatron_moe_lpr.errors import run_command
 
 

@@ -134,8 +134,8 @@ def read_shape(flags: Flags):
     from megatron_moe_lpr.checkpoint.loading import model_shape
     from megatron_moe_lpr.conversion.experts_per_layer import read_experts_per_layer
     from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
-    from megatron_moe_lpr.model.architecture import read_architecture
-    from megatron_moe_lpr.model.config import ModelShape
+    from megatron_moe_lpr.model.configuration.architecture import read_architecture
+    from megatron_moe_lpr.model.configuration.config import ModelShape
 
     if flags.hf is None and flags.load is not None:
         if flags.experts_per_layer is not None:

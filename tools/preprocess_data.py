@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.data.documents import LANGUAGE_PATTERN, DocumentOptions
-from megatron_moe_lpr.data.encoding import EncoderOptions
-from megatron_moe_lpr.data.preprocessing import PreprocessingPlan, preprocess
+from megatron_moe_lpr.data.preparation.documents import LANGUAGE_PATTERN, DocumentOptions
+from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
+from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess
 from megatron_moe_lpr.errors import UserError, run_command
 
 

@@ -26,7 +26,7 @@ BALANCE, LPR = 0.01, 0.1
 
 def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, int]) -> Callable[[], float]:
     """A step of this package, as `megatron_moe_lpr.pretrain` makes it."""
-    from megatron_moe_lpr.data.config import DataConfig
+    from megatron_moe_lpr.data.reading.config import DataConfig
     from megatron_moe_lpr.training.config import (
         BatchOptions,
         CheckpointOptions,

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from megatron_moe_lpr.data.documents import DocumentOptions, read_documents
-from megatron_moe_lpr.data.sources import Slice, disk_bytes, expand_inputs, read_blocks
+from megatron_moe_lpr.data.preparation.documents import DocumentOptions, read_documents
+from megatron_moe_lpr.data.preparation.sources import Slice, disk_bytes, expand_inputs, read_blocks
 
 
 def texts(inputs: list[str]) -> Iterator[str]:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.errors import run_command
+from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.filesystem import atomic_file
 
 
@@ -15,6 +15,10 @@ class Flags:
 
     table: Path
     """Directory of paper_table.sh, with scaling.sh's results in its directory scaling."""
+    full: Path
+    """Directory of full.sh, whose stage 1 the reviews with more and less replay go on from."""
+    replays: list[int]
+    """Documents of each original language in these reviews."""
     seed: int
     """Which of the table's runs stands for the demo's own settings."""
     output: Path
@@ -47,11 +51,8 @@ def curves(flags: Flags) -> list[dict]:
             "How much text of the old languages does the review need?",
             "text to replay, as a share of stage 1's tokens",
             "The same review after the same stage 1 over the whole corpus; only the number of documents of the old "
-            "languages differs, which the review reads again and again: 1, 3, 11 or 33 of each language.",
-            {
-                share: scaled(f"replay-{documents}")
-                for share, documents in {"0.1%": 1, "0.3%": 3, "1%": 11, "3%": 33}.items()
-            },
+            f"languages differs, which the review reads again and again: {listed(flags.replays)} of each language.",
+            {replay_share(flags, documents): scaled(f"replay-{documents}") for documents in flags.replays},
         ),
         curve(
             "One more new language",
@@ -61,6 +62,30 @@ def curves(flags: Flags) -> list[dict]:
             {"3": own, "4": scaled("cs")},
         ),
     ]
+
+
+def listed(numbers: list[int]) -> str:
+    """In words: 1, 3 or 11."""
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def replay_share(flags: Flags, documents: int) -> str:
+    """Tokens of so many documents of each original language, as a share of what stage 1 reads."""
+    replay = tokens(flags.table / "data", f"replay-{documents}-*.json")
+    return f"{100 * replay / tokens(flags.full / 'data', 'train-*.json'):.2g}%"
+
+
+def tokens(directory: Path, datasets: str) -> int:
+    """Of all datasets whose manifests have such names.
+
+    Raises:
+        UserError: there are none.
+    """
+    manifests = sorted(directory.glob(datasets))
+    if not manifests:
+        raise UserError(f"{directory / datasets}: no such datasets; run scaling.sh, which makes them")
+    return sum(json.loads(path.read_text(encoding="utf-8"))["tokens"] for path in manifests)
 
 
 def curve(title: str, setting: str, caption: str, points: dict[str, str]) -> dict:

@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.data.batches import Batch, build_data_iterator
-from megatron_moe_lpr.data.config import DataConfig, read_data_sources
-from megatron_moe_lpr.data.training_dataset import build_training_dataset
+from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
+from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
+from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.filesystem import atomic_directory
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the outcome depends on: 3, 5 or 9 experts; a replay of 0.1% to 3% of stage 1; a fourth new language (Czech, of
+# What the outcome depends on: 3, 5 or 9 experts; a replay of 0.03% to 3% of stage 1; a fourth new language (Czech, of
 # GNOME's desktop help, which this fetches). Needs `make paper-table` and `make demo-full`, whose runs it goes on from, and
 # adds its curves to runs/paper/report.html. Goes on where it was interrupted.
 
@@ -8,6 +8,8 @@ FULL=${FULL:-runs/full}
 SEED=${SEED:-1234}
 RANKS=${RANKS:-1}
 REPLAY_DOCUMENTS=${REPLAY_DOCUMENTS:-4}
+# About 0.03%, 0.1%, 0.4%, 1% and 3% of stage 1 over the whole corpus; the documents are of very different lengths.
+REPLAYS=${REPLAYS:-1 3 5 11 52}
 TABLE=$RUNS
 RUNS=$TABLE/scaling
 DATA=$TABLE/data
@@ -28,10 +30,10 @@ both() {
     step "$RUNS/$1-stage2/.done" "$1: stage 2" review "$RUNS/$1-stage1" "$RUNS/$1-stage2"
 }
 
-# After stage 1 over the whole corpus, of which one document of each original language is 0.1%.
+# After stage 1 over the whole corpus, with so many documents of each original language.
 replays() {
     local documents language REPLAY
-    for documents in 1 3 11 33; do
+    for documents in $REPLAYS; do
         REPLAY=replay-$documents
         for language in $ORIGINAL; do tokens "$REPLAY" train "$language" "$BASE" --max-documents $documents; done
         step "$RUNS/$REPLAY/.done" "a review with $documents documents of each original language" \
@@ -77,6 +79,8 @@ echo "Czech, before and after it was learned:"
 "$PYTHON" tools/report.py --output "$RUNS/cs.html" --evaluation "Base model=$RUNS/evaluation/on-cs-base.json" \
     "el, hu, tr learned=$RUNS/evaluation/on-cs-without.json" "el, hu, tr, cs learned=$RUNS/evaluation/on-cs-with.json"
 
-"$PYTHON" examples/demo/curves.py --table "$TABLE" --seed "$SEED" --output "$RUNS/curves.json"
+# shellcheck disable=SC2086  # a list of numbers
+"$PYTHON" examples/demo/curves.py --table "$TABLE" --full "$FULL" --seed "$SEED" --replays $REPLAYS \
+    --output "$RUNS/curves.json"
 RUNS=$TABLE bash examples/demo/paper_table.sh
 echo "took $((SECONDS / 60)) min $((SECONDS % 60)) s"

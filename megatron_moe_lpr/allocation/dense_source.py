@@ -10,11 +10,11 @@ from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE, is_i
 from megatron_moe_lpr.checkpoint.trainable_only import open_reader
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.conversion.exporter import check_model_tensors, read_row
-from megatron_moe_lpr.conversion.hf_directory import check_tensors, open_hf_directory
-from megatron_moe_lpr.conversion.names import DENSE_LAYOUT, Row, model_rows
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import check_tensors, open_hf_directory
+from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, Row, model_rows
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import read_json
-from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.configuration.architecture import Architecture
 
 
 class DenseSource:

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from megatron_moe_lpr.data.blend import BlendEntry
 from megatron_moe_lpr.data.indexed import open_tokens
+from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.errors import UserError
 
 

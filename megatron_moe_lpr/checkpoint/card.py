@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer, is_integer, is_number, read_json, shown
-from megatron_moe_lpr.model.architecture import FAMILIES, MAX_LAYERS
+from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS
 
 FORMAT_VERSION = 3
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
@@ -46,7 +46,7 @@ class CheckpointCard:
     dtype: str
     """The model's dtype in torch's words, for example `bfloat16`; routers are float32 whatever it says."""
     original_fingerprint: str
-    """Digest of every weight of the dense model (`conversion/fingerprint.py`)."""
+    """Digest of every weight of the dense model (`conversion/tensors/fingerprint.py`)."""
     router_seed: int | None = None
     """Seed of the routers' initial values; None where they came from elsewhere."""
     tokenizer_files: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_card, read_json
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import atomic_file, sync_directory
-from megatron_moe_lpr.model.architecture import Architecture, read_architecture
+from megatron_moe_lpr.model.configuration.architecture import Architecture, read_architecture
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"

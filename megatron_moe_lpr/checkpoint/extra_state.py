@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.expert_states import EXTRA_STATE
+from megatron_moe_lpr.model.moe.expert_states import EXTRA_STATE
 
 RECIPE_MODULE = "transformer_engine.common.recipe"
 # Megatron's subclass of Transformer Engine's recipe: the one that delayed scaling is saved with.

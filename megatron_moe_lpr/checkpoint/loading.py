@@ -14,7 +14,7 @@ from megatron_moe_lpr.checkpoint.trainable_only import reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import build_model
-from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, MoELPRConfig, transformer_config
+from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, MoELPRConfig, transformer_config
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform
 

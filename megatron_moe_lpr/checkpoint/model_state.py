@@ -21,7 +21,7 @@ from megatron_moe_lpr.checkpoint.trainable_only import layers_of
 from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
-from megatron_moe_lpr.model.expert_states import EXTRA_STATE
+from megatron_moe_lpr.model.moe.expert_states import EXTRA_STATE
 
 
 def sharded_model_state(chunks: Sequence[torch.nn.Module]) -> ShardedStateDict:

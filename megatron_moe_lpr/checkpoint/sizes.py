@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.trainable_only import open_reader
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.configuration.config import ModelShape
 
 EMBEDDING = "embedding.word_embeddings.weight"
 

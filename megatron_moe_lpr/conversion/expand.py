@@ -14,9 +14,9 @@ from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, open_reader
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.exporter import check_model_tensors
-from megatron_moe_lpr.conversion.names import MOE_LAYOUTS, VOCABULARY_KEYS, Role, Row, model_rows
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate
-from megatron_moe_lpr.conversion.upcycling import initial_router
+from megatron_moe_lpr.conversion.tensors.names import MOE_LAYOUTS, VOCABULARY_KEYS, Role, Row, model_rows
+from megatron_moe_lpr.conversion.tensors.upcycling import initial_router
 from megatron_moe_lpr.data.language_groups import EXPANSION, learned_languages
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import atomic_directory

@@ -18,13 +18,15 @@ from megatron_moe_lpr.checkpoint.directory import (
 from megatron_moe_lpr.checkpoint.reader import is_model_key
 from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, layers_of, open_reader, reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
-from megatron_moe_lpr.conversion.engine import Engine
-from megatron_moe_lpr.conversion.extra_tensors import ExtraTensor, extra_tensors
-from megatron_moe_lpr.conversion.hf_config import SHARED_EXPERT_WIDTH, moe_config, with_both_rope_spellings
-from megatron_moe_lpr.conversion.hf_directory import carry_files
-from megatron_moe_lpr.conversion.llama_cpp import llama_cpp_form
-from megatron_moe_lpr.conversion.model_card import CardOptions, write_model_card
-from megatron_moe_lpr.conversion.names import (
+from megatron_moe_lpr.conversion.hugging_face.engine import Engine
+from megatron_moe_lpr.conversion.hugging_face.hf_config import SHARED_EXPERT_WIDTH, moe_config, with_both_rope_spellings
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
+from megatron_moe_lpr.conversion.hugging_face.llama_cpp import llama_cpp_form
+from megatron_moe_lpr.conversion.hugging_face.model_card import CardOptions, write_model_card
+from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec, write_safetensors
+from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
+from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors
+from megatron_moe_lpr.conversion.tensors.names import (
     DENSE_LAYOUT,
     MOE_LAYOUTS,
     VOCABULARY_KEYS,
@@ -33,12 +35,10 @@ from megatron_moe_lpr.conversion.names import (
     Row,
     model_rows,
 )
-from megatron_moe_lpr.conversion.safetensors_writer import TensorSpec, write_safetensors
-from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
-from megatron_moe_lpr.conversion.upcycling import split_qkv
+from megatron_moe_lpr.conversion.tensors.upcycling import split_qkv
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import atomic_directory
-from megatron_moe_lpr.model.architecture import Architecture
+from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.progress import ProgressReport
 

@@ -12,13 +12,13 @@ from megatron_moe_lpr.checkpoint.card import CheckpointCard, tool_versions
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, RELEASE, SIDE_DIRECTORY, write_latest
 from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
-from megatron_moe_lpr.conversion.blocks import ZEROED, grown_config
-from megatron_moe_lpr.conversion.fingerprint import OriginalFingerprint
-from megatron_moe_lpr.conversion.hf_directory import carry_files, tokenizer_files
-from megatron_moe_lpr.conversion.names import Role, Row
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files, tokenizer_files
 from megatron_moe_lpr.conversion.plan import ImportOptions, ImportPlan, plan_import
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
-from megatron_moe_lpr.conversion.upcycling import initial_router, interleave_qkv
+from megatron_moe_lpr.conversion.tensors.blocks import ZEROED, grown_config
+from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
+from megatron_moe_lpr.conversion.tensors.names import Role, Row
+from megatron_moe_lpr.conversion.tensors.upcycling import initial_router, interleave_qkv
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import atomic_directory
 from megatron_moe_lpr.model.finite import is_finite

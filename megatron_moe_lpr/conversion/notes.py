@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.conversion.extra_tensors import equal_expert_bytes
-from megatron_moe_lpr.conversion.hf_directory import open_hf_directory
-from megatron_moe_lpr.conversion.names import MOE_LAYOUTS
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
+from megatron_moe_lpr.conversion.tensors.extra_tensors import equal_expert_bytes
+from megatron_moe_lpr.conversion.tensors.names import MOE_LAYOUTS
 
 
 def import_notes(hf: Path, card: CheckpointCard) -> list[str]:

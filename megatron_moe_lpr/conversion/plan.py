@@ -6,14 +6,19 @@ from pathlib import Path
 import torch
 
 from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS, check_experts
-from megatron_moe_lpr.conversion.adapter import Adapter, open_adapter
-from megatron_moe_lpr.conversion.blocks import FLAG, inserted_positions, mark_inserted
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG as EXPERTS_FLAG
 from megatron_moe_lpr.conversion.experts_per_layer import read_experts_per_layer
-from megatron_moe_lpr.conversion.hf_directory import HFDirectory, check_tensors, common_dtype, open_hf_directory
+from megatron_moe_lpr.conversion.hugging_face.adapter import Adapter, open_adapter
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import (
+    HFDirectory,
+    check_tensors,
+    common_dtype,
+    open_hf_directory,
+)
+from megatron_moe_lpr.conversion.hugging_face.safetensors_source import SafetensorsSource, weight_files
 from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
-from megatron_moe_lpr.conversion.names import ADAPTER_LAYOUT, Role, Row, model_rows
-from megatron_moe_lpr.conversion.safetensors_source import SafetensorsSource, weight_files
+from megatron_moe_lpr.conversion.tensors.blocks import FLAG, inserted_positions, mark_inserted
+from megatron_moe_lpr.conversion.tensors.names import ADAPTER_LAYOUT, Role, Row, model_rows
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 

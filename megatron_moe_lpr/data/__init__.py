@@ -1,5 +1,7 @@
-"""Data: text to language-tagged indexed datasets, and batches that carry the tags.
+"""Data: the dataset on disk, which `preparation` writes and `reading` makes batches of.
 
-Preprocessing needs no torch: its modules (tokenizer, sources, documents, indexed, manifest, preprocessing, merging)
-import none, so that worker processes start fast.
+preparation/    text to language-tagged indexed datasets, offline
+reading/        indexed datasets to batches that carry the tags, in training and evaluation
+
+Preparation needs no torch, and what both rooms share imports none, so that worker processes start fast.
 """

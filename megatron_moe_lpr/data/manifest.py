@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,25 @@ def verify_tokens(prefix: str, manifest: Manifest) -> bool:
     if checksum_of_file(bin_path(prefix)).checksum != manifest.bin_xxh3_128:
         raise UserError(f"{bin_path(prefix)}: damaged: its checksum is another one; copy it or preprocess again")
     return True
+
+
+def check_tokenizer(prefix: str, manifest: Manifest, fingerprint: str, name: str) -> None:
+    """Raise UserError where `fingerprint`, that of the tokenizer `name`, is not the dataset's."""
+    if manifest.tokenizer != fingerprint:
+        raise UserError(
+            f"{prefix}: was made with another tokenizer than {name} "
+            f"({manifest.tokenizer[:12]} is not {fingerprint[:12]}); preprocess again with that one"
+        )
+
+
+def check_agreement(manifests: dict[str, Manifest], fields: Sequence[str]) -> None:
+    """Raise UserError where two datasets differ in one of the fields, naming both."""
+    (first_prefix, first), *others = manifests.items()
+    for prefix, manifest in others:
+        for field in fields:
+            ours, theirs = getattr(first, field), getattr(manifest, field)
+            if ours != theirs:
+                raise UserError(f"{prefix}: {field} is {theirs}, but {ours} in {first_prefix}; they can't be mixed")
 
 
 @functools.lru_cache(maxsize=1024)

@@ -9,16 +9,16 @@ from megatron_moe_lpr.checkpoint.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint
-from megatron_moe_lpr.data.blend import BlendEntry, read_blend
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
-from megatron_moe_lpr.data.languages import LanguageRegistry
+from megatron_moe_lpr.data.reading.blend import BlendEntry, read_blend
+from megatron_moe_lpr.data.reading.languages import LanguageRegistry
+from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
+from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
-from megatron_moe_lpr.data.validation_dataset import ValidationDataset
-from megatron_moe_lpr.data.vocabulary import check_token_ids
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.finite import check_finite_losses, check_finite_weights
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
-from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, check_layout
+from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, check_layout
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import PlatformName, select_platform

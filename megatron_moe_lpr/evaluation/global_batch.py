@@ -9,9 +9,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_moe_lpr.data.batches import Batch
-from megatron_moe_lpr.model.config import MoELPRConfig
-from megatron_moe_lpr.model.token_tags import token_tags
+from megatron_moe_lpr.data.reading.batches import Batch
+from megatron_moe_lpr.model.configuration.config import MoELPRConfig
+from megatron_moe_lpr.model.moe.token_tags import token_tags
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from megatron.core import parallel_state
 
-from megatron_moe_lpr.data.batches import build_validation_iterator, count_validation_micro_batches
-from megatron_moe_lpr.data.validation_dataset import ValidationDataset
+from megatron_moe_lpr.data.reading.batches import build_validation_iterator, count_validation_micro_batches
+from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
 from megatron_moe_lpr.evaluation.routing import collect_routing, counted_apart
-from megatron_moe_lpr.model.config import ModelShape, MoELPRConfig
-from megatron_moe_lpr.model.routing_statistics import RoutingReport
+from megatron_moe_lpr.model.configuration.config import ModelShape, MoELPRConfig
+from megatron_moe_lpr.model.moe.routing_statistics import RoutingReport
 
 MICRO_BATCHES_A_PASS = 8
 """Micro-batches that go through the schedule together: enough to fill a pipeline."""

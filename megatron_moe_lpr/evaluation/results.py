@@ -11,7 +11,7 @@ from rich.table import Table
 from megatron_moe_lpr.data.language_groups import group_name
 from megatron_moe_lpr.evaluation.checkpoint import Evaluation
 from megatron_moe_lpr.evaluation.losses import DatasetLoss
-from megatron_moe_lpr.model.routing_statistics import GROUPS, RoutingReport
+from megatron_moe_lpr.model.moe.routing_statistics import GROUPS, RoutingReport
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatron_moe_lpr.model.build import unwrap
-from megatron_moe_lpr.model.config import ModelShape
-from megatron_moe_lpr.model.moe_layer import MoELPRLayer
-from megatron_moe_lpr.model.router import LPRRouter
-from megatron_moe_lpr.model.routing_statistics import RoutingReport, RoutingStatistics, gather_routing
+from megatron_moe_lpr.model.configuration.config import ModelShape
+from megatron_moe_lpr.model.moe.moe_layer import MoELPRLayer
+from megatron_moe_lpr.model.moe.router import LPRRouter
+from megatron_moe_lpr.model.moe.routing_statistics import RoutingReport, RoutingStatistics, gather_routing
 
 
 def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[int, LPRRouter]]:

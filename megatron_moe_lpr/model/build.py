@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.gpt import MoELPRModel
 from megatron_moe_lpr.model.spec import block_spec
 from megatron_moe_lpr.platform import Platform

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.parameter_kinds import ParameterKind, trained_in_layer
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_moe_lpr.model.config import MoELPRConfig
+from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 
 
 def compute_logits(

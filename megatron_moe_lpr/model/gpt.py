@@ -9,8 +9,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moe_lpr.model.architecture import Architecture
-from megatron_moe_lpr.model.rope import inverse_frequencies
+from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
 
 
 class MoELPRModel(GPTModel):

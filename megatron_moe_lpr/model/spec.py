@@ -17,14 +17,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_moe_lpr.model.config import ModelShape
-from megatron_moe_lpr.model.expert_groups import ExpertGroups
-from megatron_moe_lpr.model.expert_states import grouped_linear_layers
-from megatron_moe_lpr.model.grouped_linear import ColumnParallelGroupedLinear, RowParallelGroupedLinear
-from megatron_moe_lpr.model.local_attention import LocalAttention
-from megatron_moe_lpr.model.moe_layer import MoELPRLayer, MoELPRSubmodules
-from megatron_moe_lpr.model.norm import RMSNorm
-from megatron_moe_lpr.model.router import LPRRouter
+from megatron_moe_lpr.model.configuration.config import ModelShape
+from megatron_moe_lpr.model.moe.expert_groups import ExpertGroups
+from megatron_moe_lpr.model.moe.expert_states import grouped_linear_layers
+from megatron_moe_lpr.model.moe.grouped_linear import ColumnParallelGroupedLinear, RowParallelGroupedLinear
+from megatron_moe_lpr.model.moe.moe_layer import MoELPRLayer, MoELPRSubmodules
+from megatron_moe_lpr.model.moe.router import LPRRouter
+from megatron_moe_lpr.model.transformer.local_attention import LocalAttention
+from megatron_moe_lpr.model.transformer.norm import RMSNorm
 
 # TransformerLayer writes `pre_mlp_layernorm` under the key of a dense layer's fused norm in the local specification
 # only. Left out for MoE layers, both specifications write `pre_mlp_layernorm.weight`.

@@ -36,7 +36,7 @@ def initialize_parallel(
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout_minutes,
-        create_gloo_process_groups=platform.backend == "nccl",
+        create_gloo_process_groups=platform.on_gpus,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -80,7 +80,7 @@ def _exists(group: dist.ProcessGroup) -> bool:
 
 def _join_world(platform: Platform, timeout: datetime.timedelta) -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        device = platform.device if platform.backend == "nccl" else None
+        device = platform.device if platform.on_gpus else None
         dist.init_process_group(platform.backend, timeout=timeout, device_id=device)
     else:
         dist.init_process_group(platform.backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)

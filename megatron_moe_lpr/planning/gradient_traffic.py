@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.parameter_kinds import ParameterKind, trained_in_layer
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.parameters import (

@@ -7,7 +7,7 @@ Weights in FP8, activations and logits are checked on Transformer Engine's emula
 import dataclasses
 from collections.abc import Collection
 
-from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import Recompute, activation_bytes, logit_bytes

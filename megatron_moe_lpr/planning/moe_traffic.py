@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import FP32, RunSizes

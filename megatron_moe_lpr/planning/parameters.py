@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from megatron_moe_lpr.model.build import padded_vocab_size
-from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 

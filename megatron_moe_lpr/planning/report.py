@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.planning.communication import busiest_rank
 from megatron_moe_lpr.planning.interconnect import Hardware, step_times

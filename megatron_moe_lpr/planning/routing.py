@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import read_json
-from megatron_moe_lpr.model.config import ModelShape
-from megatron_moe_lpr.model.routing_groups import GROUPS
+from megatron_moe_lpr.model.configuration.config import ModelShape
+from megatron_moe_lpr.model.moe.routing_groups import GROUPS
 
 Shares = tuple[float, ...]
 """Of the tokens, those with each expert among their top k, the original expert first; they sum to k."""

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 
-from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.parameter_kinds import KINDS, ParameterKind
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import FP32, GIB, RunSizes

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import GIB, RunSizes, gradient_bytes, optimizer_bytes, weight_bytes
 from megatron_moe_lpr.planning.parameters import model_parameters

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.config import ModelShape, check_layout
+from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout
+from megatron_moe_lpr.model.configuration.recompute import NOT_DELAYED
 from megatron_moe_lpr.model.flops import training_flops_per_token
-from megatron_moe_lpr.model.recompute import NOT_DELAYED
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import Recompute
 from megatron_moe_lpr.planning.memory import GIB, RankMemory, RunSizes, largest_rank

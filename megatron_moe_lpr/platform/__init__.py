@@ -35,6 +35,11 @@ class Platform:
     gpu: GPUFacts | None = None
     """What the device can do; None on the CPU."""
 
+    @property
+    def on_gpus(self) -> bool:
+        """Whether devices compute and their own library communicates, with groups over gloo beside it."""
+        return self.name == "cuda"
+
 
 _selected: Platform | None = None
 

@@ -186,9 +186,13 @@ def sharded_state(state: RunState, is_loading: bool = False, trainable_only: boo
 def _nothing_to_collect() -> Iterator[None]:
     """Megatron's distributed optimizers each collect garbage here, against leaks of runs that never do otherwise
     (distrib_optimizer.py `sharded_state_dict`): half a second over the objects of torch alone, longer than all else of
-    an asynchronous save. This run leaves collecting to Python; frozen objects are not looked at."""
-    gc.freeze()
+    an asynchronous save. This run leaves collecting to Python; frozen objects are not looked at. A process that has
+    frozen those of its imports itself keeps them so: what is left is soon looked through."""
+    already = gc.get_freeze_count() > 0
+    if not already:
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not already:
+            gc.unfreeze()

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from megatron_moe_lpr.checkpoint.retention import Retention
-from megatron_moe_lpr.data.config import DataConfig
+from megatron_moe_lpr.data.reading.config import DataConfig
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.fp8 import FP8Options
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform, PlatformName
 from megatron_moe_lpr.training.stages import StageOptions
 
 if TYPE_CHECKING:
-    from megatron_moe_lpr.model.config import ComputeOptions
+    from megatron_moe_lpr.model.configuration.config import ComputeOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class OptimizerOptions:
 
     def on(self, platform: Platform) -> "OptimizerOptions":
         """These options with the platform's launch defaults."""
-        if platform.name != "cuda" or not self.overlap_on_gpus:
+        if not platform.on_gpus or not self.overlap_on_gpus:
             return self
         return dataclasses.replace(
             self, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
@@ -128,7 +128,7 @@ class PrecisionOptions:
         """
         import torch
 
-        from megatron_moe_lpr.model.config import ComputeOptions
+        from megatron_moe_lpr.model.configuration.config import ComputeOptions
 
         if self.bf16 and self.fp32:
             raise UserError("--bf16 and --fp32: give one of them")

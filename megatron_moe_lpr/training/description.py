@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from megatron_moe_lpr.data.blend import BlendEntry
-from megatron_moe_lpr.data.config import DataSources
+from megatron_moe_lpr.data.reading.blend import BlendEntry
+from megatron_moe_lpr.data.reading.config import DataSources
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.training.config import OptimizerOptions, TrainingConfig
 from megatron_moe_lpr.training.stages import Stage

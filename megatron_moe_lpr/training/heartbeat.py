@@ -20,6 +20,7 @@ from types import FrameType, TracebackType
 import torch.distributed as dist
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.platform.collectives import is_collective_failure
 
 PREFIX = "moe_lpr/heartbeat"
 PATIENCE = 0.75
@@ -68,7 +69,7 @@ class Heartbeat:
         self.ended.set()
         if self.thread:
             self.thread.join(self.period)
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        if is_collective_failure(error):
             place, _ = _place(_innermost(trace))
             reason = str(error).strip().splitlines()[0]
             raise UserError(

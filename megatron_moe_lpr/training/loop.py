@@ -11,12 +11,13 @@ from megatron.core import parallel_state
 from megatron_moe_lpr.checkpoint.retention import remove_superfluous
 from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_partial
 from megatron_moe_lpr.checkpoint.trainable_only import layers_of, reading, record_base
-from megatron_moe_lpr.data.batches import Batch, build_data_iterator
+from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.global_batch import LossSums, run_micro_batches, to_device
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
 from megatron_moe_lpr.evaluation.routing import collect_routing, open_experts, reset_routing
 from megatron_moe_lpr.model.flops import training_flops_per_token
+from megatron_moe_lpr.platform.devices import peak_memory_gigabytes
 from megatron_moe_lpr.training.checkpointing import expect_saves, start_save
 from megatron_moe_lpr.training.finite_steps import FiniteSteps
 from megatron_moe_lpr.training.guards import GradientWatch, explain_non_finite_gradient, explain_non_finite_loss
@@ -114,7 +115,7 @@ class Trainer:
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
             config.data.num_workers,
-            pin_memory=self.run.platform.name == "cuda",
+            pin_memory=self.run.platform.on_gpus,
         )
 
     def step(self, iterator: Iterator[Batch]) -> None:
@@ -186,7 +187,7 @@ class Trainer:
             lr=current_lr(run),
             tokens_per_second=tokens / seconds,
             flops_per_second=flops / seconds,
-            memory_gigabytes=peak_memory_gigabytes(run),
+            memory_gigabytes=peak_memory_gigabytes(run.platform),
             seconds_left=seconds / steps * (run.config.batch.train_iters - state.iteration),
             routing=collect_routing(state.chunks, shape) if run.model.config.num_moe_experts else None,
         )
@@ -278,12 +279,3 @@ def current_lr(run: Run) -> float:
     """Learning rate of the next step."""
     groups = run.state.optimizer.param_groups
     return float(groups[0]["lr"]) if groups else run.config.optimizer.lr
-
-
-def peak_memory_gigabytes(run: Run) -> float:
-    """Most memory this rank has held: the device's, or on a CPU the process's."""
-    if run.platform.name == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

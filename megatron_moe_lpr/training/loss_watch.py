@@ -10,6 +10,9 @@ DEVIATIONS = 6.0
 LEAST_DEVIATION = 0.02
 CLIMB = 0.5
 """Nats above the lowest running mean that are no longer noise: a perplexity 1.65 times as high."""
+SURE = 3.0
+"""Deviations of the running mean by which it may be off: with two windows of different languages a step it is mostly
+chance."""
 REPEAT = 100
 """Steps between two warnings of one kind."""
 
@@ -18,7 +21,8 @@ class LossWatch:
     """Two rules over the running mean of the loss:
 
     a spike is a loss more than 6 deviations above the mean, once 20 steps were seen; the run climbs when the mean is
-    0.5 above its lowest so far. It starts anew with each start of the run.
+    0.5 above its lowest so far, even with each of the two as far off as chance may have it. It starts anew with each
+    start of the run.
     """
 
     def __init__(self) -> None:
@@ -35,7 +39,7 @@ class LossWatch:
         self._update(loss)
         if spike:
             return self._once("spike", f"loss {loss:.3f} is a spike: mean {before:.3f}, deviation {deviation:.3f}")
-        if self.mean > self.lowest + CLIMB:
+        if self.mean - self._chance() > self.lowest + CLIMB:
             words = f"the mean loss has climbed from {self.lowest:.3f} to {self.mean:.3f}; is --lr too high?"
             return self._once("climb", words)
         return None
@@ -47,7 +51,12 @@ class LossWatch:
         difference = loss - self.mean
         self.mean += share * difference
         self.variance = (1 - share) * (self.variance + share * difference * difference)
-        self.lowest = min(self.lowest, self.mean)
+        self.lowest = min(self.lowest, self.mean + self._chance())
+
+    def _chance(self) -> float:
+        # As if one more loss, a nat off, had been seen: the variance of two alike is no measure.
+        variance = (self.seen * self.variance + 1) / (self.seen + 1)
+        return SURE * math.sqrt(variance / min(self.seen, WINDOW))
 
     def _once(self, kind: str, words: str) -> str | None:
         last = self.warned.get(kind)

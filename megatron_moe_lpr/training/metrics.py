@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.routing_statistics import GROUPS, RoutingReport
+from megatron_moe_lpr.model.moe.routing_statistics import GROUPS, RoutingReport
 from megatron_moe_lpr.training.config import LoggingOptions
 from megatron_moe_lpr.training.metrics_file import MetricsFile
 

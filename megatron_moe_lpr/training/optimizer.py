@@ -13,7 +13,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
-from megatron_moe_lpr.model.config import MoELPRConfig
+from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.platform import Platform
 from megatron_moe_lpr.training.config import BatchOptions, OptimizerOptions
 from megatron_moe_lpr.training.finalizing import finalize_gradients
@@ -65,7 +65,7 @@ def build_optimizer(
         settings,
         list(chunks),
         config_overrides=overrides,
-        use_gloo_process_groups=platform.backend == "nccl",
+        use_gloo_process_groups=platform.on_gpus,
     )
     _connect(chunks, config, options, optimizer)
     return optimizer

@@ -14,14 +14,20 @@ from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_shape
 from megatron_moe_lpr.checkpoint.trainable_only import open_reader
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint
-from megatron_moe_lpr.data.config import DataSources, read_data_sources
-from megatron_moe_lpr.data.datasets import Datasets, build_datasets
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
+from megatron_moe_lpr.data.reading.config import DataSources, read_data_sources
+from megatron_moe_lpr.data.reading.datasets import Datasets, build_datasets
+from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
-from megatron_moe_lpr.data.vocabulary import check_token_ids
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, check_layout, check_options, check_platform
-from megatron_moe_lpr.model.fp8 import FP8Options
+from megatron_moe_lpr.model.configuration.config import (
+    ComputeOptions,
+    ModelShape,
+    check_layout,
+    check_options,
+    check_platform,
+)
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.platform import Platform, select_platform

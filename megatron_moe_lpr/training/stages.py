@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from megatron_moe_lpr.data.config import DataSources
+from megatron_moe_lpr.data.reading.config import DataSources
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.parameter_kinds import KINDS, ParameterKind, kind_of
 

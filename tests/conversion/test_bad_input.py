@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from megatron_moe_lpr.checkpoint import writer
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.integrity import write_manifest
-from megatron_moe_lpr.conversion import safetensors_writer
+from megatron_moe_lpr.conversion.hugging_face import safetensors_writer
 from tests.conversion.helpers import TOOL, change_hf, rewrite_checkpoint, run
 from tests.conversion.tiny_models import save_model
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.conversion.frozen import fingerprint_of_checkpoint
-from megatron_moe_lpr.conversion.inspection import count_parameters
+from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
+from megatron_moe_lpr.conversion.verification.inspection import count_parameters
 from tests.conversion.helpers import perturb, rewrite_checkpoint, run
 from tests.conversion.tiny_models import MODELS, load_model, save_model
 

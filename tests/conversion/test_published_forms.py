@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_moe_lpr.conversion.frozen import fingerprint_of_checkpoint
+from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from tests.conversion.helpers import change_hf, checkpoint_tensors, hf_tensors, perturb, rewrite_checkpoint, run
 from tests.conversion.tiny_models import load_model, logits, save_model
 

@@ -10,11 +10,11 @@ import sentencepiece
 import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_moe_lpr.data.documents import DocumentOptions
-from megatron_moe_lpr.data.encoding import EncoderOptions
 from megatron_moe_lpr.data.indexed import IndexedWriter
 from megatron_moe_lpr.data.manifest import Manifest
-from megatron_moe_lpr.data.preprocessing import PreprocessingPlan, preprocess, publish
+from megatron_moe_lpr.data.preparation.documents import DocumentOptions
+from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
+from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess, publish
 
 CORPUS = Path(__file__).parents[2] / "data" / "help_corpus"
 LANGUAGES = ("el", "en", "es", "hu", "tr", "zh")

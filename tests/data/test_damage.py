@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from megatron_moe_lpr.checkpoint.integrity import MANIFEST, write_manifest
-from megatron_moe_lpr.data.blend import read_blend
-from megatron_moe_lpr.data.config import DataConfig, read_data_sources
 from megatron_moe_lpr.data.indexed import write_index
 from megatron_moe_lpr.data.manifest import bin_path, idx_path, read_manifest, verify_tokens
-from megatron_moe_lpr.data.merging import merge
-from megatron_moe_lpr.data.training_dataset import build_training_dataset
+from megatron_moe_lpr.data.preparation.merging import merge
+from megatron_moe_lpr.data.reading.blend import read_blend
+from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
+from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
 from megatron_moe_lpr.errors import UserError
 from tests.data.builders import make_hf_tokenizer, numbered_dataset, run_plan, write_jsonl
 

@@ -18,20 +18,20 @@ from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_card
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
-from megatron_moe_lpr.conversion.adapter import open_adapter
-from megatron_moe_lpr.conversion.hf_directory import open_hf_directory
-from megatron_moe_lpr.conversion.inspection import inspect_directory, print_inspection
-from megatron_moe_lpr.conversion.safetensors_source import SafetensorsSource, weight_files
-from megatron_moe_lpr.data.documents import DocumentOptions, read_documents
+from megatron_moe_lpr.conversion.hugging_face.adapter import open_adapter
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
+from megatron_moe_lpr.conversion.hugging_face.safetensors_source import SafetensorsSource, weight_files
+from megatron_moe_lpr.conversion.verification.inspection import inspect_directory, print_inspection
 from megatron_moe_lpr.data.indexed import check_index, open_tokens
-from megatron_moe_lpr.data.inspection import counts_table
 from megatron_moe_lpr.data.manifest import read_manifest
-from megatron_moe_lpr.data.merging import expand_prefixes
-from megatron_moe_lpr.data.sources import Block
+from megatron_moe_lpr.data.preparation.documents import DocumentOptions, read_documents
+from megatron_moe_lpr.data.preparation.inspection import counts_table
+from megatron_moe_lpr.data.preparation.merging import expand_prefixes
+from megatron_moe_lpr.data.preparation.sources import Block
 from megatron_moe_lpr.data.tokenizer import load_tokenizer, model_vocabulary
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
-from megatron_moe_lpr.model.rope import inverse_frequencies
+from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
 from megatron_moe_lpr.training.metrics_file import MetricsFile
 from tests.data.builders import write_dataset
 

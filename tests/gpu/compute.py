@@ -10,9 +10,9 @@ from megatron.core import parallel_state
 from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model
 from megatron_moe_lpr.evaluation.global_batch import run_schedule, to_device
 from megatron_moe_lpr.model.build import unwrap
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.forward import compute_logits
-from megatron_moe_lpr.model.fp8 import FP8Options
-from megatron_moe_lpr.model.router import LPRRouter
+from megatron_moe_lpr.model.moe.router import LPRRouter
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform, select_platform

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megatron_moe_lpr.model.router import RouterProduct
+from megatron_moe_lpr.model.moe.router import RouterProduct
 from megatron_moe_lpr.training.loop import Trainer
 from tests.gpu import device
 from tests.gpu.figures import Figures

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_lpr.conversion.verify_models import verify_checkpoint
+from megatron_moe_lpr.conversion.verification.verify_models import verify_checkpoint
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
 from megatron_moe_lpr.evaluation.results import evaluation_record
 from megatron_moe_lpr.model.parameter_kinds import kind_of

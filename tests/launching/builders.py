@@ -12,6 +12,7 @@ from megatron_moe_lpr.conversion.importer import import_hf
 from megatron_moe_lpr.conversion.plan import ImportOptions
 from tests.conversion.tiny_models import COMMON
 from tests.data.builders import CORPUS, make_hf_tokenizer, run_plan
+from tests.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 800
@@ -45,6 +46,7 @@ def environment(work: Path, **settings: object) -> dict[str, str]:
         "PLATFORM": "cpu",
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": 1,
+        "MASTER_PORT": free_port(),  # neither 29500 nor one from a job's number: others train on this machine
         "HF": work / "dense",
         "DATA": work / "data",
         "WORKERS": 1,

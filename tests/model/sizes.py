@@ -2,8 +2,8 @@
 
 import torch
 
-from megatron_moe_lpr.model.architecture import read_architecture
-from megatron_moe_lpr.model.config import ComputeOptions, ModelShape, transformer_config
+from megatron_moe_lpr.model.configuration.architecture import read_architecture
+from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, transformer_config
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 
 SMALL = {

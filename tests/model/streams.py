@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_moe_lpr.model.side_stream import SideStream
+from megatron_moe_lpr.platform.side_stream import SideStream
 
 
 class Stream:

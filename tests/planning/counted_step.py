@@ -9,11 +9,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_moe_lpr.evaluation.global_batch import run_micro_batches
-from megatron_moe_lpr.model.architecture import read_architecture
 from megatron_moe_lpr.model.build import build_model, unwrap
-from megatron_moe_lpr.model.config import ModelShape, transformer_config
-from megatron_moe_lpr.model.fp8 import FP8Options
-from megatron_moe_lpr.model.router import LPRRouter
+from megatron_moe_lpr.model.configuration.architecture import read_architecture
+from megatron_moe_lpr.model.configuration.config import ModelShape, transformer_config
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
+from megatron_moe_lpr.model.moe.router import LPRRouter
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.communication import rank_traffic

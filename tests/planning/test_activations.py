@@ -5,8 +5,8 @@ import functools
 
 import pytest
 
-from megatron_moe_lpr.model.architecture import read_architecture
-from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.configuration.architecture import read_architecture
+from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import kept_bytes, working_bytes
 from megatron_moe_lpr.planning.sizes import RunSizes

@@ -10,7 +10,7 @@ from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
 from megatron_moe_lpr.conversion.importer import import_hf
 from megatron_moe_lpr.conversion.plan import ImportOptions
-from megatron_moe_lpr.model.config import ComputeOptions
+from megatron_moe_lpr.model.configuration.config import ComputeOptions
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import RunSizes, rank_memory

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.routing_groups import GROUPS
 from megatron_moe_lpr.planning.routing import Routing, read_routing
 from tests.planning.counted_step import Case
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.architecture import read_architecture
-from megatron_moe_lpr.model.config import ModelShape
+from megatron_moe_lpr.model.configuration.architecture import read_architecture
+from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import RunSizes, largest_rank, worst_total
 from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts

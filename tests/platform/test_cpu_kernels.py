@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megatron_moe_lpr.model.grouped_linear import _GroupedProduct
-from megatron_moe_lpr.model.norm import _RootMeanSquareNorm
+from megatron_moe_lpr.model.moe.grouped_linear import _GroupedProduct
+from megatron_moe_lpr.model.transformer.norm import _RootMeanSquareNorm
 from megatron_moe_lpr.platform.cpu import cross_entropy
 from megatron_moe_lpr.platform.cpu.activations import ROWS, SwiGLU
 from megatron_moe_lpr.platform.cpu.expert_rows import _Gather, _Spread, rounded

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_moe_lpr.model import grouped_linear
+from megatron_moe_lpr.model.moe import grouped_linear
 from megatron_moe_lpr.platform.cpu import gradient_buffer
 from megatron_moe_lpr.platform.cpu.expert_rows import rounded
 from megatron_moe_lpr.training import loop

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import _free_port
+from tests.distributed import free_port
 from tests.serving.reference import NEW_TOKENS, Continuation
 
 # A quiet machine needs one minute; one with a hundred busy processes took more than ten.
@@ -31,7 +31,7 @@ def serving(command: list[str], log: Path, environment: dict[str, str] | None = 
     Raises:
         RuntimeError: it ended or did not answer in time; the end of its log is in the message.
     """
-    port = _free_port()
+    port = free_port()
     command = [part.replace("PORT", str(port)) for part in command]
     with open(log, "wb") as stream:
         process = subprocess.Popen(

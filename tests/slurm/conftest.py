@@ -5,7 +5,7 @@ import os
 import pytest
 
 from tests.launching.builders import ROOT, prepare_inputs
-from tests.slurm.cluster import Cluster, free_ports, missing_programs
+from tests.slurm.cluster import Cluster, missing_programs
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +33,7 @@ def submit(cluster, inputs, tmp_path):
     def run(*command: str, **settings: object) -> str:
         from tests.launching.builders import environment
 
-        # The batch file makes one from the job's number, which another cluster's job on this machine may have too.
-        own = environment(inputs, LOAD=inputs / "moe", MASTER_PORT=free_ports(1)[0], **settings)
+        own = environment(inputs, LOAD=inputs / "moe", **settings)
         cluster_settings = {name: cluster.environment[name] for name in ("SLURM_CONF", "PATH")}
         return cluster.run(*command, environment={**own, **cluster_settings}, cwd=ROOT)
 

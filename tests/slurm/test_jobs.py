@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from tests.launching.builders import run_script
-from tests.slurm.cluster import ENDS, free_ports, wait_until
+from tests.slurm.cluster import ENDS, wait_until
 
 SECONDS = 600
 """A quiet machine needs a twentieth; the limit is for one that is shared."""
@@ -65,7 +65,6 @@ def test_a_job_outlives_a_stop_signal_and_a_dead_node(cluster, submit, inputs, t
         *TRAIN[2:],
         LOAD=inputs / "moe",
         GPUS_PER_NODE=2,
-        MASTER_PORT=free_ports(1)[0],
         **settings | {"SAVE": reference},
     )
     assert result.returncode == 0, result.stdout + result.stderr

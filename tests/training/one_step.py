@@ -14,7 +14,7 @@ from megatron_moe_lpr.checkpoint.model_state import sharded_model_state
 from megatron_moe_lpr.evaluation.global_batch import run_schedule
 from megatron_moe_lpr.evaluation.routing import collect_routing, reset_routing
 from megatron_moe_lpr.model.build import unwrap
-from megatron_moe_lpr.model.config import ComputeOptions
+from megatron_moe_lpr.model.configuration.config import ComputeOptions
 from megatron_moe_lpr.model.parameter_kinds import kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout

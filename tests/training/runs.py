@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_moe_lpr.checkpoint.directory import write_latest
-from megatron_moe_lpr.data.config import DataConfig
-from megatron_moe_lpr.model.fp8 import FP8Options
+from megatron_moe_lpr.data.reading.config import DataConfig
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import PlatformName
 from megatron_moe_lpr.pretrain import pretrain

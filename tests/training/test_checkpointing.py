@@ -97,8 +97,17 @@ def test_old_checkpoints_go_and_the_run_is_the_same(options, inputs, tmp_path):
 
 def test_megatron_collects_nothing_while_a_save_waits():
     """Over all objects of torch and Megatron it took half a second, twice a save."""
+    gc.unfreeze()  # what tests/conftest.py froze
     before = len(gc.get_objects())
     with _nothing_to_collect():
         looked_at = len(gc.get_objects())
     assert looked_at < before // 100 and gc.get_freeze_count() == 0
     assert len(gc.get_objects()) > before // 2
+
+
+def test_what_a_process_has_frozen_stays_frozen():
+    gc.freeze()
+    before = gc.get_freeze_count()
+    with _nothing_to_collect():
+        pass
+    assert gc.get_freeze_count() == before > 0

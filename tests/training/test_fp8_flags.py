@@ -7,7 +7,7 @@ import torch
 from packaging.version import Version
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.fp8 import FP8Options
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.platform import GPUFacts, Platform
 from megatron_moe_lpr.training.config import OptimizerOptions
 from megatron_moe_lpr.training.setup import check_parameter_gather, prepare

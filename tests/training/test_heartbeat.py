@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 
-from tests.distributed import _free_port
+from tests.distributed import free_port
 
 RANK = """
 import os, signal, sys, time
@@ -31,7 +31,7 @@ with Heartbeat(timeout=10.0) as heartbeat:
 
 def run_ranks(how: str) -> tuple[int, str]:
     """Exit code and errors of rank 0, where rank 1 comes late or never."""
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", RANK, how]
     ranks = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)

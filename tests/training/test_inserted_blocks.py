@@ -10,7 +10,7 @@ import torch
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading import model_shape
 from megatron_moe_lpr.checkpoint.reader import is_model_key
-from megatron_moe_lpr.conversion.frozen import fingerprint_of_checkpoint
+from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.model.parameter_kinds import kind_of

@@ -21,6 +21,13 @@ def test_a_run_that_learns_is_left_alone():
     assert warnings(falling(2000)) == {}
 
 
+def test_steps_of_a_few_windows_in_different_languages_are_left_alone():
+    generator = random.Random(2)
+    by_language = [2.37, 3.5, 3.7, 2.5, 1.6]
+    for _ in range(20):
+        assert warnings([generator.choice(by_language) + generator.gauss(0, 0.1) for _ in range(500)]) == {}
+
+
 def test_a_spike_is_told_once():
     losses = falling(400)
     losses[300] += 2

@@ -108,7 +108,7 @@ def count_products(path, stage: str) -> tuple[int, list[int]]:
     """Floating-point operations of forward and backward, counted by torch, and each layer's rows of expert 0."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from megatron_moe_lpr.model.moe_layer import MoELPRLayer
+    from megatron_moe_lpr.model.moe.moe_layer import MoELPRLayer
     from tests.training.one_step import StepCase, run_step
 
     rows = [0] * 4

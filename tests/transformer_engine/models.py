@@ -22,8 +22,8 @@ from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_s
 from megatron_moe_lpr.checkpoint.model_state import CONTENT_METADATA, EXTRA_STATE, sharded_model_state
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import build_model, unwrap
-from megatron_moe_lpr.model.config import ComputeOptions, transformer_config
-from megatron_moe_lpr.model.fp8 import FP8Options
+from megatron_moe_lpr.model.configuration.config import ComputeOptions, transformer_config
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.training.stages import STAGES, freeze

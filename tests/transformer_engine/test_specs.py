@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_moe_lpr.model.fp8 import FP8Options
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from tests.conversion.helpers import perturb, rewrite_checkpoint, run
 from tests.conversion.tiny_models import MODELS, save_model
 from tests.transformer_engine import models

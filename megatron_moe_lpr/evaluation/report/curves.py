@@ -6,7 +6,7 @@ from html import escape
 from megatron_moe_lpr.evaluation.report.charts import COLORS, Frame
 from megatron_moe_lpr.evaluation.report.inputs import Curve, NamedEvaluation
 from megatron_moe_lpr.evaluation.report.summary import Summary
-from megatron_moe_lpr.model.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.routing_groups import GROUPS
 
 
 def curve_figure(curve: Curve, reference: NamedEvaluation) -> str:

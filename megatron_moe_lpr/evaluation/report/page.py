@@ -7,7 +7,7 @@ from megatron_moe_lpr.evaluation.report.curves import curve_figure
 from megatron_moe_lpr.evaluation.report.inputs import ReportInputs
 from megatron_moe_lpr.evaluation.report.style import STYLE
 from megatron_moe_lpr.evaluation.report.tables import html_table, percent, share
-from megatron_moe_lpr.model.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.routing_groups import GROUPS
 
 
 def build_page(inputs: ReportInputs) -> str:

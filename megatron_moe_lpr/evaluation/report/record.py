@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 from megatron_moe_lpr.json_files import is_integer, is_number
-from megatron_moe_lpr.model.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.routing_groups import GROUPS
 
 
 def is_evaluation(record: Any) -> bool:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from megatron_moe_lpr.evaluation.report.inputs import NamedEvaluation, ReportInputs
 from megatron_moe_lpr.evaluation.report.summary import Summary
-from megatron_moe_lpr.model.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.routing_groups import GROUPS
 
 COSTS = ("parameters", "of them active", "tokens/s")
 

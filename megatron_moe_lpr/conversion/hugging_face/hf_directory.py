@@ -1,0 +1,200 @@
+"""A Hugging Face directory: what its files say, before any tensor is read."""
+
+import dataclasses
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_card, read_json
+from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, SIDE_DIRECTORY
+from megatron_moe_lpr.checkpoint.reader import TensorInfo
+from megatron_moe_lpr.conversion.hugging_face.hf_config import (
+    DENSE_FAMILY_OF_MOE,
+    SHARED_EXPERT_WIDTH,
+    dense_config,
+    experts_per_layer_of,
+    top_k_of,
+)
+from megatron_moe_lpr.conversion.hugging_face.llama_cpp import LLAMA_CPP_MODEL_TYPE
+from megatron_moe_lpr.conversion.hugging_face.safetensors_source import SafetensorsSource, weight_files
+from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors, zero_attention_biases
+from megatron_moe_lpr.conversion.tensors.names import (
+    DENSE_LAYOUT,
+    EMBEDDING_NAME,
+    MOE_LAYOUTS,
+    OUTPUT_NAME,
+    Layout,
+    Row,
+)
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import checked_integer
+from megatron_moe_lpr.model.configuration.architecture import MAX_SIZE, Architecture, read_architecture
+
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "*.tiktoken",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "spiece.model",
+    "tekken.json",
+)
+# README.md is the base model's card: export takes the licence from it. Licences want their files shipped.
+CARRIED_PATTERNS = (
+    *TOKENIZER_PATTERNS,
+    "additional_chat_templates",
+    "generation_config.json",
+    "README.md",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+TRAINING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Old checkpoints store these buffers; every reader computes them.
+HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class HFDirectory:
+    """A dense or stock MoE checkpoint in Hugging Face's form."""
+
+    path: Path
+    config: dict[str, Any]
+    """The dense model's configuration, even where the directory holds the MoE."""
+    architecture: Architecture
+    layout: Layout
+    experts_per_layer: list[int]
+    top_k: int
+    shared_expert_width: int
+    card: CheckpointCard | None
+    """Of a directory that this project's export has written."""
+
+    @property
+    def is_moe(self) -> bool:
+        """The directory holds a stock MoE."""
+        return self.layout is not DENSE_LAYOUT
+
+    def extra(self) -> list[ExtraTensor]:
+        """Tensors that belong to the architecture and not to the model."""
+        extra = extra_tensors(self.architecture, self.experts_per_layer, self.layout, self.shared_expert_width)
+        if self.config.get("attention_bias") and not self.is_moe and not self.architecture.family.qkv_bias:
+            extra += zero_attention_biases(self.architecture)
+        return extra
+
+    def source(self) -> SafetensorsSource:
+        """The weights. Raises UserError where a file is missing or damaged."""
+        return SafetensorsSource(weight_files(self.path))
+
+
+def open_hf_directory(path: Path) -> HFDirectory:
+    """Read the configuration files of a Hugging Face directory.
+
+    Raises:
+        UserError: not such a directory, an unsupported architecture, or a MoE that is not an upcycled one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; a Hugging Face model directory is expected")
+    config_path = path / CONFIG_FILE
+    config = read_json(config_path)
+    model_type = config.get("model_type")
+    if model_type == LLAMA_CPP_MODEL_TYPE:
+        raise UserError(f"{config_path}: written for llama.cpp alone; use the export for transformers")
+    if isinstance(model_type, str) and model_type in DENSE_FAMILY_OF_MOE:
+        return _open_moe(path, config)
+    architecture = read_architecture(config, str(config_path))
+    layers = [1] * architecture.num_layers
+    return HFDirectory(path, config, architecture, DENSE_LAYOUT, layers, 1, 0, _card(path))
+
+
+def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
+    source = str(path / CONFIG_FILE)
+    experts, card = experts_per_layer_of(moe, source), _card(path)
+    config = read_json(path / SIDE_DIRECTORY / CONFIG_FILE) if card else dense_config(moe, source)
+    architecture = read_architecture(config, source)
+    layout = MOE_LAYOUTS[moe["model_type"]]
+    if card and experts != card.experts_per_layer and experts == [card.num_experts] * len(card.experts_per_layer):
+        layout, experts = dataclasses.replace(layout, experts_everywhere=True), card.experts_per_layer
+    if architecture.family.moe_model_type != moe["model_type"] or (card and card.experts_per_layer != experts):
+        raise UserError(f"{path / SIDE_DIRECTORY}: does not belong to {source}; remove it to read the MoE as it is")
+    width = moe.get("shared_expert_intermediate_size") or SHARED_EXPERT_WIDTH
+    checked_integer(width, "shared_expert_intermediate_size", source, 1, MAX_SIZE)
+    return HFDirectory(path, config, architecture, layout, experts, top_k_of(moe, source), width, card)
+
+
+def _card(path: Path) -> CheckpointCard | None:
+    card = path / SIDE_DIRECTORY / CARD_FILE
+    return read_card(card) if card.is_file() else None
+
+
+def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: SafetensorsSource, place: Path) -> None:
+    """Check that `source` holds exactly the tensors that `rows` and `extra` name, in their shapes.
+
+    Raises:
+        UserError: naming the tensors that are missing, unexpected or of the wrong shape.
+    """
+    expected = {name: shape for row in rows for name, shape in zip(row.names, row.shapes, strict=False)}
+    expected |= {tensor.name: tensor.shape for tensor in extra}
+    missing = [name for name in expected if name not in source.tensors]
+    if missing:
+        raise UserError(f"{place}: the weights lack {_listed(missing)}")
+    unexpected = [name for name in source.tensors if name not in expected and not _harmless(name, source)]
+    if unexpected:
+        raise UserError(f"{place}: the architecture has no place for {_listed(unexpected)}")
+    for name, shape in expected.items():
+        found = source.tensors[name].shape
+        if found != shape:
+            raise UserError(f"{source.file_of(name)}: {name} has shape {list(found)}, config.json wants {list(shape)}")
+
+
+def common_dtype(infos: list[TensorInfo], place: Path) -> torch.dtype:
+    """The one dtype of all original matrices.
+
+    Norms and biases (one dimension) may have another floating-point dtype: they are cast to the matrices', as
+    transformers does when it loads such a model.
+
+    Raises:
+        UserError: several dtypes, or one that is no training dtype.
+    """
+    dtypes = {info.dtype for info in infos if len(info.shape) > 1 or info.dtype not in TRAINING_DTYPES}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UserError(f"{place}: the weights mix the dtypes {names}; save the model in one of them")
+    dtype = dtypes.pop()
+    if dtype not in TRAINING_DTYPES:
+        raise UserError(f"{place}: weights of dtype {dtype} are not supported; convert from the bf16 checkpoint")
+    return dtype
+
+
+def _harmless(name: str, source: SafetensorsSource) -> bool:
+    if name.endswith(HARMLESS_SUFFIXES):
+        return True
+    # Some tools write the tied output layer out; a different one would mean that it is not tied.
+    return name == OUTPUT_NAME and torch.equal(source.read(name), source.read(EMBEDDING_NAME))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def carry_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat templates, generation settings, licences and model card."""
+    for pattern in CARRIED_PATTERNS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+            elif path.is_dir() and path.name == "additional_chat_templates":
+                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+
+
+def tokenizer_files(directory: Path) -> dict[str, str]:
+    """SHA-256 of each tokenizer file, by name."""
+    files = {path for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern) if path.is_file()}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}

@@ -1,0 +1,124 @@
+"""The two sides of `verify`: transformers' own class, and the Megatron model in this one process."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
+from megatron_moe_lpr.checkpoint.loading import load_model
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
+from megatron_moe_lpr.conversion.verification.verify import Comparison, Forward, Outputs, compare, random_tokens
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.build import unwrap
+from megatron_moe_lpr.model.configuration.config import ComputeOptions
+from megatron_moe_lpr.model.forward import compute_logits
+from megatron_moe_lpr.parallel.groups import initialize_parallel
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import Platform
+
+
+def verify_checkpoint(
+    load: Path,
+    hf: Path,
+    dtype: torch.dtype,
+    platform: Platform,
+    sequence_length: int,
+    batch: int = 2,
+    verified: bool = True,
+    base: Path | None = None,
+) -> Comparison:
+    """Compare a checkpoint with a Hugging Face directory on random tokens.
+
+    Raises:
+        UserError: one of them cannot be loaded.
+    """
+    checkpoint = open_checkpoint(load, verified, base)
+    vocab_size = checkpoint.architecture().vocab_size
+    reference = open_hf_directory(hf).architecture
+    if reference.vocab_size != vocab_size:
+        raise UserError(f"{hf}: vocabulary of {reference.vocab_size:,} tokens, the checkpoint has {vocab_size:,}")
+    num_layers, inserted = checkpoint.architecture().num_layers, checkpoint.card().inserted_blocks
+    if reference.num_layers not in (num_layers, num_layers - len(inserted)):
+        raise UserError(f"{hf}: {reference.num_layers} layers, the checkpoint has {num_layers}")
+    left_out = inserted if reference.num_layers < num_layers else []
+    tokens = random_tokens(vocab_size, batch, sequence_length)
+    ours = megatron_forward(checkpoint, dtype, platform, verified)
+    return compare(transformers_forward(hf, dtype, platform.device), _without(ours, left_out), tokens)
+
+
+def _without(forward: Forward, layers: list[int]) -> Forward:
+    """Without what some layers put out, which the model compared with does not have."""
+
+    def fewer(tokens: torch.Tensor) -> Outputs:
+        outputs = forward(tokens)
+        kept = [output for layer, output in enumerate(outputs.layers) if layer not in layers]
+        return Outputs(outputs.logits, kept)
+
+    return fewer
+
+
+def transformers_forward(directory: Path, dtype: torch.dtype, device: torch.device) -> Forward:
+    """The model of a local Hugging Face directory, dense or MoE, by transformers' stock class.
+
+    Raises:
+        UserError: transformers found weights missing or left over.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # Annotated without `output_loading_info`, with which it returns a pair.
+    loaded: tuple[torch.nn.Module, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+        directory, dtype=dtype, local_files_only=True, output_loading_info=True, attn_implementation="eager"
+    )
+    model, information = loaded
+    problems = {kind: list(names)[:3] for kind, names in information.items() if names}
+    if problems:
+        raise UserError(f"{directory}: transformers does not load it cleanly: {problems}")
+    model.to(device).eval()
+
+    def forward(tokens: torch.Tensor) -> Outputs:
+        with _recorded(model.get_submodule("model.layers").children()) as layers:
+            logits = model(tokens.to(device)).logits
+        return Outputs(logits, layers)
+
+    return forward
+
+
+def megatron_forward(
+    checkpoint: CheckpointDirectory, dtype: torch.dtype, platform: Platform, verified: bool = True
+) -> Forward:
+    """The model of a checkpoint, whole in this process.
+
+    Raises:
+        UserError: the checkpoint does not fit the model that its card describes.
+    """
+    initialize_parallel(platform, ParallelLayout())
+    options = ComputeOptions(dtype=dtype)
+    loaded = load_model(checkpoint, ParallelLayout(), platform, options, verified=verified)
+    vocab_size = loaded.shape.architecture.vocab_size
+
+    def forward(tokens: torch.Tensor) -> Outputs:
+        with _recorded(unwrap(loaded.chunks[0]).decoder.layers) as layers:
+            logits = compute_logits(loaded.chunks, loaded.config, tokens.to(platform.device), vocab_size)
+        return Outputs(logits, [layer.transpose(0, 1) for layer in layers])
+
+    return forward
+
+
+@contextlib.contextmanager
+def _recorded(layers: Iterable[torch.nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Collects what each layer puts out."""
+    outputs: list[torch.Tensor] = []
+
+    def record(module: torch.nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

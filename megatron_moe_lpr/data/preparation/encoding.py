@@ -1,0 +1,173 @@
+"""Blocks of lines to blocks of token ids, in order, by worker processes.
+
+Processes, not the tokenizer's own threads: reading JSON and taking ids out of the tokenizer's objects need the
+interpreter too, and only processes spread that (measured in docs/data.md).
+"""
+
+import array
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+
+from megatron_moe_lpr.data.preparation.documents import DocumentOptions, read_documents
+from megatron_moe_lpr.data.preparation.sources import Block
+from megatron_moe_lpr.data.tokenizer import Tokenizer
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.processes import end_with_parent
+
+BLOCKS_AHEAD = 2
+BATCH_CHARACTERS = 1 << 17
+NO_TOKENS = "no_tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderOptions:
+    """All that a worker process needs to know."""
+
+    tokenizer: str
+    eod_token: str | None
+    append_eod: bool
+    documents: DocumentOptions
+    model_vocabulary: int | None = None
+    """Ids of the model that the tokenizer belongs to, where it is known; more are refused."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedDocuments:
+    """Documents of one language, in order.
+
+    Attributes:
+        tokens: ids of all documents, one after the other.
+        lengths: tokens of each document [documents], EOD included.
+        text_bytes: UTF-8 bytes of each document [documents].
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    text_bytes: np.ndarray
+
+    def head(self, documents: int) -> "EncodedDocuments":
+        """The first `documents` of them."""
+        lengths = self.lengths[:documents]
+        return EncodedDocuments(self.tokens[: int(lengths.sum())], lengths, self.text_bytes[:documents])
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedBlock:
+    """What became of one block: documents by language, and what was left out."""
+
+    languages: dict[str, EncodedDocuments]
+    counts: Counter
+    first_errors: dict[str, str]
+    disk_bytes: int
+
+
+class BlockEncoder:
+    """Turns a block of lines into token ids, on one thread."""
+
+    def __init__(self, tokenizer: Tokenizer, options: EncoderOptions) -> None:
+        self.tokenizer, self.options = tokenizer, options
+
+    def encode(self, block: Block) -> EncodedBlock:
+        """Raises UserError where the block holds a bad line and errors are to stop the run."""
+        counts: Counter[str] = Counter()
+        first: dict[str, str] = {}
+        texts: dict[str, list[str]] = {}
+        for language, text in read_documents(block, self.options.documents, counts, first):
+            texts.setdefault(language, []).append(text)
+        languages = {language: self._encode_texts(group, counts) for language, group in texts.items()}
+        return EncodedBlock(languages, counts, first, block.disk_bytes)
+
+    def _encode_texts(self, texts: list[str], counts: Counter) -> EncodedDocuments:
+        tokens, lengths, sizes = array.array("i"), [], []
+        encoded = (ids for batch in _batches(texts) for ids in self.tokenizer.encode_batch(batch))
+        for text, ids in zip(texts, encoded, strict=True):
+            if not ids:
+                counts[NO_TOKENS] += 1
+                continue
+            tokens.fromlist(ids)
+            if self.options.append_eod:
+                tokens.append(self.tokenizer.eod)
+            lengths.append(len(ids) + self.options.append_eod)
+            sizes.append(len(text) if text.isascii() else len(text.encode("utf-8")))
+        joined = np.frombuffer(tokens, dtype=np.int32) if tokens else np.empty(0, np.int32)
+        limit = self.options.model_vocabulary
+        if limit is not None and len(joined) and int(joined.max()) >= limit:
+            raise UserError(
+                f"{self.tokenizer.path}: gives the token id {int(joined.max())}, and config.json beside it says that "
+                f"the model has {limit:,} ids (vocab_size); use the model's own tokenizer"
+            )
+        return EncodedDocuments(
+            joined.astype(self.tokenizer.dtype), np.array(lengths, np.int32), np.array(sizes, np.int64)
+        )
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """Short lists: the Rust tokenizer's result takes some 170 bytes for each character while a batch lasts."""
+    batch, characters = [], 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+_worker_encoder: BlockEncoder | None = None
+
+
+def _start_worker(encoder: BlockEncoder) -> None:
+    global _worker_encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_encoder = encoder
+
+
+def _encode_in_worker(block: Block) -> EncodedBlock:
+    assert _worker_encoder is not None
+    return _worker_encoder.encode(block)
+
+
+def _is_ready() -> bool:
+    return _worker_encoder is not None
+
+
+@contextlib.contextmanager
+def worker_pool(encoder: BlockEncoder, workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes, started before anything else is, so that they may be forked off safely."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder,))
+    try:
+        pool.submit(_is_ready).result()
+        yield pool
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed, likely for want of memory; pass fewer --workers") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def encode_blocks(pool: ProcessPoolExecutor, blocks: Iterable[Block], workers: int) -> Iterator[EncodedBlock]:
+    """Encode blocks and yield the results in the order of the blocks, whatever the number of workers.
+
+    At most `BLOCKS_AHEAD` blocks a worker are in memory beside the one yielded.
+    """
+    waiting: deque[Future[EncodedBlock]] = deque()
+    for block in blocks:
+        waiting.append(pool.submit(_encode_in_worker, block))
+        if len(waiting) > workers * BLOCKS_AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -1,0 +1,143 @@
+"""Files of a data set from the Hugging Face hub, by its own client: which there are, and each whole or not at all."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_moe_lpr.data.preparation.corpora import Corpus
+from megatron_moe_lpr.errors import UserError
+
+STAGING = ".incomplete"
+"""Below the output: what the client has of a file so far; removed when nothing is missing any more."""
+BLOCK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of a data set, and where it goes."""
+
+    repository: str
+    revision: str
+    path: str
+    """In the data set."""
+    num_bytes: int
+    sha256: str | None
+    """As the hub records it; None for small files, which it keeps in git."""
+    target: Path
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the target is there in its full size."""
+        return self.target.is_file() and self.target.stat().st_size == self.num_bytes
+
+
+def find_shards(corpus: Corpus, language: str, revision: str, train: int, valid: int, output: Path) -> list[Shard]:
+    """The first `train` files of a language for training and the next `valid` ones for validation.
+
+    They go to `output/train/LANGUAGE/` and `output/valid/LANGUAGE/`, with `/` in their names replaced.
+
+    Args:
+        revision: branch, tag or commit; a branch becomes the commit that it is now at.
+
+    Raises:
+        UserError: the hub does not answer, refuses access, or has fewer files.
+    """
+    from huggingface_hub import HfApi
+
+    with _telling(corpus.repository):
+        commit = HfApi().dataset_info(corpus.repository, revision=revision).sha
+        if commit is None:
+            raise UserError(f"{corpus.repository}: the hub does not say which commit {revision} is; try again")
+        files = list(itertools.islice(_files(corpus, language, commit), train + valid))
+    if len(files) < train + valid:
+        raise UserError(
+            f"{corpus.repository} has {len(files)} files for {language}, --shards {train} and --valid-shards {valid} "
+            "ask for more"
+        )
+    shards = []
+    for number, file in enumerate(files):
+        folder = output / ("train" if number < train else "valid") / language
+        target = folder / file.path.replace("/", "-")
+        sha256 = file.lfs.sha256 if file.lfs else None
+        shards.append(Shard(corpus.repository, commit, file.path, file.size, sha256, target))
+    return shards
+
+
+def _files(corpus: Corpus, language: str, commit: str) -> Iterator:
+    """The hub's entries in the hub's order, page by page as they are asked for."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    for folder in corpus.folders_of(language):
+        entries = HfApi().list_repo_tree(corpus.repository, folder, revision=commit, repo_type="dataset")
+        yield from (one for one in entries if isinstance(one, RepoFile) and one.path.endswith(corpus.suffix))
+
+
+def download(shard: Shard, output: Path) -> None:
+    """Fetch a file that is not there, going on with what an earlier attempt left; compare it with its checksum.
+
+    Raises:
+        UserError: the hub does not answer or refuses access, or the file is damaged.
+    """
+    from huggingface_hub import hf_hub_download
+
+    staging = output / STAGING / shard.repository.replace("/", "-")
+    with _telling(shard.repository):
+        path = Path(
+            hf_hub_download(
+                shard.repository, shard.path, repo_type="dataset", revision=shard.revision, local_dir=staging
+            )
+        )
+    if path.stat().st_size != shard.num_bytes or shard.sha256 not in (None, _sha256(path)):
+        path.unlink()
+        raise UserError(f"{shard.repository} {shard.path}: damaged on the way; start again to fetch it anew")
+    shard.target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(path, shard.target)
+
+
+def disk_need(shards: list[Shard], output: Path) -> tuple[int, int]:
+    """Bytes that are to be fetched, and bytes that are free on the disk of `output`."""
+    missing = sum(shard.num_bytes for shard in shards if not shard.is_there)
+    place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    return missing, shutil.disk_usage(place).free
+
+
+def remove_staging(output: Path) -> None:
+    """The client's own notes, once every file is in its place."""
+    shutil.rmtree(output / STAGING, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _telling(repository: str) -> Iterator[None]:
+    """Failures of the hub in one line that says what to do."""
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/datasets/{repository}"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise UserError(f"{repository}: accept its conditions at {page}, then `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{repository}: there is no such data set, or it asks for a login: {page}") from None
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+            raise UserError(f"{repository}: {reason}; does it have that language by this code?") from None
+        # The client raises errors of its HTTP library, which is another one in each of its versions.
+        of_the_client = type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx", "httpx2", "requests")
+        if not of_the_client and not isinstance(error, ConnectionError):
+            raise
+        raise UserError(f"{repository}: the hub does not answer: {reason}; start again to go on") from None

@@ -1,0 +1,238 @@
+"""Text files to one indexed dataset and manifest for each language."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
+from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path
+from megatron_moe_lpr.data.preparation.documents import REPAIRED
+from megatron_moe_lpr.data.preparation.encoding import (
+    BlockEncoder,
+    EncodedBlock,
+    EncodedDocuments,
+    EncoderOptions,
+    encode_blocks,
+    worker_pool,
+)
+from megatron_moe_lpr.data.preparation.output_lock import output_lock
+from megatron_moe_lpr.data.preparation.sources import Slice, disk_bytes, expand_inputs, partition_slices, read_blocks
+from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer, model_vocabulary
+from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.filesystem import sha256_of_file, sync_directory
+from megatron_moe_lpr.progress import ProgressReport
+
+MAX_LANGUAGES = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessingPlan:
+    """What to preprocess, how, and where to put it. Fields as the flags of tools/preprocess_data.py."""
+
+    inputs: Sequence[str]
+    output_prefix: str
+    encoder: EncoderOptions
+    workers: int = 1
+    max_documents: int | None = None
+    shuffle_seed: int | None = None
+    partition: tuple[int, int] = (1, 1)
+    """Number of this partition, counted from 1, and number of partitions."""
+    overwrite: bool = False
+
+    def prefix(self, language: str) -> str:
+        """Where a language goes."""
+        name = self.output_prefix if self.encoder.documents.language else f"{self.output_prefix}_{language}"
+        index, count = self.partition
+        return name if count == 1 else f"{name}-{index:05d}-of-{count:05d}"
+
+
+class PartialDatasets:
+    """The datasets being written, one for each language, in a directory that vanishes if the run fails."""
+
+    def __init__(self, directory: Path, plan: PreprocessingPlan, dtype: np.dtype) -> None:
+        self.directory, self.plan, self.dtype = directory, plan, dtype
+        self.writers: dict[str, IndexedWriter] = {}
+        self.locks = contextlib.ExitStack()
+        self.text_bytes: Counter = Counter()
+        self.largest_token: dict[str, int] = {}
+        self.documents = self.tokens = 0
+
+    def append(self, language: str, documents: EncodedDocuments) -> None:
+        """Append documents, as many as --max-documents still allows."""
+        writer = self.writers.get(language) or self.open(language)
+        if self.plan.max_documents is not None:
+            documents = documents.head(self.plan.max_documents - writer.documents)
+        writer.append(documents.tokens, documents.lengths)
+        self.largest_token[language] = max(self.largest_token.get(language, 0), int(documents.tokens.max(initial=0)))
+        self.text_bytes[language] += int(documents.text_bytes.sum())
+        self.documents += len(documents.lengths)
+        self.tokens += len(documents.tokens)
+
+    def is_full(self) -> bool:
+        """The one language of the run has its --max-documents."""
+        language = self.plan.encoder.documents.language
+        return language in self.writers and self.writers[language].documents == self.plan.max_documents
+
+    def finish(self, language: str) -> tuple[str, str]:
+        """Complete the files of a language; return their prefix and the .bin's checksum."""
+        writer = self.writers[language]
+        writer.finish()
+        if self.plan.shuffle_seed is None:
+            return writer.prefix, writer.checksum
+        shuffled = f"{writer.prefix}.shuffled"
+        checksum = shuffle_documents(writer.prefix, shuffled, writer.dtype, self.plan.shuffle_seed)
+        bin_path(writer.prefix).unlink()
+        return shuffled, checksum
+
+    def close(self) -> None:
+        """Release the files, finished or not, and their prefixes."""
+        with self.locks:
+            for writer in self.writers.values():
+                writer.__exit__(None, None, None)
+
+    def open(self, language: str) -> IndexedWriter:
+        """Start the dataset of a language; raises UserError where its output exists."""
+        if len(self.writers) >= MAX_LANGUAGES:
+            raise UserError(f"--language-key: more than {MAX_LANGUAGES} languages, the last one {language!r}")
+        prefix = self.plan.prefix(language)
+        if str(manifest_path(prefix)) in self.plan.inputs:
+            raise UserError(f"--output-prefix {prefix}: its manifest would replace the input {prefix}.json")
+        self.locks.enter_context(output_lock(prefix))
+        refuse_existing(prefix, self.plan.overwrite)
+        self.writers[language] = IndexedWriter(str(self.directory / language), self.dtype)
+        return self.writers[language]
+
+
+def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
+    """Write PREFIX.bin, .idx and .json for each language; return the manifests by prefix.
+
+    The result does not depend on the number of workers. Memory does not grow with the input, but for 4 bytes a document
+    (20 while shuffling).
+
+    Raises:
+        UserError: bad input; nothing is left behind.
+    """
+    names = expand_inputs(plan.inputs)
+    slices = partition_slices(names, *plan.partition)
+    tokenizer = load_tokenizer(plan.encoder.tokenizer, plan.encoder.eod_token)
+    language = plan.encoder.documents.language
+    with naming(plan.output_prefix), partial_directory(plan.output_prefix) as directory:
+        datasets = PartialDatasets(directory, plan, tokenizer.dtype)
+        try:
+            if language:
+                datasets.open(language)
+            skipped = _encode_into(datasets, slices, tokenizer)
+            template = _manifest_template(plan, tokenizer, names, skipped)
+            return {plan.prefix(each): _publish(datasets, each, template) for each in sorted(datasets.writers)}
+        finally:
+            datasets.close()
+
+
+def _manifest_template(plan: PreprocessingPlan, tokenizer: Tokenizer, names: list[str], skipped: Counter) -> Manifest:
+    """What all languages of a run have in common."""
+    return Manifest(
+        language="",
+        tokenizer=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        append_eod=plan.encoder.append_eod,
+        dtype=tokenizer.dtype.name,
+        documents=0,
+        tokens=0,
+        text_bytes=0,
+        bin_bytes=0,
+        idx_bytes=0,
+        index_sha256="",
+        skipped=dict(sorted((+skipped).items())),
+        sources=[Source(name, disk_bytes(name)) for name in names],
+        partition="/".join(map(str, plan.partition)) if plan.partition[1] > 1 else None,
+        shuffle_seed=plan.shuffle_seed,
+    )
+
+
+def _encode_into(datasets: PartialDatasets, slices: list[Slice], tokenizer: Tokenizer) -> Counter:
+    skipped: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    plan = datasets.plan
+    options = plan.encoder.documents
+    columns = [options.json_key, *([options.language_key] if options.language_key else [])]
+    total = sum(piece.end - piece.start for piece in slices) or None
+    blocks = (block for piece in slices for block in read_blocks(piece, columns))
+    encoder = BlockEncoder(
+        tokenizer, dataclasses.replace(plan.encoder, model_vocabulary=model_vocabulary(tokenizer.path))
+    )
+    with worker_pool(encoder, plan.workers) as pool, ProgressReport("preprocessing", total) as progress:
+        for block in encode_blocks(pool, blocks, plan.workers):
+            skipped.update(block.counts)
+            first = {**block.first_errors, **first}
+            _append_block(datasets, block, progress)
+            if datasets.is_full():
+                break
+    for reason, count in sorted((+skipped).items()):
+        example = f" (first: {first[reason]})" if reason in first else ""
+        print(f"{'repaired' if reason == REPAIRED else 'skipped'}: {count:,} {reason}{example}", file=sys.stderr)
+    return skipped
+
+
+def _append_block(datasets: PartialDatasets, block: EncodedBlock, progress: ProgressReport) -> None:
+    documents, tokens = datasets.documents, datasets.tokens
+    for language, encoded in block.languages.items():
+        datasets.append(language, encoded)
+    size = sum(int(encoded.text_bytes.sum()) for encoded in block.languages.values())
+    counts = {"documents": datasets.documents - documents, "tokens": datasets.tokens - tokens, "MB": size / 1e6}
+    progress.advance(block.disk_bytes, counts)
+
+
+def _publish(datasets: PartialDatasets, language: str, template: Manifest) -> Manifest:
+    (partial, checksum), writer = datasets.finish(language), datasets.writers[language]
+    manifest = dataclasses.replace(
+        template,
+        language=language,
+        documents=writer.documents,
+        tokens=writer.tokens,
+        text_bytes=datasets.text_bytes[language],
+        largest_token=datasets.largest_token.get(language, 0),
+        bin_xxh3_128=checksum,
+    )
+    # Once more: not every file system knows the lock that keeps another run from this prefix.
+    refuse_existing(datasets.plan.prefix(language), datasets.plan.overwrite)
+    return publish(partial, datasets.plan.prefix(language), manifest)
+
+
+@contextlib.contextmanager
+def partial_directory(output_prefix: str) -> Iterator[Path]:
+    """A directory beside the output, removed at the end whatever happens."""
+    parent = Path(output_prefix).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{Path(output_prefix).name}.partial-", dir=parent) as directory:
+        yield Path(directory)
+
+
+def refuse_existing(prefix: str, overwrite: bool) -> None:
+    """Raise UserError where a dataset lies at `prefix` already."""
+    for path in (manifest_path(prefix), bin_path(prefix), idx_path(prefix)):
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: exists; choose another --output-prefix or pass --overwrite")
+
+
+def publish(partial: str, prefix: str, manifest: Manifest) -> Manifest:
+    """Move finished files to `prefix` and write the manifest, the last of the three, with their sizes."""
+    manifest = dataclasses.replace(
+        manifest,
+        bin_bytes=bin_path(partial).stat().st_size,
+        idx_bytes=idx_path(partial).stat().st_size,
+        index_sha256=sha256_of_file(idx_path(partial)),
+    )
+    manifest_path(prefix).unlink(missing_ok=True)
+    os.replace(bin_path(partial), bin_path(prefix))
+    os.replace(idx_path(partial), idx_path(prefix))
+    sync_directory(manifest_path(prefix).parent)
+    manifest.write(prefix)
+    return manifest

@@ -1,0 +1,106 @@
+"""The data's flags, and what they amount to before any index is built."""
+
+import dataclasses
+from pathlib import Path
+
+from megatron_moe_lpr.data.reading.blend import (
+    BlendEntry,
+    LanguageShare,
+    language_shares,
+    parse_blend,
+    parse_split,
+    read_blend,
+)
+from megatron_moe_lpr.data.reading.languages import LanguageRegistry
+from megatron_moe_lpr.errors import UserError
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Where the text is and how it becomes batches."""
+
+    data_path: list[str] = dataclasses.field(default_factory=list)
+    """Training datasets: prefixes, or `weight prefix` pairs. No weights: in proportion to their tokens."""
+    valid_data_path: list[str] = dataclasses.field(default_factory=list)
+    """Validation datasets: prefixes, each evaluated by itself, whole and in order."""
+    split: str | None = None
+    """Parts of each dataset's documents for training and validation, e.g. 99,1 (or pass --valid-data-path)."""
+    data_cache_path: str | None = None
+    """Directory for index maps, seen by all nodes. Default: index-cache beside the first dataset."""
+    original_languages: list[str] = dataclasses.field(default_factory=list)
+    """Languages that the dense model already knows, as the datasets name them, for example en es zh."""
+    eod_mask_loss: bool = False
+    """Do not train on predicting the token after an end of document."""
+    num_workers: int = 2
+    """Data loader processes on each rank; 0: load in the training process."""
+    seed: int = 1234
+    """Decides the order of the samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSources:
+    """The datasets of a run, checked; the same on every rank."""
+
+    train: list[BlendEntry]
+    valid: list[BlendEntry]
+    languages: LanguageRegistry
+    original_languages: tuple[str, ...]
+
+    @property
+    def eod(self) -> int:
+        """The id that ends a document."""
+        return self.train[0].manifest.eod
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Of the one tokenizer that made all datasets."""
+        return self.train[0].manifest.tokenizer
+
+    def shares(self, train_tokens: float) -> list[LanguageShare]:
+        """Per language: share of the samples, tokens in the data, tokens that a run of `train_tokens` draws."""
+        return language_shares(self.train, self.original_languages, train_tokens)
+
+    @property
+    def replay_share(self) -> float:
+        """Share of the samples that are of original languages, 0 to 1."""
+        return sum(entry.weight for entry in self.train if entry.language in self.original_languages)
+
+
+def read_data_sources(
+    config: DataConfig, tokenizer_fingerprint: str | None = None, original_may_be_absent: bool = False
+) -> DataSources:
+    """Read and check the manifests behind the flags. Cheap: no index map is built.
+
+    Args:
+        config: the flags.
+        tokenizer_fingerprint: of the checkpoint's tokenizer; a dataset made with another is refused.
+        original_may_be_absent: accept original languages that no dataset has, as post-pretraining does.
+
+    Raises:
+        UserError: see `blend.read_blend`; or a language in `--original-languages` that no dataset has.
+    """
+    if not config.data_path:
+        raise UserError("--data-path: give the datasets to train on")
+    if config.split and config.valid_data_path:
+        raise UserError("--split and --valid-data-path: give one of them")
+    train_part, valid_part = parse_split(config.split or "1,0")
+    train = read_blend(config.data_path, "--data-path", train_part, tokenizer_fingerprint)
+    expected = train[0].manifest.tokenizer
+    valid: list[BlendEntry] = []
+    if config.valid_data_path:
+        valid = read_blend(config.valid_data_path, "--valid-data-path", tokenizer_fingerprint=expected)
+    elif valid_part[1] > valid_part[0]:
+        valid = read_blend(config.data_path, "--data-path", valid_part)
+    languages = LanguageRegistry(entry.language for entry in (*train, *valid))
+    original = set(config.original_languages)
+    if original_may_be_absent:
+        original &= set(languages.names)
+    languages.original_ids(sorted(original))
+    return DataSources(train, valid, languages, tuple(sorted(original)))
+
+
+def cache_directory(config: DataConfig) -> Path:
+    """Where the index maps go."""
+    if config.data_cache_path:
+        return Path(config.data_cache_path)
+    return Path(parse_blend(config.data_path)[0][1]).parent / "index-cache"

@@ -1,0 +1,52 @@
+"""The datasets of a run: training blend and validation sets."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from megatron_moe_lpr.data.reading.config import DataConfig, DataSources
+from megatron_moe_lpr.data.reading.training_dataset import TrainingDataset, build_training_dataset
+from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Datasets:
+    """What a run trains on and is evaluated on."""
+
+    train: TrainingDataset
+    valid: list[ValidationDataset]
+    """One for each validation dataset, in the order given."""
+
+
+def build_datasets(
+    sources: DataSources, config: DataConfig, sequence_length: int, train_samples: int | Sequence[int]
+) -> Datasets:
+    """Build both; call it on every rank, or in one process without torch.distributed. See `build_training_dataset`.
+
+    Args:
+        train_samples: of the run; several numbers, growing: of a run that was lengthened. The order of the samples
+            depends on their number, so those of the shorter run stay as they were, and what was added is a dataset of
+            its own behind them, in the order of the next seed.
+    """
+    valid = build_validation_datasets(sources, config, sequence_length)
+    ends = [train_samples] if isinstance(train_samples, int) else list(train_samples)
+    parts = [
+        build_training_dataset(
+            sources, dataclasses.replace(config, seed=config.seed + part), sequence_length, end - begin
+        )
+        for part, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
+    ]
+    return Datasets(parts[0] if len(parts) == 1 else torch.utils.data.ConcatDataset(parts), valid)
+
+
+def build_validation_datasets(
+    sources: DataSources, config: DataConfig, sequence_length: int
+) -> list[ValidationDataset]:
+    """The validation sets alone; no index map is needed."""
+    return [
+        ValidationDataset(
+            entry, sources.languages.id(entry.language), sequence_length, sources.eod, config.eod_mask_loss
+        )
+        for entry in sources.valid
+    ]

@@ -1,0 +1,166 @@
+"""Training samples: megatron-core's GPTDataset and BlendedDataset with a language tag on every token."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import megatron.core
+import numpy as np
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
+from megatron_moe_lpr.data.reading.blend import BlendEntry
+from megatron_moe_lpr.data.reading.config import DataConfig, DataSources, cache_directory
+from megatron_moe_lpr.data.reading.index_maps import are_intact, refuse_pickles
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.filesystem import atomic_directory
+from megatron_moe_lpr.platform.collectives import world_of_one
+
+TrainingDataset = BlendedDataset | torch.utils.data.ConcatDataset
+"""Of a run; joined of several where the run was lengthened."""
+SURPLUS = 0.005  # megatron-core's own: blending may draw slightly more than a dataset's exact share
+SHARED_FILE_SYSTEM_SECONDS = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class EndOfDocument:
+    """All that GPTDataset asks of a tokenizer."""
+
+    eod: int
+    vocab_size: int
+
+    @property
+    def unique_identifiers(self) -> dict[str, int]:
+        """Part of megatron-core's key of cached index maps."""
+        return {"eod": self.eod}
+
+
+class TaggedGPTDataset(GPTDataset):
+    """Packed samples of one dataset, each token tagged with the dataset's language.
+
+    Args:
+        entry: the dataset and its documents.
+        language: number of its language.
+        num_samples: samples to have at least; the documents repeat in epochs, each in another order.
+        config: megatron-core's.
+    """
+
+    def __init__(self, entry: BlendEntry, language: int, num_samples: int, config: GPTDatasetConfig) -> None:
+        self.language = language
+        documents = np.arange(entry.first_document, entry.end_document, dtype=np.int32)
+        # The "path" is only the key of the cached index maps: they follow from the lengths of the documents, so a
+        # dataset that was made anew or lies elsewhere finds its own.
+        key = f"{entry.manifest.index_sha256}-{entry.first_document}-{entry.end_document}"
+        super().__init__(IndexedDataset(entry.prefix), key, documents, num_samples, Split.train, config)
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        """`tokens`, `labels`, `position_ids`, `language` (int64) and `loss_mask` (float32), each [sequence]."""
+        sample = super().__getitem__(idx)
+        return {**sample, "language": torch.full_like(sample["tokens"], self.language)}
+
+
+def build_training_dataset(
+    sources: DataSources, config: DataConfig, sequence_length: int, train_samples: int
+) -> BlendedDataset:
+    """The blend of all training datasets; item i is a dict of tensors, see `TaggedGPTDataset`.
+
+    The order is decided by the data, `--seed`, the sequence length and `train_samples`. Index maps are built on rank 0
+    and kept with checksums; they appear whole or not at all, and damaged ones are built again. Call it on every rank,
+    or in one process without torch.distributed.
+
+    Args:
+        sources: the checked datasets.
+        config: the flags.
+        sequence_length: tokens a sample.
+        train_samples: samples of the whole run, the length of the dataset.
+
+    Raises:
+        UserError: the index maps can't be built, or other nodes do not see them.
+    """
+    counts = [math.ceil(math.ceil(entry.weight * train_samples) * (1 + SURPLUS)) + 1 for entry in sources.train]
+    settings = _megatron_config(sources, config, sequence_length)
+    directory = cache_directory(config) / _cache_key(sources.train, settings, counts, train_samples)
+
+    def build(path: Path) -> BlendedDataset:
+        settings.path_to_cache = str(path)
+        datasets = [
+            TaggedGPTDataset(entry, sources.languages.id(entry.language), count, settings)
+            for entry, count in zip(sources.train, counts, strict=True)
+        ]
+        return BlendedDataset(datasets, [entry.weight for entry in sources.train], train_samples, settings)
+
+    # megatron-core's builder would leave half-written maps behind a kill, and every other rank in a barrier behind an
+    # error; its dataset classes do all the rest.
+    _build_on_first_rank(directory, build)
+    return build(directory)
+
+
+def _megatron_config(sources: DataSources, config: DataConfig, sequence_length: int) -> GPTDatasetConfig:
+    vocab_size = sources.train[0].manifest.vocab_size
+    return GPTDatasetConfig(
+        random_seed=config.seed,
+        sequence_length=sequence_length,
+        # Only says that the data is real: the entries themselves are handed to the datasets.
+        blend_per_split=[([entry.prefix for entry in sources.train], None), None, None],
+        tokenizer=EndOfDocument(sources.eod, vocab_size),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=config.eod_mask_loss,
+        create_attention_mask=False,
+    )
+
+
+def _cache_key(
+    blend: Sequence[BlendEntry], settings: GPTDatasetConfig, counts: Sequence[int], train_samples: int
+) -> str:
+    parts = [(entry.manifest.index_sha256, entry.first_document, entry.end_document, entry.weight) for entry in blend]
+    content = [
+        megatron.core.__version__,
+        settings.random_seed,
+        settings.sequence_length,
+        settings.tokenizer.eod,
+        train_samples,
+        list(counts),
+        parts,
+    ]
+    return hashlib.sha256(json.dumps(content).encode("ascii")).hexdigest()[:16]
+
+
+def _build_on_first_rank(directory: Path, build) -> None:
+    is_distributed = torch.distributed.is_initialized()
+    try:
+        if (not is_distributed or torch.distributed.get_rank() == 0) and not are_intact(directory):
+            _check_helpers()
+            # BlendedDataset asks for its rank before it writes its maps.
+            with atomic_directory(directory, overwrite=True) as partial, world_of_one():
+                build(partial)
+                write_manifest(partial, {})
+    finally:
+        # Also after an error, so that the other ranks go on to find no index maps instead of waiting for ever.
+        if is_distributed:
+            torch.distributed.barrier()
+    deadline = time.monotonic() + SHARED_FILE_SYSTEM_SECONDS
+    while not directory.is_dir():
+        # A network file system may show a new directory a few seconds late.
+        if time.monotonic() > deadline:
+            raise UserError(f"{directory}: rank 0 wrote no index maps there; is --data-cache-path shared by all nodes?")
+        time.sleep(0.5)
+    refuse_pickles(directory)
+
+
+def _check_helpers() -> None:
+    try:
+        from megatron.core.datasets import helpers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"megatron-core's compiled data helpers are missing ({error}); install its wheel, or with a C++ compiler "
+            "and pybind11 present: pip install --no-binary megatron-core megatron-core"
+        ) from None

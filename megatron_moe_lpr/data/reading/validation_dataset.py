@@ -1,0 +1,58 @@
+"""Validation samples: one dataset after the other, in order, every token predicted exactly once."""
+
+import numpy as np
+import torch
+
+from megatron_moe_lpr.data.indexed import open_tokens, read_lengths
+from megatron_moe_lpr.data.reading.blend import BlendEntry
+from megatron_moe_lpr.data.reading.languages import PADDING_LANGUAGE
+
+
+class ValidationDataset(torch.utils.data.Dataset):
+    """The text of one dataset, cut into samples where it lies; no shuffling and no repetition.
+
+    The last sample is filled up with padding: loss mask 0 and language tag PADDING_LANGUAGE. So are all samples from
+    `len(dataset)` on, which let every data-parallel rank run the same number of steps.
+
+    Attributes:
+        name: the dataset's prefix.
+        language: its language's name.
+        predicted_tokens: tokens with a loss in one pass, where `eod_mask_loss` is off.
+        text_bytes: UTF-8 bytes of the text, for bits per byte; None where only a part of the documents is used.
+    """
+
+    def __init__(
+        self, entry: BlendEntry, language: int, sequence_length: int, eod: int, eod_mask_loss: bool = False
+    ) -> None:
+        self.name, self.language = entry.prefix, entry.language
+        self._language, self._eod, self._eod_mask_loss = language, eod, eod_mask_loss
+        self.sequence_length = sequence_length
+        lengths = read_lengths(entry.prefix)
+        self._first_token = int(np.sum(lengths[: entry.first_document], dtype=np.int64))
+        self._end_token = self._first_token + entry.tokens
+        self._tokens = open_tokens(entry.prefix, np.dtype(entry.manifest.dtype))
+        self.predicted_tokens = entry.tokens - 1
+        self.text_bytes = entry.manifest.text_bytes if entry.tokens == entry.manifest.tokens else None
+
+    def __len__(self) -> int:
+        return -(-self.predicted_tokens // self.sequence_length)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`tokens`, `labels`, `position_ids`, `language` (int64) and `loss_mask` (float32), each [sequence]."""
+        start = self._first_token + index * self.sequence_length
+        text = self._tokens[start : min(start + self.sequence_length + 1, self._end_token)].astype(np.int64)
+        real = max(len(text) - 1, 0)
+        padded = torch.full((self.sequence_length + 1,), self._eod, dtype=torch.int64)
+        padded[: len(text)] = torch.from_numpy(text)
+        is_real = torch.arange(self.sequence_length) < real
+        tokens, labels = padded[:-1].clone(), padded[1:].clone()
+        loss_mask = is_real.float()
+        if self._eod_mask_loss:
+            loss_mask[tokens == self._eod] = 0.0
+        return {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "position_ids": torch.arange(self.sequence_length),
+            "language": torch.where(is_real, self._language, PADDING_LANGUAGE),
+        }

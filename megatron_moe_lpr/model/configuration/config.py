@@ -1,0 +1,239 @@
+"""Megatron's TransformerConfig from what the checkpoint knows and what the run chooses."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options, check_fp8_device, check_fp8_flags, check_fp8_shapes
+from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, platform_fields
+from megatron_moe_lpr.model.configuration.recompute import check_recompute
+from megatron_moe_lpr.model.transformer.rope import attention_factor
+from megatron_moe_lpr.parallel.experts import check_expert_parallel
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import Platform
+
+LPRLossForm = Literal["paper", "reference"]
+
+
+@dataclasses.dataclass
+class MoELPRConfig(TransformerConfig):
+    """Megatron's configuration and the router's losses, in the paper's units."""
+
+    load_balancing_coeff: float = 0.0
+    """Weight of the load balancing loss, the mean over MoE layers of N * sum_i f_i P_i."""
+    lpr_loss_coeff: float = 0.0
+    """Weight of the LPR loss, the mean over MoE layers and tokens of original languages."""
+    lpr_loss_form: LPRLossForm = "paper"
+    num_moe_layers: int = 0
+    original_expert_overlap: bool = False
+    """Compute the original expert beside the all-to-all of the new ones."""
+    fp8_new_expert_parameters: bool = False
+    """Keep the new experts' weights, and only these, in FP8; Megatron's own `fp8_param` means every matrix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """Everything about the model that a checkpoint fixes."""
+
+    architecture: Architecture
+    experts_per_layer: tuple[int, ...]
+    """Experts of each layer, the original one counted; 1 is a dense layer."""
+    top_k: int = 2
+    expansions: tuple[tuple[int, ...], ...] = ()
+    """New experts of each layer by expansion, the first one first; empty: one expansion added them all."""
+    openness: float = 1.0
+    """Weight of the latest expansion's experts in the routers' softmax, 0 to 1."""
+    inserted_blocks: tuple[int, ...] = ()
+    """Dense layers that block expansion inserted."""
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of languages: the original ones, and those of each expansion."""
+        return 1 + max(1, len(self.expansions))
+
+    def expert_groups(self, layer: int) -> tuple[int, ...]:
+        """New experts of a layer by expansion."""
+        return tuple(added[layer] for added in self.expansions) or (self.experts_per_layer[layer] - 1,)
+
+    def earlier_experts(self, layer: int) -> int:
+        """New experts of a layer that an expansion before the latest one added: frozen for ever."""
+        return sum(self.expert_groups(layer)[:-1])
+
+    @property
+    def max_experts(self) -> int:
+        """Experts of the largest layer; 1 for a dense model."""
+        return max(self.experts_per_layer)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with a router."""
+        return sum(experts > 1 for experts in self.experts_per_layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeOptions:
+    """How a run computes the model; nothing here changes what it computes beyond rounding."""
+
+    dtype: torch.dtype = torch.float32
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    original_expert_overlap: bool = False
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: tuple[str, ...] | None = None
+    fp8: FP8Options = dataclasses.field(default_factory=FP8Options)
+
+
+def transformer_config(
+    shape: ModelShape, layout: ParallelLayout, platform: Platform, options: ComputeOptions, **overrides: Any
+) -> MoELPRConfig:
+    """Build the configuration and check that layout, model, options and platform fit each other.
+
+    Args:
+        overrides: further MoELPRConfig fields, for example loss coefficients.
+
+    Raises:
+        UserError: something does not fit.
+    """
+    check_layout(shape, layout)
+    check_options(shape, layout, options)
+    check_platform(shape, layout, options, platform)
+    fields = _architecture_fields(shape.architecture)
+    fields |= _expert_fields(shape, options) | _layout_fields(layout, options.dtype)
+    fields |= _recompute_fields(options) | platform_fields(platform, options.dtype)
+    fields |= options.fp8.transformer_fields()
+    return MoELPRConfig(**(fields | overrides))
+
+
+def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
+    """Check the model's dimensions against the layout.
+
+    Raises:
+        UserError: naming what does not fit and what would.
+    """
+    architecture = shape.architecture
+    layout.check_model(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        experts_per_layer=shape.experts_per_layer,
+    )
+    for layer in range(architecture.num_layers):
+        if shape.earlier_experts(layer):
+            # Each rank holds its share of the earlier experts and of the latest ones.
+            for count in (shape.earlier_experts(layer), shape.expert_groups(layer)[-1]):
+                check_expert_parallel(count, layout.expert_model_parallel_size)
+
+
+def check_options(
+    shape: ModelShape, layout: ParallelLayout, options: ComputeOptions, tokens: int | None = None
+) -> None:
+    """Check the options against model and layout, without a device.
+
+    Args:
+        tokens: of a micro-batch; None: not known here.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    check_fp8_flags(options.fp8, options.dtype)
+    check_recompute(options.recompute_granularity, options.recompute_num_layers, options.recompute_modules, options.fp8)
+    check_fp8_shapes(options.fp8, shape.architecture, layout, tokens)
+    if options.original_expert_overlap and shape.max_experts == 1:
+        raise UserError("--original-expert-overlap: the checkpoint is dense, it has no experts; leave the flag out")
+
+
+def check_platform(shape: ModelShape, layout: ParallelLayout, options: ComputeOptions, platform: Platform) -> None:
+    """Check that the platform can compute the model this way.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    check_fp8_device(options.fp8, platform)
+    check_dispatcher(options.moe_token_dispatcher_type, layout, shape.max_experts, shape.top_k, platform)
+
+
+def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
+    window = architecture.sliding_window
+    return {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "kv_channels": architecture.head_dim,
+        "layernorm_epsilon": architecture.norm_epsilon,
+        "add_qkv_bias": architecture.family.qkv_bias,
+        "qk_layernorm": architecture.family.qk_norm,
+        "softmax_scale": _softmax_scale(architecture),
+        # Megatron's window excludes the token itself, Hugging Face's counts it.
+        "window_size": (window - 1, 0) if window else None,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "cuda_graph_scope": [],
+        # Every weight comes from a checkpoint.
+        "perform_initialization": False,
+    }
+
+
+def _softmax_scale(architecture: Architecture) -> float | None:
+    """Yarn scales rotated queries and keys; their product is scaled by the square, in every attention kernel."""
+    factor = attention_factor(architecture.rope)
+    return None if factor == 1.0 else factor**2 / math.sqrt(architecture.head_dim)
+
+
+def _expert_fields(shape: ModelShape, options: ComputeOptions) -> dict[str, Any]:
+    if shape.max_experts == 1:
+        return {}
+    return {
+        "num_moe_experts": shape.max_experts,
+        "num_moe_layers": shape.num_moe_layers,
+        "moe_layer_freq": [int(experts > 1) for experts in shape.experts_per_layer],
+        "moe_ffn_hidden_size": shape.architecture.ffn_hidden_size,
+        "moe_router_topk": shape.top_k,
+        "moe_router_dtype": "fp32",
+        # Renormalising one probability would make every weight 1 and hide the router from the loss.
+        "moe_router_pre_softmax": shape.top_k == 1,
+        "moe_token_dispatcher_type": options.moe_token_dispatcher_type,
+        "original_expert_overlap": options.original_expert_overlap,
+        "moe_grouped_gemm": True,
+    }
+
+
+def _layout_fields(layout: ParallelLayout, dtype: torch.dtype) -> dict[str, Any]:
+    interleaved = layout.virtual_pipeline_model_parallel_size is not None
+    return {
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline_model_parallel_size,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+        "sequence_parallel": layout.uses_sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
+
+
+def _recompute_fields(options: ComputeOptions) -> dict[str, Any]:
+    modules = options.recompute_modules
+    return {
+        "recompute_granularity": options.recompute_granularity,
+        "recompute_method": options.recompute_method,
+        "recompute_num_layers": options.recompute_num_layers,
+        "recompute_modules": list(modules) if modules is not None else None,
+    }

@@ -1,0 +1,221 @@
+"""FP8 arithmetic on NVIDIA GPUs: the flags, and what they ask of model, layout and device."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+from packaging.version import Version
+
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import GPUFacts, Platform
+
+if TYPE_CHECKING:
+    import torch
+
+FP8Format = Literal["hybrid", "e4m3"]
+FP8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeNeeds:
+    """What a recipe asks of the machine and of the shapes of its matrices."""
+
+    capability: tuple[int, int]
+    """Lowest compute capability of the device."""
+    transformer_engine: str
+    """First version of Transformer Engine that has it."""
+    alignment: int
+    """Every dimension of a matrix product must be a multiple of it."""
+    gathered_alignment: int
+    """The same of activations that sequence parallelism gathers in FP8 (Transformer Engine `is_quantizable`)."""
+    cuda: tuple[int, int] = (12, 1)
+    """First version of CUDA that has its matrix products."""
+
+
+RECIPES: dict[FP8Recipe, RecipeNeeds] = {
+    "delayed": RecipeNeeds((8, 9), "2.1", alignment=16, gathered_alignment=16),
+    "tensorwise": RecipeNeeds((8, 9), "2.2", alignment=16, gathered_alignment=16),
+    "blockwise": RecipeNeeds((9, 0), "2.3", alignment=16, gathered_alignment=128, cuda=(12, 9)),
+    "mxfp8": RecipeNeeds((10, 0), "2.1", alignment=32, gathered_alignment=32, cuda=(12, 8)),
+}
+
+
+# Recipes that scale a weight by its own values. Under `delayed` a weight keeps the scale it was built with: Transformer
+# Engine makes new scale tensors when the layer is first used in FP8, and the weight goes on looking at the old ones.
+PARAMETERS_IN_FP8: tuple[FP8Recipe, ...] = ("tensorwise", "blockwise")
+
+
+@dataclasses.dataclass(frozen=True)
+class FP8Options:
+    """Matrix products in FP8. The router, embeddings, the output layer, norms and the optimizer stay as they are."""
+
+    fp8_format: FP8Format | None = None
+    """hybrid: E4M3 forward, E5M2 for gradients; e4m3: E4M3 throughout. Default: no FP8. Needs --bf16 and a GPU."""
+    fp8_recipe: FP8Recipe = "delayed"
+    """How tensors are scaled: by the last steps' largest values, per tensor, per block, or MXFP8 (Blackwell)."""
+    fp8_param_gather: bool = False
+    """Keep the new experts' weights in FP8 and gather these; the optimizer's copies stay fp32, the frozen original
+    weights bf16, to the bit."""
+    first_last_layers_bf16: bool = False
+    """Compute the first and last layers in bf16; not with the recipe delayed."""
+    num_layers_at_start_in_bf16: int = 1
+    """With --first-last-layers-bf16: how many first layers."""
+    num_layers_at_end_in_bf16: int = 1
+    """With --first-last-layers-bf16: how many last layers."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is computed in FP8."""
+        return self.fp8_format is not None
+
+    def transformer_fields(self) -> dict[str, Any]:
+        """Fields of MoELPRConfig.
+
+        `fp8_param` stays off: it would put the frozen original weights into FP8 too, and a saved checkpoint would hold
+        them rounded. `fp8_new_expert_parameters` is our own and reaches the new experts alone.
+        """
+        if not self.enabled:
+            return {}
+        return {
+            "fp8": self.fp8_format,
+            "fp8_recipe": self.fp8_recipe,
+            "fp8_new_expert_parameters": self.fp8_param_gather,
+            "first_last_layers_bf16": self.first_last_layers_bf16,
+            "num_layers_at_start_in_bf16": self.num_layers_at_start_in_bf16,
+            "num_layers_at_end_in_bf16": self.num_layers_at_end_in_bf16,
+            # Megatron's default of 1 and `most_recent` follow every outlier of a single step.
+            **({"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"} if self.fp8_recipe == "delayed" else {}),
+        }
+
+
+def check_fp8_flags(options: FP8Options, dtype: "torch.dtype") -> None:
+    """Check the flags against each other.
+
+    Raises:
+        UserError: naming the flags that don't go together.
+    """
+    if not options.enabled:
+        for name in ("fp8_param_gather", "first_last_layers_bf16"):
+            if getattr(options, name):
+                raise UserError(f"--{name.replace('_', '-')} needs --fp8-format")
+        return
+    import torch
+
+    if dtype != torch.bfloat16:
+        raise UserError(f"--fp8-format needs bf16, and this run computes in {dtype}; add --bf16")
+    if options.first_last_layers_bf16 and options.fp8_recipe == "delayed":
+        raise UserError(
+            "--first-last-layers-bf16: the recipe delayed keeps one history for all layers and cannot leave some out; "
+            "choose --fp8-recipe tensorwise or blockwise"
+        )
+    if options.fp8_param_gather and options.fp8_recipe not in PARAMETERS_IN_FP8:
+        raise UserError(
+            f"--fp8-param-gather is not supported with --fp8-recipe {options.fp8_recipe}; leave it out, or choose "
+            f"{' or '.join(PARAMETERS_IN_FP8)}"
+        )
+
+
+def check_fp8_shapes(
+    options: FP8Options, architecture: Architecture, layout: ParallelLayout, tokens: int | None = None
+) -> None:
+    """Check that every matrix product of a rank has dimensions FP8 can compute.
+
+    Args:
+        tokens: of a micro-batch, micro-batch size times sequence length; None: not known here.
+
+    Raises:
+        UserError: naming the dimension and what would fit.
+    """
+    if not options.enabled:
+        return
+    _check_bf16_layers(options, architecture.num_layers // layout.pipeline_model_parallel_size)
+    needs, recipe = RECIPES[options.fp8_recipe], options.fp8_recipe
+    for what, size in _dimensions(architecture, layout).items():
+        _aligned(size, needs.alignment, what, recipe)
+    gathers = layout.uses_sequence_parallel
+    alignment = needs.gathered_alignment if gathers else needs.alignment
+    if gathers:
+        _aligned(architecture.hidden_size, alignment, "the hidden size, gathered by sequence parallelism", recipe)
+    if tokens is not None:
+        share = tokens // layout.tensor_model_parallel_size if gathers else tokens
+        _aligned(share, alignment, "--micro-batch-size x --seq-length of a rank", recipe)
+
+
+def row_alignment(recipe: FP8Recipe, sequence_parallel: bool) -> int:
+    """Rows of an FP8 linear layer's input come in multiples of this."""
+    needs = RECIPES[recipe]
+    return needs.gathered_alignment if sequence_parallel else needs.alignment
+
+
+def check_fp8_device(options: FP8Options, platform: Platform) -> None:
+    """Check that the platform can compute the recipe.
+
+    Raises:
+        UserError: naming what is too old and what would do.
+    """
+    if not options.enabled:
+        return
+    if platform.gpu is None:
+        raise UserError(f"--fp8-format needs NVIDIA GPUs, and this run is on --platform {platform.name}")
+    _check_gpu(options.fp8_recipe, platform.gpu)
+
+
+def _check_gpu(recipe: FP8Recipe, gpu: GPUFacts) -> None:
+    needs = RECIPES[recipe]
+    if gpu.capability < needs.capability:
+        fitting = [name for name, other in RECIPES.items() if gpu.capability >= other.capability]
+        hint = f"choose --fp8-recipe {' or '.join(fitting)}" if fitting else "leave --fp8-format out"
+        raise UserError(
+            f"--fp8-recipe {recipe} needs compute capability {_dotted(needs.capability)}, "
+            f"and this device has {_dotted(gpu.capability)}; {hint}"
+        )
+    if recipe == "mxfp8" and gpu.capability >= (12, 0):
+        raise UserError("--fp8-recipe mxfp8: Transformer Engine has no MXFP8 for compute capability 12; choose another")
+    if gpu.transformer_engine < Version(needs.transformer_engine):
+        raise UserError(
+            f"--fp8-recipe {recipe} needs Transformer Engine {needs.transformer_engine}, "
+            f"and {gpu.transformer_engine} is installed"
+        )
+    if gpu.cuda < needs.cuda:
+        raise UserError(
+            f"--fp8-recipe {recipe} needs CUDA {_dotted(needs.cuda)}, and PyTorch was built for {_dotted(gpu.cuda)}"
+        )
+
+
+def _check_bf16_layers(options: FP8Options, layers_of_a_stage: int) -> None:
+    if not options.first_last_layers_bf16:
+        return
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        count = getattr(options, name)
+        if not 0 <= count <= layers_of_a_stage:
+            raise UserError(
+                f"--{name.replace('_', '-')} {count}: must be between 0 and the {layers_of_a_stage} layers of a "
+                "pipeline stage"
+            )
+
+
+def _dimensions(architecture: Architecture, layout: ParallelLayout) -> dict[str, int]:
+    """Columns and rows of a rank's matrices; heads and FFN are split over the TP ranks."""
+    tp, expert_tp = layout.tensor_model_parallel_size, layout.expert_tensor_parallel_size
+    heads = architecture.num_attention_heads // tp * architecture.head_dim
+    key_value = architecture.num_query_groups // tp * architecture.head_dim
+    return {
+        "the hidden size": architecture.hidden_size,
+        "attention heads x head dimension of a rank": heads,
+        "query, key and value rows of a rank": heads + 2 * key_value,
+        "FFN columns of a rank": architecture.ffn_hidden_size // tp,
+        "FFN columns of a new expert on a rank": architecture.ffn_hidden_size // expert_tp,
+    }
+
+
+def _aligned(size: int, alignment: int, what: str, recipe: str) -> None:
+    if size % alignment:
+        raise UserError(
+            f"--fp8-recipe {recipe}: {what} is {size}, not a multiple of {alignment}; "
+            "change the layout or the recipe, or leave --fp8-format out"
+        )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

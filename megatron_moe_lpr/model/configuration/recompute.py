@@ -1,0 +1,35 @@
+"""Activation recompute: what Megatron-Core has of it, said in terms of our flags before it builds a model."""
+
+from collections.abc import Sequence
+
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
+
+MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe")
+"""Megatron-Core's, without those of models that are not ours."""
+NOT_DELAYED = ("moe_act", "layernorm")
+"""Megatron throws their outputs away and computes them again from operands that delayed scaling does not keep."""
+
+
+def check_recompute(
+    granularity: str | None, num_layers: int | None, modules: Sequence[str] | None, fp8: FP8Options
+) -> None:
+    """Check the flags of recompute against each other and against FP8 (TransformerConfig.__post_init__).
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if granularity == "selective":
+        if num_layers is not None:
+            raise UserError("--recompute-num-layers is of --recompute-granularity full; leave it out")
+    elif modules is not None:
+        raise UserError("--recompute-modules needs --recompute-granularity selective")
+    unknown = [module for module in modules or () if module not in MODULES]
+    if unknown:
+        raise UserError(f"--recompute-modules {unknown[0]} is not one of {', '.join(MODULES)}")
+    refused = [module for module in modules or () if module in NOT_DELAYED]
+    if refused and fp8.enabled and fp8.fp8_recipe == "delayed":
+        raise UserError(
+            f"--recompute-modules {refused[0]} does not go with --fp8-recipe delayed; choose tensorwise or blockwise, "
+            "or recompute core_attn, mlp or moe"
+        )

@@ -1,0 +1,114 @@
+"""Which experts the tokens choose: counted in every router, added up over ranks when someone asks."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.platform.collectives import collective_device
+
+TOKENS, PROBABILITY, CHOSEN, LIKELIHOOD, EXPERTS = range(5)
+"""Columns of a group's sums; from EXPERTS on, the tokens that chose each expert."""
+
+
+class RoutingStatistics:
+    """Sums over the tokens a router saw since the last reset, for original and expanded languages apart."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.sums = torch.zeros(len(GROUPS), EXPERTS + self.num_experts, dtype=torch.float64)
+        self.load_balancing = torch.zeros(2, dtype=torch.float64)
+        """Sum of the load balancing losses, and the micro-batches they came from."""
+
+    def add(
+        self,
+        *,
+        original: torch.Tensor,
+        valid: torch.Tensor,
+        probability: torch.Tensor,
+        likelihood: torch.Tensor,
+        choices: torch.Tensor,
+        load_balancing: torch.Tensor,
+        micro_batches: float,
+    ) -> None:
+        """Add a micro-batch.
+
+        Args:
+            original, valid: [tokens], bool.
+            probability: [tokens], router's probability of the original expert.
+            likelihood: [tokens], LPR loss of the token.
+            choices: [tokens, experts], bool.
+            load_balancing: the layer's loss, in the paper's unit.
+            micro_batches: 1, or this rank's share of one.
+        """
+        groups = torch.stack((original & valid, ~original & valid)).float()
+        columns = torch.stack((torch.ones_like(probability), probability, choices[:, 0].float(), likelihood), dim=1)
+        sums = groups @ torch.cat((columns, choices.float()), dim=1)
+        # The sums stay on the device: a copy to the host would wait for the whole queue of kernels.
+        self.sums = self.sums.to(sums.device) + sums.double()
+        share = torch.full_like(load_balancing, micro_batches)
+        self.load_balancing = self.load_balancing.to(sums.device) + torch.stack((load_balancing, share)).double()
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingReport:
+    """Routing of the whole model, added up over all ranks.
+
+    Arrays are [layers, groups] with groups original, expanded; NaN where no token was seen, dense layers included.
+    """
+
+    tokens: torch.Tensor
+    probability: torch.Tensor
+    """Mean probability of the original expert."""
+    top_k_share: torch.Tensor
+    """Share of tokens with the original expert among their top k."""
+    lpr_loss: torch.Tensor
+    """Mean LPR loss of the tokens."""
+    expert_share: torch.Tensor
+    """[layers, groups, experts]: share of tokens that chose each expert; a row sums to k."""
+    load_balancing: torch.Tensor
+    """[layers]: mean load balancing loss of the micro-batches."""
+
+    def mean_over_layers(self, values: torch.Tensor, group: str) -> float:
+        """Mean over MoE layers of a [layers, groups] array; NaN where no token of the group was seen."""
+        return values[:, GROUPS.index(group)].nanmean().item()
+
+
+def gather_routing(
+    routers: Iterable[tuple[int, RoutingStatistics]], num_layers: int, max_experts: int
+) -> RoutingReport:
+    """Add up the statistics of all ranks. Every rank must call it.
+
+    Args:
+        routers: layer index from 0 and statistics of this rank's routers.
+        max_experts: experts of the model's largest layer.
+    """
+    width = EXPERTS + max_experts
+    sums = torch.zeros(num_layers, len(GROUPS) * width + 2, dtype=torch.float64)
+    for layer, statistics in routers:
+        padded = torch.nn.functional.pad(statistics.sums.cpu(), (0, max_experts - statistics.num_experts))
+        sums[layer] += torch.cat((padded.flatten(), statistics.load_balancing.cpu()))
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sums = sums.to(collective_device())
+        dist.all_reduce(sums)
+        sums = sums.cpu()
+    return _report(sums[:, :-2].view(num_layers, len(GROUPS), width), sums[:, -2:])
+
+
+def _report(sums: torch.Tensor, balance: torch.Tensor) -> RoutingReport:
+    tokens = sums[..., TOKENS]
+    means = sums / tokens.unsqueeze(-1)  # 0 / 0 is NaN: no such token
+    return RoutingReport(
+        tokens=tokens,
+        probability=means[..., PROBABILITY],
+        top_k_share=means[..., CHOSEN],
+        lpr_loss=means[..., LIKELIHOOD],
+        expert_share=means[..., EXPERTS:],
+        load_balancing=balance[:, 0] / balance[:, 1],
+    )

@@ -1,0 +1,62 @@
+"""Launch defaults by platform: on where their requirement is there, off where it is missing."""
+
+import pytest
+import torch
+from packaging.version import Version
+
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, platform_fields
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import GPUFacts, Platform
+
+CPU = Platform("cpu", "gloo", torch.device("cpu"), transformer_engine=False)
+EP2 = ParallelLayout(expert_model_parallel_size=2)
+
+
+def gpu(version: str = "2.11.0", **facts) -> Platform:
+    found = GPUFacts((9, 0), (13, 0), Version(version), **facts)
+    return Platform("cuda", "nccl", torch.device("cuda", 0), transformer_engine=True, gpu=found)
+
+
+def test_cpu_takes_local_layers_and_its_own_swiglu_alone():
+    fields = platform_fields(CPU, torch.float32)
+    assert fields["transformer_impl"] == "local"
+    # The function behind it is platform/cpu/activations.py's, not the one that Megatron compiles.
+    assert [name for name in fields if name.endswith("fusion")] == ["bias_activation_fusion"]
+
+
+def test_fusions_follow_what_is_installed():
+    old, new = (
+        platform_fields(found, torch.bfloat16) for found in (gpu("2.6.0"), gpu("2.7.0", fused_weight_gradients=True))
+    )
+    assert (old["moe_router_fusion"], new["moe_router_fusion"]) == (False, True)
+    assert (old["gradient_accumulation_fusion"], new["gradient_accumulation_fusion"]) == (False, True)
+    assert old["moe_permute_fusion"]
+    assert not platform_fields(gpu("2.0"), torch.bfloat16)["moe_permute_fusion"]
+
+
+def test_fused_cross_entropy_is_for_bf16_alone():
+    """Megatron's rounds the gradients to bf16."""
+    fused = {
+        dtype: platform_fields(gpu(), dtype)["cross_entropy_loss_fusion"] for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert fused == {torch.float32: False, torch.bfloat16: True}
+
+
+@pytest.mark.parametrize(
+    ("platform", "layout", "experts", "message"),
+    [
+        (CPU, EP2, 5, "needs NVIDIA GPUs"),
+        (gpu(), EP2, 5, "needs the package deep_ep"),
+        (gpu(deep_ep=True), ParallelLayout(), 5, "needs --expert-model-parallel-size over 1"),
+        (gpu(deep_ep=True), EP2, 2, "top-2 needs at least 2 new experts, and there are 1"),
+    ],
+)
+def test_flex_dispatcher_without_what_it_needs(platform, layout, experts, message):
+    with pytest.raises(UserError, match=message):
+        check_dispatcher("flex", layout, experts, 2, platform)
+
+
+def test_dispatchers_that_fit():
+    check_dispatcher("flex", EP2, 5, 2, gpu(deep_ep=True))
+    check_dispatcher("alltoall", ParallelLayout(), 5, 2, CPU)
