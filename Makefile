@@ -46,7 +46,7 @@ endif
 JOBS ?= $(if $(TESTS),0,2)
 ORDER ?= -p tests.slowest_first
 
-## Install, then test on the CPU; TESTS="FILE -k NAME" selects some, ORDER=--random-order shuffles.
+## Install, then test on the CPU; TESTS="FILE -k NAME" for a part, ORDER=--random-order to shuffle.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ORDER) $(TESTS)
 

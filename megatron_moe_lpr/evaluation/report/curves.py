@@ -53,5 +53,6 @@ def _dot(frame: Frame, index: int, summary: Summary, color: str) -> str:
     return (
         f'<line class="bar" stroke="{color}" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{color}"/>'
-        f'<text class="value" x="{x:.1f}" y="{top - 10:.1f}" text-anchor="middle" fill="{color}">{summary.mean:+.1%}</text>'
+        f'<text class="value" x="{x:.1f}" y="{top - 10:.1f}" text-anchor="middle" fill="{color}">'
+        f"{summary.mean:+.1%}</text>"
     )
