@@ -35,7 +35,7 @@ replays() {
     local documents language REPLAY
     for documents in $REPLAYS; do
         REPLAY=replay-$documents
-        for language in $ORIGINAL; do tokens "$REPLAY" train "$language" "$BASE" --max-documents $documents; done
+        for language in $ORIGINAL; do tokens "$REPLAY" train "$language" "$BASE" --max-documents "$documents"; done
         step "$RUNS/$REPLAY/.done" "a review with $documents documents of each original language" \
             review "$FULL/stage1" "$RUNS/$REPLAY"
         evaluate "$REPLAY" "$RUNS/$REPLAY"
