@@ -12,7 +12,6 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 : "${PYTHON:=python}" "${PLATFORM:=cuda}" "${DRY_RUN:=0}" "${FP8:=0}" "${FP8_RECIPE:=delayed}"
 
 die() {
@@ -135,7 +134,10 @@ train() {
         *) die "RECOMPUTE=$RECOMPUTE: none, moe or full" ;;
     esac
     [[ "$PLATFORM" == cpu ]] || precision=(--bf16)
-    [[ "$FP8" == 0 ]] || precision+=(--fp8-format hybrid --fp8-recipe "$FP8_RECIPE")
+    local format=hybrid
+    # With a scale for each block E4M3 has the range for gradients too.
+    [[ "$FP8_RECIPE" != blockwise ]] || format=e4m3
+    [[ "$FP8" == 0 ]] || precision+=(--fp8-format "$format" --fp8-recipe "$FP8_RECIPE")
     logs=${LOG_DIR:-$SAVE/logs}/node${SLURM_NODEID:-0}
     # Inside a step of a SLURM job the batch script has shown and checked this already, once for all nodes.
     [[ -n "${SLURM_STEP_ID:-}" && "$DRY_RUN" != 1 ]] || estimate "$stage"

@@ -19,7 +19,7 @@ class Flags:
     """Build the index maps of a training run beforehand."""
 
     data: Annotated[DataConfig, tyro.conf.OmitArgPrefixes]
-    sequence_length: int
+    seq_length: int
     """Tokens of a sample: the training's --seq-length."""
     train_samples: int
     """Samples of the whole run: --train-iters times --global-batch-size of the training."""
@@ -27,10 +27,10 @@ class Flags:
 
 def main() -> None:
     flags = parse_flags(Flags, description=__doc__)
-    if flags.sequence_length < 1 or flags.train_samples < 1:
-        raise UserError("--sequence-length and --train-samples: at least 1")
+    if flags.seq_length < 1 or flags.train_samples < 1:
+        raise UserError("--seq-length and --train-samples: at least 1")
     sources = read_data_sources(flags.data)
-    for share in sources.shares(flags.train_samples * flags.sequence_length):
+    for share in sources.shares(flags.train_samples * flags.seq_length):
         kind = "original" if share.is_original else "expanded"
         print(
             f"{share.language} ({kind}): {share.share:.2%} of the samples, {share.tokens:,} tokens in the data, "
@@ -39,7 +39,7 @@ def main() -> None:
     # Late, because megatron-core takes seconds to import and the checks above do without.
     from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
 
-    dataset = build_training_dataset(sources, flags.data, flags.sequence_length, flags.train_samples)
+    dataset = build_training_dataset(sources, flags.data, flags.seq_length, flags.train_samples)
     print(f"{len(dataset):,} samples; index maps in {cache_directory(flags.data)}")
 
 

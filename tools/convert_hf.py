@@ -164,7 +164,7 @@ class Verify:
     """Largest difference of any logit that still counts as equal."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What both models compute in; bfloat16 halves the memory and needs a tolerance of some tenths."""
-    sequence_length: int = 64
+    seq_length: int = 64
     """Tokens in each of the two sequences."""
     platform: PlatformName = "auto"
     """Where to compute."""
@@ -183,7 +183,7 @@ class Verify:
             self.hf,
             getattr(torch, self.dtype),
             select_platform(self.platform),
-            self.sequence_length,
+            self.seq_length,
             base=self.base_checkpoint,
             verified=self.verify,
         )

@@ -48,3 +48,10 @@ def test_dry_run_shows_the_command(inputs, script):
     assert result.returncode == 0, result.stderr
     assert LAUNCH in result.stdout and "--train-iters 7" in result.stdout and "tools/plan.py" in result.stdout
     assert "--fp8-format hybrid --fp8-recipe delayed" in result.stdout and not (inputs / "run").exists()
+
+
+def test_blockwise_scaling_has_the_format_that_its_tests_have(inputs):
+    settings = {"LOAD": inputs / "moe", "SAVE": inputs / "run", "DRY_RUN": 1, "PYTHON": "echo"}
+    result = run_script("stage1_qwen.sh", inputs, **settings, TRAIN_ITERS=7, FP8=1, FP8_RECIPE="blockwise", PP=1, EP=1)
+    assert result.returncode == 0, result.stderr
+    assert "--fp8-format e4m3 --fp8-recipe blockwise" in result.stdout

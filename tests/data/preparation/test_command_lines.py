@@ -90,6 +90,6 @@ def test_wrong_tokenizer_for_samples(tool, hf_tokenizer, sp_model, tmp_path):
 
 
 def test_bad_blend(tool, tmp_path):
-    arguments = ["--data-path", "1", "a", "x", "b", "--sequence-length", 8, "--train-samples", 8]
+    arguments = ["--data-path", "1", "a", "x", "b", "--seq-length", 8, "--train-samples", 8]
     code, _, err = tool("build_index.py", *arguments)
     assert code == 1 and err == "error: --data-path: weight 'x' (of b) is not a number; write `weight prefix` pairs\n"

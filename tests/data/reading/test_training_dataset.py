@@ -162,7 +162,7 @@ def test_built_beforehand_by_the_command_line(six, tmp_path):
     config = config_of(six, tmp_path / "cache", original_languages=["en", "zh"])
     command = [sys.executable, str(ROOT / "tools" / "build_index.py"), "--data-path", *config.data_path]
     command += ["--data-cache-path", str(tmp_path / "cache"), "--original-languages", "en", "zh"]
-    command += ["--sequence-length", str(SEQUENCE), "--train-samples", "500"]
+    command += ["--seq-length", str(SEQUENCE), "--train-samples", "500"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
     assert "en (original): 6.25% of the samples" in result.stdout and "500 samples" in result.stdout
