@@ -19,7 +19,7 @@ ENGINES := $(CURDIR)/.venv-vllm/.installed $(CURDIR)/.venv-llama-cpp/.installed 
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install help test test-te test-eval test-gpu test-serving lint clean
+.PHONY: install help test test-te test-eval test-gpu test-serving test-docker lint clean
 
 ## Install the package and what its tests need into the active virtual environment, or into .venv.
 install: $(INSTALLED)
@@ -88,6 +88,11 @@ $(CURDIR)/.venv-transformers4/.installed: $(SERVING)/transformers4.sh
 test-serving: $(INSTALLED) $(ENGINES)
 	$(BIN)/python -m tests.serving.compare --vllm .venv-vllm --llama-cpp .venv-llama-cpp \
 		--transformers4 .venv-transformers4
+
+# Needs root, buildah and mmdebstrap; docs/launching.md says on which bases it has run.
+## Build the Docker images without a Docker engine, and try the demo and some tests in them.
+test-docker:
+	PYTHON=$(PYTHON) bash tests/docker/run.sh
 
 ## Check style and types as CI does.
 lint: $(INSTALLED)

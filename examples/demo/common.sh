@@ -55,8 +55,9 @@ await() {
     return $failed
 }
 
+# Where the machine's own name does not resolve, as in some containers, torchrun would wait five minutes and fail.
 ranks() {
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" "$@"
+    "$PYTHON" -m torch.distributed.run --standalone --local-addr localhost --nproc-per-node "$RANKS" "$@"
 }
 
 # tokens NAME SPLIT LANGUAGE TOKENIZER ARGUMENTS...: the dataset $DATA/NAME-LANGUAGE.

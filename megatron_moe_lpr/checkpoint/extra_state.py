@@ -4,7 +4,6 @@ It is a pickle in a byte tensor (module/base.py `get_extra_state`): the FP8 reci
 """
 
 import collections
-import enum
 import io
 import pickle
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_moe_lpr.checkpoint.enumerations import enum_member
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.moe.expert_states import EXTRA_STATE
 
@@ -59,7 +59,7 @@ def _check(value: Any) -> None:
 class _ExtraStateUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
-            ("builtins", "getattr"): _enum_member,
+            ("builtins", "getattr"): enum_member,
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch.storage", "_load_from_bytes"): _restricted_storage,
             ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
@@ -73,13 +73,6 @@ class _ExtraStateUnpickler(pickle.Unpickler):
             if isinstance(found, type) and found.__module__ == RECIPE_MODULE:
                 return found
         raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def _enum_member(kind: Any, name: str) -> enum.Enum:
-    """All that Python 3.11 uses `getattr` for in a pickle."""
-    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
-        raise pickle.UnpicklingError("it reads an attribute of something else than an enumeration")
-    return kind[name]
 
 
 def _restricted_storage(content: bytes) -> Any:

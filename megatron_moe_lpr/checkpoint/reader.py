@@ -13,6 +13,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_moe_lpr.checkpoint.enumerations import enum_member
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import is_integer
 
@@ -230,6 +231,10 @@ class _Placeholder:
     def extend(self, values: Any) -> None: ...
 
 
+def _member(kind: Any, name: str) -> Any:
+    return _Placeholder() if kind is _Placeholder else enum_member(kind, name)
+
+
 class _MetadataUnpickler(pickle._Unpickler):
     """Python's own form of the unpickler: the one in C takes whatever memory a length or a memo's number declares."""
 
@@ -238,6 +243,8 @@ class _MetadataUnpickler(pickle._Unpickler):
             return super().find_class(module, name)
         if module.startswith(UNREAD_MODULES):
             return _Placeholder
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no index needs")
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader
 from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA, CheckpointWriter
@@ -117,6 +120,35 @@ def test_an_index_that_runs_code_is_not_unpickled(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the index of a checkpoint"):
         CheckpointReader(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def _as_debian_s_python(member: Enum, protocol: int) -> tuple:
+    """How enum pickles a member in the first releases of Python 3.11: by a function that can do anything."""
+    return getattr, (type(member), member.name)
+
+
+def test_an_index_written_by_the_first_releases_of_python_3_11(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (_MEM_FORMAT_ENCODING, WriteItemType):
+        monkeypatch.setattr(kind, "__reduce_ex__", _as_debian_s_python)
+    state, writer = some_tensors(), torch_checkpoint.FileSystemWriter(tmp_path)
+    torch_checkpoint.save(state, storage_writer=writer, no_dist=True)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    metadata.planner_data = WriteItemType.TENSOR
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert b"getattr" in (tmp_path / ".metadata").read_bytes()
+    reader = CheckpointReader(tmp_path)
+    assert all(torch.equal(reader.read(key), tensor) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("kind", [Metadata, torch.Size, _MEM_FORMAT_ENCODING])
+def test_that_function_gives_nothing_but_members(kind: type, tmp_path: Path) -> None:
+    class Reach:
+        def __reduce__(self) -> tuple:
+            return getattr, (kind, "__class__")
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Reach()))
+    with pytest.raises(UserError, match=r"not the index of a checkpoint \((it reads an attribute|'__class__')"):
+        CheckpointReader(tmp_path)
 
 
 def test_a_key_written_twice_or_never(tmp_path: Path) -> None:

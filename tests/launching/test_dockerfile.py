@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from tests.launching.builders import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
-STAGES = dict(zip(("gpu", "cpu"), re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:], strict=True))
+STAGES = dict(zip(("cpu", "gpu"), re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:], strict=True))
 OF_THE_BASE = r"grep -iE '(\S+)' > /tmp/base.txt"
 
 
@@ -33,6 +33,19 @@ def test_images_are_pinned_and_do_not_run_as_root():
     for name, stage in STAGES.items():
         assert stage.split()[2] == name
         assert re.match(r"\S+:\d\S*", stage) and re.findall(r"^USER (.*)", stage, re.MULTILINE)[-1] == "trainer"
+
+
+def test_without_a_target_it_is_the_image_for_gpus():
+    """As its first lines and docs/launching.md say; an engine builds the last one."""
+    assert "docker build -t moe-lpr .  " in DOCKERFILE and list(STAGES)[-1] == "gpu"
+
+
+def test_what_git_ignores_is_not_copied():
+    """Environments, caches and runs of the checkout that an image is built from."""
+    ignored = {line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    left_out = {line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    named = {line for line in ignored if not line.startswith(".venv")}
+    assert named <= left_out and {".git", ".venv*"} <= left_out and len(named) > 5
 
 
 @pytest.mark.parametrize("stage", STAGES)

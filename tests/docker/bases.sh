@@ -1,0 +1,63 @@
+# shellcheck shell=bash disable=SC2154  # what run.sh sets
+# The images that the Dockerfile starts from, in buildah's storage. Sourced by run.sh.
+
+PYTHON_BASE=$(sed -n 's/^FROM \(.*\) AS cpu$/\1/p' Dockerfile)
+GPU_BASE=$(sed -n 's/^FROM \(.*\) AS gpu$/\1/p' Dockerfile)
+VERSIONS='import numpy, torch; print("torch", torch.__version__, "numpy", numpy.__version__)'
+
+# The real one if it can be pulled.
+cpu_base() {
+    local reason="as asked"
+    if [ -z "${STAND_IN:-}" ]; then
+        if buildah pull "$PYTHON_BASE" >"$work/log" 2>&1; then
+            echo "$PYTHON_BASE" | tee "$work/base"
+            return
+        fi
+        reason="it could not be pulled ($(tail -n 1 "$work/log"))"
+    fi
+    echo "== STAND-IN base, not the image of that name: $PYTHON_BASE out of Debian's packages; $reason"
+    echo "a stand-in" >"$work/base"
+    debian_with_python
+}
+
+# A Debian with its own Python where the image of that name has one: in /usr/local, with pip.
+debian_with_python() {
+    local version=${PYTHON_BASE#*:} suite=${PYTHON_BASE##*-} context=$work/context sources=()
+    version=python${version%%-*}
+    require mmdebstrap
+    mkdir "$context"
+    debian_sources "$suite" >"$work/sources.list"
+    if [ -s "$work/sources.list" ]; then sources=("$work/sources.list"); fi
+    mmdebstrap --quiet --variant=minbase --include="ca-certificates,netbase,tzdata,$version,$version-venv" \
+        "$suite" "$context/root.tar" "${sources[@]}"
+    build "docker.io/library/$PYTHON_BASE" --file - "$context" <<DOCKERFILE
+FROM scratch
+ADD root.tar /
+RUN $version -m venv /usr/local
+CMD ["python3"]
+DOCKERFILE
+    rm -r "$context"
+}
+
+# debian_sources SUITE: this machine's, or none where it is of another distribution: then mmdebstrap has its own.
+debian_sources() {
+    apt-get indextargets --format "deb \$(REPO_URI) \$(RELEASE) \$(COMPONENT)" 'Created-By: Packages' |
+        grep -E "/debian(-security)?/? $1(-updates|-security)? main$" || true
+}
+
+# The pinned torch, without CUDA, and what else the RUN lines find on the other base: make, git, and constraints that
+# contradict setup.py, as the real one's may.
+gpu_base() {
+    [ -n "$(buildah images --quiet "$PYTHON_BASE" 2>/dev/null)" ] || cpu_base
+    echo "== STAND-IN base, not the image of that name: $GPU_BASE out of $PYTHON_BASE, with the pinned torch, without CUDA"
+    echo "a stand-in" >"$work/base"
+    build "$GPU_BASE" --file - . <<DOCKERFILE
+FROM $PYTHON_BASE
+RUN apt-get update && apt-get install --yes --no-install-recommends git make && rm -rf /var/lib/apt/lists/*
+COPY constraints.txt /tmp/
+RUN pip install --no-cache-dir --constraint /tmp/constraints.txt torch numpy
+RUN mkdir /etc/pip && echo "transformers==4.0.0" >/etc/pip/constraint.txt
+ENV PIP_CONSTRAINT=/etc/pip/constraint.txt
+RUN python -c '$VERSIONS' >/versions
+DOCKERFILE
+}
