@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.directory import CARD_FILE, resolve_checkpoint
 from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.conversion.verification.inspection import count_parameters
 from tests.conversion.helpers import perturb, rewrite_checkpoint, run
@@ -73,6 +73,22 @@ def test_inspect_shows_one_screen(dense_directory: Dense, tmp_path: Path, capsys
         printed = capsys.readouterr().out
         assert "qwen3 (Qwen3ForCausalLM)" in printed and len(printed.splitlines()) < 25
         assert ("4 1 4" in printed) == (directory != dense_directory("qwen3"))
+
+
+def test_inspect_leaves_out_what_a_stage_did_not_have(
+    dense_directory: Dense, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = tmp_path / "checkpoint"
+    run("import", "--hf", dense_directory("qwen3"), "--save", save, "--num-experts", 4)
+    card = resolve_checkpoint(save).card()
+    card.history.append({"stage": "1", "languages": ["el", "tr"], "original_languages": [], "train_iters": 7})
+    (side_directory,) = (path.parent for path in save.rglob(CARD_FILE))
+    card.write(side_directory / CARD_FILE)
+    (side_directory / "checksums.json").unlink()
+    capsys.readouterr()
+    run("inspect", save)
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "stage 1, languages el tr, train iters 7" in printed
 
 
 def test_fingerprint_changes_with_frozen_weights_alone(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def _history_lines(card: CheckpointCard | None) -> list[tuple[str, str]]:
     if card.base:
         lines.append(("holds", f"only what was trained; the other weights are in {card.base.path}"))
     for entry in card.history or [{"stage": "none yet"}]:
-        shown = {name: value for name, value in entry.items() if value is not None and name not in LONG_FIELDS}
+        shown = {name: value for name, value in entry.items() if value not in (None, []) and name not in LONG_FIELDS}
         lines.append(("trained", ", ".join(_field(name, value) for name, value in shown.items())))
     return lines
 
