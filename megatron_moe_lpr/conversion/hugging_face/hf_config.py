@@ -117,6 +117,9 @@ def _qwen_fields(
         "use_sliding_window": False,
     }
     if architecture.family.moe_model_type == "qwen2_moe":
+        if architecture.family.explicit_head_dim:
+            # Qwen2-MoE reads an absent one as hidden size / heads.
+            fields["head_dim"] = architecture.head_dim
         return {**fields, "qkv_bias": True, "shared_expert_intermediate_size": SHARED_EXPERT_WIDTH}
     return {**fields, "head_dim": architecture.head_dim}
 

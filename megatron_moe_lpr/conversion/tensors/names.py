@@ -1,6 +1,6 @@
 """The one table of tensor names: which Hugging Face tensors make up which Megatron tensor, read in both directions.
 
-The four dense families name their attention, norms and embeddings alike; they differ in which of them exist. What
+The dense families name their attention, norms and embeddings alike; they differ in which of them exist. What
 differs between the dense and the stock MoE architectures is where the feed-forward weights and the router lie: that
 is a `Layout`.
 """
