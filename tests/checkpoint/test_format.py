@@ -132,6 +132,7 @@ def test_an_index_written_by_the_first_releases_of_python_3_11(tmp_path: Path, m
         monkeypatch.setattr(kind, "__reduce_ex__", _as_debian_s_python)
     state, writer = some_tensors(), torch_checkpoint.FileSystemWriter(tmp_path)
     torch_checkpoint.save(state, storage_writer=writer, no_dist=True)
+    # Written by torch two lines above; it is read whole to put one more member of an enumeration into it.
     metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
     metadata.planner_data = WriteItemType.TENSOR
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
