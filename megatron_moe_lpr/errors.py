@@ -40,6 +40,14 @@ class UserError(Exception):
     """Something the user gave is wrong: the message names the file or flag and says what to do."""
 
 
+class DamagedFile(UserError):
+    """A file does not hold what was written to it, as far as this process can see. `path` names the file."""
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 def fail(message: str, code: int = 1) -> NoReturn:
     """Print one `error:` line on standard error and exit. Names out of hostile files can neither break nor fill it."""
     line = _CONTROL.sub(" ", message)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.errors import DamagedFile, UserError
 
 MAX_BYTES = 256 << 20
 """Far above any configuration, manifest or index; Python's objects take some ten times as much memory."""
@@ -16,7 +16,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        UserError: no such file, or something else than a JSON object in it.
+        DamagedFile: something else than a JSON object is in it.
+        UserError: no such file, or it cannot be read.
     """
     try:
         if path.is_file() and path.stat().st_size > MAX_BYTES:
@@ -26,7 +27,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_json_object(data, str(path))
+    try:
+        return parse_json_object(data, str(path))
+    except UserError as error:
+        raise DamagedFile(str(error), path) from None
 
 
 def parse_json_object(data: bytes, source: str) -> dict[str, Any]:

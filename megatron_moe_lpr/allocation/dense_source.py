@@ -1,5 +1,6 @@
 """The dense model's tensors, layer by layer: from a Hugging Face directory, or out of a checkpoint of any layout."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
-from megatron_moe_lpr.checkpoint.trainable_only import open_reader
+from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading, open_reader
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.conversion.exporter import check_model_tensors, read_row
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import check_tensors, open_hf_directory
@@ -21,10 +22,17 @@ class DenseSource:
     """A dense model on disk; one tensor, or one layer, is in memory at a time."""
 
     def __init__(
-        self, config: dict[str, Any], architecture: Architecture, rows: list[Row], read: Callable[[Row], list]
+        self,
+        config: dict[str, Any],
+        architecture: Architecture,
+        rows: list[Row],
+        read: Callable[[Row], list],
+        locks: contextlib.ExitStack | None = None,
     ) -> None:
         self.config, self.architecture = config, architecture
         self._rows, self._read = rows, read
+        self._locks = locks
+        """Of the checkpoint that is read, for as long as this object is there."""
 
     def layer(self, layer: int) -> dict[str, torch.Tensor]:
         """Tensors of a layer, fp32, by the name that the dense model's own class has for them inside the layer."""
@@ -59,10 +67,15 @@ def open_dense_source(path: Path) -> DenseSource:
 
 
 def _checkpoint_source(path: Path) -> DenseSource:
-    checkpoint = open_checkpoint(path)
-    card, architecture = checkpoint.card(), checkpoint.architecture()
-    rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)
-    reader = open_reader(checkpoint)
-    check_model_tensors(rows, reader)
-    config = read_json(checkpoint.side_directory / CONFIG_FILE)
-    return DenseSource(config, architecture, rows, lambda row: read_row(row, reader, architecture, torch.float32))
+    with contextlib.ExitStack() as locks:
+        checkpoint = open_checkpoint(locks.enter_context(kept_for_reading(path)))
+        card, architecture = checkpoint.card(), checkpoint.architecture()
+        rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)
+        reader = open_reader(checkpoint)
+        check_model_tensors(rows, reader)
+        config = read_json(checkpoint.side_directory / CONFIG_FILE)
+
+        def read(row: Row) -> list[torch.Tensor]:
+            return read_row(row, reader, architecture, torch.float32)
+
+        return DenseSource(config, architecture, rows, read, locks.pop_all())

@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.json_files import checked_integer, is_integer, is_number, read_json, shown
 from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS
 
@@ -85,15 +85,11 @@ def read_card(path: Path) -> CheckpointCard:
     """Read a card.
 
     Raises:
-        UserError: no such file, not JSON, a field missing, unknown or of the wrong type or size, or a newer format.
+        DamagedFile: not JSON.
+        UserError: no such file, a field missing, unknown or of the wrong type or size, or a newer format.
     """
     fields = read_json(path)
-    version = fields.get("format_version")
-    if not is_integer(version, 1, FORMAT_VERSION):
-        raise UserError(
-            f"{path}: format_version {shown(version)} is not known to this version (it reads up to {FORMAT_VERSION}); "
-            "install a newer megatron-moe-lpr"
-        )
+    _check_format(fields, path)
     try:
         base = Base(**fields["base"]) if fields.get("base") else None
         card = CheckpointCard(**fields | {"base": base})
@@ -181,6 +177,32 @@ _FIELD_CHECKS = {
     "inserted_blocks": _is_inserted_blocks,
     "openness": lambda value: is_number(value, 0, 1),
 }
+
+
+def _check_format(fields: dict[str, Any], path: Path) -> None:
+    version = fields.get("format_version")
+    if not is_integer(version, 1, FORMAT_VERSION):
+        raise UserError(
+            f"{path}: format_version {shown(version)} is not known to this version (it reads up to {FORMAT_VERSION}); "
+            "install a newer megatron-moe-lpr"
+        )
+
+
+def refuse_newer_format(path: Path) -> None:
+    """Refuse a card of a newer format, whatever else is in it; one that says nothing of the kind passes.
+
+    For who compares checksums next: what a newer version has written must not be taken for damage.
+
+    Raises:
+        UserError: the format is newer.
+    """
+    try:
+        with naming(path):
+            fields = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return
+    if isinstance(fields, dict) and is_integer(fields.get("format_version"), FORMAT_VERSION + 1):
+        _check_format(fields, path)
 
 
 def tool_versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ Every file below the iteration directory is in it, save itself. xxh3 finds damag
 directory can write the manifest too.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -16,7 +17,7 @@ from typing import IO, Any, Protocol
 
 import xxhash
 
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.errors import DamagedFile, UserError, naming
 from megatron_moe_lpr.filesystem import atomic_file, sync_tree
 
 ALGORITHM = "xxh3_128"
@@ -118,7 +119,7 @@ def checksum_of_file(path: Path) -> FileChecksum:
     """Read a file whole, in blocks, at several GB/s where it is in memory."""
     digest, size = xxhash.xxh3_128(), 0
     block = memoryview(bytearray(BLOCK_BYTES))
-    with open(path, "rb", buffering=0) as stream:
+    with naming(path), open(path, "rb", buffering=0) as stream:
         while count := stream.readinto(block):
             digest.update(block[:count])
             size += count
@@ -152,21 +153,32 @@ def read_manifest(directory: Path) -> dict[str, FileChecksum] | None:
     """The manifest's entries by relative path; None: an older version wrote the checkpoint, without a manifest.
 
     Raises:
-        UserError: the manifest is damaged.
+        DamagedFile: it cannot be parsed.
+        UserError: it is of a form that this version does not know.
     """
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
-        if content["algorithm"] != ALGORITHM:
-            raise ValueError(f"algorithm {content['algorithm']!r}, {ALGORITHM} is expected")
+        with naming(path):
+            content = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
+        _refuse_unknown_form(content, path)
         entries = {name: FileChecksum(**entry) for name, entry in content["files"].items()}
         if not all(_plausible(name, entry) for name, entry in entries.items()):
             raise ValueError("a size, a checksum or a path has the wrong form")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, so nothing can be verified by it ({error}); copy the file again") from None
+        reason = f"{path}: damaged, so nothing can be verified by it ({error}); copy the file again"
+        raise DamagedFile(reason, path) from None
     return entries
+
+
+def _refuse_unknown_form(content: Any, path: Path) -> None:
+    """A manifest that parses and says more than this version reads was written by another version: not damage."""
+    known = {field.name for field in dataclasses.fields(FileChecksum)}
+    unknown = sorted({name for entry in content["files"].values() if entry.keys() > known for name in entry} - known)
+    if content["algorithm"] != ALGORITHM or unknown:
+        form = f"entries with {unknown[0]!r:.40}" if unknown else f"algorithm {content['algorithm']!r:.40}"
+        raise UserError(f"{path}: {form}, which this version does not know; install the version that wrote it")
 
 
 def verify(directory: Path, rank: int = 0, world_size: int = 1, small_only: bool = False) -> bool:
@@ -180,7 +192,9 @@ def verify(directory: Path, rank: int = 0, world_size: int = 1, small_only: bool
         False: there is no manifest, so nothing was verified.
 
     Raises:
-        UserError: naming the first file that is missing, cut or changed.
+        DamagedFile: naming the first file that is missing, cut or changed.
+        UserError: a file beside the card is not in the manifest.
+        OSError: a file cannot be read, which says nothing about its content.
     """
     entries = read_manifest(directory)
     if entries is None:
@@ -188,26 +202,62 @@ def verify(directory: Path, rank: int = 0, world_size: int = 1, small_only: bool
     _check_presence(directory, entries)
     wanted = {name: entry for name, entry in entries.items() if not (small_only and name.endswith(".distcp"))}
     for name in _shares(wanted, world_size)[rank]:
-        found = checksum_of_file(directory / name)
-        if found != entries[name]:
-            raise UserError(
-                f"{directory / name}: damaged: its checksum is {found.checksum}, {MANIFEST} says "
-                f"{entries[name].checksum}; copy the file again, or use another checkpoint"
-            )
+        _check_content(directory / name, entries[name])
+    return True
+
+
+def verify_file(path: Path, directory: Path) -> bool:
+    """Compare one file of an iteration directory with the manifest, read from the disk where that can be asked for.
+
+    Returns:
+        False: the manifest does not list the file, or there is no manifest.
+
+    Raises:
+        DamagedFile: the file, or the manifest.
+        OSError: one of them cannot be read.
+    """
+    _forget_cached(directory / MANIFEST)
+    entries = read_manifest(directory) or {}
+    name = path.relative_to(directory).as_posix()
+    if name not in entries:
+        return False
+    _check_size(path, entries[name])
+    _forget_cached(path)
+    _check_content(path, entries[name])
     return True
 
 
 def _check_presence(directory: Path, entries: Mapping[str, FileChecksum]) -> None:
     for name, entry in entries.items():
-        path = directory / name
-        if not path.is_file():
-            raise UserError(f"{path}: no such file, but {MANIFEST} lists it; copy the checkpoint again")
-        if path.stat().st_size != entry.bytes:
-            raise UserError(f"{path}: damaged: {path.stat().st_size:,} bytes, {entry.bytes:,} were written")
-    for path in _files(directory / MANIFEST.parent):
+        _check_size(directory / name, entry)
+    for path in _files(directory / MANIFEST.parent):  # an addition, so no proof that anything is damaged
         name = path.relative_to(directory).as_posix()
         if name not in entries:
             raise UserError(f"{path}: not in {MANIFEST}: it is not of this checkpoint, or the manifest is damaged")
+
+
+def _check_size(path: Path, entry: FileChecksum) -> None:
+    if not path.is_file():
+        raise DamagedFile(f"{path}: no such file, but {MANIFEST} lists it; copy the checkpoint again", path)
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise DamagedFile(f"{path}: damaged: {size:,} bytes, {entry.bytes:,} were written", path)
+
+
+def _check_content(path: Path, entry: FileChecksum) -> None:
+    found = checksum_of_file(path)
+    if found != entry:
+        raise DamagedFile(
+            f"{path}: damaged: its checksum is {found.checksum}, {MANIFEST} says {entry.checksum}; "
+            "copy the file again, or use another checkpoint",
+            path,
+        )
+
+
+def _forget_cached(path: Path) -> None:
+    """Let the next read of a file come from the disk, not from the kernel's cache, where the system can do it."""
+    with contextlib.suppress(OSError, AttributeError), open(path, "rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _shares(entries: Mapping[str, FileChecksum], world_size: int) -> list[list[str]]:

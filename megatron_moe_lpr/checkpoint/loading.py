@@ -11,7 +11,7 @@ from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.model_state import load_weights
 from megatron_moe_lpr.checkpoint.sizes import check_sizes
 from megatron_moe_lpr.checkpoint.trainable_only import reading
-from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
+from megatron_moe_lpr.checkpoint.verification import check_same_on_all_ranks, open_checkpoint, verify_all
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import build_model
 from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, MoELPRConfig, transformer_config
@@ -78,7 +78,9 @@ def load_model(
     config = transformer_config(shape, layout, platform, options, **overrides)
     chunks = build_model(shape, config, platform, **(build_arguments or {}))
     with reading(directory) as layers:
-        for layer in layers if verified else ():
-            verify_all(layer.path)
+        for layer in layers:
+            check_same_on_all_ranks(layer.path)
+            if verified:
+                verify_all(layer.path)
         load_weights(chunks, directory)
     return LoadedModel(chunks, config, shape, card, directory)

@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_moe_lpr.checkpoint.directory import is_iteration_directory, iteration_of
 from megatron_moe_lpr.errors import UserError
@@ -57,12 +58,20 @@ class Retention:
         return [iteration for iteration in candidates if self.interval is None or iteration % self.interval]
 
 
+class RemovedCheckpoint(UserError):
+    """The run that wrote a checkpoint has removed or replaced it."""
+
+
 @contextlib.contextmanager
-def being_read(directory: Path) -> Iterator[None]:
+def being_read(directory: Path, to_the_end: bool = False) -> Iterator[None]:
     """While the block runs, no run removes this iteration directory (where its file system knows locks).
 
+    Args:
+        to_the_end: at the end of the block, check that the same directory is still there: a run that repeats its steps
+            puts a new checkpoint of the same step in its place, whoever reads.
+
     Raises:
-        UserError: it was removed before the lock was there.
+        RemovedCheckpoint: it was removed before the lock was there, or replaced while it was read.
     """
     try:
         stream = open(directory / LOCKED_FILE, "rb")  # noqa: SIM115 - closed below
@@ -71,13 +80,22 @@ def being_read(directory: Path) -> Iterator[None]:
     with stream:
         with contextlib.suppress(OSError):
             fcntl.flock(stream, fcntl.LOCK_SH)
-        if not is_iteration_directory(directory):
+        if not (is_iteration_directory(directory) and _is_in_place(stream, directory)):
             raise _vanished(directory)
         yield
+        if to_the_end and not _is_in_place(stream, directory):
+            raise RemovedCheckpoint(f"{directory}: was replaced while it was read; start again")
 
 
-def _vanished(directory: Path) -> UserError:
-    return UserError(
+def _is_in_place(stream: BinaryIO, directory: Path) -> bool:
+    """Whether an open `LOCKED_FILE` is the one that lies in the directory now."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(directory / LOCKED_FILE))
+    return False
+
+
+def _vanished(directory: Path) -> RemovedCheckpoint:
+    return RemovedCheckpoint(
         f"{directory}: was removed by the run that wrote it (--keep-last-checkpoints, --save-retain-interval); "
         "name a newer checkpoint"
     )

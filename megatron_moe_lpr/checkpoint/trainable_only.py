@@ -11,9 +11,12 @@ from megatron_moe_lpr.checkpoint.card import Base
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
 from megatron_moe_lpr.checkpoint.integrity import checksum_of_file, read_manifest
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader, TensorInfo, is_model_key
-from megatron_moe_lpr.checkpoint.retention import being_read
+from megatron_moe_lpr.checkpoint.retention import RemovedCheckpoint, being_read
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.parameter_kinds import kind_of
+
+LOOK_UPS = 5
+"""Of the latest checkpoint of a run that removes older ones meanwhile."""
 
 
 def record_base(directory: CheckpointDirectory) -> Base:
@@ -52,15 +55,21 @@ def base_of(directory: CheckpointDirectory) -> CheckpointDirectory | None:
                 f"--base-checkpoint {directory.base_path}: {directory.path} holds all weights; leave it out"
             )
         return None
-    path = directory.base_path or Path(card.base.path)
+    base = _find_base(directory)
+    _check_base(directory, card.base, base)
+    return base
+
+
+def _find_base(directory: CheckpointDirectory) -> CheckpointDirectory:
+    """Where the base of a checkpoint that has one should be, not compared with what the card says of it."""
+    recorded = directory.card().base
+    path = directory.base_path or Path(recorded.path if recorded else "")
     if not path.is_dir():
         raise UserError(
             f"{directory.path}: holds only the weights that were trained, and {path}, where the others are, does not "
             "exist; say with --base-checkpoint where it is now"
         )
-    base = resolve_checkpoint(path)
-    _check_base(directory, card.base, base)
-    return base
+    return resolve_checkpoint(path)
 
 
 def _check_base(directory: CheckpointDirectory, recorded: Base, base: CheckpointDirectory) -> None:
@@ -103,11 +112,50 @@ def layers_of(directory: CheckpointDirectory) -> list[CheckpointDirectory]:
 @contextlib.contextmanager
 def reading(directory: CheckpointDirectory) -> Iterator[list[CheckpointDirectory]]:
     """While the block runs, no run removes a checkpoint or what it builds on; yields `layers_of` it."""
-    layers = layers_of(directory)
     with contextlib.ExitStack() as locks:
-        for layer in layers:
-            locks.enter_context(being_read(layer.path))
-        yield layers
+        _keep(directory, locks)
+        yield layers_of(directory)
+
+
+def _keep(directory: CheckpointDirectory, locks: contextlib.ExitStack) -> None:
+    """Lock a checkpoint before anything in it is read, then, by its card, what it builds on."""
+    locks.enter_context(being_read(directory.path))
+    if directory.card().base is not None:
+        _keep(_find_base(directory), locks)
+
+
+@contextlib.contextmanager
+def kept_for_reading(path: Path, base: Path | None = None, to_the_end: bool = True) -> Iterator[Path]:
+    """Find the checkpoint that `path` means; while the block runs, no run removes it or what it builds on.
+
+    For commands that plan by a checkpoint's small files and read its tensors later. Of a run that goes on, the latest
+    checkpoint may be removed between the look-up and the lock; then the next latest is taken.
+
+    Args:
+        path: a checkpoint directory or one iteration in it.
+        base: for a checkpoint with only trained weights, where the others are (`--base-checkpoint`).
+        to_the_end: see `being_read`.
+
+    Yields:
+        The iteration directory, which stays the same whatever the run goes on to.
+
+    Raises:
+        RemovedCheckpoint: the run that wrote it has removed or replaced it.
+        UserError: there is no checkpoint, its card cannot be read, or what it builds on is not there.
+    """
+    with contextlib.ExitStack() as locks:
+        directory = resolve_checkpoint(path, base)
+        for _ in range(LOOK_UPS):
+            try:
+                locks.enter_context(being_read(directory.path, to_the_end))
+                break
+            except RemovedCheckpoint:
+                newer = resolve_checkpoint(path, base)
+                if newer.path == directory.path:
+                    raise
+                directory = newer
+        _keep(directory, locks)
+        yield directory.path
 
 
 class LayeredReader:

@@ -1,15 +1,17 @@
 """Checks of a checkpoint before anything in it is used, by one process or shared among all ranks."""
 
+import socket
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
-from megatron_moe_lpr.checkpoint.integrity import MANIFEST, verify
+from megatron_moe_lpr.checkpoint.integrity import MANIFEST, checksum_of_file, verify
 from megatron_moe_lpr.checkpoint.trainable_only import layers_of
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import sha256_of_file
+from megatron_moe_lpr.parallel.every_rank import on_every_rank
 
 
 def open_checkpoint(path: Path, verified: bool = True, base: Path | None = None) -> CheckpointDirectory:
@@ -50,29 +52,38 @@ def verify_all(directory: Path) -> None:
     A checkpoint without a manifest passes with a warning.
 
     Raises:
-        UserError: on every rank, naming a damaged file.
+        DamagedFile: on every rank, naming a damaged file.
+        UserError: on every rank: a rank cannot read its share, or has other files before it.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    error, has_manifest = None, True
-    try:
-        has_manifest = verify(directory, rank, world_size)
-    except (UserError, OSError) as caught:
-        error = str(caught)
-    for reason in _of_all_ranks(error):
-        if reason:
-            raise UserError(reason)
+    has_manifest = on_every_rank(lambda: verify(directory, rank, world_size))[rank]
     if not has_manifest and rank == 0:
         warn(f"{directory}: no {MANIFEST}: an older version wrote this checkpoint; it is used without verification")
+
+
+def check_same_on_all_ranks(directory: Path) -> None:
+    """Check that every rank has the same checkpoint before it. Every rank must call it.
+
+    Ranks that each looked up the latest of a run that goes on may have found two; a node may lack the file system.
+
+    Raises:
+        UserError: on every rank, naming the rank that has another one.
+    """
+    found = on_every_rank(lambda: (socket.gethostname(), directory, _manifest_checksum(directory)))
+    for rank, (host, path, checksum) in enumerate(found):
+        if checksum != found[0][2] or (checksum is None and path.name != found[0][1].name):
+            state = "finds no" if checksum is None else "finds another"
+            raise UserError(
+                f"{path}: rank {rank} on {host} {state} {MANIFEST.name}, unlike rank 0 on {found[0][0]} in "
+                f"{found[0][1]}; all nodes must see the same files"
+            )
+
+
+def _manifest_checksum(directory: Path) -> str | None:
+    path = directory / MANIFEST
+    return checksum_of_file(path).checksum if path.is_file() else None
 
 
 def warn(message: str) -> None:
     """One line on standard error."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def _of_all_ranks(value: str | None) -> list[str | None]:
-    if not dist.is_initialized():
-        return [value]
-    values: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

@@ -10,7 +10,7 @@ import torch
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, check_experts
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, RELEASE, SIDE_DIRECTORY, resolve_checkpoint, write_latest
 from megatron_moe_lpr.checkpoint.integrity import MANIFEST, write_manifest
-from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, open_reader, reading
+from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.exporter import check_model_tensors
@@ -54,6 +54,15 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
         OSError: the disk is full; nothing is left at `save`.
     """
     check_separate(options.load, "--load", save, "--save")
+    with (
+        naming(save),
+        atomic_directory(save, overwrite) as partial,
+        kept_for_reading(options.load, options.base) as iteration,
+    ):
+        return _write_expanded(dataclasses.replace(options, load=iteration), partial)
+
+
+def _write_expanded(options: ExpandOptions, partial: Path) -> CheckpointCard:
     checkpoint = open_checkpoint(options.load, options.verified, options.base)
     before, architecture = checkpoint.card(), checkpoint.architecture()
     after = _card(before, options)
@@ -63,21 +72,20 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
     rows = model_rows(architecture, after.experts_per_layer, NAMES, after.expansions)
     sources = _sources(had, rows)
     total = sum(math.prod(row.shape) * reader.tensors[sources[row.key] or had[0].key].dtype.itemsize for row in rows)
-    with reading(checkpoint) as layers, naming(save), atomic_directory(save, overwrite) as partial:
-        for layer in layers if options.verified else ():
-            verify_all(layer.path)
-        check_disk_space(partial, total)
-        iteration = partial / RELEASE
-        with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("expanding", total) as progress:
-            for row in rows:
-                tensor = _tensor(row, sources[row.key], reader, options.seed)
-                writer.write(row.key, tensor)
-                progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
-        ignored = shutil.ignore_patterns(MANIFEST.name)
-        shutil.copytree(checkpoint.side_directory, iteration / SIDE_DIRECTORY, ignore=ignored)
-        after.write(iteration / SIDE_DIRECTORY / CARD_FILE)
-        write_manifest(iteration, writer.checksums)
-        write_latest(partial, None)
+    for layer in layers_of(checkpoint) if options.verified else ():
+        verify_all(layer.path)
+    check_disk_space(partial, total)
+    iteration = partial / RELEASE
+    with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("expanding", total) as progress:
+        for row in rows:
+            tensor = _tensor(row, sources[row.key], reader, options.seed)
+            writer.write(row.key, tensor)
+            progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
+    ignored = shutil.ignore_patterns(MANIFEST.name)
+    shutil.copytree(checkpoint.side_directory, iteration / SIDE_DIRECTORY, ignore=ignored)
+    after.write(iteration / SIDE_DIRECTORY / CARD_FILE)
+    write_manifest(iteration, writer.checksums)
+    write_latest(partial, None)
     return after
 
 

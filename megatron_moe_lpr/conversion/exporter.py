@@ -16,7 +16,7 @@ from megatron_moe_lpr.checkpoint.directory import (
     CheckpointDirectory,
 )
 from megatron_moe_lpr.checkpoint.reader import is_model_key
-from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, layers_of, open_reader, reading
+from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.conversion.hugging_face.hf_config import SHARED_EXPERT_WIDTH, moe_config, with_both_rope_spellings
@@ -103,10 +103,11 @@ def export_hf(
         OSError: the disk is full; nothing is left at `hf`.
     """
     check_separate(load, "--load", hf, "--hf")
-    plan = plan_export(load, engine, verified, base)
-    specs = plan.specs()
-    total = sum(spec.num_bytes for spec in specs)
-    with reading(plan.checkpoint), naming(hf), atomic_directory(hf, overwrite) as partial:
+    # The lock comes before the plan, and its end before the output gets its name.
+    with naming(hf), atomic_directory(hf, overwrite) as partial, kept_for_reading(load, base) as iteration:
+        plan = plan_export(iteration, engine, verified, base)
+        specs = plan.specs()
+        total = sum(spec.num_bytes for spec in specs)
         check_disk_space(partial, total)
         with ProgressReport("exporting", total) as progress:
             write_safetensors(partial, specs, _Producer(plan, progress), max_shard_bytes)

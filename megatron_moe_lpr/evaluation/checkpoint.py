@@ -8,6 +8,7 @@ import torch
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
+from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
 from megatron_moe_lpr.data.reading.blend import BlendEntry, read_blend
@@ -64,6 +65,11 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
     Raises:
         UserError: a checkpoint, dataset, language or layout that does not fit.
     """
+    with kept_for_reading(plan.load, plan.base_checkpoint) as iteration:
+        return _evaluate(dataclasses.replace(plan, load=iteration))
+
+
+def _evaluate(plan: EvaluationPlan) -> Evaluation:
     directory = open_checkpoint(plan.load, plan.verify, plan.base_checkpoint)
     shape, card = model_shape(directory), directory.card()
     _check_sizes(plan, shape)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.trainable_only import open_reader, reading
+from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading, open_reader
 from megatron_moe_lpr.conversion.exporter import check_model_tensors, read_row
 from megatron_moe_lpr.conversion.tensors.blocks import mark_inserted
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
@@ -18,14 +18,14 @@ def fingerprint_of_checkpoint(load: Path, base: Path | None = None) -> str:
     Raises:
         UserError: no complete checkpoint at `load`, or a tensor that is missing or damaged.
     """
-    checkpoint = resolve_checkpoint(load, base)
-    card, architecture = checkpoint.card(), checkpoint.architecture()
-    rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)
-    rows = mark_inserted(rows, architecture.num_layers, card.inserted_blocks)
-    reader = open_reader(checkpoint)
-    check_model_tensors(rows, reader)
     fingerprint = OriginalFingerprint()
-    with reading(checkpoint):
+    with kept_for_reading(load, base) as iteration:
+        checkpoint = resolve_checkpoint(iteration, base)
+        card, architecture = checkpoint.card(), checkpoint.architecture()
+        rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)
+        rows = mark_inserted(rows, architecture.num_layers, card.inserted_blocks)
+        reader = open_reader(checkpoint)
+        check_model_tensors(rows, reader)
         for row in (row for row in rows if row.role.is_original):
             tensors = read_row(row, reader, architecture, getattr(torch, card.dtype))
             for name, tensor in zip(row.dense_names, tensors, strict=True):

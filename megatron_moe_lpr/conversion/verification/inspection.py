@@ -12,6 +12,7 @@ from rich.table import Table
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
+from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, Role, model_rows
@@ -62,13 +63,14 @@ def inspect_directory(path: Path, verified: bool = False) -> Inspection:
         dtype = str(model.config.get("dtype") or model.config.get("torch_dtype") or "not said")
         form = f"Hugging Face, {model.layout.name}"
         return Inspection(form, model.architecture, model.experts_per_layer, model.top_k, dtype, model.card)
-    checkpoint = open_checkpoint(path)
-    if verified:
-        verify_all(checkpoint.path)
-    card = checkpoint.card()
+    with kept_for_reading(path) as iteration:
+        checkpoint = open_checkpoint(iteration)
+        if verified:
+            verify_all(checkpoint.path)
+        card, architecture = checkpoint.card(), checkpoint.architecture()
     state = "converted" if checkpoint.iteration is None else f"iteration {checkpoint.iteration}"
     form = f"Megatron checkpoint, {state}"
-    return Inspection(form, checkpoint.architecture(), card.experts_per_layer, card.top_k, card.dtype, card)
+    return Inspection(form, architecture, card.experts_per_layer, card.top_k, card.dtype, card)
 
 
 def count_parameters(architecture: Architecture, experts_per_layer: Sequence[int], top_k: int) -> ParameterCounts:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import load_model
+from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.conversion.verification.verify import Comparison, Forward, Outputs, compare, random_tokens
@@ -36,7 +37,19 @@ def verify_checkpoint(
     Raises:
         UserError: one of them cannot be loaded.
     """
-    checkpoint = open_checkpoint(load, verified, base)
+    with kept_for_reading(load, base) as iteration:
+        checkpoint = open_checkpoint(iteration, verified, base)
+        return _compare(checkpoint, hf, dtype, platform, (batch, sequence_length), verified)
+
+
+def _compare(
+    checkpoint: CheckpointDirectory,
+    hf: Path,
+    dtype: torch.dtype,
+    platform: Platform,
+    batch_and_length: tuple[int, int],
+    verified: bool,
+) -> Comparison:
     vocab_size = checkpoint.architecture().vocab_size
     reference = open_hf_directory(hf).architecture
     if reference.vocab_size != vocab_size:
@@ -45,7 +58,7 @@ def verify_checkpoint(
     if reference.num_layers not in (num_layers, num_layers - len(inserted)):
         raise UserError(f"{hf}: {reference.num_layers} layers, the checkpoint has {num_layers}")
     left_out = inserted if reference.num_layers < num_layers else []
-    tokens = random_tokens(vocab_size, batch, sequence_length)
+    tokens = random_tokens(vocab_size, *batch_and_length)
     ours = megatron_forward(checkpoint, dtype, platform, verified)
     return compare(transformers_forward(hf, dtype, platform.device), _without(ours, left_out), tokens)
 
