@@ -1,5 +1,6 @@
 """Whether a file of a checkpoint is damaged: only where every rank reads the same wrong content, time and again."""
 
+import socket
 from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.card import read_card
@@ -8,6 +9,7 @@ from megatron_moe_lpr.checkpoint.integrity import verify_file
 from megatron_moe_lpr.errors import DamagedFile, UserError
 from megatron_moe_lpr.parallel.every_rank import on_every_rank
 
+RANKS_SHOWN = 4
 READS = 2
 """By every rank, after the one that raised the suspicion."""
 
@@ -27,13 +29,16 @@ def prove_damage(suspected: DamagedFile, directory: Path) -> str:
     if suspected.path is None:
         raise UserError(f"{suspected}; nothing was changed")
     path = suspected.path
-    findings = [on_every_rank(lambda: _finding(path, directory)) for _ in range(READS)]
-    if findings[0][0] is None or any(finding != findings[0][0] for read in findings for finding in read):
-        raise UserError(
-            f"{suspected}, but not for every rank at every read: {_described(findings)}; nothing was changed. "
-            "Look for failing memory, network or mounts on these hosts, then start again"
-        )
-    return findings[0][0]
+    reads = [on_every_rank(lambda: (_finding(path, directory), socket.gethostname())) for _ in range(READS)]
+    found = {finding for read in reads for finding, _ in read}
+    if len(found) == 1 and None not in found:
+        return str(found.pop())
+    intact = [_name(rank, reads) for rank in range(len(reads[0])) if any(read[rank][0] is None for read in reads)]
+    wrong = [_name(rank, reads) for rank in range(len(reads[0])) if any(read[rank][0] for read in reads)]
+    raise UserError(
+        f"{suspected}. But ranks and reads differ: intact for {_listed(intact)}; damaged for {_listed(wrong)}. Nothing "
+        "was changed; look for failing memory, network or mounts on these hosts, then start again"
+    )
 
 
 def _finding(path: Path, directory: Path) -> str | None:
@@ -46,8 +51,10 @@ def _finding(path: Path, directory: Path) -> str | None:
     return None
 
 
-def _described(findings: list[list[str | None]]) -> str:
-    intact = [rank for rank in range(len(findings[0])) if any(read[rank] is None for read in findings)]
-    if intact:
-        return f"rank{'s' if len(intact) > 1 else ''} {', '.join(map(str, intact[:8]))} read it as it was written"
-    return "what they read differs"
+def _name(rank: int, reads: list[list[tuple[str | None, str]]]) -> str:
+    return f"rank {rank} on {reads[0][rank][1]}"
+
+
+def _listed(names: list[str]) -> str:
+    shown = names[:RANKS_SHOWN] + ([f"{len(names) - RANKS_SHOWN} more"] if len(names) > RANKS_SHOWN else [])
+    return ", ".join(shown) or "none"

@@ -12,10 +12,12 @@ from megatron_moe_lpr.checkpoint.card import CheckpointCard, refuse_newer_format
 from megatron_moe_lpr.checkpoint.damage import prove_damage
 from megatron_moe_lpr.checkpoint.directory import (
     CARD_FILE,
+    LATEST_FILE,
     CheckpointDirectory,
     is_iteration_directory,
     iteration_directory_name,
 )
+from megatron_moe_lpr.checkpoint.integrity import MANIFEST
 from megatron_moe_lpr.checkpoint.verification import check_same_on_all_ranks, verify_all, verify_small_files
 from megatron_moe_lpr.errors import DamagedFile, UserError
 from megatron_moe_lpr.parallel.every_rank import on_every_rank
@@ -97,14 +99,14 @@ def _open_own(
 
 def _check_small_files(found: CheckpointDirectory, verified: bool) -> CheckpointCard:
     refuse_newer_format(found.side_directory / CARD_FILE)
-    if verified:
-        verify_small_files(found)
-    if not is_iteration_directory(found.path):
-        # Without a manifest that lists them there is no proof that they ever were there.
+    is_listed = verified and (found.path / MANIFEST).is_file()
+    if not is_listed and not is_iteration_directory(found.path):
         raise UserError(
             f"{found.path}: .metadata or metadata.json is missing, which proves no damage, and nothing was changed; "
-            "move it away and name another checkpoint in its place in latest_checkpointed_iteration.txt"
+            f"move it away and name another checkpoint in {LATEST_FILE}"
         )
+    if verified:
+        verify_small_files(found)
     return found.card()
 
 
