@@ -1,5 +1,6 @@
 """Train a stage of MoE-LPR: `torchrun --nproc-per-node N -m megatron_moe_lpr.pretrain --stage 1 ...`."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -21,20 +22,30 @@ ORPHAN_SECONDS = 600
 
 def pretrain(config: "TrainingConfig") -> bool:
     """Run a stage; False: it was asked to stop and has saved."""
+    from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
     from megatron_moe_lpr.training.heartbeat import Heartbeat
     from megatron_moe_lpr.training.loop import Trainer
     from megatron_moe_lpr.training.metrics import MetricsWriter
     from megatron_moe_lpr.training.run_lock import run_lock
     from megatron_moe_lpr.training.setup import prepare, print_overview
+    from megatron_moe_lpr.training.start_marker import mark_start, mount_point, refuse_lost_directory
 
-    with run_lock(config.checkpoint.save, config.checkpoint.take_over) as lock:
-        run = prepare(config)
+    save = config.checkpoint.save
+    refuse_lost_directory(save)
+    with (
+        run_lock(save, config.checkpoint.take_over) as lock,
+        kept_for_reading(config.checkpoint.load, config.checkpoint.base_checkpoint, to_the_end=False) as load,
+    ):
+        mark_start(save)
+        run = prepare(dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, load=load)))
         writer = MetricsWriter(
             config.logging, config.checkpoint.save, f"stage {config.stage.stage}", run.state.iteration
         )
         print_overview(run)
         if run.state.iteration:
-            writer.say(f"resuming from step {run.state.iteration:,} in {config.checkpoint.save}")
+            writer.say(f"resuming from step {run.state.iteration:,} in {save}")
+        else:
+            writer.say(f"beginning at step 0: no checkpoint in {save} (file system mounted at {mount_point(save)})")
         try:
             with Heartbeat(config.distributed_timeout_minutes * 60.0) as heartbeat:
                 finished = Trainer(run, writer, lock, heartbeat).train()

@@ -13,7 +13,6 @@ from megatron_moe_lpr.checkpoint.card import Base, CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_shape
 from megatron_moe_lpr.checkpoint.trainable_only import open_reader
-from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
 from megatron_moe_lpr.data.reading.config import DataSources, read_data_sources
 from megatron_moe_lpr.data.reading.datasets import Datasets, build_datasets
@@ -36,7 +35,9 @@ from megatron_moe_lpr.training.config import TrainingConfig
 from megatron_moe_lpr.training.description import accepted_names, describe_run, recorded_schedule
 from megatron_moe_lpr.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from megatron_moe_lpr.training.resuming import OwnCheckpoint, find_own_checkpoint
+from megatron_moe_lpr.training.run_start import open_start, opened, opening_steps, start_of
 from megatron_moe_lpr.training.stages import Stage, check_stage, freeze
+from megatron_moe_lpr.training.start_marker import check_same_directory
 
 
 @dataclasses.dataclass
@@ -65,10 +66,8 @@ class Run:
 
     def openness(self, iteration: int) -> float:
         """Weight of the latest expansion's experts in the routers during the step that ends at `iteration`."""
-        start = self.model.card.openness
-        # A run that was lengthened goes on opening as it began.
-        steps = self.config.stage.open_experts_iters or max(1, self.lengths[0] // 10)
-        return min(1.0, start + (1.0 - start) * iteration / steps)
+        steps = opening_steps(self.config.stage.open_experts_iters, self.lengths)
+        return opened(self.model.card.openness, iteration, steps)
 
     @property
     def lengths(self) -> list[int]:
@@ -84,8 +83,8 @@ def prepare(config: TrainingConfig) -> Run:
     """
     stage = config.stage.resolve()
     accepted_names(config.checkpoint.accept_changes, config.checkpoint.override_opt_param_scheduler)
-    start = open_checkpoint(config.checkpoint.load, config.checkpoint.verify, config.checkpoint.base_checkpoint)
-    shape, card = model_shape(start), start.card()
+    start, card = open_start(config.checkpoint, stage.name)
+    shape = model_shape(start)
     config = _with_known_languages(config, card)
     fingerprint = load_tokenizer(start.side_directory).fingerprint if card.tokenizer_files else None
     sources = read_data_sources(config.data, fingerprint, original_may_be_absent=stage.original_languages != "required")
@@ -109,8 +108,11 @@ def prepare(config: TrainingConfig) -> Run:
         raise UserError("--fp8-param-gather needs --use-distributed-optimizer")
     initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
     num_microbatches = _num_microbatches(config)
+    check_same_directory(config.checkpoint.save)
     description = describe_run(config, stage, sources, options.dtype)
     own = find_own_checkpoint(config.checkpoint, description, card)
+    if own:
+        start, card = start_of(own, start, card, config.checkpoint.save)
     if own and config.checkpoint.use_checkpoint_opt_param_scheduler:
         config = dataclasses.replace(config, optimizer=recorded_schedule(own.recorded, config.optimizer))
         description = describe_run(config, stage, sources, options.dtype)
@@ -118,6 +120,7 @@ def prepare(config: TrainingConfig) -> Run:
     samples = [steps * config.batch.global_batch_size for steps in lengths]
     datasets = build_datasets(sources, config.data, config.batch.seq_length, samples)
     model, state = _build(config, stage, platform, options, start, own)
+    model = dataclasses.replace(model, card=card)
     return Run(config, stage, platform, model, sources, datasets, state, num_microbatches, description, own)
 
 
@@ -140,7 +143,7 @@ def _build(
         calculate_per_token_loss=True,
         # Where the run goes on from its own complete checkpoint, nothing of these tensors is left, and that one is
         # verified.
-        verified=config.checkpoint.verify and (own is None or own.directory.card().base is not None),
+        verified=config.checkpoint.verify and (own is None or own.card.base is not None),
     )
     freeze(model.chunks, stage, model.shape.inserted_blocks)
     # Megatron's plain bf16 optimizer cannot save what is fp32 beside bf16, as the routers are.
