@@ -73,7 +73,7 @@ def _pieces(file: BinaryIO, magic: bytes) -> Iterator[bytes]:
         # Of a run of one byte its length is given, and the byte follows once.
         piece += [head, _exactly(file, 1 if kind == 1 else size)]
         blocks += 1
-        if blocks % BLOCKS_AT_ONCE == 0:
+        if blocks % BLOCKS_AT_ONCE == 0 and not is_last:
             yield b"".join(piece)
             piece = []
     yield b"".join([*piece, _exactly(file, 4 * has_checksum)])
