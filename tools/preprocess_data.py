@@ -17,6 +17,7 @@ from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.preparation.documents import LANGUAGE_PATTERN, DocumentOptions
 from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
 from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess
+from megatron_moe_lpr.data.preparation.sources import MAX_LINE_BYTES
 from megatron_moe_lpr.errors import UserError, run_command
 
 
@@ -50,6 +51,8 @@ class Flags:
     """The end-of-document token. Default: the tokenizer's end-of-sequence token."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do with a line that is not a document. skip: count it in the manifest."""
+    max_line_bytes: int = MAX_LINE_BYTES
+    """A longer line is not a document. Memory for it: some 170 times its size in the tokenizer."""
     overwrite: bool = False
     """Replace existing output."""
 
@@ -82,7 +85,11 @@ def plan(flags: Flags) -> PreprocessingPlan:
         raise UserError("--workers and --max-documents: at least 1")
     if flags.shuffle_seed is not None and not 0 <= flags.shuffle_seed < 2**32:
         raise UserError("--shuffle-seed: from 0 to 4294967295")
-    documents = DocumentOptions(flags.json_key, flags.language, flags.language_key, flags.on_error == "stop")
+    if flags.max_line_bytes < 1:
+        raise UserError(f"--max-line-bytes {flags.max_line_bytes}: at least 1")
+    documents = DocumentOptions(
+        flags.json_key, flags.language, flags.language_key, flags.on_error == "stop", flags.max_line_bytes
+    )
     encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents)
     return PreprocessingPlan(
         inputs=flags.input,

@@ -2,18 +2,17 @@
 
 As it comes it unpickles `.metadata` and the objects among the tensors without restriction (torch's
 `FileSystemReader.read_metadata` and `DefaultLoadPlanner.load_bytes`), so that a checkpoint from elsewhere could run
-anything. Here the index is read by `reader.read_index`, and all else by torch's own restricted unpickler.
+anything. Here the index is read by `reader.read_index`, and all else is looked through by `torch_files.check_file`
+before torch's own restricted unpickler reads it.
 """
 
 import contextlib
 import io
 import os
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -26,7 +25,8 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron_moe_lpr.checkpoint.extra_state import check_extra_states
-from megatron_moe_lpr.checkpoint.reader import read_index
+from megatron_moe_lpr.checkpoint.reader import check_index, read_index
+from megatron_moe_lpr.checkpoint.torch_files import Window, check_file, load_file, no_added_classes
 from megatron_moe_lpr.errors import UserError
 
 MAX_REASON = 300
@@ -67,35 +67,47 @@ class _Reader(FileSystemReader):
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
         if self._index is None:
             self._index = read_index(Path(self.path) / ".metadata")
+            check_index(self._index, Path(self.path))
         storage = self._index.storage_meta or StorageMeta()
         storage.load_id = self.load_id
         self._index.storage_meta = storage
         return self._index
 
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        """Every tensor and object, before `FileSystemReader.read_data` unpickles it."""
+        try:
+            check_file(Window(file, sinfo.offset, sinfo.length))
+        except Exception as error:  # damaged pickles and archives raise almost anything
+            raise UserError(
+                f"{Path(self.path) / sinfo.relative_path}: an entry cannot be read: {_line(error)}"
+            ) from None
+        return super()._slice_file(file, sinfo)
+
 
 class _Planner(strategies.MCoreLoadPlanner):
-    """Objects among the tensors (`_extra_state`, shared counters) through torch's restricted unpickler."""
+    """Objects among the tensors (`_extra_state`, shared counters) as plain values and tensors alone."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         key = read_item.dest_index.fqn
         try:
-            content = torch.load(value, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            content = load_file(value)
+        except Exception as error:  # damaged pickles and archives raise almost anything
             raise UserError(f"the object {key} cannot be read: {_line(error)}") from None
         # As in DefaultLoadPlanner, whose state dict is flattened by default.
         set_element(self.original_state_dict, self.mappings[key], content)
 
 
 class _CommonStrategy(TorchCommonLoadStrategy):
-    """common.pt through torch's restricted unpickler, whatever TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says."""
+    """common.pt as plain values and tensors alone, whatever TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says."""
 
     def load_common(self, checkpoint_dir: str | Path) -> Any:
         path = Path(checkpoint_dir) / COMMON_STATE_FNAME
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with open(path, "rb") as stream:
+                content = load_file(stream)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; copy the checkpoint again") from None
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except Exception as error:  # damaged pickles and archives raise almost anything
             raise UserError(f"{path}: damaged, or not of a checkpoint: {_line(error)}") from None
         if not isinstance(content, dict):
             raise UserError(f"{path}: not of a checkpoint: a dictionary is expected")
@@ -113,7 +125,8 @@ def _restricted_readers() -> Iterator[None]:
     try:
         for name, value in ours.items():
             setattr(strategies, name, value)
-        yield
+        with no_added_classes():
+            yield
     finally:
         for name, value in before.items():
             setattr(strategies, name, value)

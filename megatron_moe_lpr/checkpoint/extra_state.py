@@ -1,9 +1,10 @@
-"""Transformer Engine's `_extra_state`, looked at before Transformer Engine unpickles it without restriction.
+"""Transformer Engine's `_extra_state`, made anew from checked values before Transformer Engine unpickles it.
 
-It is a pickle in a byte tensor (module/base.py `get_extra_state`): the FP8 recipe, scales and counters.
+It is a pickle in a byte tensor (module/base.py `get_extra_state`): the FP8 recipe, scales and counters. Transformer
+Engine and Megatron unpickle it without restriction. They never get bytes of a file: what those describe is read by the
+restricted reader, the values are checked, and a new pickle is written from them.
 """
 
-import collections
 import io
 import pickle
 from pathlib import Path
@@ -11,33 +12,39 @@ from typing import Any
 
 import torch
 
-from megatron_moe_lpr.checkpoint.enumerations import enum_member
+from megatron_moe_lpr.checkpoint import fp8_recipes
+from megatron_moe_lpr.checkpoint.restricted_pickle import Call, read_pickle, whole_number
+from megatron_moe_lpr.checkpoint.torch_files import REBUILD, check_tensor, elements_needed, load_file, load_storage
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.moe.expert_states import EXTRA_STATE
 
-RECIPE_MODULE = "transformer_engine.common.recipe"
-# Megatron's subclass of Transformer Engine's recipe: the one that delayed scaling is saved with.
-MEGATRON_RECIPE = ("megatron.core.extensions.transformer_engine", "TEDelayedScaling")
+VARIABLES = "extra_fp8_variables"
+OBJECTS = ("recipe", "scaling_fwd", "scaling_bwd", "fp8_group", "global_recipe", "buffer_index_and_autocast_key")
+"""What Transformer Engine keeps beside the plain variables, under names that these must not take."""
+STORAGE = ("torch.storage", "_load_from_bytes")
+MAX_NUMBER = 1 << 62
+MAX_EXPERTS = 1 << 16
+MAX_DEPTH = 4
 
 
 def check_extra_states(state: Any, directory: Path) -> None:
-    """Refuse a loaded state dict in which an `_extra_state` names more than tensors and FP8 recipes.
+    """Replace each `_extra_state` of a loaded state dict, in place, by one that is made of its checked values.
 
     Raises:
-        UserError: naming the entry.
+        UserError: one holds more than tensors, plain values and FP8 recipes; naming the entry.
     """
-    for key, value in _entries(state, ""):
+    for path, table, key in list(_entries(state, "")):
         try:
-            _check(value)
+            table[key] = _rebuilt(table[key])
         except Exception as error:  # a damaged pickle raises almost anything
-            raise UserError(f"{directory}: the object {key} cannot be read: {error}") from None
+            raise UserError(f"{directory}: the object {path} cannot be read: {error}") from None
 
 
 def _entries(state: Any, path: str):
     if isinstance(state, dict):
         for key, value in state.items():
             if EXTRA_STATE in str(key):
-                yield f"{path}{key}", value
+                yield f"{path}{key}", state, key
             else:
                 yield from _entries(value, f"{path}{key}.")
     elif isinstance(state, list | tuple):
@@ -45,36 +52,83 @@ def _entries(state: Any, path: str):
             yield from _entries(value, f"{path}{index}.")
 
 
-def _check(value: Any) -> None:
+def _rebuilt(value: Any) -> torch.Tensor | None:
+    if value is None:
+        return None
     if isinstance(value, io.BytesIO):
-        if value.getbuffer().nbytes:
-            torch.load(io.BytesIO(value.getvalue()), map_location="cpu", weights_only=True)
-    elif isinstance(value, torch.Tensor):
-        if value.numel():
-            _ExtraStateUnpickler(io.BytesIO(value.detach().cpu().contiguous().numpy().tobytes())).load()
-    elif value is not None:
+        # As Transformer Engine before 2.0 has written it.
+        content = load_file(io.BytesIO(value.getvalue())) if value.getbuffer().nbytes else None
+    elif type(value) is torch.Tensor and value.dtype == torch.uint8:
+        content = _described(value) if value.numel() else None
+    else:
         raise pickle.UnpicklingError(f"a {type(value).__name__} is not expected there")
+    if content is None:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(pickle.dumps(_checked(content))), dtype=torch.uint8)
 
 
-class _ExtraStateUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = {
-            ("builtins", "getattr"): enum_member,
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch.storage", "_load_from_bytes"): _restricted_storage,
-            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-        }
-        if (module, name) in allowed:
-            return allowed[module, name]
-        if (module, name) == MEGATRON_RECIPE:
-            return super().find_class(module, name)
-        if module == RECIPE_MODULE and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == RECIPE_MODULE:
-                return found
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+def _described(value: torch.Tensor) -> Any:
+    return read_pickle(io.BytesIO(value.detach().cpu().contiguous().numpy().tobytes()), _is_allowed)
 
 
-def _restricted_storage(content: bytes) -> Any:
-    """torch.storage `_load_from_bytes` unpickles without restriction."""
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+def _is_allowed(module: str, name: str) -> bool:
+    return (module, name) in (REBUILD, STORAGE, ("collections", "OrderedDict")) or fp8_recipes.is_allowed(module, name)
+
+
+def _checked(content: Any) -> dict[str, Any]:
+    if type(content) is not dict or not all(type(key) is str for key in content):
+        raise pickle.UnpicklingError("it is no table of names")
+    state = {name: _value(value) for name, value in content.items() if name != VARIABLES}
+    if VARIABLES in content:
+        state[VARIABLES] = _variables(content[VARIABLES])
+    if "recipe" in state and not fp8_recipes.is_recipe(state["recipe"]):
+        raise pickle.UnpicklingError("its recipe is none")
+    for scale, history in (("scale_fwd", "amax_history_fwd"), ("scale_bwd", "amax_history_bwd")):
+        _check_scales(state.get(scale), state.get(history))
+    return state
+
+
+def _check_scales(scale: Any, history: Any) -> None:
+    """A vector of a layer's tensors, and by step back in time their largest values: [steps, tensors]."""
+    for value, dimensions in ((scale, 1), (history, 2)):
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or value.dim() != dimensions:
+            raise pickle.UnpicklingError("a scale is not a float32 tensor of its form")
+    if scale is not None and history is not None and history.shape[1] != scale.shape[0]:
+        raise pickle.UnpicklingError("its scales and their history are of different numbers of tensors")
+
+
+def _variables(found: Any) -> dict[str, Any]:
+    if type(found) is not dict or not all(type(name) is str and name not in OBJECTS for name in found):
+        raise pickle.UnpicklingError("its variables are no table of names, or take the names of others")
+    variables = {name: _value(value) for name, value in found.items()}
+    if any(isinstance(value, torch.Tensor) for value in variables.values()):
+        raise pickle.UnpicklingError("a tensor is among its variables")
+    whole_number(variables.get("num_gemms", 1), MAX_EXPERTS)
+    return variables
+
+
+def _value(found: Any, depth: int = 0) -> Any:
+    if found is None or type(found) in (bool, float, str):
+        return found
+    if type(found) is int and abs(found) < MAX_NUMBER:
+        return found
+    if type(found) in (list, tuple) and depth < MAX_DEPTH and len(found) <= 1000:
+        return type(found)(_value(value, depth + 1) for value in found)
+    if type(found) is torch.Tensor:
+        return found.detach().clone()
+    if type(found) is Call:
+        return _tensor(found) if found.function == REBUILD else fp8_recipes.rebuild(found)
+    raise pickle.UnpicklingError(f"a {type(found).__name__} is not expected in it")
+
+
+def _tensor(found: Call) -> torch.Tensor:
+    storage, offset, shape, strides = check_tensor(found)
+    is_storage = type(storage) is Call and storage.function == STORAGE and storage.state is None
+    if not is_storage or len(storage.arguments) != 1 or type(storage.arguments[0]) is not bytes:
+        raise pickle.UnpicklingError("a tensor has no storage")
+    values = load_storage(storage.arguments[0])
+    if elements_needed(offset, shape, strides) > len(values):
+        raise pickle.UnpicklingError("a tensor is larger than its storage")
+    return torch.as_strided(values, shape, strides, offset).clone()

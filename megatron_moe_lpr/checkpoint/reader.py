@@ -1,46 +1,28 @@
 """Read Megatron's `torch_dist` format one tensor at a time, without building a model."""
 
 import dataclasses
-import errno
 import io
 import math
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_moe_lpr.checkpoint.enumerations import enum_member
+from megatron_moe_lpr.checkpoint.index_values import build_metadata, is_allowed
+from megatron_moe_lpr.checkpoint.restricted_pickle import read_pickle
+from megatron_moe_lpr.checkpoint.torch_files import Window, check_file, no_added_classes
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import is_integer
 
 # Keys of the model's own tensors; optimizer state and the rest of a training checkpoint lie under others.
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
-# All that reading needs of `.metadata`. Whole names only: a module's own imports (`os`, for one) must stay out of
-# reach.
-ALLOWED_IN_METADATA = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "device", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
-    "collections": {"OrderedDict"},
-}
-# Megatron adds its save plans; what these name becomes a placeholder that does nothing. All else is refused.
-UNREAD_MODULES = ("torch.distributed.checkpoint.", "megatron.core.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +81,13 @@ class CheckpointReader:
         path = self.directory / place.relative_path
         try:
             with open(path, "rb") as stream:
-                _refuse_compression(_Window(stream, place.offset, place.length))
+                check_file(Window(stream, place.offset, place.length))
                 view = _create_file_view(stream, place.offset, place.length)
-                # torch made the view for its own load, and says IOBase of it, which is less.
-                tensor = torch.load(view, "cpu", weights_only=True)  # type: ignore[arg-type]
+                with no_added_classes():
+                    # torch made the view for its own load, and says IOBase of it, which is less.
+                    tensor = torch.load(view, "cpu", weights_only=True)  # type: ignore[arg-type]
         except FileNotFoundError:
             raise UserError(f"{path}: no such file, but {key} should lie there; copy the checkpoint again") from None
-        except UserError as error:
-            raise UserError(f"{path}: {key}: {error}") from None
         except Exception as error:  # damaged pickles and archives raise almost anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: {key} cannot be read, the file is damaged or cut short ({reason})") from None
@@ -120,45 +101,10 @@ class CheckpointReader:
         return tensor
 
 
-class _Window(io.RawIOBase):
-    """A part of a file as a file of its own. zipfile reads to the end, which the view of torch does not."""
-
-    def __init__(self, stream: io.BufferedReader, offset: int, length: int) -> None:
-        self.stream, self.offset, self.length, self.place = stream, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.length}[whence]
-        if place < 0:
-            raise OSError(errno.EINVAL, "before the beginning")
-        self.place = place
-        return place
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(self.length - self.place, 0)]
-        self.stream.seek(self.offset + self.place)
-        count = self.stream.readinto(view)
-        self.place += count
-        return count
-
-
-def _refuse_compression(view: _Window) -> None:
-    """torch.save stores without compression; a compressed tensor could unpack to a thousand times its file."""
-    with zipfile.ZipFile(view) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise UserError("is compressed, which no checkpoint is")
-
-
 def check_index(metadata: Metadata, directory: Path) -> None:
     """Check an index against the files beside it, before memory is taken for what it declares. Reads no tensor.
+
+    No file outside of the directory is named in it.
 
     Raises:
         UserError: sizes that are none, chunks that do not make up their tensor, files missing or cut short.
@@ -172,6 +118,12 @@ def check_index(metadata: Metadata, directory: Path) -> None:
                 _check_entry(key, entry, metadata, directory, sizes)
             except (AttributeError, TypeError, KeyError, ValueError) as error:
                 raise UserError(f"{directory / '.metadata'}: the entry of {key} is damaged ({error!r:.80})") from None
+    for index, place in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            try:
+                _check_file(directory, place.relative_path, place.offset + place.length, index.fqn, sizes)
+            except ValueError as error:
+                raise UserError(f"{directory / '.metadata'}: the entry of {index.fqn} is damaged ({error})") from None
 
 
 def _check_entry(
@@ -217,55 +169,16 @@ def _numbers(values: Any) -> tuple[int, ...]:
     return numbers
 
 
-class _Placeholder:
-    """Takes the place of an object that is not needed; accepts what unpickling does to objects."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-    def append(self, value: Any) -> None: ...
-
-    def extend(self, values: Any) -> None: ...
-
-
-def _member(kind: Any, name: str) -> Any:
-    return _Placeholder() if kind is _Placeholder else enum_member(kind, name)
-
-
-class _MetadataUnpickler(pickle._Unpickler):
-    """Python's own form of the unpickler: the one in C takes whatever memory a length or a memo's number declares."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in ALLOWED_IN_METADATA.get(module, ()):
-            return super().find_class(module, name)
-        if module.startswith(UNREAD_MODULES):
-            return _Placeholder
-        if (module, name) == ("builtins", "getattr"):
-            return _member
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index needs")
-
-
 def read_index(path: Path) -> Metadata:
-    """Read a `.metadata`, which is a pickle, without running anything it may hold.
+    """Read a `.metadata`, which is a pickle, without doing anything that it asks for.
 
     Raises:
         UserError: it is missing, damaged, or names what no index of a checkpoint does.
     """
     try:
-        content = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        content = path.read_bytes()
+        return build_metadata(read_pickle(io.BytesIO(content), is_allowed), limit=len(content))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
     except Exception as error:  # a damaged pickle raises almost anything
         raise UserError(f"{path}: not the index of a checkpoint ({error})") from None
-    if not isinstance(content, Metadata) or not _has_tables(content):
-        raise UserError(f"{path}: not the index of a checkpoint")
-    return content
-
-
-def _has_tables(content: Metadata) -> bool:
-    # An object out of a pickle need not have the fields of its class.
-    tables = (getattr(content, "state_dict_metadata", None), getattr(content, "storage_data", None))
-    return all(isinstance(table, dict) for table in tables)

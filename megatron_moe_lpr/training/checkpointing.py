@@ -29,6 +29,8 @@ from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved
 from megatron_moe_lpr.checkpoint.sharded_parts import trained_part
 from megatron_moe_lpr.checkpoint.trainable_only import base_of
 from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import is_integer
 from megatron_moe_lpr.model.build import unwrap
 
 # Optimizer state in the parameters' own shapes, so that TP, PP, EP and DP may all change between save and resume.
@@ -141,7 +143,15 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
     if unwrap(state.chunks[0]).config.fp8_new_expert_parameters:
         _round_weights_again(state)
     state.schedule.load_state_dict(loaded["schedule"])
-    for name, value in loaded["counters"].items():
+    _set_counters(state, loaded["counters"], directory)
+
+
+def _set_counters(state: RunState, counters: Any, directory: CheckpointDirectory) -> None:
+    # By our names: those of a file from elsewhere could replace anything of the run.
+    for name in state.counters():
+        value = counters.get(name) if isinstance(counters, dict) else None
+        if not is_integer(value) or value < 0:
+            raise UserError(f"{directory.path}: common.pt: the counter {name} is no number; use another checkpoint")
         setattr(state, name, value)
 
 

@@ -1,4 +1,4 @@
-"""What Transformer Engine would unpickle from a checkpoint is looked at first."""
+"""What Transformer Engine unpickles from a checkpoint is made anew from checked values."""
 
 import io
 import os
@@ -10,6 +10,10 @@ import torch
 
 from megatron_moe_lpr.checkpoint.extra_state import check_extra_states
 from megatron_moe_lpr.errors import UserError
+from tests.fuzzing.canary import state_of
+from tests.fuzzing.opcodes import name, text
+from tests.fuzzing.pickles import EXTRA_STATE_NAMES
+from tests.fuzzing.recipes import stand_in
 
 
 class Payload:
@@ -33,7 +37,78 @@ def test_scales_pass(tmp_path: Path) -> None:
     stream = io.BytesIO()
     torch.save(scales, stream)
     values = (in_bytes(scales), stream, torch.empty(0, dtype=torch.uint8), io.BytesIO(), None)
-    check_extra_states({"model": {f"a._extra_state{index}": value for index, value in enumerate(values)}}, tmp_path)
+    state = {"model": {f"a._extra_state{index}": value for index, value in enumerate(values)}}
+    check_extra_states(state, tmp_path)
+    made = list(state["model"].values())
+    for value in made[:2]:
+        found = pickle.loads(value.numpy().tobytes())  # written by check_extra_states
+        assert found.keys() == scales.keys() and found["extra_fp8_variables"] == scales["extra_fp8_variables"]
+        assert all(torch.equal(found[name], scales[name]) for name in ("scale_fwd", "amax_history_fwd"))
+    assert [value is None or value.numel() for value in made[2:]] == [0, 0, True]
+
+
+def test_a_recipe_is_made_by_its_own_constructor(tmp_path: Path) -> None:
+    with stand_in() as module:
+        recipe = module.DelayedScaling(margin=2, fp8_format=module.Format.E4M3, amax_history_len=7)
+        recipe.derived = module.QParams(amax_epsilon=0.5)
+        recipe.of_another_version = 3
+        variables = {"num_gemms": 2, "local_recipes": [recipe], "name": "a", "sizes": (1, 2.0, None)}
+        saved = in_bytes({"recipe": recipe, "extra_fp8_variables": variables})
+        state = {"layer._extra_state": saved}
+        check_extra_states(state, tmp_path)
+        found = pickle.loads(state["layer._extra_state"].numpy().tobytes())  # written by check_extra_states
+        del recipe.of_another_version
+        assert vars(found["recipe"]) == vars(recipe) and found["recipe"].fp8_format is module.Format.E4M3
+        assert found["extra_fp8_variables"] == variables
+        recipe.margin = "many"
+        with pytest.raises(UserError, match="as pydantic refuses it"):
+            check_extra_states({"_extra_state": in_bytes({"recipe": recipe})}, tmp_path)
+
+
+MODULE = "transformer_engine.common.recipe"
+FORMAT, SCALING = name(MODULE, "Format"), name(MODULE, "DelayedScaling")
+GETATTR = name("builtins", "getattr")
+MEMBER = GETATTR + FORMAT + text("HYBRID") + b"\x86R"
+TABLE = b"}" + text("_value_") + text("other") + b"s"
+VICTIM = b"}" + text("_member_map_") + b"}" + text("__init__") + FORMAT + b"ss"
+REACH = GETATTR + FORMAT + text("__init__") + b"\x86R"
+HOSTILE = {
+    "BUILD on an enumeration": FORMAT + b"(N" + VICTIM + b"tb0}.",
+    "BUILD on a class": SCALING + TABLE + b"b0}.",
+    "BUILD on a member": MEMBER + TABLE + b"b0}.",
+    "BUILD on a member by value": FORMAT + name(MODULE, "_FormatHelper") + b"KdKd\x86\x81\x85R" + TABLE + b"b0}.",
+    "SETITEM on a class": SCALING + text("margin") + b"K\1s0}.",
+    "an attribute of a class": b"}" + text("a") + REACH + b"s.",
+    "a call of an attribute": b"}" + text("a") + REACH + b")Rs.",
+    "a class instead of a value": b"}" + text("a") + FORMAT + b"s.",
+    "a recipe that is none": b"}" + text("recipe") + text("a") + b"s.",
+    "a variable in the place of an object": b"}" + text("extra_fp8_variables") + b"}" + text("scaling_fwd") + b"K\1ss.",
+    "a number of experts without end": b"}"
+    + text("extra_fp8_variables")
+    + b"}"
+    + text("num_gemms")
+    + b"J\xff\xff\xff\x7fss.",
+    "a field that is none": b"}" + text("recipe") + SCALING + b")\x81}" + text("__class__") + FORMAT + b"sbs.",
+    "a dotted name": b"}" + text("a") + text(MODULE) + text("Format.HYBRID") + b"\x93s.",
+    "another class of the module": b"}" + text("a") + name(MODULE, "sys") + b"s.",
+}
+
+
+@pytest.mark.parametrize("action", HOSTILE)
+def test_a_hostile_action_changes_nothing(action: str, tmp_path: Path) -> None:
+    state = {"layer._extra_state": torch.frombuffer(bytearray(b"\x80\x02" + HOSTILE[action]), dtype=torch.uint8)}
+    with stand_in() as module:
+        before = state_of(EXTRA_STATE_NAMES)
+        with pytest.raises(UserError, match=r"the object layer\._extra_state cannot be read: "):
+            check_extra_states(state, tmp_path)
+        assert state_of(EXTRA_STATE_NAMES) == before and module.Format.HYBRID.value == (448, 57344)
+
+
+def test_a_tensor_takes_no_memory_that_its_storage_has_not(tmp_path: Path) -> None:
+    """Of one number, each of a million times a million rows."""
+    tensor = torch.ones(1).as_strided((1 << 20, 1 << 20), (0, 0))
+    with pytest.raises(UserError, match="larger than its storage"):
+        check_extra_states({"_extra_state": in_bytes({"amax_history_fwd": tensor})}, tmp_path)
 
 
 @pytest.mark.parametrize("form", ["tensor", "stream", "storage"])

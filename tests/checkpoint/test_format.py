@@ -148,7 +148,7 @@ def test_that_function_gives_nothing_but_members(kind: type, tmp_path: Path) -> 
             return getattr, (kind, "__class__")
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Reach()))
-    with pytest.raises(UserError, match=r"not the index of a checkpoint \((it reads an attribute|'__class__')"):
+    with pytest.raises(UserError, match="not the index of a checkpoint"):
         CheckpointReader(tmp_path)
 
 

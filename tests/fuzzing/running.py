@@ -9,7 +9,6 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, seed, settings
 
 from megatron_moe_lpr.errors import UserError
-from tests.fuzzing.inputs import hostile_files
 from tests.fuzzing.targets import TARGETS
 
 SECONDS = 20
@@ -40,7 +39,7 @@ def fuzz(name: str, inputs: int, number: int | None = None) -> dict[str, int]:
             derandomize=False,
             suppress_health_check=list(HealthCheck),
         )
-        @given(hostile_files(valid))
+        @given(target.hostile(valid))
         def check(data: bytes) -> None:
             path.write_bytes(data)
             counts["read"] += 1

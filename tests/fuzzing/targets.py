@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hypothesis.strategies import SearchStrategy
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
@@ -34,6 +35,8 @@ from megatron_moe_lpr.evaluation.report.page import build_page
 from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
 from megatron_moe_lpr.training.metrics_file import MetricsFile
 from tests.data.builders import write_dataset
+from tests.fuzzing import pickles
+from tests.fuzzing.inputs import hostile_files
 
 DENSE = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -68,6 +71,8 @@ class Target:
 
     prepare: Callable[[Path], Path]
     read: Callable[[Path], object]
+    hostile: Callable[[bytes], SearchStrategy[bytes]] = hostile_files
+    """From the valid file's bytes to those that are to be read."""
 
 
 def _json_file(name: str, content: object) -> Callable[[Path], Path]:
@@ -226,6 +231,9 @@ TARGETS = {
     "JSON lines": Target(_json_file("x.jsonl", {"text": "one \u03b1", "lang": "el"}), _read_lines),
     "metadata": Target(_checkpoint, _read_checkpoint),
     "metadata, protocol 2": Target(_old_checkpoint, _read_checkpoint),
+    "metadata, opcodes": Target(_checkpoint, pickles.read_metadata, pickles.metadata_programs),
+    "extra state, opcodes": Target(pickles.extra_state, pickles.read_extra_state, pickles.extra_state_programs),
+    "objects, opcodes": Target(pickles.torch_file, pickles.read_torch_file, pickles.torch_file_programs),
     "tensors": Target(_tensors, _read_checkpoint),
     "latest": Target(_latest, lambda path: resolve_checkpoint(path.parent)),
     "checksums": Target(_checksums, lambda path: integrity.verify(path.parents[1])),

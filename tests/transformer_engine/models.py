@@ -146,6 +146,21 @@ def look_at_recipe(recipe: str) -> tuple[bytes, str]:
     return saved, _refusal(saved)
 
 
+def recipe_again(recipe: str) -> tuple[dict, dict]:
+    """Attributes of a recipe as it was saved, and of what Transformer Engine gets of it."""
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=1, fp8="e4m3", fp8_recipe=recipe, bf16=True, fp8_margin=2
+    )
+    saved = get_fp8_recipe(config)
+    state = {"_extra_state": torch.frombuffer(bytearray(pickle.dumps({"recipe": saved})), dtype=torch.uint8)}
+    check_extra_states(state, Path("checkpoint"))
+    found = pickle.loads(state["_extra_state"].numpy().tobytes())["recipe"]  # written by check_extra_states
+    assert type(found) is type(saved)
+    return {name: repr(value) for name, value in vars(saved).items()}, {
+        name: repr(value) for name, value in vars(found).items()
+    }
+
+
 def look_at_names_beside_recipes() -> list[str]:
     """Why pickles are refused that name something else from the modules of the recipes."""
     from megatron.core.extensions.transformer_engine import TECudaRNGStatesTracker

@@ -14,6 +14,12 @@ def test_recipes_pass(recipe):
     assert refused == ""
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_made_again_as_they_were(recipe):
+    saved, found = ranks(True, 1).run(models.recipe_again, recipe)[0]
+    assert saved == found and "fp8_format" in found
+
+
 def test_other_names_of_the_same_modules_are_refused():
     refused = ranks(True, 1).run(models.look_at_names_beside_recipes)[0]
     assert len(refused) == 2

@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Iterator
 
 from megatron_moe_lpr.data.manifest import LANGUAGE_PATTERN
-from megatron_moe_lpr.data.preparation.sources import Block, count_lines
+from megatron_moe_lpr.data.preparation.sources import MAX_LINE_BYTES, Block, count_lines
 from megatron_moe_lpr.errors import UserError
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_LINE = re.compile(rb"[^\n]+")
 
 EMPTY = "empty"
 MALFORMED = "malformed"
+TOO_LONG = "too_long"
 NO_TEXT = "no_text"
 NO_LANGUAGE = "no_language"
 REPAIRED = "kept_with_replaced_surrogates"
@@ -28,6 +30,8 @@ class DocumentOptions:
     """The language of every document; None: read it from `language_key`."""
     language_key: str | None = None
     stop_on_error: bool = True
+    max_line_bytes: int = MAX_LINE_BYTES
+    """A longer line is an error."""
 
 
 class DocumentError(Exception):
@@ -52,13 +56,15 @@ def read_documents(
     Raises:
         UserError: a line is no document and `stop_on_error` is on; names file and line.
     """
-    for number, line in enumerate(block.lines.removesuffix(b"\n").split(b"\n")):
+    counts[EMPTY] += block.lines.count(b"\n") + (not block.lines.endswith(b"\n"))
+    for begin, line in _lines(block):
+        counts[EMPTY] -= 1
         try:
             language, text = _read_line(line, block, options)
         except DocumentError as error:
             counts[error.reason] += 1
             if options.stop_on_error or error.reason not in first:
-                first[error.reason] = f"{block.source}:{_line_number(block, number)}: {error}"
+                first[error.reason] = f"{block.source}:{_line_number(block, begin)}: {error}"
             if options.stop_on_error:
                 raise UserError(f"{first[error.reason]}; correct it or pass --on-error skip") from None
             continue
@@ -68,6 +74,17 @@ def read_documents(
         repaired = replace_surrogates(text)
         counts[REPAIRED] += repaired is not text
         yield language, repaired
+
+
+def _lines(block: Block) -> Iterator[tuple[int, bytes | None]]:
+    """Where each line begins that is not empty, and the line; None: it was too long to be kept.
+
+    Files of empty lines alone, a thousand million of them in a few KB, take no longer than others of their size.
+    """
+    if block.too_long:
+        yield 0, None
+    for match in _LINE.finditer(block.lines):
+        yield match.start(), match.group()
 
 
 def replace_surrogates(text: str) -> str:
@@ -82,7 +99,9 @@ def replace_surrogates(text: str) -> str:
     return text
 
 
-def _read_line(line: bytes, block: Block, options: DocumentOptions) -> tuple[str, str]:
+def _read_line(line: bytes | None, block: Block, options: DocumentOptions) -> tuple[str, str]:
+    if line is None or len(line) > options.max_line_bytes:
+        raise DocumentError(TOO_LONG, f"longer than {options.max_line_bytes:,} bytes (--max-line-bytes)")
     try:
         # A byte order mark may stand at the beginning of a file.
         decoded = line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
@@ -117,7 +136,7 @@ def _language(document: dict, key: str | None) -> str:
     return language
 
 
-def _line_number(block: Block, number: int) -> int:
+def _line_number(block: Block, begin: int) -> int:
     """In the whole file, though the block knows only its place in the partition's slice."""
     before = count_lines(block.source, block.start_offset) if block.start_offset else 0
-    return number + block.line_number + before
+    return block.line_number + before + block.lines.count(b"\n", 0, begin)

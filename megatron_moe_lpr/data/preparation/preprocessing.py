@@ -164,7 +164,7 @@ def _encode_into(datasets: PartialDatasets, slices: list[Slice], tokenizer: Toke
     options = plan.encoder.documents
     columns = [options.json_key, *([options.language_key] if options.language_key else [])]
     total = sum(piece.end - piece.start for piece in slices) or None
-    blocks = (block for piece in slices for block in read_blocks(piece, columns))
+    blocks = (block for piece in slices for block in read_blocks(piece, columns, options.max_line_bytes))
     encoder = BlockEncoder(
         tokenizer, dataclasses.replace(plan.encoder, model_vocabulary=model_vocabulary(tokenizer.path))
     )

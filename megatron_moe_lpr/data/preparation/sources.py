@@ -2,18 +2,18 @@
 
 import dataclasses
 import glob
-import gzip
 import json
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_moe_lpr.data.preparation.decompression import Damaged, gzip_chunks, zstd_chunks
 from megatron_moe_lpr.errors import UserError
 
 BLOCK_BYTES = 1 << 18
-_COMPRESSED_READ_BYTES = 1 << 16  # small: one read of well compressed text may hold a thousand times its size
+MAX_LINE_BYTES = 64 << 20
+"""Far above any document of the known corpora; encoding one takes some 170 bytes of memory for each of its bytes."""
 _PARQUET_ROWS = 256
 STANDARD_INPUT = "-"
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".txt", ".txt.gz", ".txt.zst")
@@ -30,6 +30,7 @@ class Block:
         start_offset: where the partition's slice of the file begins.
         plain_text: each line is a document; otherwise it is a JSON object.
         disk_bytes: of the file on disk, read since the block before.
+        too_long: `lines` is empty in the place of one line that is longer than allowed and was not kept.
     """
 
     source: str
@@ -38,6 +39,7 @@ class Block:
     start_offset: int
     plain_text: bool
     disk_bytes: int
+    too_long: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,35 +119,73 @@ def _line_start(name: str, offset: int) -> int:
         return 0
     with open(name, "rb") as file:
         file.seek(offset - 1)
-        file.readline()
+        # In pieces: the line may be as long as the file.
+        while piece := file.readline(BLOCK_BYTES):
+            if piece.endswith(b"\n"):
+                break
         return file.tell()
 
 
-def read_blocks(piece: Slice, columns: Sequence[str]) -> Iterator[Block]:
+def read_blocks(piece: Slice, columns: Sequence[str], max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Block]:
     """Yield a slice's lines in blocks of about 256 KB; a longer line is a block of its own.
 
     Args:
         piece: what to read.
         columns: the columns of a parquet file to read (text, language); others are not touched.
+        max_line_bytes: of a line that goes on over several blocks no more than these are kept in memory; a longer one
+            becomes a block with `too_long`.
 
     Raises:
         UserError: the file can't be read or is damaged.
     """
-    plain_text = ".txt" in Path(piece.source).suffixes
-    line, carry, disk, position = 1, [], 0, piece.start
-    for chunk, position_now in _chunks(piece, columns):
-        disk, position = disk + position_now - position, position_now
+    cutter = _Cutter(piece, max_line_bytes)
+    for chunk, position in _chunks(piece, columns):
+        yield from cutter.cut(chunk, position)
+    yield from cutter.finish()
+
+
+class _Cutter:
+    """Cuts text between lines, wherever the chunks of it end."""
+
+    def __init__(self, piece: Slice, max_line_bytes: int) -> None:
+        self.piece, self.max_line_bytes = piece, max_line_bytes
+        self.plain_text = ".txt" in Path(piece.source).suffixes
+        self.line, self.position, self.reported = 1, piece.start, piece.start
+        self.carry: list[bytes] = []
+        """Of the line that has begun."""
+        self.size = 0
+        """Of that line, also of what is not kept any more."""
+
+    def cut(self, chunk: bytes, position: int) -> Iterator[Block]:
+        self.position = position
+        end = chunk.find(b"\n") + 1
+        if self.size + (end or len(chunk)) > self.max_line_bytes + BLOCK_BYTES:
+            self.carry = []
+        elif not end:
+            self.carry.append(chunk)
+        if not end:
+            self.size += len(chunk)
+            return
+        if self.size + end > self.max_line_bytes + BLOCK_BYTES:
+            yield self._block(b"", too_long=True)
+            self.line += 1
+            chunk = chunk[end:]
         cut = chunk.rfind(b"\n") + 1
-        if not cut:
-            carry.append(chunk)
-            continue
-        lines = b"".join([*carry, chunk[:cut]])
-        carry = [chunk[cut:]]
-        yield Block(piece.source, lines, line, piece.start, plain_text, disk)
-        line, disk = line + lines.count(b"\n"), 0
-    rest = b"".join(carry)
-    if rest:
-        yield Block(piece.source, rest, line, piece.start, plain_text, disk)
+        if lines := b"".join([*self.carry, chunk[:cut]]):
+            yield self._block(lines)
+            self.line += lines.count(b"\n")
+        self.carry, self.size = [chunk[cut:]], len(chunk) - cut
+
+    def finish(self) -> Iterator[Block]:
+        """The last line, which may have no end."""
+        if self.size > self.max_line_bytes + BLOCK_BYTES:
+            yield self._block(b"", too_long=True)
+        elif rest := b"".join(self.carry):
+            yield self._block(rest)
+
+    def _block(self, lines: bytes, too_long: bool = False) -> Block:
+        disk, self.reported = self.position - self.reported, self.position
+        return Block(self.piece.source, lines, self.line, self.piece.start, self.plain_text, disk, too_long)
 
 
 def _chunks(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[bytes, int]]:
@@ -159,38 +199,19 @@ def _chunks(piece: Slice, columns: Sequence[str]) -> Iterator[tuple[bytes, int]]
         else:
             with open(name, "rb") as file:
                 yield from _file_chunks(file, piece)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except Damaged as error:
         raise UserError(f"{name}: damaged or truncated ({error})") from None
 
 
 def _file_chunks(file: BinaryIO, piece: Slice) -> Iterator[tuple[bytes, int]]:
     if piece.source.endswith(".gz"):
-        with gzip.open(file) as stream:
-            yield from ((chunk, file.tell()) for chunk in iter(lambda: stream.read(BLOCK_BYTES), b""))
+        yield from gzip_chunks(file, BLOCK_BYTES)
     elif piece.source.endswith(".zst"):
-        yield from _gathered(_zstd_chunks(file))
+        yield from _gathered(zstd_chunks(file))
     else:
         file.seek(piece.start)
         while file.tell() < piece.end:
             yield file.read(min(BLOCK_BYTES, piece.end - file.tell())), file.tell()
-
-
-def _zstd_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Decompress frame after frame; the library's stream reader takes a truncated file for a complete one."""
-    import zstandard
-
-    frame = None
-    for raw in iter(lambda: file.read(_COMPRESSED_READ_BYTES), b""):
-        while raw:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                yield frame.decompress(raw), file.tell()
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from None
-            raw = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("the last zstd frame is incomplete")
 
 
 def _gathered(chunks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:

@@ -19,9 +19,9 @@ from megatron.core.datasets.utils import Split
 from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.config import DataConfig, DataSources, cache_directory
+from megatron_moe_lpr.data.reading.index_cache import build_directory
 from megatron_moe_lpr.data.reading.index_maps import are_intact, refuse_pickles
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.filesystem import atomic_directory
 from megatron_moe_lpr.platform.collectives import world_of_one
 
 TrainingDataset = BlendedDataset | torch.utils.data.ConcatDataset
@@ -140,7 +140,7 @@ def _build_on_first_rank(directory: Path, build) -> None:
         if (not is_distributed or torch.distributed.get_rank() == 0) and not are_intact(directory):
             _check_helpers()
             # BlendedDataset asks for its rank before it writes its maps.
-            with atomic_directory(directory, overwrite=True) as partial, world_of_one():
+            with build_directory(directory) as partial, world_of_one():
                 build(partial)
                 write_manifest(partial, {})
     finally:

@@ -44,6 +44,19 @@ def test_line_number_counts_from_the_start_of_the_file(tmp_path):
         list(read_documents(block, DocumentOptions(language="en"), Counter(), {}))
 
 
+def test_a_line_that_is_too_long_is_named_with_its_flag_or_counted():
+    lines = b'\n{"text": "good"}\n\n{"text": "' + b"a" * 100 + b'"}\n\n'
+    with pytest.raises(UserError, match=r"^file:14: longer than 99 bytes \(--max-line-bytes\); .*--on-error skip"):
+        read(lines, stop_on_error=True, max_line_bytes=99)
+    documents, counts, _ = read(lines, max_line_bytes=99)
+    assert documents == [("en", "good")] and counts == {"too_long": 1, "empty": 3}
+    assert len(read(lines, max_line_bytes=112)[0]) == 2
+    counts, block = Counter(), Block("file", b"", 7, 0, False, 0, too_long=True)
+    with pytest.raises(UserError, match=r"^file:7: longer than"):
+        list(read_documents(block, DocumentOptions(language="en"), counts, {}))
+    assert counts == {"too_long": 1, "empty": 0}
+
+
 def test_empty_documents_are_counted():
     documents, counts, _ = read(b'\n  \n{"text": ""}\n{"text": " \\n\\u3000"}\n{"text": "x"}\n')
     assert documents == [("en", "x")] and counts == {"empty": 4}

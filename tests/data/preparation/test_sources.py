@@ -1,10 +1,13 @@
 import gzip
 import os
+import tracemalloc
+from collections import Counter
 
 import pytest
 import zstandard
 
 from megatron_moe_lpr.data.preparation import sources
+from megatron_moe_lpr.data.preparation.documents import DocumentOptions, read_documents
 from megatron_moe_lpr.data.preparation.sources import Slice, expand_inputs, partition_slices, read_blocks
 from megatron_moe_lpr.errors import UserError
 
@@ -107,3 +110,97 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").touch()
     with pytest.raises(UserError, match="pip install pyarrow"):
         read(whole(tmp_path / "a.parquet"))
+
+
+def rle_frame(blocks, byte, before=b"", after=b""):
+    """A zstd frame of `blocks` blocks of 128 KB of one byte, four bytes each (RFC 8878, 3.1.1.2.2)."""
+
+    def block(is_last, kind, size, data):
+        return ((size << 3) | (kind << 1) | is_last).to_bytes(3, "little") + data
+
+    frame = b"\x28\xb5\x2f\xfd\x00\x58" + (block(0, 0, len(before), before) if before else b"")
+    return frame + block(0, 1, 1 << 17, byte) * blocks + block(1, 0, len(after), after)
+
+
+def peak_of(function):
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("form", ["zst", "gz", "plain"])
+def test_a_line_without_end_is_not_kept(tmp_path, form, monkeypatch):
+    """Forty MB of one letter between two lines, of which no more than 1 MB and a few blocks are ever in memory."""
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 1 << 16)
+    path = tmp_path / ("a.jsonl" if form == "plain" else f"a.jsonl.{form}")
+    text = b'"first"\n' + bytes([97]) * (320 << 17) + b'"\n"last"'
+    if form == "zst":
+        path.write_bytes(rle_frame(320, b"a", b'"first"\n', b'"\n"last"'))
+    else:
+        path.write_bytes(gzip.compress(text, 1) if form == "gz" else text)
+    del text
+    blocks = []
+    assert peak_of(lambda: blocks.extend(read_blocks(whole(path), ["text"], 1 << 20))) < 8 << 20
+    kept = [(block.lines, block.line_number, block.too_long) for block in blocks]
+    assert kept == [(b'"first"\n', 1, False), (b"", 2, True), (b'"last"', 3, False)]
+    assert sum(block.disk_bytes for block in blocks) == path.stat().st_size
+
+
+def test_a_last_line_without_end_and_one_that_is_just_short_enough(tmp_path, small_blocks):
+    (tmp_path / "a.jsonl").write_bytes(b"b" * 1000 + b"\n" + b"a" * 5000)
+    blocks = list(read_blocks(whole(tmp_path / "a.jsonl"), ["text"], 1000))
+    assert [(len(block.lines), block.line_number, block.too_long) for block in blocks] == [
+        (1001, 1, False),
+        (0, 2, True),
+    ]
+
+
+def test_newlines_without_end_take_no_memory(tmp_path):
+    """64 MB in 2 KB."""
+    (tmp_path / "a.jsonl.zst").write_bytes(rle_frame(512, b"\n"))
+    counts = Counter()
+
+    def read_all():
+        for block in read_blocks(whole(tmp_path / "a.jsonl.zst"), ["text"]):
+            assert not list(read_documents(block, DocumentOptions(language="el"), counts, {}))
+
+    assert peak_of(read_all) < 8 << 20
+    assert counts == {"empty": 512 << 17}
+
+
+def test_a_frame_that_asks_for_gigabytes_is_refused(tmp_path):
+    # The window's exponent, of 2^41 bytes, stands in the upper bits of the sixth byte.
+    frame = bytearray(rle_frame(1, b"a"))
+    frame[5] = 31 << 3
+    (tmp_path / "a.jsonl.zst").write_bytes(frame)
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst: damaged or truncated"):
+        read(whole(tmp_path / "a.jsonl.zst"))
+
+
+@pytest.mark.parametrize("level", [1, 19, -5])
+def test_frames_of_every_form(tmp_path, level):
+    """With checksum or without, with or without the size of the content, one of them streamed, one to be skipped."""
+    words = os.urandom(180_000).hex().encode() + b"\n" + b"abc\n" * 50_000
+    options = [{}, {"write_checksum": True}, {"write_content_size": False}]
+    frames = [zstandard.ZstdCompressor(level=level, **each).compress(words) for each in options]
+    stream = zstandard.ZstdCompressor(level=level).compressobj()
+    frames.append(stream.compress(words) + stream.flush())
+    frames.insert(2, b"\x53\x2a\x4d\x18" + (7).to_bytes(4, "little") + b"skipped")
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(frames))
+    assert read(whole(path)) == words * 4
+    for cut in (1, 3, 100, len(frames[-1]) - 2):
+        path.write_bytes(b"".join(frames)[:-cut])
+        with pytest.raises(UserError, match="damaged or truncated"):
+            read(whole(path))
+
+
+def test_a_partition_of_one_long_line_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 1 << 16)
+    (tmp_path / "a.jsonl").write_bytes(b"a" * (16 << 20))
+    slices = []
+    assert peak_of(lambda: slices.extend(partition_slices([str(tmp_path / "a.jsonl")], 2, 3))) < 1 << 20
+    assert not slices
