@@ -5,6 +5,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from megatron_moe_lpr.lasting_output import outlast_readers
 from megatron_moe_lpr.processes import end_with_parent, start_time
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE, stop_request
 
@@ -21,23 +22,26 @@ ORPHAN_SECONDS = 600
 
 def pretrain(config: "TrainingConfig") -> bool:
     """Run a stage; False: it was asked to stop and has saved."""
+    from megatron_moe_lpr.liveness import long_work
     from megatron_moe_lpr.training.heartbeat import Heartbeat
     from megatron_moe_lpr.training.loop import Trainer
     from megatron_moe_lpr.training.metrics import MetricsWriter
     from megatron_moe_lpr.training.run_lock import run_lock
     from megatron_moe_lpr.training.setup import prepare, print_overview
 
-    with run_lock(config.checkpoint.save, config.checkpoint.take_over) as lock:
-        run = prepare(config)
-        writer = MetricsWriter(
-            config.logging, config.checkpoint.save, f"stage {config.stage.stage}", run.state.iteration
-        )
+    timeout, checkpoint = config.distributed_timeout_minutes * 60.0, config.checkpoint
+    # First of all, so that it also ends a run whose lock lies on a disk that does not answer.
+    with Heartbeat(timeout) as heartbeat, run_lock(checkpoint.save, checkpoint.take_over) as lock:
+        heartbeat.before_end = lock.release
+        with long_work("setting up"):
+            run = prepare(config)
+        name = f"stage {config.stage.stage}"
+        writer = MetricsWriter(config.logging, checkpoint.save, name, run.state.iteration, run.description)
         print_overview(run)
         if run.state.iteration:
-            writer.say(f"resuming from step {run.state.iteration:,} in {config.checkpoint.save}")
+            writer.say(f"resuming from step {run.state.iteration:,} in {checkpoint.save}")
         try:
-            with Heartbeat(config.distributed_timeout_minutes * 60.0) as heartbeat:
-                finished = Trainer(run, writer, lock, heartbeat).train()
+            finished = Trainer(run, writer, lock, heartbeat).train()
         finally:
             writer.close()
         step = run.state.iteration
@@ -48,6 +52,7 @@ def pretrain(config: "TrainingConfig") -> bool:
 def main() -> None:
     """Command line."""
     stop = stop_request(nothing_to_save=True)
+    outlast_readers()
     _end_with_launcher()
     try:
         finished = _run()

@@ -18,6 +18,7 @@ import xxhash
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import atomic_file, sync_tree
+from megatron_moe_lpr.liveness import advance
 
 ALGORITHM = "xxh3_128"
 MANIFEST = Path("moe_lpr", "checksums.json")
@@ -69,6 +70,7 @@ class ChecksumStream:
             raise
         self._digest.update(view)
         self._bytes += view.nbytes
+        advance()
         return view.nbytes
 
     def tell(self) -> int:
@@ -122,6 +124,7 @@ def checksum_of_file(path: Path) -> FileChecksum:
         while count := stream.readinto(block):
             digest.update(block[:count])
             size += count
+            advance()
     return FileChecksum(size, digest.hexdigest())
 
 
