@@ -8,7 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.liveness import advance
 
 
 @contextlib.contextmanager
@@ -66,6 +67,23 @@ def atomic_file(target: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def append_whole(path: Path, data: bytes) -> None:
+    """Append to a file, all or nothing.
+
+    Raises:
+        OSError: naming the file, for example because the disk is full; the file stays as it was.
+    """
+    with naming(path), open(path, "ab", buffering=0) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[stream.write(view) :]
+        except OSError:
+            os.ftruncate(stream.fileno(), size)
+            raise
+
+
 def sync_file(path: Path) -> None:
     """Wait until a file's content is on the disk; a power failure then cannot leave it empty under its name."""
     _sync(path, os.O_RDONLY)
@@ -81,6 +99,7 @@ def sync_tree(directory: Path) -> None:
     for parent, _, names in os.walk(directory):
         for name in names:
             sync_file(Path(parent, name))
+            advance()
         sync_directory(Path(parent))
 
 
@@ -90,6 +109,7 @@ def sha256_of_file(path: Path) -> str:
     with open(path, "rb") as file:
         for chunk in iter(lambda: file.read(16 << 20), b""):
             digest.update(chunk)
+            advance()
     return digest.hexdigest()
 
 

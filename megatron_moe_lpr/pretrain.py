@@ -6,6 +6,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from megatron_moe_lpr.lasting_output import outlast_readers
 from megatron_moe_lpr.processes import end_with_parent, start_time
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE, stop_request
 
@@ -23,6 +24,7 @@ ORPHAN_SECONDS = 600
 def pretrain(config: "TrainingConfig") -> bool:
     """Run a stage; False: it was asked to stop and has saved."""
     from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
+    from megatron_moe_lpr.liveness import long_work
     from megatron_moe_lpr.training.heartbeat import Heartbeat
     from megatron_moe_lpr.training.loop import Trainer
     from megatron_moe_lpr.training.metrics import MetricsWriter
@@ -30,25 +32,25 @@ def pretrain(config: "TrainingConfig") -> bool:
     from megatron_moe_lpr.training.setup import prepare, print_overview
     from megatron_moe_lpr.training.start_marker import mark_start, mount_point, refuse_lost_directory
 
-    save = config.checkpoint.save
+    timeout, save = config.distributed_timeout_minutes * 60.0, config.checkpoint.save
     refuse_lost_directory(save)
     with (
         run_lock(save, config.checkpoint.take_over) as lock,
+        Heartbeat(timeout, lock.release) as heartbeat,
         kept_for_reading(config.checkpoint.load, config.checkpoint.base_checkpoint, to_the_end=False) as load,
     ):
         mark_start(save)
-        run = prepare(dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, load=load)))
-        writer = MetricsWriter(
-            config.logging, config.checkpoint.save, f"stage {config.stage.stage}", run.state.iteration
-        )
+        with long_work("setting up"):
+            run = prepare(dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, load=load)))
+        name = f"stage {config.stage.stage}"
+        writer = MetricsWriter(config.logging, save, name, run.state.iteration, run.description)
         print_overview(run)
         if run.state.iteration:
             writer.say(f"resuming from step {run.state.iteration:,} in {save}")
         else:
             writer.say(f"beginning at step 0: no checkpoint in {save} (file system mounted at {mount_point(save)})")
         try:
-            with Heartbeat(config.distributed_timeout_minutes * 60.0) as heartbeat:
-                finished = Trainer(run, writer, lock, heartbeat).train()
+            finished = Trainer(run, writer, lock, heartbeat).train()
         finally:
             writer.close()
         step = run.state.iteration
@@ -59,6 +61,7 @@ def pretrain(config: "TrainingConfig") -> bool:
 def main() -> None:
     """Command line."""
     stop = stop_request(nothing_to_save=True)
+    outlast_readers()
     _end_with_launcher()
     try:
         finished = _run()

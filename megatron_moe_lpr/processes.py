@@ -2,13 +2,14 @@
 
 import contextlib
 import ctypes
+import functools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import psutil
 
@@ -38,13 +39,33 @@ def end_with_parent(
     """
     if parent is None:
         started_by = multiprocessing.parent_process()
-        parent = started_by.pid if started_by else os.getppid()
+        parent = (started_by.pid if started_by else None) or os.getppid()
     watched = _ask_kernel(number)
     # The parent may have ended before the kernel was asked; then there is nobody left whose end would be told.
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
     if not watched or grace is not None:
-        threading.Thread(target=_poll_parent, args=(parent, None if watched else number, grace), daemon=True).start()
+        poll = functools.partial(_poll_parent, parent, None if watched else number, grace)
+        start_thread(poll, f"the watch for the end of process {parent} (this process may outlive it)")
+
+
+def start_thread(target: Callable[[], object], purpose: str, daemon: bool = True) -> threading.Thread | None:
+    """Start a thread; where the machine gives none, warn on standard error with its reason.
+
+    Args:
+        purpose: what goes without it, for the warning.
+
+    Returns:
+        The thread that runs, or None: the caller does the work itself, or leaves it out.
+    """
+    thread = threading.Thread(target=target, daemon=daemon)
+    try:
+        thread.start()
+    except (RuntimeError, MemoryError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"warning: no thread for {purpose}: {error}; raise `ulimit -u`", file=sys.stderr, flush=True)
+        return None
+    return thread
 
 
 def _ask_kernel(number: signal.Signals) -> bool:

@@ -6,14 +6,14 @@ Runs alone or under torchrun at any layout: `torchrun --nproc-per-node 2 tools/e
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, naming, run_command
 from megatron_moe_lpr.filesystem import atomic_file
-from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import PlatformName
 
 if TYPE_CHECKING:
@@ -47,11 +47,14 @@ class Flags:
     """Compare the checkpoint's files with their checksums before use."""
     platform: PlatformName = "auto"
     """Where to run. auto: CUDA if there is a device."""
+    distributed_timeout_minutes: Annotated[int, tyro.conf.arg(name="distributed-timeout-minutes")] = 10
+    """A collective operation that takes longer ends the command; so does nine tenths of this time without progress."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     flags = parse_flags(Flags, arguments, __doc__)
+    check_timeout(flags.distributed_timeout_minutes)
     if flags.output and not flags.output.parent.is_dir():
         raise UserError(f"--output {flags.output}: there is no directory {flags.output.parent}")
     # torch and Megatron take seconds to import, and the checks above do without.
@@ -60,8 +63,10 @@ def main(arguments: list[str] | None = None) -> None:
     from megatron_moe_lpr.evaluation.checkpoint import evaluate_checkpoint
     from megatron_moe_lpr.evaluation.results import evaluation_record, print_evaluation
     from megatron_moe_lpr.parallel.groups import destroy_parallel
+    from megatron_moe_lpr.training.heartbeat import Heartbeat
 
-    record = evaluation_record(evaluate_checkpoint(plan(flags)))
+    with Heartbeat(flags.distributed_timeout_minutes * 60.0):
+        record = evaluation_record(evaluate_checkpoint(plan(flags)))
     if dist.get_rank() == 0:
         print_evaluation(record)
         if flags.output:

@@ -18,6 +18,9 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller,
 
 from megatron_moe_lpr.checkpoint.integrity import FileChecksum
 from megatron_moe_lpr.checkpoint.share_writer import ShareWriter, writer_of
+from megatron_moe_lpr.checkpoint.writer_process import Progress
+from megatron_moe_lpr.liveness import advance, counting, waiting_for
+from megatron_moe_lpr.processes import start_thread
 
 END_SECONDS = 10
 """How long a writer process that has nothing to do may take to end."""
@@ -83,6 +86,7 @@ class MemoryStream:
         with memoryview(content) as target:
             target[self.position : end] = source
         self.position = end
+        advance()
         return source.nbytes
 
     def tell(self) -> int:
@@ -102,9 +106,9 @@ class BackgroundWriter(AsyncCaller):
 
     def __init__(self) -> None:
         """Start the process; it is ready long before the first share is."""
-        self.memory = SharedMemory()
+        self.memory, self.progress = SharedMemory(), Progress(_unnamed_file())
         ours, theirs = socket.socketpair()
-        descriptors = (theirs.fileno(), self.memory.descriptor)
+        descriptors = (theirs.fileno(), self.memory.descriptor, self.progress.descriptor)
         arguments = map(str, (*descriptors, os.getpid()))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "megatron_moe_lpr.checkpoint.writer_process", *arguments],
@@ -133,8 +137,9 @@ class BackgroundWriter(AsyncCaller):
                 self.memory.reserve(size)
                 self.memory.touch()
 
-        self.reserving = threading.Thread(target=reserve, daemon=True)
-        self.reserving.start()
+        self.reserving = start_thread(reserve, "the memory of a save")
+        if self.reserving is None:
+            reserve()
 
     def _wait_for_memory(self) -> None:
         if self.reserving:
@@ -177,9 +182,14 @@ class BackgroundWriter(AsyncCaller):
         """Whether every rank's share is written, or has failed. Every rank must call it, unless `no_dist`."""
         if self.active and (blocking or self._has_answered()):
             writer, self.active = self.active, None
-            self._hear(writer)
+            place = f"waiting for the checkpoint writer, process {self.process.pid}, in {writer.checkpoint_dir}"
+            with waiting_for(place), counting(self.progress.read):
+                self._hear(writer)
         busy = self.active is not None
-        return not busy if no_dist else self.sync_all_async_calls(busy)
+        if no_dist:
+            return not busy
+        with waiting_for("the checkpoint writers of all ranks", on_peers=True):
+            return self.sync_all_async_calls(busy)
 
     def _has_answered(self) -> bool:
         # Not select(): it refuses descriptors above 1023, and gloo opens thousands.
@@ -220,9 +230,12 @@ class BackgroundWriter(AsyncCaller):
             self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            # A process that waits for a disk ends only when the disk answers.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(END_SECONDS)
         self._wait_for_memory()
         self.memory.close()
+        os.close(self.progress.descriptor)
         self.closed = True
 
     def __del__(self) -> None:

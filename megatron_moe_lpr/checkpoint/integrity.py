@@ -19,6 +19,7 @@ import xxhash
 
 from megatron_moe_lpr.errors import DamagedFile, UserError, naming
 from megatron_moe_lpr.filesystem import atomic_file, sync_tree
+from megatron_moe_lpr.liveness import advance
 
 ALGORITHM = "xxh3_128"
 MANIFEST = Path("moe_lpr", "checksums.json")
@@ -70,6 +71,7 @@ class ChecksumStream:
             raise
         self._digest.update(view)
         self._bytes += view.nbytes
+        advance()
         return view.nbytes
 
     def tell(self) -> int:
@@ -123,6 +125,7 @@ def checksum_of_file(path: Path) -> FileChecksum:
         while count := stream.readinto(block):
             digest.update(block[:count])
             size += count
+            advance()
     return FileChecksum(size, digest.hexdigest())
 
 

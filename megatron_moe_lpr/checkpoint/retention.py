@@ -6,13 +6,13 @@ import errno
 import fcntl
 import os
 import shutil
-import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from megatron_moe_lpr.checkpoint.directory import is_iteration_directory, iteration_of
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.processes import start_thread
 
 REMOVED_SUFFIX = ".removed"
 LOCKED_FILE = "metadata.json"
@@ -126,7 +126,8 @@ def remove_superfluous(root: Path, newest: int, retention: Retention, kept: Coll
         except OSError as error:
             busy = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
             notes.append(f"{path}: kept, {'it is being read' if busy else f'it cannot be removed ({error.strerror})'}")
-    threading.Thread(target=remove_hidden, args=(root,)).start()
+    if start_thread(lambda: remove_hidden(root), "the removal of old checkpoints", daemon=False) is None:
+        remove_hidden(root)
     return notes
 
 

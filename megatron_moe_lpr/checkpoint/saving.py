@@ -23,6 +23,7 @@ from megatron_moe_lpr.checkpoint.retention import remove_hidden
 from megatron_moe_lpr.checkpoint.share_writer import ShareStrategy, ShareWriter, writer_of
 from megatron_moe_lpr.checkpoint.writer import TORCH_DIST_CONFIG, save_blob
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.liveness import long_work
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -109,6 +110,17 @@ class CheckpointSaver:
         """
         started = time.monotonic() if began is None else began
         self.wait()
+        with long_work(f"saving step {iteration:,} to {self.root}"):
+            return self._start(iteration, state, metadata, add_side_files, started)
+
+    def _start(
+        self,
+        iteration: int,
+        state: ShardedStateDict,
+        metadata: dict[str, Any],
+        add_side_files: Callable[[Path], None],
+        started: float,
+    ) -> Saved | None:
         partial = self.root / f".{iteration_directory_name(iteration)}{PARTIAL_SUFFIX}"
         self._together(iteration, lambda: _make_empty(partial))
         sharded, common = self._checked(state, metadata)
@@ -153,7 +165,8 @@ class CheckpointSaver:
         """Let Megatron finalize; `_finish` clears `pending` where it gets as far."""
         begin = time.monotonic()
         try:
-            action()
+            with long_work(f"saving step {pending.iteration:,} to {self.root}"):
+                action()
         except CheckpointException as error:
             # It derives from BaseException, and only rank 0 knows the reasons.
             reasons = [_reason(failure[0]) for failure in error.failures.values()]

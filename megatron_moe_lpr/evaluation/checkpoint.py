@@ -19,9 +19,10 @@ from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.finite import check_finite_losses, check_finite_weights
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
+from megatron_moe_lpr.liveness import long_work
 from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, check_layout
 from megatron_moe_lpr.parallel.groups import initialize_parallel
-from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import PlatformName, select_platform
 
 
@@ -43,6 +44,8 @@ class EvaluationPlan:
     """Where the weights are that `load` does not hold; None: where it says, or it holds all."""
     verify: bool = True
     """Compare the checkpoint's files with their checksums first."""
+    distributed_timeout_minutes: int = 10
+    """After which a collective operation fails."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,7 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
     Raises:
         UserError: a checkpoint, dataset, language or layout that does not fit.
     """
+    check_timeout(plan.distributed_timeout_minutes)
     with kept_for_reading(plan.load, plan.base_checkpoint) as iteration:
         return _evaluate(dataclasses.replace(plan, load=iteration))
 
@@ -81,16 +85,19 @@ def _evaluate(plan: EvaluationPlan) -> Evaluation:
     check_layout(shape, plan.layout)
 
     platform = select_platform(plan.platform)
-    initialize_parallel(platform, plan.layout)
+    initialize_parallel(platform, plan.layout, timeout_minutes=plan.distributed_timeout_minutes)
     dtype = plan.dtype or getattr(torch, card.dtype)
-    model = load_model(directory, plan.layout, platform, ComputeOptions(dtype=dtype), verified=plan.verify)
-    check_finite_weights(model.chunks, directory.path)
+    with long_work(f"loading {directory.path}"):
+        model = load_model(directory, plan.layout, platform, ComputeOptions(dtype=dtype), verified=plan.verify)
+        check_finite_weights(model.chunks, directory.path)
     groups = groups_with_prior(card.history, original, shape.num_groups)
     table = languages.group_table(groups).to(platform.device)
-    results = [
+    datasets = _datasets(entries, languages, plan.seq_length)
+    found = (
         evaluate_dataset(model.chunks, model.config, shape, dataset, table, platform.device, plan.micro_batch_size)
-        for dataset in _datasets(entries, languages, plan.seq_length)
-    ]
+        for dataset in datasets
+    )
+    results = [result for result in found if result is not None]
     check_finite_losses(results, directory.path, dtype)
     precision = str(dtype).removeprefix("torch.")
     return Evaluation(directory, card, precision, plan.seq_length, original, groups, results)

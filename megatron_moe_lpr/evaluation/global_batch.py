@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_moe_lpr.data.reading.batches import Batch
+from megatron_moe_lpr.liveness import advance, waiting_for
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.model.moe.token_tags import token_tags
 
@@ -49,11 +50,21 @@ class LossSums:
     def __add__(self, other: "LossSums") -> "LossSums":
         return LossSums(self.loss + other.loss, self.tokens + other.tokens)
 
+    def over_ranks_that_stay(self, leaves: bool) -> "LossSums | None":
+        """`over_ranks`, or None on every rank where any of them leaves: both are agreed on at once."""
+        flag = torch.full((1,), float(leaves), dtype=self.loss.dtype, device=self.loss.device)
+        total = torch.cat((self.loss, self.tokens, flag))
+        with waiting_for("the losses of all ranks", on_peers=True):
+            dist.all_reduce(total)
+            loss, tokens, leaving = total.cpu().split((len(self.loss), len(self.tokens), 1))
+        return None if leaving.item() else LossSums(loss, tokens)
+
     def over_ranks(self) -> "LossSums":
         """Summed over all ranks, on the host, which waits for the device. Every rank must call it."""
         total = torch.stack((self.loss, self.tokens))
-        dist.all_reduce(total)
-        return LossSums(*total.cpu())
+        with waiting_for("the losses of all ranks", on_peers=True):
+            dist.all_reduce(total)
+            return LossSums(*total.cpu())
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -146,6 +157,7 @@ def _forward_step(
 ) -> tuple:
     """Megatron's forward_step_func: output of a stage, and the function that makes a loss of it on the last one."""
     batch = next(iterator)
+    advance()
     tags = None
     if has_routers:
         language = batch["language"]

@@ -1,24 +1,22 @@
 """Loss, perplexity and bits per byte of validation text, and where its tokens are routed."""
 
 import dataclasses
-import functools
 import itertools
 import math
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core import parallel_state
 
 from megatron_moe_lpr.data.reading.batches import build_validation_iterator, count_validation_micro_batches
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
-from megatron_moe_lpr.evaluation.global_batch import LossSums, run_schedule, to_device
+from megatron_moe_lpr.evaluation.global_batch import LossSums, run_micro_batches, to_device
 from megatron_moe_lpr.evaluation.routing import collect_routing, counted_apart
 from megatron_moe_lpr.model.configuration.config import ModelShape, MoELPRConfig
 from megatron_moe_lpr.model.moe.routing_statistics import RoutingReport
 
 MICRO_BATCHES_A_PASS = 8
-"""Micro-batches that go through the schedule together: enough to fill a pipeline."""
+"""Micro-batches that go through the schedule of a pipeline together: enough to fill it. Without a pipeline: one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +52,20 @@ def evaluate_dataset(
     device: torch.device,
     micro_batch_size: int,
     max_micro_batches: int | None = None,
-) -> DatasetLoss:
+    after_pass: Callable[[], bool] | None = None,
+) -> DatasetLoss | None:
     """Run one dataset forward, at any layout. Every rank must call it; all get the same result.
 
     Args:
         original_table: bool [languages + 1], whether a language is original; the last entry is padding's.
         max_micro_batches: use only so many of each rank's micro-batches.
+        after_pass: called on every rank whenever micro-batches have gone through the schedule: whether this rank is to
+            leave.
+
+    Returns:
+        None: a rank was to leave, so that all have left. There is no mean over the part that was computed.
     """
-    together = MICRO_BATCHES_A_PASS
+    together = MICRO_BATCHES_A_PASS if parallel_state.get_pipeline_model_parallel_world_size() > 1 else 1
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     count = count_validation_micro_batches(dataset, micro_batch_size, size, together)
     passes = count // together if max_micro_batches is None else math.ceil(min(count, max_micro_batches) / together)
@@ -69,12 +73,16 @@ def evaluate_dataset(
     for chunk in chunks:
         chunk.eval()
 
-    def next_pass() -> LossSums:
-        part = [to_device(batch, device) for batch in itertools.islice(batches, together)]
-        return run_schedule(chunks, config, part, original_table, forward_only=True)
-
+    total: LossSums | None = None
     with counted_apart(chunks):
-        total = functools.reduce(operator.add, (next_pass() for _ in range(passes)))
+        for _ in range(passes):
+            part = [to_device(batch, device) for batch in itertools.islice(batches, together)]
+            of_rank = run_micro_batches(chunks, config, part, original_table, forward_only=True)
+            sums = of_rank.over_ranks_that_stay(after_pass is not None and after_pass())
+            if sums is None:
+                return None
+            total = sums if total is None else total + sums
+        assert total is not None  # every dataset has a token to predict
         routing = collect_routing(chunks, shape) if config.num_moe_experts else None
     tokens = int(total.tokens.sum())
     text_bytes = dataset.text_bytes if tokens == dataset.predicted_tokens else None

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_moe_lpr.data.labels import dataset_labels
 from megatron_moe_lpr.data.language_groups import group_name
 from megatron_moe_lpr.evaluation.checkpoint import Evaluation
 from megatron_moe_lpr.evaluation.losses import DatasetLoss
@@ -17,7 +18,10 @@ from megatron_moe_lpr.model.moe.routing_statistics import GROUPS, RoutingReport
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """The evaluation as a JSON object; numbers that do not exist are null."""
     card = evaluation.card
-    datasets = [_dataset_record(result, evaluation) for result in evaluation.datasets]
+    labels = dataset_labels([(result.name, result.language) for result in evaluation.datasets])
+    datasets = [
+        _dataset_record(result, label, evaluation) for result, label in zip(evaluation.datasets, labels, strict=True)
+    ]
     numbers = sorted({one["language_group"] for one in datasets})
     return {
         "checkpoint": str(evaluation.directory.path),
@@ -38,12 +42,12 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _dataset_record(result: DatasetLoss, evaluation: Evaluation) -> dict[str, Any]:
+def _dataset_record(result: DatasetLoss, label: str, evaluation: Evaluation) -> dict[str, Any]:
     group = GROUPS[0] if result.language in evaluation.original_languages else GROUPS[1]
     latest = len(evaluation.language_groups)
     number = next((i for i, names in enumerate(evaluation.language_groups) if result.language in names), latest)
     return {
-        "name": Path(result.name).name,
+        "name": label.removeprefix(f"{result.language}/") if label != result.language else Path(result.name).name,
         "language": result.language,
         "group": group,
         "language_group": number,
@@ -53,6 +57,11 @@ def _dataset_record(result: DatasetLoss, evaluation: Evaluation) -> dict[str, An
         "bits_per_byte": _number(result.bits_per_byte),
         "routing": _routing_record(result.routing, group) if result.routing else None,
     }
+
+
+def record_labels(record: dict[str, Any]) -> list[str]:
+    """What each dataset of an evaluation is called in tables, see `dataset_labels`."""
+    return dataset_labels([(one["name"], one["language"]) for one in record["datasets"]])
 
 
 def _routing_record(routing: RoutingReport, group: str) -> dict[str, Any]:
@@ -89,9 +98,9 @@ def print_evaluation(record: dict[str, Any], console: Console | None = None) -> 
 def _loss_table(record: dict[str, Any]) -> Table:
     table = Table("language", "", "tokens", "loss", "perplexity", "bits per byte", title_justify="left")
     table.title = f"{record['checkpoint']}, sequences of {record['sequence_length']} tokens, {record['dtype']}"
-    for one in record["datasets"]:
+    for one, label in zip(record["datasets"], record_labels(record), strict=True):
         numbers = (_text(one["loss"]), _text(one["perplexity"], 2), _text(one["bits_per_byte"]))
-        table.add_row(one["language"], one["group"], f"{one['tokens']:,}", *numbers)
+        table.add_row(label, one["group"], f"{one['tokens']:,}", *numbers)
     means_by_group = record["averages_by_language_group" if record["expansions"] else "averages"]
     for group, means in means_by_group.items():
         if means["loss"] is not None:
@@ -103,12 +112,12 @@ def _routing_table(record: dict[str, Any]) -> Table:
     title = f"Expert 0: share of tokens with it in the top {record['top_k']} (its mean probability)"
     layers = range(len(record["experts_per_layer"]))
     table = Table("language", "", *(f"layer {layer}" for layer in layers), "mean", title=title, title_justify="left")
-    for one in record["datasets"]:
+    for one, label in zip(record["datasets"], record_labels(record), strict=True):
         routing = one["routing"]
         shares = [*routing["expert0_top_k_share"], routing["mean_expert0_top_k_share"]]
         probabilities = [*routing["expert0_probability"], routing["mean_expert0_probability"]]
         cells = [_share_text(share, mean) for share, mean in zip(shares, probabilities, strict=True)]
-        table.add_row(one["language"], one["group"], *cells)
+        table.add_row(label, one["group"], *cells)
     return table
 
 

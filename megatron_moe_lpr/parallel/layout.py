@@ -123,6 +123,21 @@ class ParallelLayout:
             )
 
 
+LONGEST_TIMEOUT_MINUTES = 7 * 24 * 60
+
+
+def check_timeout(minutes: int) -> None:
+    """Refuse a time that no collective operation can keep, or that ends no run.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if not 1 <= minutes <= LONGEST_TIMEOUT_MINUTES:
+        raise UserError(
+            f"--distributed-timeout-minutes {minutes}: from 1 to {LONGEST_TIMEOUT_MINUTES:,} (a week), by default 10"
+        )
+
+
 def _flag(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 

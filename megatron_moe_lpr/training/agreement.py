@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_lpr.evaluation.global_batch import LossSums
+from megatron_moe_lpr.liveness import waiting_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,9 @@ def agree(sums: LossSums, gradients_finite: torch.Tensor, asked_to_stop: bool) -
     flags = torch.full((2,), float(asked_to_stop), dtype=torch.float64, device=sums.loss.device)
     flags[0] = ~gradients_finite
     together = torch.cat((sums.loss, sums.tokens, flags))
-    dist.all_reduce(together)
     languages = len(sums.loss)
-    loss, tokens, flags = together.cpu().split((languages, languages, 2))
+    with waiting_for("the losses of all ranks", on_peers=True):
+        dist.all_reduce(together)
+        loss, tokens, flags = together.cpu().split((languages, languages, 2))
     not_finite, asked = flags.tolist()
     return Agreed(LossSums(loss, tokens), not not_finite, bool(asked))

@@ -13,7 +13,7 @@ from megatron_moe_lpr.checkpoint.retention import Retention
 from megatron_moe_lpr.data.reading.config import DataConfig
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
-from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import Platform, PlatformName
 from megatron_moe_lpr.training.stages import StageOptions
 
@@ -240,4 +240,7 @@ class TrainingConfig:
     platform: PlatformName = "auto"
     """Where to run. auto: CUDA if there is a device."""
     distributed_timeout_minutes: Annotated[int, tyro.conf.arg(name="distributed-timeout-minutes")] = 10
-    """A collective operation that takes longer ends the run."""
+    """A collective operation that takes longer ends the run; so does nine tenths of this time without progress."""
+
+    def __post_init__(self) -> None:
+        check_timeout(self.distributed_timeout_minutes)

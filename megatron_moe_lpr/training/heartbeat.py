@@ -1,67 +1,66 @@
-"""Which rank hangs, and where: told by those that wait for it.
+"""Ends a process that hangs, and says what hangs, for how long and where; names ranks that do not answer.
 
-A thread of each rank notes every few seconds, in the store that the ranks met in, that it lives and where the rank's
-main thread is. The step itself does nothing for it. A rank whose main thread has not moved for most of the timeout
-looks at the notes of all: a rank whose notes stand still is stopped or dead. That holds for gloo and NCCL alike; with
-NCCL the collective's own timeout would end the process without Python hearing of it.
+A thread of each process looks every few seconds at whether the main thread has made progress (`liveness`), and notes
+in the store that the ranks met in that it lives and where the main thread is. The step itself does nothing for it. A
+rank that has made no progress for most of the timeout reads the notes of all: a rank whose notes stand still is stopped
+or dead. When no rank has made progress for nine tenths of the timeout, every rank ends with one line. That holds for
+gloo, NCCL and a single process alike: a main thread that waits for a disk hears of no exception, and with NCCL a
+collective's own timeout would end the process without Python hearing of it.
 """
 
-import dataclasses
-import json
+import contextlib
 import math
 import os
 import socket
 import sys
 import threading
 import time
-from pathlib import Path
-from types import FrameType, TracebackType
+from collections.abc import Callable
+from types import TracebackType
 
 import torch.distributed as dist
 
+from megatron_moe_lpr import liveness
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.platform.collectives import is_collective_failure
+from megatron_moe_lpr.processes import start_thread
+from megatron_moe_lpr.training.hang_report import Note, NoteBoard, hang_line, print_stacks, silence_line, slow_line
+from megatron_moe_lpr.training.main_thread import MainThread, innermost, place_of
 
-PREFIX = "moe_lpr/heartbeat"
 PATIENCE = 0.75
 """Share of the timeout after which a rank asks what it waits for."""
+LIMIT = 0.9
+"""Share of the timeout after which ranks end. Below 1: a rank that hangs shall say so before the collectives of those
+that wait for it fail, and ask only for other ranks."""
 BEATS_A_TIMEOUT = 60
 LONGEST_PERIOD = 10.0
 SILENCE_SECONDS = 10.0
 """A rank without a beat for so long (and three periods) does not answer: a busy machine takes its time."""
-SHOWN = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Note:
-    """What a rank says of itself."""
-
-    beat: int
-    step: int
-    place: str
-    host: str
-    process: int
-
-    def __str__(self) -> str:
-        return f"process {self.process} on {self.host}, last seen in step {self.step} at {self.place}"
+SILENT_SHARE_OF_LONG_WORK = 0.5
+"""Share of the timeout for a rank in long work: libraries may hold Python's lock for minutes."""
+RELEASE_SECONDS = 5.0
 
 
 class Heartbeat:
-    """Beats inside a `with` block of the main thread, where there are several ranks that met in a TCPStore."""
+    """Watches the thread that enters its `with` block. Process groups may be made before it or inside it."""
 
-    def __init__(self, timeout: float) -> None:
-        """`timeout`: seconds after which a collective fails."""
-        self.step, self.beats = 0, 0
+    def __init__(self, timeout: float, before_end: Callable[[], object] | None = None) -> None:
+        """Prepare to watch.
+
+        Args:
+            timeout: seconds after which a collective fails, and the longest time without progress.
+            before_end: called before this process ends for a hang, to release a lock for example; it may hang too.
+        """
+        self.step, self.beats, self.still = 0, 0, 0
         self.timeout, self.period = timeout, min(LONGEST_PERIOD, timeout / BEATS_A_TIMEOUT)
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.main = threading.get_ident()
+        self.before_end = before_end
+        self.main = MainThread()
         self.ended = threading.Event()
-        store = _own_connection() if self.world > 1 else None
-        self.thread = threading.Thread(target=self._beat, args=(store,), daemon=True) if store else None
+        self.board: NoteBoard | None = None
+        self.thread: threading.Thread | None = None
 
     def __enter__(self) -> "Heartbeat":
-        if self.thread:
-            self.thread.start()
+        self.thread = start_thread(self._beat_until_end, "the watch for ranks that hang (the run has none)")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -70,102 +69,131 @@ class Heartbeat:
         if self.thread:
             self.thread.join(self.period)
         if is_collective_failure(error):
-            place, _ = _place(_innermost(trace))
+            place, _ = place_of(innermost(trace))
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"step {self.step}: rank {self.rank} lost another rank at {place} ({reason}); what the rank says that "
                 "ended first is the cause"
             ) from error
 
-    def _beat(self, store: dist.Store) -> None:
-        still, last, told = 0, None, False
+    @property
+    def rank(self) -> int:
+        """Of this process, also before there are process groups."""
+        return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+    def _beat_until_end(self) -> None:
+        next_look = PATIENCE * self.timeout
         while not self.ended.wait(self.period):
-            here = (self.step, *_place(sys._current_frames().get(self.main)))
             # Counted in beats, not by the clock: a job that is suspended as a whole has not waited.
-            still, told = (still + 1, told) if here == last else (0, False)
-            last = here
+            self._sample()
+            next_look = next_look if self.still else PATIENCE * self.timeout
             try:
-                self._note(store, here[1])
-                if not told and still * self.period >= PATIENCE * self.timeout:
-                    told = True
-                    self._look(store, still * self.period, here[1])
+                self._connect()
+                self._note()
+                if self.board and self._waited() >= next_look:
+                    self._look(self.board)
+                    # Again where another rank works for long: it may die meanwhile.
+                    next_look = self._waited() + PATIENCE * self.timeout
+                if self._waited() >= LIMIT * self.timeout and not self._another_works():
+                    self._end()
             except (dist.DistError, RuntimeError):
-                return  # the store went with the rank or launcher that kept it: they are ending
+                # The store went with the rank or launcher that kept it: they are ending. This rank must too.
+                self.board = None
 
-    def _note(self, store: dist.Store, place: str) -> None:
+    def _sample(self) -> None:
+        self.still = 0 if self.main.has_advanced(self.period) else self.still + 1
+
+    def _waited(self) -> float:
+        """Seconds without progress."""
+        return self.still * self.period
+
+    def _connect(self) -> None:
+        if self.board is None and self.beats == 0 and dist.is_initialized() and dist.get_world_size() > 1:
+            self.board = NoteBoard.connect(dist.get_world_size())
+
+    def _note(self) -> None:
+        if self.board is None:
+            return
         self.beats += 1
-        note = Note(self.beats, self.step, place, socket.gethostname(), os.getpid())
-        store.set(f"{PREFIX}/{self.rank}", json.dumps(dataclasses.asdict(note)))
+        self.board.write(self.rank, self._own_note())
 
-    def _look(self, store: dist.Store, waited: float, place: str) -> None:
-        """End this process where another rank does not answer; else say where all are, and leave it to the timeout."""
-        before = self._notes(store)
-        self._beat_on(store, max(3 * self.period, SILENCE_SECONDS), place)
-        after = self._notes(store)
-        silent = [rank for rank in after if rank != self.rank and after[rank].beat == before[rank].beat]
-        answering = [rank for rank in after if rank not in silent]
+    def _own_note(self) -> Note:
+        place, is_collective = self.main.place()
+        wait = liveness.current_wait()
+        return Note(
+            beat=self.beats,
+            step=self.step,
+            place=place,
+            host=socket.gethostname(),
+            process=os.getpid(),
+            still=self._waited(),
+            waits_for_peers=is_collective or (wait is not None and wait.on_peers),
+            doing=wait.description if wait and not wait.on_peers else None,
+            in_long_work=liveness.in_long_work(),
+        )
+
+    def _look(self, board: NoteBoard) -> None:
+        """End this process where another rank does not answer; else say where all are."""
+        before = board.read()
+        self._beat_on(max(3 * self.period, SILENCE_SECONDS))
+        silent = self._silent(before, board.read())
+        if any(before[rank].in_long_work for rank in silent):
+            self._beat_on(SILENT_SHARE_OF_LONG_WORK * self.timeout)
+            silent = self._silent(before, board.read())
+        notes = board.read()
+        answering = [rank for rank in notes if rank not in silent]
         if self.rank == min(answering):
-            print(self._words(waited, after, silent), file=sys.stderr, flush=True)
+            line = silence_line(self.rank, notes, silent) if silent else slow_line(self.rank, notes)
+            _print(line)
         elif silent:
             # The launcher ends all with the first: let that be the one that tells why.
-            self._beat_on(store, 3 * self.period, place)
+            self._beat_on(3 * self.period)
         if silent:
-            os._exit(1)
+            self._leave()
 
-    def _beat_on(self, store: dist.Store, seconds: float, place: str) -> None:
-        """Wait, and answer meanwhile: the others are looking too."""
+    def _silent(self, before: dict[int, Note], after: dict[int, Note]) -> list[int]:
+        return [rank for rank in before if rank != self.rank and after[rank].beat == before[rank].beat]
+
+    def _another_works(self) -> bool:
+        """Whether a rank has made progress meanwhile: this one waits for it, or ends when it has come here too."""
+        if self.board is None:
+            return False
+        others = [note for rank, note in self.board.read().items() if rank != self.rank]
+        return any(note.still < LIMIT * self.timeout - self.period for note in others)
+
+    def _beat_on(self, seconds: float) -> None:
+        """Wait, and note on meanwhile: the others are reading too."""
         for _ in range(math.ceil(seconds / self.period)):
             time.sleep(self.period)
-            self._note(store, place)
+            self._sample()
+            self._note()
 
-    def _words(self, waited: float, notes: dict[int, Note], silent: list[int]) -> str:
-        mine = notes[self.rank]
-        here = f"rank {self.rank} waits at {mine.place}"
-        if silent:
-            named = "; ".join(f"rank {rank} ({notes[rank]})" for rank in silent[:SHOWN])
-            more = f" and {len(silent) - SHOWN} more" if len(silent) > SHOWN else ""
-            return (
-                f"error: step {mine.step}: no answer from {named}{more}: stopped or dead; {here} for {waited:.0f} s. "
-                "Start again to go on from the last checkpoint"
-            )
-        places: dict[str, list[int]] = {}
-        for rank, note in notes.items():
-            places.setdefault(f"step {note.step} at {note.place}", []).append(rank)
-        rare = sorted(places.items(), key=lambda item: len(item[1]))[:SHOWN]
-        named = "; ".join(f"ranks {', '.join(map(str, ranks[:SHOWN]))} in {place}" for place, ranks in rare)
-        return f"warning: step {mine.step}: {here} for {waited:.0f} s, and every rank answers: {named}"
+    def _end(self) -> None:
+        """End this process: nothing has made progress for too long."""
+        notes = self.board.read() if self.board else {}
+        notes[self.rank] = self._own_note()
+        culprits = [rank for rank, note in notes.items() if not note.waits_for_peers]
+        if culprits and self.rank not in culprits:
+            # The launcher ends all with the first: let those be heard that know what hangs.
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                self._beat_on(3 * self.period)
+        _print(hang_line(self.rank, notes, culprits, self.timeout))
+        if self.rank in culprits or not culprits:
+            print_stacks(self.main.frame())
+        self._leave()
 
-    def _notes(self, store: dist.Store) -> dict[int, Note]:
-        keys = [f"{PREFIX}/{rank}" for rank in range(self.world)]
-        known = [rank for rank, key in enumerate(keys) if store.check([key])]
-        return {rank: Note(**json.loads(store.get(keys[rank]))) for rank in known}
-
-
-def _own_connection() -> dist.Store | None:
-    """The ranks' store by a connection of its own: a main thread that waits in it keeps the other one busy."""
-    store = dist.distributed_c10d._get_default_store()
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    if not isinstance(store, dist.TCPStore):
-        return None
-    # torch's stubs leave it out.
-    return store.clone()  # type: ignore[attr-defined]
+    def _leave(self) -> None:
+        if self.before_end:
+            # In a thread of its own: it writes to the file system that may be what hangs.
+            thread = start_thread(self.before_end, "the release of the run's lock")
+            if thread:
+                thread.join(RELEASE_SECONDS)
+        os._exit(1)
 
 
-def _innermost(trace: TracebackType | None) -> FrameType | None:
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame if trace else None
-
-
-def _place(frame: FrameType | None) -> tuple[str, int]:
-    """Words for where a thread is, and a number that changes when it moves: the collective, and who called it."""
-    collective, caller, line = None, None, frame.f_lineno if frame else 0
-    while frame is not None and caller is None:
-        path = frame.f_code.co_filename
-        if path.endswith("distributed_c10d.py"):
-            collective = frame.f_code.co_name
-        elif "/torch/" not in path and not path.endswith("typing_extensions.py"):  # its wrapper of deprecated functions
-            caller = f"{frame.f_code.co_name} ({Path(path).name}:{frame.f_lineno})"
-        frame = frame.f_back
-    return (f"{collective} in {caller}" if collective else str(caller)), line
+def _print(line: str) -> None:
+    """Also where nobody reads standard error any more."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        return

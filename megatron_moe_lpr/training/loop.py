@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,16 +11,24 @@ from megatron.core import parallel_state
 from megatron_moe_lpr.checkpoint.retention import remove_superfluous
 from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_partial
 from megatron_moe_lpr.checkpoint.trainable_only import layers_of, reading, record_base
+from megatron_moe_lpr.data.labels import dataset_labels
 from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
+from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.global_batch import LossSums, run_micro_batches, to_device
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
 from megatron_moe_lpr.evaluation.routing import collect_routing, open_experts, reset_routing
+from megatron_moe_lpr.liveness import advance
 from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.platform.devices import peak_memory_gigabytes
 from megatron_moe_lpr.training.checkpointing import expect_saves, start_save
 from megatron_moe_lpr.training.finite_steps import FiniteSteps
-from megatron_moe_lpr.training.guards import GradientWatch, explain_non_finite_gradient, explain_non_finite_loss
+from megatron_moe_lpr.training.guards import (
+    GradientWatch,
+    explain_non_finite_gradient,
+    explain_non_finite_loss,
+    gather_objects,
+)
 from megatron_moe_lpr.training.heartbeat import Heartbeat
 from megatron_moe_lpr.training.loss_watch import LossWatch
 from megatron_moe_lpr.training.metrics import IntervalMetrics, MetricsWriter, routing_scalars
@@ -49,6 +57,12 @@ class Trainer:
         self.grad_norm = 0.0
         self.is_first_step = True
         self.asked_to_stop = False
+        self.evaluated: set[str] = set()
+        """Names of the validation datasets that have a result of this step."""
+        valid = run.datasets.valid
+        labels = dataset_labels([(dataset.name, dataset.language) for dataset in valid])
+        self.labels = {dataset.name: label for dataset, label in zip(valid, labels, strict=True)}
+        """Of validation datasets, by name: what their curves are called."""
 
     def train(self) -> bool:
         """Run to the end.
@@ -68,7 +82,10 @@ class Trainer:
         batches = self._batches()
         reset_routing(state.chunks)
         open_experts(state.chunks, self.run.openness(state.iteration))
-        while state.iteration < config.batch.train_iters:
+        # A signal or a kill may have cut off the evaluation of this step.
+        self.evaluated = gather_objects(self.writer.evaluated())[0]
+        self._evaluate_if_due()
+        while not self.asked_to_stop and state.iteration < config.batch.train_iters:
             self.heartbeat.step = state.iteration + 1
             # From the first step on there is something to save, so all ranks do it together.
             self.stop.nothing_to_save = False
@@ -79,27 +96,38 @@ class Trainer:
             self._tell_saved(self.saver.poll())
             if state.iteration % config.logging.log_interval == 0 or state.iteration == config.batch.train_iters:
                 self._log()
-            if self._evaluate_and_save_if_due():
-                self._ask_whether_to_stop()
-            if self.asked_to_stop and state.iteration < config.batch.train_iters:
-                self.save()
-                self._tell_saved(self.saver.wait())
-                return False
+            self._save_and_evaluate_if_due()
         self.save()
         self._tell_saved(self.saver.wait())
-        if self.run.datasets.valid and not self._is_due(self.run.config.logging.eval_interval):
-            self.evaluate()
-        return True
+        return self._is_last() and not self._missing_evaluations()
 
-    def _evaluate_and_save_if_due(self) -> bool:
-        """Whether either was due: it takes time, in which a signal may come."""
-        evaluates = self._is_due(self.run.config.logging.eval_interval)
+    def _save_and_evaluate_if_due(self) -> None:
+        """Save first: an evaluation may take longer than the time between a signal and the end."""
         saves = self._is_due(self.run.config.checkpoint.save_interval)
-        if evaluates:
-            self.evaluate()
-        if saves:
+        if saves or self._is_last():
             self.save()
-        return evaluates or saves
+        if self._is_last():
+            self._tell_saved(self.saver.wait())
+        evaluates = self._evaluate_if_due()
+        if (saves or evaluates) and not self._is_last() and not self.asked_to_stop:
+            # That took time, in which a signal may have come.
+            self._ask_whether_to_stop()
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluate what has no result of this step yet, unless all are asked to stop; whether there was something."""
+        missing = self._missing_evaluations()
+        if missing and not self.asked_to_stop:
+            self.evaluate(missing)
+        return bool(missing)
+
+    def _missing_evaluations(self) -> list[ValidationDataset]:
+        is_due = self._is_due(self.run.config.logging.eval_interval) or self._is_last()
+        if not is_due or not self.state.iteration:
+            return []
+        return [dataset for dataset in self.run.datasets.valid if dataset.name not in self.evaluated]
+
+    def _is_last(self) -> bool:
+        return self.state.iteration >= self.run.config.batch.train_iters
 
     def _is_due(self, interval: int | None) -> bool:
         return bool(interval and self.state.iteration % interval == 0)
@@ -127,6 +155,7 @@ class Trainer:
         open_experts(state.chunks, run.openness(state.iteration + 1))
         device = run.platform.device
         batches = [to_device(part, device) for part in itertools.islice(iterator, run.num_microbatches)]
+        self.evaluated = set()
         for chunk in state.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -136,6 +165,7 @@ class Trainer:
             watch.check()
             self.is_first_step = False
         agreed = self.steps.step(of_rank, self._is_asked_to_stop)
+        advance()
         sums, self.asked_to_stop = agreed.sums, agreed.asked_to_stop
         if agreed.not_finite is None:
             state.schedule.step(increment=batch.global_batch_size)
@@ -199,11 +229,12 @@ class Trainer:
     def _new_interval(self) -> None:
         self.interval, self.interval_first, self.interval_start = None, self.state.iteration, time.monotonic()
 
-    def evaluate(self) -> list[DatasetLoss]:
-        """Loss of every validation dataset."""
+    def evaluate(self, datasets: Sequence[ValidationDataset]) -> None:
+        """Report the loss of validation datasets. Where any rank is asked to stop, all leave between two micro-batches;
+        the dataset that they are in has no result then, since a mean over a part of it is another number."""
         run, paused = self.run, time.monotonic()
-        results = [
-            evaluate_dataset(
+        for dataset in datasets:
+            result = evaluate_dataset(
                 self.state.chunks,
                 run.model.config,
                 run.model.shape,
@@ -212,13 +243,20 @@ class Trainer:
                 run.platform.device,
                 run.config.batch.micro_batch_size,
                 run.config.logging.eval_iters,
+                self._after_pass,
             )
-            for dataset in run.datasets.valid
-        ]
-        for result in results:
+            if result is None:
+                self.asked_to_stop = True
+                self.writer.say(f"step {self.state.iteration:,}: the evaluation on {dataset.name} was left unfinished")
+                break
             self._report(result)
+            self.evaluated.add(result.name)
         self.interval_start += time.monotonic() - paused
-        return results
+
+    def _after_pass(self) -> bool:
+        """In an evaluation, on every rank at the same place: complete a save, and whether this rank is to stop."""
+        self._tell_saved(self.saver.poll())
+        return self._is_asked_to_stop()
 
     def _report(self, result: DatasetLoss) -> None:
         bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte is not None else ""
@@ -230,13 +268,16 @@ class Trainer:
         if result.routing:
             scalars = routing_scalars(result.routing)
             values |= {name: value for name, value in scalars.items() if value == value}
-        self.writer.write(f"valid/{result.language}", self.state.iteration, values)
+        label = self.labels[result.name]
+        self.writer.write(f"valid/{label}", self.state.iteration, values)
 
     def save(self) -> None:
         """Begin to write a checkpoint of this step, unless there is one; the one before is waited for."""
         if self.saved_iteration == self.state.iteration:
             return
         run, start = self.run, time.monotonic()
+        # What is logged of this step and those before must not be lost with this process.
+        self.writer.flush()
         self.lock.check()
         self._tell_saved(self.saver.wait())
         card = card_of(run, self.base)

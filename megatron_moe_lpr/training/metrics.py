@@ -2,16 +2,18 @@
 
 import dataclasses
 import datetime
+import functools
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.moe.routing_statistics import GROUPS, RoutingReport
 from megatron_moe_lpr.training.config import LoggingOptions
+from megatron_moe_lpr.training.log_sinks import LastingSink, Place, Record, TensorBoard, ThreadedSink, WeightsAndBiases
 from megatron_moe_lpr.training.metrics_file import MetricsFile
 
 METRICS_FILE = "metrics.jsonl"
@@ -89,19 +91,45 @@ def _routing_words(routing: RoutingReport) -> str:
 
 
 class MetricsWriter:
-    """Writes on rank 0, and nowhere else."""
+    """Writes on rank 0, and nowhere else. A place that fails costs a warning, never a step (`log_sinks`)."""
 
-    def __init__(self, options: LoggingOptions, directory: Path, run_name: str, iteration: int = 0) -> None:
-        """`iteration`: where the run goes on from; what an earlier start logged of later steps is taken away."""
+    def __init__(
+        self,
+        options: LoggingOptions,
+        directory: Path,
+        run_name: str,
+        iteration: int = 0,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open all places.
+
+        Args:
+            directory: of the run, for metrics.jsonl.
+            iteration: where the run goes on from; what an earlier start logged of later steps is taken away.
+            settings: of the run, for Weights & Biases.
+        """
         self.enabled = dist.get_rank() == 0
-        self.tensorboard, self.wandb = None, None
+        self.sinks: list[LastingSink | ThreadedSink] = []
+        self._evaluated: set[str] = set()
         if not self.enabled:
             return
-        self.file = MetricsFile(directory / METRICS_FILE, iteration)
+        self.sinks.append(LastingSink(str(directory / METRICS_FILE), lambda: self._metrics_file(directory, iteration)))
         if options.tensorboard_dir:
-            self.tensorboard = _tensorboard(options.tensorboard_dir)
+            path = options.tensorboard_dir
+            self.sinks.append(ThreadedSink(f"--tensorboard-dir {path}", lambda: TensorBoard(path, iteration)))
         if options.wandb_project:
-            self.wandb = _wandb(options.wandb_project, run_name)
+            project = options.wandb_project
+            open_project = functools.partial(WeightsAndBiases, project, run_name, directory, settings or {})
+            self.sinks.append(ThreadedSink(f"--wandb-project {project}", open_project))
+
+    def _metrics_file(self, directory: Path, iteration: int) -> Place:
+        file = MetricsFile(directory / METRICS_FILE, iteration)
+        self._evaluated = file.datasets(iteration)
+        return _JSONLines(file)
+
+    def evaluated(self) -> set[str]:
+        """On rank 0: validation datasets whose result at the step that the run goes on from is logged already."""
+        return self._evaluated
 
     def say(self, text: str) -> None:
         """A line for people, with the time of day."""
@@ -110,35 +138,28 @@ class MetricsWriter:
 
     def write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
         """One record: a JSON line, and the numbers in it to TensorBoard and Weights & Biases."""
-        if not self.enabled:
-            return
-        self.file.append(kind, iteration, values)
-        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
-        if self.tensorboard:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, iteration)
-        if self.wandb:
-            self.wandb.log(numbers, step=iteration)
+        for sink in self.sinks:
+            sink.write(Record(kind, iteration, values))
+
+    def flush(self) -> None:
+        """Have all records written; a place that does not answer is not waited for long."""
+        for sink in self.sinks:
+            sink.flush()
 
     def close(self) -> None:
-        """Flush what is open."""
-        if self.tensorboard:
-            self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+        """Write what waits, and close all places."""
+        for sink in self.sinks:
+            sink.close()
 
 
-def _tensorboard(directory: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard-dir: TensorBoard is not installed; pip install tensorboard") from None
-    return SummaryWriter(str(directory))
+class _JSONLines:
+    """metrics.jsonl as a place for records."""
 
+    def __init__(self, file: MetricsFile) -> None:
+        self.file = file
 
-def _wandb(project: str, name: str) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb-project: Weights & Biases is not installed; pip install wandb") from None
-    return wandb.init(project=project, name=name)
+    def write(self, record: Record) -> None:
+        self.file.append(record.kind, record.iteration, dict(record.values))
+
+    def close(self) -> None:
+        """Every record is in the file."""

@@ -1,13 +1,12 @@
 """metrics.jsonl: one JSON line a record, each step once, whatever was killed and started again in between."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr.errors import naming
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.filesystem import append_whole, atomic_file
 
 Key = tuple[str, int, str | None]
 """Kind, iteration and, of a validation, its dataset: what a record is of."""
@@ -40,13 +39,11 @@ class MetricsFile:
             self._rewrite(lambda other: other != key)
             self._keys.discard(key)
         line = json.dumps({"kind": kind, "iteration": iteration, **values}, ensure_ascii=False) + "\n"
-        with naming(self.path), open(self.path, "ab", buffering=0) as stream:
-            size = stream.seek(0, os.SEEK_END)
-            try:
-                _write_fully(stream, line.encode("utf-8"))
-            except OSError:
-                os.ftruncate(stream.fileno(), size)
-                raise
+        append_whole(self.path, line.encode("utf-8"))
+
+    def datasets(self, iteration: int) -> set[str]:
+        """Validation datasets that had a result of this iteration, the one it goes on from, when it was opened."""
+        return {name for _, number, name in self._keys if number == iteration and name is not None}
 
     def _keep_until(self, iteration: int) -> None:
         complete, total = 0, 0
@@ -71,12 +68,6 @@ class MetricsFile:
                 key = _key(line)
                 if key is not None:
                     yield key, line
-
-
-def _write_fully(stream: Any, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[stream.write(view) :]
 
 
 def _key(line: bytes) -> Key | None:

@@ -3,10 +3,9 @@
 import os
 import signal
 import sys
-import threading
 import time
 
-from megatron_moe_lpr.processes import STOP_SIGNALS
+from megatron_moe_lpr.processes import STOP_SIGNALS, start_thread
 
 EXIT_REQUEUE = 75
 """Exit code of a run that saved because it was asked to stop: start it again and it goes on (EX_TEMPFAIL)."""
@@ -42,7 +41,7 @@ class StopRequest:
         arrived, wake = os.pipe()
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(arrived,), daemon=True).start()
+        start_thread(lambda: self._watch(arrived), "signals that arrive while a library waits")
 
     def _watch(self, arrived: int) -> None:
         while number := os.read(arrived, 1):

@@ -1,24 +1,16 @@
 """Datasets to micro-batches: which samples a data-parallel rank gets, and in what order."""
 
-import atexit
-import contextlib
-import multiprocessing
-import signal
 from collections.abc import Iterator, Sequence
-from multiprocessing.process import BaseProcess
 
 import torch
-from torch.utils.data import DataLoader
 
+from megatron_moe_lpr.data.reading.loading import Batch, BatchIterator
 from megatron_moe_lpr.data.reading.training_dataset import TrainingDataset
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.processes import STOP_SIGNALS, end_with_parent, shielded_from
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "language")
-
-Batch = dict[str, torch.Tensor]
-"""BATCH_KEYS to tensors [batch, sequence]: `loss_mask` float32, the others int64."""
+"""Of a `Batch`, whose tensors are [batch, sequence]: `loss_mask` float32, the others int64."""
 
 
 def build_data_iterator(
@@ -55,7 +47,7 @@ def build_data_iterator(
     rounds = range(consumed_samples, len(dataset) - step + 1, step)
     first = data_parallel_rank * micro_batch_size
     indices = _Indices(rounds, first, micro_batch_size)
-    return _start(_loader(dataset, indices, num_workers, pin_memory))
+    return BatchIterator(dataset, indices, collate, num_workers, pin_memory)
 
 
 def build_validation_iterator(
@@ -75,7 +67,7 @@ def build_validation_iterator(
     count = count_validation_micro_batches(dataset, micro_batch_size, data_parallel_size, micro_batch_multiple)
     step = micro_batch_size * data_parallel_size
     indices = _Indices(range(0, count * step, step), data_parallel_rank * micro_batch_size, micro_batch_size)
-    return _start(_loader(dataset, indices, num_workers, pin_memory))
+    return BatchIterator(dataset, indices, collate, num_workers, pin_memory)
 
 
 def count_validation_micro_batches(
@@ -86,7 +78,7 @@ def count_validation_micro_batches(
     return -(-len(dataset) // samples) * micro_batch_multiple
 
 
-class _Indices:
+class _Indices(Sequence):
     """Of each round's start, the indices of one rank's micro-batch."""
 
     def __init__(self, rounds: range, first: int, micro_batch_size: int) -> None:
@@ -95,47 +87,11 @@ class _Indices:
     def __len__(self) -> int:
         return len(self.rounds)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in self.rounds:
-            yield list(range(start + self.first, start + self.first + self.micro_batch_size))
-
-
-def _loader(
-    dataset: TrainingDataset | ValidationDataset, indices: _Indices, num_workers: int, pin_memory: bool
-) -> DataLoader:
-    # Forked loaders share the memory-mapped indexes; any other start would copy them into each.
-    context = "fork" if num_workers else None
-    return DataLoader(
-        dataset,
-        batch_sampler=indices,
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        multiprocessing_context=context,
-        worker_init_fn=_start_worker if num_workers else None,
-    )
-
-
-def _start(loader: DataLoader) -> Iterator[Batch]:
-    """Its workers don't hear what a batch system tells every process: the rank needs them for its last step."""
-    others = set(multiprocessing.active_children())
-    with shielded_from(STOP_SIGNALS):
-        iterator = iter(loader)
-    # Python ends what is left of them by SIGTERM when this process ends, and would wait for ever: they don't hear it.
-    atexit.register(_kill, set(multiprocessing.active_children()) - others)
-    return iterator
-
-
-def _kill(workers: set[BaseProcess]) -> None:
-    # torch's handler would raise for each, in the midst of whatever else ends with Python.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in workers:
-        with contextlib.suppress(ValueError):  # closed already
-            worker.kill()
-
-
-def _start_worker(number: int) -> None:
-    end_with_parent()
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return _Indices(self.rounds[index], self.first, self.micro_batch_size)
+        start = self.rounds[index] + self.first
+        return list(range(start, start + self.micro_batch_size))
 
 
 def collate(samples: Sequence[Batch]) -> Batch:

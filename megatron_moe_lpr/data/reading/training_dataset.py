@@ -22,6 +22,7 @@ from megatron_moe_lpr.data.reading.config import DataConfig, DataSources, cache_
 from megatron_moe_lpr.data.reading.index_cache import build_directory
 from megatron_moe_lpr.data.reading.index_maps import are_intact, refuse_pickles
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.parallel.first_rank import run_on_rank_0
 from megatron_moe_lpr.platform.collectives import world_of_one
 
 TrainingDataset = BlendedDataset | torch.utils.data.ConcatDataset
@@ -135,18 +136,7 @@ def _cache_key(
 
 
 def _build_on_first_rank(directory: Path, build) -> None:
-    is_distributed = torch.distributed.is_initialized()
-    try:
-        if (not is_distributed or torch.distributed.get_rank() == 0) and not are_intact(directory):
-            _check_helpers()
-            # BlendedDataset asks for its rank before it writes its maps.
-            with build_directory(directory) as partial, world_of_one():
-                build(partial)
-                write_manifest(partial, {})
-    finally:
-        # Also after an error, so that the other ranks go on to find no index maps instead of waiting for ever.
-        if is_distributed:
-            torch.distributed.barrier()
+    run_on_rank_0(lambda: _build_unless_intact(directory, build), f"building index maps in {directory}")
     deadline = time.monotonic() + SHARED_FILE_SYSTEM_SECONDS
     while not directory.is_dir():
         # A network file system may show a new directory a few seconds late.
@@ -154,6 +144,23 @@ def _build_on_first_rank(directory: Path, build) -> None:
             raise UserError(f"{directory}: rank 0 wrote no index maps there; is --data-cache-path shared by all nodes?")
         time.sleep(0.5)
     refuse_pickles(directory)
+
+
+def _build_unless_intact(directory: Path, build) -> None:
+    try:
+        if are_intact(directory):
+            return
+        _check_helpers()
+        # BlendedDataset asks for its rank before it writes its maps.
+        with build_directory(directory) as partial, world_of_one():
+            build(partial)
+            write_manifest(partial, {})
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise UserError(
+            f"{directory}: the index maps cannot be written: {error.strerror or error}{place}; make room or get write "
+            "permission there, or name a directory on another disk with --data-cache-path"
+        ) from None
 
 
 def _check_helpers() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_moe_lpr.data.labels import dataset_labels
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.report.record import are_costs, are_curves, is_evaluation, is_list_of_texts
 from megatron_moe_lpr.evaluation.report.summary import Summary, summarize
@@ -29,10 +30,13 @@ class NamedEvaluation:
         """The first run, where one must stand for all."""
         return self.records[0]
 
-    def bits(self, language: str) -> Summary | None:
-        """Bits per byte of a language; None where it was not evaluated."""
-        found = [one for record in self.records for one in record["datasets"] if one["language"] == language]
-        return summarize(one["bits_per_byte"] for one in found)
+    def labels(self) -> list[str]:
+        """What each dataset is called, see `dataset_labels`."""
+        return dataset_labels([(one.get("name", ""), one["language"]) for one in self.record["datasets"]])
+
+    def bits(self, position: int) -> Summary | None:
+        """Bits per byte of the dataset at this place in the records; None where it has none."""
+        return summarize(record["datasets"][position]["bits_per_byte"] for record in self.records)
 
     def average(self, group: str, name: str = "bits_per_byte") -> Summary | None:
         """Mean over the `original` or `expanded` languages of bits_per_byte or expert0_top_k_share."""
@@ -89,7 +93,14 @@ class ReportInputs:
 
     def languages(self, group: str) -> list[str]:
         """Languages of a group in the order of the first evaluation."""
-        return [one["language"] for one in self.evaluations[0].record["datasets"] if one["group"] == group]
+        datasets = self.evaluations[0].record["datasets"]
+        return list(dict.fromkeys(one["language"] for one in datasets if one["group"] == group))
+
+    def columns(self, group: str) -> dict[str, int]:
+        """Datasets of a group: what each is called, see `dataset_labels`, and its place in the records."""
+        first = self.evaluations[0]
+        pairs = zip(first.labels(), first.record["datasets"], strict=True)
+        return {label: position for position, (label, one) in enumerate(pairs) if one["group"] == group}
 
 
 def read_inputs(

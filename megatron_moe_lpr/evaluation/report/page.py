@@ -103,7 +103,10 @@ def _routing(inputs: ReportInputs) -> str:
     maps = "".join(
         heat_map(
             one.title,
-            [(data["language"], data["routing"]["expert0_top_k_share"]) for data in one.record["datasets"]],
+            [
+                (label, data["routing"]["expert0_top_k_share"])
+                for label, data in zip(one.labels(), one.record["datasets"], strict=True)
+            ],
             caption,
         )
         for one in models

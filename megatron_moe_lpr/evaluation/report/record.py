@@ -66,6 +66,7 @@ def _is_dataset(one: Any, layers: int) -> bool:
     return (
         isinstance(one, dict)
         and isinstance(one.get("language"), str)
+        and isinstance(one.get("name", ""), str)
         and isinstance(one.get("group"), str)
         and one["group"] in GROUPS
         and is_integer(one.get("tokens"))

@@ -40,12 +40,12 @@ def _with_spread(value: Summary | None, pattern: str, spread: Callable[[float], 
 
 
 def rows(inputs: ReportInputs) -> Iterator[tuple[NamedEvaluation, list[str]]]:
-    """Each model's cells: for each group its languages, their mean and its change; expert 0's share; what it costs."""
+    """Each model's cells: for each group its datasets, their mean and its change; expert 0's share; what it costs."""
     first = inputs.evaluations[0]
     for one in inputs.evaluations:
         cells = []
         for group in GROUPS:
-            cells += [_mean(one.bits(language)) for language in inputs.languages(group)]
+            cells += [_mean(one.bits(position)) for position in inputs.columns(group).values()]
             cells += [number(one.average(group)), "" if one is first else percent(one.change(group, first))]
         cells.append(share(one.average("original", "expert0_top_k_share")))
         yield one, [*cells, *(_costs(one.title, inputs) if inputs.costs else [])]
@@ -65,8 +65,8 @@ def print_table(inputs: ReportInputs, console: Console | None = None) -> None:
     console = console or Console(width=200)
     table = Table("model", title="Bits per byte, lower is better", title_justify="left")
     for group in GROUPS:
-        for language in inputs.languages(group):
-            table.add_column(language, justify="right")
+        for label in inputs.columns(group):
+            table.add_column(label, justify="right")
         table.add_column(f"{group} mean", justify="right", style="bold")
         table.add_column("change", justify="right")
     table.add_column("expert 0 chosen, original", justify="right")
@@ -80,11 +80,11 @@ def print_table(inputs: ReportInputs, console: Console | None = None) -> None:
 def html_table(inputs: ReportInputs) -> str:
     """The table for the page."""
     groups = "".join(
-        f'<th colspan="{len(inputs.languages(group)) + 2}" class="group {group}">{group} languages</th>'
+        f'<th colspan="{len(inputs.columns(group)) + 2}" class="group {group}">{group} languages</th>'
         for group in GROUPS
     )
     names = "".join(
-        "".join(f"<th>{escape(language)}</th>" for language in inputs.languages(group))
+        "".join(f"<th>{escape(label)}</th>" for label in inputs.columns(group))
         + '<th class="mean">mean</th><th>change</th>'
         for group in GROUPS
     )

@@ -65,5 +65,31 @@ def test_a_failure_on_rank_0_reaches_every_rank(tmp_path):
     (tmp_path / "file").touch()
     rank_pool(4).run(shorten_the_wait)
     first, *others = rank_pool(4).run(fail_to_build, prefixes, str(tmp_path / "file" / "cache"))
-    assert first.startswith(("NotADirectoryError", "FileExistsError"))
-    assert all("rank 0 wrote no index maps there" in other for other in others)
+    assert first.startswith(f"UserError: {tmp_path / 'file' / 'cache'}/") and "--data-cache-path" in first
+    assert "Not a directory" in first or "File exists" in first
+    assert set(others) == {first}
+
+
+class FullDisk:
+    """Stands for numpy.save on a full disk, which gives no errno."""
+
+    def __init__(self, *_, **__):
+        raise OSError("40 requested and 20 written")
+
+
+def fail_on_a_full_disk(prefixes, cache):
+    from megatron_moe_lpr.data.reading import training_dataset
+
+    kept, training_dataset.TaggedGPTDataset = training_dataset.TaggedGPTDataset, FullDisk
+    try:
+        return fail_to_build(prefixes, cache)
+    finally:
+        training_dataset.TaggedGPTDataset = kept
+
+
+def test_a_full_disk_of_the_cache_is_named_on_every_rank(tmp_path):
+    prefixes = [numbered_dataset(tmp_path / "en", "en", 1000, 30)]
+    found = rank_pool(4).run(fail_on_a_full_disk, prefixes, str(tmp_path / "cache"))
+    assert len(set(found)) == 1
+    assert str(tmp_path / "cache") in found[0] and "40 requested" in found[0] and "--data-cache-path" in found[0]
+    assert not list((tmp_path / "cache").iterdir())
