@@ -5,7 +5,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_moe_lpr.processes import end_with_parent, start_time
+from megatron_moe_lpr.processes import end_with_parent, is_running
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE, stop_request
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _end_with_launcher() -> None:
         return
     launcher = int(os.environ.get(LAUNCHER, os.getppid()))
     # Where a script stands between, that is the parent.
-    parent = launcher if start_time(launcher) is None else os.getppid()
+    parent = os.getppid() if is_running(launcher) else launcher
     end_with_parent(signal.SIGTERM, parent, grace=ORPHAN_SECONDS)
 
 
