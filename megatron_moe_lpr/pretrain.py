@@ -25,6 +25,7 @@ def pretrain(config: "TrainingConfig") -> bool:
     from megatron_moe_lpr.training.loop import Trainer
     from megatron_moe_lpr.training.metrics import MetricsWriter
     from megatron_moe_lpr.training.run_lock import run_lock
+    from megatron_moe_lpr.training.schedule_notes import schedule_notes
     from megatron_moe_lpr.training.setup import prepare, print_overview
 
     with run_lock(config.checkpoint.save, config.checkpoint.take_over) as lock:
@@ -35,6 +36,8 @@ def pretrain(config: "TrainingConfig") -> bool:
         print_overview(run)
         if run.state.iteration:
             writer.say(f"resuming from step {run.state.iteration:,} in {config.checkpoint.save}")
+        for note in schedule_notes(run.config, run.state.iteration, run.own.recorded if run.own else None):
+            writer.say(note)
         try:
             with Heartbeat(config.distributed_timeout_minutes * 60.0) as heartbeat:
                 finished = Trainer(run, writer, lock, heartbeat).train()

@@ -33,7 +33,7 @@ def build_datasets(
     ends = [train_samples] if isinstance(train_samples, int) else list(train_samples)
     parts = [
         build_training_dataset(
-            sources, dataclasses.replace(config, seed=config.seed + part), sequence_length, end - begin
+            sources, dataclasses.replace(config, seed=(config.seed + part) % 2**32), sequence_length, end - begin
         )
         for part, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
     ]
