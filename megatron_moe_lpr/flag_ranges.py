@@ -31,13 +31,12 @@ class Range:
         )
 
     def words(self, number: float) -> str:
-        """What is asked of a number that is not in it; how large it may be is left out where that goes without saying."""
+        """What is asked of a number that is not in it; how large it may be is said of large ones only."""
         low = f"{'above' if self.above else 'at least'} {self.low:g}"
         if self.high >= INT_MAX and number < self.high:
             return low
-        return (
-            f"{low} and {'below' if self.below else 'at most'} {self.high if self.high < 2**63 else f'{self.high:g}'}"
-        )
+        high = f"{self.high:g}" if isinstance(self.high, float) else str(self.high)
+        return f"{low} and {'below' if self.below else 'at most'} {high}"
 
 
 PositiveInt = Annotated[int, Range(1, INT_MAX)]

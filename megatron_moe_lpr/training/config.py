@@ -64,7 +64,7 @@ class OptimizerOptions:
     lr_decay_style: Literal["cosine", "linear", "WSD", "constant"] = "cosine"
     """WSD: warm up, stay, decay in the last --lr-wsd-decay-iters steps."""
     lr_decay_iters: PositiveInt | None = None
-    """Steps until --min-lr. Default: --train-iters."""
+    """Steps until --min-lr, at which later ones stay. Default: --train-iters."""
     lr_warmup_iters: NonNegativeInt = 0
     """Steps of linear warm-up from 0."""
     lr_wsd_decay_iters: PositiveInt | None = None
@@ -250,6 +250,10 @@ class LoggingOptions:
     """Write TensorBoard events there."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project too."""
+
+    def valid_samples(self, global_batch_size: int) -> int | None:
+        """Sequences of each validation dataset that an evaluation uses; None: all."""
+        return None if self.eval_iters in (None, -1) else self.eval_iters * global_batch_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -211,7 +211,6 @@ class Trainer:
                 self.original_table,
                 run.platform.device,
                 run.config.batch.micro_batch_size,
-                run.config.logging.eval_iters,
             )
             for dataset in run.datasets.valid
         ]
