@@ -72,6 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in MODELS:
         if not (getattr(flags, name) / "config.json").is_file():
             raise UserError(f"--{name} {getattr(flags, name)}: no config.json there; give a Hugging Face directory")
+        if "," in str(getattr(flags, name)):
+            raise UserError(f"--{name} {getattr(flags, name)}: lm_eval takes no comma in a path; rename the directory")
     languages = [*flags.original_languages, *flags.expanded_languages]
     chosen = choose_tasks(flags.benchmarks, languages, known_tasks(flags.include_path))
     print(*(line for one in chosen for line in one.lines()), sep="\n", flush=True)
