@@ -29,6 +29,14 @@ need_file() {
     [[ -e "$2" ]] || die "$1: $2 does not exist; $3"
 }
 
+# need_numbers NAME...: these variables must hold numbers of 1 or more.
+need_numbers() {
+    local name
+    for name in "$@"; do
+        [[ "${!name}" =~ ^[1-9][0-9]{0,9}$ ]] || die "$name=${!name}: a whole number of 1 or more is expected"
+    done
+}
+
 # run COMMAND...: run it, or under DRY_RUN only show it.
 run() {
     show "$@"
@@ -43,6 +51,7 @@ show() {
 # Sets GPUS_PER_NODE, NUM_NODES and GPU_MEMORY.
 find_gpus() {
     NUM_NODES=${NUM_NODES:-${SLURM_NNODES:-1}}
+    need_numbers NUM_NODES ${GPUS_PER_NODE:+GPUS_PER_NODE}
     if [[ "$PLATFORM" == cpu ]]; then
         GPUS_PER_NODE=${GPUS_PER_NODE:-1} GPU_MEMORY=${GPU_MEMORY:-80}
         return
@@ -60,8 +69,8 @@ find_gpus() {
 # read_languages: EXPANDED and ORIGINAL as arrays, and the validation data of all.
 read_languages() {
     local language
-    read -ra expanded_ones <<<"$EXPANDED"
-    read -ra original_ones <<<"$ORIGINAL"
+    read -r -d '' -a expanded_ones <<<"$EXPANDED" || true # line ends part words too
+    read -r -d '' -a original_ones <<<"$ORIGINAL" || true
     ((${#expanded_ones[@]} && ${#original_ones[@]})) ||
         die "EXPANDED='$EXPANDED' ORIGINAL='$ORIGINAL': name languages, as in 'el hu'"
     valid_data=()
@@ -77,6 +86,7 @@ add_dataset() {
 
 # one_epoch PREFIX...: steps that draw every token of the datasets once.
 one_epoch() {
+    need_numbers GLOBAL_BATCH SEQ_LENGTH
     "$PYTHON" -c '
 import json, sys
 tokens = sum(json.load(open(f"{prefix}.json"))["tokens"] for prefix in sys.argv[2:])
@@ -121,6 +131,20 @@ train_stage2() {
     train 2 "$@"
 }
 
+# tell_save FLAG...: write SAVE, or the --save among the flags, to the file SAVE_FILE, as it is: a batch script that
+# needs it cannot read it back from the command that is shown.
+tell_save() {
+    local place=$SAVE
+    while (($#)); do
+        case "$1" in
+            --save) place=${2:-} ;;
+            --save=*) place=${1#--save=} ;;
+        esac
+        shift
+    done
+    printf '%s\0' "$place" >"$SAVE_FILE"
+}
+
 # train STAGE FLAG...: start this stage's run on this node.
 train() {
     local stage=$1 precision=() recompute=() layout command logs
@@ -151,6 +175,7 @@ train() {
         --global-batch-size "$GLOBAL_BATCH" --use-distributed-optimizer --overlap-grad-reduce \
         "${layout[@]}" "${recompute[@]}" "${precision[@]}" "$@")
     show "${command[@]}"
+    [[ -z "${SAVE_FILE:-}" ]] || tell_save "$@"
     [[ "$DRY_RUN" != 1 ]] || return 0
     mkdir -p "$logs"
     echo $$ >"$logs/launcher.pid" # `kill -USR1` it, and the run saves and stops

@@ -11,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 : "${VALID_SHARDS:=1}"                                      # files for validation, after those
 : "${REVISION:=main}"                                       # branch or commit; corpus.json records the commits
 
-read -ra languages <<<"$LANGUAGES"
+read -r -d '' -a languages <<<"$LANGUAGES" || true # line ends part words too
 command=("$PYTHON" "$ROOT/tools/download_data.py" --output "$CORPUS" --languages "${languages[@]}"
     --valid-shards "$VALID_SHARDS" --revision "$REVISION")
 [[ "$DRY_RUN" != 1 ]] || command+=(--dry-run)

@@ -22,9 +22,9 @@ need HF "the directory of the dense model"
 need_file HF "$HF/config.json" "HF must be the directory of a dense Hugging Face model"
 need_file HF_OUT "$HF_OUT/config.json" "export.sh writes it"
 [[ "$PLATFORM" != cpu ]] || DEVICE=${DEVICE:-cpu}
-read -ra original_ones <<<"$ORIGINAL"
-read -ra expanded_ones <<<"$EXPANDED"
-read -ra benchmarks <<<"$BENCHMARKS"
+read -r -d '' -a original_ones <<<"$ORIGINAL" || true # line ends part words too
+read -r -d '' -a expanded_ones <<<"$EXPANDED" || true
+read -r -d '' -a benchmarks <<<"$BENCHMARKS" || true
 ((${#expanded_ones[@]} && ${#original_ones[@]})) || die "EXPANDED='$EXPANDED' ORIGINAL='$ORIGINAL': name languages"
 
 command=("$PYTHON" "$ROOT/tools/benchmarks.py" --base "$HF" --final "$HF_OUT" --output "$OUT"

@@ -28,9 +28,17 @@ dataset() {
         echo "$prefix: already there"
         return
     fi
-    compgen -G "$input" >/dev/null || die "no such file: $input (INPUT and VALID_INPUT, LANGUAGE=$language)"
+    [[ -e "$input" ]] || compgen -G "$input" >/dev/null ||
+        die "no such file: $input (INPUT and VALID_INPUT, LANGUAGE=$language)"
     run "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$input" --language "$language" --tokenizer "$HF" \
         --output-prefix "$prefix" ${WORKERS:+--workers "$WORKERS"} "$@"
+}
+
+# as_glob PATH: a glob that matches PATH alone.
+as_glob() {
+    local glob=${1//\[/[[]}
+    glob=${glob//\*/[*]}
+    printf '%s' "${glob//\?/[?]}"
 }
 
 # train_part LANGUAGE: the whole, a partition, or the merge of partitions, as PARTITION says.
@@ -41,7 +49,7 @@ train_part() {
         merge/*)
             [[ ! -e "$prefix.json" ]] || { echo "$prefix: already there"; return; }
             run "$PYTHON" "$ROOT/tools/merge_datasets.py" --output-prefix "$prefix" \
-                --input "$parts-*-of-$(printf %05d "${PARTITION#*/}")"
+                --input "$(as_glob "$parts")-*-of-$(printf %05d "${PARTITION#*/}")"
             ;;
         *)
             part=$(printf '%05d-of-%05d' "${PARTITION%/*}" "${PARTITION#*/}")
@@ -52,14 +60,16 @@ train_part() {
 }
 
 [[ "$PARTITION" =~ ^((merge|[0-9]+)/[0-9]+)?$ ]] || die "PARTITION=$PARTITION: i/n or merge/n"
-for language in $EXPANDED; do train_part "$language"; done
+read -r -d '' -a expanded_ones <<<"$EXPANDED" || true # line ends part words too
+read -r -d '' -a original_ones <<<"$ORIGINAL" || true
+for language in "${expanded_ones[@]}"; do train_part "$language"; done
 [[ "$PARTITION" != [0-9]* ]] || exit 0
-for language in $EXPANDED; do
+for language in "${expanded_ones[@]}"; do
     dataset "$DATA/review-$language" "$language" "$INPUT" --max-documents "$REVIEW_EXPANDED"
 done
-for language in $ORIGINAL; do
+for language in "${original_ones[@]}"; do
     dataset "$DATA/review-$language" "$language" "$INPUT" --max-documents "$REVIEW_ORIGINAL"
 done
-for language in $EXPANDED $ORIGINAL; do
+for language in "${expanded_ones[@]}" "${original_ones[@]}"; do
     dataset "$DATA/valid-$language" "$language" "$VALID_INPUT" ${VALID_DOCUMENTS:+--max-documents "$VALID_DOCUMENTS"}
 done

@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from megatron_moe_lpr.errors import UserError, fail
+from megatron_moe_lpr.flag_ranges import check_ranges
 
 SIDES = "│|"
 RULES = "╭╮╰╯─+-"
@@ -20,12 +21,14 @@ def parse_flags(kind: Any, arguments: Sequence[str] | None = None, description: 
     """Parse a command line into a dataclass, or a union of them as sub-commands.
 
     tyro explains a mistake in a box of many lines; here it ends in one `error:` line and exit code 2, and so does a
-    value that the dataclass itself refuses (UserError).
+    value that the dataclass itself refuses (UserError) and a number out of its range (`flag_ranges`).
     """
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=arguments, description=description)
+            flags = tyro.cli(kind, args=arguments, description=description)
+        check_ranges(flags)
+        return flags
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -16,6 +16,8 @@ from types import ModuleType
 
 import psutil
 
+from megatron_moe_lpr.errors import UserError, fail
+from megatron_moe_lpr.launch_checks import check_launch
 from megatron_moe_lpr.pretrain import LAUNCHER
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE, StopRequest
 
@@ -81,10 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     check_training_flags(arguments)
     # After the handlers and the flags: this takes seconds.
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    flags = _checked_flags(torchrun, arguments)
     os.environ[LAUNCHER] = str(os.getpid())
     try:
         torchrun.main(_keep_signals(torchrun, arguments))
@@ -92,10 +96,26 @@ def main(arguments: list[str] | None = None) -> None:
         code = exit_code([failure.exitcode for failure in error.failures.values()], stop.received is not None)
         if code != EXIT_REQUEUE:
             print(error, file=sys.stderr)
-            _print_last_lines(torchrun.get_args_parser().parse_args(arguments), since)
+            _print_last_lines(flags, since)
         sys.exit(code)
+    except DistError as error:
+        # Another program has taken the port since the check, or the first node does not answer.
+        fail(f"--master-addr {flags.master_addr} --master-port {flags.master_port}: {str(error).splitlines()[0]}")
     except SignalException as caught:
         sys.exit(EXIT_REQUEUE if caught.sigval in (signal.SIGTERM, signal.SIGUSR1) else 128 + caught.sigval)
+
+
+def _checked_flags(torchrun: ModuleType, arguments: list[str]) -> argparse.Namespace:
+    """torchrun's own flags; a mistake in them ends the process."""
+    flags: argparse.Namespace = torchrun.get_args_parser().parse_args(arguments)
+    try:
+        check_launch(flags)
+        torchrun.determine_local_world_size(flags.nproc_per_node)  # what `gpu` means here
+    except UserError as error:
+        fail(str(error), code=2)
+    except ValueError as error:
+        fail(f"--nproc-per-node {flags.nproc_per_node}: {error}", code=2)
+    return flags
 
 
 def check_training_flags(arguments: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from megatron_moe_lpr.lasting_output import outlast_readers
-from megatron_moe_lpr.processes import end_with_parent, start_time
+from megatron_moe_lpr.processes import end_with_parent, is_running
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE, stop_request
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def pretrain(config: "TrainingConfig") -> bool:
     from megatron_moe_lpr.training.loop import Trainer
     from megatron_moe_lpr.training.metrics import MetricsWriter
     from megatron_moe_lpr.training.run_lock import run_lock
+    from megatron_moe_lpr.training.schedule_notes import schedule_notes
     from megatron_moe_lpr.training.setup import prepare, print_overview
     from megatron_moe_lpr.training.start_marker import mark_start, mount_point, refuse_lost_directory
 
@@ -49,6 +50,8 @@ def pretrain(config: "TrainingConfig") -> bool:
             writer.say(f"resuming from step {run.state.iteration:,} in {save}")
         else:
             writer.say(f"beginning at step 0: no checkpoint in {save} (file system mounted at {mount_point(save)})")
+        for note in schedule_notes(run.config, run.state.iteration, run.own.recorded if run.own else None):
+            writer.say(note)
         try:
             finished = Trainer(run, writer, lock, heartbeat).train()
         finally:
@@ -99,7 +102,7 @@ def _end_with_launcher() -> None:
         return
     launcher = int(os.environ.get(LAUNCHER, os.getppid()))
     # Where a script stands between, that is the parent.
-    parent = launcher if start_time(launcher) is None else os.getppid()
+    parent = os.getppid() if is_running(launcher) else launcher
     end_with_parent(signal.SIGTERM, parent, grace=ORPHAN_SECONDS)
 
 

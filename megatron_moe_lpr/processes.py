@@ -95,21 +95,52 @@ def shielded_from(numbers: Iterable[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def is_running(process: int) -> bool:
+    """Whether a process of this number runs on this machine, also where /proc hides it (`hidepid`, other users').
+
+    A number is used again after its process has ended: see `start_time`.
+    """
+    if process < 1:  # kill would mean a group of processes
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return not _is_zombie(process)
+
+
 def start_time(process: int) -> float | None:
-    """When a process of this machine started, in a unit of the machine's own; None: there is no such process.
+    """When a process of this machine started, in a unit of the machine's own; None: it has ended, or is hidden.
 
     A number is used again after its process has ended. Number and start together are one process only. On Linux the
     start is in clock ticks since boot, which, unlike the time of day, nobody adjusts.
     """
     if sys.platform == "linux":
-        try:
-            with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
-                state, *fields = file.read().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        return None if state in "ZX" else float(fields[18])
+        fields = _stat_fields(process)
+        return None if fields is None or fields[0] in "ZX" else float(fields[19])
     try:
         found = psutil.Process(process)
         return None if found.status() == psutil.STATUS_ZOMBIE else found.create_time()
-    except psutil.NoSuchProcess:
+    except psutil.Error:
+        return None
+
+
+def _is_zombie(process: int) -> bool:
+    if sys.platform == "linux":
+        fields = _stat_fields(process)
+        return fields is not None and fields[0] in "ZX"
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _stat_fields(process: int) -> list[str] | None:
+    """/proc/PID/stat from the state on; None: no such process, or one that this user may not see."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None

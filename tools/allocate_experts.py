@@ -14,6 +14,7 @@ from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG, write_experts_per_layer
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     import torch
@@ -29,17 +30,17 @@ class Flags:
     """A dataset for each language, original and expanded."""
     original_languages: list[str]
     """Languages that the dense model already knows, as the datasets name them, for example en es zh."""
-    budget: int | None = None
+    budget: PositiveInt | None = None
     """Most new experts in all layers together. Default: 2 for each layer, as in the published allocations."""
-    multiple_of: int = 1
+    multiple_of: PositiveInt = 1
     """New experts of a layer come in multiples of this: the --expert-model-parallel-size of the run."""
-    uniform_count: int | None = None
+    uniform_count: PositiveInt | None = None
     """Give each layer this many experts, the original one included, or none. Needed for an export."""
-    dense_layers: tuple[int, ...] = ()
+    dense_layers: tuple[NonNegativeInt, ...] = ()
     """Numbers of layers that get no experts, for example those marked poor."""
-    tokens_per_language: int = 20_000
+    tokens_per_language: PositiveInt = 20_000
     """Tokens of each language to measure with."""
-    seq_length: int = 256
+    seq_length: PositiveInt = 256
     """Tokens of a sequence in that sample."""
     output: Path | None = None
     """JSON file to write, for --experts-per-layer of convert_hf.py and plan.py."""

@@ -25,6 +25,7 @@ from megatron_moe_lpr.evaluation.benchmarks.scores import MODELS, benchmark_reco
 from megatron_moe_lpr.evaluation.benchmarks.tables import benchmarks_table
 from megatron_moe_lpr.evaluation.benchmarks.tasks import ChosenTasks, choose_tasks
 from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 RECORD_FILE = "benchmarks.json"
 
@@ -45,9 +46,9 @@ class Flags:
     """Directory for lm_eval's results, a directory for each model and benchmark, and benchmarks.json beside them."""
     benchmarks: tuple[str, ...] = ("arc", "hellaswag", "mmlu", "belebele")
     """Which of arc, hellaswag, mmlu, belebele and flores to run."""
-    num_fewshot: int | None = None
+    num_fewshot: NonNegativeInt | None = None
     """Examples in the prompt. Default: 25 for arc, 10 for hellaswag, 5 for mmlu and belebele, 8 for flores."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Only the first N questions of each task, for a trial."""
     model: str = "hf"
     """lm_eval's kind of model: hf or vllm."""
@@ -71,6 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in MODELS:
         if not (getattr(flags, name) / "config.json").is_file():
             raise UserError(f"--{name} {getattr(flags, name)}: no config.json there; give a Hugging Face directory")
+        if "," in str(getattr(flags, name)):
+            raise UserError(f"--{name} {getattr(flags, name)}: lm_eval takes no comma in a path; rename the directory")
     languages = [*flags.original_languages, *flags.expanded_languages]
     chosen = choose_tasks(flags.benchmarks, languages, known_tasks(flags.include_path))
     print(*(line for one in chosen for line in one.lines()), sep="\n", flush=True)

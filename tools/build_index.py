@@ -11,7 +11,8 @@ import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.reading.config import DataConfig, cache_directory, read_data_sources
-from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.errors import run_command
+from megatron_moe_lpr.flag_ranges import PositiveInt, Range
 
 
 @dataclasses.dataclass
@@ -19,16 +20,14 @@ class Flags:
     """Build the index maps of a training run beforehand."""
 
     data: Annotated[DataConfig, tyro.conf.OmitArgPrefixes]
-    seq_length: int
+    seq_length: PositiveInt
     """Tokens of a sample: the training's --seq-length."""
-    train_samples: int
+    train_samples: Annotated[int, Range(1, 2**53)]
     """Samples of the whole run: --train-iters times --global-batch-size of the training."""
 
 
 def main() -> None:
     flags = parse_flags(Flags, description=__doc__)
-    if flags.seq_length < 1 or flags.train_samples < 1:
-        raise UserError("--seq-length and --train-samples: at least 1")
     sources = read_data_sources(flags.data)
     for share in sources.shares(flags.train_samples * flags.seq_length):
         kind = "original" if share.is_original else "expanded"

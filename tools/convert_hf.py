@@ -10,6 +10,7 @@ import tyro
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.flag_ranges import NonNegativeFloat, PositiveInt, Seed
 from megatron_moe_lpr.platform import PlatformName, select_platform
 
 # torch, and for some of the sub-commands Megatron and transformers, take seconds: each imports what it needs.
@@ -23,23 +24,23 @@ class Import:
     """Directory with config.json and safetensors weights."""
     save: Path
     """Checkpoint directory to write."""
-    num_experts: int | None = None
+    num_experts: PositiveInt | None = None
     """Experts per layer, with the original one; 1: stay dense. Default: 6 (paper), or what a MoE or adapter has."""
-    top_k: int | None = None
+    top_k: PositiveInt | None = None
     """Experts per token. Default: the paper's 2."""
     moe_layer_freq: str | None = None
     """Layers with experts: N for every N-th from layer 0 on, or a pattern: "[0]+[1]*31". Default: 1, every layer."""
     experts_per_layer: str | None = None
     """Instead: experts of each layer (1: dense), as 5,4,3,... or as the JSON file of tools/allocate_experts.py."""
-    expand_blocks: int | None = None
+    expand_blocks: PositiveInt | None = None
     """Stay dense and insert N copied blocks, one after each of N groups, for --stage blocks (LLaMA-Pro)."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the routers' initial values."""
     adapter: Path | None = None
     """Take experts and routers from an adapter of the authors' implementation (peft_type MOE); --hf is its base."""
     allow_top_1: bool = False
     """Accept --top-k 1, although the upcycled model then differs from the dense one."""
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: PositiveInt = 1
     """Only a check: does this EP size divide the number of new experts?"""
     overwrite: bool = False
     """Replace what is at --save."""
@@ -78,9 +79,9 @@ class Expand:
     """Checkpoint directory to write."""
     add_experts: str
     """New experts: one number for every layer that has experts, or one for each layer (0: none), as in 0,2,2,1."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the routers' new rows."""
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: PositiveInt = 1
     """Only a check: does this EP size divide the number of experts of each expansion?"""
     base_checkpoint: Path | None = None
     """For a --load of --save-trainable-only: directory of the checkpoint that its run started from, if it has moved."""
@@ -160,11 +161,11 @@ class Verify:
     """Hugging Face directory to compare with, loaded by transformers' own class."""
     base_checkpoint: Path | None = None
     """For a --load of --save-trainable-only: directory of the checkpoint that its run started from, if it has moved."""
-    tolerance: float = 1e-3
+    tolerance: NonNegativeFloat = 1e-3
     """Largest difference of any logit that still counts as equal."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What both models compute in; bfloat16 halves the memory and needs a tolerance of some tenths."""
-    seq_length: int = 64
+    seq_length: PositiveInt = 64
     """Tokens in each of the two sequences."""
     platform: PlatformName = "auto"
     """Where to compute."""

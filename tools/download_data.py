@@ -18,6 +18,7 @@ from megatron_moe_lpr.data.preparation.corpora import CORPORA, corpus_of
 from megatron_moe_lpr.data.preparation.hub import Shard, disk_need, download, find_shards, remove_staging
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 RECORD_FILE = "corpus.json"
 
@@ -30,9 +31,9 @@ class Flags:
     """LANGUAGE, or LANGUAGE=N for N files instead of --shards, for example el=30 hu=30 en=8."""
     output: Path
     """Directory for the text and for corpus.json, which records its source."""
-    shards: int = 1
+    shards: PositiveInt = 1
     """Files of each language for training."""
-    valid_shards: int = 1
+    valid_shards: NonNegativeInt = 1
     """Files of each language for validation, the next ones after those for training."""
     corpus: tuple[str, ...] = ()
     """LANGUAGE=NAME to take another corpus than the paper: culturax, slimpajama or skypile."""
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
 def shard_count(text: str, default: int) -> tuple[str, int]:
     """`el=30` to ("el", 30)."""
     language, _, number = text.partition("=")
-    count = default if not number else int(number) if number.isdecimal() else 0
+    count = default if not number else int(number) if number.isdecimal() and len(number) < 10 else 0
     if not language or count < 1:
         raise UserError(f"--languages {text}: write LANGUAGE or LANGUAGE=N, with at least one file")
     return language, count

@@ -13,6 +13,7 @@ import tyro
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, naming, run_command
 from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.flag_ranges import PositiveInt
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import PlatformName
 
@@ -34,9 +35,9 @@ class Flags:
     """Languages that the dense model already knows. Default: as in the checkpoint's training."""
     output: Path | None = None
     """Write the results to this file as JSON too."""
-    seq_length: int = 512
+    seq_length: PositiveInt = 512
     """Tokens of a sequence, which bounds the context of a prediction."""
-    micro_batch_size: int = 4
+    micro_batch_size: PositiveInt = 4
     """Sequences a data-parallel rank computes at once."""
     bf16: bool = False
     """Compute in bfloat16. Default: the checkpoint's own dtype."""

@@ -12,6 +12,7 @@ from megatron_moe_lpr.data.preparation.inspection import counts_table, samples_t
 from megatron_moe_lpr.data.preparation.merging import expand_prefixes
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import run_command
+from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 
 @dataclasses.dataclass
@@ -22,11 +23,11 @@ class Flags:
     """Dataset prefixes, or a quoted glob."""
     tokenizer: str | None = None
     """The tokenizer that the datasets were made with. Without it no documents are decoded."""
-    samples: int = 3
+    samples: NonNegativeInt = 3
     """Documents to decode from each dataset, spread evenly over it."""
-    documents: list[int] = dataclasses.field(default_factory=list)
+    documents: list[NonNegativeInt] = dataclasses.field(default_factory=list)
     """Decode these documents instead, counted from 0."""
-    max_tokens: int = 200
+    max_tokens: PositiveInt = 200
     """Tokens to decode of each document."""
     verify: bool = False
     """Read everything and compare it with the checksums in the manifest."""

@@ -5,6 +5,7 @@ import dataclasses
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.preparation.merging import merge
 from megatron_moe_lpr.errors import run_command
+from megatron_moe_lpr.flag_ranges import Seed
 
 
 @dataclasses.dataclass
@@ -15,7 +16,7 @@ class Flags:
     """Dataset prefixes, or a quoted glob such as 'el-*-of-00008'."""
     output_prefix: str
     """Where to write: PREFIX.bin, PREFIX.idx and PREFIX.json."""
-    shuffle_seed: int | None = None
+    shuffle_seed: Seed | None = None
     """Shuffle the documents, deterministically; needs disk space for a second copy."""
     allow_missing_partitions: bool = False
     """Merge even if partitions are missing."""

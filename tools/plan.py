@@ -6,32 +6,28 @@ Layout flags that you give are kept; the others are searched.
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
-
-ABOVE_ZERO = (
-    *("gpus", "gpu_memory", "gpus_per_node", "seq_length", "micro_batch_size", "global_batch_size", "show"),
-    *("peak_tflops", "utilization", "node_bandwidth", "network_bandwidth"),
-)
+from megatron_moe_lpr.flag_ranges import PositiveFloat, PositiveInt, Range
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
     """Plan a run."""
 
-    gpus: int
+    gpus: PositiveInt
     """GPUs of the run."""
-    gpu_memory: float = 80.0
+    gpu_memory: PositiveFloat = 80.0
     """GiB of one GPU."""
-    gpus_per_node: int = 8
+    gpus_per_node: PositiveInt = 8
     """GPUs of one node. TP stays inside a node."""
     hf: Path | None = None
     """A dense Hugging Face directory (or its config.json), upcycled as the next four flags say."""
-    num_experts: int = 6
+    num_experts: PositiveInt = 6
     """Experts per layer, the original one included."""
-    top_k: int = 2
+    top_k: PositiveInt = 2
     """Experts per token."""
     moe_layer_freq: str = "1"
     """Which layers have experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31"."""
@@ -42,11 +38,11 @@ class Flags:
     """A converted checkpoint, instead of --hf."""
     stage: Literal["1", "2", "full", "blocks"] = "1"
     """1 trains new experts and routers, 2 routers, full everything, blocks the inserted blocks of --load."""
-    seq_length: int = 1024
+    seq_length: PositiveInt = 1024
     """Tokens of a sequence."""
-    micro_batch_size: int = 1
+    micro_batch_size: PositiveInt = 1
     """Sequences a data-parallel rank computes at once."""
-    global_batch_size: int = 512
+    global_batch_size: PositiveInt = 512
     """Sequences of an optimizer step."""
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
     """fp8: matrix products in FP8, the rest in bf16."""
@@ -56,27 +52,27 @@ class Flags:
     """With --precision fp8: keep the new experts' weights in FP8."""
     use_distributed_optimizer: bool = True
     """Split the optimizer's state over the data-parallel ranks."""
-    tensor_model_parallel_size: int | None = None
+    tensor_model_parallel_size: PositiveInt | None = None
     """TP. Default: searched."""
-    pipeline_model_parallel_size: int | None = None
+    pipeline_model_parallel_size: PositiveInt | None = None
     """PP. Default: searched."""
-    expert_model_parallel_size: int | None = None
+    expert_model_parallel_size: PositiveInt | None = None
     """EP. Default: searched."""
     recompute: Literal["none", "core_attn", "layernorm", "moe_act", "mlp", "moe", "full"] | None = None
     """Activation recomputation: none, one of training's --recompute-modules, or full layers. Default: searched."""
-    show: int = 8
+    show: PositiveInt = 8
     """Layouts to show."""
     routing: Path | None = None
     """JSON file of tools/evaluate.py --output, whose routing the communication is computed with. Default: balanced."""
-    original_share: float | None = None
+    original_share: Annotated[float, Range(0, 1)] | None = None
     """With --routing: share of original-language tokens. Default: as in the checkpoint's last training data."""
-    peak_tflops: float = 989.0
+    peak_tflops: PositiveFloat = 989.0
     """TFLOP/s of a GPU, by default an H100's in bf16 (1979 in FP8). This and the next three estimate step time."""
-    utilization: float = 0.4
+    utilization: Annotated[float, Range(0, 1, above=True)] = 0.4
     """Share of --peak-tflops that a step reaches: an assumption."""
-    node_bandwidth: float = 450.0
+    node_bandwidth: PositiveFloat = 450.0
     """GB/s that a GPU sends to others of its node."""
-    network_bandwidth: float = 50.0
+    network_bandwidth: PositiveFloat = 50.0
     """GB/s that a GPU sends to other nodes."""
 
 
@@ -114,17 +110,12 @@ def main() -> None:
 
 
 def _check(flags: Flags) -> None:
-    for name in ABOVE_ZERO:
-        if getattr(flags, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be above 0")
     if flags.fp8_param_gather and flags.precision != "fp8":
         raise UserError("--fp8-param-gather needs --precision fp8")
     if flags.fp8_param_gather and flags.fp8_recipe == "delayed":
         raise UserError("--fp8-param-gather is not supported with --fp8-recipe delayed; choose tensorwise or blockwise")
     if flags.original_share is not None and flags.routing is None:
         raise UserError("--original-share needs --routing")
-    if flags.original_share is not None and not 0 <= flags.original_share <= 1:
-        raise UserError(f"--original-share {flags.original_share}: from 0 to 1")
 
 
 def read_shape(flags: Flags):

@@ -19,6 +19,7 @@ from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
 from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess
 from megatron_moe_lpr.data.preparation.sources import MAX_LINE_BYTES
 from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.flag_ranges import PositiveInt, Range, Seed
 
 
 @dataclasses.dataclass
@@ -37,11 +38,13 @@ class Flags:
     """The JSON key (or parquet column) of each document's language; one PREFIX_LANGUAGE each."""
     json_key: str = "text"
     """The JSON key (or parquet column) of the text."""
-    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    workers: Annotated[int, Range(1, 4096)] = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    )
     """Worker processes. The output is the same for every number."""
-    max_documents: int | None = None
+    max_documents: PositiveInt | None = None
     """Keep only the first N documents (of each language)."""
-    shuffle_seed: int | None = None
+    shuffle_seed: Seed | None = None
     """Shuffle the documents at the end, deterministically; needs disk space for a second copy."""
     partitions: Annotated[str, tyro.conf.arg(metavar="I/N")] = "1/1"
     """Convert only partition I (from 1) of N, to PREFIX-0000I-of-0000N; tools/merge_datasets.py joins them."""
@@ -105,7 +108,7 @@ def plan(flags: Flags) -> PreprocessingPlan:
 
 def parse_partition(text: str) -> tuple[int, int]:
     """`2/8` to (2, 8)."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     index, count = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= index <= count:
         raise UserError(f"--partitions {text}: write I/N with I from 1 to N, for example 1/8 to 8/8")

@@ -42,7 +42,7 @@ class Retention:
             return
         if self.interval < 1:
             raise UserError(f"--save-retain-interval {self.interval}: must be at least 1 step")
-        if save_interval is None or self.interval % save_interval:
+        if not save_interval or self.interval % save_interval:
             raise UserError(
                 f"--save-retain-interval {self.interval}: must be a multiple of --save-interval "
                 f"({save_interval or 'not given'}), or no checkpoint would ever be one to retain"

@@ -37,6 +37,8 @@ class LossSums:
     """[languages], fp64: summed loss of the tokens with that language's tag."""
     tokens: torch.Tensor
     """[languages], fp64."""
+    text_loss: torch.Tensor | None = None
+    """[languages], fp64: `loss` with the tokens of the text that the loss mask leaves out; None: not summed."""
 
     @property
     def mean(self) -> float:
@@ -48,20 +50,24 @@ class LossSums:
         return (self.loss[language] / self.tokens[language]).item()
 
     def __add__(self, other: "LossSums") -> "LossSums":
-        return LossSums(self.loss + other.loss, self.tokens + other.tokens)
+        text_loss = None
+        if self.text_loss is not None and other.text_loss is not None:
+            text_loss = self.text_loss + other.text_loss
+        return LossSums(self.loss + other.loss, self.tokens + other.tokens, text_loss)
 
     def over_ranks_that_stay(self, leaves: bool) -> "LossSums | None":
         """`over_ranks`, or None on every rank where any of them leaves: both are agreed on at once."""
+        parts = [part for part in (self.loss, self.tokens, self.text_loss) if part is not None]
         flag = torch.full((1,), float(leaves), dtype=self.loss.dtype, device=self.loss.device)
-        total = torch.cat((self.loss, self.tokens, flag))
+        total = torch.cat((*parts, flag))
         with waiting_for("the losses of all ranks", on_peers=True):
             dist.all_reduce(total)
-            loss, tokens, leaving = total.cpu().split((len(self.loss), len(self.tokens), 1))
-        return None if leaving.item() else LossSums(loss, tokens)
+            *sums, leaving = total.cpu().split((*map(len, parts), 1))
+        return None if leaving.item() else LossSums(*sums)
 
     def over_ranks(self) -> "LossSums":
         """Summed over all ranks, on the host, which waits for the device. Every rank must call it."""
-        total = torch.stack((self.loss, self.tokens))
+        total = torch.stack([part for part in (self.loss, self.tokens, self.text_loss) if part is not None])
         with waiting_for("the losses of all ranks", on_peers=True):
             dist.all_reduce(total)
             return LossSums(*total.cpu())
@@ -181,16 +187,18 @@ def _loss(batch: Batch, languages: int, output: torch.Tensor) -> tuple[torch.Ten
     mask = batch["loss_mask"]
     losses = output.float() * mask
     tokens = mask.sum()
-    report = torch.zeros(2, languages, dtype=torch.float64, device=output.device)
+    report = torch.zeros(3, languages, dtype=torch.float64, device=output.device)
     language = batch["language"].clamp(min=0).flatten()  # padding has no loss: its zeros may go anywhere
     report[0].index_add_(0, language, losses.detach().double().flatten())
     report[1].index_add_(0, language, mask.double().flatten())
+    text = torch.where(batch["language"] >= 0, output.detach(), 0.0)
+    report[2].index_add_(0, language, text.double().flatten())
     return losses.sum(), tokens.to(torch.int), report
 
 
 def _sum_of_rank(reports: list[torch.Tensor], languages: int, device: torch.device) -> LossSums:
     """The last stage has the reports, equal on its TP ranks: one of these counts for all."""
-    total = torch.zeros(2, languages, dtype=torch.float64, device=device)
+    total = torch.zeros(3, languages, dtype=torch.float64, device=device)
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
         total += torch.stack(reports).sum(dim=0)
-    return LossSums(total[0], total[1])
+    return LossSums(*total)

@@ -16,7 +16,7 @@ from megatron_moe_lpr.model.configuration.config import ModelShape, MoELPRConfig
 from megatron_moe_lpr.model.moe.routing_statistics import RoutingReport
 
 MICRO_BATCHES_A_PASS = 8
-"""Micro-batches that go through the schedule of a pipeline together: enough to fill it. Without a pipeline: one."""
+"""Micro-batches that go through the schedule of a pipeline together, at most: enough to fill it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +26,11 @@ class DatasetLoss:
     name: str
     language: str
     loss: float
-    """Mean of -ln p over the predicted tokens."""
+    """Mean of -ln p over the tokens that the loss mask keeps."""
     tokens: int
     bits_per_byte: float | None
-    """None where only a part of the dataset was used: its bytes are not known."""
+    """Of the whole text, whatever the loss mask; None where only a part of the dataset was used: its bytes are not
+    known."""
     routing: RoutingReport | None
     """None for a dense model."""
 
@@ -51,24 +52,21 @@ def evaluate_dataset(
     original_table: torch.Tensor,
     device: torch.device,
     micro_batch_size: int,
-    max_micro_batches: int | None = None,
     after_pass: Callable[[], bool] | None = None,
 ) -> DatasetLoss | None:
     """Run one dataset forward, at any layout. Every rank must call it; all get the same result.
 
     Args:
         original_table: bool [languages + 1], whether a language is original; the last entry is padding's.
-        max_micro_batches: use only so many of each rank's micro-batches.
         after_pass: called on every rank whenever micro-batches have gone through the schedule: whether this rank is to
             leave.
 
     Returns:
         None: a rank was to leave, so that all have left. There is no mean over the part that was computed.
     """
-    together = MICRO_BATCHES_A_PASS if parallel_state.get_pipeline_model_parallel_world_size() > 1 else 1
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    count = count_validation_micro_batches(dataset, micro_batch_size, size, together)
-    passes = count // together if max_micro_batches is None else math.ceil(min(count, max_micro_batches) / together)
+    together = _micro_batches_a_pass(count_validation_micro_batches(dataset, micro_batch_size, size))
+    passes = count_validation_micro_batches(dataset, micro_batch_size, size, together) // together
     batches = build_validation_iterator(dataset, micro_batch_size, rank, size, together)
     for chunk in chunks:
         chunk.eval()
@@ -84,13 +82,24 @@ def evaluate_dataset(
             total = sums if total is None else total + sums
         assert total is not None  # every dataset has a token to predict
         routing = collect_routing(chunks, shape) if config.num_moe_experts else None
-    tokens = int(total.tokens.sum())
-    text_bytes = dataset.text_bytes if tokens == dataset.predicted_tokens else None
+    bits = float(total.text_loss.sum()) / math.log(2) if total.text_loss is not None else None
     return DatasetLoss(
         name=dataset.name,
         language=dataset.language,
         loss=total.mean,
-        tokens=tokens,
-        bits_per_byte=float(total.loss.sum()) / math.log(2) / text_bytes if text_bytes else None,
+        tokens=int(total.tokens.sum()),
+        bits_per_byte=bits / dataset.text_bytes if bits is not None and dataset.text_bytes else None,
         routing=routing,
     )
+
+
+def _micro_batches_a_pass(needed: int) -> int:
+    """One without a pipeline. To fill a pipeline several, which an interleaved schedule wants in multiples of its ranks.
+
+    Args:
+        needed: micro-batches of the dataset.
+    """
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
+    multiple = pipeline if interleaved else 1
+    return math.ceil(min(MICRO_BATCHES_A_PASS if pipeline > 1 else 1, needed) / multiple) * multiple

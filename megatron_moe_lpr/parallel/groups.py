@@ -10,8 +10,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform
+
+MOST_PORTS = 65535
 
 
 def initialize_parallel(
@@ -81,6 +84,29 @@ def _exists(group: dist.ProcessGroup) -> bool:
 def _join_world(platform: Platform, timeout: datetime.timedelta) -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         device = platform.device if platform.on_gpus else None
-        dist.init_process_group(platform.backend, timeout=timeout, device_id=device)
+        _check_world()
+        try:
+            dist.init_process_group(platform.backend, timeout=timeout, device_id=device)
+        except dist.DistError as error:
+            place = f"MASTER_ADDR {os.environ.get('MASTER_ADDR')} MASTER_PORT {os.environ.get('MASTER_PORT')}"
+            raise UserError(f"{place}: the ranks cannot meet there ({str(error).splitlines()[0]})") from error
     else:
         dist.init_process_group(platform.backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+
+
+def _check_world() -> None:
+    """Check what a launcher other than torchrun may get wrong."""
+    numbers = {}
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError("environment variable MASTER_ADDR is not set; start with torchrun")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        text = os.environ.get(name, "")
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise UserError(f"environment variable {name}={text}: a whole number is expected; start with torchrun")
+        numbers[name] = int(text)
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise UserError(
+            f"environment variable RANK={numbers['RANK']}: must be below WORLD_SIZE={numbers['WORLD_SIZE']}"
+        )
+    if not 1 <= numbers["MASTER_PORT"] <= MOST_PORTS:
+        raise UserError(f"environment variable MASTER_PORT={numbers['MASTER_PORT']}: must be from 1 to {MOST_PORTS}")

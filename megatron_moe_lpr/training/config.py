@@ -12,6 +12,7 @@ import tyro
 from megatron_moe_lpr.checkpoint.retention import Retention
 from megatron_moe_lpr.data.reading.config import DataConfig
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_ranges import INT_MAX, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check_ranges
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import Platform, PlatformName
@@ -20,21 +21,24 @@ from megatron_moe_lpr.training.stages import StageOptions
 if TYPE_CHECKING:
     from megatron_moe_lpr.model.configuration.config import ComputeOptions
 
+Decay = Annotated[float, Range(0, 1, below=True)]
+"""Of a moment of Adam, which divides by what is left of 1."""
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchOptions:
     """Batch size and number of steps."""
 
-    train_iters: int
+    train_iters: PositiveInt
     """Optimizer steps of the whole run."""
-    micro_batch_size: int = 1
+    micro_batch_size: PositiveInt = 1
     """Sequences a data-parallel rank computes at once."""
-    global_batch_size: int = 512
+    global_batch_size: PositiveInt = 512
     """Sequences of an optimizer step, over all ranks and accumulated micro-batches. Paper: 512."""
-    seq_length: int = 1024
+    seq_length: PositiveInt = 1024
     """Tokens of a sequence. Paper: 1024 in stage 1, 512 in stage 2."""
 
-    def num_microbatches(self, data_parallel_size: int) -> int:
+    def num_microbatches(self, data_parallel_size: int = 1) -> int:
         """Micro-batches a rank accumulates in one step.
 
         Raises:
@@ -53,29 +57,29 @@ class BatchOptions:
 class OptimizerOptions:
     """AdamW, its learning rate over time, and gradient clipping. Defaults are the paper's."""
 
-    lr: float = 5e-5
+    lr: NonNegativeFloat = 5e-5
     """Highest learning rate."""
-    min_lr: float = 0.0
+    min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end."""
     lr_decay_style: Literal["cosine", "linear", "WSD", "constant"] = "cosine"
     """WSD: warm up, stay, decay in the last --lr-wsd-decay-iters steps."""
-    lr_decay_iters: int | None = None
-    """Steps until --min-lr. Default: --train-iters."""
-    lr_warmup_iters: int = 0
+    lr_decay_iters: PositiveInt | None = None
+    """Steps until --min-lr, at which later ones stay. Default: --train-iters."""
+    lr_warmup_iters: NonNegativeInt = 0
     """Steps of linear warm-up from 0."""
-    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_iters: PositiveInt | None = None
     """Steps of WSD's decay. Default: a tenth of --lr-decay-iters."""
     lr_wsd_decay_style: Literal["cosine", "linear", "exponential", "minus_sqrt"] = "linear"
     """Shape of WSD's decay."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of trainable matrices."""
-    adam_beta1: float = 0.9
+    adam_beta1: Decay = 0.9
     """Decay of the first moment."""
-    adam_beta2: float = 0.999
+    adam_beta2: Decay = 0.999
     """Decay of the second moment."""
-    adam_eps: float = 1e-8
-    """Added to the root of the second moment."""
-    clip_grad: float = 1.0
+    adam_eps: Annotated[float, Range(1e-37, 1)] = 1e-8
+    """Added to the root of the second moment. Above 0 in float32, or what has no gradient would become NaN."""
+    clip_grad: NonNegativeFloat = 1.0
     """Largest norm of all gradients together; 0: no clipping."""
     use_distributed_optimizer: bool = False
     """Split the optimizer's state over the data-parallel ranks. Always so in bf16."""
@@ -89,6 +93,37 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+
+    def check_schedule(self, train_iters: int) -> None:
+        """Check the settings of the schedule against each other, as Megatron's OptimizerParamScheduler asserts them.
+
+        Raises:
+            UserError: naming the flags.
+        """
+        if self.min_lr > self.lr:
+            raise UserError(f"--min-lr {self.min_lr}: must be at most --lr {self.lr}, the highest learning rate")
+        decay = self.decay_iters(train_iters)
+        name = "--train-iters" if self.lr_decay_iters is None else "--lr-decay-iters"
+        if self.lr_warmup_iters >= decay:
+            raise UserError(f"--lr-warmup-iters {self.lr_warmup_iters}: must be below {name} {decay}")
+        if self.lr_decay_style == "WSD" and self.wsd_decay_iters(train_iters) > decay - self.lr_warmup_iters:
+            raise UserError(
+                f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters}: must be at most {decay - self.lr_warmup_iters}, what "
+                f"--lr-warmup-iters {self.lr_warmup_iters} leaves of {name} {decay}"
+            )
+
+    def decay_iters(self, train_iters: int) -> int:
+        """Steps until --min-lr."""
+        return self.lr_decay_iters or train_iters
+
+    def wsd_decay_iters(self, train_iters: int) -> int:
+        """Steps of WSD's decay, by default a tenth of all, or what the warm-up leaves."""
+        decay = self.decay_iters(train_iters)
+        return self.lr_wsd_decay_iters or max(1, min(decay // 10, decay - self.lr_warmup_iters))
+
+    def iters_after_decay(self, train_iters: int) -> int:
+        """Steps of a run that come after --lr-decay-iters and train with --min-lr."""
+        return 0 if self.lr_decay_style == "constant" else max(0, train_iters - self.decay_iters(train_iters))
 
     def on(self, platform: Platform) -> "OptimizerOptions":
         """These options with the platform's launch defaults."""
@@ -115,7 +150,7 @@ class PrecisionOptions:
     """Recompute activations in the backward pass: whole layers, or --recompute-modules."""
     recompute_method: Literal["uniform", "block"] | None = None
     """Full recompute. uniform: groups of --recompute-num-layers layers; block: only the first so many of a PP stage."""
-    recompute_num_layers: int | None = None
+    recompute_num_layers: PositiveInt | None = None
     """Layers for --recompute-method. Default: 1."""
     recompute_modules: tuple[str, ...] | None = None
     """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
@@ -156,17 +191,17 @@ class CheckpointOptions:
     """Checkpoint to take the weights from, at any layout. Once --save has a checkpoint of this run, that one counts."""
     save: Path
     """Directory for this run's checkpoints and logs. A run resumes from its newest checkpoint there."""
-    save_interval: int | None = None
-    """Steps between checkpoints. Default: only at the end and on SIGTERM or SIGUSR1."""
+    save_interval: NonNegativeInt | None = None
+    """Steps between checkpoints. Default, and 0: only at the end and on SIGTERM or SIGUSR1."""
     take_over: bool = False
     """Take over the lock in --save from a run on another host. Only if you know that run has ended."""
     base_checkpoint: Path | None = None
     """For a --load of --save-trainable-only: directory of the checkpoint that its run started from, if it has moved."""
     save_trainable_only: bool = False
     """Save only what trains. Such a checkpoint is of use only together with --load: keep that."""
-    save_retain_interval: int | None = None
+    save_retain_interval: PositiveInt | None = None
     """Keep the checkpoint of every K-th step for good, and the newest --keep-last-checkpoints (then 2 by default)."""
-    keep_last_checkpoints: int | None = None
+    keep_last_checkpoints: PositiveInt | None = None
     """Keep the newest N checkpoints; default: all. --load and a checkpoint that is being read are never removed."""
     async_save: bool = True
     """Copy the checkpoint into host memory and write it from there while training goes on."""
@@ -199,28 +234,28 @@ class GuardOptions:
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """stop: end the run. skip: leave weights and optimizer as they were and take the next batch."""
-    max_consecutive_skips: int = 10
+    max_consecutive_skips: PositiveInt = 10
     """Steps in a row that may be skipped; one more ends the run."""
-
-    def __post_init__(self) -> None:
-        if self.max_consecutive_skips < 1:
-            raise UserError(f"--max-consecutive-skips {self.max_consecutive_skips}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggingOptions:
     """Logs and evaluations."""
 
-    log_interval: int = 10
+    log_interval: PositiveInt = 10
     """Steps between log lines."""
-    eval_interval: int | None = None
-    """Steps between evaluations. Default: only at the end, if there is validation data."""
-    eval_iters: int | None = None
-    """Micro-batches of each validation dataset to use; default: all of it."""
+    eval_interval: NonNegativeInt | None = None
+    """Steps between evaluations. Default, and 0: only at the end, if there is validation data."""
+    eval_iters: Annotated[int, Range(-1, INT_MAX)] = -1
+    """Global batches (--global-batch-size) of each validation dataset to use; -1: all of it; 0: evaluate nothing."""
     tensorboard_dir: Path | None = None
     """Write TensorBoard events there."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project too."""
+
+    def valid_samples(self, global_batch_size: int) -> int | None:
+        """Sequences of each validation dataset that an evaluation uses; None: all."""
+        return None if self.eval_iters in (None, -1) else self.eval_iters * global_batch_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +274,11 @@ class TrainingConfig:
     guards: tyro.conf.OmitArgPrefixes[GuardOptions] = dataclasses.field(default_factory=GuardOptions)
     platform: PlatformName = "auto"
     """Where to run. auto: CUDA if there is a device."""
-    distributed_timeout_minutes: Annotated[int, tyro.conf.arg(name="distributed-timeout-minutes")] = 10
+    distributed_timeout_minutes: Annotated[PositiveInt, tyro.conf.arg(name="distributed-timeout-minutes")] = 10
     """A collective operation that takes longer ends the run; so does nine tenths of this time without progress."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         check_timeout(self.distributed_timeout_minutes)
+        self.batch.num_microbatches()
+        self.optimizer.check_schedule(self.batch.train_iters)

@@ -125,9 +125,15 @@ def refuse_differences(recorded: Mapping[str, Any], now: Mapping[str, Any], acce
         raise UserError(f"{place}: a run can be lengthened, not shortened ({_listed(found)}); stop it where you want")
 
 
-def recorded_schedule(recorded: Mapping[str, Any], options: OptimizerOptions) -> OptimizerOptions:
-    """The options with the checkpoint's schedule in place of the flags' (--use-checkpoint-opt-param-scheduler)."""
-    return dataclasses.replace(options, **{name: recorded[name] for name in SCHEDULE if name in recorded})
+def recorded_schedule(recorded: Mapping[str, Any], config: TrainingConfig) -> OptimizerOptions:
+    """The options with the checkpoint's schedule in place of the flags' (--use-checkpoint-opt-param-scheduler).
+
+    A schedule that was left to end with the run ends where it did, also in a run that was lengthened.
+    """
+    schedule = {name: recorded[name] for name in SCHEDULE if name in recorded}
+    if schedule.get("lr_decay_iters") is None and recorded.get("train_iters") != config.batch.train_iters:
+        schedule["lr_decay_iters"] = recorded.get("train_iters")
+    return dataclasses.replace(config.optimizer, **schedule)
 
 
 def _listed(found: Mapping[str, tuple[Any, Any]]) -> str:

@@ -242,7 +242,6 @@ class Trainer:
                 self.original_table,
                 run.platform.device,
                 run.config.batch.micro_batch_size,
-                run.config.logging.eval_iters,
                 self._after_pass,
             )
             if result is None:

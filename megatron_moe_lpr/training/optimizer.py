@@ -90,8 +90,8 @@ def build_schedule(
     optimizer: MegatronOptimizer, options: OptimizerOptions, batch: BatchOptions
 ) -> OptimizerParamScheduler:
     """Learning rate by consumed samples, as Megatron counts."""
-    decay_iters = options.lr_decay_iters or batch.train_iters
-    wsd_iters = options.lr_wsd_decay_iters or max(1, decay_iters // 10)
+    decay_iters = options.decay_iters(batch.train_iters)
+    wsd_iters = options.wsd_decay_iters(batch.train_iters)
     samples = batch.global_batch_size
     return OptimizerParamScheduler(
         optimizer,

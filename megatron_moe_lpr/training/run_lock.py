@@ -1,78 +1,36 @@
 """One run at a time writes to a --save directory.
 
-SAVE/run.lock names the process of rank 0: host, process number and start, and the SLURM job it belongs to. Whoever
-finds one decides by it alone whether that process can still be alive.
+SAVE/run.lock names the process of rank 0: host, process number and start, and the SLURM job it belongs to. That process
+holds `flock` on the file and sets the file's time anew every few seconds. Whoever finds one decides by these whether
+the process can still be alive, and where they don't tell, watches for a while whether the file's time moves. Only its
+own successive values are compared: machines' clocks differ.
 """
 
 import contextlib
 import dataclasses
-import datetime
 import fcntl
 import json
 import os
-import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import atomic_file
-from megatron_moe_lpr.processes import start_time
+from megatron_moe_lpr.training.lock_file import LockFile, is_locked, last_refreshed
+from megatron_moe_lpr.training.lock_holder import (
+    Holder,
+    has_ended,
+    has_ended_if_it_rests,
+    is_alive,
+    is_near,
+    this_process,
+)
 
 LOCK_FILE = "run.lock"
-
-
-@dataclasses.dataclass(frozen=True)
-class Holder:
-    """A process that writes to a --save directory."""
-
-    host: str
-    boot: str
-    """Of the host: it changes with each boot."""
-    namespace: str
-    """In which process numbers count: a container may have its own."""
-    process: int
-    start: float
-    """See `processes.start_time`."""
-    since: str
-    """Date and time, for people."""
-    job: str | None = None
-    """SLURM's number, the same for all starts of a job that is requeued."""
-    restart: int = 0
-    """How often SLURM has started that job before."""
-
-    def __str__(self) -> str:
-        job = f", SLURM job {self.job}" if self.job else ""
-        return f"process {self.process} on {self.host}, started {self.since}{job}"
-
-
-def this_process() -> Holder:
-    """Who is asking."""
-    return Holder(
-        host=socket.gethostname(),
-        boot=_read_text("/proc/sys/kernel/random/boot_id"),
-        namespace=_link("/proc/self/ns/pid"),
-        process=os.getpid(),
-        start=start_time(os.getpid()) or 0.0,
-        since=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        job=os.environ.get("SLURM_JOB_ID"),
-        restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-    )
-
-
-def has_ended(holder: Holder, asking: Holder) -> bool:
-    """Whether `holder` has certainly ended, seen from the process `asking`.
-
-    On the same host: its process is gone, or the number belongs to another one by now, or the host was booted since.
-    A later start of the same SLURM job: SLURM has ended the earlier one, or given up the node it was on.
-    """
-    if holder.job and holder.job == asking.job and asking.restart > holder.restart:
-        return True
-    if holder.host != asking.host:
-        return False
-    if holder.boot != asking.boot:
-        return True
-    return holder.namespace == asking.namespace and start_time(holder.process) != holder.start
+WATCH_SECONDS = 30.0
+"""A lock that was not refreshed for so long, many times `lock_file.REFRESH_SECONDS`, is refreshed by nobody."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +39,7 @@ class RunLock:
 
     path: Path | None = None
     holder: Holder | None = None
+    file: LockFile | None = None
 
     def check(self) -> None:
         """Before anything is written.
@@ -99,6 +58,8 @@ class RunLock:
         """Remove it, if it still is this process's."""
         if self.path is not None and read_lock(self.path) == self.holder:
             self.path.unlink(missing_ok=True)
+        if self.file is not None:
+            self.file.close()
 
 
 @contextlib.contextmanager
@@ -118,28 +79,52 @@ def run_lock(save: Path, take_over: bool = False) -> Iterator[RunLock]:
 def acquire(save: Path, take_over: bool = False) -> RunLock:
     """Take the lock of `save`, or that of a run that has ended. See `run_lock`."""
     save.mkdir(parents=True, exist_ok=True)
-    path, asking = save / LOCK_FILE, this_process()
-    with _alone_in(save):
-        holder = read_lock(path)
-        if holder is not None:
-            _check_free(path, holder, asking, take_over)
-            print(f"{path}: taken over from {holder}", file=sys.stderr, flush=True)
-        with atomic_file(path) as partial:
-            partial.write_text(json.dumps(dataclasses.asdict(asking)) + "\n", encoding="utf-8")
-    return RunLock(path, asking)
+    path, asking, ended = save / LOCK_FILE, this_process(), None
+    while True:
+        with _alone_in(save):
+            holder = read_lock(path)
+            if holder is None or holder == ended:
+                return _take(path, asking, holder)
+        # Outside the block: it may take a while, and its result holds for this holder only.
+        _check_free(path, holder, asking, take_over)
+        ended = holder
+
+
+def _take(path: Path, asking: Holder, before: Holder | None) -> RunLock:
+    if before is not None:
+        print(f"{path}: taken over from {before}", file=sys.stderr, flush=True)
+    with atomic_file(path) as partial:
+        file = LockFile(partial)
+        mine = dataclasses.replace(asking, flock=file.flock, refreshed=file.refreshed)
+        file.write(f"{json.dumps(dataclasses.asdict(mine))}\n".encode())
+    file.start_refreshing()
+    return RunLock(path, mine, file)
 
 
 def _check_free(path: Path, holder: Holder, asking: Holder, take_over: bool) -> None:
-    if has_ended(holder, asking):
+    locked = is_locked(path)
+    if has_ended(holder, asking, locked):
         return
-    here = (holder.host, holder.boot, holder.namespace) == (asking.host, asking.boot, asking.namespace)
-    if here:
+    alive = is_alive(holder, asking, locked)
+    if not alive and holder.refreshed and (take_over or is_near(holder, asking)):
+        alive = _is_refreshed(path, holder)
+        locked = is_locked(path)
+    if alive:
         raise UserError(f"--save {path.parent}: {holder} writes there; wait for its end, or choose another directory")
-    if not take_over:
+    if not take_over and not has_ended_if_it_rests(holder, asking, locked):
         raise UserError(
             f"--save {path.parent}: {holder} may still write there, which cannot be seen from {asking.host}; "
             "make sure that it has ended, then pass --take-over"
         )
+
+
+def _is_refreshed(path: Path, holder: Holder) -> bool:
+    """Watch whether somebody refreshes the lock."""
+    print(f"{path}: waiting {WATCH_SECONDS:.0f} s to see whether {holder} is alive", file=sys.stderr, flush=True)
+    before, end = last_refreshed(path), time.monotonic() + WATCH_SECONDS
+    while (now := last_refreshed(path)) == before and time.monotonic() < end:
+        time.sleep(min(1.0, WATCH_SECONDS / 10))
+    return now is not None and now != before
 
 
 def read_lock(path: Path) -> Holder | None:
@@ -149,7 +134,11 @@ def read_lock(path: Path) -> Holder | None:
         UserError: something else lies there.
     """
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        # A later version may write more.
+        return Holder(
+            **{field.name: fields[field.name] for field in dataclasses.fields(Holder) if field.name in fields}
+        )
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
@@ -169,17 +158,3 @@ def _alone_in(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""

@@ -114,11 +114,12 @@ def prepare(config: TrainingConfig) -> Run:
     if own:
         start, card = start_of(own, start, card, config.checkpoint.save)
     if own and config.checkpoint.use_checkpoint_opt_param_scheduler:
-        config = dataclasses.replace(config, optimizer=recorded_schedule(own.recorded, config.optimizer))
+        config = dataclasses.replace(config, optimizer=recorded_schedule(own.recorded, config))
         description = describe_run(config, stage, sources, options.dtype)
     lengths = own.lengths if own else [config.batch.train_iters]
     samples = [steps * config.batch.global_batch_size for steps in lengths]
-    datasets = build_datasets(sources, config.data, config.batch.seq_length, samples)
+    valid_samples = config.logging.valid_samples(config.batch.global_batch_size)
+    datasets = build_datasets(sources, config.data, config.batch.seq_length, samples, valid_samples)
     model, state = _build(config, stage, platform, options, start, own)
     model = dataclasses.replace(model, card=card)
     return Run(config, stage, platform, model, sources, datasets, state, num_microbatches, description, own)

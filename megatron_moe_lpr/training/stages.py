@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_moe_lpr.data.reading.config import DataSources
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_ranges import NonNegativeFloat, PositiveInt
 from megatron_moe_lpr.model.parameter_kinds import KINDS, ParameterKind, kind_of
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ class StageOptions:
 
     stage: StageName
     """What trains. 1: new experts and routers; 2: routers; full: everything; blocks: inserted blocks (LLaMA-Pro)."""
-    load_balancing_coeff: float | None = None
+    load_balancing_coeff: NonNegativeFloat | None = None
     """Weight of the load balancing loss, mean over layers of N * sum f_i P_i. Default: 0.01, in stage 2 0."""
-    lpr_loss_coeff: float | None = None
+    lpr_loss_coeff: NonNegativeFloat | None = None
     """Weight of the LPR loss. Default: 0.1 in stage 2, else 0."""
     lpr_loss_form: Literal["paper", "reference"] = "paper"
     """reference: an earlier implementation's form, for comparison only (docs/training.md)."""
@@ -89,7 +90,7 @@ class StageOptions:
     """Stage 1: train input and output embeddings too."""
     allow_original_languages: bool = False
     """Stage 1: accept training data of original languages."""
-    open_experts_iters: int | None = None
+    open_experts_iters: PositiveInt | None = None
     """After convert_hf.py expand: steps over which the latest experts come in. Default: a tenth of --train-iters."""
 
     def resolve(self) -> Stage:

@@ -1,15 +1,25 @@
 """The launcher around torchrun: exit codes, and a signal that reaches the workers."""
 
+import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import run as torchrun
 
+from megatron_moe_lpr import launch
+from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.launch import exit_code, last_lines
+from megatron_moe_lpr.launch_checks import check_launch
+from megatron_moe_lpr.parallel.groups import initialize_parallel
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import select_platform
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE
 from tests.launching.builders import ROOT
 
@@ -125,3 +135,98 @@ def test_the_last_lines_of_ranks_not_shown_are_told_when_one_fails(tmp_path):
     shown = [line for line in result.stderr.splitlines() if line.startswith("--- local rank")]
     assert shown == ["--- local rank 1, end of stdout.log"], result.stderr
     assert "seen by 1" in result.stderr
+
+
+@contextlib.contextmanager
+def taken_port():
+    """A port at which another program listens."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield other.getsockname()[1]
+
+
+def run_launcher(tmp_path, *flags):
+    """Exit code and standard error of a launcher of one worker that does nothing."""
+    (tmp_path / "worker.py").write_text("print('worker')")
+    command = [sys.executable, "-m", "megatron_moe_lpr.launch", *map(str, flags), str(tmp_path / "worker.py")]
+    result = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    return result.returncode, result.stderr
+
+
+def test_a_taken_master_port_is_one_line(tmp_path):
+    with taken_port() as port:
+        code, said = run_launcher(tmp_path, "--nproc-per-node", 1, "--master-port", port)
+    assert code == 2
+    assert said == f"error: --master-port {port}: another program uses this port, perhaps another run; give another\n"
+
+
+def test_a_port_that_is_taken_after_the_look_is_one_line_too(tmp_path, monkeypatch, capsys):
+    (tmp_path / "worker.py").write_text("")
+    monkeypatch.setattr(launch, "check_launch", lambda flags: None)
+    monkeypatch.setattr(launch, "ForwardedStop", lambda: None)
+    monkeypatch.setenv(launch.LAUNCHER, "")
+    with taken_port() as port, pytest.raises(SystemExit) as stop:
+        launch.main(["--nproc-per-node", "1", "--master-port", str(port), str(tmp_path / "worker.py")])
+    assert stop.value.code == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"--master-port {port}: " in errors[0] and "already in use" in errors[0]
+
+
+def test_a_port_of_zero_is_a_free_one(tmp_path):
+    assert run_launcher(tmp_path, "--nproc-per-node", 1, "--master-port", 0)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--master-port=70000"], "--master-port 70000: must be from 1 to 65535"),
+        (["--master-port=-1"], "--master-port -1: must be from 1 to 65535"),
+        (["--nnodes=2", "--master-port=0"], "--master-port 0: takes any free port"),
+        (["--nproc-per-node=0"], "--nproc-per-node 0: the ranks of a node, 1 or more"),
+        (["--nproc-per-node=many"], "--nproc-per-node many: the ranks of a node"),
+        (["--nnodes=0"], "--nnodes 0: a number of nodes, 1 or more"),
+        (["--nnodes=4:2"], "--nnodes 4:2: a number of nodes"),
+        (["--nnodes=2", "--node-rank=2"], "--node-rank 2: the nodes of --nnodes 2 are 0 to 1"),
+        (["--node-rank=-1"], "--node-rank -1: the nodes of"),
+        (["--max-restarts=-1"], "--max-restarts -1: must be at least 0"),
+    ],
+)
+def test_numbers_of_the_launcher(flags, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_launch(torchrun.get_args_parser().parse_args([*flags, "worker.py"]))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--standalone"], ["--nproc-per-node=auto"], ["--nnodes=1:4"], ["--nnodes=2", "--node-rank=1"]]
+)
+def test_numbers_that_the_launcher_takes(flags):
+    check_launch(torchrun.get_args_parser().parse_args([*flags, "worker.py"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000: must be from 1 to 65535"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0: must be from 1 to 65535"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT=x: a whole number"),
+        ({"RANK": "1"}, "RANK=1: must be below WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: a whole number"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+    ],
+)
+def test_the_environment_of_another_launcher(changes, words, monkeypatch):
+    for name, value in (
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | changes
+    ).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(words)):
+        initialize_parallel(select_platform("cpu"), ParallelLayout())
+
+
+def test_a_taken_port_without_torchrun_is_named(monkeypatch):
+    with taken_port() as port:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UserError, match=rf"MASTER_PORT {port}: the ranks cannot meet there .*already in use"):
+            initialize_parallel(select_platform("cpu"), ParallelLayout())

@@ -79,7 +79,7 @@ def parse_size(text: str) -> int:
     unit = text.strip()[len(number) :].strip().upper()
     try:
         size = int(float(number) * SIZE_UNITS[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise UserError(f"--max-shard-size {text}: a size such as 5GB or 500MB is expected") from None
     if size <= 0:
         raise UserError(f"--max-shard-size {text}: must be positive")

@@ -4,6 +4,7 @@ import dataclasses
 import glob
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -79,7 +80,8 @@ def expand_prefixes(inputs: Sequence[str]) -> list[str]:
     """Dataset prefixes; a glob matches the prefixes whose manifests are there."""
     prefixes: list[str] = []
     for pattern in map(strip_suffix, inputs):
-        matches = [pattern] if not glob.has_magic(pattern) else sorted(glob.glob(f"{pattern}.json"))
+        is_name = not glob.has_magic(pattern) or Path(f"{pattern}.json").exists()
+        matches = [pattern] if is_name else sorted(glob.glob(f"{pattern}.json"))
         if not matches:
             raise UserError(f"--input {pattern}: no dataset of that name ({pattern}.json)")
         prefixes += map(strip_suffix, matches)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 from megatron_moe_lpr.data.reading.blend import (
     BlendEntry,
@@ -13,6 +14,7 @@ from megatron_moe_lpr.data.reading.blend import (
 )
 from megatron_moe_lpr.data.reading.languages import LanguageRegistry
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_ranges import Range, Seed
 
 
 @dataclasses.dataclass
@@ -31,9 +33,9 @@ class DataConfig:
     """Languages that the dense model already knows, as the datasets name them, for example en es zh."""
     eod_mask_loss: bool = False
     """Do not train on predicting the token after an end of document."""
-    num_workers: int = 2
+    num_workers: Annotated[int, Range(0, 256)] = 2
     """Data loader processes on each rank; 0: load in the training process."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Decides the order of the samples."""
 
 

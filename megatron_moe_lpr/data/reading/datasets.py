@@ -20,7 +20,11 @@ class Datasets:
 
 
 def build_datasets(
-    sources: DataSources, config: DataConfig, sequence_length: int, train_samples: int | Sequence[int]
+    sources: DataSources,
+    config: DataConfig,
+    sequence_length: int,
+    train_samples: int | Sequence[int],
+    valid_samples: int | None = None,
 ) -> Datasets:
     """Build both; call it on every rank, or in one process without torch.distributed. See `build_training_dataset`.
 
@@ -28,12 +32,13 @@ def build_datasets(
         train_samples: of the run; several numbers, growing: of a run that was lengthened. The order of the samples
             depends on their number, so those of the shorter run stay as they were, and what was added is a dataset of
             its own behind them, in the order of the next seed.
+        valid_samples: of each validation dataset, from its first on; None: all.
     """
-    valid = build_validation_datasets(sources, config, sequence_length)
+    valid = build_validation_datasets(sources, config, sequence_length, valid_samples)
     ends = [train_samples] if isinstance(train_samples, int) else list(train_samples)
     parts = [
         build_training_dataset(
-            sources, dataclasses.replace(config, seed=config.seed + part), sequence_length, end - begin
+            sources, dataclasses.replace(config, seed=(config.seed + part) % 2**32), sequence_length, end - begin
         )
         for part, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
     ]
@@ -41,12 +46,12 @@ def build_datasets(
 
 
 def build_validation_datasets(
-    sources: DataSources, config: DataConfig, sequence_length: int
+    sources: DataSources, config: DataConfig, sequence_length: int, max_samples: int | None = None
 ) -> list[ValidationDataset]:
-    """The validation sets alone; no index map is needed."""
+    """The validation sets alone; no index map is needed. `max_samples`: of each, from its first on; 0: no sets."""
     return [
         ValidationDataset(
-            entry, sources.languages.id(entry.language), sequence_length, sources.eod, config.eod_mask_loss
+            entry, sources.languages.id(entry.language), sequence_length, sources.eod, config.eod_mask_loss, max_samples
         )
-        for entry in sources.valid
+        for entry in (sources.valid if max_samples != 0 else [])
     ]

@@ -18,21 +18,30 @@ class ValidationDataset(torch.utils.data.Dataset):
         name: the dataset's prefix.
         language: its language's name.
         predicted_tokens: tokens with a loss in one pass, where `eod_mask_loss` is off.
-        text_bytes: UTF-8 bytes of the text, for bits per byte; None where only a part of the documents is used.
+        text_bytes: UTF-8 bytes of the text, for bits per byte; None where only a part of it is used.
     """
 
     def __init__(
-        self, entry: BlendEntry, language: int, sequence_length: int, eod: int, eod_mask_loss: bool = False
+        self,
+        entry: BlendEntry,
+        language: int,
+        sequence_length: int,
+        eod: int,
+        eod_mask_loss: bool = False,
+        max_samples: int | None = None,
     ) -> None:
+        """`max_samples`: use only so many, from the first on; None: all."""
         self.name, self.language = entry.prefix, entry.language
         self._language, self._eod, self._eod_mask_loss = language, eod, eod_mask_loss
         self.sequence_length = sequence_length
         lengths = read_lengths(entry.prefix)
         self._first_token = int(np.sum(lengths[: entry.first_document], dtype=np.int64))
-        self._end_token = self._first_token + entry.tokens
+        predicted = entry.tokens - 1
+        self.predicted_tokens = predicted if max_samples is None else min(predicted, max_samples * sequence_length)
+        self._end_token = self._first_token + self.predicted_tokens + 1
         self._tokens = open_tokens(entry.prefix, np.dtype(entry.manifest.dtype))
-        self.predicted_tokens = entry.tokens - 1
-        self.text_bytes = entry.manifest.text_bytes if entry.tokens == entry.manifest.tokens else None
+        is_whole = self.predicted_tokens + 1 == entry.manifest.tokens
+        self.text_bytes = entry.manifest.text_bytes if is_whole else None
 
     def __len__(self) -> int:
         return -(-self.predicted_tokens // self.sequence_length)

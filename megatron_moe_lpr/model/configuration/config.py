@@ -144,7 +144,15 @@ def check_options(
         UserError: naming the flag.
     """
     check_fp8_flags(options.fp8, options.dtype)
-    check_recompute(options.recompute_granularity, options.recompute_num_layers, options.recompute_modules, options.fp8)
+    check_recompute(
+        options.recompute_granularity,
+        options.recompute_num_layers,
+        options.recompute_modules,
+        options.fp8,
+        options.recompute_method,
+        shape.architecture.num_layers
+        // (layout.pipeline_model_parallel_size * layout.num_virtual_stages_per_pipeline_rank),
+    )
     check_fp8_shapes(options.fp8, shape.architecture, layout, tokens)
     if options.original_expert_overlap and shape.max_experts == 1:
         raise UserError("--original-expert-overlap: the checkpoint is dense, it has no experts; leave the flag out")

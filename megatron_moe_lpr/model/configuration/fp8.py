@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from packaging.version import Version
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_ranges import NonNegativeInt
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import GPUFacts, Platform
@@ -59,9 +60,9 @@ class FP8Options:
     weights bf16, to the bit."""
     first_last_layers_bf16: bool = False
     """Compute the first and last layers in bf16; not with the recipe delayed."""
-    num_layers_at_start_in_bf16: int = 1
+    num_layers_at_start_in_bf16: NonNegativeInt = 1
     """With --first-last-layers-bf16: how many first layers."""
-    num_layers_at_end_in_bf16: int = 1
+    num_layers_at_end_in_bf16: NonNegativeInt = 1
     """With --first-last-layers-bf16: how many last layers."""
 
     @property

@@ -12,9 +12,17 @@ NOT_DELAYED = ("moe_act", "layernorm")
 
 
 def check_recompute(
-    granularity: str | None, num_layers: int | None, modules: Sequence[str] | None, fp8: FP8Options
+    granularity: str | None,
+    num_layers: int | None,
+    modules: Sequence[str] | None,
+    fp8: FP8Options,
+    method: str | None = None,
+    layers_of_a_chunk: int | None = None,
 ) -> None:
     """Check the flags of recompute against each other and against FP8 (TransformerConfig.__post_init__).
+
+    Args:
+        layers_of_a_chunk: layers that a rank computes one after the other; None: not known here.
 
     Raises:
         UserError: naming the flag.
@@ -24,6 +32,12 @@ def check_recompute(
             raise UserError("--recompute-num-layers is of --recompute-granularity full; leave it out")
     elif modules is not None:
         raise UserError("--recompute-modules needs --recompute-granularity selective")
+    if granularity == "full" and method != "block" and layers_of_a_chunk and layers_of_a_chunk % (num_layers or 1):
+        # Megatron cuts the layers into groups and would look for layers behind the last.
+        raise UserError(
+            f"--recompute-num-layers {num_layers}: does not divide the {layers_of_a_chunk} layers that a pipeline rank "
+            "computes together; choose a divisor, or --recompute-method block"
+        )
     unknown = [module for module in modules or () if module not in MODULES]
     if unknown:
         raise UserError(f"--recompute-modules {unknown[0]} is not one of {', '.join(MODULES)}")

@@ -1,0 +1,75 @@
+"""The launcher's own numbers: how many nodes and ranks, which node, and the port at which they meet.
+
+torchrun would end in a traceback, or wait for nodes that never come.
+"""
+
+import argparse
+import errno
+import os
+import re
+import socket
+
+from megatron_moe_lpr.errors import UserError
+
+PORTS = 65535
+DEFAULT_PORT = 29500
+"""torchrun's."""
+KINDS_OF_DEVICES = ("gpu", "cpu", "auto", "xpu")
+"""What torchrun takes for --nproc-per-node instead of a number."""
+
+
+def check_launch(flags: argparse.Namespace) -> None:
+    """Check what torchrun's parser leaves unchecked.
+
+    Args:
+        flags: as torchrun parses them.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    nodes = _nodes(flags.nnodes)
+    ranks = str(flags.nproc_per_node)
+    if ranks not in KINDS_OF_DEVICES and not re.fullmatch(r"[1-9]\d{0,5}", ranks):
+        raise UserError(f"--nproc-per-node {ranks}: the ranks of a node, 1 or more")
+    if flags.max_restarts < 0:
+        raise UserError(f"--max-restarts {flags.max_restarts}: must be at least 0")
+    if flags.standalone or flags.rdzv_backend != "static" or flags.rdzv_endpoint:
+        return  # the nodes meet elsewhere
+    if not 0 <= flags.node_rank < nodes:
+        raise UserError(f"--node-rank {flags.node_rank}: the nodes of --nnodes {flags.nnodes} are 0 to {nodes - 1}")
+    if flags.master_port is None and nodes == 1:
+        return  # torchrun takes a free one
+    port = DEFAULT_PORT if flags.master_port is None else flags.master_port
+    if not 0 <= port <= PORTS:
+        raise UserError(f"--master-port {port}: must be from 1 to {PORTS}")
+    if port == 0 and nodes > 1:
+        raise UserError("--master-port 0: takes any free port, which the other nodes would not find; give a number")
+    if flags.node_rank == 0 and port:
+        check_port(port, "--master-port")
+
+
+def check_port(port: int, flag: str) -> None:
+    """Check that this process can listen at a port of this machine.
+
+    Raises:
+        UserError: it is taken, or only root may.
+    """
+    dual = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(
+            ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
+        ).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"{flag} {port}: another program uses this port, perhaps another run; give another"
+            ) from None
+        raise UserError(f"{flag} {port}: {os.strerror(error.errno or 0)}; give another port") from None
+
+
+def _nodes(text: str) -> int:
+    """Most nodes of `4` or `2:4`."""
+    match = re.fullmatch(r"([1-9]\d{0,5})(?::([1-9]\d{0,5}))?", text)
+    if match is None or int(match[1]) > int(match[2] or match[1]):
+        raise UserError(f"--nnodes {text}: a number of nodes, 1 or more, or LEAST:MOST")
+    return int(match[2] or match[1])
