@@ -47,8 +47,9 @@ _selected: Platform | None = None
 def select_platform(name: PlatformName = "auto", tensor_parallel_size: int = 1) -> Platform:
     """Choose the platform once per process; `auto` takes CUDA where a device is visible.
 
-    Choosing the CPU installs the replacements of `platform.cpu`; on CUDA nothing is replaced, the environment is made
-    to keep fp32 products fp32 and, with `tensor_parallel_size` over 1, to launch kernels in order.
+    Choosing the CPU installs the replacements of `platform.cpu`. On CUDA nothing is replaced but the permutation of no
+    rows (`platform.no_rows`), and the environment is made to keep fp32 products fp32 and, with `tensor_parallel_size`
+    over 1, to launch kernels in order.
 
     Raises:
         UserError: CUDA was asked for and is missing, or another platform was chosen before.
@@ -87,6 +88,7 @@ def _select_cuda(tensor_parallel_size: int) -> Platform:
         raise UserError(
             "--platform cuda: no CUDA device is visible to PyTorch; check nvidia-smi, or pass --platform cpu"
         )
+    from megatron_moe_lpr.platform import no_rows
     from megatron_moe_lpr.platform.cuda import check_kernel_launch_order, gpu_facts, require_transformer_engine
 
     require_transformer_engine()
@@ -97,4 +99,5 @@ def _select_cuda(tensor_parallel_size: int) -> Platform:
     torch.cuda.set_device(local_rank)
     facts = gpu_facts()
     check_kernel_launch_order(os.environ, tensor_parallel_size, facts.capability)
+    no_rows.install()
     return Platform("cuda", "nccl", torch.device("cuda", local_rank), transformer_engine=True, gpu=facts)
