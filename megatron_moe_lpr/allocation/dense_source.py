@@ -65,4 +65,6 @@ def _checkpoint_source(path: Path) -> DenseSource:
     reader = open_reader(checkpoint)
     check_model_tensors(rows, reader)
     config = read_json(checkpoint.side_directory / CONFIG_FILE)
-    return DenseSource(config, architecture, rows, lambda row: read_row(row, reader, architecture, torch.float32))
+    return DenseSource(
+        config, architecture, rows, lambda row: [tensor.float() for tensor in read_row(row, reader, architecture)]
+    )

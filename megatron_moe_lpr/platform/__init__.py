@@ -10,14 +10,14 @@ import os
 from typing import TYPE_CHECKING, Literal
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.platform.facts import GPUFacts
+from megatron_moe_lpr.platform.facts import CPUFacts, GPUFacts
 
 if TYPE_CHECKING:
     import torch
 
 # Flags name this room's platforms, and are told before torch has been imported: it is where it is used.
 
-__all__ = ["GPUFacts", "Platform", "PlatformName", "select_platform"]
+__all__ = ["CPUFacts", "GPUFacts", "Platform", "PlatformName", "select_platform"]
 
 PlatformName = Literal["auto", "cpu", "cuda"]
 
@@ -34,11 +34,18 @@ class Platform:
     """Layers come from Transformer Engine; otherwise Megatron's local layers."""
     gpu: GPUFacts | None = None
     """What the device can do; None on the CPU."""
+    cpu: CPUFacts = dataclasses.field(default_factory=CPUFacts)
+    """What the processor can do, where it is what computes."""
 
     @property
     def on_gpus(self) -> bool:
         """Whether devices compute and their own library communicates, with groups over gloo beside it."""
         return self.name == "cuda"
+
+    @property
+    def multiplies_bf16(self) -> bool:
+        """Whether what computes has instructions for bfloat16, as every supported GPU has."""
+        return self.on_gpus or self.cpu.multiplies_bf16
 
 
 _selected: Platform | None = None
@@ -75,10 +82,10 @@ def select_platform(name: PlatformName = "auto", tensor_parallel_size: int = 1) 
 def _select_cpu() -> Platform:
     import torch
 
-    from megatron_moe_lpr.platform import cpu
+    from megatron_moe_lpr.platform import cpu, devices
 
     cpu.install()
-    return Platform("cpu", "gloo", torch.device("cpu"), transformer_engine=False)
+    return Platform("cpu", "gloo", torch.device("cpu"), transformer_engine=False, cpu=devices.cpu_facts())
 
 
 def _select_cuda(tensor_parallel_size: int) -> Platform:

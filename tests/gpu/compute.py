@@ -50,11 +50,12 @@ def compute(platform_name: str, checkpoint: Path, step: Step) -> dict[str, Any]:
     layout = ParallelLayout(**step.layout)
     platform = select_platform(platform_name, layout.tensor_model_parallel_size)
     initialize_parallel(platform, layout)
+    precision = PrecisionOptions(**step.precision)
     model = load_model(
         checkpoint,
         layout,
         platform,
-        PrecisionOptions(**step.precision).compute_options("float32", FP8Options(**step.fp8)),
+        precision.compute_options(precision.asked_dtype() or torch.float32, FP8Options(**step.fp8)),
         load_balancing_coeff=0.3,
         lpr_loss_coeff=0.5,
         calculate_per_token_loss=True,

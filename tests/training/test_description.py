@@ -12,7 +12,7 @@ from megatron_moe_lpr.training.config import TrainingConfig
 from megatron_moe_lpr.training.description import ACCEPTABLE, describe_run, differences, refuse_differences
 from tests.training.runs import LANGUAGES, training_config
 
-# Flags that may change in a resume without a word, each with its reason. A new flag belongs into `describe_run` or here.
+# Flags that may change in a resume without a word, each with its reason. A new one belongs into `describe_run` or here.
 NOT_RECORDED = {
     "stage.allow_original_languages": "only checked against the data, which are recorded",
     "batch.micro_batch_size": "cuts the same global batch otherwise: rounding alone",
