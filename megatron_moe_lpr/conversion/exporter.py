@@ -122,9 +122,22 @@ def export_hf(
             producer = _Producer(plan, progress, fingerprint, pool)
             write_safetensors(partial, specs, producer, max_shard_bytes)
             producer.finish()
-        plan = dataclasses.replace(plan, is_original=fingerprint.hexdigest() == plan.card.original_fingerprint)
+        plan = _with_verdict(plan, fingerprint.hexdigest())
         _write_side_files(plan, partial, card_options or CardOptions())
     return plan
+
+
+def _with_verdict(plan: ExportPlan, fingerprint: str) -> ExportPlan:
+    """The plan with what the fingerprint of the written weights says about them."""
+    is_original = fingerprint == plan.card.original_fingerprint
+    trained = any(entry.get("stage") == "full" or entry.get("train_embeddings") for entry in plan.card.history)
+    warnings = plan.warnings
+    if not is_original and not trained:
+        warnings += (
+            f"{plan.checkpoint.path}: the dense model's weights are not its own to the bit, though no run has trained "
+            "them: versions before format 4 rounded them to what a run computed in; the model card says so",
+        )
+    return dataclasses.replace(plan, is_original=is_original, warnings=warnings)
 
 
 def plan_export(
