@@ -82,7 +82,7 @@ def test_zero_attention_biases(tmp_path: Path, cpu_platform: object) -> None:
 
 
 def test_norms_of_another_dtype_keep_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In checkpoint and export; transformers casts them to the matrices' dtype, in the dense model and in the export."""
+    """In checkpoint and export; transformers casts them to the matrices' dtype in both models."""
     dense = save_model("qwen2", tmp_path / "dense", torch.bfloat16)
 
     def widen(tensors: dict[str, torch.Tensor]) -> None:

@@ -44,16 +44,33 @@ def choose_dtype(asked: torch.dtype | None, default: str, platform: Platform) ->
 
 
 def say_dtype(asked: torch.dtype | None, default: str, stored: str, platform: Platform) -> None:
-    """On rank 0, say in one line where a run computes in another dtype than its user may expect, or slowly.
+    """Check that all ranks chose the same dtype; on rank 0, say in one line where it is another one than the user may
+    expect, or slow. With process groups every rank must call it.
 
     Args:
         stored: the dtype of the dense model's weights (`CheckpointCard.dtype`).
+
+    Raises:
+        UserError: on every rank: some processors have instructions for bfloat16 and some have none.
     """
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
+    if dist.is_initialized():
+        _check_agreement(choose_dtype(asked, default, platform))
+        if dist.get_rank() != 0:
+            return
     for words in (_words_about_default(asked, default, stored, platform), _words_about_speed(asked, platform)):
         if words:
             print(words, file=sys.stderr, flush=True)
+
+
+def _check_agreement(chosen: torch.dtype) -> None:
+    dtypes: list[torch.dtype | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(dtypes, chosen)
+    if len(set(dtypes)) > 1:
+        without = [str(rank) for rank, dtype in enumerate(dtypes) if dtype == torch.float32]
+        raise UserError(
+            f"the processors of ranks {', '.join(without)} have no instructions for bfloat16, and the others' have: "
+            "say what all shall compute in, --fp32 or --bf16"
+        )
 
 
 def _words_about_default(asked: torch.dtype | None, default: str, stored: str, platform: Platform) -> str | None:
