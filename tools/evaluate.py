@@ -40,9 +40,12 @@ class Flags:
     micro_batch_size: PositiveInt = 4
     """Sequences a data-parallel rank computes at once."""
     bf16: bool = False
-    """Compute in bfloat16. Default: the checkpoint's own dtype."""
+    """Compute in bfloat16. Default: what the last run computed in, or the checkpoint's own dtype; for a float16 one
+    bfloat16. CPUs without bf16 instructions compute in fp32 by default."""
     fp32: bool = False
     """Compute in fp32."""
+    fp16: bool = False
+    """Not offered: give --bf16 or --fp32."""
     layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
     verify: bool = True
     """Compare the checkpoint's files with their checksums before use."""
@@ -77,13 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def plan(flags: Flags) -> "EvaluationPlan":
     """Flags as the evaluation takes them. Raises UserError where they contradict each other."""
-    if flags.bf16 and flags.fp32:
-        raise UserError("--bf16 and --fp32: give one of them")
-    import torch
-
     from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan
+    from megatron_moe_lpr.model.configuration.dtype import asked_dtype
 
-    dtype = torch.bfloat16 if flags.bf16 else torch.float32 if flags.fp32 else None
+    dtype = asked_dtype(flags.bf16, flags.fp32, flags.fp16)
     fields = {field.name for field in dataclasses.fields(EvaluationPlan)} - {"dtype"}
     return EvaluationPlan(dtype=dtype, **{name: getattr(flags, name) for name in fields})
 

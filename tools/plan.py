@@ -163,7 +163,22 @@ def read_sizes(flags: Flags):
         distributed_optimizer=flags.use_distributed_optimizer,
         fp8_recipe=flags.fp8_recipe,
         fp8_param_gather=flags.fp8_param_gather,
+        stored_dtype=_stored_dtype(flags),
     )
+
+
+def _stored_dtype(flags: Flags):
+    """The dense model's dtype, as the checkpoint's card or config.json says it."""
+    from megatron_moe_lpr.checkpoint.card import MODEL_DTYPES, read_json
+    from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+
+    if flags.load is not None:
+        return resolve_checkpoint(flags.load).card().dtype
+    if flags.hf is None:
+        return None
+    config = read_json(flags.hf / "config.json" if flags.hf.is_dir() else flags.hf)
+    named = (config.get(name) for name in ("dtype", "torch_dtype"))
+    return next((dtype for dtype in named if dtype in MODEL_DTYPES), None)
 
 
 def _given(value):

@@ -76,6 +76,6 @@ def _checkpoint_source(path: Path) -> DenseSource:
         config = read_json(checkpoint.side_directory / CONFIG_FILE)
 
         def read(row: Row) -> list[torch.Tensor]:
-            return read_row(row, reader, architecture, torch.float32)
+            return [tensor.float() for tensor in read_row(row, reader, architecture)]
 
         return DenseSource(config, architecture, rows, read, locks.pop_all())

@@ -11,7 +11,7 @@ from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.json_files import checked_integer, is_integer, is_number, read_json, shown
 from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
 # Far above any model. A card that declares more would take the memory of the machine before a tensor is looked at.
 MAX_EXPERTS = 1024
@@ -44,7 +44,8 @@ class CheckpointCard:
     top_k: int
     """Experts per token in the layers that have a router."""
     dtype: str
-    """The model's dtype in torch's words, for example `bfloat16`; routers are float32 whatever it says."""
+    """The dtype of the dense model's matrices in torch's words, for example `float16`, which frozen weights keep. The
+    tensors say their own: trained ones have the dtype of their run's arithmetic, and routers are float32."""
     original_fingerprint: str
     """Digest of every weight of the dense model (`conversion/tensors/fingerprint.py`)."""
     router_seed: int | None = None
@@ -69,6 +70,14 @@ class CheckpointCard:
     def is_moe(self) -> bool:
         """At least one layer has a router."""
         return any(experts > 1 for experts in self.experts_per_layer)
+
+    @property
+    def compute_dtype(self) -> str:
+        """What to compute in where nobody says: as the last run did, else in the model's own dtype. Nothing computes in
+        float16, whose range is too small for gradients; bfloat16 takes its place."""
+        recorded = (entry.get("dtype") for entry in reversed(self.history))
+        dtype = next((name for name in recorded if name in MODEL_DTYPES), self.dtype)
+        return "bfloat16" if dtype == "float16" else dtype
 
     @property
     def num_experts(self) -> int:

@@ -63,7 +63,7 @@ def load_model(
 
     Args:
         path: a checkpoint directory or one iteration in it.
-        options: how to compute; by default in the checkpoint's own dtype.
+        options: how to compute; by default in the card's `compute_dtype`.
         build_arguments: further arguments of GPTModel.
         verified: compare every file with its checksum first, each rank a share of them.
         overrides: further fields of MoELPRConfig.
@@ -73,7 +73,7 @@ def load_model(
     """
     directory = path if isinstance(path, CheckpointDirectory) else open_checkpoint(path, verified)
     shape, card = model_shape(directory), directory.card()
-    options = options or ComputeOptions(dtype=getattr(torch, card.dtype))
+    options = options or ComputeOptions(dtype=getattr(torch, card.compute_dtype))
     check_sizes(directory, shape)
     config = transformer_config(shape, layout, platform, options, **overrides)
     chunks = build_model(shape, config, platform, **(build_arguments or {}))

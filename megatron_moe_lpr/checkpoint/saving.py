@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_moe_lpr.checkpoint.background import BackgroundWriter
 from megatron_moe_lpr.checkpoint.directory import finish_iteration, iteration_directory_name
+from megatron_moe_lpr.checkpoint.frozen_weights import FrozenWeights
 from megatron_moe_lpr.checkpoint.integrity import ChecksumStream, FileChecksum, write_manifest
 from megatron_moe_lpr.checkpoint.retention import remove_hidden
 from megatron_moe_lpr.checkpoint.share_writer import ShareStrategy, ShareWriter, writer_of
@@ -53,17 +54,25 @@ class _Pending:
 class CheckpointSaver:
     """Saves one state at a time. Every rank makes one and calls its methods in the same order."""
 
-    def __init__(self, root: Path, asynchronous: bool, on_complete: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        asynchronous: bool,
+        on_complete: Callable[[int], None] | None = None,
+        frozen: FrozenWeights | None = None,
+    ) -> None:
         """Megatron's groups must exist.
 
         Args:
             root: directory of the iteration directories.
             asynchronous: write from a process beside this one, started now.
             on_complete: called on rank 0 with each iteration whose checkpoint has become the latest.
+            frozen: what announces weights in the states that are saved; None: all have their values.
         """
         self.root, self.on_complete = Path(root), on_complete
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self.strategy = FullyParallelSaveStrategyWrapper(ShareStrategy(), group, do_cache_distribution=True)
+        self.frozen = frozen
+        self.strategy = FullyParallelSaveStrategyWrapper(ShareStrategy(frozen), group, do_cache_distribution=True)
         self.queue = AsyncCallsQueue(persistent=True)
         self.background = BackgroundWriter() if asynchronous else None
         self.queue.persistent_caller = self.background
@@ -71,12 +80,19 @@ class CheckpointSaver:
         self.validated = False
 
     def expect(self, state: ShardedStateDict, metadata: dict[str, Any]) -> None:
-        """Plan for states like this one and take the memory that a save needs, beside training: the first save then
-        takes no longer than later ones. Does nothing without a background writer."""
-        if self.background is None:
+        """Plan for states like this one and read the frozen weights that `frozen` announces. With a background writer,
+        take the memory that a save needs, beside training: the first save then takes no longer than later ones.
+
+        Raises:
+            UserError: on every rank: a frozen weight cannot be read.
+        """
+        if self.background is None and self.frozen is None:
             return
-        request = self.strategy.async_save(self._checked(state, metadata)[0], self.root)
-        self.background.expect(writer_of(request))
+        writer = writer_of(self.strategy.async_save(self._checked(state, metadata)[0], self.root))
+        if self.frozen:
+            _raise_first(writer.error)
+        if self.background:
+            self.background.expect(writer)
 
     def _checked(self, state: ShardedStateDict, metadata: dict[str, Any]) -> tuple[ShardedStateDict, dict[str, Any]]:
         """Sharded and common part of a state; that all ranks' parts fit together is looked at once."""
@@ -261,6 +277,14 @@ def _gathered(written: dict[str, FileChecksum]) -> list[dict[str, FileChecksum]]
     parts: list[dict[str, FileChecksum]] = [{} for _ in range(dist.get_world_size())]
     dist.gather_object(written, parts)
     return parts
+
+
+def _raise_first(error: Exception | None) -> None:
+    """Raise on every rank what one of them met."""
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, _reason(error) if error else None)
+    for reason in filter(None, reasons):
+        raise UserError(reason)
 
 
 def _from_rank_0(value: Any) -> Any:

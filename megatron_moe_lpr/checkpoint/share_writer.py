@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync,
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_moe_lpr.checkpoint.frozen_weights import FrozenWeights
 from megatron_moe_lpr.checkpoint.integrity import ChecksumStream, FileChecksum, OutputStream
 from megatron_moe_lpr.checkpoint.writer import save_blob, without_crc
 
@@ -134,8 +136,10 @@ class ShareWriter(FileSystemWriterAsync):
 class ShareStrategy(TorchDistSaveShardedStrategy):
     """Megatron-Core's strategy with ShareWriter in the place of its own writer."""
 
-    def __init__(self) -> None:
+    def __init__(self, frozen: FrozenWeights | None = None) -> None:
+        """`frozen` gives values to the weights that it has announced in the state."""
         super().__init__("torch_dist", 1, thread_count=FILES_PER_RANK)
+        self.frozen = frozen
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
         """Plan this rank's share. Every rank must call it.
@@ -145,6 +149,12 @@ class ShareStrategy(TorchDistSaveShardedStrategy):
         """
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
         writer = ShareWriter(checkpoint_dir)
+        if self.frozen:
+            try:
+                self.frozen.fill(part for parts in by_key.values() for part in parts if isinstance(part, ShardedTensor))
+            except Exception as error:
+                # The other ranks are on their way into the planning: they hear of it afterwards.
+                writer.error = error
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner)
 

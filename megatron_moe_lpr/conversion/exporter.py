@@ -1,8 +1,10 @@
 """Megatron -> Hugging Face: a stock MoE architecture, or the dense family where no layer has experts."""
 
 import dataclasses
+import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, kept_for_re
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.conversion.hugging_face.hf_config import SHARED_EXPERT_WIDTH, moe_config, with_both_rope_spellings
-from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import TRAINING_DTYPES, carry_files
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import llama_cpp_form
 from megatron_moe_lpr.conversion.hugging_face.model_card import CardOptions, write_model_card
 from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec, write_safetensors
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
+from megatron_moe_lpr.conversion.tensors.blocks import mark_inserted
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors
+from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.tensors.names import (
     DENSE_LAYOUT,
     MOE_LAYOUTS,
@@ -43,6 +47,7 @@ from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.progress import ProgressReport
 
 GENERATION_FILE = "generation_config.json"
+DTYPE_FIELDS = ("dtype", "torch_dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,25 +61,30 @@ class ExportPlan:
     config: dict
     rows: list[Row]
     reader: TensorReader
-    dtype: torch.dtype
     engine: Engine
     warnings: tuple[str, ...]
     """What the exported model does not compute as the checkpoint does."""
+    is_original: bool | None = None
+    """The weights of the dense model are its own, to the bit; None: not written yet."""
 
     def specs(self) -> list[TensorSpec]:
         """All tensors of the Hugging Face checkpoint, in the order they are written.
 
-        Routers keep float32: rounded to bfloat16, they would send a few tokens to another expert.
+        Each in its own dtype: the dense model's weights are its bits, and trained ones lose nothing. Routers are
+        float32: rounded to bfloat16, they would send a few tokens to another expert.
         """
         written = [
-            TensorSpec(name, shape, torch.float32 if row.role is Role.ROUTER else self.dtype)
+            TensorSpec(name, shape, torch.float32 if row.role is Role.ROUTER else self.reader.tensors[row.key].dtype)
             for row in self.rows
             for name, shape in zip(row.names, row.shapes, strict=True)
         ]
-        return written + [
-            TensorSpec(extra.name, extra.shape, torch.float32 if extra.is_router else self.dtype)
-            for extra in self.extra()
-        ]
+        dtypes = {spec.name: spec.dtype for spec in written}
+        return written + [TensorSpec(extra.name, extra.shape, self._dtype_of(extra, dtypes)) for extra in self.extra()]
+
+    def _dtype_of(self, extra: ExtraTensor, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+        if extra.is_router:
+            return torch.float32
+        return getattr(torch, self.card.dtype) if extra.copy_of is None else dtypes[extra.copy_of]
 
     def extra(self) -> list[ExtraTensor]:
         """Tensors that the stock architecture wants and the model does not have."""
@@ -107,12 +117,28 @@ def export_hf(
     with naming(hf), atomic_directory(hf, overwrite) as partial, kept_for_reading(load, base) as iteration:
         plan = plan_export(iteration, engine, verified, base)
         specs = plan.specs()
-        total = sum(spec.num_bytes for spec in specs)
+        total, fingerprint = sum(spec.num_bytes for spec in specs), OriginalFingerprint()
         check_disk_space(partial, total)
-        with ProgressReport("exporting", total) as progress:
-            write_safetensors(partial, specs, _Producer(plan, progress), max_shard_bytes)
+        with ProgressReport("exporting", total) as progress, ThreadPoolExecutor(1) as pool:
+            producer = _Producer(plan, progress, fingerprint, pool)
+            write_safetensors(partial, specs, producer, max_shard_bytes)
+            producer.finish()
+        plan = _with_verdict(plan, fingerprint.hexdigest())
         _write_side_files(plan, partial, card_options or CardOptions())
     return plan
+
+
+def _with_verdict(plan: ExportPlan, fingerprint: str) -> ExportPlan:
+    """The plan with what the fingerprint of the written weights says about them."""
+    is_original = fingerprint == plan.card.original_fingerprint
+    trained = any(entry.get("stage") == "full" or entry.get("train_embeddings") for entry in plan.card.history)
+    warnings = plan.warnings
+    if not is_original and not trained:
+        warnings += (
+            f"{plan.checkpoint.path}: the dense model's weights are not its own to the bit, though no run has trained "
+            "them: versions before format 4 rounded them to what a run computed in; the model card says so",
+        )
+    return dataclasses.replace(plan, is_original=is_original, warnings=warnings)
 
 
 def plan_export(
@@ -128,7 +154,7 @@ def plan_export(
         for layer in layers_of(checkpoint):
             verify_all(layer.path)
     card, architecture = checkpoint.card(), checkpoint.architecture()
-    config = _with_dtype(read_json(checkpoint.side_directory / CONFIG_FILE), card.dtype)
+    config = read_json(checkpoint.side_directory / CONFIG_FILE)
     warnings: tuple[str, ...] = ()
     if len(card.experts_per_layer) != architecture.num_layers or card.family != architecture.family.name:
         raise UserError(f"{checkpoint.side_directory}: {CARD_FILE} and {CONFIG_FILE} do not belong to one model")
@@ -146,15 +172,29 @@ def plan_export(
     if engine == "llama.cpp":
         config, layout, warnings = llama_cpp_form(config, architecture, layout, card)
     rows = model_rows(architecture, card.experts_per_layer, layout, card.expansions)
+    rows = mark_inserted(rows, architecture.num_layers, card.inserted_blocks)
     reader = open_reader(checkpoint)
     check_model_tensors(rows, reader)
-    dtype = getattr(torch, card.dtype)
-    return ExportPlan(checkpoint, card, architecture, layout, config, rows, reader, dtype, engine, warnings)
+    config = _with_dtype(config, [reader.tensors[row.key].dtype for row in rows if _decides_dtype(row)])
+    return ExportPlan(checkpoint, card, architecture, layout, config, rows, reader, engine, warnings)
 
 
-def _with_dtype(config: dict, dtype: str) -> dict:
-    """The configuration naming the dtype of the weights, which training may have changed."""
-    return config | {name: dtype for name in ("dtype", "torch_dtype") if name in config}
+def _decides_dtype(row: Row) -> bool:
+    """Matrices do. Readers cast norms and biases to these, as they do in the dense model, and routers as they like."""
+    return row.role is not Role.ROUTER and len(row.shape) > 1
+
+
+def _with_dtype(config: dict, dtypes: Collection[torch.dtype]) -> dict:
+    """The configuration naming the least dtype that holds all weights exactly: readers load a model in that one.
+
+    float32 where trained weights are bfloat16 and the dense model's float16, for example.
+    """
+    name = str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
+    fields = [field for field in DTYPE_FIELDS if field in config]
+    if not fields and len(set(dtypes)) > 1:
+        # Else readers take the dtype of whichever tensor comes first. transformers 4 and 5 know this name.
+        fields = ["torch_dtype"]
+    return config | dict.fromkeys(fields, name)
 
 
 def _dense_config(config: dict, architecture: Architecture) -> dict:
@@ -172,7 +212,7 @@ def check_model_tensors(rows: list[Row], reader: TensorReader) -> None:
     Optimizer state and whatever else training saves beside the model is not looked at.
 
     Raises:
-        UserError: naming the tensors that are missing, unexpected or of the wrong shape.
+        UserError: naming the tensors that are missing, unexpected or of the wrong shape or dtype.
     """
     expected = {row.key: row.shape for row in rows}
     present = {key for key in reader.tensors if is_model_key(key)}
@@ -182,27 +222,35 @@ def check_model_tensors(rows: list[Row], reader: TensorReader) -> None:
             raise UserError(f"{reader.directory}: the checkpoint {problem} {names}")
     for key, shape in expected.items():
         found = reader.tensors[key].shape
+        if reader.tensors[key].dtype not in TRAINING_DTYPES:
+            raise UserError(f"{reader.directory}: {key} has dtype {reader.tensors[key].dtype}, which no model here has")
         padded = key in VOCABULARY_KEYS and found[0] >= shape[0] and found[1:] == shape[1:]
         if found != shape and not padded:
             raise UserError(f"{reader.directory}: {key} has shape {list(found)}, the model wants {list(shape)}")
 
 
-def read_row(row: Row, reader: TensorReader, architecture: Architecture, dtype: torch.dtype) -> list[torch.Tensor]:
-    """The Hugging Face tensors of one row: query, key and value apart, the vocabulary's padding cut off."""
+def read_row(row: Row, reader: TensorReader, architecture: Architecture) -> list[torch.Tensor]:
+    """The Hugging Face tensors of one row in the stored dtype (routers: float32): query, key and value apart, the
+    vocabulary's padding cut off."""
     tensor = reader.read(row.key)
     if not is_finite(tensor):
         raise UserError(
             f"{reader.directory}: {row.key} holds NaN or infinite values; use a checkpoint from before they appeared"
         )
     parts = split_qkv(tensor, architecture) if len(row.shapes) > 1 else (tensor[: row.shapes[0][0]],)
-    return [part.reshape(shape).to(dtype) for part, shape in zip(parts, row.shapes, strict=True)]
+    shaped = [part.reshape(shape) for part, shape in zip(parts, row.shapes, strict=True)]
+    return [part.float() for part in shaped] if row.role is Role.ROUTER else shaped
 
 
 class _Producer:
     """Gives the tensors that `ExportPlan.specs` announces; query, key and value are read at once."""
 
-    def __init__(self, plan: ExportPlan, progress: ProgressReport) -> None:
+    def __init__(
+        self, plan: ExportPlan, progress: ProgressReport, fingerprint: OriginalFingerprint, pool: ThreadPoolExecutor
+    ) -> None:
         self.plan, self.progress = plan, progress
+        self.fingerprint, self.pool = fingerprint, pool
+        self.hashing: list[Future[None]] = []
         self.rows = {name: row for row in plan.rows for name in row.names}
         self.extra = {extra.name: extra.copy_of for extra in plan.extra()}
         self.ready: dict[str, torch.Tensor] = {}
@@ -213,12 +261,26 @@ class _Producer:
             copied = self.extra[spec.name]
             if copied is None:
                 return torch.zeros(spec.shape, dtype=spec.dtype)
-            return read_row(self.rows[copied], self.plan.reader, self.plan.architecture, spec.dtype)[0]
+            return read_row(self.rows[copied], self.plan.reader, self.plan.architecture)[0]
         if spec.name not in self.ready:
             row = self.rows[spec.name]
-            tensors = read_row(row, self.plan.reader, self.plan.architecture, spec.dtype)
+            tensors = read_row(row, self.plan.reader, self.plan.architecture)
             self.ready = dict(zip(row.names, tensors, strict=True))
+            self._hash(row, tensors)
         return self.ready.pop(spec.name)
+
+    def _hash(self, row: Row, tensors: list[torch.Tensor]) -> None:
+        """Beside writing; one row at a time, so that no more than two are in memory."""
+        self.finish()
+        if row.role.is_original:
+            pairs = zip(row.dense_names, tensors, strict=True)
+            self.hashing = [self.pool.submit(self.fingerprint.add, name, tensor.contiguous()) for name, tensor in pairs]
+
+    def finish(self) -> None:
+        """Wait until the fingerprint has all tensors that were given."""
+        for future in self.hashing:
+            future.result()
+        self.hashing = []
 
 
 def _write_side_files(plan: ExportPlan, directory: Path, card_options: CardOptions) -> None:
@@ -227,7 +289,7 @@ def _write_side_files(plan: ExportPlan, directory: Path, card_options: CardOptio
     if not (directory / GENERATION_FILE).is_file():
         # Servers stop at the tokens that it names.
         write_json(_generation_config(plan.config), directory / GENERATION_FILE)
-    write_model_card(directory, plan.config, plan.card, plan.engine, card_options)
+    write_model_card(directory, plan.config, plan.card, plan.engine, card_options, bool(plan.is_original))
     if plan.config == read_json(side / CONFIG_FILE):
         shutil.copyfile(side / CONFIG_FILE, directory / CONFIG_FILE)
     else:

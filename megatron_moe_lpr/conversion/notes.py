@@ -17,17 +17,18 @@ def import_notes(hf: Path, card: CheckpointCard) -> list[str]:
         hf: the directory that was imported.
         card: of the checkpoint.
     """
-    return [*_equal_experts(hf, card), *_cast_tensors(hf, card)]
+    return [*_equal_experts(hf, card), *_other_dtypes(hf, card)]
 
 
-def _cast_tensors(hf: Path, card: CheckpointCard) -> list[str]:
+def _other_dtypes(hf: Path, card: CheckpointCard) -> list[str]:
     model, dtype = open_hf_directory(hf), getattr(torch, card.dtype)
     tensors = model.source().tensors
-    cast = [name for name, info in tensors.items() if len(info.shape) == 1 and info.dtype != dtype]
-    if not cast:
+    other = [name for name, info in tensors.items() if len(info.shape) == 1 and info.dtype != dtype]
+    if not other:
         return []
     return [
-        f"{len(cast)} norms and biases are stored in another dtype; they were cast to {card.dtype}, as for {cast[0]}"
+        f"{len(other)} norms and biases are stored in another dtype than the matrices' {card.dtype} and keep it, "
+        f"{other[0]} for one; training computes with all weights in one dtype, as transformers does"
     ]
 
 

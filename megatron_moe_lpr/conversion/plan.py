@@ -1,6 +1,7 @@
 """What an import will do: which experts each layer gets and where every tensor comes from, checked before any work."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from megatron_moe_lpr.conversion.hugging_face.adapter import Adapter, open_adapt
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import (
     HFDirectory,
     check_tensors,
+    check_trained_dtypes,
     common_dtype,
     open_hf_directory,
 )
@@ -57,6 +59,7 @@ class ImportPlan:
     rows: list[Row]
     source: SafetensorsSource
     dtype: torch.dtype
+    """Of the dense model's matrices."""
     inserted_blocks: list[int]
     """Layers, in the numbers of the checkpoint."""
     inserts: bool
@@ -68,8 +71,13 @@ class ImportPlan:
         return any(row.role is Role.ROUTER and not row.names for row in self.rows)
 
     def dtype_of(self, row: Row) -> torch.dtype:
-        """The dtype that a tensor is stored in: routers are float32."""
-        return torch.float32 if row.role is Role.ROUTER else self.dtype
+        """The dtype that a tensor is stored in: the source's own; routers are float32.
+
+        Query, key and value become one tensor: where their biases differ in dtype, in one that holds them all exactly.
+        """
+        if row.role is Role.ROUTER:
+            return torch.float32
+        return functools.reduce(torch.promote_types, (self.source.tensors[name].dtype for name in row.names))
 
 
 def plan_import(options: ImportOptions) -> ImportPlan:
@@ -102,6 +110,7 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     check_tensors(rows, model.extra(), source, adapter.path if adapter else model.path)
     originals = [source.tensors[name] for row in rows if row.role.is_original for name in row.names]
     dtype = common_dtype(originals, model.path)
+    check_trained_dtypes((name for row in rows for name in row.names), source)
     return ImportPlan(model, adapter, experts, top_k, options.seed, rows, source, dtype, inserted, inserts)
 
 

@@ -21,6 +21,7 @@ from megatron_moe_lpr.evaluation.finite import check_finite_losses, check_finite
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
 from megatron_moe_lpr.liveness import long_work
 from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, check_layout
+from megatron_moe_lpr.model.configuration.dtype import choose_dtype, say_dtype
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import PlatformName, select_platform
@@ -37,7 +38,7 @@ class EvaluationPlan:
     seq_length: int
     micro_batch_size: int
     dtype: torch.dtype | None
-    """What to compute in; None: the checkpoint's own."""
+    """What to compute in; None: see `CheckpointCard.compute_dtype`, and fp32 on CPUs without bf16 instructions."""
     layout: ParallelLayout
     platform: PlatformName
     base_checkpoint: Path | None = None
@@ -86,7 +87,8 @@ def _evaluate(plan: EvaluationPlan) -> Evaluation:
 
     platform = select_platform(plan.platform)
     initialize_parallel(platform, plan.layout, timeout_minutes=plan.distributed_timeout_minutes)
-    dtype = plan.dtype or getattr(torch, card.dtype)
+    dtype = choose_dtype(plan.dtype, card.compute_dtype, platform)
+    say_dtype(plan.dtype, card.compute_dtype, card.dtype, platform)
     with long_work(f"loading {directory.path}"):
         model = load_model(directory, plan.layout, platform, ComputeOptions(dtype=dtype), verified=plan.verify)
         check_finite_weights(model.chunks, directory.path)

@@ -94,7 +94,7 @@ def evaluate_dataset(
 
 
 def _micro_batches_a_pass(needed: int) -> int:
-    """One without a pipeline. To fill a pipeline several, which an interleaved schedule wants in multiples of its ranks.
+    """One without a pipeline; several to fill a pipeline, for an interleaved schedule a multiple of its ranks.
 
     Args:
         needed: micro-batches of the dataset.

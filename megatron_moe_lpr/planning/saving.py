@@ -5,6 +5,7 @@ there in bf16 as well until they are copied out.
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Collection
 
 from megatron_moe_lpr.model.configuration.config import ModelShape
@@ -22,6 +23,8 @@ class SaveNeeds:
     """On the disk."""
     largest_rank: float
     """Written by the rank that writes most, and held by it in host memory meanwhile, with --async-save."""
+    largest_kept: float = 0.0
+    """Frozen weights that a rank keeps in host memory for the whole run, in the dtype of the checkpoint."""
 
 
 def save_needs(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, trainable_only: bool = False) -> SaveNeeds:
@@ -34,22 +37,30 @@ def save_needs(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, train
         for stage in counts
         for kind, count in stage.items()
     )
-    return SaveNeeds(whole, max(_rank_bytes(stage, layout, sizes, kinds) for stage in counts))
+    kept = 0.0
+    if sizes.keeps_frozen and not trainable_only:
+        frozen = [Counter({kind: stage[kind] for kind in stage if kind not in sizes.trains}) for stage in counts]
+        kept = max(_rank_bytes(stage, layout, sizes, kinds) for stage in frozen)
+    return SaveNeeds(whole, max(_rank_bytes(stage, layout, sizes, kinds) for stage in counts), kept)
 
 
 def describe_needs(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, gpus_per_node: int) -> str:
     """One line for people."""
     full, part = (save_needs(shape, layout, sizes, only) for only in (False, True))
-    node = full.largest_rank * min(gpus_per_node, sizes.gpus)
+    ranks = min(gpus_per_node, sizes.gpus)
+    node = full.largest_rank * ranks
+    kept = f" Frozen weights in {sizes.stored_dtype} take up to {full.largest_kept * ranks / GIB:,.1f} GiB more of it."
     return (
         f"A checkpoint of the first layout: {full.whole / GIB:,.1f} GiB on the disk ({part.whole / GIB:,.1f} with "
         f"--save-trainable-only), at most {full.largest_rank / GIB:,.2f} written by a rank. Saving takes no memory of "
         f"the GPU; with --async-save as much host memory as is written, up to {node / GIB:,.1f} GiB a node."
+        + (kept if full.largest_kept else "")
     )
 
 
 def _bytes(kind: ParameterKind, kinds: Collection[ParameterKind], sizes: RunSizes) -> int:
-    weight = FP32 if kind == "router" else sizes.element_bytes
+    weight = sizes.element_bytes if kind in sizes.trains else sizes.frozen_bytes
+    weight = FP32 if kind == "router" else weight
     return weight * (kind in kinds) + _state_bytes(kind, sizes)
 
 

@@ -29,6 +29,22 @@ class RunSizes:
     """balanced: every expert gets as many tokens as every other. worst: all tokens of an EP group choose experts of
     one rank, as many of them as a token may."""
 
+    stored_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the dense model, which frozen weights keep in every checkpoint; None: what is computed in."""
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of a frozen weight in a checkpoint."""
+        if self.stored_dtype is None:
+            return self.element_bytes
+        return FP32 if self.stored_dtype == "float32" else 2
+
+    @property
+    def keeps_frozen(self) -> bool:
+        """Frozen weights are kept in host memory as stored, since the model has them in another dtype."""
+        computed = "float32" if self.precision == "fp32" else "bfloat16"
+        return self.stored_dtype is not None and self.stored_dtype != computed
+
     @property
     def element_bytes(self) -> int:
         """Bytes of a weight or an activation."""

@@ -10,14 +10,14 @@ import os
 from typing import TYPE_CHECKING, Literal
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.platform.facts import GPUFacts
+from megatron_moe_lpr.platform.facts import CPUFacts, GPUFacts
 
 if TYPE_CHECKING:
     import torch
 
 # Flags name this room's platforms, and are told before torch has been imported: it is where it is used.
 
-__all__ = ["GPUFacts", "Platform", "PlatformName", "select_platform"]
+__all__ = ["CPUFacts", "GPUFacts", "Platform", "PlatformName", "select_platform"]
 
 PlatformName = Literal["auto", "cpu", "cuda"]
 
@@ -34,11 +34,18 @@ class Platform:
     """Layers come from Transformer Engine; otherwise Megatron's local layers."""
     gpu: GPUFacts | None = None
     """What the device can do; None on the CPU."""
+    cpu: CPUFacts = dataclasses.field(default_factory=CPUFacts)
+    """What the processor can do, where it is what computes."""
 
     @property
     def on_gpus(self) -> bool:
         """Whether devices compute and their own library communicates, with groups over gloo beside it."""
         return self.name == "cuda"
+
+    @property
+    def multiplies_bf16(self) -> bool:
+        """Whether what computes has instructions for bfloat16, as every supported GPU has."""
+        return self.on_gpus or self.cpu.multiplies_bf16
 
 
 _selected: Platform | None = None
@@ -47,8 +54,9 @@ _selected: Platform | None = None
 def select_platform(name: PlatformName = "auto", tensor_parallel_size: int = 1) -> Platform:
     """Choose the platform once per process; `auto` takes CUDA where a device is visible.
 
-    Choosing the CPU installs the replacements of `platform.cpu`; on CUDA nothing is replaced, the environment is made
-    to keep fp32 products fp32 and, with `tensor_parallel_size` over 1, to launch kernels in order.
+    Choosing the CPU installs the replacements of `platform.cpu`. On CUDA nothing is replaced but the permutation of no
+    rows (`platform.no_rows`), and the environment is made to keep fp32 products fp32 and, with `tensor_parallel_size`
+    over 1, to launch kernels in order.
 
     Raises:
         UserError: CUDA was asked for and is missing, or another platform was chosen before.
@@ -74,10 +82,10 @@ def select_platform(name: PlatformName = "auto", tensor_parallel_size: int = 1) 
 def _select_cpu() -> Platform:
     import torch
 
-    from megatron_moe_lpr.platform import cpu
+    from megatron_moe_lpr.platform import cpu, devices
 
     cpu.install()
-    return Platform("cpu", "gloo", torch.device("cpu"), transformer_engine=False)
+    return Platform("cpu", "gloo", torch.device("cpu"), transformer_engine=False, cpu=devices.cpu_facts())
 
 
 def _select_cuda(tensor_parallel_size: int) -> Platform:
@@ -87,6 +95,7 @@ def _select_cuda(tensor_parallel_size: int) -> Platform:
         raise UserError(
             "--platform cuda: no CUDA device is visible to PyTorch; check nvidia-smi, or pass --platform cpu"
         )
+    from megatron_moe_lpr.platform import no_rows
     from megatron_moe_lpr.platform.cuda import check_kernel_launch_order, gpu_facts, require_transformer_engine
 
     require_transformer_engine()
@@ -97,4 +106,5 @@ def _select_cuda(tensor_parallel_size: int) -> Platform:
     torch.cuda.set_device(local_rank)
     facts = gpu_facts()
     check_kernel_launch_order(os.environ, tensor_parallel_size, facts.capability)
+    no_rows.install()
     return Platform("cuda", "nccl", torch.device("cuda", local_rank), transformer_engine=True, gpu=facts)

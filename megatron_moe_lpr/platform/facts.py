@@ -1,8 +1,16 @@
-"""What a GPU and the libraries beside it can do, as data that tests can make up."""
+"""What a device and the libraries beside it can do, as data that tests can make up."""
 
 import dataclasses
 
 from packaging.version import Version
+
+
+@dataclasses.dataclass(frozen=True)
+class CPUFacts:
+    """The processor of this rank."""
+
+    multiplies_bf16: bool = True
+    """It has instructions for products in bfloat16; without them torch widens each number, many times slower."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from megatron_moe_lpr.checkpoint.directory import (
     CheckpointDirectory,
 )
 from megatron_moe_lpr.checkpoint.distributed_loading import load_distributed
+from megatron_moe_lpr.checkpoint.frozen_weights import FrozenWeights
 from megatron_moe_lpr.checkpoint.integrity import MANIFEST
 from megatron_moe_lpr.checkpoint.model_state import fill_model, sharded_model_state, shared_reading
 from megatron_moe_lpr.checkpoint.optimizer_state import keep_shares_apart
@@ -51,6 +52,8 @@ class RunState:
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    frozen: FrozenWeights | None = None
+    """What gives frozen weights their stored bits when the state is saved; None: they are saved as they are."""
 
     def counters(self) -> dict[str, int]:
         """Where in the run this is."""
@@ -184,6 +187,9 @@ def sharded_state(state: RunState, is_loading: bool = False, trainable_only: boo
         optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(STATE_METADATA))
     if trainable_only:
         model = {name: trained_part(part) for name, part in model.items()}
+    elif state.frozen and not is_loading:
+        # After the optimizer's part, which is made of the parameters' own entries.
+        model = {name: state.frozen.announce(part) for name, part in model.items()}
     return {
         **model,
         "optimizer": optimizer,

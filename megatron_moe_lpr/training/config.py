@@ -19,6 +19,8 @@ from megatron_moe_lpr.platform import Platform, PlatformName
 from megatron_moe_lpr.training.stages import StageOptions
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_moe_lpr.model.configuration.config import ComputeOptions
 
 Decay = Annotated[float, Range(0, 1, below=True)]
@@ -139,9 +141,12 @@ class PrecisionOptions:
     """Number formats, dispatch of tokens to experts, and activation recomputation."""
 
     bf16: bool = False
-    """Compute in bfloat16, with fp32 gradients, routers and optimizer. Default: the checkpoint's own dtype."""
+    """Compute in bfloat16, with fp32 gradients, routers and optimizer. Default: what the run before computed in, or the
+    checkpoint's own dtype; for a float16 one bfloat16. CPUs without bf16 instructions compute in fp32 by default."""
     fp32: bool = False
     """Compute in fp32."""
+    fp16: bool = False
+    """Not offered: float16 models train in bf16 or fp32, and frozen weights keep their float16 bits."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
     """Communication of tokens to new experts on other ranks. flex needs DeepEP."""
     original_expert_overlap: bool = False
@@ -155,21 +160,16 @@ class PrecisionOptions:
     recompute_modules: tuple[str, ...] | None = None
     """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
 
-    def compute_options(self, checkpoint_dtype: str, fp8: FP8Options | None = None) -> "ComputeOptions":
-        """What the model needs to know.
+    def asked_dtype(self) -> "torch.dtype | None":
+        """What a flag asks to compute in; None: no flag does. Raises UserError, see `dtype.asked_dtype`."""
+        from megatron_moe_lpr.model.configuration.dtype import asked_dtype
 
-        Raises:
-            UserError: both formats were asked for.
-        """
-        import torch
+        return asked_dtype(self.bf16, self.fp32, self.fp16)
 
+    def compute_options(self, dtype: "torch.dtype", fp8: FP8Options | None = None) -> "ComputeOptions":
+        """What the model needs to know, to compute in `dtype`."""
         from megatron_moe_lpr.model.configuration.config import ComputeOptions
 
-        if self.bf16 and self.fp32:
-            raise UserError("--bf16 and --fp32: give one of them")
-        dtype = getattr(torch, checkpoint_dtype)
-        if self.bf16 or self.fp32:
-            dtype = torch.bfloat16 if self.bf16 else torch.float32
         full = self.recompute_granularity == "full"
         return ComputeOptions(
             dtype=dtype,

@@ -9,6 +9,7 @@ import torch
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.config import DataSources
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.training.config import OptimizerOptions, TrainingConfig
 from megatron_moe_lpr.training.stages import Stage
 
@@ -36,6 +37,9 @@ ACCEPTABLE = (
     "eod_mask_loss",
     "fp8_format",
     "fp8_recipe",
+    "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
     "train_iters",
 )
 """What --accept-changes takes, by flag. All else makes it another run: its optimizer's state or its place in the data
@@ -61,10 +65,21 @@ def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dty
         "lpr_loss_form": config.stage.lpr_loss_form,
         **optimizer,
         "eod_mask_loss": config.data.eod_mask_loss,
-        "fp8_format": config.fp8.fp8_format,
-        "fp8_recipe": config.fp8.fp8_recipe if config.fp8.fp8_format else None,
-        "fp8_param_gather": config.fp8.fp8_param_gather,
+        **_fp8(config.fp8),
         "data": [_dataset(entry) for entry in sources.train],
+    }
+
+
+def _fp8(options: FP8Options) -> dict[str, Any]:
+    """The format, and None for what decides nothing beside the other choices."""
+    in_bf16 = options.enabled and options.first_last_layers_bf16
+    return {
+        "fp8_format": options.fp8_format,
+        "fp8_recipe": options.fp8_recipe if options.enabled else None,
+        "fp8_param_gather": options.fp8_param_gather,
+        "first_last_layers_bf16": in_bf16,
+        "num_layers_at_start_in_bf16": options.num_layers_at_start_in_bf16 if in_bf16 else None,
+        "num_layers_at_end_in_bf16": options.num_layers_at_end_in_bf16 if in_bf16 else None,
     }
 
 

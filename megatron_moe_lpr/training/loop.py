@@ -295,7 +295,7 @@ class Trainer:
             for note in remove_superfluous(options.save, newest, options.retention, kept):
                 self.writer.say(note)
 
-        return CheckpointSaver(options.save, options.async_save, tidy)
+        return CheckpointSaver(options.save, options.async_save, tidy, self.state.frozen)
 
     def _tell_saved(self, saved: Saved | None) -> None:
         if saved:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from megatron_moe_lpr.checkpoint.card import Base, CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
+from megatron_moe_lpr.checkpoint.frozen_weights import frozen_weights
 from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_shape
 from megatron_moe_lpr.checkpoint.trainable_only import open_reader
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
@@ -26,6 +27,7 @@ from megatron_moe_lpr.model.configuration.config import (
     check_options,
     check_platform,
 )
+from megatron_moe_lpr.model.configuration.dtype import choose_dtype, say_dtype
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
@@ -97,16 +99,18 @@ def prepare(config: TrainingConfig) -> Run:
         raise UserError("--save-trainable-only: with --stage full every weight trains; leave it out")
     config.checkpoint.retention.check(config.checkpoint.save_interval)
     check_layout(shape, config.layout)
-    options = config.precision.compute_options(card.dtype, config.fp8)
+    platform = select_platform(config.platform, config.layout.tensor_model_parallel_size)
+    asked = config.precision.asked_dtype()
+    dtype = choose_dtype(asked, card.compute_dtype, platform)
+    options = config.precision.compute_options(dtype, config.fp8)
     check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
     check_parameter_gather(config.fp8, stage)
-
-    platform = select_platform(config.platform, config.layout.tensor_model_parallel_size)
     check_platform(shape, config.layout, options, platform)
     config = dataclasses.replace(config, optimizer=config.optimizer.on(platform))
     if config.fp8.fp8_param_gather and not config.optimizer.use_distributed_optimizer:
         raise UserError("--fp8-param-gather needs --use-distributed-optimizer")
     initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
+    say_dtype(asked, card.compute_dtype, card.dtype, platform)
     num_microbatches = _num_microbatches(config)
     check_same_directory(config.checkpoint.save)
     description = describe_run(config, stage, sources, options.dtype)
@@ -155,6 +159,10 @@ def _build(
     state = RunState(chunks, optimizer, build_schedule(optimizer, optimizer_options, config.batch))
     if own:
         load_run(state, own.directory, start)
+    if not config.checkpoint.save_trainable_only:
+        # In a run that goes on these are its own checkpoint's: what --load means may have moved since.
+        complete = own is not None and own.directory.card().base is None
+        state.frozen = frozen_weights(own.directory if own and complete else start, options.dtype)
     return dataclasses.replace(model, chunks=chunks), state
 
 
@@ -232,7 +240,9 @@ def card_of(run: Run, base: Base | None = None) -> CheckpointCard:
         base: where the weights are that the checkpoint does not hold; None: it holds all.
     """
     start = run.model.card
-    dtype = str(run.model.config.params_dtype).removeprefix("torch.")
+    # What is frozen keeps the dense model's dtype.
+    trains_all = run.stage.trains >= set(KINDS)
+    dtype = str(run.model.config.params_dtype).removeprefix("torch.") if trains_all else start.dtype
     history, openness = [*start.history, history_entry(run)], run.openness(run.state.iteration)
     return dataclasses.replace(start, dtype=dtype, history=history, openness=openness, base=base)
 

@@ -63,7 +63,7 @@ def test_card_round_trip(tmp_path: Path) -> None:
     [
         ("[]", "a JSON object"),
         ("{", "not valid JSON"),
-        ('{"format_version": 4}', "install a newer"),
+        ('{"format_version": 5}', "install a newer"),
         ('{"format_version": 1}', "not a valid card"),
         ('{"format_version": 1, "colour": 3}', "not a valid card"),
     ],

@@ -9,8 +9,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
-from tests.conversion.helpers import change_hf, checkpoint_tensors, hf_tensors, perturb, rewrite_checkpoint, run
+from tests.conversion.helpers import (
+    assert_same_tensors,
+    change_hf,
+    checkpoint_tensors,
+    hf_tensors,
+    perturb,
+    rewrite_checkpoint,
+    run,
+)
 from tests.conversion.tiny_models import load_model, logits, save_model
 
 Dense = Callable[[str], Path]
@@ -72,9 +81,8 @@ def test_zero_attention_biases(tmp_path: Path, cpu_platform: object) -> None:
     assert torch.equal(logits(load_model(tmp_path / "back")), logits(load_model(dense)))
 
 
-def test_norms_of_another_dtype_are_cast_as_transformers_does(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_norms_of_another_dtype_keep_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In checkpoint and export; transformers casts them to the matrices' dtype in both models."""
     dense = save_model("qwen2", tmp_path / "dense", torch.bfloat16)
 
     def widen(tensors: dict[str, torch.Tensor]) -> None:
@@ -86,11 +94,35 @@ def test_norms_of_another_dtype_are_cast_as_transformers_does(
     run("import", "--hf", dense, "--save", tmp_path / "save", "--num-experts", 1)
     assert "note: 7 norms and biases" in capsys.readouterr().out
     run("export", "--load", tmp_path / "save", "--hf", tmp_path / "back")
-    assert {tensor.dtype for tensor in checkpoint_tensors(tmp_path / "save").values()} == {torch.bfloat16}
+    stored = checkpoint_tensors(tmp_path / "save").items()
+    assert {tensor.dtype for key, tensor in stored if "norm" in key} == {torch.float32}
+    assert {tensor.dtype for key, tensor in stored if "norm" not in key} == {torch.bfloat16}
+    assert_same_tensors(hf_tensors(tmp_path / "back"), hf_tensors(dense))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
     card = json.loads((tmp_path / "save" / "release" / "moe_lpr" / "card.json").read_text())
     assert card["original_fingerprint"] == fingerprint_of_checkpoint(tmp_path / "save")
     first, second = (load_model(tmp_path / part, torch.bfloat16) for part in ("dense", "back"))
     assert torch.equal(logits(first), logits(second))
+
+
+def test_biases_of_several_dtypes_keep_their_values(tmp_path: Path) -> None:
+    """Query, key and value become one tensor, in the dtype that holds them all."""
+    dense = save_model("qwen2", tmp_path / "dense", torch.bfloat16)
+
+    def mix(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("k_proj.bias"):
+                tensors[name] = tensor.half() * 1.001
+
+    change_hf(dense, mix)
+    run("import", "--hf", dense, "--save", tmp_path / "save", "--num-experts", 1)
+    run("export", "--load", tmp_path / "save", "--hf", tmp_path / "back")
+    found = hf_tensors(tmp_path / "back")
+    for name, tensor in hf_tensors(dense).items():
+        assert torch.equal(found[name].float(), tensor.float()), name
+    assert resolve_checkpoint(tmp_path / "save").card().original_fingerprint == fingerprint_of_checkpoint(
+        tmp_path / "save"
+    )
 
 
 def test_single_file_beside_an_index_is_read_as_transformers_does(tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from tests.conversion.helpers import (
     assert_same_tensors,
     change_hf,
@@ -138,9 +136,12 @@ def test_fields_left_to_defaults_mean_the_same_after_export(tmp_path: Path) -> N
 
 def test_config_names_the_dtype_that_training_left(dense_directory: Dense, tmp_path: Path) -> None:
     run("import", "--hf", dense_directory("qwen2"), "--save", tmp_path / "checkpoint", "--num-experts", 1)
-    card = resolve_checkpoint(tmp_path / "checkpoint").side_directory / "card.json"
-    card.write_text(card.read_text().replace('"float32"', '"bfloat16"'))
-    write_manifest(card.parents[1], {})
+
+    def to_bfloat16(tensors: dict[str, torch.Tensor]) -> None:
+        for key, tensor in tensors.items():
+            tensors[key] = tensor.bfloat16()
+
+    rewrite_checkpoint(tmp_path / "checkpoint", to_bfloat16)
     run("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
     assert {tensor.dtype for tensor in hf_tensors(tmp_path / "back").values()} == {torch.bfloat16}

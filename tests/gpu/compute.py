@@ -1,6 +1,8 @@
 """One step on either platform, in a rank of a pool: logits, loss and all gradients."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from megatron_moe_lpr.evaluation.global_batch import run_schedule, to_device
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.forward import compute_logits
+from megatron_moe_lpr.model.moe.moe_layer import MoELPRLayer
 from megatron_moe_lpr.model.moe.router import LPRRouter
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -37,28 +40,34 @@ class Step:
     """Parameters whose names end so are frozen too, whatever the stage."""
     fixed_routing: bool = False
     """Experts by position instead of by the router: rounding cannot send a token elsewhere."""
+    experts: tuple[int, ...] = ()
+    """The experts of every token, as many as it takes; empty: the router's own choice."""
 
 
 def compute(platform_name: str, checkpoint: Path, step: Step) -> dict[str, Any]:
-    """On every rank: logits [batch, sequence, vocabulary], loss, whole gradients by checkpoint key, on the host, and
-    their norm as the optimizer computes it."""
+    """On every rank: logits [batch, sequence, vocabulary], loss, whole gradients by checkpoint key, on the host, their
+    norm as the optimizer computes it, and how many rows each layer's new experts of this rank got."""
     layout = ParallelLayout(**step.layout)
     platform = select_platform(platform_name, layout.tensor_model_parallel_size)
     initialize_parallel(platform, layout)
+    precision = PrecisionOptions(**step.precision)
     model = load_model(
         checkpoint,
         layout,
         platform,
-        PrecisionOptions(**step.precision).compute_options("float32", FP8Options(**step.fp8)),
+        precision.compute_options(precision.asked_dtype() or torch.float32, FP8Options(**step.fp8)),
         load_balancing_coeff=0.3,
         lpr_loss_coeff=0.5,
         calculate_per_token_loss=True,
     )
     if step.fixed_routing:
         route_by_position(model.chunks, samples()["tokens"].shape[1])
+    if step.experts:
+        route_to(model.chunks, step.experts)
+    rows = count_rows(model.chunks)
     with torch.no_grad():
         logits = compute_logits(model.chunks, model.config, samples()["tokens"].to(platform.device), VOCABULARY)
-    return {"logits": logits.float().cpu(), **_step(model, step, platform)}
+    return {"logits": logits.float().cpu(), "rows": rows, **_step(model, step, platform)}
 
 
 def _step(model: LoadedModel, step: Step, platform: Platform) -> dict[str, Any]:
@@ -88,6 +97,30 @@ def route_by_position(chunks: list[torch.nn.Module], sequence: int) -> None:
         for router in unwrap(chunk).modules():
             if isinstance(router, LPRRouter):
                 router.routing = _Fixed(router, sequence)
+
+
+def route_to(chunks: list[torch.nn.Module], experts: tuple[int, ...]) -> None:
+    """Send every token to `experts`, whatever the weights are."""
+
+    def always(route: Callable[..., Any], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        lowered = torch.full_like(logits, -1e4)
+        lowered[..., list(experts)] = 0.0
+        return route(logits + lowered)
+
+    for chunk in chunks:
+        for router in unwrap(chunk).modules():
+            if isinstance(router, LPRRouter):
+                router.routing = partial(always, router.routing)
+
+
+def count_rows(chunks: list[torch.nn.Module]) -> list[int]:
+    """A list that gets an entry with each call of the new experts of this rank: the rows that they are given."""
+    rows: list[int] = []
+    for chunk in chunks:
+        for module in unwrap(chunk).modules():
+            if isinstance(module, MoELPRLayer):
+                module.experts.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    return rows
 
 
 class _Fixed:

@@ -7,7 +7,8 @@ import pytest
 
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading import model_shape
-from megatron_moe_lpr.checkpoint.reader import CheckpointReader
+from megatron_moe_lpr.checkpoint.reader import CheckpointReader, is_model_key
+from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import RunSizes
 from megatron_moe_lpr.planning.saving import save_needs
@@ -29,6 +30,8 @@ CASES = [
     ({}, "1", {"save_trainable_only": True}),
     ({}, "blocks", {"save_trainable_only": True}),
     (PP2, "blocks", {}),
+    (TP2, "1", {"fp32": False, "bf16": True}),
+    ({}, "2", {"fp32": False, "bf16": True}),
 ]
 
 
@@ -41,12 +44,13 @@ def inputs(tmp_path_factory):
     return checkpoint, root / "grown", make_data(root)
 
 
-def written(path) -> Counter:
-    """Bytes of values by the rank that wrote them."""
+def written(path, kinds=None) -> Counter:
+    """Bytes of values by the rank that wrote them: of everything, or of the model's weights of these kinds."""
     reader, ranks = CheckpointReader(path), Counter()
     for index, place in reader.metadata.storage_data.items():
         entry = reader.metadata.state_dict_metadata[index.fqn]
-        if index.fqn in reader.tensors:
+        wanted = kinds is None or (is_model_key(index.fqn) and kind_of(index.fqn) in kinds)
+        if index.fqn in reader.tensors and wanted:
             sizes = next(chunk.sizes for chunk in entry.chunks if chunk.offsets == index.offset)
             ranks[int(place.relative_path.split("_")[2])] += sizes.numel() * entry.properties.dtype.itemsize
     return ranks
@@ -62,11 +66,17 @@ def test_bytes(layout, stage, options, inputs, tmp_path):
     sizes = RunSizes(
         STAGES[stage].trains,
         2,
-        precision="fp32",
+        precision="bf16" if options.get("bf16") else "fp32",
         distributed_optimizer=options.get("use_distributed_optimizer", True),
+        stored_dtype="float32",
     )
     shape = model_shape(resolve_checkpoint(checkpoint))
     plan = save_needs(shape, ParallelLayout(**layout), sizes, options.get("save_trainable_only", False))
     print(f"planned {plan.whole:,.0f}, largest rank {plan.largest_rank:,.0f}; written {dict(found)}")
     assert plan.whole == pytest.approx(found.total(), rel=LARGEST_ERROR)
+    if options.get("bf16"):
+        kept = written(resolve_checkpoint(tmp_path / "run").path, frozenset(KINDS) - STAGES[stage].trains)
+        assert plan.largest_kept * (1 - LARGEST_ERROR) <= max(kept.values()) <= plan.largest_kept * UNEVEN
+    else:
+        assert plan.largest_kept == 0
     assert plan.largest_rank * (1 - LARGEST_ERROR) <= max(found.values()) <= plan.largest_rank * UNEVEN

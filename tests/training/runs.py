@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from megatron_moe_lpr.checkpoint.directory import write_latest
 from megatron_moe_lpr.data.reading.config import DataConfig
@@ -22,7 +24,7 @@ from megatron_moe_lpr.training.config import (
     TrainingConfig,
 )
 from megatron_moe_lpr.training.stages import StageOptions
-from tests.conversion.helpers import perturb, rewrite_checkpoint, run
+from tests.conversion.helpers import change_hf, perturb, rewrite_checkpoint, run
 from tests.conversion.tiny_models import COMMON, save_model
 from tests.data.builders import write_dataset
 
@@ -30,13 +32,25 @@ LANGUAGES = ("el", "en", "hu")
 ORIGINAL = ["en"]
 
 
-def make_checkpoint(root: Path, model: str = "qwen2-tied", experts: int = 5, perturbed: bool = True) -> Path:
-    """A converted tiny model of four layers, without a tokenizer; with `perturbed` its experts differ."""
+def make_checkpoint(
+    root: Path,
+    model: str = "qwen2-tied",
+    experts: int = 5,
+    perturbed: bool = True,
+    change: Callable[[dict[str, torch.Tensor]], None] | None = None,
+) -> Path:
+    """A converted tiny model of four layers, without a tokenizer; with `perturbed` its experts differ.
+
+    Args:
+        change: of the dense model's float32 tensors, before they are converted.
+    """
     layers, COMMON["num_hidden_layers"] = COMMON["num_hidden_layers"], 4
     save_model(model, root / "hf")
     COMMON["num_hidden_layers"] = layers
     for file in (root / "hf").glob("tokenizer*"):
         file.unlink()
+    if change:
+        change_hf(root / "hf", change)
     run("import", "--hf", root / "hf", "--save", root / "checkpoint", "--num-experts", experts)
     if perturbed and experts > 1:
         rewrite_checkpoint(root / "checkpoint", perturb)

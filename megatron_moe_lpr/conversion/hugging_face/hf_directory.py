@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,7 @@ def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: Safetensors
 def common_dtype(infos: list[TensorInfo], place: Path) -> torch.dtype:
     """The one dtype of all original matrices.
 
-    Norms and biases (one dimension) may have another floating-point dtype: they are cast to the matrices', as
-    transformers does when it loads such a model.
+    Norms and biases (one dimension) may have another floating-point dtype, and keep it.
 
     Raises:
         UserError: several dtypes, or one that is no training dtype.
@@ -170,6 +170,20 @@ def common_dtype(infos: list[TensorInfo], place: Path) -> torch.dtype:
     if dtype not in TRAINING_DTYPES:
         raise UserError(f"{place}: weights of dtype {dtype} are not supported; convert from the bf16 checkpoint")
     return dtype
+
+
+def check_trained_dtypes(names: Iterable[str], source: SafetensorsSource) -> None:
+    """Check that weights beside the dense model's, which keep their dtype, have one that training knows.
+
+    Raises:
+        UserError: naming the tensor.
+    """
+    for name in names:
+        dtype = source.tensors[name].dtype
+        if dtype not in TRAINING_DTYPES:
+            raise UserError(
+                f"{source.file_of(name)}: {name} has dtype {dtype}; float32, bfloat16 or float16 is expected"
+            )
 
 
 def _harmless(name: str, source: SafetensorsSource) -> bool:

@@ -15,6 +15,8 @@ from megatron_moe_lpr.errors import UserError
 CARD_FILE = "README.md"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ISO_639 = re.compile(r"[a-z]{2,3}")
+ORIGINAL = "Expert 0 and everything outside the mixtures are the base model's own weights."
+NOT_ORIGINAL = "Not all of the base model's own weights are in it unchanged."
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
@@ -31,13 +33,19 @@ class CardOptions:
 
 
 def write_model_card(
-    directory: Path, config: Mapping[str, Any], card: CheckpointCard, engine: str, options: CardOptions
+    directory: Path,
+    config: Mapping[str, Any],
+    card: CheckpointCard,
+    engine: str,
+    options: CardOptions,
+    is_original: bool,
 ) -> None:
     """Write `README.md`; a README.md that is there is taken for the base model's, whose licence it names.
 
     Args:
         config: of the exported model.
         engine: which form was exported, `transformers` or `llama.cpp`.
+        is_original: the base model's weights are here as they were, to the bit.
 
     Raises:
         UserError: the evaluation file is not one.
@@ -56,7 +64,7 @@ def write_model_card(
         license_link=licence.get("license_link"),
     )
     sections = [
-        _head(card, base_model, licence["license"], languages),
+        _head(card, base_model, licence["license"], languages, is_original),
         _training(card),
         _evaluation(options.evaluation),
         _usage(card, engine),
@@ -100,7 +108,13 @@ def _languages(card: CheckpointCard) -> dict[str, list[str]]:
     return {"original": sorted(original), "expanded": sorted(trained - original)}
 
 
-def _head(card: CheckpointCard, base_model: str | None, licence: str, languages: Mapping[str, list[str]]) -> str:
+def _head(
+    card: CheckpointCard,
+    base_model: str | None,
+    licence: str,
+    languages: Mapping[str, list[str]],
+    is_original: bool,
+) -> str:
     base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a dense base model"
     name = base_model.split("/")[-1] if base_model else card.family
     lines = [f"# {name} with {'inserted blocks' if card.inserted_blocks else 'MoE-LPR'}", ""]
@@ -110,7 +124,7 @@ def _head(card: CheckpointCard, base_model: str | None, licence: str, languages:
             f"{base} ({card.family}), extended to new languages by MoE-LPR ([arXiv 2408.11396]"
             f"(https://arxiv.org/abs/2408.11396)): in {layers} of {len(card.experts_per_layer)} layers the "
             f"feed-forward network is a mixture of {card.num_experts} experts, of which each token uses {card.top_k}. "
-            "Expert 0 and everything outside the mixtures are the base model's own weights."
+            + (ORIGINAL if is_original else NOT_ORIGINAL)
         )
     elif card.inserted_blocks:
         blocks = len(card.inserted_blocks)

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading, open_reader
 from megatron_moe_lpr.conversion.exporter import check_model_tensors, read_row
@@ -27,7 +25,7 @@ def fingerprint_of_checkpoint(load: Path, base: Path | None = None) -> str:
         reader = open_reader(checkpoint)
         check_model_tensors(rows, reader)
         for row in (row for row in rows if row.role.is_original):
-            tensors = read_row(row, reader, architecture, getattr(torch, card.dtype))
+            tensors = read_row(row, reader, architecture)
             for name, tensor in zip(row.dense_names, tensors, strict=True):
                 fingerprint.add(name, tensor)
     return fingerprint.hexdigest()

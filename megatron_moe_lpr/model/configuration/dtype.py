@@ -1,0 +1,108 @@
+"""What a model computes in: chosen by a flag, or by what the checkpoint and the machine know."""
+
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.platform import Platform
+
+PRODUCT_ROWS, PRODUCT_COLUMNS = 256, 1024
+TRIES = 3
+
+
+def asked_dtype(bf16: bool, fp32: bool, fp16: bool = False) -> torch.dtype | None:
+    """What `--bf16`, `--fp32` and `--fp16` ask for; None: none of them is given.
+
+    Raises:
+        UserError: more than one of them, or float16, which nothing here computes in.
+    """
+    if bf16 + fp32 + fp16 > 1:
+        given = [flag for flag, is_given in {"--bf16": bf16, "--fp32": fp32, "--fp16": fp16}.items() if is_given]
+        raise UserError(f"{' and '.join(given)}: give one of them")
+    if fp16:
+        raise UserError(
+            "--fp16: float16 arithmetic is not offered, its range is too small for gradients without loss scaling; "
+            "give --bf16 or --fp32: the frozen weights of a float16 model keep their float16 bits with both"
+        )
+    return torch.bfloat16 if bf16 else torch.float32 if fp32 else None
+
+
+def choose_dtype(asked: torch.dtype | None, default: str, platform: Platform) -> torch.dtype:
+    """What to compute in.
+
+    Args:
+        asked: by a flag.
+        default: of the checkpoint (`CheckpointCard.compute_dtype`).
+    """
+    if asked is not None:
+        return asked
+    dtype: torch.dtype = getattr(torch, default)
+    return dtype if platform.multiplies_bf16 or dtype != torch.bfloat16 else torch.float32
+
+
+def say_dtype(asked: torch.dtype | None, default: str, stored: str, platform: Platform) -> None:
+    """Check that all ranks chose the same dtype; on rank 0, say in one line where it is another one than the user may
+    expect, or slow. With process groups every rank must call it.
+
+    Args:
+        stored: the dtype of the dense model's weights (`CheckpointCard.dtype`).
+
+    Raises:
+        UserError: on every rank: some processors have instructions for bfloat16 and some have none.
+    """
+    if dist.is_initialized():
+        _check_agreement(choose_dtype(asked, default, platform))
+        if dist.get_rank() != 0:
+            return
+    for words in (_words_about_default(asked, default, stored, platform), _words_about_speed(asked, platform)):
+        if words:
+            print(words, file=sys.stderr, flush=True)
+
+
+def _check_agreement(chosen: torch.dtype) -> None:
+    dtypes: list[torch.dtype | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(dtypes, chosen)
+    if len(set(dtypes)) > 1:
+        without = [str(rank) for rank, dtype in enumerate(dtypes) if dtype == torch.float32]
+        raise UserError(
+            f"the processors of ranks {', '.join(without)} have no instructions for bfloat16, and the others' have: "
+            "say what all shall compute in, --fp32 or --bf16"
+        )
+
+
+def _words_about_default(asked: torch.dtype | None, default: str, stored: str, platform: Platform) -> str | None:
+    chosen = choose_dtype(asked, default, platform)
+    name = str(chosen).removeprefix("torch.")
+    if asked is None and name != default:
+        return (
+            f"note: computing in {name}: this processor has no instructions for bfloat16, the checkpoint's default; "
+            "--bf16 computes in bfloat16 all the same, many times slower"
+        )
+    if asked is None and stored == "float16":
+        return f"note: a float16 model, computed in {name}; weights that do not train keep their float16 bits"
+    return None
+
+
+def _words_about_speed(asked: torch.dtype | None, platform: Platform) -> str | None:
+    if asked != torch.bfloat16 or platform.multiplies_bf16:
+        return None
+    ratio = seconds_of_product(torch.bfloat16) / seconds_of_product(torch.float32)
+    return (
+        f"warning: this processor has no instructions for bfloat16: a matrix product takes {ratio:.1f} times as long "
+        "as in fp32, measured now; leave --bf16 out to compute in fp32"
+    )
+
+
+def seconds_of_product(dtype: torch.dtype) -> float:
+    """The least time of a few products of small matrices on the CPU."""
+    left = torch.ones(PRODUCT_ROWS, PRODUCT_COLUMNS, dtype=dtype)
+    right = torch.ones(PRODUCT_COLUMNS, PRODUCT_COLUMNS, dtype=dtype)
+    seconds = []
+    for _ in range(TRIES):
+        begin = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)

@@ -1,0 +1,60 @@
+"""Transformer Engine's permutation where the new experts of a rank get no row.
+
+Of no rows its unpermute returns no rows, in the place of zeros for every token, and its permute to no rows returns
+gradients without rows in the backward pass (transformer_engine/pytorch/permutation.py `_moe_unpermute_mask_map`,
+`_moe_permute_mask_map`). Megatron's single group of experts always has rows on a rank; beside an original expert that
+stands apart, every token may choose that one.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_installed = False
+
+
+def install() -> None:
+    """Replace what token_dispatcher.py calls before and after the experts, once per process."""
+    global _installed
+    if _installed:
+        return
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    for name, guard in (("permute", _guarded_permute), ("unpermute", _guarded_unpermute)):
+        setattr(token_dispatcher, name, guard(getattr(token_dispatcher, name)))
+    _installed = True
+
+
+def _guarded_permute(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def permute(
+        tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor | None = None, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        rows, row_probs, indices = original(tokens, routing_map, probs=probs, **options)
+        if len(rows) == 0:
+            # Their gradients are zeros of the whole shape. Copies: a slice would share the memory of gathered tokens,
+            # which the next layer overwrites.
+            rows = tokens.index_select(0, _nowhere(tokens))
+            row_probs = None if probs is None else probs.reshape(-1).index_select(0, _nowhere(tokens))
+        return rows, row_probs, indices
+
+    return permute
+
+
+def _guarded_unpermute(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def unpermute(
+        tokens: torch.Tensor, indices: torch.Tensor, restore_shape: torch.Size, **options: Any
+    ) -> torch.Tensor:
+        if len(tokens) > 0:
+            return original(tokens, indices, restore_shape, **options)
+        # Zeros that depend on the rows: the backward pass, with its collectives, goes through the experts all the same.
+        return tokens.new_zeros(restore_shape).index_add(0, _nowhere(tokens), tokens)
+
+    return unpermute
+
+
+def _nowhere(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.long, device=like.device)
