@@ -50,6 +50,8 @@ class Flags:
     """End each document with the end-of-document token."""
     eod_token: str | None = None
     """The end-of-document token. Default: the tokenizer's end-of-sequence token."""
+    split_special_tokens: bool = True
+    """Encode special tokens that a text mentions as plain text. Off: as the real tokens. Counted in the manifest."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do with a line that is not a document. skip: count it in the manifest."""
     overwrite: bool = False
@@ -84,7 +86,7 @@ def plan(flags: Flags) -> PreprocessingPlan:
     if flags.shuffle_seed is not None and not 0 <= flags.shuffle_seed < 2**32:
         raise UserError("--shuffle-seed: from 0 to 4294967295")
     documents = DocumentOptions(flags.json_key, language, flags.language_key, flags.on_error == "stop")
-    encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents)
+    encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents, flags.split_special_tokens)
     return PreprocessingPlan(
         inputs=flags.input,
         output_prefix=flags.output_prefix,
