@@ -56,7 +56,7 @@ def settle_tokenizer(directory: Path) -> list[str]:
         return [
             f"{ours.path}: AutoTokenizer of transformers {after.version} gives {len(different)} of "
             f"{len(after.texts)} sample texts other ids than training data gets, for example {different[0]!r}; "
-            f"load the export's tokenizer by {GENERIC_CLASS}.from_pretrained"
+            f"{_remedy(ours, directory)}"
         ]
     return []
 
@@ -69,6 +69,13 @@ def differences(ours: Tokenizer, reading: Reading) -> list[str]:
         pairs = zip(reading.texts, same.encode_batch(reading.texts), theirs, strict=True)
         found += [text for text, one, other in pairs if one != other]
     return list(dict.fromkeys(found))
+
+
+def _remedy(ours: Tokenizer, directory: Path) -> str:
+    generic = read_by_transformers(directory, sample_texts(ours), GENERIC_CLASS)
+    if generic is not None and not differences(ours, generic):
+        return f"load the export's tokenizer by {GENERIC_CLASS}.from_pretrained"
+    return "encode text for the export as tools/preprocess_data.py does"
 
 
 def _has_tokenizer(directory: Path) -> bool:

@@ -20,18 +20,20 @@ class Reading:
     """As tokenizer.json; empty where it is not a fast one."""
 
 
-def read_by_transformers(directory: Path, texts: Sequence[str]) -> Reading | None:
+def read_by_transformers(directory: Path, texts: Sequence[str], name: str = "AutoTokenizer") -> Reading | None:
     """Read the tokenizer and encode the texts; None where transformers cannot.
 
     No code of the directory is run.
+
+    Args:
+        name: of the class.
     """
     import transformers
 
     with _quiet():
         try:
-            found = transformers.AutoTokenizer.from_pretrained(
-                str(directory), local_files_only=True, trust_remote_code=False
-            )
+            kind = getattr(transformers, name)
+            found = kind.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
             ids, split = (
                 [list(found(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]) for text in texts]
                 for split in (False, True)
