@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.data.language_names import canonical_language, is_known
+from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.data.preparation.documents import LANGUAGE_PATTERN, DocumentOptions
 from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
 from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess
@@ -33,7 +35,7 @@ class Flags:
     tokenizer: str
     """A directory with a tokenizer.json or a SentencePiece .model, or such a file."""
     language: str | None = None
-    """The language of the whole input, for example el."""
+    """The language of the whole input, for example el; by code or English name, or a tag of your own."""
     language_key: str | None = None
     """The JSON key (or parquet column) of each document's language; one PREFIX_LANGUAGE each."""
     json_key: str = "text"
@@ -52,6 +54,8 @@ class Flags:
     """End each document with the end-of-document token."""
     eod_token: str | None = None
     """The end-of-document token. Default: the tokenizer's end-of-sequence token."""
+    split_special_tokens: bool = True
+    """Encode special tokens that a text mentions as plain text. Off: as the real tokens. Counted in the manifest."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do with a line that is not a document. skip: count it in the manifest."""
     max_line_bytes: int = MAX_LINE_BYTES
@@ -75,8 +79,7 @@ def plan(flags: Flags) -> PreprocessingPlan:
     """Check the flags against each other."""
     if (flags.language is None) == (flags.language_key is None):
         raise UserError("give either --language, for a whole input, or --language-key, to split it by a field")
-    if flags.language is not None and not LANGUAGE_PATTERN.fullmatch(flags.language):
-        raise UserError(f"--language {flags.language!r}: letters and digits, perhaps joined by _ or -")
+    language = None if flags.language is None else parse_language(flags.language)
     if flags.language_key and any(".txt" in name for name in flags.input):
         raise UserError("--language-key: a .txt has no keys; pass --language")
     partition = parse_partition(flags.partitions)
@@ -91,9 +94,9 @@ def plan(flags: Flags) -> PreprocessingPlan:
     if flags.max_line_bytes < 1:
         raise UserError(f"--max-line-bytes {flags.max_line_bytes}: at least 1")
     documents = DocumentOptions(
-        flags.json_key, flags.language, flags.language_key, flags.on_error == "stop", flags.max_line_bytes
+        flags.json_key, language, flags.language_key, flags.on_error == "stop", flags.max_line_bytes
     )
-    encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents)
+    encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents, flags.split_special_tokens)
     return PreprocessingPlan(
         inputs=flags.input,
         output_prefix=flags.output_prefix,
@@ -104,6 +107,19 @@ def plan(flags: Flags) -> PreprocessingPlan:
         partition=partition,
         overwrite=flags.overwrite,
     )
+
+
+def parse_language(text: str) -> str:
+    """`el` for `el`, `EL`, `ell` or `Greek`; another tag as it is. Raises UserError."""
+    name = canonical_language(text)
+    if not LANGUAGE_PATTERN.fullmatch(name):
+        raise UserError(f"--language {text!r}: one language; letters and digits, perhaps joined by _ or -")
+    _, notes = parse_languages([text], "--language")
+    if not is_known(name):
+        notes = [f"--language {name}: neither the code nor the name of a language; taken as a tag of your own"]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return name
 
 
 def parse_partition(text: str) -> tuple[int, int]:

@@ -19,8 +19,9 @@ from megatron_moe_lpr.checkpoint.directory import (
 )
 from megatron_moe_lpr.checkpoint.reader import is_model_key
 from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
-from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all, warn
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
+from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
 from megatron_moe_lpr.conversion.hugging_face.hf_config import SHARED_EXPERT_WIDTH, moe_config, with_both_rope_spellings
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import TRAINING_DTYPES, carry_files
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import llama_cpp_form
@@ -294,6 +295,8 @@ def _write_side_files(plan: ExportPlan, directory: Path, card_options: CardOptio
         shutil.copyfile(side / CONFIG_FILE, directory / CONFIG_FILE)
     else:
         write_json(plan.config, directory / CONFIG_FILE)
+    for warning in settle_tokenizer(directory):
+        warn(warning)
     target = directory / SIDE_DIRECTORY
     target.mkdir()
     shutil.copyfile(side / CONFIG_FILE, target / CONFIG_FILE)

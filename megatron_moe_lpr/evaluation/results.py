@@ -10,6 +10,7 @@ from rich.table import Table
 
 from megatron_moe_lpr.data.labels import dataset_labels
 from megatron_moe_lpr.data.language_groups import group_name
+from megatron_moe_lpr.data.language_names import covered
 from megatron_moe_lpr.evaluation.checkpoint import Evaluation
 from megatron_moe_lpr.evaluation.losses import DatasetLoss
 from megatron_moe_lpr.model.moe.routing_statistics import GROUPS, RoutingReport
@@ -43,9 +44,10 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _dataset_record(result: DatasetLoss, label: str, evaluation: Evaluation) -> dict[str, Any]:
-    group = GROUPS[0] if result.language in evaluation.original_languages else GROUPS[1]
+    group = GROUPS[0] if covered([result.language], evaluation.original_languages) else GROUPS[1]
     latest = len(evaluation.language_groups)
-    number = next((i for i, names in enumerate(evaluation.language_groups) if result.language in names), latest)
+    numbered = enumerate(evaluation.language_groups)
+    number = next((index for index, names in numbered if covered([result.language], names)), latest)
     return {
         "name": label.removeprefix(f"{result.language}/") if label != result.language else Path(result.name).name,
         "language": result.language,

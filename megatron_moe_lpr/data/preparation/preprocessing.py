@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
 from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path
-from megatron_moe_lpr.data.preparation.documents import REPAIRED
+from megatron_moe_lpr.data.preparation.documents import KEPT
 from megatron_moe_lpr.data.preparation.encoding import (
     BlockEncoder,
     EncodedBlock,
@@ -121,7 +121,10 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
     """
     names = expand_inputs(plan.inputs)
     slices = partition_slices(names, *plan.partition)
-    tokenizer = load_tokenizer(plan.encoder.tokenizer, plan.encoder.eod_token)
+    encoder = plan.encoder
+    tokenizer = load_tokenizer(encoder.tokenizer, encoder.eod_token, encoder.split_special_tokens)
+    if note := tokenizer.eod_note():
+        print(f"note: {note}", file=sys.stderr)
     language = plan.encoder.documents.language
     with naming(plan.output_prefix), partial_directory(plan.output_prefix) as directory:
         datasets = PartialDatasets(directory, plan, tokenizer.dtype)
@@ -177,7 +180,7 @@ def _encode_into(datasets: PartialDatasets, slices: list[Slice], tokenizer: Toke
                 break
     for reason, count in sorted((+skipped).items()):
         example = f" (first: {first[reason]})" if reason in first else ""
-        print(f"{'repaired' if reason == REPAIRED else 'skipped'}: {count:,} {reason}{example}", file=sys.stderr)
+        print(f"{'kept' if reason.startswith(KEPT) else 'skipped'}: {count:,} {reason}{example}", file=sys.stderr)
     return skipped
 
 

@@ -62,6 +62,13 @@ def test_shares(datasets):
     assert [entry.weight for entry in sources(datasets, "en", "el", "el2").train] == [0.5, 0.3, 0.2]
 
 
+def test_manifests_with_old_spellings(datasets):
+    write_dataset(datasets / "old", "EN", [[1] * 50])
+    write_dataset(datasets / "greek", "Greek", [[1] * 50])
+    found = sources(datasets, "en", "old", "greek", original_languages=["English"])
+    assert found.languages.names == ("el", "en") and found.trained_original == {"en"}
+
+
 def test_split_gives_documents_and_tokens(datasets):
     split = sources(datasets, "en", "el", split="80,20")
     assert [(entry.first_document, entry.end_document, entry.tokens) for entry in split.train] == [
@@ -85,7 +92,7 @@ def test_refusals(datasets):
     refused("is given twice", "en", "en")
     refused("other: tokenizer is another-tokenizer, but t in .*en", "en", "other")
     refused("en: was made with another tokenizer than the checkpoint's", "en", fingerprint="checkpoint-fingerprint")
-    refused("--original-languages fr: not in the data, which has el, en", "en", "el", original_languages=["fr"])
+    refused("--original-languages enn: no language of this name", "en", "el", original_languages=["enn"])
     refused("empty: no text", "empty")
     refused("no text in documents 10 to 10 of 10, which --split gives it", "en", split="999,1")
     refused("give one of them", "en", split="9,1", valid_data_path=["x"])
