@@ -19,7 +19,13 @@ from megatron_moe_lpr.checkpoint.reader import is_model_key
 from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, layers_of, open_reader, reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
-from megatron_moe_lpr.conversion.hugging_face.hf_config import SHARED_EXPERT_WIDTH, moe_config, with_both_rope_spellings
+from megatron_moe_lpr.conversion.hugging_face.hf_config import (
+    SHARED_EXPERT_WIDTH,
+    moe_config,
+    with_both_rope_spellings,
+    with_dtype,
+    without_foreign_fields,
+)
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import llama_cpp_form
 from megatron_moe_lpr.conversion.hugging_face.model_card import CardOptions, write_model_card
@@ -39,6 +45,7 @@ from megatron_moe_lpr.conversion.tensors.upcycling import split_qkv
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import atomic_directory
 from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.configuration.rope_parameters import rope_of_transformers_4
 from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.progress import ProgressReport
 
@@ -127,7 +134,7 @@ def plan_export(
         for layer in layers_of(checkpoint):
             verify_all(layer.path)
     card, architecture = checkpoint.card(), checkpoint.architecture()
-    config = _with_dtype(read_json(checkpoint.side_directory / CONFIG_FILE), card.dtype)
+    config = with_dtype(read_json(checkpoint.side_directory / CONFIG_FILE), card.dtype)
     warnings: tuple[str, ...] = ()
     if len(card.experts_per_layer) != architecture.num_layers or card.family != architecture.family.name:
         raise UserError(f"{checkpoint.side_directory}: {CARD_FILE} and {CONFIG_FILE} do not belong to one model")
@@ -151,16 +158,12 @@ def plan_export(
     return ExportPlan(checkpoint, card, architecture, layout, config, rows, reader, dtype, engine, warnings)
 
 
-def _with_dtype(config: dict, dtype: str) -> dict:
-    """The configuration naming the dtype of the weights, which training may have changed."""
-    return config | {name: dtype for name in ("dtype", "torch_dtype") if name in config}
-
-
 def _dense_config(config: dict, architecture: Architecture) -> dict:
     """As it came, but where a reader would take something else from it without a word."""
+    config = without_foreign_fields(config)
     if config.get("attention_bias") and not architecture.family.qkv_bias:
         config = config | {"attention_bias": False}
-    if "rope_parameters" in config and "rope_theta" not in config:
+    if "rope_parameters" in config or rope_of_transformers_4(config) != architecture.rope:
         config = with_both_rope_spellings(config, architecture)
     return config
 

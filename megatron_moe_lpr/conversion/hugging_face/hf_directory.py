@@ -1,5 +1,6 @@
 """A Hugging Face directory: what its files say, before any tensor is read."""
 
+import contextlib
 import dataclasses
 import hashlib
 import shutil
@@ -16,7 +17,9 @@ from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     SHARED_EXPERT_WIDTH,
     dense_config,
     experts_per_layer_of,
+    moe_config,
     top_k_of,
+    with_dtype,
 )
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import LLAMA_CPP_MODEL_TYPE
 from megatron_moe_lpr.conversion.hugging_face.safetensors_source import SafetensorsSource, weight_files
@@ -116,7 +119,7 @@ def open_hf_directory(path: Path) -> HFDirectory:
 def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
     source = str(path / CONFIG_FILE)
     experts, card = experts_per_layer_of(moe, source), _card(path)
-    config = read_json(path / SIDE_DIRECTORY / CONFIG_FILE) if card else dense_config(moe, source)
+    config = _dense_behind(path, moe, card)
     architecture = read_architecture(config, source)
     layout = MOE_LAYOUTS[moe["model_type"]]
     if card and experts != card.experts_per_layer and experts == [card.num_experts] * len(card.experts_per_layer):
@@ -126,6 +129,23 @@ def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
     width = moe.get("shared_expert_intermediate_size") or SHARED_EXPERT_WIDTH
     checked_integer(width, "shared_expert_intermediate_size", source, 1, MAX_SIZE)
     return HFDirectory(path, config, architecture, layout, experts, top_k_of(moe, source), width, card)
+
+
+def _dense_behind(path: Path, moe: dict[str, Any], card: CheckpointCard | None) -> dict[str, Any]:
+    """The dense configuration: as the export kept it, unless `config.json`, which transformers reads, was edited since.
+
+    Raises:
+        UserError: the configuration holds something that the upcycled model cannot be.
+    """
+    if not card:
+        return dense_config(moe, str(path / CONFIG_FILE))
+    side = path / SIDE_DIRECTORY / CONFIG_FILE
+    kept = read_json(side)
+    with contextlib.suppress(UserError):  # a card of another model; what does not fit is refused below
+        architecture = read_architecture(kept, str(side))
+        if moe == moe_config(with_dtype(kept, card.dtype), architecture, card.experts_per_layer, card.top_k):
+            return kept
+    return dense_config(moe, str(path / CONFIG_FILE), card.family)
 
 
 def _card(path: Path) -> CheckpointCard | None:
