@@ -116,7 +116,7 @@ class Export:
     engine: Annotated[Engine, tyro.conf.arg(name="for")] = "transformers"
     """Program that will load it. transformers: also for vLLM; llama.cpp needs a form of its own."""
     base_model: str | None = None
-    """For the model card: the base model's name on the hub. Default: what its config.json says."""
+    """For the model card: the base model's name on the hub. Default: what import read from the path of a hub cache."""
     licence: str | None = None
     """For the model card: the base model's licence in the hub's spelling. Default: what its README.md says."""
     evaluation: Path | None = None

@@ -18,8 +18,10 @@ from megatron_moe_lpr.checkpoint.directory import (
 from megatron_moe_lpr.checkpoint.reader import is_model_key
 from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, layers_of, open_reader, reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
+from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, read_base_model
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.conversion.hugging_face.hf_config import (
+    CODE_FIELDS,
     SHARED_EXPERT_WIDTH,
     moe_config,
     with_both_rope_spellings,
@@ -50,6 +52,7 @@ from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.progress import ProgressReport
 
 GENERATION_FILE = "generation_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +232,10 @@ def _write_side_files(plan: ExportPlan, directory: Path, card_options: CardOptio
     if not (directory / GENERATION_FILE).is_file():
         # Servers stop at the tokens that it names.
         write_json(_generation_config(plan.config), directory / GENERATION_FILE)
-    write_model_card(directory, plan.config, plan.card, plan.engine, card_options)
+    for name in (TOKENIZER_CONFIG_FILE, GENERATION_FILE):
+        drop_code_references(directory / name)
+    base_model = read_base_model(side)
+    write_model_card(directory, base_model, plan.card, plan.engine, card_options)
     if plan.config == read_json(side / CONFIG_FILE):
         shutil.copyfile(side / CONFIG_FILE, directory / CONFIG_FILE)
     else:
@@ -237,8 +243,17 @@ def _write_side_files(plan: ExportPlan, directory: Path, card_options: CardOptio
     target = directory / SIDE_DIRECTORY
     target.mkdir()
     shutil.copyfile(side / CONFIG_FILE, target / CONFIG_FILE)
+    if base_model:
+        write_json(base_model.as_json(), target / BASE_MODEL_FILE)
     # An exported model is complete.
     dataclasses.replace(plan.card, base=None).write(target / CARD_FILE)
+
+
+def drop_code_references(path: Path) -> None:
+    """Rewrite a JSON file without the fields that name code, which an export does not carry; else leave it as it is."""
+    fields = read_json(path) if path.is_file() else {}
+    if any(name in fields for name in CODE_FIELDS):
+        write_json({name: value for name, value in fields.items() if name not in CODE_FIELDS}, path)
 
 
 def _generation_config(config: Mapping[str, Any]) -> dict[str, Any]:

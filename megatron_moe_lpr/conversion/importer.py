@@ -12,6 +12,7 @@ from megatron_moe_lpr.checkpoint.card import CheckpointCard, tool_versions
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, RELEASE, SIDE_DIRECTORY, write_latest
 from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
+from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, base_model_of
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files, tokenizer_files
 from megatron_moe_lpr.conversion.plan import ImportOptions, ImportPlan, plan_import
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
@@ -136,4 +137,6 @@ def _write_side_files(plan: ImportPlan, card: CheckpointCard, directory: Path) -
         write_json(plan.model.config, directory / CONFIG_FILE)
     else:
         shutil.copyfile(source, directory / CONFIG_FILE)
+    base_model = base_model_of(plan.model.path, exported=plan.model.card is not None)
+    write_json(base_model.as_json(), directory / BASE_MODEL_FILE)
     card.write(directory / CARD_FILE)

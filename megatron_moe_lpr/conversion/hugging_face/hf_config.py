@@ -180,8 +180,8 @@ def dense_config(moe: Mapping[str, Any], source: str, family_name: str | None = 
         dense["sliding_window"] = moe.get("sliding_window")
         if family.name == "llama" and dense["sliding_window"] is not None:
             raise UserError(
-                f"{source}: sliding_window {shown(dense['sliding_window'])}, but the model was a Llama, which has none; "
-                "set it to null, or remove moe_lpr/ to read the MoE as a Mistral"
+                f"{source}: sliding_window {shown(dense['sliding_window'])}, but the model was a Llama, which has "
+                "none; set it to null, or remove moe_lpr/ to read the MoE as a Mistral"
             )
     else:
         dense["intermediate_size"] = _qwen_intermediate_size(moe, source)

@@ -68,7 +68,7 @@ def unread_rope_fields(config: Mapping[str, Any], rope: Mapping[str, Any]) -> li
 
 
 def rope_of_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers 4 takes from a dense configuration: `rope_theta` of the top level and `rope_scaling`, no more."""
+    """What transformers 4 takes from a dense configuration: `rope_theta` of the top level and `rope_scaling`."""
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("type", None) or "default"
     return {"rope_type": kind, **scaling, "rope_theta": config.get("rope_theta", DEFAULT_THETA)}
