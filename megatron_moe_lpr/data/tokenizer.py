@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_moe_lpr.data.other_tokenizers import other_model_file, other_tokenizer
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import integer, is_integer, read_json, shown
+from megatron_moe_lpr.lfs_pointers import refuse_lfs_pointers
 
 # Files beside tokenizer.json that other tools need to load the same tokenizer.
 COMPANION_FILES = (
@@ -85,6 +87,7 @@ def load_tokenizer(path: str | Path, eod_token: str | None = None) -> Tokenizer:
         UserError: no such file, or not a tokenizer.
     """
     file = _tokenizer_file(Path(path))
+    refuse_lfs_pointers(file.parent, (file.name,))
     kind = HuggingFaceTokenizer if file.suffix == ".json" else SentencePieceTokenizer
     return kind(file, eod_token)
 
@@ -98,7 +101,7 @@ def _tokenizer_file(path: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise UserError(f"{path}: holds neither a tokenizer.json nor a SentencePiece .model")
+    raise UserError(f"{path}: holds neither a tokenizer.json nor a SentencePiece .model{other_tokenizer(path)}")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -150,7 +153,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: not a SentencePiece model ({error})") from None
+            raise UserError(f"{path}: not a SentencePiece model ({error}){other_model_file(path)}") from None
         self.vocab_size = self._tokenizer.vocab_size()
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
 

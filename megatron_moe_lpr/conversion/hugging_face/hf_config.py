@@ -200,7 +200,9 @@ def _refuse_foreign_moe(moe: Mapping[str, Any], model_type: str, source: str) ->
     if moe.get("decoder_sparse_step", 1) != 1:
         raise UserError(f"{source}: decoder_sparse_step other than 1 is not supported; list mlp_only_layers instead")
     if top_k_of(moe, source) > 1 and not moe.get("norm_topk_prob", False):
-        raise UserError(f"{source}: norm_topk_prob=false is not MoE-LPR's routing (the weights must add up to 1)")
+        raise UserError(
+            f"{source}: norm_topk_prob=false is not MoE-LPR's routing (weights must add up to 1); give a dense model"
+        )
     if top_k_of(moe, source) == 1 and moe.get("norm_topk_prob", False):
         raise UserError(f"{source}: norm_topk_prob=true with one expert per token weights it by 1, not its probability")
     if model_type == "qwen2_moe" and not moe.get("qkv_bias", True):

@@ -22,7 +22,9 @@ from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     with_dtype,
 )
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import LLAMA_CPP_MODEL_TYPE
-from megatron_moe_lpr.conversion.hugging_face.safetensors_source import SafetensorsSource, weight_files
+from megatron_moe_lpr.conversion.hugging_face.other_forms import refuse_other_directories
+from megatron_moe_lpr.conversion.hugging_face.other_tensors import foreign_form
+from megatron_moe_lpr.conversion.hugging_face.safetensors_source import INDEX_FILE, SafetensorsSource, weight_files
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors, zero_attention_biases
 from megatron_moe_lpr.conversion.tensors.names import (
     DENSE_LAYOUT,
@@ -34,6 +36,7 @@ from megatron_moe_lpr.conversion.tensors.names import (
 )
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer
+from megatron_moe_lpr.lfs_pointers import refuse_lfs_pointers
 from megatron_moe_lpr.model.configuration.architecture import MAX_SIZE, Architecture, read_architecture
 
 TOKENIZER_PATTERNS = (
@@ -102,8 +105,8 @@ def open_hf_directory(path: Path) -> HFDirectory:
         UserError: not such a directory, an unsupported architecture, or a MoE that is not an upcycled one.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory; a Hugging Face model directory is expected")
+    refuse_other_directories(path)
+    refuse_lfs_pointers(path, (CONFIG_FILE, INDEX_FILE, *CARRIED_PATTERNS))
     config_path = path / CONFIG_FILE
     config = read_json(config_path)
     model_type = config.get("model_type")
@@ -162,15 +165,32 @@ def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: Safetensors
     expected = {name: shape for row in rows for name, shape in zip(row.names, row.shapes, strict=False)}
     expected |= {tensor.name: tensor.shape for tensor in extra}
     missing = [name for name in expected if name not in source.tensors]
+    unexpected = [name for name in source.tensors if name not in expected and not _harmless(name, source)]
+    foreign = foreign_form(source.tensors)
+    if foreign:
+        raise UserError(f"{place}: {foreign}")
+    if missing == [OUTPUT_NAME]:
+        raise UserError(
+            f"{place}: the weights lack {OUTPUT_NAME}, and config.json does not say tie_word_embeddings=true: set it "
+            f"if the model's output layer is its {EMBEDDING_NAME}; else the output layer was lost (as in a classifier "
+            "or an embedding model): use the checkpoint of the ...ForCausalLM class"
+        )
     if missing:
         raise UserError(f"{place}: the weights lack {_listed(missing)}")
-    unexpected = [name for name in source.tensors if name not in expected and not _harmless(name, source)]
+    if OUTPUT_NAME in unexpected and EMBEDDING_NAME in expected:
+        raise UserError(
+            f"{source.file_of(OUTPUT_NAME)}: {OUTPUT_NAME} is not equal to {EMBEDDING_NAME}, and config.json says "
+            "tie_word_embeddings=true, which makes them one: set it to false if the model was trained with this output "
+            f"layer, or remove {OUTPUT_NAME} from the file if it is a leftover"
+        )
     if unexpected:
         raise UserError(f"{place}: the architecture has no place for {_listed(unexpected)}")
     for name, shape in expected.items():
         found = source.tensors[name].shape
         if found != shape:
-            raise UserError(f"{source.file_of(name)}: {name} has shape {list(found)}, config.json wants {list(shape)}")
+            reason = f"{source.file_of(name)}: {name} has shape {list(found)}, config.json wants {list(shape)}"
+            is_vocabulary = name in (EMBEDDING_NAME, OUTPUT_NAME) and found[1:] == shape[1:]
+            raise UserError(reason + (f"; correct its vocab_size of {shape[0]}" if is_vocabulary else ""))
 
 
 def common_dtype(infos: list[TensorInfo], place: Path) -> torch.dtype:

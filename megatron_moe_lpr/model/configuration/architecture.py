@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer, integer, number, shown, switch
+from megatron_moe_lpr.model.configuration.quantisation import refuse_quantisation
 from megatron_moe_lpr.model.configuration.rope_parameters import read_rope
 
 HFConfig = Mapping[str, Any]
@@ -116,8 +117,7 @@ def _refuse_unsupported(config: HFConfig, family: Family, source: str) -> None:
         raise UserError(f"{source}: hidden_act={shown(config['hidden_act'])} is not supported, only 'silu'")
     if family.name != "qwen2" and config.get("mlp_bias"):
         raise UserError(f"{source}: mlp_bias=true is not supported for {family.architecture}")
-    if config.get("quantization_config"):
-        raise UserError(f"{source}: quantised weights are not supported; convert from the bf16 checkpoint")
+    refuse_quantisation(config, source)
 
 
 def _num_query_groups(config: HFConfig, family: Family, heads: int, source: str) -> int:
