@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_moe_lpr", "megatron_moe_lpr.*"]),
+    package_data={"megatron_moe_lpr.data": ["language_codes.tsv"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",

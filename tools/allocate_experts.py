@@ -12,6 +12,7 @@ from megatron_moe_lpr.allocation.arithmetic import AllocationOptions, allocate
 from megatron_moe_lpr.allocation.report import Measurement
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG, write_experts_per_layer
+from megatron_moe_lpr.data.language_names import canonical_language, covered, split_names
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.filesystem import atomic_file
 
@@ -28,7 +29,7 @@ class Flags:
     data_path: list[str]
     """A dataset for each language, original and expanded."""
     original_languages: list[str]
-    """Languages that the dense model already knows, as the datasets name them, for example en es zh."""
+    """Languages that the dense model already knows, by code or name, for example en es zh."""
     budget: int | None = None
     """Most new experts in all layers together. Default: 2 for each layer, as in the published allocations."""
     multiple_of: int = 1
@@ -77,7 +78,7 @@ def measure(flags: Flags) -> Measurement:
     options = AllocationOptions(flags.budget, flags.multiple_of, flags.uniform_count, flags.dense_layers)
     allocate([1.0] * source.architecture.num_layers, options)  # what is wrong with the flags shows before the work
     windows = read_windows(flags, source.architecture)
-    original = [name for name in flags.original_languages if name in windows]
+    original = sorted(covered(windows, map(canonical_language, split_names(flags.original_languages))))
     similarity, separable = [], []
     for inputs in ffn_inputs(source, windows, device):
         means = {name: mean_unit_vector(part) for name, part in inputs.items()}
@@ -89,6 +90,7 @@ def measure(flags: Flags) -> Measurement:
 def read_windows(flags: Flags, architecture) -> "dict[str, torch.Tensor]":
     """The sample, with languages of both groups in it. Raises UserError."""
     from megatron_moe_lpr.allocation.samples import sample_windows
+    from megatron_moe_lpr.data.original_languages import read_original_languages
     from megatron_moe_lpr.data.reading.blend import read_blend
     from megatron_moe_lpr.data.reading.languages import LanguageRegistry
 
@@ -99,7 +101,9 @@ def read_windows(flags: Flags, architecture) -> "dict[str, torch.Tensor]":
         raise UserError("--data-path: give a dataset for each language")
     entries = read_blend(flags.data_path)
     languages = LanguageRegistry(entry.language for entry in entries)
-    original = languages.original_ids(flags.original_languages)
+    known = read_original_languages(flags.original_languages, languages.names)
+    print(*(f"note: {note}" for note in known.notes), sep="\n", end="\n" if known.notes else "")
+    original = languages.original_ids(known.names)
     if not original or len(original) == len(languages):
         raise UserError("--original-languages: --data-path must hold original languages and expanded ones")
     windows = sample_windows(entries, flags.tokens_per_language, flags.seq_length)

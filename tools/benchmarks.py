@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.errors import UserError, naming, run_command
 from megatron_moe_lpr.evaluation.benchmarks.harness import (
     harness_command,
@@ -67,7 +68,7 @@ class Flags:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    flags = parse_flags(Flags, arguments, __doc__)
+    flags = with_one_spelling(parse_flags(Flags, arguments, __doc__))
     for name in MODELS:
         if not (getattr(flags, name) / "config.json").is_file():
             raise UserError(f"--{name} {getattr(flags, name)}: no config.json there; give a Hugging Face directory")
@@ -82,6 +83,16 @@ def main(arguments: list[str] | None = None) -> None:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     Console(width=None if sys.stdout.isatty() else 160).print(benchmarks_table(record))
     print(f"by language: {flags.output / RECORD_FILE}")
+
+
+def with_one_spelling(flags: Flags) -> Flags:
+    """The flags with their languages as `canonical_language` spells them. Raises UserError."""
+    spelled = {}
+    for name in ("original_languages", "expanded_languages"):
+        spelled[name], notes = parse_languages(getattr(flags, name), f"--{name.replace('_', '-')}")
+        for note in notes:
+            print(f"note: {note}")
+    return dataclasses.replace(flags, **spelled)
 
 
 def evaluate(flags: Flags, chosen: list[ChosenTasks]) -> None:

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.data.language_names import canonical_language, split_names
+from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.data.preparation.corpora import CORPORA, corpus_of
 from megatron_moe_lpr.data.preparation.hub import Shard, disk_need, download, find_shards, remove_staging
 from megatron_moe_lpr.errors import UserError, run_command
@@ -45,12 +47,13 @@ class Flags:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     flags = parse_flags(Flags, arguments, __doc__)
-    counts = dict(shard_count(one, flags.shards) for one in flags.languages)
-    if len(counts) < len(flags.languages):
+    words = split_names(flags.languages)
+    counts = dict(shard_count(one, flags.shards) for one in words)
+    if len(counts) < len(words):
         raise UserError("--languages: one is named twice")
     if flags.valid_shards < 0:
         raise UserError(f"--valid-shards {flags.valid_shards}: at least 0")
-    choices = dict(one.partition("=")[::2] for one in flags.corpus)
+    choices = {canonical_language(name): corpus for name, _, corpus in (one.partition("=") for one in flags.corpus)}
     names, shards = {}, {}
     for language, count in counts.items():
         names[language], corpus = corpus_of(language, choices)
@@ -74,7 +77,10 @@ def shard_count(text: str, default: int) -> tuple[str, int]:
     count = default if not number else int(number) if number.isdecimal() else 0
     if not language or count < 1:
         raise UserError(f"--languages {text}: write LANGUAGE or LANGUAGE=N, with at least one file")
-    return language, count
+    (name,), notes = parse_languages([language], "--languages")
+    for note in notes:
+        print(f"note: {note}")
+    return name, count
 
 
 def show(names: dict[str, str], shards: dict[str, list[Shard]], with_files: bool) -> None:

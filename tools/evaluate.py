@@ -31,7 +31,7 @@ class Flags:
     base_checkpoint: Path | None = None
     """For a --load of --save-trainable-only: directory of the checkpoint that its run started from, if it has moved."""
     original_languages: list[str] = dataclasses.field(default_factory=list)
-    """Languages that the dense model already knows. Default: as in the checkpoint's training."""
+    """Languages that the dense model already knows. Those in the checkpoint's history need not be named."""
     output: Path | None = None
     """Write the results to this file as JSON too."""
     seq_length: int = 512
@@ -61,8 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
     from megatron_moe_lpr.evaluation.results import evaluation_record, print_evaluation
     from megatron_moe_lpr.parallel.groups import destroy_parallel
 
-    record = evaluation_record(evaluate_checkpoint(plan(flags)))
+    evaluation = evaluate_checkpoint(plan(flags))
+    record = evaluation_record(evaluation)
     if dist.get_rank() == 0:
+        for note in evaluation.notes:
+            print(f"note: {note}")
         print_evaluation(record)
         if flags.output:
             write(record, flags.output)

@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.data.language_names import canonical_language, is_known
+from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.data.preparation.documents import LANGUAGE_PATTERN, DocumentOptions
 from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
 from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess
@@ -31,7 +33,7 @@ class Flags:
     tokenizer: str
     """A directory with a tokenizer.json or a SentencePiece .model, or such a file."""
     language: str | None = None
-    """The language of the whole input, for example el."""
+    """The language of the whole input, for example el; by code or English name, or a tag of your own."""
     language_key: str | None = None
     """The JSON key (or parquet column) of each document's language; one PREFIX_LANGUAGE each."""
     json_key: str = "text"
@@ -69,8 +71,7 @@ def plan(flags: Flags) -> PreprocessingPlan:
     """Check the flags against each other."""
     if (flags.language is None) == (flags.language_key is None):
         raise UserError("give either --language, for a whole input, or --language-key, to split it by a field")
-    if flags.language is not None and not LANGUAGE_PATTERN.fullmatch(flags.language):
-        raise UserError(f"--language {flags.language!r}: letters and digits, perhaps joined by _ or -")
+    language = None if flags.language is None else parse_language(flags.language)
     if flags.language_key and any(".txt" in name for name in flags.input):
         raise UserError("--language-key: a .txt has no keys; pass --language")
     partition = parse_partition(flags.partitions)
@@ -82,7 +83,7 @@ def plan(flags: Flags) -> PreprocessingPlan:
         raise UserError("--workers and --max-documents: at least 1")
     if flags.shuffle_seed is not None and not 0 <= flags.shuffle_seed < 2**32:
         raise UserError("--shuffle-seed: from 0 to 4294967295")
-    documents = DocumentOptions(flags.json_key, flags.language, flags.language_key, flags.on_error == "stop")
+    documents = DocumentOptions(flags.json_key, language, flags.language_key, flags.on_error == "stop")
     encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents)
     return PreprocessingPlan(
         inputs=flags.input,
@@ -94,6 +95,19 @@ def plan(flags: Flags) -> PreprocessingPlan:
         partition=partition,
         overwrite=flags.overwrite,
     )
+
+
+def parse_language(text: str) -> str:
+    """`el` for `el`, `EL`, `ell` or `Greek`; another tag as it is. Raises UserError."""
+    name = canonical_language(text)
+    if not LANGUAGE_PATTERN.fullmatch(name):
+        raise UserError(f"--language {text!r}: one language; letters and digits, perhaps joined by _ or -")
+    _, notes = parse_languages([text], "--language")
+    if not is_known(name):
+        notes = [f"--language {name}: neither the code nor the name of a language; taken as a tag of your own"]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return name
 
 
 def parse_partition(text: str) -> tuple[int, int]:

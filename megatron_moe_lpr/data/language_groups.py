@@ -3,13 +3,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_moe_lpr.data.language_names import canonical_language, covered
+
 EXPANSION = "expansion"
 """The `stage` of an expansion's entry in a checkpoint's history."""
 
 
 def original_languages(history: Sequence[Mapping[str, Any]]) -> set[str]:
     """All that any run called original."""
-    return {language for entry in history for language in entry.get("original_languages", [])}
+    return {canonical_language(name) for entry in history for name in entry.get("original_languages") or ()}
+
+
+def trained_languages(entry: Mapping[str, Any]) -> set[str]:
+    """Languages of the training data of one run."""
+    return set(map(canonical_language, entry.get("languages") or ()))
 
 
 def learned_languages(history: Sequence[Mapping[str, Any]]) -> list[set[str]]:
@@ -25,7 +32,8 @@ def learned_languages(history: Sequence[Mapping[str, Any]]) -> list[set[str]]:
         if entry.get("stage") == EXPANSION:
             groups.append(set())
         elif entry.get("stage") == "1":
-            new = set(entry.get("languages", [])) - original - seen
+            trained = trained_languages(entry)
+            new = trained - covered(trained, original) - seen
             groups[-1] |= new
             seen |= new
     return groups if any(groups) else []
@@ -42,7 +50,10 @@ def groups_with_prior(
     """
     known = original_languages(history) | set(original)
     earlier = learned_languages(history)[: num_groups - 2]
-    return [sorted(known if num_groups > 2 else original), *(sorted(group - known) for group in earlier)]
+    return [
+        sorted(known if num_groups > 2 else original),
+        *(sorted(group - covered(group, known)) for group in earlier),
+    ]
 
 
 def group_name(group: int) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 import megatron_moe_lpr
 from megatron_moe_lpr.checkpoint.integrity import checksum_of_file
+from megatron_moe_lpr.data.language_names import canonical_language
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import atomic_file, sha256_of_file
 from megatron_moe_lpr.json_files import is_integer, parse_json_object, shown
@@ -32,6 +33,7 @@ class Manifest:
     """The contents of `PREFIX.json`. One prefix holds one language."""
 
     language: str
+    """In one spelling, `language_names.canonical_language`, also where an older version wrote another."""
     tokenizer: str
     """Fingerprint: sha256 in hex, see `tokenizer.Tokenizer`."""
     vocab_size: int
@@ -180,7 +182,7 @@ def _parse(path: Path) -> Manifest:
             raise UserError(
                 f"{path}: {name} cannot be {shown(getattr(manifest, name))}; copy the file again or preprocess again"
             )
-    return manifest
+    return dataclasses.replace(manifest, language=canonical_language(manifest.language))
 
 
 def _is_text(value: object) -> bool:

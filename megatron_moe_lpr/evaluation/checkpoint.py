@@ -10,6 +10,7 @@ from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
+from megatron_moe_lpr.data.original_languages import read_original_languages
 from megatron_moe_lpr.data.reading.blend import BlendEntry, read_blend
 from megatron_moe_lpr.data.reading.languages import LanguageRegistry
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
@@ -31,7 +32,7 @@ class EvaluationPlan:
     load: Path
     valid_data_path: list[str]
     original_languages: list[str]
-    """Empty: those that the checkpoint was trained with."""
+    """Beside those that the checkpoint's history knows."""
     seq_length: int
     micro_batch_size: int
     dtype: torch.dtype | None
@@ -53,6 +54,9 @@ class Evaluation:
     dtype: str
     seq_length: int
     original_languages: tuple[str, ...]
+    """Whatever data there is."""
+    notes: tuple[str, ...]
+    """What the user should know of how languages were understood."""
     language_groups: list[list[str]]
     """Original languages, then those of each expansion but the latest, to which all others belong."""
     datasets: list[DatasetLoss]
@@ -71,7 +75,7 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
     entries = read_blend(plan.valid_data_path, "--valid-data-path", tokenizer_fingerprint=fingerprint)
     languages = LanguageRegistry(entry.language for entry in entries)
     check_token_ids(entries, shape.architecture.vocab_size, str(directory.path))
-    original = _original_languages(plan, card, languages)
+    original = read_original_languages(plan.original_languages, languages.names, original_languages(card.history))
     check_layout(shape, plan.layout)
 
     platform = select_platform(plan.platform)
@@ -79,7 +83,7 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
     dtype = plan.dtype or getattr(torch, card.dtype)
     model = load_model(directory, plan.layout, platform, ComputeOptions(dtype=dtype), verified=plan.verify)
     check_finite_weights(model.chunks, directory.path)
-    groups = groups_with_prior(card.history, original, shape.num_groups)
+    groups = groups_with_prior(card.history, original.names, shape.num_groups)
     table = languages.group_table(groups).to(platform.device)
     results = [
         evaluate_dataset(model.chunks, model.config, shape, dataset, table, platform.device, plan.micro_batch_size)
@@ -87,7 +91,7 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
     ]
     check_finite_losses(results, directory.path, dtype)
     precision = str(dtype).removeprefix("torch.")
-    return Evaluation(directory, card, precision, plan.seq_length, original, groups, results)
+    return Evaluation(directory, card, precision, plan.seq_length, original.names, original.notes, groups, results)
 
 
 def _check_sizes(plan: EvaluationPlan, shape: ModelShape) -> None:
@@ -99,15 +103,6 @@ def _check_sizes(plan: EvaluationPlan, shape: ModelShape) -> None:
     plan.layout.check_sequence(plan.seq_length)
     if not plan.valid_data_path:
         raise UserError("--valid-data-path: give the datasets to evaluate on")
-
-
-def _original_languages(plan: EvaluationPlan, card: CheckpointCard, languages: LanguageRegistry) -> tuple[str, ...]:
-    """Those given, or else those of the checkpoint's history that there is data for."""
-    if plan.original_languages:
-        languages.original_ids(plan.original_languages)
-        return tuple(sorted(set(plan.original_languages)))
-    known = original_languages(card.history)
-    return tuple(sorted(known & set(languages.names)))
 
 
 def _datasets(entries: list[BlendEntry], languages: LanguageRegistry, seq_length: int) -> list[ValidationDataset]:

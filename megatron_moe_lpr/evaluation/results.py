@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe_lpr.data.language_groups import group_name
+from megatron_moe_lpr.data.language_names import covered
 from megatron_moe_lpr.evaluation.checkpoint import Evaluation
 from megatron_moe_lpr.evaluation.losses import DatasetLoss
 from megatron_moe_lpr.model.moe.routing_statistics import GROUPS, RoutingReport
@@ -39,9 +40,10 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _dataset_record(result: DatasetLoss, evaluation: Evaluation) -> dict[str, Any]:
-    group = GROUPS[0] if result.language in evaluation.original_languages else GROUPS[1]
+    group = GROUPS[0] if covered([result.language], evaluation.original_languages) else GROUPS[1]
     latest = len(evaluation.language_groups)
-    number = next((i for i, names in enumerate(evaluation.language_groups) if result.language in names), latest)
+    numbered = enumerate(evaluation.language_groups)
+    number = next((index for index, names in numbered if covered([result.language], names)), latest)
     return {
         "name": Path(result.name).name,
         "language": result.language,

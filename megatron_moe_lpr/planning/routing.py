@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_moe_lpr.data.language_names import canonical_language, covered
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import read_json
 from megatron_moe_lpr.model.configuration.config import ModelShape
@@ -63,8 +64,9 @@ def read_routing(path: Path, original_share: float | None = None) -> Routing:
 def _original_share(record: Mapping[str, Any], path: Path) -> float:
     """Of the data of the checkpoint's last stage, lines that begin with a language and its weight."""
     try:
-        original, words = record["original_languages"], [line.split() for line in record["history"][-1]["data"]]
-        weights = [(language, float(weight)) for language, weight, *_ in words]
+        names, words = record["original_languages"], [line.split() for line in record["history"][-1]["data"]]
+        weights = [(canonical_language(language), float(weight)) for language, weight, *_ in words]
+        original = covered((language for language, _ in weights), map(canonical_language, names))
         return sum(weight for language, weight in weights if language in original) / sum(one for _, one in weights)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         raise UserError(

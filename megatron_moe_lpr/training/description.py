@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_moe_lpr.data.language_names import canonical_language, covered
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.config import DataSources
 from megatron_moe_lpr.errors import UserError
@@ -79,10 +80,35 @@ _OPTIMIZER = {field.name for field in dataclasses.fields(OptimizerOptions)}
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """(recorded, now) of what differs. What an older version did not record is not compared."""
+    """(recorded, now) of what differs. What an older version did not record is not compared.
+
+    Of original languages only those of the training data are: no others change a number of the run, and older versions
+    recorded some of them, as the validation data happened to have them.
+    """
+    recorded, now = _comparable(recorded), _comparable(now)
     return {
         name: (recorded[name], value) for name, value in now.items() if name in recorded and recorded[name] != value
     }
+
+
+def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The description with languages in their one spelling, which an older version did not have."""
+    compared = dict(description)
+    if "data" in compared:
+        compared["data"] = [_with_canonical_language(line) for line in compared["data"]]
+    if "languages" in compared:
+        languages = {canonical_language(name) for name in compared["languages"]}
+        compared["languages"] = sorted(languages)
+        if "original_languages" in compared:
+            names = [canonical_language(name) for name in compared["original_languages"]]
+            compared["original_languages"] = sorted(covered(languages, names))
+    return compared
+
+
+def _with_canonical_language(line: str) -> str:
+    """A line of `_dataset`, which begins with its language."""
+    language, space, rest = line.partition(" ")
+    return f"{canonical_language(language)}{space}{rest}"
 
 
 def accepted_names(names: Iterable[str], override_scheduler: bool) -> set[str]:

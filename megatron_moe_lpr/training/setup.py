@@ -86,9 +86,8 @@ def prepare(config: TrainingConfig) -> Run:
     accepted_names(config.checkpoint.accept_changes, config.checkpoint.override_opt_param_scheduler)
     start = open_checkpoint(config.checkpoint.load, config.checkpoint.verify, config.checkpoint.base_checkpoint)
     shape, card = model_shape(start), start.card()
-    config = _with_known_languages(config, card)
     fingerprint = load_tokenizer(start.side_directory).fingerprint if card.tokenizer_files else None
-    sources = read_data_sources(config.data, fingerprint, original_may_be_absent=stage.original_languages != "required")
+    sources = read_data_sources(config.data, fingerprint, original_languages(card.history))
     check_token_ids([*sources.train, *sources.valid], shape.architecture.vocab_size, str(start.path))
     earlier = groups_with_prior(card.history, sources.original_languages, shape.num_groups)[1:]
     check_stage(stage, card.is_moe, sources, earlier, bool(card.inserted_blocks))
@@ -166,14 +165,6 @@ def check_parameter_gather(options: FP8Options, stage: Stage) -> None:
         )
 
 
-def _with_known_languages(config: TrainingConfig, card: CheckpointCard) -> TrainingConfig:
-    """Where no flag names original languages, those of the checkpoint's history."""
-    known = sorted(original_languages(card.history))
-    if config.data.original_languages or not card.expansions:
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, original_languages=known))
-
-
 def _check_expansion(config: TrainingConfig, stage: Stage, card: CheckpointCard) -> None:
     """Raises UserError where the run would leave the latest experts half in use, or round frozen ones."""
     steps, flag = config.stage.open_experts_iters, "--open-experts-iters"
@@ -237,6 +228,8 @@ def print_overview(run: Run) -> None:
     """On rank 0: what trains and what is frozen, and what the data holds."""
     if dist.get_rank() != 0:
         return
+    for note in run.sources.notes:
+        print(f"note: {note}", flush=True)
     console = Console()
     console.print(_parameter_table(run))
     console.print(_data_table(run))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from megatron_moe_lpr.data.language_names import covered
 from megatron_moe_lpr.data.reading.config import DataSources
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.parameter_kinds import KINDS, ParameterKind, kind_of
@@ -136,7 +137,7 @@ def check_stage(
             f"--load: --stage {stage.name} trains inserted blocks and the checkpoint has none; "
             "insert them with tools/convert_hf.py import --expand-blocks"
         )
-    original = {entry.language for entry in sources.train} & set(sources.original_languages)
+    original = sources.trained_original
     if stage.original_languages == "refused" and original:
         raise UserError(
             f"--data-path: stage {stage.name} trains on expanded languages only, and {', '.join(sorted(original))} "
@@ -144,11 +145,11 @@ def check_stage(
         )
     if stage.original_languages == "required" and not original:
         raise UserError(
-            f"--original-languages: stage {stage.name} replays original languages, and --data-path has none; "
-            "name them and add their data"
+            f"--original-languages: stage {stage.name} replays original languages, and --data-path has none of "
+            f"{', '.join(sources.original_languages) or 'them'}; name them and add their data"
         )
     for group in earlier:
-        trained = {entry.language for entry in sources.train} & set(group)
+        trained = covered({entry.language for entry in sources.train}, group)
         if stage.original_languages == "refused" and trained:
             raise UserError(
                 f"--data-path: stage {stage.name} trains on the languages of the latest expansion only, and "

@@ -135,7 +135,8 @@ def test_the_tool_measures_allocates_and_its_file_is_imported(model_and_data, mo
         (["--tokens-per-language", "20", "--seq-length", "20"], "at least two windows"),
         (["--seq-length", "300"], "only 256 positions"),
         (["--original-languages", "en", "el", "hu"], "must hold original languages and expanded ones"),
-        (["--original-languages", "xx"], "not in the data"),
+        (["--original-languages", "enn"], "write en if you mean en .English."),
+        (["--original-languages", "fr"], "must hold original languages and expanded ones"),
         (["--budget", "0"], "--budget 0"),
     ],
 )

@@ -155,7 +155,7 @@ def test_command_line_writes_json(setting, alone, tmp_path):
     ("change", "message"),
     [
         (["--seq-length", "100000"], "--seq-length 100000"),
-        (["--original-languages", "xx", "--seq-length", "32"], "not in the data"),
+        (["--original-languages", "enn", "--seq-length", "32"], "write en if you mean en .English."),
         (["--bf16", "--fp32"], "give one of them"),
         (["--output", "no/such/place.json"], "there is no directory"),
     ],

@@ -74,6 +74,17 @@ def test_precision_and_unknown_names_are_refused(setting, tmp_path):
     assert "--accept-changes seed: can't change" in go(load, save, data, accept_changes=("seed",))
 
 
+def test_validation_data_and_originals_without_data_may_change(setting, tmp_path):
+    """What the original languages are does not depend on the validation data that happen to be there."""
+    root, load, data = setting
+    save = rewind(root / "run", tmp_path / "run", 3)
+    more = {"valid_data_path": [data["en"]], "original_languages": ["English,es", "zh_CN"], "save_interval": 1}
+    assert go(load, save, data, train_iters=6, **more) is None
+    assert history(save, 4)["original_languages"] == ["en", "es", "zh-CN"]
+    assert go(load, rewind(save, tmp_path / "again", 5), data) is None
+    assert metrics(tmp_path / "again")[6]["lm_loss"] == metrics(root / "run")[6]["lm_loss"]
+
+
 def test_an_accepted_change_counts_from_its_step(setting, tmp_path):
     root, load, data = setting
     save = rewind(root / "run", tmp_path / "run", 3)

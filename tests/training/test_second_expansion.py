@@ -216,7 +216,7 @@ def test_the_second_review_and_the_export(inputs, second_run, tmp_path):
     review = tmp_path / "review"
     for languages, words in (
         (("en", "hu"), "replays the languages of earlier expansions, and none of el"),
-        (("el", "hu"), "--original-languages en: not in the data"),
+        (("el", "hu"), "replays original languages, and --data-path has none of en"),
     ):
         arguments = {"stage": "2", "data_path": [data[name] for name in languages]}
         assert words in rank_pool(1).run(functools.partial(train_outcome, second_run[0], review, data, **arguments))[0]

@@ -149,6 +149,10 @@ def test_gradients_that_nothing_needs_are_not_computed(inputs):
     ("stage", "changes", "words"),
     [
         ("1", {"data_path": "en"}, "en is original; leave it out, or pass --allow-original-languages"),
+        ("1", {"data_path": "en", "original_languages": ["EN,es"]}, "en is original"),
+        ("1", {"data_path": "en", "original_languages": ["English", "zh_CN"]}, "en is original"),
+        ("1", {"data_path": "en", "original_languages": ["en-US"]}, "en is original"),
+        ("1", {"data_path": "en", "original_languages": ["Englsh"]}, "write en if you mean en .English."),
         ("2", {"original_languages": []}, "--original-languages: stage 2 replays original languages"),
         ("2", {"data_path": "en"}, "wants text of expanded languages"),
         ("1", {"seq_length": 512}, "--seq-length 512: the model has only 256 positions"),

@@ -16,6 +16,8 @@ from megatron_moe_lpr.conversion.hugging_face.base_model import (
     card_metadata,
     named_by_card,
 )
+from megatron_moe_lpr.data.language_groups import original_languages, trained_languages
+from megatron_moe_lpr.data.language_names import covered
 from megatron_moe_lpr.errors import UserError
 
 ISO_639 = re.compile(r"[a-z]{2,3}")
@@ -82,9 +84,9 @@ def _licence(directory: Path, base: Mapping[str, Any], options: CardOptions) -> 
 
 
 def _languages(card: CheckpointCard) -> dict[str, list[str]]:
-    original = {code for entry in card.history for code in entry.get("original_languages") or ()}
-    trained = {code for entry in card.history for code in entry.get("languages") or ()}
-    return {"original": sorted(original), "expanded": sorted(trained - original)}
+    original = original_languages(card.history)
+    trained = {language for entry in card.history for language in trained_languages(entry)}
+    return {"original": sorted(original), "expanded": sorted(trained - covered(trained, original))}
 
 
 def _head(

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from megatron_moe_lpr.data.language_names import canonical_language
 from megatron_moe_lpr.data.manifest import LANGUAGE_PATTERN
 from megatron_moe_lpr.data.preparation.sources import Block, count_lines
 from megatron_moe_lpr.errors import UserError
@@ -16,7 +17,9 @@ EMPTY = "empty"
 MALFORMED = "malformed"
 NO_TEXT = "no_text"
 NO_LANGUAGE = "no_language"
-REPAIRED = "kept_with_replaced_surrogates"
+KEPT = "kept_with_"
+"""Begins the reasons under which documents are counted that are there."""
+REPAIRED = f"{KEPT}replaced_surrogates"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,10 @@ def read_documents(
             continue
         repaired = replace_surrogates(text)
         counts[REPAIRED] += repaired is not text
-        yield language, repaired
+        name = language if options.language else canonical_language(language)
+        if name != language:
+            counts[f"{KEPT}language_{language.strip()}_read_as_{name}"] += 1
+        yield name, repaired
 
 
 def replace_surrogates(text: str) -> str:
@@ -110,7 +116,7 @@ def _language(document: dict, key: str | None) -> str:
     language = document.get(key)
     if not isinstance(language, str):
         raise DocumentError(NO_LANGUAGE, f"no language under the key {key!r} (--language-key)")
-    if not LANGUAGE_PATTERN.fullmatch(language):
+    if not LANGUAGE_PATTERN.fullmatch(canonical_language(language)):
         raise DocumentError(
             NO_LANGUAGE, f"language {language!r} can't be part of a file name; letters, digits, _ and -"
         )

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
 from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path
-from megatron_moe_lpr.data.preparation.documents import REPAIRED
+from megatron_moe_lpr.data.preparation.documents import KEPT
 from megatron_moe_lpr.data.preparation.encoding import (
     BlockEncoder,
     EncodedBlock,
@@ -177,7 +177,7 @@ def _encode_into(datasets: PartialDatasets, slices: list[Slice], tokenizer: Toke
                 break
     for reason, count in sorted((+skipped).items()):
         example = f" (first: {first[reason]})" if reason in first else ""
-        print(f"{'repaired' if reason == REPAIRED else 'skipped'}: {count:,} {reason}{example}", file=sys.stderr)
+        print(f"{'kept' if reason.startswith(KEPT) else 'skipped'}: {count:,} {reason}{example}", file=sys.stderr)
     return skipped
 
 

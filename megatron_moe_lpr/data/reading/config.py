@@ -1,8 +1,11 @@
 """The data's flags, and what they amount to before any index is built."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
+from megatron_moe_lpr.data.language_names import covered
+from megatron_moe_lpr.data.original_languages import read_original_languages
 from megatron_moe_lpr.data.reading.blend import (
     BlendEntry,
     LanguageShare,
@@ -28,7 +31,7 @@ class DataConfig:
     data_cache_path: str | None = None
     """Directory for index maps, seen by all nodes. Default: index-cache beside the first dataset."""
     original_languages: list[str] = dataclasses.field(default_factory=list)
-    """Languages that the dense model already knows, as the datasets name them, for example en es zh."""
+    """All languages that the dense model already knows, by code or name. The checkpoint's history adds its own."""
     eod_mask_loss: bool = False
     """Do not train on predicting the token after an end of document."""
     num_workers: int = 2
@@ -45,6 +48,9 @@ class DataSources:
     valid: list[BlendEntry]
     languages: LanguageRegistry
     original_languages: tuple[str, ...]
+    """All that the dense model knows, whatever data there is."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of how languages were understood."""
 
     @property
     def eod(self) -> int:
@@ -58,26 +64,31 @@ class DataSources:
 
     def shares(self, train_tokens: float) -> list[LanguageShare]:
         """Per language: share of the samples, tokens in the data, tokens that a run of `train_tokens` draws."""
-        return language_shares(self.train, self.original_languages, train_tokens)
+        return language_shares(self.train, sorted(self.trained_original), train_tokens)
 
     @property
     def replay_share(self) -> float:
         """Share of the samples that are of original languages, 0 to 1."""
-        return sum(entry.weight for entry in self.train if entry.language in self.original_languages)
+        return sum(entry.weight for entry in self.train if entry.language in self.trained_original)
+
+    @property
+    def trained_original(self) -> set[str]:
+        """Original languages of the training data, as the datasets name them."""
+        return covered({entry.language for entry in self.train}, self.original_languages)
 
 
 def read_data_sources(
-    config: DataConfig, tokenizer_fingerprint: str | None = None, original_may_be_absent: bool = False
+    config: DataConfig, tokenizer_fingerprint: str | None = None, recorded_original: Collection[str] = ()
 ) -> DataSources:
     """Read and check the manifests behind the flags. Cheap: no index map is built.
 
     Args:
         config: the flags.
         tokenizer_fingerprint: of the checkpoint's tokenizer; a dataset made with another is refused.
-        original_may_be_absent: accept original languages that no dataset has, as post-pretraining does.
+        recorded_original: original languages in the checkpoint's history.
 
     Raises:
-        UserError: see `blend.read_blend`; or a language in `--original-languages` that no dataset has.
+        UserError: see `blend.read_blend`; or a misspelled language in `--original-languages`.
     """
     if not config.data_path:
         raise UserError("--data-path: give the datasets to train on")
@@ -92,11 +103,8 @@ def read_data_sources(
     elif valid_part[1] > valid_part[0]:
         valid = read_blend(config.data_path, "--data-path", valid_part)
     languages = LanguageRegistry(entry.language for entry in (*train, *valid))
-    original = set(config.original_languages)
-    if original_may_be_absent:
-        original &= set(languages.names)
-    languages.original_ids(sorted(original))
-    return DataSources(train, valid, languages, tuple(sorted(original)))
+    original = read_original_languages(config.original_languages, languages.names, recorded_original)
+    return DataSources(train, valid, languages, original.names, original.notes)
 
 
 def cache_directory(config: DataConfig) -> Path:

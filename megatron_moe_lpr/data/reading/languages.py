@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.data.language_names import covered
 
 if TYPE_CHECKING:
     import torch
@@ -32,20 +32,9 @@ class LanguageRegistry:
         """Name of a number; `padding` for PADDING_LANGUAGE."""
         return "padding" if language == PADDING_LANGUAGE else self.names[language]
 
-    def original_ids(self, names: Sequence[str]) -> frozenset[int]:
-        """Numbers of the languages given to --original-languages.
-
-        Raises:
-            UserError: the data has no such language.
-        """
-        unknown = [name for name in names if name not in self._ids]
-        if unknown:
-            known = ", ".join(self.names) or "none"
-            raise UserError(
-                f"--original-languages {' '.join(unknown)}: not in the data, which has {known}; add a dataset of it, "
-                "or name others (where the flag is left out, an expanded checkpoint's history names them)"
-            )
-        return frozenset(self._ids[name] for name in names)
+    def original_ids(self, names: Iterable[str]) -> frozenset[int]:
+        """Numbers of the data's languages that `names` mean; the data need not have them all."""
+        return frozenset(self._ids[name] for name in covered(self.names, names))
 
     def group_table(self, groups: Sequence[Sequence[str]]) -> "torch.Tensor":
         """Int64 [languages + 1]: the group in which a language is named, -1 for the others and for padding.
@@ -57,8 +46,8 @@ class LanguageRegistry:
 
         table = torch.full((len(self) + 1,), -1)
         for index, names in enumerate(groups):
-            for name in set(names) & set(self.names):
-                table[self._ids[name]] = index
+            for language in self.original_ids(names):
+                table[language] = index
         return table
 
     def original_table(self, names: Sequence[str]) -> "torch.Tensor":

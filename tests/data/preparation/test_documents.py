@@ -70,3 +70,7 @@ def test_language_key():
     documents, counts, first = read(lines, language=None, language_key="lang")
     assert documents == [("el", "a"), ("zh-Hans", "b")] and counts == {"no_language": 2}
     assert "--language-key" in first["no_language"]
+    lines = b"".join(b'{"text": "a", "lang": "%s"}\n' % name for name in (b"EN", b" eng ", b"English", b"en", b"code"))
+    documents, counts, first = read(lines, language=None, language_key="lang")
+    assert [language for language, _ in documents] == ["en"] * 4 + ["code"] and not first
+    assert counts == {f"kept_with_language_{name}_read_as_en": 1 for name in ("EN", "eng", "English")}

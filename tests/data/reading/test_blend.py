@@ -85,7 +85,7 @@ def test_refusals(datasets):
     refused("is given twice", "en", "en")
     refused("other: tokenizer is another-tokenizer, but t in .*en", "en", "other")
     refused("en: was made with another tokenizer than the checkpoint's", "en", fingerprint="checkpoint-fingerprint")
-    refused("--original-languages fr: not in the data, which has el, en", "en", "el", original_languages=["fr"])
+    refused("--original-languages enn: no language of this name", "en", "el", original_languages=["enn"])
     refused("empty: no text", "empty")
     refused("no text in documents 10 to 10 of 10, which --split gives it", "en", split="999,1")
     refused("give one of them", "en", split="9,1", valid_data_path=["x"])

@@ -1,0 +1,201 @@
+"""Names of languages: codes, English names and regional tags to one spelling, and what a misspelled one may mean."""
+
+import dataclasses
+import difflib
+import functools
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+from importlib import resources
+
+# Languages that are written in more than one script today: their script stays in the tag, also the usual one.
+_SEVERAL_SCRIPTS = frozenset(
+    ("az", "bs", "ha", "hbs", "kk", "ks", "ku", "mn", "ms", "pa", "sd", "sr", "tg", "tk", "tt", "ug", "uz", "zh")
+)
+_CHINESE_SCRIPTS = {"CN": "Hans", "SG": "Hans", "MY": "Hans", "TW": "Hant", "HK": "Hant", "MO": "Hant"}
+_SAME = {"nb": "no", "tl": "fil"}
+"""Codes that data sets use for one language."""
+_ALIKE = 0.75
+_NAME_ALIKE = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """A row of language_codes.tsv, which is Unicode CLDR's."""
+
+    code: str
+    """ISO 639-1, or 639-3 where there is none."""
+    other_codes: tuple[str, ...]
+    script: str
+    """In which it is usually written, ISO 15924."""
+    countries: tuple[str, ...]
+    """Lower-case ISO 3166 codes of the countries whose usual language it is; its own country first."""
+    names: tuple[str, ...]
+    """In English, and in the language itself."""
+
+
+@functools.lru_cache(maxsize=4096)
+def canonical_language(text: str) -> str:
+    """One spelling for each language: `el` for `el`, `EL`, `ell`, `ell_Grek`, `Greek` and `gr`; `zh-CN` for `zh_CN`.
+
+    Region and script stay, but for the script of a language that has only one. What is neither a code nor a name, as
+    `code` or `el-tech`, is a tag of the user's own and stays as it is.
+    """
+    given = text.strip()
+    if known := _by_word().get(_folded(given)):
+        return known.code
+    parts = _parts(given)
+    return given if parts is None else "-".join(filter(None, parts))
+
+
+def language_title(language: str) -> str:
+    """`el (Greek)`; a tag of the user's own as it is."""
+    parts = _parts(language)
+    known = _by_word()[parts[0]] if parts else None
+    return f"{language} ({known.names[0]})" if known and known.names else language
+
+
+def is_known(language: str) -> bool:
+    """Whether a canonical tag is of a language of the table, and not the user's own."""
+    return _parts(language) is not None
+
+
+def covers(name: str, language: str) -> bool:
+    """Whether a named language is that of a dataset; both are canonical.
+
+    `en` and `en-US` are one, since neither contradicts the other; `pt-BR` and `pt-PT`, or `zh-Hans` and `zh-TW`, are
+    two. A tag of the user's own is that tag only.
+    """
+    if name == language:
+        return True
+    first, second = _parts(name), _parts(language)
+    if first is None or second is None or _SAME.get(first[0], first[0]) != _SAME.get(second[0], second[0]):
+        return False
+    return all(
+        not ours or not theirs or ours == theirs for ours, theirs in zip(_full(first), _full(second), strict=True)
+    )
+
+
+def covered(languages: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Those of `languages` that one of `names` means."""
+    names = list(names)
+    return {language for language in languages if any(covers(name, language) for name in names)}
+
+
+def split_names(arguments: Sequence[str]) -> list[str]:
+    """`["en,es", "Swiss German"]` to `["en", "es", "Swiss German"]`; of white space alone `"en es"` to both codes."""
+    pieces = [piece.strip() for argument in arguments for piece in re.split("[,;]", argument)]
+    names: list[str] = []
+    for piece in filter(None, pieces):
+        names += [piece] if _folded(piece) in _by_word() else piece.split()
+    return names
+
+
+def likely_meaning(given: str, languages: Collection[str]) -> str | None:
+    """What a name that none of `languages` has may be misspelled for: one of them, or else a language of the table.
+
+    A code that is right is no misspelling, unless it is the country's of one of the languages (`kr` beside `ko`); the
+    three-letter code says that the language is meant.
+
+    Args:
+        given: as the user wrote it.
+        languages: canonical names, for example of the data.
+    """
+    country = [name for name in languages if (row := _row(name)) and row.countries[:1] == (given.casefold(),)]
+    if country or is_known(canonical_language(given)):
+        return country[0] if country else None
+    candidates = {word: name for name in languages for word in (_folded(name), *_words(name))}
+    found = difflib.get_close_matches(_folded(given), candidates, 1, _ALIKE) or _one_letter_apart(given, candidates)
+    if found and not _contradict(given, candidates[found[0]]):
+        return candidates[found[0]]
+    if len(given) < 5:
+        return None
+    return next(
+        (_by_word()[name].code for name in difflib.get_close_matches(_folded(given), _by_word(), 1, _NAME_ALIKE)), None
+    )
+
+
+def _one_letter_apart(given: str, words: Iterable[str]) -> list[str]:
+    """Words of two letters of which `given` has one in its place: `ek` for `el`."""
+    text = _folded(given)
+    return [word for word in words if len(word) == len(text) == 2 and (word[0] == text[0]) != (word[1] == text[1])]
+
+
+def _contradict(given: str, language: str) -> bool:
+    """Whether two tags of the user's own begin with codes of two languages: `en-legal` and `el-legal`."""
+    first, second = (_by_word().get(_folded(re.split("[-_]", tag)[0])) for tag in (given, language))
+    return first is not None and second is not None and first != second
+
+
+def _row(language: str) -> Language | None:
+    parts = _parts(language)
+    return _by_word()[parts[0]] if parts else None
+
+
+def _words(language: str) -> list[str]:
+    row = _row(language)
+    return [_folded(word) for word in (row.code, *row.other_codes, *row.names)] if row else []
+
+
+def _full(parts: tuple[str, str, str]) -> tuple[str, str]:
+    """Script and region; Chinese of a region is written in the region's script."""
+    code, script, region = parts
+    return (script or _CHINESE_SCRIPTS.get(region, "") if code == "zh" else script), region
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(tag: str) -> tuple[str, str, str] | None:
+    """(code, script or "", region or "") of a tag; None where it is no known language's."""
+    primary, *subtags = re.split("[-_]", re.sub("[.@].*", "", tag))
+    row = _by_word().get(_folded(primary))
+    if row and subtags and len(subtags[0]) == 3 and (extended := _by_word().get(subtags[0].casefold())):
+        row, subtags = extended, subtags[1:]  # zh-yue is yue
+    if row is None:
+        return None
+    script = subtags.pop(0).capitalize() if subtags and subtags[0].capitalize() in _scripts() else ""
+    region = subtags.pop(0).upper() if subtags and (subtags[0].lower() in _regions() or _is_area(subtags[0])) else ""
+    if subtags:
+        return None
+    if script == row.script and row.code not in _SEVERAL_SCRIPTS:
+        script = ""
+    return row.code, script, region
+
+
+def _is_area(subtag: str) -> bool:
+    """A number of UN M.49, as 419 for Latin America."""
+    return len(subtag) == 3 and subtag.isdigit()
+
+
+def _folded(text: str) -> str:
+    """Without case, accents and the kind of white space: `norwegian bokmal`."""
+    plain = unicodedata.normalize("NFKD", re.sub(r"[\s_-]+", " ", text.strip()))
+    return "".join(letter for letter in plain if not unicodedata.combining(letter)).casefold()
+
+
+@functools.cache
+def _rows() -> tuple[Language, ...]:
+    content = resources.files(__package__).joinpath("language_codes.tsv").read_text(encoding="utf-8")
+    rows = []
+    for line in content.splitlines()[1:]:
+        code, others, script, countries, names = line.split("\t")
+        rows.append(Language(code, (*others.split(),), script, (*countries.split(),), (*names.split("; "),)))
+    return tuple(rows)
+
+
+@functools.cache
+def _by_word() -> dict[str, Language]:
+    """Codes before names before countries, where one word is several things."""
+    words = {row.countries[0]: row for row in _rows() if row.countries and len(row.code) == 2}
+    words |= {_folded(name): row for row in _rows() for name in row.names if name}
+    words |= {code: row for row in _rows() for code in row.other_codes}
+    return words | {row.code: row for row in _rows()}
+
+
+@functools.cache
+def _scripts() -> frozenset[str]:
+    return frozenset(row.script for row in _rows() if row.script) | {"Hant"}
+
+
+@functools.cache
+def _regions() -> frozenset[str]:
+    return frozenset(country for row in _rows() for country in row.countries)

@@ -1,0 +1,107 @@
+"""--original-languages: which languages the dense model knows, and what a run's data has of them."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from megatron_moe_lpr.data.language_names import (
+    canonical_language,
+    covered,
+    is_known,
+    language_title,
+    likely_meaning,
+    split_names,
+)
+from megatron_moe_lpr.errors import UserError
+
+FLAG = "--original-languages"
+
+
+@dataclasses.dataclass(frozen=True)
+class OriginalLanguages:
+    """The original languages of a run, whatever data it happens to have."""
+
+    names: tuple[str, ...]
+    """In their one spelling, sorted: those given and those that the checkpoint's history knows."""
+    notes: tuple[str, ...]
+    """What the user should know of how they were understood."""
+
+
+def read_original_languages(
+    given: Sequence[str], data: Collection[str], recorded: Collection[str] = (), flag: str = FLAG
+) -> OriginalLanguages:
+    """Understand the flag, and compare it with the languages of the data.
+
+    Args:
+        given: the flag's arguments: codes or names, also several in one, separated by commas.
+        data: languages of the datasets. Original languages of which there is no data are fine.
+        recorded: original languages in the checkpoint's history.
+        flag: its name, for messages.
+
+    Raises:
+        UserError: a name that none of the data has and that looks like a misspelled one.
+    """
+    words = split_names(given)
+    names = {word: word if word in data else canonical_language(word) for word in words}
+    wrong = [_mistake(word, data, flag) for word, name in names.items() if not covered(data, [name])]
+    if any(wrong):
+        raise UserError(next(filter(None, wrong)))
+    known = sorted({*names.values(), *map(canonical_language, recorded)})
+    return OriginalLanguages(tuple(known), tuple(_notes(names, known, data, flag)))
+
+
+def parse_languages(given: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
+    """Languages of a flag in their one spelling and in the order given, and what was read as another spelling.
+
+    Raises:
+        UserError: a name that looks like a misspelled one.
+    """
+    words = split_names(given)
+    for word in words:
+        if mistake := _mistake(word, (), flag):
+            raise UserError(mistake)
+    names = {word: canonical_language(word) for word in words}
+    return list(dict.fromkeys(names.values())), _spellings(names, flag)
+
+
+def _mistake(word: str, data: Collection[str], flag: str) -> str | None:
+    meaning = likely_meaning(word, data)
+    if meaning is None:
+        return None
+    row = f"{flag} {word}: "
+    if is_known(canonical_language(word)):
+        row += f"the code of {language_title(canonical_language(word))}, of which there is no data, and of a country; "
+        return f"{row}if you mean {language_title(meaning)}, write {meaning}, else write its three-letter code"
+    known = f"the data has {', '.join(sorted(data))}; " if data else ""
+    return (
+        f"{row}no language of this name is known; {known}write {meaning} if you mean {language_title(meaning)}, "
+        "else leave it out or give it another name"
+    )
+
+
+def _spellings(names: dict[str, str], flag: str) -> list[str]:
+    changed = [f"{word} is read as {language_title(name)}" for word, name in names.items() if word != name]
+    return [f"{flag}: {', '.join(changed)}"] if changed else []
+
+
+def _notes(names: dict[str, str], known: list[str], data: Collection[str], flag: str) -> list[str]:
+    if not known:
+        return [f"{flag}: none given and none in the checkpoint's history; every language counts as expanded"]
+    notes = _spellings(names, flag)
+    if added := [name for name in known if names and name not in names.values()]:
+        notes.append(f"{flag}: the checkpoint's history also has {_listed(added)}")
+    if variants := sorted(covered(data, known) - set(known)):
+        notes.append(f"{flag}: {_listed(variants)} of the data counts as original")
+    absent = sorted(name for name in set(names.values()) if not covered(data, [name]))
+    strange = [name for name in absent if not is_known(name)]
+    if absent:
+        notes.append(f"{flag}: the data has nothing of {_listed(absent)}")
+    if strange:
+        notes.append(f"{flag}: {', '.join(strange)}: neither the code nor the name of a language; taken as a tag")
+    codes = {name.split("-")[0] for name in known}
+    if similar := sorted(one for one in set(data) - covered(data, known) if one.split("-")[0] in codes):
+        notes.append(f"{flag}: {', '.join(similar)} of the data is not among them and counts as expanded")
+    return notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(language_title, names))
