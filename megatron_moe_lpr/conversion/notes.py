@@ -8,20 +8,39 @@ from megatron_moe_lpr.checkpoint.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, SIDE_DIRECTORY
 from megatron_moe_lpr.conversion.hugging_face.hf_config import CODE_FIELDS
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
+from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
+from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.conversion.tensors.extra_tensors import equal_expert_bytes
 from megatron_moe_lpr.conversion.tensors.names import MOE_LAYOUTS
+from megatron_moe_lpr.data.language_groups import learned_languages
+from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.json_files import read_json
 from megatron_moe_lpr.model.configuration.rope_parameters import unread_rope_fields
 
 
-def import_notes(hf: Path, card: CheckpointCard) -> list[str]:
+def import_notes(options: ImportOptions, card: CheckpointCard) -> list[str]:
     """Notes for the user; usually none.
 
     Args:
-        hf: the directory that was imported.
+        options: what was asked for.
         card: of the checkpoint.
     """
-    return [*_unread_fields(hf), *_equal_experts(hf, card), *_cast_tensors(hf, card)]
+    hf = options.hf
+    return [*_languages(options, card), *_unread_fields(hf), *_equal_experts(hf, card), *_cast_tensors(hf, card)]
+
+
+def _languages(options: ImportOptions, card: CheckpointCard) -> list[str]:
+    spellings = [
+        note
+        for flag, given in ((ORIGINAL_FLAG, options.original_languages), (EXPANDED_FLAG, options.expanded_languages))
+        for note in parse_languages(given, flag)[1]
+    ]
+    if options.adapter and not learned_languages(card.history):
+        return [
+            f"{ORIGINAL_FLAG} and {EXPANDED_FLAG} would record the languages of the adapter's experts; evaluation, "
+            "review and expand need them"
+        ]
+    return spellings
 
 
 def _unread_fields(hf: Path) -> list[str]:
