@@ -70,7 +70,8 @@ def read_base_model(side_directory: Path) -> BaseModel | None:
 def named_by_card(directory: Path) -> str | None:
     """The base model that an export's README.md names; None of another model's README.md."""
     metadata = card_metadata(directory)
-    name = metadata.get("base_model") if OUR_TAG in (metadata.get("tags") or ()) else None
+    tags = metadata.get("tags")
+    name = metadata.get("base_model") if isinstance(tags, list) and OUR_TAG in tags else None
     return name if isinstance(name, str) and HUB_NAME.fullmatch(name) else None
 
 

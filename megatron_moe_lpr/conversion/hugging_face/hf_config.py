@@ -197,6 +197,10 @@ def _refuse_foreign_moe(moe: Mapping[str, Any], model_type: str, source: str) ->
         if top_k_of(moe, source) == 1:
             raise UserError(f"{source}: a Mixtral with one expert per token weights it by 1, not by its probability")
         return
+    if moe.get("use_sliding_window"):
+        raise UserError(
+            f"{source}: use_sliding_window=true is not supported for {model_type}; a window is in some layers"
+        )
     if moe.get("decoder_sparse_step", 1) != 1:
         raise UserError(f"{source}: decoder_sparse_step other than 1 is not supported; list mlp_only_layers instead")
     if top_k_of(moe, source) > 1 and not moe.get("norm_topk_prob", False):

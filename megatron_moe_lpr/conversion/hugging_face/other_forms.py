@@ -50,8 +50,8 @@ def other_weights(path: Path) -> str:
     if has("consolidated*"):
         return (
             ": only consolidated weights here, the maker's own form; download the Hugging Face form "
-            "(model*.safetensors of the same repository), or convert them with transformers' "
-            "convert_mistral_weights_to_hf.py or convert_llama_weights_to_hf.py"
+            "(model*.safetensors of the same repository), or convert them with convert_mistral_weights_to_hf.py "
+            "or convert_llama_weights_to_hf.py of transformers' source repository"
         )
     if has("model-*-of-*.safetensors"):
         return ": the shards are here and their index, model.safetensors.index.json, is not; copy it too"

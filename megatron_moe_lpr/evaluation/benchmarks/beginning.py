@@ -50,7 +50,7 @@ def _tokens_added(directory: Path) -> list[str]:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{directory}: lm_eval could not load its tokenizer: {error}") from None
-    return tokenizer.convert_ids_to_tokens(tokenizer.encode(""))
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(tokenizer.encode(""))]
 
 
 def _shown(tokens: list[str]) -> str:

@@ -117,6 +117,10 @@ def _refuse_unsupported(config: HFConfig, family: Family, source: str) -> None:
         raise UserError(f"{source}: hidden_act={shown(config['hidden_act'])} is not supported, only 'silu'")
     if family.name != "qwen2" and config.get("mlp_bias"):
         raise UserError(f"{source}: mlp_bias=true is not supported for {family.architecture}")
+    if config.get("is_causal", True) is not True:
+        raise UserError(f"{source}: is_causal={shown(config['is_causal'])} is not supported: attention is causal here")
+    if config.get("per_layer_config"):
+        raise UserError(f"{source}: per_layer_config is not supported: all layers must be alike")
     refuse_quantisation(config, source)
 
 
@@ -160,6 +164,10 @@ def _check_layer_types(config: HFConfig, window: int | None, source: str) -> Non
     kinds = config.get("layer_types") or ()
     if not isinstance(kinds, list | tuple):
         raise UserError(f"{source}: layer_types must be a list, not {shown(kinds)}")
+    if kinds and len(kinds) != config["num_hidden_layers"]:
+        raise UserError(
+            f"{source}: layer_types names {len(kinds)} layers, and num_hidden_layers is {config['num_hidden_layers']}"
+        )
     unlike = {str(kind) for kind in kinds} - {"sliding_attention" if window else "full_attention"}
     if unlike:
         raise UserError(
