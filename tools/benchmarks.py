@@ -16,6 +16,7 @@ from rich.console import Console
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.errors import UserError, naming, run_command
+from megatron_moe_lpr.evaluation.benchmarks.beginning import describe_beginning, prompt_beginning
 from megatron_moe_lpr.evaluation.benchmarks.harness import (
     harness_command,
     harness_version,
@@ -77,11 +78,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--{name} {getattr(flags, name)}: lm_eval takes no comma in a path; rename the directory")
     languages = [*flags.original_languages, *flags.expanded_languages]
     chosen = choose_tasks(flags.benchmarks, languages, known_tasks(flags.include_path))
-    print(*(line for one in chosen for line in one.lines()), sep="\n", flush=True)
+    beginning = prompt_beginning(flags.base, flags.final, flags.model_args)
+    print(*(line for one in chosen for line in one.lines()), describe_beginning(beginning), sep="\n", flush=True)
     evaluate(flags, [one for one in chosen if one.tasks])
     if flags.dry_run:
         return
-    record = make_record(flags, chosen)
+    record = make_record(flags, chosen) | {"prompts_begin_with": beginning}
     with naming(flags.output / RECORD_FILE), atomic_file(flags.output / RECORD_FILE) as partial:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     Console(width=None if sys.stdout.isatty() else 160).print(benchmarks_table(record))

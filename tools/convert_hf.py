@@ -38,6 +38,10 @@ class Import:
     """Seed of the routers' initial values."""
     adapter: Path | None = None
     """Take experts and routers from an adapter of the authors' implementation (peft_type MOE); --hf is its base."""
+    original_languages: list[str] = dataclasses.field(default_factory=list)
+    """For experts that were trained elsewhere (--adapter, a stock MoE): the dense model's languages, as in en es zh."""
+    expanded_languages: list[str] = dataclasses.field(default_factory=list)
+    """For experts that were trained elsewhere: languages that they were trained on, as in el hu tr."""
     allow_top_1: bool = False
     """Accept --top-k 1, although the upcycled model then differs from the dense one."""
     expert_model_parallel_size: PositiveInt = 1
@@ -62,9 +66,11 @@ class Import:
             adapter=self.adapter,
             allow_top_1=self.allow_top_1,
             expert_parallel_size=self.expert_model_parallel_size,
+            original_languages=self.original_languages,
+            expanded_languages=self.expanded_languages,
         )
         card = import_hf(options, self.save, self.overwrite)
-        for note in import_notes(self.hf, card):
+        for note in import_notes(options, card):
             print(f"note: {note}")
         show(self.save)
 
@@ -117,7 +123,7 @@ class Export:
     engine: Annotated[Engine, tyro.conf.arg(name="for")] = "transformers"
     """Program that will load it. transformers: also for vLLM; llama.cpp needs a form of its own."""
     base_model: str | None = None
-    """For the model card: the base model's name on the hub. Default: what its config.json says."""
+    """For the model card: the base model's name on the hub. Default: what import read from the path of a hub cache."""
     licence: str | None = None
     """For the model card: the base model's licence in the hub's spelling. Default: what its README.md says."""
     evaluation: Path | None = None

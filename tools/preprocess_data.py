@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.data.beginning_of_text import begin_note
 from megatron_moe_lpr.data.language_names import canonical_language, is_known
 from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.data.preparation.documents import LANGUAGE_PATTERN, DocumentOptions
@@ -68,7 +69,10 @@ def main() -> None:
     flags = parse_flags(Flags, description=__doc__)
     # A batch system's SIGTERM cleans up like an error does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    for prefix, manifest in preprocess(plan(flags)).items():
+    checked = plan(flags)
+    if note := begin_note(flags.tokenizer):
+        print(f"note: {note}", file=sys.stderr)
+    for prefix, manifest in preprocess(checked).items():
         print(
             f"{prefix}: {manifest.language}, {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
             f"{manifest.text_bytes / 1e6:,.1f} MB of text"

@@ -14,6 +14,7 @@ from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, kept_for_re
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.exporter import check_model_tensors
+from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate
 from megatron_moe_lpr.conversion.tensors.names import MOE_LAYOUTS, VOCABULARY_KEYS, Role, Row, model_rows
 from megatron_moe_lpr.conversion.tensors.upcycling import initial_router
@@ -108,12 +109,13 @@ def read_added(text: str, load: Path) -> list[int]:
 def _card(before: CheckpointCard, options: ExpandOptions) -> CheckpointCard:
     """The card of the expanded checkpoint. Raises UserError where it cannot be expanded so."""
     if not before.is_moe:
-        raise UserError(f"--load {options.load}: is dense; upcycle it with tools/convert_hf.py import")
+        raise UserError(f"--load {options.load}: is dense; export it, then upcycle what export wrote by import")
     if before.openness < 1:
         raise UserError(f"--load {options.load}: its latest experts are not trained in yet; finish stage 1 first")
     if not learned_languages(before.history):
         raise UserError(
-            f"--load {options.load}: no stage 1 in its history, so it has learned no languages; train it first"
+            f"--load {options.load}: no stage 1 in its history, so the languages of its experts are not known: train "
+            f"it first, or, if they were trained elsewhere, import it again with {ORIGINAL_FLAG} and {EXPANDED_FLAG}"
         )
     if len(options.added) != len(before.experts_per_layer) or min(options.added) < 0 or not any(options.added):
         raise UserError(

@@ -20,9 +20,16 @@ from megatron_moe_lpr.checkpoint.directory import (
 from megatron_moe_lpr.checkpoint.reader import is_model_key
 from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all, warn
+from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, read_base_model
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
-from megatron_moe_lpr.conversion.hugging_face.hf_config import SHARED_EXPERT_WIDTH, moe_config, with_both_rope_spellings
+from megatron_moe_lpr.conversion.hugging_face.hf_config import (
+    CODE_FIELDS,
+    SHARED_EXPERT_WIDTH,
+    moe_config,
+    with_both_rope_spellings,
+    without_foreign_fields,
+)
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import TRAINING_DTYPES, carry_files
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import llama_cpp_form
 from megatron_moe_lpr.conversion.hugging_face.model_card import CardOptions, write_model_card
@@ -44,11 +51,13 @@ from megatron_moe_lpr.conversion.tensors.upcycling import split_qkv
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import atomic_directory
 from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.configuration.rope_parameters import rope_of_transformers_4
 from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.progress import ProgressReport
 
 GENERATION_FILE = "generation_config.json"
 DTYPE_FIELDS = ("dtype", "torch_dtype")
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +209,10 @@ def _with_dtype(config: dict, dtypes: Collection[torch.dtype]) -> dict:
 
 def _dense_config(config: dict, architecture: Architecture) -> dict:
     """As it came, but where a reader would take something else from it without a word."""
+    config = without_foreign_fields(config)
     if config.get("attention_bias") and not architecture.family.qkv_bias:
         config = config | {"attention_bias": False}
-    if "rope_parameters" in config and "rope_theta" not in config:
+    if "rope_parameters" in config or rope_of_transformers_4(config) != architecture.rope:
         config = with_both_rope_spellings(config, architecture)
     return config
 
@@ -290,7 +300,10 @@ def _write_side_files(plan: ExportPlan, directory: Path, card_options: CardOptio
     if not (directory / GENERATION_FILE).is_file():
         # Servers stop at the tokens that it names.
         write_json(_generation_config(plan.config), directory / GENERATION_FILE)
-    write_model_card(directory, plan.config, plan.card, plan.engine, card_options, bool(plan.is_original))
+    for name in (TOKENIZER_CONFIG_FILE, GENERATION_FILE):
+        drop_code_references(directory / name)
+    base_model = read_base_model(side)
+    write_model_card(directory, base_model, plan.card, plan.engine, card_options, bool(plan.is_original))
     if plan.config == read_json(side / CONFIG_FILE):
         shutil.copyfile(side / CONFIG_FILE, directory / CONFIG_FILE)
     else:
@@ -300,8 +313,17 @@ def _write_side_files(plan: ExportPlan, directory: Path, card_options: CardOptio
     target = directory / SIDE_DIRECTORY
     target.mkdir()
     shutil.copyfile(side / CONFIG_FILE, target / CONFIG_FILE)
+    if base_model:
+        write_json(base_model.as_json(), target / BASE_MODEL_FILE)
     # An exported model is complete.
     dataclasses.replace(plan.card, base=None).write(target / CARD_FILE)
+
+
+def drop_code_references(path: Path) -> None:
+    """Rewrite a JSON file without the fields that name code, which an export does not carry; else leave it as it is."""
+    fields = read_json(path) if path.is_file() else {}
+    if any(name in fields for name in CODE_FIELDS):
+        write_json({name: value for name, value in fields.items() if name not in CODE_FIELDS}, path)
 
 
 def _generation_config(config: Mapping[str, Any]) -> dict[str, Any]:

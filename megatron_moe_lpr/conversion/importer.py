@@ -13,6 +13,7 @@ from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, RELEAS
 from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.checkpoint.verification import warn
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
+from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, base_model_of
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files, tokenizer_files
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_check import check_tokenizer
 from megatron_moe_lpr.conversion.plan import ImportOptions, ImportPlan, plan_import
@@ -21,6 +22,7 @@ from megatron_moe_lpr.conversion.tensors.blocks import ZEROED, grown_config
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.tensors.names import Role, Row
 from megatron_moe_lpr.conversion.tensors.upcycling import initial_router, interleave_qkv
+from megatron_moe_lpr.data.language_groups import IMPORTED_ADAPTER, IMPORTED_MIXTURE
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import atomic_directory
 from megatron_moe_lpr.model.finite import is_finite
@@ -120,14 +122,19 @@ def _card(plan: ImportPlan, fingerprint: str) -> CheckpointCard:
         router_seed=plan.seed if plan.initialises_routers else before.router_seed if before else None,
         tokenizer_files=tokenizer_files(plan.model.path),
         tool_versions=tool_versions(),
-        history=before.history if before else _adapter_history(plan),
+        history=_history(plan),
         expansions=before.expansions if before and plan.model.is_moe else [],
         inserted_blocks=plan.inserted_blocks,
     )
 
 
-def _adapter_history(plan: ImportPlan) -> list[dict]:
-    return [{"stage": "imported adapter", "source": plan.adapter.path.name}] if plan.adapter else []
+def _history(plan: ImportPlan) -> list[dict]:
+    """What the source knows about its training, then what the user says about experts that were trained elsewhere."""
+    history = plan.model.card.history if plan.model.card else []
+    said = plan.languages.history_fields() if plan.languages else {}
+    if plan.adapter:
+        return [*history, {"stage": IMPORTED_ADAPTER, "source": plan.adapter.path.name, **said}]
+    return [*history, {"stage": IMPORTED_MIXTURE, "source": plan.model.path.name, **said}] if said else history
 
 
 def _write_side_files(plan: ImportPlan, card: CheckpointCard, directory: Path) -> None:
@@ -141,4 +148,6 @@ def _write_side_files(plan: ImportPlan, card: CheckpointCard, directory: Path) -
         write_json(plan.model.config, directory / CONFIG_FILE)
     else:
         shutil.copyfile(source, directory / CONFIG_FILE)
+    base_model = base_model_of(plan.model.path, exported=plan.model.card is not None)
+    write_json(base_model.as_json(), directory / BASE_MODEL_FILE)
     card.write(directory / CARD_FILE)

@@ -5,19 +5,65 @@ from pathlib import Path
 import torch
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, SIDE_DIRECTORY
+from megatron_moe_lpr.conversion.hugging_face.hf_config import CODE_FIELDS
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
+from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
+from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.conversion.tensors.extra_tensors import equal_expert_bytes
 from megatron_moe_lpr.conversion.tensors.names import MOE_LAYOUTS
+from megatron_moe_lpr.data.language_groups import learned_languages
+from megatron_moe_lpr.data.original_languages import parse_languages
+from megatron_moe_lpr.json_files import read_json
+from megatron_moe_lpr.model.configuration.rope_parameters import unread_rope_fields
 
 
-def import_notes(hf: Path, card: CheckpointCard) -> list[str]:
+def import_notes(options: ImportOptions, card: CheckpointCard) -> list[str]:
     """Notes for the user; usually none.
 
     Args:
-        hf: the directory that was imported.
+        options: what was asked for.
         card: of the checkpoint.
     """
-    return [*_equal_experts(hf, card), *_other_dtypes(hf, card)]
+    hf = options.hf
+    return [*_languages(options, card), *_unread_fields(hf), *_equal_experts(hf, card), *_other_dtypes(hf, card)]
+
+
+def _languages(options: ImportOptions, card: CheckpointCard) -> list[str]:
+    spellings = [
+        note
+        for flag, given in ((ORIGINAL_FLAG, options.original_languages), (EXPANDED_FLAG, options.expanded_languages))
+        for note in parse_languages(given, flag)[1]
+    ]
+    if options.adapter and not learned_languages(card.history):
+        return [
+            f"{ORIGINAL_FLAG} and {EXPANDED_FLAG} would record the languages of the adapter's experts; evaluation, "
+            "review and expand need them"
+        ]
+    return spellings
+
+
+def _unread_fields(hf: Path) -> list[str]:
+    """What the directory says and neither transformers nor the import takes from it."""
+    model, config = open_hf_directory(hf), read_json(hf / CONFIG_FILE)
+    rope, notes = model.architecture.rope, []
+    unread = unread_rope_fields(config, rope)
+    if unread:
+        notes.append(
+            f"config.json's {' and '.join(unread)} says otherwise: read, as transformers does, was {rope['rope_type']} "
+            f"with rope_theta {rope['rope_theta']:g}; the export says so in every field"
+        )
+    code = [name for name in CODE_FIELDS if config.get(name)]
+    if code:
+        notes.append(
+            f"config.json's {' and '.join(code)} names code that comes with the model; it is neither run nor exported: "
+            f"the model is read as transformers' own {model.architecture.family.architecture}"
+        )
+    if model.is_moe and model.card and model.config != read_json(hf / SIDE_DIRECTORY / CONFIG_FILE):
+        notes.append(
+            "config.json is not as the export wrote it; it counts, as for transformers, not moe_lpr/config.json"
+        )
+    return notes
 
 
 def _other_dtypes(hf: Path, card: CheckpointCard) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from megatron_moe_lpr.conversion.hugging_face.hf_directory import (
     open_hf_directory,
 )
 from megatron_moe_lpr.conversion.hugging_face.safetensors_source import SafetensorsSource, weight_files
+from megatron_moe_lpr.conversion.imported_languages import ImportedLanguages, read_imported_languages
 from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
 from megatron_moe_lpr.conversion.tensors.blocks import FLAG, inserted_positions, mark_inserted
 from megatron_moe_lpr.conversion.tensors.names import ADAPTER_LAYOUT, Role, Row, model_rows
@@ -45,6 +47,10 @@ class ImportOptions:
     allow_top_1: bool = False
     expert_parallel_size: int = 1
     """Only checked."""
+    original_languages: Sequence[str] = ()
+    """Of experts that the source brings: languages of its dense model."""
+    expanded_languages: Sequence[str] = ()
+    """Languages that these experts were trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +70,8 @@ class ImportPlan:
     """Layers, in the numbers of the checkpoint."""
     inserts: bool
     """They are inserted by this import; else the source has them."""
+    languages: ImportedLanguages | None
+    """Of experts that were trained elsewhere, where the user says them."""
 
     @property
     def initialises_routers(self) -> bool:
@@ -111,7 +119,14 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     originals = [source.tensors[name] for row in rows if row.role.is_original for name in row.names]
     dtype = common_dtype(originals, model.path)
     check_trained_dtypes((name for row in rows for name in row.names), source)
-    return ImportPlan(model, adapter, experts, top_k, options.seed, rows, source, dtype, inserted, inserts)
+    languages = _languages(options, model, adapter)
+    return ImportPlan(model, adapter, experts, top_k, options.seed, rows, source, dtype, inserted, inserts, languages)
+
+
+def _languages(options: ImportOptions, model: HFDirectory, adapter: Adapter | None) -> ImportedLanguages | None:
+    has_experts, history = model.is_moe or adapter is not None, model.card.history if model.card else []
+    place = str(adapter.path if adapter else model.path)
+    return read_imported_languages(options.original_languages, options.expanded_languages, has_experts, history, place)
 
 
 def _inserted_blocks(options: ImportOptions, model: HFDirectory, experts: list[int]) -> list[int]:

@@ -7,6 +7,8 @@ from megatron_moe_lpr.data.language_names import canonical_language, covered
 
 EXPANSION = "expansion"
 """The `stage` of an expansion's entry in a checkpoint's history."""
+IMPORTED_ADAPTER, IMPORTED_MIXTURE = "imported adapter", "imported mixture"
+"""The `stage` of an import's entry, of experts that were trained elsewhere."""
 
 
 def original_languages(history: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -22,8 +24,8 @@ def trained_languages(entry: Mapping[str, Any]) -> set[str]:
 def learned_languages(history: Sequence[Mapping[str, Any]]) -> list[set[str]]:
     """Languages that were first trained on after the first expansion, after the second, and so on.
 
-    Learned in a stage 1: what `--stage full` trained on belongs to the dense model. The last group may be empty, of an
-    expansion that nothing was trained after.
+    Learned in a stage 1, here or before the experts were imported: what `--stage full` trained on belongs to the dense
+    model. The last group may be empty, of an expansion that nothing was trained after.
     """
     original = original_languages(history)
     seen: set[str] = set()
@@ -31,7 +33,7 @@ def learned_languages(history: Sequence[Mapping[str, Any]]) -> list[set[str]]:
     for entry in history:
         if entry.get("stage") == EXPANSION:
             groups.append(set())
-        elif entry.get("stage") == "1":
+        elif entry.get("stage") in ("1", IMPORTED_ADAPTER, IMPORTED_MIXTURE):
             trained = trained_languages(entry)
             new = trained - covered(trained, original) - seen
             groups[-1] |= new

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_moe_lpr.data.other_tokenizers import other_model_file, other_tokenizer
 from megatron_moe_lpr.data.sentencepiece_conversion import convert_sentencepiece
 from megatron_moe_lpr.data.tokenizer_settings import CONFIG, AddedToken, added_tokens, eos_ids, eos_token
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import integer, read_json
+from megatron_moe_lpr.lfs_pointers import refuse_lfs_pointers
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
@@ -132,6 +134,7 @@ def load_tokenizer(path: str | Path, eod_token: str | None = None, split_special
         UserError: no such file, or not a tokenizer.
     """
     file = _tokenizer_file(Path(path))
+    refuse_lfs_pointers(file.parent, (file.name,))
     kind = HuggingFaceTokenizer if file.suffix == ".json" else SentencePieceTokenizer
     return kind(file, eod_token, split_special_tokens)
 
@@ -145,7 +148,7 @@ def _tokenizer_file(path: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise UserError(f"{path}: holds neither a tokenizer.json nor a SentencePiece .model")
+    raise UserError(f"{path}: holds neither a tokenizer.json nor a SentencePiece .model{other_tokenizer(path)}")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -210,7 +213,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: not a SentencePiece model ({error})") from None
+            raise UserError(f"{path}: not a SentencePiece model ({error}){other_model_file(path)}") from None
         pieces = self._tokenizer.vocab_size()
         tokens = added_tokens(path.parent)
         self._added = {token.content: token for token in tokens if token.id >= pieces}

@@ -53,7 +53,10 @@ def open_adapter(path: Path) -> Adapter:
     file = path / CONFIG_FILE
     config = read_json(file)
     if config.get("peft_type") != "MOE":
-        raise UserError(f"{file}: peft_type {shown(config.get('peft_type'))}; only the authors' 'MOE' can be imported")
+        raise UserError(
+            f"{file}: peft_type {shown(config.get('peft_type'))}; only the authors' 'MOE' can be imported as "
+            "experts; merge another adapter into its base with peft's merge_and_unload() and give the result by --hf"
+        )
     if not (path / WEIGHTS_FILE).is_file():
         hint = "; rewrite the pickled .bin as safetensors" if any(path.glob("*.bin")) else ""
         raise UserError(f"{path / WEIGHTS_FILE}: no such file{hint}")

@@ -11,13 +11,14 @@ from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS, check_experts
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer, integer, is_integer, shown
 from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS, MAX_SIZE, Architecture
+from megatron_moe_lpr.model.configuration.rope_parameters import DEFAULT_THETA, read_rope
 
 # Wide enough that tensor-parallel servers can split it; all its weights are zero.
 SHARED_EXPERT_WIDTH = 128
 DENSE_FAMILY_OF_MOE = {"mixtral": "mistral", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
+EXPERT_COUNTS = ("num_local_experts", "num_experts")
 MOE_FIELDS = (
-    "num_local_experts",
-    "num_experts",
+    *EXPERT_COUNTS,
     "num_experts_per_tok",
     "norm_topk_prob",
     "output_router_logits",
@@ -27,6 +28,18 @@ MOE_FIELDS = (
     "mlp_only_layers",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
+)
+# They have a reader run code that comes with the model; an export carries none.
+CODE_FIELDS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
+# True of the base model's files alone; `_name_or_path` is often the parent that it was fine-tuned from.
+BASE_FIELDS = (
+    "quantization_config",
+    "quantization",
+    "_name_or_path",
+    "_commit_hash",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "attn_implementation",
 )
 # What an absent field means in the MoE architecture, where the dense one means something else by its absence.
 MOE_DEFAULTS: Mapping[str, Mapping[str, float]] = {
@@ -46,7 +59,8 @@ def moe_config(
     """
     num_experts = _common_number_of_experts(experts_per_layer, architecture)
     family = architecture.family
-    config = {**dense, "model_type": family.moe_model_type, "architectures": [family.moe_architecture]}
+    config = without_foreign_fields(dense)
+    config |= {"model_type": family.moe_model_type, "architectures": [family.moe_architecture]}
     config.update(
         rms_norm_eps=architecture.norm_epsilon,
         num_key_value_heads=architecture.num_query_groups,
@@ -55,6 +69,8 @@ def moe_config(
         router_aux_loss_coef=0.001,
     )
     config = with_both_rope_spellings(config, architecture)
+    if "head_dim" in config:
+        config["head_dim"] = architecture.head_dim  # transformers reads null as none at all
     if config.get("attention_bias"):
         config["attention_bias"] = False  # Zero, or the import would have refused them.
     if family.moe_model_type == "mixtral":
@@ -62,14 +78,28 @@ def moe_config(
     return {**config, **_qwen_fields(architecture, experts_per_layer, num_experts, top_k)}
 
 
+def without_foreign_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without references to code and without what is true of the base model's directory alone."""
+    return {name: value for name, value in config.items() if name not in (*CODE_FIELDS, *BASE_FIELDS)}
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration naming the dtype of the weights, which training may have changed."""
+    return {**config, **{name: dtype for name in ("dtype", "torch_dtype") if name in config}}
+
+
 def with_both_rope_spellings(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """The configuration with `rope_theta` and `rope_scaling`, which transformers 4 reads, beside `rope_parameters`.
 
-    A reader that does not know `rope_parameters` takes its own defaults without a word.
+    A reader that does not know `rope_parameters` takes its own defaults without a word. All of them say what
+    `architecture.rope` does, whichever of them that was read from.
     """
-    config = {**config, "rope_theta": architecture.rope["rope_theta"]}
+    rope = architecture.rope
+    config = {**config, "rope_theta": rope["rope_theta"]}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     if "rope_parameters" in config:
-        scaling = {name: value for name, value in architecture.rope.items() if name != "rope_theta"}
+        config["rope_parameters"] = dict(rope)
+    if "rope_parameters" in config or "rope_scaling" in config:
         config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     return config
 
@@ -124,24 +154,35 @@ def _qwen_fields(
     return {**fields, "head_dim": architecture.head_dim}
 
 
-def dense_config(moe: Mapping[str, Any], source: str) -> dict[str, Any]:
+def dense_config(moe: Mapping[str, Any], source: str, family_name: str | None = None) -> dict[str, Any]:
     """The dense configuration behind a stock MoE one that this project's export, or a like-minded tool, has written.
+
+    Args:
+        source: names the file in messages.
+        family_name: the dense family, where it is known; a Mixtral may be a Llama.
 
     Raises:
         UserError: the configuration holds something that the upcycled model cannot be.
     """
     model_type = moe["model_type"]
-    family = FAMILIES[DENSE_FAMILY_OF_MOE[model_type]]
+    family = FAMILIES[family_name or DENSE_FAMILY_OF_MOE[model_type]]
     _refuse_foreign_moe(moe, model_type, source)
     config = {**MOE_DEFAULTS[model_type], **moe}
     dense = {name: value for name, value in config.items() if name not in MOE_FIELDS}
     dense.update(model_type=family.name, architectures=[family.architecture])
-    if "rope_parameters" in dense:
-        for name in ("rope_theta", "rope_scaling"):
-            dense.pop(name, None)
+    # Mixtral's default of rope_theta is its own, also where rope_parameters names none.
+    rope = read_rope(moe, source, MOE_DEFAULTS[model_type].get("rope_theta", DEFAULT_THETA))
+    for name in ("rope_theta", "rope_scaling", "rope_parameters"):
+        dense.pop(name, None)
+    dense["rope_parameters"] = rope
     if model_type == "mixtral":
         # Mistral reads an absent window as 4096, Mixtral as none.
         dense["sliding_window"] = moe.get("sliding_window")
+        if family.name == "llama" and dense["sliding_window"] is not None:
+            raise UserError(
+                f"{source}: sliding_window {shown(dense['sliding_window'])}, but the model was a Llama, which has "
+                "none; set it to null, or remove moe_lpr/ to read the MoE as a Mistral"
+            )
     else:
         dense["intermediate_size"] = _qwen_intermediate_size(moe, source)
     if model_type == "qwen3_moe" and not moe.get("head_dim"):
@@ -156,10 +197,16 @@ def _refuse_foreign_moe(moe: Mapping[str, Any], model_type: str, source: str) ->
         if top_k_of(moe, source) == 1:
             raise UserError(f"{source}: a Mixtral with one expert per token weights it by 1, not by its probability")
         return
+    if moe.get("use_sliding_window"):
+        raise UserError(
+            f"{source}: use_sliding_window=true is not supported for {model_type}; a window is in some layers"
+        )
     if moe.get("decoder_sparse_step", 1) != 1:
         raise UserError(f"{source}: decoder_sparse_step other than 1 is not supported; list mlp_only_layers instead")
     if top_k_of(moe, source) > 1 and not moe.get("norm_topk_prob", False):
-        raise UserError(f"{source}: norm_topk_prob=false is not MoE-LPR's routing (the weights must add up to 1)")
+        raise UserError(
+            f"{source}: norm_topk_prob=false is not MoE-LPR's routing (weights must add up to 1); give a dense model"
+        )
     if top_k_of(moe, source) == 1 and moe.get("norm_topk_prob", False):
         raise UserError(f"{source}: norm_topk_prob=true with one expert per token weights it by 1, not its probability")
     if model_type == "qwen2_moe" and not moe.get("qkv_bias", True):
@@ -192,7 +239,14 @@ def experts_per_layer_of(moe: Mapping[str, Any], source: str) -> list[int]:
     Raises:
         UserError: a field is missing, or is no such number or list.
     """
-    name = "num_local_experts" if moe.get("num_local_experts") is not None else "num_experts"
+    given = {name: moe[name] for name in EXPERT_COUNTS if moe.get(name) is not None}
+    if len(set(map(shown, given.values()))) > 1:
+        raise UserError(
+            f"{source}: num_local_experts is {shown(given[EXPERT_COUNTS[0]])} and num_experts is "
+            f"{shown(given[EXPERT_COUNTS[1]])}, and versions of transformers differ in which of them they read; remove "
+            "the wrong one"
+        )
+    name = next(iter(given), "num_experts")
     experts = integer(moe, name, source, 1, MAX_EXPERTS)
     layers = integer(moe, "num_hidden_layers", source, 1, MAX_LAYERS)
     dense = moe.get("mlp_only_layers") or []

@@ -1,5 +1,6 @@
 """A Hugging Face directory: what its files say, before any tensor is read."""
 
+import contextlib
 import dataclasses
 import hashlib
 import shutil
@@ -17,10 +18,14 @@ from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     SHARED_EXPERT_WIDTH,
     dense_config,
     experts_per_layer_of,
+    moe_config,
     top_k_of,
+    with_dtype,
 )
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import LLAMA_CPP_MODEL_TYPE
-from megatron_moe_lpr.conversion.hugging_face.safetensors_source import SafetensorsSource, weight_files
+from megatron_moe_lpr.conversion.hugging_face.other_forms import refuse_other_directories
+from megatron_moe_lpr.conversion.hugging_face.other_tensors import foreign_form
+from megatron_moe_lpr.conversion.hugging_face.safetensors_source import INDEX_FILE, SafetensorsSource, weight_files
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors, zero_attention_biases
 from megatron_moe_lpr.conversion.tensors.names import (
     DENSE_LAYOUT,
@@ -32,6 +37,7 @@ from megatron_moe_lpr.conversion.tensors.names import (
 )
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer
+from megatron_moe_lpr.lfs_pointers import refuse_lfs_pointers
 from megatron_moe_lpr.model.configuration.architecture import MAX_SIZE, Architecture, read_architecture
 
 TOKENIZER_PATTERNS = (
@@ -100,8 +106,8 @@ def open_hf_directory(path: Path) -> HFDirectory:
         UserError: not such a directory, an unsupported architecture, or a MoE that is not an upcycled one.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory; a Hugging Face model directory is expected")
+    refuse_other_directories(path)
+    refuse_lfs_pointers(path, (CONFIG_FILE, INDEX_FILE, *CARRIED_PATTERNS))
     config_path = path / CONFIG_FILE
     config = read_json(config_path)
     model_type = config.get("model_type")
@@ -117,7 +123,7 @@ def open_hf_directory(path: Path) -> HFDirectory:
 def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
     source = str(path / CONFIG_FILE)
     experts, card = experts_per_layer_of(moe, source), _card(path)
-    config = read_json(path / SIDE_DIRECTORY / CONFIG_FILE) if card else dense_config(moe, source)
+    config = _dense_behind(path, moe, card)
     architecture = read_architecture(config, source)
     layout = MOE_LAYOUTS[moe["model_type"]]
     if card and experts != card.experts_per_layer and experts == [card.num_experts] * len(card.experts_per_layer):
@@ -127,6 +133,23 @@ def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
     width = moe.get("shared_expert_intermediate_size") or SHARED_EXPERT_WIDTH
     checked_integer(width, "shared_expert_intermediate_size", source, 1, MAX_SIZE)
     return HFDirectory(path, config, architecture, layout, experts, top_k_of(moe, source), width, card)
+
+
+def _dense_behind(path: Path, moe: dict[str, Any], card: CheckpointCard | None) -> dict[str, Any]:
+    """The dense configuration: as the export kept it, unless `config.json`, which transformers reads, was edited since.
+
+    Raises:
+        UserError: the configuration holds something that the upcycled model cannot be.
+    """
+    if not card:
+        return dense_config(moe, str(path / CONFIG_FILE))
+    side = path / SIDE_DIRECTORY / CONFIG_FILE
+    kept = read_json(side)
+    with contextlib.suppress(UserError):  # a card of another model; what does not fit is refused below
+        architecture = read_architecture(kept, str(side))
+        if moe == moe_config(with_dtype(kept, card.dtype), architecture, card.experts_per_layer, card.top_k):
+            return kept
+    return dense_config(moe, str(path / CONFIG_FILE), card.family)
 
 
 def _card(path: Path) -> CheckpointCard | None:
@@ -143,15 +166,32 @@ def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: Safetensors
     expected = {name: shape for row in rows for name, shape in zip(row.names, row.shapes, strict=False)}
     expected |= {tensor.name: tensor.shape for tensor in extra}
     missing = [name for name in expected if name not in source.tensors]
+    unexpected = [name for name in source.tensors if name not in expected and not _harmless(name, source)]
+    foreign = foreign_form(source.tensors)
+    if foreign:
+        raise UserError(f"{place}: {foreign}")
+    if missing == [OUTPUT_NAME]:
+        raise UserError(
+            f"{place}: the weights lack {OUTPUT_NAME}, and config.json does not say tie_word_embeddings=true: set it "
+            f"if the model's output layer is its {EMBEDDING_NAME}; else the output layer was lost (as in a classifier "
+            "or an embedding model): use the checkpoint of the ...ForCausalLM class"
+        )
     if missing:
         raise UserError(f"{place}: the weights lack {_listed(missing)}")
-    unexpected = [name for name in source.tensors if name not in expected and not _harmless(name, source)]
+    if OUTPUT_NAME in unexpected and EMBEDDING_NAME in expected:
+        raise UserError(
+            f"{source.file_of(OUTPUT_NAME)}: {OUTPUT_NAME} is not equal to {EMBEDDING_NAME}, and config.json says "
+            "tie_word_embeddings=true, which makes them one: set it to false if the model was trained with this output "
+            f"layer, or remove {OUTPUT_NAME} from the file if it is a leftover"
+        )
     if unexpected:
         raise UserError(f"{place}: the architecture has no place for {_listed(unexpected)}")
     for name, shape in expected.items():
         found = source.tensors[name].shape
         if found != shape:
-            raise UserError(f"{source.file_of(name)}: {name} has shape {list(found)}, config.json wants {list(shape)}")
+            reason = f"{source.file_of(name)}: {name} has shape {list(found)}, config.json wants {list(shape)}"
+            is_vocabulary = name in (EMBEDDING_NAME, OUTPUT_NAME) and found[1:] == shape[1:]
+            raise UserError(reason + (f"; correct its vocab_size of {shape[0]}" if is_vocabulary else ""))
 
 
 def common_dtype(infos: list[TensorInfo], place: Path) -> torch.dtype:

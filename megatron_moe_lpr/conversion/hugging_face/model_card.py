@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import metadata_load
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_json
+from megatron_moe_lpr.conversion.hugging_face.base_model import (
+    MODEL_CARD,
+    OUR_TAG,
+    BaseModel,
+    card_metadata,
+    named_by_card,
+)
 from megatron_moe_lpr.data.language_groups import original_languages, trained_languages
 from megatron_moe_lpr.data.language_names import covered
 from megatron_moe_lpr.errors import UserError
 
-CARD_FILE = "README.md"
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ISO_639 = re.compile(r"[a-z]{2,3}")
 ORIGINAL = "Expert 0 and everything outside the mixtures are the base model's own weights."
 NOT_ORIGINAL = "Not all of the base model's own weights are in it unchanged."
@@ -24,7 +28,7 @@ LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 @dataclasses.dataclass(frozen=True)
 class CardOptions:
-    """What the user says about the model; None: the base model's own files are asked."""
+    """What the user says about the model; None: the import's record and the base model's own files say it."""
 
     base_model: str | None = None
     """The dense model's name on the hub."""
@@ -36,7 +40,7 @@ class CardOptions:
 
 def write_model_card(
     directory: Path,
-    config: Mapping[str, Any],
+    recorded: BaseModel | None,
     card: CheckpointCard,
     engine: str,
     options: CardOptions,
@@ -45,52 +49,35 @@ def write_model_card(
     """Write `README.md`; a README.md that is there is taken for the base model's, whose licence it names.
 
     Args:
-        config: of the exported model.
+        recorded: the base model, as the import saw it; None: a checkpoint of an earlier version.
         engine: which form was exported, `transformers` or `llama.cpp`.
         is_original: the base model's weights are here as they were, to the bit.
 
     Raises:
         UserError: the evaluation file is not one.
     """
-    base, languages = _base_metadata(directory), _languages(card)
-    base_model, licence = options.base_model or _base_model(config, base), _licence(directory, base, options)
+    languages, licence = _languages(card), _licence(directory, card_metadata(directory), options)
+    source = recorded or BaseModel("", named_by_card(directory))
+    base_model = options.base_model or source.name
     data = ModelCardData(
         language=sorted(code for group in languages.values() for code in group if ISO_639.fullmatch(code)) or None,
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
         library_name="transformers" if engine == "transformers" else None,
         pipeline_tag="text-generation",
-        tags=["moe-lpr", *(["moe"] if card.is_moe else [])],
+        tags=[OUR_TAG, *(["moe"] if card.is_moe else [])],
         license=licence["license"],
         license_name=licence.get("license_name"),
         license_link=licence.get("license_link"),
     )
     sections = [
-        _head(card, base_model, licence["license"], languages, is_original),
+        _head(card, base_model, source, licence["license"], languages, is_original),
         _training(card),
         _evaluation(options.evaluation),
         _usage(card, engine),
     ]
     text = "\n\n".join(section for section in sections if section)
-    (directory / CARD_FILE).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
-
-
-def _base_metadata(directory: Path) -> dict[str, Any]:
-    try:
-        return metadata_load(directory / CARD_FILE) or {} if (directory / CARD_FILE).is_file() else {}
-    except Exception:  # a base model's damaged card is no reason to fail an export
-        return {}
-
-
-def _base_model(config: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
-    """What config.json or, of an export that was imported again, the card calls it."""
-    for name in (
-        base.get("base_model") if "moe-lpr" in (base.get("tags") or ()) else None,
-        config.get("_name_or_path"),
-    ):
-        if isinstance(name, str) and HUB_NAME.fullmatch(name):
-            return name
-    return None
+    (directory / MODEL_CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
 
 
 def _licence(directory: Path, base: Mapping[str, Any], options: CardOptions) -> dict[str, str]:
@@ -113,12 +100,13 @@ def _languages(card: CheckpointCard) -> dict[str, list[str]]:
 def _head(
     card: CheckpointCard,
     base_model: str | None,
+    source: BaseModel,
     licence: str,
     languages: Mapping[str, list[str]],
     is_original: bool,
 ) -> str:
     base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a dense base model"
-    name = base_model.split("/")[-1] if base_model else card.family
+    name = base_model.split("/")[-1] if base_model else source.directory or card.family
     lines = [f"# {name} with {'inserted blocks' if card.inserted_blocks else 'MoE-LPR'}", ""]
     if card.is_moe:
         layers = sum(experts > 1 for experts in card.experts_per_layer)
@@ -144,9 +132,18 @@ def _head(
             for kind, codes in languages.items()
         ),
     ]
+    lines.append(f"- Base model: {_origin(base_model, source)}")
     lines.append(f"- Licence of the base model: {licence}" + ("; its files are here" if licence == "other" else ""))
     lines.append(f"- Fingerprint of the base model's weights: `{card.original_fingerprint}`")
     return "\n".join(lines)
+
+
+def _origin(base_model: str | None, source: BaseModel) -> str:
+    if base_model:
+        is_recorded = source.revision and base_model == source.name
+        return f"{base_model}" + (f", commit {source.revision}" if is_recorded else "")
+    where = f"imported from a directory `{source.directory}`; " if source.directory else ""
+    return f"{where}its name on the hub is not known (`export --base-model` writes it here)"
 
 
 def _training(card: CheckpointCard) -> str:

@@ -10,8 +10,11 @@ from typing import TypeGuard
 import torch
 
 from megatron_moe_lpr.checkpoint.reader import TensorInfo
+from megatron_moe_lpr.conversion.hugging_face.other_forms import other_weights
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import is_integer, parse_json_object, read_json, shown
+from megatron_moe_lpr.lfs_pointers import POINTER_START, refuse_lfs_pointer
+from megatron_moe_lpr.model.configuration.quantisation import WAY_OUT
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -25,6 +28,9 @@ DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
@@ -93,12 +99,7 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / SINGLE_FILE]
     if index.is_file():
         return _indexed_files(index)
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
-        raise UserError(
-            f"{directory}: only pickled weights (.bin) here; they can run code and are not read; rewrite them "
-            "as safetensors with transformers: model.save_pretrained(DIR)"
-        )
-    raise UserError(f"{directory}: neither {INDEX_FILE} nor {SINGLE_FILE} is here")
+    raise UserError(f"{directory}{other_weights(directory)}")
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -127,6 +128,9 @@ def _read_header(path: Path) -> dict[str, _Place]:
         with open(path, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             size = path.stat().st_size
+            stream.seek(0)
+            refuse_lfs_pointer(path, stream.read(len(POINTER_START)))
+            stream.seek(8)
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise UserError(f"{path}: not a safetensors file, or cut short")
             data = stream.read(length)
@@ -144,9 +148,13 @@ def _read_header(path: Path) -> dict[str, _Place]:
 def _place(path: Path, name: str, entry: object, start: int, file_size: int) -> _Place:
     fields = entry if isinstance(entry, dict) else {}
     name_of_dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if isinstance(name_of_dtype, str) and name_of_dtype not in DTYPES:
+        raise UserError(
+            f"{path}: {shown(name, 200)} is stored as {shown(name_of_dtype)}; plain weights in bfloat16, float16 or "
+            f"float32 are needed: {WAY_OUT}"
+        )
     if (
         not isinstance(name_of_dtype, str)
-        or name_of_dtype not in DTYPES
         or not _are_integers(shape, range(MAX_DIMENSIONS + 1))
         or not _are_integers(offsets, range(2, 3))
     ):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, Layout, Shape, projection_shapes
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 
-_SHARED_EXPERT = "a Qwen2-MoE with a real shared expert is not an upcycled dense model and cannot be imported"
+_SHARED_EXPERT = "a Qwen2-MoE with a real shared expert is not an upcycled dense model; give a dense one"
 _ATTENTION_BIAS = "the stock MoE architectures of this family have no place for attention biases"
 _DENSE_LAYER = "moe_lpr/card.json says that the layer is dense; remove moe_lpr/ to read the MoE as it is"
 

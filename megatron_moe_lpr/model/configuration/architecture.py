@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import checked_integer, integer, is_number, number, shown, switch
+from megatron_moe_lpr.json_files import checked_integer, integer, number, shown, switch
+from megatron_moe_lpr.model.configuration.quantisation import refuse_quantisation
+from megatron_moe_lpr.model.configuration.rope_parameters import read_rope
 
 HFConfig = Mapping[str, Any]
 
@@ -17,21 +19,6 @@ MAX_VOCABULARY = (1 << 31) - 1
 
 MISTRAL_SLIDING_WINDOW = 4096
 """What transformers takes where a Mistral configuration names no window; null is no window."""
-
-
-ROPE_PARAMETERS = {
-    "default": ("rope_theta",),
-    "linear": ("rope_theta", "factor"),
-    "yarn": ("rope_theta", "factor", "original_max_position_embeddings"),
-    "llama3": (
-        "rope_theta",
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-}
-"""What each type of rotary embedding is computed from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +99,7 @@ def read_architecture(config: HFConfig, source: str = "config.json") -> Architec
         norm_epsilon=number(config, "rms_norm_eps", 1e-6, source, 0.0, 1.0),
         tied_embeddings=switch(config, "tie_word_embeddings", source),
         initializer_range=number(config, "initializer_range", 0.02, source, 0.0, 1e3),
-        rope=_rope(config, source),
+        rope=read_rope(config, source),
         sliding_window=_sliding_window(config, family, source),
     )
 
@@ -130,52 +117,17 @@ def _refuse_unsupported(config: HFConfig, family: Family, source: str) -> None:
         raise UserError(f"{source}: hidden_act={shown(config['hidden_act'])} is not supported, only 'silu'")
     if family.name != "qwen2" and config.get("mlp_bias"):
         raise UserError(f"{source}: mlp_bias=true is not supported for {family.architecture}")
-    if config.get("quantization_config"):
-        raise UserError(f"{source}: quantised weights are not supported; convert from the bf16 checkpoint")
-
-
-def _rope(config: HFConfig, source: str) -> Mapping[str, Any]:
-    """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4), as one mapping."""
-    rope: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        value = config.get(name) or {}
-        if not isinstance(value, Mapping):
-            raise UserError(f"{source}: {name} must be a JSON object or null, not {shown(value)}")
-        rope.update(value)
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in ROPE_PARAMETERS:
-        known = "default, linear, llama3 and yarn"
-        raise UserError(f"{source}: rope_type {shown(rope['rope_type'])} is not supported; {known} are")
-    for name in ROPE_PARAMETERS[rope["rope_type"]]:
-        # Megatron and transformers compute with them in fp32, and divide by them.
-        if not is_number(rope.get(name), 1e-30, 1e30):
-            raise UserError(f"{source}: rope's {name} must be a number above 0, not {shown(rope.get(name))}")
-    if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        raise UserError(f"{source}: rope's high_freq_factor must be above its low_freq_factor")
-    if rope["rope_type"] == "yarn":
-        _check_yarn(rope, source)
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(f"{source}: partial_rotary_factor other than 1 is not supported")
-    return rope
-
-
-def _check_yarn(rope: Mapping[str, Any], source: str) -> None:
-    """Qwen's form: the factor and the original context, and perhaps betas and the attention factor."""
-    optional = {"attention_factor", "beta_fast", "beta_slow"}
-    for name in optional & rope.keys():
-        if rope[name] is not None and not is_number(rope[name], 1e-30, 1e30):
-            raise UserError(f"{source}: rope's {name} must be a number above 0, not {shown(rope[name])}")
-    unknown = {name for name, value in rope.items() if value is not None} - {"rope_type", "type", *optional}
-    unknown -= set(ROPE_PARAMETERS["yarn"])
-    if unknown:
-        raise UserError(f"{source}: rope_type 'yarn' with {', '.join(sorted(unknown))} is not supported")
+    if config.get("is_causal", True) is not True:
+        raise UserError(f"{source}: is_causal={shown(config['is_causal'])} is not supported: attention is causal here")
+    if config.get("per_layer_config"):
+        raise UserError(f"{source}: per_layer_config is not supported: all layers must be alike")
+    refuse_quantisation(config, source)
 
 
 def _num_query_groups(config: HFConfig, family: Family, heads: int, source: str) -> int:
-    """Absent means one group per head for Llama alone; the other families' defaults are numbers of their own."""
+    """Null means one group per head, and so does absent for Llama; the others' defaults are numbers of their own."""
     groups = config.get("num_key_value_heads")
-    if groups is None and family.name != "llama":
+    if "num_key_value_heads" not in config and family.name != "llama":
         raise UserError(f"{source}: the field 'num_key_value_heads' is missing")
     groups = heads if groups is None else checked_integer(groups, "num_key_value_heads", source, 1, heads)
     if heads % groups:
@@ -212,6 +164,10 @@ def _check_layer_types(config: HFConfig, window: int | None, source: str) -> Non
     kinds = config.get("layer_types") or ()
     if not isinstance(kinds, list | tuple):
         raise UserError(f"{source}: layer_types must be a list, not {shown(kinds)}")
+    if kinds and len(kinds) != config["num_hidden_layers"]:
+        raise UserError(
+            f"{source}: layer_types names {len(kinds)} layers, and num_hidden_layers is {config['num_hidden_layers']}"
+        )
     unlike = {str(kind) for kind in kinds} - {"sliding_attention" if window else "full_attention"}
     if unlike:
         raise UserError(

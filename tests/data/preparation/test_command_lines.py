@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.builders import CORPUS, run_plan, write_jsonl
+from tests.data.test_beginning_of_text import with_bos
 
 TOOLS = Path(__file__).parents[3] / "tools"
 
@@ -43,6 +44,15 @@ def test_preprocess_merge_inspect(tool, hf_tokenizer, tmp_path):
     assert code == 0 and "all: el, 2 documents" in out
     code, out, _ = tool("inspect_data.py", "--input", tmp_path / "all", "--tokenizer", hf_tokenizer)
     assert code == 0 and "Γειά σου" in out and "κόσμε [bold]x[/bold]" in out
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen"])
+def test_a_bos_that_documents_begin_without_is_named(kind, tool, hf_tokenizer, tmp_path):
+    directory = with_bos(hf_tokenizer, tmp_path / "llama") if kind == "llama" else hf_tokenizer
+    texts = write_jsonl(tmp_path / "texts.jsonl", ["some text"])
+    arguments = ["--input", texts, "--output-prefix", tmp_path / "data", "--tokenizer", directory, "--language", "en"]
+    code, _, err = tool("preprocess_data.py", *arguments, "--workers", 1)
+    assert code == 0 and ("documents begin without <|begin|>" in err) == (kind == "llama")
 
 
 def test_standard_input(tool, hf_tokenizer, tmp_path, monkeypatch):

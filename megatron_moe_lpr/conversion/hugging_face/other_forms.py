@@ -1,0 +1,127 @@
+"""Directories that are not a Hugging Face model to import, though they belong to one: named, with the way out."""
+
+from pathlib import Path
+
+from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE
+from megatron_moe_lpr.conversion.hugging_face.adapter import CONFIG_FILE as ADAPTER_CONFIG
+from megatron_moe_lpr.conversion.hugging_face.base_model import CACHE_PREFIX, HUB_NAME, SNAPSHOTS, hub_name
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import read_json, shown
+
+MOST_NAMED = 3
+
+
+def refuse_other_directories(path: Path) -> None:
+    """Refuse a path at which no `config.json` and weights lie side by side, but perhaps something near to that.
+
+    Raises:
+        UserError: naming what is there and what to give or to do instead.
+    """
+    if path.is_file():
+        raise UserError(f"{path}: is a file; give the directory that holds config.json and the safetensors weights")
+    if not path.is_dir():
+        hub = f"; to download it: `hf download {path} --local-dir DIR`" if HUB_NAME.fullmatch(str(path)) else ""
+        raise UserError(f"{path}: no such directory; a Hugging Face model directory is expected{hub}")
+    _refuse_adapter(path)
+    if (path / CONFIG_FILE).is_file():
+        return
+    _refuse_hub_cache(path)
+    if (path / LATEST_FILE).is_file():
+        raise UserError(f"{path}: is a Megatron checkpoint already; training, expand and export take it by --load")
+    raise UserError(f"{path / CONFIG_FILE}: no such file{_without_config(path)}")
+
+
+def other_weights(path: Path) -> str:
+    """What lies in a directory without readable weights, and the way out, as the end of a message."""
+
+    def has(*patterns: str) -> bool:
+        return any(file for pattern in patterns for file in path.glob(pattern))
+
+    if has("*.bin") or (has("*.pt", "*.pth") and not has("consolidated*")):
+        return (
+            ": only pickled weights (.bin) here; they can run code and are not read; rewrite them as safetensors with "
+            "transformers: model.save_pretrained(DIR)"
+        )
+    if has("*.gguf"):
+        return (
+            ": only GGUF here, llama.cpp's form; give the model that it was made of (AutoModelForCausalLM"
+            ".from_pretrained(DIR, gguf_file=FILE) and save_pretrained write it, but quantised weights stay rounded)"
+        )
+    if has("consolidated*"):
+        return (
+            ": only consolidated weights here, the maker's own form; download the Hugging Face form "
+            "(model*.safetensors of the same repository), or convert them with convert_mistral_weights_to_hf.py "
+            "or convert_llama_weights_to_hf.py of transformers' source repository"
+        )
+    if has("model-*-of-*.safetensors"):
+        return ": the shards are here and their index, model.safetensors.index.json, is not; copy it too"
+    if has("*.h5", "*.msgpack", "*.npz"):
+        return ": only weights for TensorFlow, JAX or MLX here; save them as safetensors with transformers"
+    others = sorted(file.name for file in path.glob("*.safetensors"))
+    named = f"; {', '.join(others[:MOST_NAMED])} is not read: rename it if it is the whole model" if others else ""
+    return f": neither model.safetensors.index.json nor model.safetensors is here{named}"
+
+
+def _without_config(path: Path) -> str:
+    if any(path.glob("*.safetensors")) and not any(path.glob("consolidated*")):
+        return ", but weights are there; copy it from where they come from"
+    inside = sorted(child for child in path.iterdir() if (child / CONFIG_FILE).is_file())
+    if inside:
+        return f" there; give the directory that has one: {_named(inside)}"
+    return other_weights(path)
+
+
+def _refuse_adapter(path: Path) -> None:
+    file = path / ADAPTER_CONFIG
+    if not file.is_file():
+        return
+    config = read_json(file)
+    base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
+    of = f" over {shown(base, 100)}" if isinstance(base, str) and base else ""
+    if kind == "MOE":
+        raise UserError(
+            f"{path}: is an adapter of the authors' implementation{of}: give it by --adapter, its base by --hf"
+        )
+    merge = (
+        "merge it into its base with peft, PeftModel.from_pretrained(base, DIR).merge_and_unload()"
+        ".save_pretrained(NEW), and give NEW"
+    )
+    if (path / CONFIG_FILE).is_file() and any(path.glob("model*.safetensors")):
+        raise UserError(
+            f"{path}: holds a whole model and an adapter ({file.name}, {shown(kind)}{of}), and transformers reads the "
+            f"adapter and its base: move {file.name} away to import the model, or {merge}"
+        )
+    raise UserError(f"{path}: is an adapter ({shown(kind)}{of}), not a model: {merge}")
+
+
+def _refuse_hub_cache(path: Path) -> None:
+    """Refuse the hub's cache (`~/.cache/huggingface` and `hub` in it), a model's folder there, and its folders."""
+    for root in (path, path.parent):
+        if (root / SNAPSHOTS).is_dir() and (root == path or hub_name(root.name)):
+            raise UserError(
+                f"{path}: is a folder of the hub's cache, not the model itself: " + _give(_snapshots(root), root.name)
+            )
+    for cache in (path, path / "hub"):
+        models = sorted(cache.glob(f"{CACHE_PREFIX}*")) if cache.is_dir() else []
+        if models:
+            found = [snapshot for model in models for snapshot in _snapshots(model)[:1]]
+            raise UserError(f"{path}: is the hub's cache of {len(models)} models: {_give(found, models[0].name)}")
+
+
+def _snapshots(root: Path) -> list[Path]:
+    """Downloaded snapshots of a model's folder, that of the branch main first."""
+    found = sorted(file.parent for file in (root / SNAPSHOTS).glob(f"*/{CONFIG_FILE}"))
+    main = root / "refs" / "main"
+    commit = main.read_text(errors="replace").strip() if main.is_file() and main.stat().st_size < 100 else ""
+    return sorted(found, key=lambda snapshot: snapshot.name != commit)
+
+
+def _give(snapshots: list[Path], folder: str) -> str:
+    if snapshots:
+        return f"give a snapshot in it: {_named(snapshots)}"
+    return f"no snapshot in it has a {CONFIG_FILE}; download the model, `hf download {hub_name(folder) or 'NAME'}`"
+
+
+def _named(paths: list[Path]) -> str:
+    more = f" and {len(paths) - MOST_NAMED} more" if len(paths) > MOST_NAMED else ""
+    return ", ".join(map(str, paths[:MOST_NAMED])) + more
