@@ -1,25 +1,34 @@
 """More experts for a second group of languages; those that the model has are frozen from then on."""
 
+import contextlib
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 
 import torch
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, check_experts
-from megatron_moe_lpr.checkpoint.directory import CARD_FILE, RELEASE, SIDE_DIRECTORY, resolve_checkpoint, write_latest
+from megatron_moe_lpr.checkpoint.directory import (
+    CARD_FILE,
+    LATEST_FILE,
+    RELEASE,
+    SIDE_DIRECTORY,
+    resolve_checkpoint,
+    write_latest,
+)
 from megatron_moe_lpr.checkpoint.integrity import MANIFEST, write_manifest
-from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, open_reader, reading
+from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, layers_of, open_reader, reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.exporter import check_model_tensors
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate
 from megatron_moe_lpr.conversion.tensors.names import MOE_LAYOUTS, VOCABULARY_KEYS, Role, Row, model_rows
 from megatron_moe_lpr.conversion.tensors.upcycling import initial_router
 from megatron_moe_lpr.data.language_groups import EXPANSION, learned_languages
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.filesystem import atomic_directory
+from megatron_moe_lpr.links import tree_inside
+from megatron_moe_lpr.output_directory import atomic_directory
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.progress import ProgressReport
 
@@ -55,6 +64,8 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
     """
     check_separate(options.load, "--load", save, "--save")
     checkpoint = open_checkpoint(options.load, options.verified, options.base)
+    for layer in layers_of(checkpoint):
+        check_separate(layer.path, "the checkpoint", save, "--save")
     before, architecture = checkpoint.card(), checkpoint.architecture()
     after = _card(before, options)
     reader = open_reader(checkpoint)
@@ -63,18 +74,21 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
     rows = model_rows(architecture, after.experts_per_layer, NAMES, after.expansions)
     sources = _sources(had, rows)
     total = sum(math.prod(row.shape) * reader.tensors[sources[row.key] or had[0].key].dtype.itemsize for row in rows)
-    with reading(checkpoint) as layers, naming(save), atomic_directory(save, overwrite) as partial:
+    files = tree_inside(checkpoint.side_directory, checkpoint.path)
+    with contextlib.ExitStack() as stack:
+        layers = stack.enter_context(reading(checkpoint))
         for layer in layers if options.verified else ():
             verify_all(layer.path)
-        check_disk_space(partial, total)
+        stack.enter_context(naming(save))
+        partial = stack.enter_context(atomic_directory(save, overwrite, (LATEST_FILE,)))
+        check_disk_space(partial, total, save)
         iteration = partial / RELEASE
         with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("expanding", total) as progress:
             for row in rows:
                 tensor = _tensor(row, sources[row.key], reader, options.seed)
                 writer.write(row.key, tensor)
                 progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
-        ignored = shutil.ignore_patterns(MANIFEST.name)
-        shutil.copytree(checkpoint.side_directory, iteration / SIDE_DIRECTORY, ignore=ignored)
+        carry_files({name: file for name, file in files.items() if name != MANIFEST.name}, iteration / SIDE_DIRECTORY)
         after.write(iteration / SIDE_DIRECTORY / CARD_FILE)
         write_manifest(iteration, writer.checksums)
         write_latest(partial, None)

@@ -1,7 +1,6 @@
 """Megatron -> Hugging Face: a stock MoE architecture, or the dense family where no layer has experts."""
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, layers_of, 
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.conversion.hugging_face.hf_config import SHARED_EXPERT_WIDTH, moe_config, with_both_rope_spellings
-from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import llama_cpp_form
-from megatron_moe_lpr.conversion.hugging_face.model_card import CardOptions, write_model_card
+from megatron_moe_lpr.conversion.hugging_face.model_card import CARD_FILE as MODEL_CARD_FILE
+from megatron_moe_lpr.conversion.hugging_face.model_card import CardOptions, model_card
 from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec, write_safetensors
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors
@@ -37,9 +37,10 @@ from megatron_moe_lpr.conversion.tensors.names import (
 )
 from megatron_moe_lpr.conversion.tensors.upcycling import split_qkv
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.filesystem import atomic_directory
+from megatron_moe_lpr.links import copy_private
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.finite import is_finite
+from megatron_moe_lpr.output_directory import atomic_directory
 from megatron_moe_lpr.progress import ProgressReport
 
 GENERATION_FILE = "generation_config.json"
@@ -102,15 +103,22 @@ def export_hf(
         UserError: the checkpoint is damaged or the stock architecture cannot hold it; nothing is left at `hf`.
         OSError: the disk is full; nothing is left at `hf`.
     """
+    options = card_options or CardOptions()
     check_separate(load, "--load", hf, "--hf")
+    if options.evaluation:
+        check_separate(options.evaluation, "--evaluation", hf, "--hf")
     plan = plan_export(load, engine, verified, base)
+    for layer in layers_of(plan.checkpoint):
+        check_separate(layer.path, "the checkpoint", hf, "--hf")
+    side = plan.checkpoint.side_directory
+    files, text = carried_files(side), model_card(side, plan.config, plan.card, plan.engine, options)
     specs = plan.specs()
     total = sum(spec.num_bytes for spec in specs)
-    with reading(plan.checkpoint), naming(hf), atomic_directory(hf, overwrite) as partial:
-        check_disk_space(partial, total)
+    with reading(plan.checkpoint), naming(hf), atomic_directory(hf, overwrite, (CONFIG_FILE,)) as partial:
+        check_disk_space(partial, total, hf)
         with ProgressReport("exporting", total) as progress:
             write_safetensors(partial, specs, _Producer(plan, progress), max_shard_bytes)
-        _write_side_files(plan, partial, card_options or CardOptions())
+        _write_side_files(plan, partial, files, text)
     return plan
 
 
@@ -220,20 +228,20 @@ class _Producer:
         return self.ready.pop(spec.name)
 
 
-def _write_side_files(plan: ExportPlan, directory: Path, card_options: CardOptions) -> None:
+def _write_side_files(plan: ExportPlan, directory: Path, files: Mapping[str, Path], text: str) -> None:
     side = plan.checkpoint.side_directory
-    carry_files(side, directory)
+    carry_files(files, directory)
     if not (directory / GENERATION_FILE).is_file():
         # Servers stop at the tokens that it names.
         write_json(_generation_config(plan.config), directory / GENERATION_FILE)
-    write_model_card(directory, plan.config, plan.card, plan.engine, card_options)
+    (directory / MODEL_CARD_FILE).write_text(text, encoding="utf-8")
     if plan.config == read_json(side / CONFIG_FILE):
-        shutil.copyfile(side / CONFIG_FILE, directory / CONFIG_FILE)
+        copy_private(side / CONFIG_FILE, directory / CONFIG_FILE)
     else:
         write_json(plan.config, directory / CONFIG_FILE)
     target = directory / SIDE_DIRECTORY
     target.mkdir()
-    shutil.copyfile(side / CONFIG_FILE, target / CONFIG_FILE)
+    copy_private(side / CONFIG_FILE, target / CONFIG_FILE)
     # An exported model is complete.
     dataclasses.replace(plan.card, base=None).write(target / CARD_FILE)
 

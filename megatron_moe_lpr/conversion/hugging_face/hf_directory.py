@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from megatron_moe_lpr.conversion.tensors.names import (
 )
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer
+from megatron_moe_lpr.links import copy_private, file_inside, tree_inside
 from megatron_moe_lpr.model.configuration.architecture import MAX_SIZE, Architecture, read_architecture
 
 TOKENIZER_PATTERNS = (
@@ -45,10 +46,11 @@ TOKENIZER_PATTERNS = (
     "spiece.model",
     "tekken.json",
 )
+CHAT_TEMPLATES = "additional_chat_templates"
 # README.md is the base model's card: export takes the licence from it. Licences want their files shipped.
 CARRIED_PATTERNS = (
     *TOKENIZER_PATTERNS,
-    "additional_chat_templates",
+    CHAT_TEMPLATES,
     "generation_config.json",
     "README.md",
     "LICEN[CS]E*",
@@ -102,7 +104,7 @@ def open_hf_directory(path: Path) -> HFDirectory:
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; a Hugging Face model directory is expected")
     config_path = path / CONFIG_FILE
-    config = read_json(config_path)
+    config = read_json(file_inside(config_path, path))
     model_type = config.get("model_type")
     if model_type == LLAMA_CPP_MODEL_TYPE:
         raise UserError(f"{config_path}: written for llama.cpp alone; use the export for transformers")
@@ -116,7 +118,7 @@ def open_hf_directory(path: Path) -> HFDirectory:
 def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
     source = str(path / CONFIG_FILE)
     experts, card = experts_per_layer_of(moe, source), _card(path)
-    config = read_json(path / SIDE_DIRECTORY / CONFIG_FILE) if card else dense_config(moe, source)
+    config = read_json(file_inside(path / SIDE_DIRECTORY / CONFIG_FILE, path)) if card else dense_config(moe, source)
     architecture = read_architecture(config, source)
     layout = MOE_LAYOUTS[moe["model_type"]]
     if card and experts != card.experts_per_layer and experts == [card.num_experts] * len(card.experts_per_layer):
@@ -129,7 +131,7 @@ def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
 
 
 def _card(path: Path) -> CheckpointCard | None:
-    card = path / SIDE_DIRECTORY / CARD_FILE
+    card = file_inside(path / SIDE_DIRECTORY / CARD_FILE, path)
     return read_card(card) if card.is_file() else None
 
 
@@ -184,17 +186,35 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def carry_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat templates, generation settings, licences and model card."""
+def carried_files(directory: Path) -> dict[str, Path]:
+    """Tokenizer, chat templates, generation settings, licences and model card, by their paths in the directory.
+
+    Raises:
+        UserError: one is a symbolic link that leads out of the directory.
+        OSError: one cannot be read.
+    """
+    files: dict[str, Path] = {}
     for pattern in CARRIED_PATTERNS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
-            elif path.is_dir() and path.name == "additional_chat_templates":
-                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        for path in sorted(directory.glob(pattern)):
+            real = file_inside(path, directory)
+            if real.is_file():
+                files[path.name] = real
+            elif real.is_dir() and path.name == CHAT_TEMPLATES:
+                files |= {f"{path.name}/{name}": file for name, file in tree_inside(path, directory).items()}
+    for file in files.values():
+        with open(file, "rb"):
+            pass
+    return files
+
+
+def carry_files(files: Mapping[str, Path], target: Path) -> None:
+    """Copy what `carried_files` found into the directory `target`."""
+    for name, file in files.items():
+        copy_private(file, target / name)
 
 
 def tokenizer_files(directory: Path) -> dict[str, str]:
     """SHA-256 of each tokenizer file, by name."""
-    files = {path for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern) if path.is_file()}
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+    names = {path.name for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern)}
+    files = {name: file for name, file in carried_files(directory).items() if name in names}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in sorted(files.items())}

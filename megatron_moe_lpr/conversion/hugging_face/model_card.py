@@ -30,12 +30,13 @@ class CardOptions:
     """The JSON file of tools/evaluate.py."""
 
 
-def write_model_card(
+def model_card(
     directory: Path, config: Mapping[str, Any], card: CheckpointCard, engine: str, options: CardOptions
-) -> None:
-    """Write `README.md`; a README.md that is there is taken for the base model's, whose licence it names.
+) -> str:
+    """The text of the export's `README.md`.
 
     Args:
+        directory: holds the base model's files; its README.md names the licence.
         config: of the exported model.
         engine: which form was exported, `transformers` or `llama.cpp`.
 
@@ -62,7 +63,7 @@ def write_model_card(
         _usage(card, engine),
     ]
     text = "\n\n".join(section for section in sections if section)
-    (directory / CARD_FILE).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
+    return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
 
 
 def _base_metadata(directory: Path) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def _evaluation(path: Path | None) -> str:
             numbers = [one["perplexity"], one["bits_per_byte"]]
             cells = [f"{number:.3f}" if number is not None else "" for number in numbers]
             rows.append(f"| {one['language']} | {one['group']} | {cells[0]} | {cells[1]} |")
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not a result of tools/evaluate.py --output") from None
     return "\n".join(rows)
 

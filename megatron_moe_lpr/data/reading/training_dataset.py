@@ -21,7 +21,7 @@ from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.config import DataConfig, DataSources, cache_directory
 from megatron_moe_lpr.data.reading.index_maps import are_intact, refuse_pickles
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.filesystem import atomic_directory
+from megatron_moe_lpr.output_directory import atomic_directory
 from megatron_moe_lpr.platform.collectives import world_of_one
 
 TrainingDataset = BlendedDataset | torch.utils.data.ConcatDataset
