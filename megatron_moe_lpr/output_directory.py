@@ -11,9 +11,9 @@ from pathlib import Path
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import real_target, sync_directory, sync_tree
 from megatron_moe_lpr.mounts import is_mount_point, mount_points_below
-from megatron_moe_lpr.moving_in import CONTENT, OLD, RECORD, move_in
+from megatron_moe_lpr.moving_in import CONTENT, OLD, move_in
 from megatron_moe_lpr.renaming import exchange, rename_without_replacing
-from megatron_moe_lpr.work_directory import free_name, work_directory
+from megatron_moe_lpr.work_directory import free_name, give_back, work_directory
 
 # The file system's own, at the root of a volume.
 NOT_CONTENT = ("lost+found",)
@@ -54,6 +54,7 @@ def atomic_directory(target: Path, overwrite: bool = False, last: Sequence[str] 
             output.publish(last)
         except (OSError, UserError) as error:
             raise output.kept(error) from error
+        sync_directory(output.path.parent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,6 @@ class _Output:
                     raise
                 self._move_in(last)
             self._restore_owner(self.status)
-        sync_directory(self.path.parent)
 
     def _replace(self) -> None:
         if not self.entries:
@@ -143,13 +143,13 @@ class _Output:
             reason = f"{self.target}: appeared while this ran"
         else:
             reason = str(error) if isinstance(error, UserError) else f"{self.target}: {error.strerror or error}"
-        if (self.work / RECORD).exists():
-            return UserError(f"{reason}; what is at {self.work} goes back at the next start")
         try:
+            give_back(self.work, self.path)
             place = free_name(self.work.parent / f"{self.path.name or 'output'}.finished")
             rename_without_replacing(self.content, place)
         except OSError:
-            return UserError(reason)
+            left = f"; {self.work} keeps what belongs there" if (self.work / OLD).exists() else ""
+            return UserError(f"{reason}{left}")
         return UserError(f"{reason}; it was left as it is, and what this command wrote is complete in {place}")
 
 

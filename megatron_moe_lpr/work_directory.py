@@ -33,7 +33,6 @@ def work_directory(path: Path, target: Path) -> Iterator[Path]:
         UserError: another run is in such a block, or may be and the file system has no locks to tell.
     """
     with contextlib.ExitStack() as stack:
-        stack.callback(_remove_empty, path)
         try:
             _enter(path, stack)
         except LockedError as owner:
@@ -53,8 +52,7 @@ def unique_work_directory(parent: Path, name: str) -> Iterator[Path]:
 
     What killed runs with this `name` left is put in order, where the file system's locks show that they have ended.
     """
-    for path in sorted(parent.glob(f".{glob.escape(name)}.partial-*")):
-        _clear(path, parent)
+    clear_left(parent, name)
     with contextlib.ExitStack() as stack:
         while True:
             path = parent / f".{name}.partial-{secrets.token_hex(4)}"
@@ -62,24 +60,35 @@ def unique_work_directory(parent: Path, name: str) -> Iterator[Path]:
             with contextlib.suppress(LockedError):
                 _enter(path, stack)
                 break
-        stack.callback(_remove_empty, path)
         stack.callback(_settle_at_the_end, path, parent)
         yield path
 
 
-def settle(work: Path, target: Path) -> None:
-    """Give `target` its old content where it lacks it, then remove the rest.
+def clear_left(parent: Path, name: str) -> None:
+    """Put in order what killed runs left of their `unique_work_directory` of this `name`."""
+    for path in sorted(parent.glob(f".{glob.escape(name)}.partial-*")):
+        _clear(path, parent)
+
+
+def give_back(work: Path, target: Path) -> None:
+    """End an exchange that was begun: where it is not complete, `target` gets its old content.
 
     Raises:
-        OSError: it cannot be given back; `work` keeps it.
+        OSError: that cannot be; `work` keeps it.
     """
     if (work / RECORD).exists():
-        if not is_complete(work):
+        if is_complete(work):
+            forget(work)
+        else:
             put_back(work, target)
             _say(f"note: {target}: its content was being exchanged; the old one was put back")
-        forget(work)
-    elif (work / OLD).exists() and (work / CONTENT).exists():
+    elif (work / OLD).exists() and ((work / CONTENT).exists() or not os.path.lexists(target)):
         _return_old(work / OLD, target)
+
+
+def settle(work: Path, target: Path) -> None:
+    """`give_back`, then remove the rest. Raises what it raises, and removes nothing then."""
+    give_back(work, target)
     for path in work.iterdir():
         if path.name == LOCK:
             continue
@@ -103,6 +112,7 @@ def _return_old(old: Path, target: Path) -> None:
 
 
 def _enter(path: Path, stack: contextlib.ExitStack) -> None:
+    stack.callback(_remove_empty, path)
     while True:
         is_new = True
         try:

@@ -7,6 +7,7 @@ Needs the package's extra `eval`. Started again with the same --output, it goes 
 import dataclasses
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from megatron_moe_lpr.evaluation.benchmarks.harness import (
 from megatron_moe_lpr.evaluation.benchmarks.scores import MODELS, benchmark_record, read_scores
 from megatron_moe_lpr.evaluation.benchmarks.tables import benchmarks_table
 from megatron_moe_lpr.evaluation.benchmarks.tasks import ChosenTasks, choose_tasks
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.filesystem import atomic_file, check_output_file
 
 RECORD_FILE = "benchmarks.json"
 
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in MODELS:
         if not (getattr(flags, name) / "config.json").is_file():
             raise UserError(f"--{name} {getattr(flags, name)}: no config.json there; give a Hugging Face directory")
+    check_places(flags)
     languages = [*flags.original_languages, *flags.expanded_languages]
     chosen = choose_tasks(flags.benchmarks, languages, known_tasks(flags.include_path))
     print(*(line for one in chosen for line in one.lines()), sep="\n", flush=True)
@@ -82,6 +84,23 @@ def main(arguments: list[str] | None = None) -> None:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     Console(width=None if sys.stdout.isatty() else 160).print(benchmarks_table(record))
     print(f"by language: {flags.output / RECORD_FILE}")
+
+
+def check_places(flags: Flags) -> None:
+    """What else lm_eval, or the end of this program, would find only after hours. Raises UserError."""
+    if flags.include_path is not None and not flags.include_path.is_dir():
+        raise UserError(f"--include-path {flags.include_path}: no such directory")
+    launcher = shlex.split(flags.launcher)
+    if launcher and shutil.which(launcher[0]) is None:
+        raise UserError(f"--launcher: there is no command {launcher[0]}")
+    if flags.output.exists() and not flags.output.is_dir():
+        raise UserError(f"--output {flags.output}: is a file; give a directory")
+    if flags.output.is_dir():
+        check_output_file(flags.output / RECORD_FILE, "--output")
+    for name in ("num_fewshot", "limit"):
+        value = getattr(flags, name)
+        if value is not None and value < (name == "limit"):
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least {int(name == 'limit')}")
 
 
 def evaluate(flags: Flags, chosen: list[ChosenTasks]) -> None:

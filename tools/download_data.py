@@ -16,8 +16,8 @@ from rich.table import Table
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.preparation.corpora import CORPORA, corpus_of
 from megatron_moe_lpr.data.preparation.hub import Shard, disk_need, download, find_shards, remove_staging
-from megatron_moe_lpr.errors import UserError, run_command
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.errors import UserError, naming, run_command
+from megatron_moe_lpr.filesystem import atomic_file, check_output_file
 
 RECORD_FILE = "corpus.json"
 
@@ -50,7 +50,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("--languages: one is named twice")
     if flags.valid_shards < 0:
         raise UserError(f"--valid-shards {flags.valid_shards}: at least 0")
+    if flags.output.exists() and not flags.output.is_dir():
+        raise UserError(f"--output {flags.output}: is a file; give a directory")
+    if flags.output.is_dir():
+        check_output_file(flags.output / RECORD_FILE, "--output")
     choices = dict(one.partition("=")[::2] for one in flags.corpus)
+    check_choices(choices, counts)
     names, shards = {}, {}
     for language, count in counts.items():
         names[language], corpus = corpus_of(language, choices)
@@ -66,6 +71,15 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--output {flags.output}: {need}; ask for fewer files")
     fetch(everything, flags.output)
     write_record(names, shards, flags.output)
+
+
+def check_choices(choices: dict[str, str], counts: dict[str, int]) -> None:
+    """Before the hub is asked for anything. Raises UserError."""
+    for language in choices:
+        if language not in counts:
+            raise UserError(f"--corpus {language}={choices[language]}: --languages does not ask for {language}")
+    for language in counts:
+        corpus_of(language, choices)
 
 
 def shard_count(text: str, default: int) -> tuple[str, int]:
@@ -116,7 +130,7 @@ def write_record(names: dict[str, str], shards: dict[str, list[Shard]], output: 
         }
         for language, some in shards.items()
     }
-    with atomic_file(output / RECORD_FILE) as partial:
+    with naming(output / RECORD_FILE), atomic_file(output / RECORD_FILE) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, naming, run_command
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.filesystem import atomic_file, check_output_file
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import PlatformName
 
@@ -52,8 +52,8 @@ class Flags:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     flags = parse_flags(Flags, arguments, __doc__)
-    if flags.output and not flags.output.parent.is_dir():
-        raise UserError(f"--output {flags.output}: there is no directory {flags.output.parent}")
+    if flags.output:
+        check_output_file(flags.output, "--output")
     # torch and Megatron take seconds to import, and the checks above do without.
     import torch.distributed as dist
 

@@ -4,12 +4,26 @@ import resource
 
 import torch
 
+from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.platform import Platform
 
 
 def visible_device() -> torch.device:
     """The first GPU that PyTorch sees, else the CPU; chooses no platform."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of a `--device` flag.
+
+    Raises:
+        UserError: PyTorch knows no such device, or there is none here.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), "unknown")
+        raise UserError(f"--device {name}: cannot be used here ({reason})") from None
 
 
 def peak_memory_gigabytes(platform: Platform) -> float:

@@ -18,7 +18,7 @@ from megatron_moe_lpr.data.manifest import (
     verify_index,
 )
 from megatron_moe_lpr.data.preparation.output_lock import output_lock
-from megatron_moe_lpr.data.preparation.preprocessing import partial_directory, publish, refuse_existing
+from megatron_moe_lpr.data.preparation.publishing import partial_directory, publish, refuse_existing
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.progress import ProgressReport
 

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.file_lock import LockedError, file_lock
+from megatron_moe_lpr.work_directory import clear_left
 
 
 @contextlib.contextmanager
 def output_lock(prefix: str) -> Iterator[None]:
     """Hold `prefix` for this process until the block ends. The system frees it where the process dies.
 
-    On a file system without locks `publish` alone refuses what has appeared meanwhile.
+    What a killed run left half exchanged is put in order first. On a file system without locks `publish` alone refuses
+    what has appeared meanwhile.
 
     Raises:
         UserError: another run writes it now; the message says which.
@@ -26,4 +28,5 @@ def output_lock(prefix: str) -> Iterator[None]:
             raise UserError(
                 f"--output-prefix {prefix}: another run writes it now ({owner}); wait for it, or choose another prefix"
             ) from None
+        clear_left(path.parent, Path(prefix).name)
         yield

@@ -2,17 +2,15 @@
 
 import contextlib
 import dataclasses
-import os
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
-from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path
+from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, manifest_path
 from megatron_moe_lpr.data.preparation.documents import REPAIRED
 from megatron_moe_lpr.data.preparation.encoding import (
     BlockEncoder,
@@ -23,10 +21,17 @@ from megatron_moe_lpr.data.preparation.encoding import (
     worker_pool,
 )
 from megatron_moe_lpr.data.preparation.output_lock import output_lock
-from megatron_moe_lpr.data.preparation.sources import Slice, disk_bytes, expand_inputs, partition_slices, read_blocks
+from megatron_moe_lpr.data.preparation.publishing import partial_directory, publish, refuse_existing
+from megatron_moe_lpr.data.preparation.sources import (
+    STANDARD_INPUT,
+    Slice,
+    disk_bytes,
+    expand_inputs,
+    partition_slices,
+    read_blocks,
+)
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer, model_vocabulary
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.filesystem import sha256_of_file, sync_directory
 from megatron_moe_lpr.progress import ProgressReport
 
 MAX_LANGUAGES = 500
@@ -122,6 +127,7 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
     names = expand_inputs(plan.inputs)
     slices = partition_slices(names, *plan.partition)
     tokenizer = load_tokenizer(plan.encoder.tokenizer, plan.encoder.eod_token)
+    check_inputs(names, tokenizer)
     language = plan.encoder.documents.language
     with naming(plan.output_prefix), partial_directory(plan.output_prefix) as directory:
         datasets = PartialDatasets(directory, plan, tokenizer.dtype)
@@ -133,6 +139,22 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
             return {plan.prefix(each): _publish(datasets, each, template) for each in sorted(datasets.writers)}
         finally:
             datasets.close()
+
+
+def check_inputs(names: Sequence[str], tokenizer: Tokenizer) -> None:
+    """What would otherwise show after hours: each input can be opened, and the tokenizer has all that is asked of it.
+
+    Raises:
+        UserError: the tokenizer has no end-of-document token, or the config.json beside it is damaged.
+        OSError: an input cannot be read.
+    """
+    for name in names:
+        if name != STANDARD_INPUT:
+            with open(name, "rb"):
+                pass
+    model_vocabulary(tokenizer.path)
+    if not 0 <= tokenizer.eod < tokenizer.vocab_size:
+        raise UserError(f"{tokenizer.path}: has no id {tokenizer.eod} to end documents with; pass --eod-token")
 
 
 def _manifest_template(plan: PreprocessingPlan, tokenizer: Tokenizer, names: list[str], skipped: Counter) -> Manifest:
@@ -204,35 +226,3 @@ def _publish(datasets: PartialDatasets, language: str, template: Manifest) -> Ma
     # Once more: not every file system knows the lock that keeps another run from this prefix.
     refuse_existing(datasets.plan.prefix(language), datasets.plan.overwrite)
     return publish(partial, datasets.plan.prefix(language), manifest)
-
-
-@contextlib.contextmanager
-def partial_directory(output_prefix: str) -> Iterator[Path]:
-    """A directory beside the output, removed at the end whatever happens."""
-    parent = Path(output_prefix).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{Path(output_prefix).name}.partial-", dir=parent) as directory:
-        yield Path(directory)
-
-
-def refuse_existing(prefix: str, overwrite: bool) -> None:
-    """Raise UserError where a dataset lies at `prefix` already."""
-    for path in (manifest_path(prefix), bin_path(prefix), idx_path(prefix)):
-        if path.exists() and not overwrite:
-            raise UserError(f"{path}: exists; choose another --output-prefix or pass --overwrite")
-
-
-def publish(partial: str, prefix: str, manifest: Manifest) -> Manifest:
-    """Move finished files to `prefix` and write the manifest, the last of the three, with their sizes."""
-    manifest = dataclasses.replace(
-        manifest,
-        bin_bytes=bin_path(partial).stat().st_size,
-        idx_bytes=idx_path(partial).stat().st_size,
-        index_sha256=sha256_of_file(idx_path(partial)),
-    )
-    manifest_path(prefix).unlink(missing_ok=True)
-    os.replace(bin_path(partial), bin_path(prefix))
-    os.replace(idx_path(partial), idx_path(prefix))
-    sync_directory(manifest_path(prefix).parent)
-    manifest.write(prefix)
-    return manifest
