@@ -21,7 +21,7 @@ def file_inside(path: Path, directory: Path) -> Path:
         UserError: a link leads elsewhere, be it on a way that comes back, or to nothing.
     """
     roots = _roots(Path(directory))
-    current = Path(path)
+    current = roots[0] if Path(path) == Path(directory) else Path(path)
     for _ in range(MAX_LINKS):
         parent = Path(os.path.realpath(current.parent))
         current = parent / current.name if current.name != ".." else Path(os.path.realpath(parent / ".."))
