@@ -4,6 +4,7 @@ import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +44,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
     plan = plan_import(options)
     _check_extra_tensors(plan)
     files, tokenizer = carried_files(plan.model.path), tokenizer_files(plan.model.path)
+    config = _changed_config(plan)
     total = sum(math.prod(row.shape) * plan.dtype_of(row).itemsize for row in plan.rows)
     with naming(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
         check_disk_space(partial, total, save)
@@ -50,7 +52,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
         with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("importing", total) as progress:
             fingerprint = _write_tensors(plan, writer, progress)
         card = _card(plan, fingerprint, tokenizer)
-        _write_side_files(plan, card, files, iteration / SIDE_DIRECTORY)
+        _write_side_files(plan, card, files, config, iteration / SIDE_DIRECTORY)
         write_manifest(iteration, writer.checksums)
         write_latest(partial, None)
     return card
@@ -141,14 +143,20 @@ def _adapter_history(plan: ImportPlan) -> list[dict]:
     return [{"stage": "imported adapter", "source": plan.adapter.path.name}] if plan.adapter else []
 
 
-def _write_side_files(plan: ImportPlan, card: CheckpointCard, files: dict[str, Path], directory: Path) -> None:
+def _changed_config(plan: ImportPlan) -> dict[str, Any] | None:
+    """The dense model's configuration where it is not the source's own file."""
+    if plan.inserts:
+        return grown_config(plan.model.config, len(plan.experts_per_layer), plan.inserted_blocks)
+    return plan.model.config if plan.model.is_moe else None
+
+
+def _write_side_files(
+    plan: ImportPlan, card: CheckpointCard, files: dict[str, Path], config: dict[str, Any] | None, directory: Path
+) -> None:
     directory.mkdir()
     carry_files(files, directory)
-    if plan.inserts:
-        grown = grown_config(plan.model.config, len(plan.experts_per_layer), plan.inserted_blocks)
-        write_json(grown, directory / CONFIG_FILE)
-    elif plan.model.is_moe:
-        write_json(plan.model.config, directory / CONFIG_FILE)
-    else:
+    if config is None:
         copy_private(plan.model.path / CONFIG_FILE, directory / CONFIG_FILE)
+    else:
+        write_json(config, directory / CONFIG_FILE)
     card.write(directory / CARD_FILE)

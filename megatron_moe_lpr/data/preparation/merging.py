@@ -44,6 +44,8 @@ def merge(
     manifests = {prefix: read_manifest(prefix) for prefix in prefixes}
     for prefix, manifest in manifests.items():
         verify_index(prefix, manifest)
+        with open(bin_path(prefix), "rb"):
+            pass
         check_index(prefix, manifest.dtype, manifest.tokens)
     check_agreement(manifests, _MUST_AGREE)
     prefixes = _in_partition_order(manifests, allow_missing_partitions)

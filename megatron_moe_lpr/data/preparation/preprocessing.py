@@ -23,8 +23,8 @@ from megatron_moe_lpr.data.preparation.encoding import (
 from megatron_moe_lpr.data.preparation.output_lock import output_lock
 from megatron_moe_lpr.data.preparation.publishing import partial_directory, publish, refuse_existing
 from megatron_moe_lpr.data.preparation.sources import (
-    STANDARD_INPUT,
     Slice,
+    check_beginning,
     disk_bytes,
     expand_inputs,
     partition_slices,
@@ -127,7 +127,7 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
     names = expand_inputs(plan.inputs)
     slices = partition_slices(names, *plan.partition)
     tokenizer = load_tokenizer(plan.encoder.tokenizer, plan.encoder.eod_token)
-    check_inputs(names, tokenizer)
+    check_inputs(plan, slices, tokenizer)
     language = plan.encoder.documents.language
     with naming(plan.output_prefix), partial_directory(plan.output_prefix) as directory:
         datasets = PartialDatasets(directory, plan, tokenizer.dtype)
@@ -141,20 +141,25 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
             datasets.close()
 
 
-def check_inputs(names: Sequence[str], tokenizer: Tokenizer) -> None:
-    """What would otherwise show after hours: each input can be opened, and the tokenizer has all that is asked of it.
+def check_inputs(plan: PreprocessingPlan, slices: Sequence[Slice], tokenizer: Tokenizer) -> None:
+    """What would otherwise show after hours: each input can be read, and the tokenizer has all that is asked of it.
 
     Raises:
-        UserError: the tokenizer has no end-of-document token, or the config.json beside it is damaged.
+        UserError: an input is not what its suffix says or lacks a column, the tokenizer has no end-of-document token,
+            or the config.json beside it is damaged.
         OSError: an input cannot be read.
     """
-    for name in names:
-        if name != STANDARD_INPUT:
-            with open(name, "rb"):
-                pass
+    for piece in slices:
+        check_beginning(piece.source, wanted_columns(plan))
     model_vocabulary(tokenizer.path)
     if not 0 <= tokenizer.eod < tokenizer.vocab_size:
         raise UserError(f"{tokenizer.path}: has no id {tokenizer.eod} to end documents with; pass --eod-token")
+
+
+def wanted_columns(plan: PreprocessingPlan) -> list[str]:
+    """Columns of a parquet file that are read: of the text and, with --language-key, of its language."""
+    options = plan.encoder.documents
+    return [options.json_key, *([options.language_key] if options.language_key else [])]
 
 
 def _manifest_template(plan: PreprocessingPlan, tokenizer: Tokenizer, names: list[str], skipped: Counter) -> Manifest:
@@ -183,10 +188,8 @@ def _encode_into(datasets: PartialDatasets, slices: list[Slice], tokenizer: Toke
     skipped: Counter[str] = Counter()
     first: dict[str, str] = {}
     plan = datasets.plan
-    options = plan.encoder.documents
-    columns = [options.json_key, *([options.language_key] if options.language_key else [])]
     total = sum(piece.end - piece.start for piece in slices) or None
-    blocks = (block for piece in slices for block in read_blocks(piece, columns))
+    blocks = (block for piece in slices for block in read_blocks(piece, wanted_columns(plan)))
     encoder = BlockEncoder(
         tokenizer, dataclasses.replace(plan.encoder, model_vocabulary=model_vocabulary(tokenizer.path))
     )
