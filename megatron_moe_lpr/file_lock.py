@@ -8,6 +8,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_moe_lpr.errors import UserError
+
 # Of file systems that know no such lock.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -34,6 +36,24 @@ def file_lock(path: Path) -> Iterator[bool]:
         # First the name, then the lock: nobody may find a locked file that is about to lose its name.
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def directory_lock(directory: Path, flag: str) -> Iterator[None]:
+    """Be the only run that writes to `directory`, which is made where it is missing, until the block ends.
+
+    Raises:
+        UserError: another run does; the message says which.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(directory / ".lock"))
+        except LockedError as owner:
+            raise UserError(
+                f"{flag} {directory}: another run writes there now ({owner}); wait for it, or choose another directory"
+            ) from None
+        yield
 
 
 def _acquire(path: Path) -> tuple[int, bool]:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_moe_lpr import moving_in, output_directory, renaming, work_directory
+from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.output_directory import atomic_directory
 
@@ -290,6 +292,9 @@ class TestFailingRenames:
         with pytest.raises(UserError, match=r"Input/output error"):
             write(old, overwrite=True)
         assert not old.exists()
+        for read in (resolve_checkpoint, open_hf_directory):
+            with pytest.raises(UserError, match=rf"what was there is in {tmp_path}/\.out\.partial/old"):
+                read(old)
         monkeypatch.undo()
         # The next run of any kind puts it back before it looks whether it may write.
         with pytest.raises(UserError, match="not empty"):

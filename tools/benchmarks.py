@@ -17,6 +17,7 @@ from rich.console import Console
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, naming, run_command
 from megatron_moe_lpr.evaluation.benchmarks.harness import (
+    check_replaceable,
     harness_command,
     harness_version,
     known_tasks,
@@ -25,6 +26,7 @@ from megatron_moe_lpr.evaluation.benchmarks.harness import (
 from megatron_moe_lpr.evaluation.benchmarks.scores import MODELS, benchmark_record, read_scores
 from megatron_moe_lpr.evaluation.benchmarks.tables import benchmarks_table
 from megatron_moe_lpr.evaluation.benchmarks.tasks import ChosenTasks, choose_tasks
+from megatron_moe_lpr.file_lock import directory_lock
 from megatron_moe_lpr.filesystem import atomic_file, check_output_file
 
 RECORD_FILE = "benchmarks.json"
@@ -76,12 +78,14 @@ def main(arguments: list[str] | None = None) -> None:
     languages = [*flags.original_languages, *flags.expanded_languages]
     chosen = choose_tasks(flags.benchmarks, languages, known_tasks(flags.include_path))
     print(*(line for one in chosen for line in one.lines()), sep="\n", flush=True)
-    evaluate(flags, [one for one in chosen if one.tasks])
     if flags.dry_run:
+        evaluate(flags, [one for one in chosen if one.tasks])
         return
-    record = make_record(flags, chosen)
-    with naming(flags.output / RECORD_FILE), atomic_file(flags.output / RECORD_FILE) as partial:
-        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with directory_lock(flags.output, "--output"):
+        evaluate(flags, [one for one in chosen if one.tasks])
+        record = make_record(flags, chosen)
+        with naming(flags.output / RECORD_FILE), atomic_file(flags.output / RECORD_FILE) as partial:
+            partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     Console(width=None if sys.stdout.isatty() else 160).print(benchmarks_table(record))
     print(f"by language: {flags.output / RECORD_FILE}")
 
@@ -97,15 +101,14 @@ def check_places(flags: Flags) -> None:
         raise UserError(f"--output {flags.output}: is a file; give a directory")
     if flags.output.is_dir():
         check_output_file(flags.output / RECORD_FILE, "--output")
-    for name in ("num_fewshot", "limit"):
-        value = getattr(flags, name)
-        if value is not None and value < (name == "limit"):
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least {int(name == 'limit')}")
 
 
 def evaluate(flags: Flags, chosen: list[ChosenTasks]) -> None:
     """Every benchmark of both models, one call of lm_eval each. Raises UserError."""
     launcher = shlex.split(flags.launcher)
+    for model in MODELS:
+        for one in chosen:
+            check_replaceable(flags.output / model / one.name)
     for model in MODELS:
         for one in chosen:
             settings, output = harness_settings(flags, model, one), flags.output / model / one.name

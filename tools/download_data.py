@@ -17,6 +17,7 @@ from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.preparation.corpora import CORPORA, corpus_of
 from megatron_moe_lpr.data.preparation.hub import Shard, disk_need, download, find_shards, remove_staging
 from megatron_moe_lpr.errors import UserError, naming, run_command
+from megatron_moe_lpr.file_lock import directory_lock
 from megatron_moe_lpr.filesystem import atomic_file, check_output_file
 
 RECORD_FILE = "corpus.json"
@@ -69,8 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if missing > free:
         raise UserError(f"--output {flags.output}: {need}; ask for fewer files")
-    fetch(everything, flags.output)
-    write_record(names, shards, flags.output)
+    with directory_lock(flags.output, "--output"):
+        fetch(everything, flags.output)
+        write_record(names, shards, flags.output)
 
 
 def check_choices(choices: dict[str, str], counts: dict[str, int]) -> None:

@@ -94,7 +94,6 @@ CASES = {
     f"{BENCHMARKS} other.json": "--output other.json: is a file",
     f"{BENCHMARKS} out --include-path missing": "--include-path missing: no such directory",
     f"{BENCHMARKS} out --launcher no-such-command": "--launcher: there is no command no-such-command",
-    f"{BENCHMARKS} out --limit 0": "--limit 0: at least 1",
     f"{BENCHMARKS} full": "--output full/benchmarks.json: is a directory",
     f"{PREPROCESS} missing": "missing: no such tokenizer",
     f"{PREPROCESS} no-eos --no-append-eod": "pass --eod-token",

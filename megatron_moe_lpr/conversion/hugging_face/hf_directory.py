@@ -33,6 +33,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer
 from megatron_moe_lpr.links import copy_private, file_inside, tree_inside
 from megatron_moe_lpr.model.configuration.architecture import MAX_SIZE, Architecture, read_architecture
+from megatron_moe_lpr.work_directory import content_of_killed
 
 TOKENIZER_PATTERNS = (
     "tokenizer*",
@@ -102,7 +103,9 @@ def open_hf_directory(path: Path) -> HFDirectory:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; a Hugging Face model directory is expected")
+        raise UserError(
+            f"{path}: no such directory; a Hugging Face model directory is expected{content_of_killed(path)}"
+        )
     config_path = path / CONFIG_FILE
     config = read_json(file_inside(config_path, path))
     model_type = config.get("model_type")
