@@ -83,7 +83,7 @@ def test_killed_and_started_again(name, models, tmp_path):
 
 @contextlib.contextmanager
 def small_disk(place: Path, size: str) -> Iterator[Path]:
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, check=False
     )
@@ -110,6 +110,10 @@ def test_a_volume_as_output(name, models, tmp_path, capsys):
         assert "exists and is not empty" in capsys.readouterr().err
         run(*words, "--overwrite")
         assert (out / last).is_file() and not list(out.glob(".*")) and (out / "lost+found").is_dir()
+    with small_disk(tmp_path / "new", "40k") as out:
+        with pytest.raises(SystemExit):
+            run(*words)
+        assert f"{out}: no space left on device" in capsys.readouterr().err and not list(out.iterdir())
 
 
 @pytest.mark.parametrize("name", ["preprocess", "import", "export"])
