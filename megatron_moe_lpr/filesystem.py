@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
@@ -42,13 +42,19 @@ def atomic_file(target: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def check_output_file(path: Path, flag: str) -> None:
+def check_output_file(path: Path, flag: str, inputs: Iterable[Path] = ()) -> None:
     """Refuse before the work begins what `atomic_file` could not write at its end; name what killed runs left.
 
+    Args:
+        inputs: files that the command reads.
+
     Raises:
-        UserError: a directory is in the way, there is no directory for it, or it cannot be written to.
+        UserError: a directory is in the way, there is no directory for it, it cannot be written to, or it is an input.
     """
     path = Path(path)
+    for one in inputs:
+        if is_same_file(one, path):
+            raise UserError(f"{flag} {path}: is an input, {one}, which it would replace; choose another file")
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a directory; give a file")
     if not _is_special(path):
@@ -85,6 +91,11 @@ def real_target(path: Path, may_be_missing: bool = False) -> Path:
     return real
 
 
+def is_same_file(first: Path, second: Path) -> bool:
+    """Whether two names are those of one file; a file that is not there is the same as none."""
+    return os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)
+
+
 def _must_stay(path: Path) -> bool:
     """Whether a file can be written but not replaced by another."""
     if _is_special(path):
@@ -101,11 +112,18 @@ def _is_special(path: Path) -> bool:
 
 
 def _write_over(source: Path, target: Path) -> None:
-    is_plain = target.is_file() and not _is_special(target)
-    with open(source, "rb") as content, open(target, "wb" if is_plain else "ab", buffering=0) as stream:
-        shutil.copyfileobj(content, stream)
-    if is_plain:
+    if _is_special(target):
+        with open(source, "rb") as content, open(target, "ab", buffering=0) as stream:
+            shutil.copyfileobj(content, stream)
+        return
+    # Not in one step, but a full disk costs nothing that was there.
+    before = target.read_bytes()
+    try:
+        target.write_bytes(source.read_bytes())
         sync_file(target)
+    except OSError:
+        target.write_bytes(before)
+        raise
 
 
 def sync_file(path: Path) -> None:

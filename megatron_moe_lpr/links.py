@@ -18,7 +18,7 @@ def file_inside(path: Path, directory: Path) -> Path:
     cache (`models--ORG--NAME/snapshots/REVISION`) they may also lead to the blobs beside it, where its files lie.
 
     Raises:
-        UserError: a link leads elsewhere, be it on a way that comes back, or to nothing.
+        UserError: a link leads elsewhere, be it on a way that comes back, or to nothing; or this is a pipe or a device.
     """
     roots = _roots(Path(directory))
     current = roots[0] if Path(path) == Path(directory) else Path(path)
@@ -36,6 +36,8 @@ def file_inside(path: Path, directory: Path) -> Path:
     real = Path(os.path.realpath(path))
     if real != current or real.is_symlink() or (Path(path).is_symlink() and not real.exists()):
         raise UserError(f"{path}: a symbolic link that leads to nothing; copy the file again")
+    if real.exists() and not real.is_file() and not real.is_dir():
+        raise UserError(f"{path}: neither a file nor a directory; remove it")
     return real
 
 

@@ -56,6 +56,20 @@ def test_a_file_that_cannot_be_replaced_is_written_over(tmp_path: Path, monkeypa
     assert names(tmp_path) == ["x"] and not partial.exists()
 
 
+def test_what_is_written_over_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_text("old")
+    monkeypatch.setattr(filesystem, "is_mount_point", lambda path: path == tmp_path / "x")
+
+    def full(path: Path) -> None:
+        if path.name == "x":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(filesystem, "sync_file", full)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path / "x")
+    assert (tmp_path / "x").read_text() == "old"
+
+
 def test_a_file_that_is_mounted(tmp_path: Path) -> None:
     for name in ("host", "out"):
         (tmp_path / name).write_text("old")

@@ -78,6 +78,12 @@ def test_to_nothing_and_in_a_circle(model: Path) -> None:
     assert file_inside(model / "missing", model) == model / "missing"
 
 
+def test_a_pipe_is_not_waited_for(model: Path) -> None:
+    os.mkfifo(model / "config.json")
+    with pytest.raises(UserError, match=r"config\.json: neither a file nor a directory"):
+        file_inside(model / "config.json", model)
+
+
 def test_tree(model: Path) -> None:
     link(model / "d", "sub")
     assert tree_inside(model, model) == {

@@ -12,6 +12,7 @@ from megatron_moe_lpr.allocation.arithmetic import AllocationOptions, allocate
 from megatron_moe_lpr.allocation.report import Measurement
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG, write_experts_per_layer
+from megatron_moe_lpr.data.manifest import dataset_files
 from megatron_moe_lpr.errors import UserError, naming, run_command
 from megatron_moe_lpr.filesystem import atomic_file, check_output_file, real_target
 
@@ -90,7 +91,7 @@ def check_outputs(flags: Flags) -> None:
     files = {"--output": flags.output, "--plot": flags.plot}
     for flag, path in files.items():
         if path:
-            check_output_file(path, flag)
+            check_output_file(path, flag, dataset_files(flags.data_path))
     if flags.output and flags.plot and real_target(flags.output, True) == real_target(flags.plot, True):
         raise UserError(f"--output and --plot {flags.plot}: name two files")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.data.manifest import dataset_files
 from megatron_moe_lpr.errors import UserError, naming, run_command
 from megatron_moe_lpr.filesystem import atomic_file, check_output_file
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     flags = parse_flags(Flags, arguments, __doc__)
     if flags.output:
-        check_output_file(flags.output, "--output")
+        check_output_file(flags.output, "--output", dataset_files(flags.valid_data_path))
     # torch and Megatron take seconds to import, and the checks above do without.
     import torch.distributed as dist
 

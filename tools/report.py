@@ -37,7 +37,9 @@ class Flags:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     flags = parse_flags(Flags, arguments, __doc__)
-    check_output_file(flags.output, "--output")
+    named = [Path(argument.rpartition("=")[2]) for argument in (*flags.evaluation, *flags.metrics)]
+    others = [path for path in (flags.samples, flags.costs, flags.curves) if path]
+    check_output_file(flags.output, "--output", [*named, *others])
     inputs = read_inputs(flags.evaluation, flags.metrics, flags.samples, flags.subject, flags.costs, flags.curves)
     page = build_page(inputs)
     print_table(inputs)

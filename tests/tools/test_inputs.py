@@ -102,6 +102,12 @@ CASES = {
     f"{PREPROCESS} tokenizer --input text.jsonl bad.jsonl.gz": "bad.jsonl.gz: damaged or truncated",
     f"{PREPROCESS} tokenizer --input text.jsonl bad.jsonl.zst": "bad.jsonl.zst: damaged or truncated",
     f"{PREPROCESS} tokenizer --output-prefix unmounted/out": "unmounted is a symbolic link to",
+    "report --output sub/../other.json --evaluation A=other.json": "is an input, other.json, which it would replace",
+    "report --output words.json --evaluation A=other.json --samples words.json": "is an input, words.json",
+    f"{EVALUATE} el.json": "--output el.json: is an input, el.json",
+    f"{ALLOCATE} --output alias/en.bin": "--output alias/en.bin: is an input, en.bin",
+    "merge_datasets --input el --output-prefix alias/el --overwrite": "--output-prefix alias/el: is an input too",
+    f"{PREPROCESS} tokenizer --input el.json --output-prefix alias/el --overwrite": "would replace the input",
     "merge_datasets --input el missing --output-prefix out": "missing.json: no such file",
     "merge_datasets --input el en --output-prefix out": "they can't be mixed",
     f"{DOWNLOAD} other.json": "--output other.json: is a file",
@@ -121,6 +127,7 @@ def prepare(place: Path) -> None:
     for name in ("bad.jsonl.gz", "bad.jsonl.zst"):
         (place / name).write_bytes(b"not compressed")
     (place / "alias").symlink_to(".")
+    (place / "sub").mkdir()
     (place / "unmounted").symlink_to("disk")
     (place / "full" / "benchmarks.json").mkdir(parents=True)
     for name in ("no-eos", "bad-model"):

@@ -32,6 +32,7 @@ from megatron_moe_lpr.data.preparation.sources import (
 )
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer, model_vocabulary
 from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.filesystem import is_same_file
 from megatron_moe_lpr.progress import ProgressReport
 
 MAX_LANGUAGES = 500
@@ -107,7 +108,7 @@ class PartialDatasets:
         if len(self.writers) >= MAX_LANGUAGES:
             raise UserError(f"--language-key: more than {MAX_LANGUAGES} languages, the last one {language!r}")
         prefix = self.plan.prefix(language)
-        if str(manifest_path(prefix)) in self.plan.inputs:
+        if any(is_same_file(Path(name), manifest_path(prefix)) for name in expand_inputs(self.plan.inputs)):
             raise UserError(f"--output-prefix {prefix}: its manifest would replace the input {prefix}.json")
         self.locks.enter_context(output_lock(prefix))
         refuse_existing(prefix, self.plan.overwrite)

@@ -217,10 +217,12 @@ def test_what_no_dataset_may_replace(hf_tokenizer, tmp_path, suffix, kind):
     if kind == "directory":
         place.mkdir()
     else:
-        place.symlink_to(source if kind == "link" else "nowhere")
+        (tmp_path / "real").write_text("mine")
+        place.symlink_to("real" if kind == "link" else "nowhere")
     with pytest.raises(UserError, match=rf"x\{suffix}: "):
         run_plan(source, tmp_path / "x", hf_tokenizer, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", place.name]
+    assert {path.name for path in tmp_path.iterdir()} - {"real"} == {"a.jsonl", place.name}
+    assert kind == "directory" or (place.is_symlink() and (tmp_path / "real").read_text() == "mine")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
