@@ -163,8 +163,13 @@ def _open(target: Path, overwrite: bool, stack: contextlib.ExitStack) -> _Output
     work = parent / f".{path.name or 'output'}.partial"
     if not os.path.lexists(work):
         _check_empty(target, path, work, overwrite)
-    _make_parents(parent, stack)
-    stack.enter_context(work_directory(work, path))
+    try:
+        _make_parents(parent, stack)
+        stack.enter_context(work_directory(work, path))
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be written: {error.strerror or error} ({error.filename or work}); choose another place"
+        ) from None
     _check_empty(target, path, work, overwrite)
     status = os.stat(path) if path.is_dir() else None
     return _Output(target, path, work, in_place, status, _entries(path, work))

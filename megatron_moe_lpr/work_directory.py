@@ -41,7 +41,7 @@ def work_directory(path: Path, target: Path) -> Iterator[Path]:
             ) from None
         if set(os.listdir(path)) - {LOCK}:
             settle(path, target)
-            _say(f"note: {path}: removed, which an earlier run had left that was killed")
+            _say(f"note: {path}: left by a run that was killed; removed")
         stack.callback(_settle_at_the_end, path, target)
         yield path
 
@@ -143,7 +143,7 @@ def _clear(path: Path, target: Path) -> None:
     with contextlib.suppress(LockedError, OSError), file_lock(path / LOCK) as is_certain:
         if is_certain:
             settle(path, target)
-            _say(f"note: {path}: removed, which an earlier run had left that was killed")
+            _say(f"note: {path}: left by a run that was killed; removed")
     _remove_empty(path)
 
 

@@ -378,6 +378,18 @@ class TestInPlace:
             fill(partial)
         assert tree(tmp_path / "out") == NEW
 
+    def test_a_place_that_cannot_be_written_to(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def read_only(path: Path, *_: object, **__: object) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(UserError, match="file/out: cannot be written: Not a directory"):
+            write(tmp_path / "file" / "out")
+        monkeypatch.setattr(os, "mkdir", read_only)
+        with pytest.raises(UserError, match="new/out: cannot be written: Read-only file system"):
+            write(tmp_path / "new" / "out")
+        assert tree(tmp_path) == {"file": "mine"}
+
     def test_a_volume_inside_is_refused(self, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(output_directory, "mount_points_below", lambda path: [path / "sub"])
         with pytest.raises(UserError, match=r"a file system is mounted in it, at .*out/sub"):
@@ -479,7 +491,7 @@ def test_what_a_kill_while_writing_left_is_removed_and_named(
     (work / "content" / "half").write_text("half")
     (work / "lock").write_text("process 1 on host")
     write(tmp_path / "out")
-    assert ".out.partial: removed, which an earlier run had left" in capsys.readouterr().err
+    assert ".out.partial: left by a run that was killed; removed" in capsys.readouterr().err
     assert tree(tmp_path / "out") == NEW and len(list(tmp_path.iterdir())) == 1
 
 

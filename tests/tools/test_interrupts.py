@@ -77,7 +77,7 @@ def test_killed_and_started_again(name, models, tmp_path):
     (left,) = tmp_path.glob(".*.partial*")
     done = start(sys.executable, *words)
     assert done.returncode == 0, done.stderr
-    assert f"note: {left}: removed, which an earlier run had left" in done.stderr
+    assert f"note: {left}: left by a run that was killed; removed" in done.stderr
     assert not list(tmp_path.glob(".*")) and len(list(tmp_path.iterdir())) == (3 if name == "preprocess" else 1)
 
 
