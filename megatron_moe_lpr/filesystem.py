@@ -1,68 +1,44 @@
-"""Output that appears whole or not at all."""
+"""Files that appear whole or not at all, and what is on the disk for certain."""
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.liveness import advance
+from megatron_moe_lpr.mounts import is_mount_point
 
-
-@contextlib.contextmanager
-def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty sibling directory that becomes `target` when the block ends without an error.
-
-    An existing `target` stays untouched until then. On any error, Ctrl-C included, the sibling is removed. What is in
-    it is on the disk before it gets its name (fsync), and so is the name when this returns.
-
-    Raises:
-        UserError: `target` exists, is not an empty directory, and `overwrite` is off.
-    """
-    target = Path(target)
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target}: exists and is not a directory")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UserError(f"{target}: exists and is not empty; choose another directory or pass --overwrite")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        sync_tree(partial)
-        _replace_directory(partial, target)
-        sync_directory(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace_directory(source: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(source, target)
-        return
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    os.rename(target, old)
-    os.rename(source, target)
-    shutil.rmtree(old)
+OPEN_FILES = ("/dev/std", "/dev/fd/", "/proc/")
 
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a sibling path that replaces `target` when the block ends without an error, and is removed otherwise.
 
-    The content is on the disk before the rename, and the rename when this returns (fsync).
+    The content is on the disk before the rename, and the rename when this returns (fsync). A symbolic link stays, what
+    it leads to is replaced. What cannot be replaced (a pipe, a file that is mounted, one whose directory cannot be
+    written to) is written at the end instead.
     """
-    target = Path(target)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    path = Path(target)
+    in_place = _must_stay(path)
+    path = path if in_place else real_target(path, may_be_missing=True)
+    place = Path(tempfile.gettempdir()) if in_place else path.parent
+    partial = place / f".{path.name}.partial-{os.getpid()}"
     try:
         yield partial
         sync_file(partial)
-        os.replace(partial, target)
-        sync_directory(target.parent)
+        if in_place:
+            _write_over(partial, path)
+        else:
+            os.replace(partial, path)
+            sync_directory(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -82,6 +58,90 @@ def append_whole(path: Path, data: bytes) -> None:
         except OSError:
             os.ftruncate(stream.fileno(), size)
             raise
+
+
+def check_output_file(path: Path, flag: str, inputs: Iterable[Path] = ()) -> None:
+    """Refuse before the work begins what `atomic_file` could not write at its end; name what killed runs left.
+
+    Args:
+        inputs: files that the command reads.
+
+    Raises:
+        UserError: a directory is in the way, there is no directory for it, it cannot be written to, or it is an input.
+    """
+    path = Path(path)
+    for one in inputs:
+        if is_same_file(one, path):
+            raise UserError(f"{flag} {path}: is an input, {one}, which it would replace; choose another file")
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a directory; give a file")
+    if not _is_special(path):
+        real = real_target(path, may_be_missing=True)
+        if not real.parent.is_dir():
+            raise UserError(f"{flag} {path}: there is no directory {real.parent}")
+        if not os.access(real.parent, os.W_OK | os.X_OK) and not (real.exists() and os.access(real, os.W_OK)):
+            raise UserError(f"{flag} {path}: {real.parent} cannot be written to; choose another place")
+        for left in sorted(real.parent.glob(f".{glob.escape(real.name)}.partial-*")):
+            print(f"note: {left}: a run left it that was killed or still runs", file=sys.stderr, flush=True)
+    elif not os.access(path, os.W_OK):
+        raise UserError(f"{flag} {path}: cannot be written to; choose another place")
+
+
+def real_target(path: Path, may_be_missing: bool = False) -> Path:
+    """What an output path means: absolute, every symbolic link on the way followed.
+
+    Args:
+        may_be_missing: the last link may lead to a file that is still to be written.
+
+    Raises:
+        UserError: a link leads to nothing, as when its disk is not mounted, or links lead in a circle.
+    """
+    absolute = Path(path).absolute()
+    for place in (absolute, *absolute.parents):
+        if place.is_symlink() and not place.exists() and not (may_be_missing and place == absolute):
+            raise UserError(
+                f"{path}: {place} is a symbolic link to {os.readlink(place)}, which does not exist; make it, mount its "
+                "disk, or remove the link"
+            )
+    real = Path(os.path.realpath(absolute))
+    if real.is_symlink():
+        raise UserError(f"{path}: symbolic links lead in a circle; remove them")
+    return real
+
+
+def is_same_file(first: Path, second: Path) -> bool:
+    """Whether two names are those of one file; a file that is not there is the same as none."""
+    return os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)
+
+
+def _must_stay(path: Path) -> bool:
+    """Whether a file can be written but not replaced by another."""
+    if _is_special(path):
+        return True
+    real = Path(os.path.realpath(path))
+    return real.is_file() and (is_mount_point(real) or not os.access(real.parent, os.W_OK | os.X_OK))
+
+
+def _is_special(path: Path) -> bool:
+    """A pipe, a device, or an open file of this process such as /dev/stdout, be it a regular one."""
+    if str(path).startswith(OPEN_FILES):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _write_over(source: Path, target: Path) -> None:
+    if _is_special(target):
+        with open(source, "rb") as content, open(target, "ab", buffering=0) as stream:
+            shutil.copyfileobj(content, stream)
+        return
+    # Not in one step, but a full disk costs nothing that was there.
+    before = target.read_bytes()
+    try:
+        target.write_bytes(source.read_bytes())
+        sync_file(target)
+    except OSError:
+        target.write_bytes(before)
+        raise
 
 
 def sync_file(path: Path) -> None:

@@ -13,8 +13,9 @@ from megatron_moe_lpr.allocation.report import Measurement
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG, write_experts_per_layer
 from megatron_moe_lpr.data.language_names import canonical_language, covered, split_names
-from megatron_moe_lpr.errors import UserError, run_command
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.data.manifest import dataset_files
+from megatron_moe_lpr.errors import UserError, naming, run_command
+from megatron_moe_lpr.filesystem import atomic_file, check_output_file, real_target
 from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
@@ -65,16 +66,15 @@ def main() -> None:
 
 def measure(flags: Flags) -> Measurement:
     """Check the flags, run the sample through the dense model and allocate. Raises UserError."""
+    check_outputs(flags)
     # torch and transformers take seconds to import.
-    import torch
-
     from megatron_moe_lpr.allocation.dense_source import open_dense_source
     from megatron_moe_lpr.allocation.ffn_inputs import ffn_inputs
     from megatron_moe_lpr.allocation.probe import separability
     from megatron_moe_lpr.allocation.similarity import layer_similarity, mean_unit_vector
-    from megatron_moe_lpr.platform.devices import visible_device
+    from megatron_moe_lpr.platform.devices import usable_device, visible_device
 
-    device = torch.device(flags.device) if flags.device else visible_device()
+    device = usable_device(flags.device) if flags.device else visible_device()
     source = open_dense_source(flags.load)
     options = AllocationOptions(flags.budget, flags.multiple_of, flags.uniform_count, flags.dense_layers)
     allocate([1.0] * source.architecture.num_layers, options)  # what is wrong with the flags shows before the work
@@ -86,6 +86,16 @@ def measure(flags: Flags) -> Measurement:
         similarity.append(layer_similarity(means, original))
         separable.append(separability(inputs, original))
     return Measurement(similarity, separable, allocate(similarity, options))
+
+
+def check_outputs(flags: Flags) -> None:
+    """Before the work. Raises UserError where a file could not be written, or both would be the same one."""
+    files = {"--output": flags.output, "--plot": flags.plot}
+    for flag, path in files.items():
+        if path:
+            check_output_file(path, flag, dataset_files(flags.data_path))
+    if flags.output and flags.plot and real_target(flags.output, True) == real_target(flags.plot, True):
+        raise UserError(f"--output and --plot {flags.plot}: name two files")
 
 
 def read_windows(flags: Flags, architecture) -> "dict[str, torch.Tensor]":
@@ -116,7 +126,7 @@ def read_windows(flags: Flags, architecture) -> "dict[str, torch.Tensor]":
 
 def write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    with atomic_file(path) as partial:
+    with naming(path), atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

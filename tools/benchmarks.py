@@ -7,6 +7,7 @@ Needs the package's extra `eval`. Started again with the same --output, it goes 
 import dataclasses
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.errors import UserError, naming, run_command
 from megatron_moe_lpr.evaluation.benchmarks.beginning import describe_beginning, prompt_beginning
 from megatron_moe_lpr.evaluation.benchmarks.harness import (
+    check_replaceable,
     harness_command,
     harness_version,
     known_tasks,
@@ -26,7 +28,8 @@ from megatron_moe_lpr.evaluation.benchmarks.harness import (
 from megatron_moe_lpr.evaluation.benchmarks.scores import MODELS, benchmark_record, read_scores
 from megatron_moe_lpr.evaluation.benchmarks.tables import benchmarks_table
 from megatron_moe_lpr.evaluation.benchmarks.tasks import ChosenTasks, choose_tasks
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.file_lock import directory_lock
+from megatron_moe_lpr.filesystem import atomic_file, check_output_file
 from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 RECORD_FILE = "benchmarks.json"
@@ -76,16 +79,19 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--{name} {getattr(flags, name)}: no config.json there; give a Hugging Face directory")
         if "," in str(getattr(flags, name)):
             raise UserError(f"--{name} {getattr(flags, name)}: lm_eval takes no comma in a path; rename the directory")
+    check_places(flags)
     languages = [*flags.original_languages, *flags.expanded_languages]
     chosen = choose_tasks(flags.benchmarks, languages, known_tasks(flags.include_path))
     beginning = prompt_beginning(flags.base, flags.final, flags.model_args)
     print(*(line for one in chosen for line in one.lines()), describe_beginning(beginning), sep="\n", flush=True)
-    evaluate(flags, [one for one in chosen if one.tasks])
     if flags.dry_run:
+        evaluate(flags, [one for one in chosen if one.tasks])
         return
-    record = make_record(flags, chosen) | {"prompts_begin_with": beginning}
-    with naming(flags.output / RECORD_FILE), atomic_file(flags.output / RECORD_FILE) as partial:
-        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with directory_lock(flags.output, "--output"):
+        evaluate(flags, [one for one in chosen if one.tasks])
+        record = make_record(flags, chosen) | {"prompts_begin_with": beginning}
+        with naming(flags.output / RECORD_FILE), atomic_file(flags.output / RECORD_FILE) as partial:
+            partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     Console(width=None if sys.stdout.isatty() else 160).print(benchmarks_table(record))
     print(f"by language: {flags.output / RECORD_FILE}")
 
@@ -99,9 +105,25 @@ def with_one_spelling(flags: Flags) -> Flags:
     return dataclasses.replace(flags, original_languages=original, expanded_languages=expanded)
 
 
+def check_places(flags: Flags) -> None:
+    """What else lm_eval, or the end of this program, would find only after hours. Raises UserError."""
+    if flags.include_path is not None and not flags.include_path.is_dir():
+        raise UserError(f"--include-path {flags.include_path}: no such directory")
+    launcher = shlex.split(flags.launcher)
+    if launcher and shutil.which(launcher[0]) is None:
+        raise UserError(f"--launcher: there is no command {launcher[0]}")
+    if flags.output.exists() and not flags.output.is_dir():
+        raise UserError(f"--output {flags.output}: is a file; give a directory")
+    if flags.output.is_dir():
+        check_output_file(flags.output / RECORD_FILE, "--output")
+
+
 def evaluate(flags: Flags, chosen: list[ChosenTasks]) -> None:
     """Every benchmark of both models, one call of lm_eval each. Raises UserError."""
     launcher = shlex.split(flags.launcher)
+    for model in MODELS:
+        for one in chosen:
+            check_replaceable(flags.output / model / one.name)
     for model in MODELS:
         for one in chosen:
             settings, output = harness_settings(flags, model, one), flags.output / model / one.name

@@ -18,8 +18,9 @@ from megatron_moe_lpr.data.language_names import canonical_language, split_names
 from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.data.preparation.corpora import CORPORA, corpus_of
 from megatron_moe_lpr.data.preparation.hub import Shard, disk_need, download, find_shards, remove_staging
-from megatron_moe_lpr.errors import UserError, run_command
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.errors import UserError, naming, run_command
+from megatron_moe_lpr.file_lock import directory_lock
+from megatron_moe_lpr.filesystem import atomic_file, check_output_file
 from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 RECORD_FILE = "corpus.json"
@@ -54,7 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("--languages: one is named twice")
     if flags.valid_shards < 0:
         raise UserError(f"--valid-shards {flags.valid_shards}: at least 0")
+    if flags.output.exists() and not flags.output.is_dir():
+        raise UserError(f"--output {flags.output}: is a file; give a directory")
+    if flags.output.is_dir():
+        check_output_file(flags.output / RECORD_FILE, "--output")
     choices = {canonical_language(name): corpus for name, _, corpus in (one.partition("=") for one in flags.corpus)}
+    check_choices(choices, counts)
     names, shards = {}, {}
     for language, count in counts.items():
         names[language], corpus = corpus_of(language, choices)
@@ -68,8 +74,18 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if missing > free:
         raise UserError(f"--output {flags.output}: {need}; ask for fewer files")
-    fetch(everything, flags.output)
-    write_record(names, shards, flags.output)
+    with directory_lock(flags.output, "--output"):
+        fetch(everything, flags.output)
+        write_record(names, shards, flags.output)
+
+
+def check_choices(choices: dict[str, str], counts: dict[str, int]) -> None:
+    """Before the hub is asked for anything. Raises UserError."""
+    for language in choices:
+        if language not in counts:
+            raise UserError(f"--corpus {language}={choices[language]}: --languages does not ask for {language}")
+    for language in counts:
+        corpus_of(language, choices)
 
 
 def shard_count(text: str, default: int) -> tuple[str, int]:
@@ -123,7 +139,7 @@ def write_record(names: dict[str, str], shards: dict[str, list[Shard]], output: 
         }
         for language, some in shards.items()
     }
-    with atomic_file(output / RECORD_FILE) as partial:
+    with naming(output / RECORD_FILE), atomic_file(output / RECORD_FILE) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.errors import UserError, naming, run_command
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.data.manifest import dataset_files
+from megatron_moe_lpr.errors import naming, run_command
+from megatron_moe_lpr.filesystem import atomic_file, check_output_file
 from megatron_moe_lpr.flag_ranges import PositiveInt
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import PlatformName
@@ -59,8 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     flags = parse_flags(Flags, arguments, __doc__)
     check_timeout(flags.distributed_timeout_minutes)
-    if flags.output and not flags.output.parent.is_dir():
-        raise UserError(f"--output {flags.output}: there is no directory {flags.output.parent}")
+    if flags.output:
+        check_output_file(flags.output, "--output", dataset_files(flags.valid_data_path))
     # torch and Megatron take seconds to import, and the checks above do without.
     import torch.distributed as dist
 

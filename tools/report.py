@@ -7,11 +7,11 @@ import dataclasses
 from pathlib import Path
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.errors import UserError, naming, run_command
+from megatron_moe_lpr.errors import naming, run_command
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
 from megatron_moe_lpr.evaluation.report.tables import print_table
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.filesystem import atomic_file, check_output_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,14 @@ class Flags:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     flags = parse_flags(Flags, arguments, __doc__)
-    if not flags.output.parent.is_dir():
-        raise UserError(f"--output {flags.output}: there is no directory {flags.output.parent}")
+    named = [Path(argument.rpartition("=")[2]) for argument in (*flags.evaluation, *flags.metrics)]
+    others = [path for path in (flags.samples, flags.costs, flags.curves) if path]
+    check_output_file(flags.output, "--output", [*named, *others])
     inputs = read_inputs(flags.evaluation, flags.metrics, flags.samples, flags.subject, flags.costs, flags.curves)
+    page = build_page(inputs)
     print_table(inputs)
     with naming(flags.output), atomic_file(flags.output) as partial:
-        partial.write_text(build_page(inputs), encoding="utf-8")
+        partial.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

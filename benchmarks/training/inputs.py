@@ -11,7 +11,7 @@ from megatron_moe_lpr.conversion.importer import import_hf
 from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.data.indexed import IndexedWriter
 from megatron_moe_lpr.data.manifest import Manifest
-from megatron_moe_lpr.data.preparation.preprocessing import publish
+from megatron_moe_lpr.data.preparation.publishing import publish
 
 
 @dataclasses.dataclass(frozen=True)

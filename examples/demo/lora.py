@@ -19,7 +19,7 @@ from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
 from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
 from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
 from megatron_moe_lpr.errors import UserError, run_command
-from megatron_moe_lpr.filesystem import atomic_directory
+from megatron_moe_lpr.output_directory import atomic_directory
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 
@@ -62,13 +62,13 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.bf16 and flags.fp32:
         raise UserError("--bf16 and --fp32: give one of them")
     torch.manual_seed(flags.seed)
-    dense = AutoModelForCausalLM.from_pretrained(flags.hf, local_files_only=True)
-    dtype = dense.dtype
-    adapters = LoraConfig(r=flags.rank, lora_alpha=2 * flags.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(dense.float(), adapters)
-    model.print_trainable_parameters()
-    train(model, windows(flags), flags)
     with atomic_directory(flags.save, overwrite=True) as partial:
+        dense = AutoModelForCausalLM.from_pretrained(flags.hf, local_files_only=True)
+        dtype = dense.dtype
+        kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        model = get_peft_model(dense.float(), LoraConfig(r=flags.rank, lora_alpha=2 * flags.rank, **kind))
+        model.print_trainable_parameters()
+        train(model, windows(flags), flags)
         model.merge_and_unload().to(dtype).save_pretrained(partial)
         for name in TOKENIZER_FILES:
             if (flags.hf / name).is_file():

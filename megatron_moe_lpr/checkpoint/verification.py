@@ -11,6 +11,7 @@ from megatron_moe_lpr.checkpoint.integrity import MANIFEST, checksum_of_file, ve
 from megatron_moe_lpr.checkpoint.trainable_only import layers_of
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import sha256_of_file
+from megatron_moe_lpr.links import tree_inside
 from megatron_moe_lpr.parallel.every_rank import on_every_rank
 
 
@@ -22,11 +23,13 @@ def open_checkpoint(path: Path, verified: bool = True, base: Path | None = None)
         base: for a checkpoint with only trained weights, where the others are (`--base-checkpoint`).
 
     Raises:
-        UserError: there is no checkpoint, an incomplete one, or a damaged file.
+        UserError: there is no checkpoint, an incomplete one, a damaged file, or a symbolic link among the small files
+            that leads out of the checkpoint.
     """
     directory = resolve_checkpoint(path, base)
-    if verified:
-        for layer in layers_of(directory):
+    for layer in layers_of(directory):
+        tree_inside(layer.side_directory, layer.path)
+        if verified:
             verify_small_files(layer)
     return directory
 

@@ -1,26 +1,35 @@
 """More experts for a second group of languages; those that the model has are frozen from then on."""
 
+import contextlib
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 
 import torch
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, check_experts
-from megatron_moe_lpr.checkpoint.directory import CARD_FILE, RELEASE, SIDE_DIRECTORY, resolve_checkpoint, write_latest
+from megatron_moe_lpr.checkpoint.directory import (
+    CARD_FILE,
+    LATEST_FILE,
+    RELEASE,
+    SIDE_DIRECTORY,
+    resolve_checkpoint,
+    write_latest,
+)
 from megatron_moe_lpr.checkpoint.integrity import MANIFEST, write_manifest
 from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.exporter import check_model_tensors
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
 from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate
 from megatron_moe_lpr.conversion.tensors.names import MOE_LAYOUTS, VOCABULARY_KEYS, Role, Row, model_rows
 from megatron_moe_lpr.conversion.tensors.upcycling import initial_router
 from megatron_moe_lpr.data.language_groups import EXPANSION, learned_languages
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.filesystem import atomic_directory
+from megatron_moe_lpr.links import tree_inside
+from megatron_moe_lpr.output_directory import atomic_directory
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.progress import ProgressReport
 
@@ -55,16 +64,16 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
         OSError: the disk is full; nothing is left at `save`.
     """
     check_separate(options.load, "--load", save, "--save")
-    with (
-        naming(save),
-        atomic_directory(save, overwrite) as partial,
-        kept_for_reading(options.load, options.base) as iteration,
-    ):
-        return _write_expanded(dataclasses.replace(options, load=iteration), partial)
+    with contextlib.ExitStack() as lock:
+        iteration = lock.enter_context(kept_for_reading(options.load, options.base))
+        return _write_expanded(dataclasses.replace(options, load=iteration), save, overwrite, lock)
 
 
-def _write_expanded(options: ExpandOptions, partial: Path) -> CheckpointCard:
+def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: contextlib.ExitStack) -> CheckpointCard:
+    """Plan and write. `lock` ends before the output gets its name: its end tells whether all was there to read."""
     checkpoint = open_checkpoint(options.load, options.verified, options.base)
+    for layer in layers_of(checkpoint):
+        check_separate(layer.path, "the checkpoint", save, "--save")
     before, architecture = checkpoint.card(), checkpoint.architecture()
     after = _card(before, options)
     reader = open_reader(checkpoint)
@@ -75,18 +84,20 @@ def _write_expanded(options: ExpandOptions, partial: Path) -> CheckpointCard:
     total = sum(math.prod(row.shape) * reader.tensors[sources[row.key] or had[0].key].dtype.itemsize for row in rows)
     for layer in layers_of(checkpoint) if options.verified else ():
         verify_all(layer.path)
-    check_disk_space(partial, total)
-    iteration = partial / RELEASE
-    with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("expanding", total) as progress:
-        for row in rows:
-            tensor = _tensor(row, sources[row.key], reader, options.seed)
-            writer.write(row.key, tensor)
-            progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
-    ignored = shutil.ignore_patterns(MANIFEST.name)
-    shutil.copytree(checkpoint.side_directory, iteration / SIDE_DIRECTORY, ignore=ignored)
-    after.write(iteration / SIDE_DIRECTORY / CARD_FILE)
-    write_manifest(iteration, writer.checksums)
-    write_latest(partial, None)
+    files = tree_inside(checkpoint.side_directory, checkpoint.path)
+    with naming(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
+        check_disk_space(partial, total, save)
+        iteration = partial / RELEASE
+        with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("expanding", total) as progress:
+            for row in rows:
+                tensor = _tensor(row, sources[row.key], reader, options.seed)
+                writer.write(row.key, tensor)
+                progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
+        carry_files({name: file for name, file in files.items() if name != MANIFEST.name}, iteration / SIDE_DIRECTORY)
+        after.write(iteration / SIDE_DIRECTORY / CARD_FILE)
+        write_manifest(iteration, writer.checksums)
+        write_latest(partial, None)
+        lock.close()
     return after
 
 

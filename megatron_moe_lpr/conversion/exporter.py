@@ -1,8 +1,8 @@
 """Megatron -> Hugging Face: a stock MoE architecture, or the dense family where no layer has experts."""
 
+import contextlib
 import dataclasses
 import functools
-import shutil
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_moe_lpr.checkpoint.directory import (
 from megatron_moe_lpr.checkpoint.reader import is_model_key
 from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all, warn
-from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, read_base_model
+from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, MODEL_CARD, read_base_model
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
 from megatron_moe_lpr.conversion.hugging_face.hf_config import (
@@ -30,9 +30,9 @@ from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     with_both_rope_spellings,
     without_foreign_fields,
 )
-from megatron_moe_lpr.conversion.hugging_face.hf_directory import TRAINING_DTYPES, carry_files
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import TRAINING_DTYPES, carried_files, carry_files
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import llama_cpp_form
-from megatron_moe_lpr.conversion.hugging_face.model_card import CardOptions, write_model_card
+from megatron_moe_lpr.conversion.hugging_face.model_card import CardOptions, model_card
 from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec, write_safetensors
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.tensors.blocks import mark_inserted
@@ -49,10 +49,11 @@ from megatron_moe_lpr.conversion.tensors.names import (
 )
 from megatron_moe_lpr.conversion.tensors.upcycling import split_qkv
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.filesystem import atomic_directory
+from megatron_moe_lpr.links import copy_private
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.rope_parameters import rope_of_transformers_4
 from megatron_moe_lpr.model.finite import is_finite
+from megatron_moe_lpr.output_directory import atomic_directory
 from megatron_moe_lpr.progress import ProgressReport
 
 GENERATION_FILE = "generation_config.json"
@@ -122,20 +123,40 @@ def export_hf(
         UserError: the checkpoint is damaged or the stock architecture cannot hold it; nothing is left at `hf`.
         OSError: the disk is full; nothing is left at `hf`.
     """
+    options = card_options or CardOptions()
     check_separate(load, "--load", hf, "--hf")
-    # The lock comes before the plan, and its end before the output gets its name.
-    with naming(hf), atomic_directory(hf, overwrite) as partial, kept_for_reading(load, base) as iteration:
+    if options.evaluation:
+        check_separate(options.evaluation, "--evaluation", hf, "--hf")
+    with contextlib.ExitStack() as lock:
+        iteration = lock.enter_context(kept_for_reading(load, base))
         plan = plan_export(iteration, engine, verified, base)
-        specs = plan.specs()
-        total, fingerprint = sum(spec.num_bytes for spec in specs), OriginalFingerprint()
-        check_disk_space(partial, total)
-        with ProgressReport("exporting", total) as progress, ThreadPoolExecutor(1) as pool:
-            producer = _Producer(plan, progress, fingerprint, pool)
-            write_safetensors(partial, specs, producer, max_shard_bytes)
-            producer.finish()
-        plan = _with_verdict(plan, fingerprint.hexdigest())
-        _write_side_files(plan, partial, card_options or CardOptions())
+        for layer in layers_of(plan.checkpoint):
+            check_separate(layer.path, "the checkpoint", hf, "--hf")
+        files = carried_files(plan.checkpoint.side_directory)
+        _card_text(plan, options)  # reads its inputs before anything is written
+        with naming(hf), atomic_directory(hf, overwrite, (CONFIG_FILE,)) as partial:
+            plan = _write_weights(plan, partial, max_shard_bytes, hf)
+            _write_side_files(plan, partial, files, _card_text(plan, options))
+            # Before the output gets its name: the end of the lock tells whether all was there to read.
+            lock.close()
     return plan
+
+
+def _card_text(plan: ExportPlan, options: CardOptions) -> str:
+    side = plan.checkpoint.side_directory
+    return model_card(side, read_base_model(side), plan.card, plan.engine, options, bool(plan.is_original))
+
+
+def _write_weights(plan: ExportPlan, partial: Path, max_shard_bytes: int, target: Path) -> ExportPlan:
+    """Write the safetensors files. Returns the plan with what the fingerprint of the written weights says."""
+    specs = plan.specs()
+    total, fingerprint = sum(spec.num_bytes for spec in specs), OriginalFingerprint()
+    check_disk_space(partial, total, target)
+    with ProgressReport("exporting", total) as progress, ThreadPoolExecutor(1) as pool:
+        producer = _Producer(plan, progress, fingerprint, pool)
+        write_safetensors(partial, specs, producer, max_shard_bytes)
+        producer.finish()
+    return _with_verdict(plan, fingerprint.hexdigest())
 
 
 def _with_verdict(plan: ExportPlan, fingerprint: str) -> ExportPlan:
@@ -294,26 +315,25 @@ class _Producer:
         self.hashing = []
 
 
-def _write_side_files(plan: ExportPlan, directory: Path, card_options: CardOptions) -> None:
+def _write_side_files(plan: ExportPlan, directory: Path, files: Mapping[str, Path], text: str) -> None:
     side = plan.checkpoint.side_directory
-    carry_files(side, directory)
+    carry_files(files, directory)
     if not (directory / GENERATION_FILE).is_file():
         # Servers stop at the tokens that it names.
         write_json(_generation_config(plan.config), directory / GENERATION_FILE)
     for name in (TOKENIZER_CONFIG_FILE, GENERATION_FILE):
         drop_code_references(directory / name)
-    base_model = read_base_model(side)
-    write_model_card(directory, base_model, plan.card, plan.engine, card_options, bool(plan.is_original))
+    (directory / MODEL_CARD).write_text(text, encoding="utf-8")
     if plan.config == read_json(side / CONFIG_FILE):
-        shutil.copyfile(side / CONFIG_FILE, directory / CONFIG_FILE)
+        copy_private(side / CONFIG_FILE, directory / CONFIG_FILE)
     else:
         write_json(plan.config, directory / CONFIG_FILE)
     for warning in settle_tokenizer(directory):
         warn(warning)
     target = directory / SIDE_DIRECTORY
     target.mkdir()
-    shutil.copyfile(side / CONFIG_FILE, target / CONFIG_FILE)
-    if base_model:
+    copy_private(side / CONFIG_FILE, target / CONFIG_FILE)
+    if base_model := read_base_model(side):
         write_json(base_model.as_json(), target / BASE_MODEL_FILE)
     # An exported model is complete.
     dataclasses.replace(plan.card, base=None).write(target / CARD_FILE)

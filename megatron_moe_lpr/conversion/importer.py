@@ -2,19 +2,26 @@
 
 import itertools
 import math
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, tool_versions
-from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, RELEASE, SIDE_DIRECTORY, write_latest
+from megatron_moe_lpr.checkpoint.directory import (
+    CARD_FILE,
+    CONFIG_FILE,
+    LATEST_FILE,
+    RELEASE,
+    SIDE_DIRECTORY,
+    write_latest,
+)
 from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.checkpoint.verification import warn
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, base_model_of
-from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files, tokenizer_files
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files, tokenizer_files
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_check import check_tokenizer
 from megatron_moe_lpr.conversion.plan import ImportOptions, ImportPlan, plan_import
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
@@ -24,8 +31,9 @@ from megatron_moe_lpr.conversion.tensors.names import Role, Row
 from megatron_moe_lpr.conversion.tensors.upcycling import initial_router, interleave_qkv
 from megatron_moe_lpr.data.language_groups import IMPORTED_ADAPTER, IMPORTED_MIXTURE
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.filesystem import atomic_directory
+from megatron_moe_lpr.links import copy_private
 from megatron_moe_lpr.model.finite import is_finite
+from megatron_moe_lpr.output_directory import atomic_directory
 from megatron_moe_lpr.progress import ProgressReport
 
 
@@ -36,23 +44,33 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
         UserError: something in the source, or what was asked for, does not fit; nothing is left at `save`.
         OSError: the disk is full; nothing is left at `save`.
     """
-    check_separate(options.hf, "--hf", save, "--save")
+    _check_separate(options, save)
     plan = plan_import(options)
     _check_extra_tensors(plan)
     family, is_moe = plan.model.architecture.family, max(plan.experts_per_layer) > 1
     for line in check_tokenizer(plan.model.path, family.moe_model_type if is_moe else family.name):
         warn(line)
+    files, tokenizer = carried_files(plan.model.path), tokenizer_files(plan.model.path)
+    config = _changed_config(plan)
     total = sum(math.prod(row.shape) * plan.dtype_of(row).itemsize for row in plan.rows)
-    with naming(save), atomic_directory(save, overwrite) as partial:
-        check_disk_space(partial, total)
+    with naming(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
+        check_disk_space(partial, total, save)
         iteration = partial / RELEASE
         with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("importing", total) as progress:
             fingerprint = _write_tensors(plan, writer, progress)
-        card = _card(plan, fingerprint)
-        _write_side_files(plan, card, iteration / SIDE_DIRECTORY)
+        card = _card(plan, fingerprint, tokenizer)
+        _write_side_files(plan, card, files, config, iteration / SIDE_DIRECTORY)
         write_manifest(iteration, writer.checksums)
         write_latest(partial, None)
     return card
+
+
+def _check_separate(options: ImportOptions, save: Path) -> None:
+    check_separate(options.hf, "--hf", save, "--save")
+    if options.adapter:
+        check_separate(options.adapter, "--adapter", save, "--save")
+    if options.experts_per_layer and Path(options.experts_per_layer).is_file():
+        check_separate(Path(options.experts_per_layer), "--experts-per-layer", save, "--save")
 
 
 def _write_tensors(plan: ImportPlan, writer: CheckpointWriter, progress: ProgressReport) -> str:
@@ -111,7 +129,7 @@ def _check_complete(plan: ImportPlan, writer: CheckpointWriter) -> None:
         raise UserError(f"{writer.directory}: not written as planned: {', '.join(sorted(missing)[:3])}")
 
 
-def _card(plan: ImportPlan, fingerprint: str) -> CheckpointCard:
+def _card(plan: ImportPlan, fingerprint: str, tokenizer: dict[str, str]) -> CheckpointCard:
     before = plan.model.card
     return CheckpointCard(
         family=plan.model.architecture.family.name,
@@ -120,7 +138,7 @@ def _card(plan: ImportPlan, fingerprint: str) -> CheckpointCard:
         dtype=str(plan.dtype).removeprefix("torch."),
         original_fingerprint=fingerprint,
         router_seed=plan.seed if plan.initialises_routers else before.router_seed if before else None,
-        tokenizer_files=tokenizer_files(plan.model.path),
+        tokenizer_files=tokenizer,
         tool_versions=tool_versions(),
         history=_history(plan),
         expansions=before.expansions if before and plan.model.is_moe else [],
@@ -137,17 +155,22 @@ def _history(plan: ImportPlan) -> list[dict]:
     return [*history, {"stage": IMPORTED_MIXTURE, "source": plan.model.path.name, **said}] if said else history
 
 
-def _write_side_files(plan: ImportPlan, card: CheckpointCard, directory: Path) -> None:
-    directory.mkdir()
-    carry_files(plan.model.path, directory)
-    source = plan.model.path / CONFIG_FILE
+def _changed_config(plan: ImportPlan) -> dict[str, Any] | None:
+    """The dense model's configuration where it is not the source's own file."""
     if plan.inserts:
-        grown = grown_config(plan.model.config, len(plan.experts_per_layer), plan.inserted_blocks)
-        write_json(grown, directory / CONFIG_FILE)
-    elif plan.model.is_moe:
-        write_json(plan.model.config, directory / CONFIG_FILE)
+        return grown_config(plan.model.config, len(plan.experts_per_layer), plan.inserted_blocks)
+    return plan.model.config if plan.model.is_moe else None
+
+
+def _write_side_files(
+    plan: ImportPlan, card: CheckpointCard, files: dict[str, Path], config: dict[str, Any] | None, directory: Path
+) -> None:
+    directory.mkdir()
+    carry_files(files, directory)
+    if config is None:
+        copy_private(plan.model.path / CONFIG_FILE, directory / CONFIG_FILE)
     else:
-        shutil.copyfile(source, directory / CONFIG_FILE)
+        write_json(config, directory / CONFIG_FILE)
     base_model = base_model_of(plan.model.path, exported=plan.model.card is not None)
     write_json(base_model.as_json(), directory / BASE_MODEL_FILE)
     card.write(directory / CARD_FILE)

@@ -87,6 +87,11 @@ def idx_path(prefix: str) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def dataset_files(prefixes: Sequence[str]) -> list[Path]:
+    """The three files of each dataset, be they there or not."""
+    return [place(strip_suffix(prefix)) for prefix in prefixes for place in (manifest_path, bin_path, idx_path)]
+
+
 def strip_suffix(prefix: str) -> str:
     """The prefix, also where somebody gave one of its three files."""
     for suffix in (".json", ".bin", ".idx"):

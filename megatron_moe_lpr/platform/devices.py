@@ -4,6 +4,7 @@ import resource
 
 import torch
 
+from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.platform import CPUFacts, Platform
 
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -21,6 +22,19 @@ def cpu_facts() -> CPUFacts:
         return CPUFacts(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     capabilities = torch.cpu.get_capabilities()
     return CPUFacts(any(capabilities.get(name) for name in BF16_INSTRUCTIONS))
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of a `--device` flag.
+
+    Raises:
+        UserError: PyTorch knows no such device, or there is none here.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), "unknown")
+        raise UserError(f"--device {name}: cannot be used here ({reason})") from None
 
 
 def peak_memory_gigabytes(platform: Platform) -> float:

@@ -14,7 +14,8 @@ from megatron_moe_lpr.data.indexed import IndexedWriter
 from megatron_moe_lpr.data.manifest import Manifest
 from megatron_moe_lpr.data.preparation.documents import DocumentOptions
 from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
-from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess, publish
+from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess
+from megatron_moe_lpr.data.preparation.publishing import publish
 
 CORPUS = Path(__file__).parents[2] / "data" / "help_corpus"
 LANGUAGES = ("el", "en", "es", "hu", "tr", "zh")

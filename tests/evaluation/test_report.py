@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.report.charts import ticks
 from tests.evaluation.tools import load_tool
 
@@ -117,7 +118,7 @@ def test_costs_are_columns(files):
     assert "<td>4.00M</td><td>3.00M</td><td>50 (0.50x)</td>" in page and "<td>100</td>" in page
     assert "<td>–</td><td>–</td><td>–</td>" in page  # the one without costs
     (files / "costs.json").write_text(json.dumps({"Nobody": sizes}))
-    with pytest.raises(report.UserError, match="no evaluation is called 'Nobody'"):
+    with pytest.raises(UserError, match="no evaluation is called 'Nobody'"):
         write_report(files, **{"--costs": str(files / "costs.json")})
 
 
@@ -138,7 +139,7 @@ def test_curves_are_drawn_for_both_groups(files):
     assert any(len(text) == len("+10.0%") for _, text in ticks) and all(int(x) >= 8 * len(text) for x, text in ticks)
     curve["points"] = []
     (files / "curves.json").write_text(json.dumps([curve]))
-    with pytest.raises(report.UserError, match="points"):
+    with pytest.raises(UserError, match="points"):
         write_report(files, **{"--curves": str(files / "curves.json")})
 
 
@@ -153,7 +154,7 @@ def test_curves_are_drawn_for_both_groups(files):
     ],
 )
 def test_bad_input_is_one_line(files, change, message):
-    with pytest.raises(report.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         write_report(files, **change)
 
 
@@ -161,7 +162,7 @@ def test_evaluations_of_different_text_are_refused(files):
     record = json.loads((files / "two.json").read_text())
     record["datasets"][0]["tokens"] += 1
     (files / "two.json").write_text(json.dumps(record))
-    with pytest.raises(report.UserError, match="different texts"):
+    with pytest.raises(UserError, match="different texts"):
         write_report(files)
 
 

@@ -66,9 +66,24 @@ def test_ctrl_c(name, models, tmp_path):
     assert [path for path in out.rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.parametrize("name", ["preprocess", "import"])
+def test_killed_and_started_again(name, models, tmp_path):
+    """What the killed run left is removed and named."""
+    # Not at the lock, which comes first, but at the first file of the output itself.
+    program = INTERRUPTED.replace("signal.SIGINT", "signal.SIGKILL").replace("[True]", "[True] * 2")
+    program = program.replace("waiting.clear()", "waiting.pop()").replace("os.kill(", "waiting or os.kill(")
+    words = arguments_of(name, models, tmp_path)
+    assert start(sys.executable, "-c", program, str(tmp_path), *words).returncode == -9
+    (left,) = tmp_path.glob(".*.partial*")
+    done = start(sys.executable, *words)
+    assert done.returncode == 0, done.stderr
+    assert f"note: {left}: left by a run that was killed; removed" in done.stderr
+    assert not list(tmp_path.glob(".*")) and len(list(tmp_path.iterdir())) == (3 if name == "preprocess" else 1)
+
+
 @contextlib.contextmanager
 def small_disk(place: Path, size: str) -> Iterator[Path]:
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, check=False
     )
@@ -78,6 +93,27 @@ def small_disk(place: Path, size: str) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("name", ["import", "export"])
+def test_a_volume_as_output(name, models, tmp_path, capsys):
+    """The mount point itself is the target, as with `docker run -v`; its parent's disk gets nothing."""
+    with small_disk(tmp_path / "new", "20m") as out:
+        (out / "lost+found").mkdir()
+        words = arguments_of(name, models, tmp_path)[1:]
+        run(*words)
+        last = {"import": "latest_checkpointed_iteration.txt", "export": "config.json"}[name]
+        assert f"{out}: is a mount point; it will be filled in place, {last} last" in capsys.readouterr().err
+        assert (out / last).is_file() and not list(out.glob(".*")) and list(tmp_path.iterdir()) == [out]
+        with pytest.raises(SystemExit):
+            run(*words)
+        assert "exists and is not empty" in capsys.readouterr().err
+        run(*words, "--overwrite")
+        assert (out / last).is_file() and not list(out.glob(".*")) and (out / "lost+found").is_dir()
+    with small_disk(tmp_path / "new", "40k") as out:
+        with pytest.raises(SystemExit):
+            run(*words)
+        assert f"{out}: no space left on device" in capsys.readouterr().err and not list(out.iterdir())
 
 
 @pytest.mark.parametrize("name", ["preprocess", "import", "export"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import is_integer, read_json, shown
+from megatron_moe_lpr.links import file_inside
 from megatron_moe_lpr.model.configuration.architecture import MAX_LAYERS
 
 CONFIG_FILE = "adapter_config.json"
@@ -51,13 +52,13 @@ def open_adapter(path: Path) -> Adapter:
     """
     path = Path(path)
     file = path / CONFIG_FILE
-    config = read_json(file)
+    config = read_json(file_inside(file, path))
     if config.get("peft_type") != "MOE":
         raise UserError(
             f"{file}: peft_type {shown(config.get('peft_type'))}; only the authors' 'MOE' can be imported as "
             "experts; merge another adapter into its base with peft's merge_and_unload() and give the result by --hf"
         )
-    if not (path / WEIGHTS_FILE).is_file():
+    if not file_inside(path / WEIGHTS_FILE, path).is_file():
         hint = "; rewrite the pickled .bin as safetensors" if any(path.glob("*.bin")) else ""
         raise UserError(f"{path / WEIGHTS_FILE}: no such file{hint}")
     num_experts, top_k = config.get("num_experts"), config.get("topk")

@@ -83,9 +83,9 @@ def without_foreign_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in (*CODE_FIELDS, *BASE_FIELDS)}
 
 
-def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The configuration naming the dtype of the weights, which training may have changed."""
-    return {**config, **{name: dtype for name in ("dtype", "torch_dtype") if name in config}}
+def without_dtype(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration but for the dtype of the weights, which training may change."""
+    return {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
 
 
 def with_both_rope_spellings(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:

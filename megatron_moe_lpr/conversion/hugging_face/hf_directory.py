@@ -3,8 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     experts_per_layer_of,
     moe_config,
     top_k_of,
-    with_dtype,
+    without_dtype,
 )
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import LLAMA_CPP_MODEL_TYPE
 from megatron_moe_lpr.conversion.hugging_face.other_forms import refuse_other_directories
@@ -38,6 +37,7 @@ from megatron_moe_lpr.conversion.tensors.names import (
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer
 from megatron_moe_lpr.lfs_pointers import refuse_lfs_pointers
+from megatron_moe_lpr.links import copy_private, file_inside, tree_inside
 from megatron_moe_lpr.model.configuration.architecture import MAX_SIZE, Architecture, read_architecture
 
 TOKENIZER_PATTERNS = (
@@ -52,10 +52,11 @@ TOKENIZER_PATTERNS = (
     "*.model",
     "tekken.json",
 )
+CHAT_TEMPLATES = "additional_chat_templates"
 # README.md is the base model's card: export takes the licence from it. Licences want their files shipped.
 CARRIED_PATTERNS = (
     *TOKENIZER_PATTERNS,
-    "additional_chat_templates",
+    CHAT_TEMPLATES,
     "generation_config.json",
     "README.md",
     "LICEN[CS]E*",
@@ -109,7 +110,7 @@ def open_hf_directory(path: Path) -> HFDirectory:
     refuse_other_directories(path)
     refuse_lfs_pointers(path, (CONFIG_FILE, INDEX_FILE, *CARRIED_PATTERNS))
     config_path = path / CONFIG_FILE
-    config = read_json(config_path)
+    config = read_json(file_inside(config_path, path))
     model_type = config.get("model_type")
     if model_type == LLAMA_CPP_MODEL_TYPE:
         raise UserError(f"{config_path}: written for llama.cpp alone; use the export for transformers")
@@ -144,16 +145,17 @@ def _dense_behind(path: Path, moe: dict[str, Any], card: CheckpointCard | None) 
     if not card:
         return dense_config(moe, str(path / CONFIG_FILE))
     side = path / SIDE_DIRECTORY / CONFIG_FILE
-    kept = read_json(side)
+    kept = read_json(file_inside(side, path))
     with contextlib.suppress(UserError):  # a card of another model; what does not fit is refused below
         architecture = read_architecture(kept, str(side))
-        if moe == moe_config(with_dtype(kept, card.dtype), architecture, card.experts_per_layer, card.top_k):
+        written = moe_config(kept, architecture, card.experts_per_layer, card.top_k)
+        if without_dtype(moe) == without_dtype(written):
             return kept
     return dense_config(moe, str(path / CONFIG_FILE), card.family)
 
 
 def _card(path: Path) -> CheckpointCard | None:
-    card = path / SIDE_DIRECTORY / CARD_FILE
+    card = file_inside(path / SIDE_DIRECTORY / CARD_FILE, path)
     return read_card(card) if card.is_file() else None
 
 
@@ -238,17 +240,35 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def carry_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat templates, generation settings, licences and model card."""
+def carried_files(directory: Path) -> dict[str, Path]:
+    """Tokenizer, chat templates, generation settings, licences and model card, by their paths in the directory.
+
+    Raises:
+        UserError: one is a symbolic link that leads out of the directory.
+        OSError: one cannot be read.
+    """
+    files: dict[str, Path] = {}
     for pattern in CARRIED_PATTERNS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
-            elif path.is_dir() and path.name == "additional_chat_templates":
-                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        for path in sorted(directory.glob(pattern)):
+            real = file_inside(path, directory)
+            if real.is_file():
+                files[path.name] = real
+            elif real.is_dir() and path.name == CHAT_TEMPLATES:
+                files |= {f"{path.name}/{name}": file for name, file in tree_inside(path, directory).items()}
+    for file in files.values():
+        with open(file, "rb"):
+            pass
+    return files
+
+
+def carry_files(files: Mapping[str, Path], target: Path) -> None:
+    """Copy what `carried_files` found into the directory `target`."""
+    for name, file in files.items():
+        copy_private(file, target / name)
 
 
 def tokenizer_files(directory: Path) -> dict[str, str]:
     """SHA-256 of each tokenizer file, by name."""
-    files = {path for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern) if path.is_file()}
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+    names = {path.name for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern)}
+    files = {name: file for name, file in carried_files(directory).items() if name in names}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in sorted(files.items())}

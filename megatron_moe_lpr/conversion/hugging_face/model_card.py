@@ -10,7 +10,6 @@ from huggingface_hub import ModelCardData
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_json
 from megatron_moe_lpr.conversion.hugging_face.base_model import (
-    MODEL_CARD,
     OUR_TAG,
     BaseModel,
     card_metadata,
@@ -38,17 +37,18 @@ class CardOptions:
     """The JSON file of tools/evaluate.py."""
 
 
-def write_model_card(
+def model_card(
     directory: Path,
     recorded: BaseModel | None,
     card: CheckpointCard,
     engine: str,
     options: CardOptions,
     is_original: bool,
-) -> None:
-    """Write `README.md`; a README.md that is there is taken for the base model's, whose licence it names.
+) -> str:
+    """The text of the export's `README.md`.
 
     Args:
+        directory: holds the base model's files; its README.md names the licence.
         recorded: the base model, as the import saw it; None: a checkpoint of an earlier version.
         engine: which form was exported, `transformers` or `llama.cpp`.
         is_original: the base model's weights are here as they were, to the bit.
@@ -77,7 +77,7 @@ def write_model_card(
         _usage(card, engine),
     ]
     text = "\n\n".join(section for section in sections if section)
-    (directory / MODEL_CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
+    return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
 
 
 def _licence(directory: Path, base: Mapping[str, Any], options: CardOptions) -> dict[str, str]:
@@ -169,7 +169,7 @@ def _evaluation(path: Path | None) -> str:
             numbers = [one["perplexity"], one["bits_per_byte"]]
             cells = [f"{number:.3f}" if number is not None else "" for number in numbers]
             rows.append(f"| {one['language']} | {one['group']} | {cells[0]} | {cells[1]} |")
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not a result of tools/evaluate.py --output") from None
     return "\n".join(rows)
 

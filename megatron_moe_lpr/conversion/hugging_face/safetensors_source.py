@@ -14,6 +14,7 @@ from megatron_moe_lpr.conversion.hugging_face.other_forms import other_weights
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import is_integer, parse_json_object, read_json, shown
 from megatron_moe_lpr.lfs_pointers import POINTER_START, refuse_lfs_pointer
+from megatron_moe_lpr.links import file_inside
 from megatron_moe_lpr.model.configuration.quantisation import WAY_OUT
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -92,9 +93,12 @@ def weight_files(directory: Path) -> list[Path]:
     Where both are there, transformers reads the single file; so does this.
 
     Raises:
-        UserError: a file that the index names is missing, or there are no safetensors files.
+        UserError: a file that the index names is missing, there are no safetensors files, or one is a symbolic link
+            that leads out of the directory.
     """
     index = directory / INDEX_FILE
+    for path in (directory / SINGLE_FILE, index):
+        file_inside(path, directory)
     if (directory / SINGLE_FILE).is_file():
         return [directory / SINGLE_FILE]
     if index.is_file():
@@ -110,6 +114,8 @@ def _indexed_files(index: Path) -> list[Path]:
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
             raise UserError(f"{index}: weight_map must name files of this directory, not {shown(name)}")
     names = sorted(set(weight_map.values()))
+    for name in names:
+        file_inside(index.parent / name, index.parent)
     missing = [name for name in names if not _is_file(index.parent / name)]
     if missing:
         raise UserError(f"{index.parent / missing[0]}: no such file, but {INDEX_FILE} names it; copy it again")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE
 from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
-from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_samples import TEXTS
 from megatron_moe_lpr.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megatron_moe_lpr.errors import UserError
@@ -24,7 +24,7 @@ def check_tokenizer(model: Path, exported_type: str) -> list[str]:
     """
     with tempfile.TemporaryDirectory() as name:
         trial = Path(name)
-        carry_files(model, trial)
+        carry_files(carried_files(model), trial)
         (trial / CONFIG_FILE).write_text(json.dumps({"model_type": exported_type}), encoding="utf-8")
         found = settle_tokenizer(trial)
         found = [line.replace(f"{trial}/", f"{model}/") for line in found]

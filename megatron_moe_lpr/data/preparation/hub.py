@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from megatron_moe_lpr.data.preparation.corpora import Corpus
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.filesystem import atomic_file
 
 STAGING = ".incomplete"
 """Below the output: what the client has of a file so far; removed when nothing is missing any more."""
@@ -97,7 +99,15 @@ def download(shard: Shard, output: Path) -> None:
         path.unlink()
         raise UserError(f"{shard.repository} {shard.path}: damaged on the way; start again to fetch it anew")
     shard.target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(path, shard.target)
+    try:
+        os.replace(path, shard.target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        # The language's directory is a link to another disk.
+        with atomic_file(shard.target) as partial:
+            shutil.copyfile(path, partial)
+        path.unlink()
 
 
 def disk_need(shards: list[Shard], output: Path) -> tuple[int, int]:

@@ -19,8 +19,9 @@ from megatron_moe_lpr.data.manifest import (
     verify_index,
 )
 from megatron_moe_lpr.data.preparation.output_lock import output_lock
-from megatron_moe_lpr.data.preparation.preprocessing import partial_directory, publish, refuse_existing
+from megatron_moe_lpr.data.preparation.publishing import partial_directory, publish, refuse_existing
 from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.filesystem import is_same_file
 from megatron_moe_lpr.progress import ProgressReport
 
 _MUST_AGREE = ("language", "tokenizer", "eod", "append_eod", "dtype", "vocab_size")
@@ -45,10 +46,12 @@ def merge(
     manifests = {prefix: read_manifest(prefix) for prefix in prefixes}
     for prefix, manifest in manifests.items():
         verify_index(prefix, manifest)
+        with open(bin_path(prefix), "rb"):
+            pass
         check_index(prefix, manifest.dtype, manifest.tokens)
     check_agreement(manifests, _MUST_AGREE)
     prefixes = _in_partition_order(manifests, allow_missing_partitions)
-    if output_prefix in prefixes:
+    if any(is_same_file(bin_path(prefix), bin_path(output_prefix)) for prefix in prefixes):
         raise UserError(f"--output-prefix {output_prefix}: is an input too")
     with output_lock(output_prefix), naming(output_prefix):
         refuse_existing(output_prefix, overwrite)

@@ -2,17 +2,15 @@
 
 import contextlib
 import dataclasses
-import os
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
-from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, idx_path, manifest_path
+from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, manifest_path
 from megatron_moe_lpr.data.preparation.documents import KEPT
 from megatron_moe_lpr.data.preparation.encoding import (
     BlockEncoder,
@@ -23,10 +21,18 @@ from megatron_moe_lpr.data.preparation.encoding import (
     worker_pool,
 )
 from megatron_moe_lpr.data.preparation.output_lock import output_lock
-from megatron_moe_lpr.data.preparation.sources import Slice, disk_bytes, expand_inputs, partition_slices, read_blocks
+from megatron_moe_lpr.data.preparation.publishing import partial_directory, publish, refuse_existing
+from megatron_moe_lpr.data.preparation.sources import (
+    Slice,
+    check_beginning,
+    disk_bytes,
+    expand_inputs,
+    partition_slices,
+    read_blocks,
+)
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer, model_vocabulary
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.filesystem import sha256_of_file, sync_directory
+from megatron_moe_lpr.filesystem import is_same_file
 from megatron_moe_lpr.progress import ProgressReport
 
 MAX_LANGUAGES = 500
@@ -102,7 +108,7 @@ class PartialDatasets:
         if len(self.writers) >= MAX_LANGUAGES:
             raise UserError(f"--language-key: more than {MAX_LANGUAGES} languages, the last one {language!r}")
         prefix = self.plan.prefix(language)
-        if str(manifest_path(prefix)) in self.plan.inputs:
+        if any(is_same_file(Path(name), manifest_path(prefix)) for name in expand_inputs(self.plan.inputs)):
             raise UserError(f"--output-prefix {prefix}: its manifest would replace the input {prefix}.json")
         self.locks.enter_context(output_lock(prefix))
         refuse_existing(prefix, self.plan.overwrite)
@@ -123,6 +129,7 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
     slices = partition_slices(names, *plan.partition)
     encoder = plan.encoder
     tokenizer = load_tokenizer(encoder.tokenizer, encoder.eod_token, encoder.split_special_tokens)
+    check_inputs(plan, slices, tokenizer)
     if note := tokenizer.eod_note():
         print(f"note: {note}", file=sys.stderr)
     language = plan.encoder.documents.language
@@ -136,6 +143,27 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
             return {plan.prefix(each): _publish(datasets, each, template) for each in sorted(datasets.writers)}
         finally:
             datasets.close()
+
+
+def check_inputs(plan: PreprocessingPlan, slices: Sequence[Slice], tokenizer: Tokenizer) -> None:
+    """What would otherwise show after hours: each input can be read, and the tokenizer has all that is asked of it.
+
+    Raises:
+        UserError: an input is not what its suffix says or lacks a column, the tokenizer has no end-of-document token,
+            or the config.json beside it is damaged.
+        OSError: an input cannot be read.
+    """
+    for piece in slices:
+        check_beginning(piece.source, wanted_columns(plan))
+    model_vocabulary(tokenizer.path)
+    if not 0 <= tokenizer.eod < tokenizer.vocab_size:
+        raise UserError(f"{tokenizer.path}: has no id {tokenizer.eod} to end documents with; pass --eod-token")
+
+
+def wanted_columns(plan: PreprocessingPlan) -> list[str]:
+    """Columns of a parquet file that are read: of the text and, with --language-key, of its language."""
+    options = plan.encoder.documents
+    return [options.json_key, *([options.language_key] if options.language_key else [])]
 
 
 def _manifest_template(plan: PreprocessingPlan, tokenizer: Tokenizer, names: list[str], skipped: Counter) -> Manifest:
@@ -164,10 +192,9 @@ def _encode_into(datasets: PartialDatasets, slices: list[Slice], tokenizer: Toke
     skipped: Counter[str] = Counter()
     first: dict[str, str] = {}
     plan = datasets.plan
-    options = plan.encoder.documents
-    columns = [options.json_key, *([options.language_key] if options.language_key else [])]
     total = sum(piece.end - piece.start for piece in slices) or None
-    blocks = (block for piece in slices for block in read_blocks(piece, columns, options.max_line_bytes))
+    columns, longest = wanted_columns(plan), plan.encoder.documents.max_line_bytes
+    blocks = (block for piece in slices for block in read_blocks(piece, columns, longest))
     encoder = BlockEncoder(
         tokenizer, dataclasses.replace(plan.encoder, model_vocabulary=model_vocabulary(tokenizer.path))
     )
@@ -207,35 +234,3 @@ def _publish(datasets: PartialDatasets, language: str, template: Manifest) -> Ma
     # Once more: not every file system knows the lock that keeps another run from this prefix.
     refuse_existing(datasets.plan.prefix(language), datasets.plan.overwrite)
     return publish(partial, datasets.plan.prefix(language), manifest)
-
-
-@contextlib.contextmanager
-def partial_directory(output_prefix: str) -> Iterator[Path]:
-    """A directory beside the output, removed at the end whatever happens."""
-    parent = Path(output_prefix).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{Path(output_prefix).name}.partial-", dir=parent) as directory:
-        yield Path(directory)
-
-
-def refuse_existing(prefix: str, overwrite: bool) -> None:
-    """Raise UserError where a dataset lies at `prefix` already."""
-    for path in (manifest_path(prefix), bin_path(prefix), idx_path(prefix)):
-        if path.exists() and not overwrite:
-            raise UserError(f"{path}: exists; choose another --output-prefix or pass --overwrite")
-
-
-def publish(partial: str, prefix: str, manifest: Manifest) -> Manifest:
-    """Move finished files to `prefix` and write the manifest, the last of the three, with their sizes."""
-    manifest = dataclasses.replace(
-        manifest,
-        bin_bytes=bin_path(partial).stat().st_size,
-        idx_bytes=idx_path(partial).stat().st_size,
-        index_sha256=sha256_of_file(idx_path(partial)),
-    )
-    manifest_path(prefix).unlink(missing_ok=True)
-    os.replace(bin_path(partial), bin_path(prefix))
-    os.replace(idx_path(partial), idx_path(prefix))
-    sync_directory(manifest_path(prefix).parent)
-    manifest.write(prefix)
-    return manifest

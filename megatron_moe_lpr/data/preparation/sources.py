@@ -229,16 +229,12 @@ def _gathered(chunks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]
 
 def _parquet_chunks(name: str, columns: Sequence[str]) -> Iterator[tuple[bytes, int]]:
     """Rows as JSON lines, so that the rest of the pipeline knows one form only."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{name}: reading parquet needs pyarrow; pip install pyarrow") from None
+    _check_columns(name, columns)
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(name) as file:
-            missing = [column for column in columns if column not in file.schema_arrow.names]
-            if missing:
-                raise UserError(f"{name}: no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
             rows, done, size = max(file.metadata.num_rows, 1), 0, disk_bytes(name)
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(columns)):
                 done += batch.num_rows
@@ -246,6 +242,34 @@ def _parquet_chunks(name: str, columns: Sequence[str]) -> Iterator[tuple[bytes, 
                 yield "".join(lines).encode("utf-8", "surrogatepass"), size * done // rows
     except pyarrow.ArrowException as error:
         raise UserError(f"{name}: not a readable parquet file ({error})") from None
+
+
+def check_beginning(name: str, columns: Sequence[str]) -> None:
+    """Read the first block of an input file, of a parquet file the description of its columns.
+
+    Raises:
+        UserError: the file is not what its suffix says, or lacks a column.
+        OSError: it cannot be read.
+    """
+    if name.endswith(".parquet"):
+        _check_columns(name, columns)
+    elif name != STANDARD_INPUT:
+        next(_chunks(Slice(name, 0, disk_bytes(name)), columns), None)
+
+
+def _check_columns(name: str, columns: Sequence[str]) -> None:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{name}: reading parquet needs pyarrow; pip install pyarrow") from None
+    try:
+        present = pyarrow.parquet.read_schema(name).names
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{name}: not a readable parquet file ({error})") from None
+    missing = [column for column in columns if column not in present]
+    if missing:
+        raise UserError(f"{name}: no column {missing[0]!r}; it has {', '.join(present)}")
 
 
 def count_lines(name: str, end: int) -> int:

@@ -15,6 +15,9 @@ from megatron_moe_lpr.errors import UserError, naming
 SETTINGS_FILE = "settings.json"
 """Written when a run is complete: what it was, so that another one with the same settings need not be."""
 
+STARTED_FILE = "started"
+"""Written before a run, so that what a killed one left is known for that."""
+
 
 def harness_version() -> str:
     """Raises UserError where lm_eval is not installed."""
@@ -50,15 +53,16 @@ def run_harness(launcher: Sequence[str], settings: dict[str, Any], output: Path)
         output: directory of the results; an earlier, incomplete or different run in it is removed.
 
     Raises:
-        UserError: lm_eval failed.
+        UserError: lm_eval failed, or `output` holds something else than such a run.
     """
     if read_settings(output) == settings:
         print(f"{output}: already there")
         return
-    # Nothing but an earlier run of ours is removed.
+    check_replaceable(output)
     if output.exists():
         shutil.rmtree(output)
     output.mkdir(parents=True)
+    (output / STARTED_FILE).touch()
     command = harness_command(launcher, settings, output)
     try:
         code = subprocess.run(command, check=False, env=os.environ).returncode
@@ -68,6 +72,19 @@ def run_harness(launcher: Sequence[str], settings: dict[str, Any], output: Path)
         raise UserError(f"lm_eval ended with code {code} on {settings['tasks']}; the reason is above")
     with naming(output):
         (output / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def check_replaceable(output: Path) -> None:
+    """Whether a directory for one benchmark is free, empty, or of an earlier run of this command.
+
+    Raises:
+        UserError: it is none of them; nothing else is ever removed.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise UserError(f"{output}: is not a directory of an earlier run; remove it or choose another --output")
+    is_ours = any((output / name).is_file() for name in (STARTED_FILE, SETTINGS_FILE))
+    if output.is_dir() and not is_ours and any(output.iterdir()):
+        raise UserError(f"{output}: holds something else than an earlier run; remove it or choose another --output")
 
 
 def harness_command(launcher: Sequence[str], settings: dict[str, Any], output: Path) -> list[str]:

@@ -8,9 +8,10 @@ import sentencepiece
 import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_moe_lpr import renaming
 from megatron_moe_lpr.data.indexed import read_lengths
 from megatron_moe_lpr.data.manifest import read_manifest
-from megatron_moe_lpr.data.preparation import encoding, preprocessing, sources
+from megatron_moe_lpr.data.preparation import encoding, sources
 from megatron_moe_lpr.data.preparation.merging import merge
 from megatron_moe_lpr.data.preparation.preprocessing import preprocess
 from megatron_moe_lpr.errors import UserError
@@ -189,14 +190,59 @@ def test_killed_worker_is_one_clear_error(hf_tokenizer, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_a_failure_while_publishing_leaves_no_manifest(hf_tokenizer, tmp_path, monkeypatch):
+def dataset_bytes(directory):
+    """Content of each file of the dataset x; nothing else but a.jsonl may be there."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in ("a.jsonl", "b.jsonl")}
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_a_failure_while_publishing_leaves_the_dataset_that_was_there(hf_tokenizer, tmp_path, monkeypatch, step):
+    run_plan(write_jsonl(tmp_path / "a.jsonl", ["one"]), tmp_path / "x", hf_tokenizer)
+    before, rename, count = dataset_bytes(tmp_path), os.rename, [0]
+
+    def failing(source, target):
+        count[0] += 1
+        if count[0] == step + 1:
+            raise OSError("disk")
+        rename(source, target)
+
+    monkeypatch.setattr(renaming, "_system_call", lambda: None)
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="disk"):
+        run_plan(write_jsonl(tmp_path / "b.jsonl", ["two three"]), tmp_path / "x", hf_tokenizer, overwrite=True)
+    assert dataset_bytes(tmp_path) == before
+    read_manifest(str(tmp_path / "x"))
+
+
+def test_the_next_run_puts_back_what_a_killed_one_was_exchanging(hf_tokenizer, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ["one"])
     run_plan(source, tmp_path / "x", hf_tokenizer)
-    monkeypatch.setattr(preprocessing.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(OSError, match="disk"):
+    before, work = dataset_bytes(tmp_path), tmp_path / ".x.partial-0123"
+    for name in ("old", "content"):
+        (work / name).mkdir(parents=True)
+    for name in ("x.json", "x.bin"):
+        (tmp_path / name).rename(work / "old" / name)
+    (tmp_path / "x.bin").write_bytes(b"new")
+    (work / "content" / "x.json").write_bytes(b"new")
+    (work / "moves.json").write_text(json.dumps({"old": ["x.json", "x.bin", "x.idx"], "new": ["x.bin", "x.json"]}))
+    with pytest.raises(UserError, match="exists; choose another"):
+        run_plan(source, tmp_path / "x", hf_tokenizer)
+    assert dataset_bytes(tmp_path) == before
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "directory"])
+def test_what_no_dataset_may_replace(hf_tokenizer, tmp_path, suffix, kind):
+    source, place = write_jsonl(tmp_path / "a.jsonl", ["one"]), tmp_path / f"x{suffix}"
+    if kind == "directory":
+        place.mkdir()
+    else:
+        (tmp_path / "real").write_text("mine")
+        place.symlink_to("real" if kind == "link" else "nowhere")
+    with pytest.raises(UserError, match=rf"x\{suffix}: "):
         run_plan(source, tmp_path / "x", hf_tokenizer, overwrite=True)
-    with pytest.raises(UserError, match=r"x\.json: no such file"):
-        read_manifest(str(tmp_path / "x"))
+    assert {path.name for path in tmp_path.iterdir()} - {"real"} == {"a.jsonl", place.name}
+    assert kind == "directory" or (place.is_symlink() and (tmp_path / "real").read_text() == "mine")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])

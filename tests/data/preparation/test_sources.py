@@ -10,6 +10,7 @@ from megatron_moe_lpr.data.preparation import sources
 from megatron_moe_lpr.data.preparation.documents import DocumentOptions, read_documents
 from megatron_moe_lpr.data.preparation.sources import Slice, expand_inputs, partition_slices, read_blocks
 from megatron_moe_lpr.errors import UserError
+from tests.data.builders import run_plan, write_jsonl
 
 LINES = [f"line {index} ".encode() * (index % 5 * 20 + 1) + b"\n" for index in range(200)]
 TEXT = b"".join(LINES)
@@ -103,6 +104,19 @@ def test_parquet(tmp_path):
     path.write_bytes(b"garbage")
     with pytest.raises(UserError, match="not a readable parquet"):
         read(whole(path))
+
+
+@pytest.mark.parametrize(("content", "words"), [("text", "not a readable"), ("table", "no column 'text'; it has n")])
+def test_parquet_is_looked_at_before_the_work(content, words, hf_tokenizer, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"n": [1, 2]}), tmp_path / "b.parquet")
+    if content == "text":
+        (tmp_path / "b.parquet").write_text("no table")
+    write_jsonl(tmp_path / "a.jsonl", ["one"])
+    with pytest.raises(UserError, match=words):
+        run_plan([tmp_path / "a.jsonl", tmp_path / "b.parquet"], tmp_path / "out" / "x", hf_tokenizer)
+    assert not (tmp_path / "out").exists()
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):

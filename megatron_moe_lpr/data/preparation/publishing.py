@@ -1,0 +1,60 @@
+"""A dataset's three files get their names together, or the three that were there keep them."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_moe_lpr.data.manifest import Manifest, bin_path, idx_path, manifest_path
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.filesystem import real_target, sha256_of_file
+from megatron_moe_lpr.mounts import is_mount_point
+from megatron_moe_lpr.moving_in import CONTENT, move_in
+from megatron_moe_lpr.work_directory import unique_work_directory
+
+
+@contextlib.contextmanager
+def partial_directory(output_prefix: str) -> Iterator[Path]:
+    """A directory beside the output, removed at the end whatever happens; a killed run's is put in order first."""
+    parent = real_target(Path(output_prefix).parent)
+    parent.mkdir(parents=True, exist_ok=True)
+    with unique_work_directory(parent, Path(output_prefix).name) as directory:
+        yield directory
+
+
+def refuse_existing(prefix: str, overwrite: bool) -> None:
+    """Raise UserError where a dataset lies at `prefix` already, or something that no dataset may replace."""
+    for path in (manifest_path(prefix), bin_path(prefix), idx_path(prefix)):
+        if path.is_symlink():
+            raise UserError(f"{path}: is a symbolic link; remove it, or choose another --output-prefix")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: exists and is not a file; choose another --output-prefix")
+        if path.exists() and is_mount_point(path.absolute()):
+            raise UserError(f"{path}: is mounted and cannot be replaced; mount its directory, or choose another prefix")
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: exists; choose another --output-prefix or pass --overwrite")
+
+
+def publish(partial: str, prefix: str, manifest: Manifest) -> Manifest:
+    """Move finished files to `prefix` and a manifest with their sizes, the last of the three.
+
+    A dataset that is there is complete until the first rename, and is put back if one fails; after a kill between
+    them, by the next run that takes the `output_lock` of this prefix.
+    """
+    manifest = dataclasses.replace(
+        manifest,
+        bin_bytes=bin_path(partial).stat().st_size,
+        idx_bytes=idx_path(partial).stat().st_size,
+        index_sha256=sha256_of_file(idx_path(partial)),
+    )
+    target, name = Path(prefix).parent, Path(prefix).name
+    present = [place(prefix).name for place in (bin_path, idx_path, manifest_path) if place(prefix).exists()]
+    with unique_work_directory(target, name) as work:
+        complete = str(work / CONTENT / name)
+        (work / CONTENT).mkdir()
+        for place in (bin_path, idx_path):
+            os.rename(place(partial), place(complete))
+        manifest.write(complete)
+        move_in(work, target, present, [manifest_path(prefix).name])
+    return manifest
