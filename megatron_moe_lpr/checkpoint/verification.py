@@ -73,12 +73,17 @@ def check_same_on_all_ranks(directory: Path) -> None:
         UserError: on every rank, naming the rank that has another one.
     """
     found = on_every_rank(lambda: (socket.gethostname(), directory, _manifest_checksum(directory)))
+    reference_host, reference, expected = found[0]
     for rank, (host, path, checksum) in enumerate(found):
-        if checksum != found[0][2] or (checksum is None and path.name != found[0][1].name):
-            state = "finds no" if checksum is None else "finds another"
+        moved_on = path.name != reference.name
+        if checksum != expected or (checksum is None and moved_on):
+            state = "differs from" if checksum else f"has no {MANIFEST.name}, unlike"
+            advice = (
+                "its run goes on: name one iteration directory" if moved_on else "all nodes must see the same files"
+            )
             raise UserError(
-                f"{path}: rank {rank} on {host} {state} {MANIFEST.name}, unlike rank 0 on {found[0][0]} in "
-                f"{found[0][1]}; all nodes must see the same files"
+                f"rank {rank} on {host} reads {path}, which {state} {reference}, as rank 0 on {reference_host} reads "
+                f"it; {advice}"
             )
 
 

@@ -121,3 +121,14 @@ def test_openness_between():
 def test_experts_that_are_open_by_now():
     assert card_at_start(card(1.0, iterations=60, open_experts_iters=50)).openness < 1
     assert card_at_start(card(1.0, iterations=60, open_experts_iters=None)).openness == 1
+
+
+def test_a_damaged_base_does_not_condemn_what_builds_on_it(runs, tmp_path):
+    root, _, data = runs
+    save = shutil.copytree(root / "only", tmp_path / "run")
+    base = shutil.copytree(root / "1" / "iter_0000003", tmp_path / "base" / "iter_0000003")
+    flip(base / "__0_0.distcp")
+    before = {path: path.read_bytes() for path in save.rglob("*") if path.is_file() and path.name[0] != "."}
+    error = go(base, save, data, "2", **ONLY)
+    assert f"{base / '__0_0.distcp'}: damaged" in error
+    assert {path: path.read_bytes() for path in save.rglob("*") if path.is_file() and path.name[0] != "."} == before
