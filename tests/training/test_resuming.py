@@ -139,3 +139,18 @@ def test_checkpoints_without_a_latest_file_are_not_overwritten(setting, tmp_path
     shutil.rmtree(save / "iter_0000006")
     (save / "iter_0000006").mkdir()
     assert "newest complete checkpoint is iter_0000003" in go(load, save, data)
+
+
+def test_the_checkpoints_schedule_is_not_stretched_in_a_lengthened_run(setting, tmp_path):
+    root, load, data = setting
+    save = rewind(root / "run", tmp_path / "run", 3)
+    changes = {"accept_changes": ("train-iters",), "use_checkpoint_opt_param_scheduler": True}
+    assert go(load, save, data, train_iters=8, save_interval=7, **changes) is None
+    short, longer = metrics(root / "run"), metrics(save)
+    for step in (4, 5, 6):
+        assert longer[step]["lr"] == short[step]["lr"]
+    assert longer[7]["lr"] == longer[8]["lr"] == 0.0
+    assert history(save, 8)["lr_decay_iters"] == 6
+    # The same command line, as a batch system starts it again.
+    assert go(load, rewind(save, tmp_path / "again", 7), data, train_iters=8, **changes) is None
+    assert metrics(tmp_path / "again")[8]["lm_loss"] == longer[8]["lm_loss"]

@@ -117,6 +117,8 @@ def read_blend(
     check_agreement(manifests, ("tokenizer", "eod"))
     entries = [_entry(prefix, manifests[prefix], weight, documents, flag) for weight, prefix in pairs]
     total = sum(entry.weight for entry in entries)
+    if not math.isfinite(total):
+        raise UserError(f"{flag}: the weights add up to more than a number holds; give smaller ones")
     return [dataclasses.replace(entry, weight=entry.weight / total) for entry in entries]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import megatron.core
 import numpy as np
+import psutil
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -28,6 +29,8 @@ from megatron_moe_lpr.platform.collectives import world_of_one
 TrainingDataset = BlendedDataset | torch.utils.data.ConcatDataset
 """Of a run; joined of several where the run was lengthened."""
 SURPLUS = 0.005  # megatron-core's own: blending may draw slightly more than a dataset's exact share
+BYTES_OF_A_SAMPLE = 22
+"""Of megatron-core's index maps, at least: int16 and int64 for the blend, two int32 and a uint32 for the datasets."""
 SHARED_FILE_SYSTEM_SECONDS = 30.0
 
 
@@ -86,6 +89,7 @@ def build_training_dataset(
     Raises:
         UserError: the index maps can't be built, or other nodes do not see them.
     """
+    _check_memory(train_samples)
     counts = [math.ceil(math.ceil(entry.weight * train_samples) * (1 + SURPLUS)) + 1 for entry in sources.train]
     settings = _megatron_config(sources, config, sequence_length)
     directory = cache_directory(config) / _cache_key(sources.train, settings, counts, train_samples)
@@ -102,6 +106,15 @@ def build_training_dataset(
     # error; its dataset classes do all the rest.
     _build_on_first_rank(directory, build)
     return build(directory)
+
+
+def _check_memory(train_samples: int) -> None:
+    needed, there = train_samples * BYTES_OF_A_SAMPLE, psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(
+            f"{train_samples:,} samples (--train-iters x --global-batch-size, or --train-samples): their index maps take "
+            f"{needed / 1e9:,.0f} GB or more, and this machine has {there / 1e9:,.0f} GB of memory; ask for fewer"
+        )
 
 
 def _megatron_config(sources: DataSources, config: DataConfig, sequence_length: int) -> GPTDatasetConfig:

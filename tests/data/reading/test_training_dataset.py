@@ -176,3 +176,8 @@ def test_moved_data_finds_its_index_maps(six, tmp_path):
     moved = [numbered_dataset(tmp_path / name, name, 1000 * (i + 1), 40 + 20 * i) for i, name in enumerate(LANGUAGES)]
     assert len(build(config_of(moved, tmp_path / "cache"))) == 500
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_more_samples_than_memory_has_room_for_are_refused(six, tmp_path):
+    with pytest.raises(UserError, match=r"--train-iters x --global-batch-size.*index maps take .* GB or more"):
+        build(config_of(six, tmp_path), 2**53)
