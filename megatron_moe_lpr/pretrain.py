@@ -12,6 +12,8 @@ from megatron_moe_lpr.training.signals import EXIT_REQUEUE, stop_request
 
 if TYPE_CHECKING:
     from megatron_moe_lpr.training.config import TrainingConfig
+    from megatron_moe_lpr.training.heartbeat import Heartbeat
+    from megatron_moe_lpr.training.run_lock import RunLock
 
 # What a run is made of takes seconds to import, and a signal may arrive meanwhile: it is imported where it is used.
 
@@ -24,41 +26,51 @@ ORPHAN_SECONDS = 600
 def pretrain(config: "TrainingConfig") -> bool:
     """Run a stage; False: it was asked to stop and has saved."""
     from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
-    from megatron_moe_lpr.liveness import long_work
     from megatron_moe_lpr.training.heartbeat import Heartbeat
+    from megatron_moe_lpr.training.run_lock import run_lock
+    from megatron_moe_lpr.training.start_marker import mark_start, refuse_lost_directory
+
+    options = config.checkpoint
+    # First of all, so that it also ends a run whose lock lies on a disk that does not answer.
+    with Heartbeat(config.distributed_timeout_minutes * 60.0) as heartbeat:
+        refuse_lost_directory(options.save)
+        with (
+            run_lock(options.save, options.take_over) as lock,
+            kept_for_reading(options.load, options.base_checkpoint, to_the_end=False) as load,
+        ):
+            heartbeat.before_end = lock.release
+            mark_start(options.save)
+            config = dataclasses.replace(config, checkpoint=dataclasses.replace(options, load=load))
+            return _train(config, lock, heartbeat)
+
+
+def _train(config: "TrainingConfig", lock: "RunLock", heartbeat: "Heartbeat") -> bool:
+    """Build the run, train, and say how it began and ended."""
+    from megatron_moe_lpr.liveness import long_work
     from megatron_moe_lpr.training.loop import Trainer
     from megatron_moe_lpr.training.metrics import MetricsWriter
-    from megatron_moe_lpr.training.run_lock import run_lock
     from megatron_moe_lpr.training.schedule_notes import schedule_notes
     from megatron_moe_lpr.training.setup import prepare, print_overview
-    from megatron_moe_lpr.training.start_marker import mark_start, mount_point, refuse_lost_directory
+    from megatron_moe_lpr.training.start_marker import mount_point
 
-    timeout, save = config.distributed_timeout_minutes * 60.0, config.checkpoint.save
-    refuse_lost_directory(save)
-    with (
-        run_lock(save, config.checkpoint.take_over) as lock,
-        Heartbeat(timeout, lock.release) as heartbeat,
-        kept_for_reading(config.checkpoint.load, config.checkpoint.base_checkpoint, to_the_end=False) as load,
-    ):
-        mark_start(save)
-        with long_work("setting up"):
-            run = prepare(dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, load=load)))
-        name = f"stage {config.stage.stage}"
-        writer = MetricsWriter(config.logging, save, name, run.state.iteration, run.description)
-        print_overview(run)
-        if run.state.iteration:
-            writer.say(f"resuming from step {run.state.iteration:,} in {save}")
-        else:
-            writer.say(f"beginning at step 0: no checkpoint in {save} (file system mounted at {mount_point(save)})")
-        for note in schedule_notes(run.config, run.state.iteration, run.own.recorded if run.own else None):
-            writer.say(note)
-        try:
-            finished = Trainer(run, writer, lock, heartbeat).train()
-        finally:
-            writer.close()
-        step = run.state.iteration
-        writer.say("done" if finished else f"stopped by request after step {step:,}; start again to go on")
-        return finished
+    with long_work("setting up"):
+        run = prepare(config)
+    save, step = config.checkpoint.save, run.state.iteration
+    writer = MetricsWriter(config.logging, save, f"stage {config.stage.stage}", step, run.description)
+    print_overview(run)
+    if step:
+        writer.say(f"resuming from step {step:,} in {save}")
+    else:
+        writer.say(f"beginning at step 0: no checkpoint in {save} (file system mounted at {mount_point(save)})")
+    for note in schedule_notes(run.config, step, run.own.recorded if run.own else None):
+        writer.say(note)
+    try:
+        finished = Trainer(run, writer, lock, heartbeat).train()
+    finally:
+        writer.close()
+    step = run.state.iteration
+    writer.say("done" if finished else f"stopped by request after step {step:,}; start again to go on")
+    return finished
 
 
 def main() -> None:

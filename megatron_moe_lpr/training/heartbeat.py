@@ -26,6 +26,7 @@ from megatron_moe_lpr.platform.collectives import is_collective_failure
 from megatron_moe_lpr.processes import start_thread
 from megatron_moe_lpr.training.hang_report import Note, NoteBoard, hang_line, print_stacks, silence_line, slow_line
 from megatron_moe_lpr.training.main_thread import MainThread, innermost, place_of
+from megatron_moe_lpr.training.outside_watch import OutsideWatch
 
 PATIENCE = 0.75
 """Share of the timeout after which a rank asks what it waits for."""
@@ -58,9 +59,13 @@ class Heartbeat:
         self.ended = threading.Event()
         self.board: NoteBoard | None = None
         self.thread: threading.Thread | None = None
+        self.outside: OutsideWatch | None = None
 
     def __enter__(self) -> "Heartbeat":
+        self.outside = OutsideWatch(self.timeout, self.period, self.rank)
         self.thread = start_thread(self._beat_until_end, "the watch for ranks that hang (the run has none)")
+        if self.thread is None:
+            self.outside.close()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -68,6 +73,8 @@ class Heartbeat:
         self.ended.set()
         if self.thread:
             self.thread.join(self.period)
+        if self.outside:
+            self.outside.close()
         if is_collective_failure(error):
             place, _ = place_of(innermost(trace))
             reason = str(error).strip().splitlines()[0]
@@ -101,6 +108,8 @@ class Heartbeat:
                 self.board = None
 
     def _sample(self) -> None:
+        if self.outside:
+            self.outside.beat()
         self.still = 0 if self.main.has_advanced(self.period) else self.still + 1
 
     def _waited(self) -> float:

@@ -114,6 +114,31 @@ def test_training_goes_on_while_the_checkpoint_stays_what_it_was(tmp_path):
     expect(tmp_path / "iter_0000001")
 
 
+def save_without_threads(root) -> None:
+    original = threading.Thread.start
+
+    def fail(thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with scene(root) as made:
+        threading.Thread.start = fail
+        try:
+            made.saver.expect(sharded(made.values, made.shared), {})
+        finally:
+            threading.Thread.start = original
+        assert made.saver.background.memory.size > 0
+        made.start(1)
+        assert made.saver.wait().iteration == 1
+        # What the process has put on the disk is known to who waits for it.
+        assert made.saver.background.progress.read() >= made.values.nbytes
+
+
+def test_without_a_thread_memory_is_taken_at_once(tmp_path):
+    """`cannot join thread before it is started` hid the reason, and the run ended."""
+    rank_pool(RANKS).run(save_without_threads, tmp_path)
+    expect(tmp_path / "iter_0000001")
+
+
 def save_as_expected(root) -> tuple[int, int]:
     """Bytes of memory before the first save and after it."""
     with scene(root) as made:

@@ -110,6 +110,18 @@ def test_runs_of_one_title_become_mean_and_spread(files):
     assert page.index("<tr class=subject>") < page.index("2.020 ±0.010")
 
 
+def test_two_datasets_of_a_language_are_two_columns(files):
+    """Each with its own figure; the mean of both stood in two columns of one name, as if they were two seeds."""
+    record = evaluation({"en": 2.0, "el": 4.0}, 0.4)
+    record["datasets"].append({**record["datasets"][1], "name": "books", "bits_per_byte": 3.25, "tokens": 11})
+    record["datasets"][1]["name"] = "news"
+    (files / "base.json").write_text(json.dumps(record))
+    page = write_report(files, evaluations=["Base=base"], **{"--subject": "Base"})
+    assert "<th>el/news</th><th>el/books</th>" in page and "<th>en</th>" in page
+    assert "<td>4.000</td><td>3.250</td>" in page
+    assert "el/books" in page.partition("<figcaption>")[0]
+
+
 def test_costs_are_columns(files):
     sizes = {"parameters": 4_000_000, "active_parameters": 3_000_000, "generated_tokens_per_second": 50.0}
     costs = {"Base": {**sizes, "generated_tokens_per_second": 100.0}, "Two": sizes}

@@ -26,6 +26,7 @@ NOT_RECORDED = {
     "optimizer.overlap_grad_reduce": "when, not what",
     "optimizer.overlap_param_gather": "when, not what",
     "optimizer.overlap_on_gpus": "when, not what",
+    "precision.fp16": "refused",
     "precision.bf16": "recorded as the dtype that comes of it",
     "precision.fp32": "recorded as the dtype that comes of it",
     "precision.moe_token_dispatcher_type": "how tokens travel: rounding alone",
@@ -60,10 +61,15 @@ def changed(config: TrainingConfig, part: str, name: str) -> TrainingConfig:
     """The configuration with another value in one field, fit for `describe_run` or not."""
     options = getattr(config, part)
     value = CHOICES.get(name) or another(getattr(options, name), typing.get_type_hints(type(options))[name])
-    # Without __post_init__: whether the value goes with others is not asked here.
+    # Whether the value goes with others is not asked here.
+    return unchecked(config, **{part: unchecked(options, **{name: value})})
+
+
+def unchecked(options, **values):
+    """`dataclasses.replace` without its checks."""
     copied = object.__new__(type(options))
-    vars(copied).update(vars(options) | {name: value})
-    return dataclasses.replace(config, **{part: copied})
+    vars(copied).update(vars(options) | values)
+    return copied
 
 
 def another(value, kind):

@@ -1,55 +1,61 @@
 """Runs of one process whose disk, writer, index building or evaluation stands still end and say so."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.training.runs import make_checkpoint, make_data
+from tests.distributed import PRELOADED
+from tests.training.runs import make_checkpoint, make_data, train
 
 TIMEOUT = 8.0
-RUN = """
-import sys, time
-from pathlib import Path
-import psutil
-from megatron_moe_lpr.checkpoint import integrity, saving
-from megatron_moe_lpr.data.reading import training_dataset, validation_dataset
-from megatron_moe_lpr.training import heartbeat, loop
-from tests.training.runs import train
-
-how, root, save = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-original = heartbeat.Heartbeat.__init__
-heartbeat.Heartbeat.__init__ = lambda watch, timeout, before_end: original(watch, TIMEOUT, before_end)
-
-def stand_still(*_, **__):
-    time.sleep(300)
-
-def suspend_the_writer(saver, *_):
-    psutil.Process(saver.background.process.pid).suspend()
-
-options = {"train_iters": 2, "async_save": how != "disk", "tensorboard_dir": save / "tb"}
-if how == "writer":
-    loop.expect_saves = suspend_the_writer
-elif how == "disk":
-    integrity.os.fsync = stand_still
-elif how == "name":
-    saving.finish_iteration = stand_still
-elif how == "index":
-    training_dataset.are_intact = stand_still
-    options["data_cache_path"] = str(save / "cache")
-elif how == "evaluation":
-    validation_dataset.ValidationDataset.__getitem__ = stand_still
-    options["valid_data_path"] = [str(root / "el")]
-train(root / "checkpoint", save, {name: str(root / name) for name in ("el", "hu", "en")}, **options)
-"""
 DOING = {
     "writer": ("step 2", "waiting for the checkpoint writer, process "),
     "disk": ("step 2", "saving step 2 to "),
     "name": ("step 2", "saving step 2 to "),
+    "lock": ("step 0", "at stand_still"),
     "index": ("step 0", "building index maps in "),
     "evaluation": ("step 2", "reading a batch of ValidationDataset in this process"),
 }
+"""What stands still, and what the error says of it."""
+
+
+def stand_still(*_, **__) -> None:
+    time.sleep(300)
+
+
+def suspend_the_writer(saver, *_) -> None:
+    psutil.Process(saver.background.process.pid).suspend()
+
+
+def hang(how: str, root: Path) -> None:
+    """A run in a process of its own, whose errors go to a file."""
+    from megatron_moe_lpr.checkpoint import integrity, saving
+    from megatron_moe_lpr.data.reading import training_dataset, validation_dataset
+    from megatron_moe_lpr.training import heartbeat, loop, run_lock
+
+    os.dup2(os.open(root / f"{how}.err", os.O_WRONLY | os.O_CREAT), 2)
+    original, save = heartbeat.Heartbeat.__init__, root / how
+    heartbeat.Heartbeat.__init__ = lambda watch, timeout: original(watch, TIMEOUT)
+    options = {"train_iters": 2, "async_save": how != "disk", "tensorboard_dir": save / "tb"}
+    if how == "writer":
+        loop.expect_saves = suspend_the_writer
+    elif how == "disk":
+        integrity.ChecksumStream.close = stand_still
+    elif how == "lock":
+        run_lock.atomic_file = stand_still
+    elif how == "name":
+        saving.finish_iteration = stand_still
+    elif how == "index":
+        training_dataset.are_intact = stand_still
+        options["data_cache_path"] = str(save / "cache")
+    else:
+        validation_dataset.ValidationDataset.__getitem__ = stand_still
+        options["valid_data_path"] = [str(root / "el")]
+    train(root / "checkpoint", save, {name: str(root / name) for name in ("el", "hu", "en")}, **options)
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +64,15 @@ def ended(tmp_path_factory):
     root = tmp_path_factory.mktemp("hanging")
     make_checkpoint(root)
     make_data(root)
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    code, runs = RUN.replace("TIMEOUT", str(TIMEOUT)), {}
-    for how in DOING:
-        command = [sys.executable, "-c", code, how, root, root / how]
-        runs[how] = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-    try:
-        errors = {how: process.communicate(timeout=300)[1] for how, process in runs.items()}
-    finally:
-        for process in runs.values():
-            process.kill()
-    return {how: (process.returncode, errors[how], root / how) for how, process in runs.items()}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    runs = {how: context.Process(target=hang, args=(how, root)) for how in DOING}
+    for process in runs.values():
+        process.start()
+    for process in runs.values():
+        process.join(250)
+        process.kill()
+    return {how: (process.exitcode, (root / f"{how}.err").read_text(), root / how) for how, process in runs.items()}
 
 
 @pytest.mark.parametrize("how", DOING)
@@ -83,4 +85,4 @@ def test_the_line_says_what_stands_still_and_the_stack_where(how, ended):
     assert "no progress for" in lines[0]
     assert ("readline" if how == "writer" else "in stand_still") in errors
     assert not (save / "run.lock").exists()
-    assert not list(save.glob("iter_*"))
+    assert bool(list(save.glob("iter_*"))) == (how == "evaluation")

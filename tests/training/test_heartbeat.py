@@ -113,6 +113,25 @@ def test_a_rank_that_hangs_ends_and_so_do_those_that_wait_for_it(how, doing):
     assert f"in {function}" in other_errors and "its stack" not in errors
 
 
+LOCKED = """
+import ctypes
+from megatron_moe_lpr.training.heartbeat import Heartbeat
+
+def hang_with_the_lock():
+    ctypes.PyDLL(None).sleep(300)
+
+with Heartbeat(timeout=3.0):
+    hang_with_the_lock()
+"""
+
+
+def test_a_process_none_of_whose_threads_can_run_ends_too():
+    done = subprocess.run([sys.executable, "-c", LOCKED], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == -signal.SIGABRT
+    assert done.stderr.startswith("error: rank 0 (process ") and "holds Python's lock in native code" in done.stderr
+    assert "in hang_with_the_lock" in done.stderr
+
+
 ALONE = """
 import sys, threading
 from megatron_moe_lpr.training.heartbeat import Heartbeat
