@@ -42,6 +42,7 @@ def atomic_directory(target: Path, overwrite: bool = False, last: Sequence[str] 
     Raises:
         UserError: `target` exists, is not an empty directory, and `overwrite` is off; another run is writing it; it has
             changed during the block.
+        OSError: naming `target`: it cannot be made.
     """
     with contextlib.ExitStack() as stack:
         output = _open(Path(target), overwrite, stack)
@@ -167,9 +168,8 @@ def _open(target: Path, overwrite: bool, stack: contextlib.ExitStack) -> _Output
         _make_parents(parent, stack)
         stack.enter_context(work_directory(work, path))
     except OSError as error:
-        raise UserError(
-            f"{target}: cannot be written: {error.strerror or error} ({error.filename or work}); choose another place"
-        ) from None
+        # The user knows the target, not the hidden directory.
+        raise OSError(error.errno, error.strerror, str(target)) from None
     _check_empty(target, path, work, overwrite)
     status = os.stat(path) if path.is_dir() else None
     return _Output(target, path, work, in_place, status, _entries(path, work))
