@@ -51,7 +51,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
     for line in check_tokenizer(plan.model.path, family.moe_model_type if is_moe else family.name):
         warn(line)
     files, tokenizer = carried_files(plan.model.path), tokenizer_files(plan.model.path)
-    config = _changed_config(plan)
+    config, base_model = _changed_config(plan), base_model_of(plan.model.path, exported=plan.model.card is not None)
     total = sum(math.prod(row.shape) * plan.dtype_of(row).itemsize for row in plan.rows)
     with naming(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
         check_disk_space(partial, total, save)
@@ -60,6 +60,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
             fingerprint = _write_tensors(plan, writer, progress)
         card = _card(plan, fingerprint, tokenizer)
         _write_side_files(plan, card, files, config, iteration / SIDE_DIRECTORY)
+        write_json(base_model.as_json(), iteration / SIDE_DIRECTORY / BASE_MODEL_FILE)
         write_manifest(iteration, writer.checksums)
         write_latest(partial, None)
     return card
@@ -171,6 +172,4 @@ def _write_side_files(
         copy_private(plan.model.path / CONFIG_FILE, directory / CONFIG_FILE)
     else:
         write_json(config, directory / CONFIG_FILE)
-    base_model = base_model_of(plan.model.path, exported=plan.model.card is not None)
-    write_json(base_model.as_json(), directory / BASE_MODEL_FILE)
     card.write(directory / CARD_FILE)
