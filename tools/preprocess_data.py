@@ -15,7 +15,7 @@ import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.beginning_of_text import begin_note
-from megatron_moe_lpr.data.language_names import canonical_language, is_known
+from megatron_moe_lpr.data.language_names import canonical_language, is_known, language_title, likely_meaning
 from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.data.preparation.documents import LANGUAGE_PATTERN, DocumentOptions
 from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
@@ -77,6 +77,10 @@ def main() -> None:
             f"{prefix}: {manifest.language}, {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
             f"{manifest.text_bytes / 1e6:,.1f} MB of text"
         )
+        if flags.language_key and not is_known(manifest.language):
+            meaning = likely_meaning(manifest.language, ())
+            perhaps = f"; write {meaning} if you mean {language_title(meaning)}" if meaning else ""
+            print(f"note: --language-key: {manifest.language} is no known language{perhaps}", file=sys.stderr)
 
 
 def plan(flags: Flags) -> PreprocessingPlan:

@@ -72,6 +72,17 @@ def test_language_in_other_spellings(tool, hf_tokenizer, tmp_path):
         assert code == 0 and f"{word}: {word}, 1 documents" in out and note in err
 
 
+def test_misspelled_languages_of_documents_are_named(tool, hf_tokenizer, tmp_path):
+    documents = [{"text": "one", "lang": name} for name in ("Englsh", "English", "en", "code")]
+    arguments = ["--input", write_jsonl(tmp_path / "a.jsonl", documents), "--output-prefix", tmp_path / "x"]
+    code, out, err = tool(
+        "preprocess_data.py", *arguments, "--tokenizer", hf_tokenizer, "--workers", 1, "--language-key", "lang"
+    )
+    assert code == 0 and "x_en: en, 2 documents" in out
+    assert "Englsh is no known language; write en if you mean en (English)" in err
+    assert "kept: 1 kept_with_language_English_read_as_en" in err and "code is no known language\n" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
