@@ -11,7 +11,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration import dtype as module
 from megatron_moe_lpr.model.configuration.dtype import asked_dtype, choose_dtype, say_dtype
 from megatron_moe_lpr.platform import CPUFacts, Platform
-from megatron_moe_lpr.platform.devices import cpu_facts
+from megatron_moe_lpr.platform.cpu.processor import cpu_facts
 
 CPU = Platform("cpu", "gloo", torch.device("cpu"), transformer_engine=False, cpu=CPUFacts(multiplies_bf16=True))
 OLD_CPU = dataclasses.replace(CPU, cpu=CPUFacts(multiplies_bf16=False))
