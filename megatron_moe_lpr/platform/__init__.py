@@ -82,10 +82,12 @@ def select_platform(name: PlatformName = "auto", tensor_parallel_size: int = 1) 
 def _select_cpu() -> Platform:
     import torch
 
-    from megatron_moe_lpr.platform import cpu, devices
+    from megatron_moe_lpr.platform import cpu
+    from megatron_moe_lpr.platform.cpu.processor import multiplies_bf16
 
     cpu.install()
-    return Platform("cpu", "gloo", torch.device("cpu"), transformer_engine=False, cpu=devices.cpu_facts())
+    facts = CPUFacts(multiplies_bf16())
+    return Platform("cpu", "gloo", torch.device("cpu"), transformer_engine=False, cpu=facts)
 
 
 def _select_cuda(tensor_parallel_size: int) -> Platform:

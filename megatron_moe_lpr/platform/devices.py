@@ -5,23 +5,12 @@ import resource
 import torch
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.platform import CPUFacts, Platform
-
-BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""torch's names of what multiplies bfloat16: two of x86-64, two of ARM."""
+from megatron_moe_lpr.platform import Platform
 
 
 def visible_device() -> torch.device:
     """The first GPU that PyTorch sees, else the CPU; chooses no platform."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def cpu_facts() -> CPUFacts:
-    """Ask the processor."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.11
-        return CPUFacts(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    capabilities = torch.cpu.get_capabilities()
-    return CPUFacts(any(capabilities.get(name) for name in BF16_INSTRUCTIONS))
 
 
 def usable_device(name: str) -> torch.device:

@@ -72,13 +72,16 @@ def test_resume_at_the_same_layout_is_exact(original_run, inputs, tmp_path):
 
 @pytest.mark.parametrize("trained", [{}, {"train_embeddings": True}, {"stage": "full"}])
 def test_bf16_with_fp32_routers_is_saved_and_resumed(trained, inputs, tmp_path):
-    """Also where routers train beside dense bf16 weights: Megatron's optimizer mixed their states up."""
+    """Also where routers train beside dense bf16 weights: Megatron's optimizer mixed their states up. What is frozen
+    keeps the dense model's float32."""
     first, second = tmp_path / "first", tmp_path / "second"
     changes = {"fp32": False, "bf16": True} | trained
     run_pool(2, inputs[0], first, inputs[1], save_interval=3, **EP2, **changes)
     tensors = checkpoint_tensors(first)
     assert tensors["decoder.layers.0.mlp.router.weight"].dtype == torch.float32
-    assert tensors["decoder.layers.0.mlp.original_expert.linear_fc2.weight"].dtype == torch.bfloat16
+    assert tensors["decoder.layers.0.mlp.experts.experts.0.linear_fc2.weight"].dtype == torch.bfloat16
+    original = tensors["decoder.layers.0.mlp.original_expert.linear_fc2.weight"]
+    assert original.dtype == (torch.bfloat16 if trained.get("stage") == "full" else torch.float32)
     run_pool(2, inputs[0], rewind(first, second, 3), inputs[1], **EP2, **changes)
     again = checkpoint_tensors(second)
     assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items() if key.startswith("decoder."))

@@ -11,7 +11,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration import dtype as module
 from megatron_moe_lpr.model.configuration.dtype import asked_dtype, choose_dtype, say_dtype
 from megatron_moe_lpr.platform import CPUFacts, Platform
-from megatron_moe_lpr.platform.devices import cpu_facts
+from megatron_moe_lpr.platform.cpu.processor import multiplies_bf16
 
 CPU = Platform("cpu", "gloo", torch.device("cpu"), transformer_engine=False, cpu=CPUFacts(multiplies_bf16=True))
 OLD_CPU = dataclasses.replace(CPU, cpu=CPUFacts(multiplies_bf16=False))
@@ -100,7 +100,7 @@ def test_the_ratio_is_measured(capsys):
 def test_the_processor_is_asked(capabilities, found, monkeypatch):
     """Names as torch.cpu.get_capabilities documents them; CPUs with bf16 conversion alone have no products."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert cpu_facts().multiplies_bf16 is found
+    assert multiplies_bf16() is found
 
 
 @pytest.mark.parametrize(
