@@ -326,6 +326,7 @@ DIRECTORIES: dict[str, tuple[Build, list[str]]] = {
     "LoRA": (lora_alone, ["adapter", "'LORA'", "Qwen/Qwen2.5-0.5B", "merge_and_unload"]),
     "LoRA with config.json": (lora_with_config, ["is an adapter", "merge_and_unload"]),
     "LoRA beside a model": (lora, ["whole model and an adapter", "adapter_config.json", "move", "merge_and_unload"]),
+    "adapter without its configuration": (only("adapter_model.safetensors"), ["an adapter's", "merge_and_unload"]),
     "authors' adapter": (authors_adapter, ["give it by --adapter", "its base by --hf"]),
     "hub cache's model": (lambda dense: cached(dense, "model"), ["give a snapshot in it: /", f"snapshots/{COMMIT}, "]),
     "hub cache's snapshots": (lambda dense: cached(dense, "snapshots"), [f"snapshots/{COMMIT}, "]),

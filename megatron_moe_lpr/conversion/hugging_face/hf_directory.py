@@ -20,6 +20,7 @@ from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     moe_config,
     top_k_of,
     with_dtype,
+    without_foreign_fields,
 )
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import LLAMA_CPP_MODEL_TYPE
 from megatron_moe_lpr.conversion.hugging_face.other_forms import refuse_other_directories
@@ -146,7 +147,8 @@ def _dense_behind(path: Path, moe: dict[str, Any], card: CheckpointCard | None) 
     kept = read_json(side)
     with contextlib.suppress(UserError):  # a card of another model; what does not fit is refused below
         architecture = read_architecture(kept, str(side))
-        if moe == moe_config(with_dtype(kept, card.dtype), architecture, card.experts_per_layer, card.top_k):
+        dense = with_dtype(kept, card.dtype)
+        if without_foreign_fields(moe) == moe_config(dense, architecture, card.experts_per_layer, card.top_k):
             return kept
     return dense_config(moe, str(path / CONFIG_FILE), card.family)
 
