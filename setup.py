@@ -24,6 +24,8 @@ setup(
         "huggingface_hub",
         "numpy",
         "packaging",
+        # Reads SentencePiece models.
+        "protobuf",
         # Megatron's asynchronous checkpoint writer hangs for ever where psutil is missing.
         "psutil",
         "rich",

@@ -89,12 +89,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def with_one_spelling(flags: Flags) -> Flags:
     """The flags with their languages as `canonical_language` spells them. Raises UserError."""
-    spelled = {}
-    for name in ("original_languages", "expanded_languages"):
-        spelled[name], notes = parse_languages(getattr(flags, name), f"--{name.replace('_', '-')}")
-        for note in notes:
-            print(f"note: {note}")
-    return dataclasses.replace(flags, **spelled)
+    original, notes = parse_languages(flags.original_languages, "--original-languages")
+    expanded, more = parse_languages(flags.expanded_languages, "--expanded-languages")
+    for note in (*notes, *more):
+        print(f"note: {note}")
+    return dataclasses.replace(flags, original_languages=original, expanded_languages=expanded)
 
 
 def evaluate(flags: Flags, chosen: list[ChosenTasks]) -> None:

@@ -15,7 +15,7 @@ import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.beginning_of_text import begin_note
-from megatron_moe_lpr.data.language_names import canonical_language, is_known
+from megatron_moe_lpr.data.language_names import canonical_language, is_known, language_title, likely_meaning
 from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.data.preparation.documents import LANGUAGE_PATTERN, DocumentOptions
 from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
@@ -51,6 +51,8 @@ class Flags:
     """End each document with the end-of-document token."""
     eod_token: str | None = None
     """The end-of-document token. Default: the tokenizer's end-of-sequence token."""
+    split_special_tokens: bool = True
+    """Encode special tokens that a text mentions as plain text. Off: as the real tokens. Counted in the manifest."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do with a line that is not a document. skip: count it in the manifest."""
     overwrite: bool = False
@@ -69,6 +71,10 @@ def main() -> None:
             f"{prefix}: {manifest.language}, {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
             f"{manifest.text_bytes / 1e6:,.1f} MB of text"
         )
+        if flags.language_key and not is_known(manifest.language):
+            meaning = likely_meaning(manifest.language, ())
+            perhaps = f"; write {meaning} if you mean {language_title(meaning)}" if meaning else ""
+            print(f"note: --language-key: {manifest.language} is no known language{perhaps}", file=sys.stderr)
 
 
 def plan(flags: Flags) -> PreprocessingPlan:
@@ -88,7 +94,7 @@ def plan(flags: Flags) -> PreprocessingPlan:
     if flags.shuffle_seed is not None and not 0 <= flags.shuffle_seed < 2**32:
         raise UserError("--shuffle-seed: from 0 to 4294967295")
     documents = DocumentOptions(flags.json_key, language, flags.language_key, flags.on_error == "stop")
-    encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents)
+    encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents, flags.split_special_tokens)
     return PreprocessingPlan(
         inputs=flags.input,
         output_prefix=flags.output_prefix,

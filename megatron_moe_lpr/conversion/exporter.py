@@ -17,9 +17,10 @@ from megatron_moe_lpr.checkpoint.directory import (
 )
 from megatron_moe_lpr.checkpoint.reader import is_model_key
 from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, layers_of, open_reader, reading
-from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
+from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all, warn
 from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, read_base_model
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
+from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
 from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     CODE_FIELDS,
     SHARED_EXPERT_WIDTH,
@@ -240,6 +241,8 @@ def _write_side_files(plan: ExportPlan, directory: Path, card_options: CardOptio
         shutil.copyfile(side / CONFIG_FILE, directory / CONFIG_FILE)
     else:
         write_json(plan.config, directory / CONFIG_FILE)
+    for warning in settle_tokenizer(directory):
+        warn(warning)
     target = directory / SIDE_DIRECTORY
     target.mkdir()
     shutil.copyfile(side / CONFIG_FILE, target / CONFIG_FILE)

@@ -11,9 +11,11 @@ import torch
 from megatron_moe_lpr.checkpoint.card import CheckpointCard, tool_versions
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, RELEASE, SIDE_DIRECTORY, write_latest
 from megatron_moe_lpr.checkpoint.integrity import write_manifest
+from megatron_moe_lpr.checkpoint.verification import warn
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, base_model_of
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files, tokenizer_files
+from megatron_moe_lpr.conversion.hugging_face.tokenizer_check import check_tokenizer
 from megatron_moe_lpr.conversion.plan import ImportOptions, ImportPlan, plan_import
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.tensors.blocks import ZEROED, grown_config
@@ -37,6 +39,9 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
     check_separate(options.hf, "--hf", save, "--save")
     plan = plan_import(options)
     _check_extra_tensors(plan)
+    family, is_moe = plan.model.architecture.family, max(plan.experts_per_layer) > 1
+    for line in check_tokenizer(plan.model.path, family.moe_model_type if is_moe else family.name):
+        warn(line)
     total = sum(math.prod(row.shape) * plan.dtype_of(row).itemsize for row in plan.rows)
     with naming(save), atomic_directory(save, overwrite) as partial:
         check_disk_space(partial, total)

@@ -55,6 +55,19 @@ def language_title(language: str) -> str:
     return f"{language} ({known.names[0]})" if known and known.names else language
 
 
+def named_script(language: str) -> str:
+    """`Hant` of `zh-Hant`; empty where the tag names none, or the only one that the language has."""
+    parts = _parts(language)
+    return parts[1] if parts else ""
+
+
+def with_usual_script(language: str) -> str:
+    """`ceb_Latn` for `ceb`; a tag that is not of the table, or whose script is not known, as it is."""
+    row, script = _row(language), named_script(language)
+    script = script or (row.script if row else "")
+    return f"{row.code}_{script}" if row and script else language
+
+
 def is_known(language: str) -> bool:
     """Whether a canonical tag is of a language of the table, and not the user's own."""
     return _parts(language) is not None

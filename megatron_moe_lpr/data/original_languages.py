@@ -97,6 +97,10 @@ def _notes(names: dict[str, str], known: list[str], data: Collection[str], flag:
         notes.append(f"{flag}: the data has nothing of {_listed(absent)}")
     if strange:
         notes.append(f"{flag}: {', '.join(strange)}: neither the code nor the name of a language; taken as a tag")
+    for one in sorted(set(data) - covered(data, known)):
+        if not is_known(one) and likely_meaning(one, known) in known:
+            unknown = "of the data is no known language and counts as expanded; if it is original, name it too"
+            notes.append(f"{one} {unknown}")
     codes = {name.split("-")[0] for name in known}
     if similar := sorted(one for one in set(data) - covered(data, known) if one.split("-")[0] in codes):
         notes.append(f"{flag}: {', '.join(similar)} of the data is not among them and counts as expanded")

@@ -94,8 +94,8 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
     """The description with languages in their one spelling, which an older version did not have."""
     compared = dict(description)
-    if "data" in compared:
-        compared["data"] = [_with_canonical_language(line) for line in compared["data"]]
+    if isinstance(compared.get("data"), list):
+        compared["data"] = [_with_canonical_language(str(line)) for line in compared["data"]]
     if "languages" in compared:
         languages = {canonical_language(name) for name in compared["languages"]}
         compared["languages"] = sorted(languages)

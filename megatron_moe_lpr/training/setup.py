@@ -18,7 +18,7 @@ from megatron_moe_lpr.data.language_groups import groups_with_prior, original_la
 from megatron_moe_lpr.data.reading.config import DataSources, read_data_sources
 from megatron_moe_lpr.data.reading.datasets import Datasets, build_datasets
 from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
-from megatron_moe_lpr.data.tokenizer import load_tokenizer
+from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.config import (
     ComputeOptions,
@@ -86,8 +86,10 @@ def prepare(config: TrainingConfig) -> Run:
     accepted_names(config.checkpoint.accept_changes, config.checkpoint.override_opt_param_scheduler)
     start = open_checkpoint(config.checkpoint.load, config.checkpoint.verify, config.checkpoint.base_checkpoint)
     shape, card = model_shape(start), start.card()
-    fingerprint = load_tokenizer(start.side_directory).fingerprint if card.tokenizer_files else None
+    tokenizer = load_tokenizer(start.side_directory) if card.tokenizer_files else None
+    fingerprint = tokenizer.fingerprint if tokenizer else None
     sources = read_data_sources(config.data, fingerprint, original_languages(card.history))
+    sources = dataclasses.replace(sources, notes=(*sources.notes, *_end_of_document(sources, tokenizer)))
     check_token_ids([*sources.train, *sources.valid], shape.architecture.vocab_size, str(start.path))
     earlier = groups_with_prior(card.history, sources.original_languages, shape.num_groups)[1:]
     check_stage(stage, card.is_moe, sources, earlier, bool(card.inserted_blocks))
@@ -163,6 +165,20 @@ def check_parameter_gather(options: FP8Options, stage: Stage) -> None:
         raise UserError(
             f"--fp8-param-gather: stage {stage.name} keeps the new experts frozen, to the bit; leave it out"
         )
+
+
+def _end_of_document(sources: DataSources, tokenizer: Tokenizer | None) -> list[str]:
+    """Whether the data's documents end as the model's texts do."""
+    try:
+        if tokenizer is None or tokenizer.eod == sources.eod:
+            return []
+    except UserError:  # The tokenizer names no such token.
+        return []
+    ours, theirs = (f"{tokenizer.token(number)!r} ({number})" for number in (sources.eod, tokenizer.eod))
+    return [
+        f"--data-path: documents end with {ours}, the texts of the model with {theirs}; if you did not choose the "
+        "former by --eod-token, preprocess again"
+    ]
 
 
 def _check_expansion(config: TrainingConfig, stage: Stage, card: CheckpointCard) -> None:

@@ -46,7 +46,7 @@ def make_hf_tokenizer(directory: Path) -> Path:
     return directory
 
 
-def make_sentencepiece(directory: Path) -> Path:
+def make_sentencepiece(directory: Path, model_type: str = "unigram") -> Path:
     """A SentencePiece model with byte fallback and no normalisation: every text decodes back exactly."""
     directory.mkdir(parents=True, exist_ok=True)
     lines = (line for name in LANGUAGES for text in corpus_texts("valid", name)[:10] for line in text.split("\n"))
@@ -57,6 +57,8 @@ def make_sentencepiece(directory: Path) -> Path:
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+        model_type=model_type,
+        split_digits=model_type == "bpe",
         minloglevel=2,
     )
     return directory / "tokenizer.model"

@@ -36,6 +36,13 @@ def test_tags_of_the_users_own():
     assert any("en-tech of the data is not among them and counts as expanded" in note for note in notes)
 
 
+def test_a_misspelled_tag_of_the_data_is_named():
+    (note,) = read_original_languages(["en", "Englsh"], ["en", "Englsh"]).notes or ("",)
+    assert note == ""
+    notes = read_original_languages(["en"], ["en", "Englsh"]).notes
+    assert any(note.startswith("Englsh of the data is no known language") for note in notes)
+
+
 @pytest.mark.parametrize(
     ("given", "data", "words"),
     [

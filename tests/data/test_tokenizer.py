@@ -73,6 +73,33 @@ def test_eod_is_found(hf_tokenizer, sp_model, tmp_path):
         _ = load_tokenizer(bare, "<nope>").eod
 
 
+def test_files_that_disagree_about_the_end_of_a_document(hf_tokenizer, sp_model, tmp_path):
+    library = tokenizers.Tokenizer.from_file(str(hf_tokenizer / "tokenizer.json"))
+    library.save(str(tmp_path / "tokenizer.json"))
+    eod = library.token_to_id(EOD_TOKEN)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "!"}))
+    assert load_tokenizer(tmp_path).eod == library.token_to_id("!") and load_tokenizer(tmp_path).eod_note() is None
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOD_TOKEN}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    note = load_tokenizer(tmp_path).eod_note()
+    assert f"documents end with '{EOD_TOKEN}' ({eod})" in note and "config.json has the eos_token_id 7" in note
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, eod]}))
+    assert load_tokenizer(tmp_path).eod_note() is None
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_mention_of_a_special_token_is_text(hf_tokenizer, tmp_path, special):
+    content = json.loads((hf_tokenizer / "tokenizer.json").read_text())
+    content["added_tokens"][0]["special"] = special
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOD_TOKEN}))
+    text = f"the token {EOD_TOKEN} ends a text"
+    tokenizer = load_tokenizer(tmp_path)
+    (ids,) = tokenizer.encode_batch([text])
+    assert tokenizer.eod not in ids and tokenizer.decode(ids) == text and tokenizer.special_tokens == {EOD_TOKEN}
+    assert load_tokenizer(tmp_path, None, False).encode_batch([text])[0].count(tokenizer.eod) == 1
+
+
 def test_sizes(hf_tokenizer, sp_model):
     assert (load_tokenizer(hf_tokenizer).vocab_size, load_tokenizer(sp_model).vocab_size) == (800, 1500)
     assert load_tokenizer(hf_tokenizer).dtype == np.uint16

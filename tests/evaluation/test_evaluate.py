@@ -1,9 +1,11 @@
 """Evaluation's numbers: against transformers on the exported model, and the same at every layout."""
 
+import dataclasses
 import functools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from megatron_moe_lpr.checkpoint.card import read_card
+from megatron_moe_lpr.checkpoint.directory import CARD_FILE, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
 from megatron_moe_lpr.evaluation.results import evaluation_record
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -50,12 +55,12 @@ def setting(tmp_path_factory):
     return root, checkpoint, data, tokens
 
 
-def evaluate(load: Path, data: dict[str, str], layout: dict) -> dict:
+def evaluate(load: Path, data: dict[str, str], layout: dict, original: tuple[str, ...] = ("en",)) -> dict:
     """On every rank of a pool."""
     plan = EvaluationPlan(
         load=load,
         valid_data_path=list(data.values()),
-        original_languages=["en"],
+        original_languages=list(original),
         seq_length=SEQUENCE,
         micro_batch_size=2,
         dtype=torch.float32,
@@ -136,6 +141,21 @@ def test_layout_equals_one_process(setting, alone, layout):
             assert one["loss"] == pytest.approx(reference["loss"], rel=1e-5)
             for name in ("expert0_probability", "expert0_top_k_share"):
                 assert one["routing"][name] == pytest.approx(reference["routing"][name], abs=1e-4)
+
+
+def test_original_languages_are_those_of_the_history(setting, alone, tmp_path):
+    """Also those that the run which recorded them had no data of."""
+    _, checkpoint, data, _ = setting
+    shutil.copytree(checkpoint, tmp_path / "trained")
+    entry = {"stage": "1", "languages": ["el"], "original_languages": ["English", "es"]}
+    directory = resolve_checkpoint(tmp_path / "trained")
+    path = directory.side_directory / CARD_FILE
+    dataclasses.replace(read_card(path), history=[entry]).write(path)
+    write_manifest(directory.path, {})
+    record = rank_pool(1).run(evaluate, tmp_path / "trained", data, {}, ())[0]
+    assert record["original_languages"] == ["en", "es"] and record["averages"] == alone["averages"]
+    unknown = rank_pool(1).run(evaluate, checkpoint, data, {}, ())[0]
+    assert unknown["averages"]["original"]["loss"] is None
 
 
 def test_command_line_writes_json(setting, alone, tmp_path):

@@ -29,6 +29,7 @@ from megatron_moe_lpr.data.preparation.inspection import counts_table
 from megatron_moe_lpr.data.preparation.merging import expand_prefixes
 from megatron_moe_lpr.data.preparation.sources import Block
 from megatron_moe_lpr.data.tokenizer import load_tokenizer, model_vocabulary
+from megatron_moe_lpr.data.tokenizer_settings import added_tokens
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
 from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
@@ -230,6 +231,11 @@ TARGETS = {
     "latest": Target(_latest, lambda path: resolve_checkpoint(path.parent)),
     "checksums": Target(_checksums, lambda path: integrity.verify(path.parents[1])),
     "tokenizer config": Target(_tokenizer, _read_tokenizer),
+    "added tokens": Target(_json_file("added_tokens.json", {"<|a|>": 5}), lambda path: added_tokens(path.parent)),
+    "added tokens of the configuration": Target(
+        _json_file("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": "<|a|>", "special": True}}}),
+        lambda path: added_tokens(path.parent),
+    ),
     "metrics": Target(_metrics, _read_metrics),
     "evaluation": Target(_json_file("e.json", EVALUATION), _read_evaluation),
 }

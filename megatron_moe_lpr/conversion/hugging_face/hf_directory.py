@@ -49,7 +49,7 @@ TOKENIZER_PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
-    "spiece.model",
+    "*.model",
     "tekken.json",
 )
 # README.md is the base model's card: export takes the licence from it. Licences want their files shipped.

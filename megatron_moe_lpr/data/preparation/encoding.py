@@ -18,8 +18,9 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
-from megatron_moe_lpr.data.preparation.documents import DocumentOptions, read_documents
+from megatron_moe_lpr.data.preparation.documents import KEPT, DocumentOptions, read_documents
 from megatron_moe_lpr.data.preparation.sources import Block
+from megatron_moe_lpr.data.special_tokens import SpecialTokenSearch
 from megatron_moe_lpr.data.tokenizer import Tokenizer
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.processes import end_with_parent
@@ -27,6 +28,9 @@ from megatron_moe_lpr.processes import end_with_parent
 BLOCKS_AHEAD = 2
 BATCH_CHARACTERS = 1 << 17
 NO_TOKENS = "no_tokens"
+MENTIONS_AS_TEXT = f"{KEPT}special_tokens_as_text"
+MENTIONS_AS_TOKENS = f"{KEPT}special_tokens_as_tokens"
+EOD_INSIDE = f"{KEPT}end_of_document_inside"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,8 @@ class EncoderOptions:
     eod_token: str | None
     append_eod: bool
     documents: DocumentOptions
+    split_special_tokens: bool = True
+    """Encode special tokens that a text mentions as plain text; else they are the real ones. Counted either way."""
     model_vocabulary: int | None = None
     """Ids of the model that the tokenizer belongs to, where it is known; more are refused."""
 
@@ -76,6 +82,8 @@ class BlockEncoder:
 
     def __init__(self, tokenizer: Tokenizer, options: EncoderOptions) -> None:
         self.tokenizer, self.options = tokenizer, options
+        self._mentions = SpecialTokenSearch(tokenizer.special_tokens)
+        self._mention_reason = MENTIONS_AS_TEXT if options.split_special_tokens else MENTIONS_AS_TOKENS
 
     def encode(self, block: Block) -> EncodedBlock:
         """Raises UserError where the block holds a bad line and errors are to stop the run."""
@@ -84,6 +92,9 @@ class BlockEncoder:
         texts: dict[str, list[str]] = {}
         for language, text in read_documents(block, self.options.documents, counts, first):
             texts.setdefault(language, []).append(text)
+            if (token := self._mentions.first(text)) is not None:
+                counts[self._mention_reason] += 1
+                first.setdefault(self._mention_reason, f"{block.source}: {token}")
         languages = {language: self._encode_texts(group, counts) for language, group in texts.items()}
         return EncodedBlock(languages, counts, first, block.disk_bytes)
 
@@ -95,6 +106,7 @@ class BlockEncoder:
                 counts[NO_TOKENS] += 1
                 continue
             tokens.fromlist(ids)
+            counts[EOD_INSIDE] += self.tokenizer.eod in ids
             if self.options.append_eod:
                 tokens.append(self.tokenizer.eod)
             lengths.append(len(ids) + self.options.append_eod)

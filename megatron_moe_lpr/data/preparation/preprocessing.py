@@ -121,7 +121,10 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
     """
     names = expand_inputs(plan.inputs)
     slices = partition_slices(names, *plan.partition)
-    tokenizer = load_tokenizer(plan.encoder.tokenizer, plan.encoder.eod_token)
+    encoder = plan.encoder
+    tokenizer = load_tokenizer(encoder.tokenizer, encoder.eod_token, encoder.split_special_tokens)
+    if note := tokenizer.eod_note():
+        print(f"note: {note}", file=sys.stderr)
     language = plan.encoder.documents.language
     with naming(plan.output_prefix), partial_directory(plan.output_prefix) as directory:
         datasets = PartialDatasets(directory, plan, tokenizer.dtype)

@@ -1,5 +1,7 @@
 """Language names as data sets and benchmarks spell them."""
 
+from megatron_moe_lpr.data.language_names import named_script, with_usual_script
+
 # Belebele's and Flores' code of each language that has a two-letter one (ISO 639-1 to ISO 639-3 and script).
 _PAIRS = (
     "af:afr_Latn am:amh_Ethi ar:arb_Arab as:asm_Beng az:azj_Latn bg:bul_Cyrl bm:bam_Latn bn:ben_Beng bo:bod_Tibt "
@@ -25,5 +27,8 @@ def two_letters(language: str) -> str:
 
 
 def flores_code(language: str) -> str:
-    """`ell_Grek` for `el`; a language that is not in the table must be given by this code itself."""
-    return CODES.get(two_letters(language), language)
+    """`ell_Grek` for `el`, `zho_Hant` for `zh-Hant`, `ceb_Latn` for `ceb`; another tag as it is."""
+    code, script = CODES.get(two_letters(language)), named_script(language)
+    if code is None:
+        return with_usual_script(language)
+    return f"{code[:3]}_{script}" if script else code

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_moe_lpr.data.language_names import canonical_language
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.report.record import are_costs, are_curves, is_evaluation, is_list_of_texts
 from megatron_moe_lpr.evaluation.report.summary import Summary, summarize
@@ -182,6 +183,8 @@ def _evaluation(title: str, paths: Iterable[Path]) -> NamedEvaluation:
         records.append(_json(path))
         if not is_evaluation(records[-1]):
             raise UserError(f"--evaluation {path}: not a file of tools/evaluate.py --output")
+        for one in records[-1]["datasets"]:
+            one["language"] = canonical_language(one["language"])
     return NamedEvaluation(title, tuple(records))
 
 
@@ -220,7 +223,7 @@ def _training_losses(line: str, place: str) -> Iterator[tuple[str, tuple[float, 
         if name.startswith("lm_loss/"):
             if not is_number(value) or not is_number(tokens):
                 raise UserError(f"{place}: not a line of a training log ({name} is no number)")
-            yield name.removeprefix("lm_loss/"), (tokens, value)
+            yield canonical_language(name.removeprefix("lm_loss/")), (tokens, value)
 
 
 def _json(path: Path) -> Any:

@@ -63,10 +63,32 @@ def test_standard_input(tool, hf_tokenizer, tmp_path, monkeypatch):
     assert code == 0 and "50 documents" in out
 
 
+def test_language_in_other_spellings(tool, hf_tokenizer, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    cases = {"EN": ("en", "EN is read as en (English)"), "Greek": ("el", "Greek is read as el")}
+    for name, (word, note) in {**cases, "code": ("code", "tag of your own")}.items():
+        arguments = ["--input", source, "--output-prefix", tmp_path / word, "--tokenizer", hf_tokenizer, "--workers", 1]
+        code, out, err = tool("preprocess_data.py", *arguments, "--language", name)
+        assert code == 0 and f"{word}: {word}, 1 documents" in out and note in err
+
+
+def test_misspelled_languages_of_documents_are_named(tool, hf_tokenizer, tmp_path):
+    documents = [{"text": "one", "lang": name} for name in ("Englsh", "English", "en", "code")]
+    arguments = ["--input", write_jsonl(tmp_path / "a.jsonl", documents), "--output-prefix", tmp_path / "x"]
+    code, out, err = tool(
+        "preprocess_data.py", *arguments, "--tokenizer", hf_tokenizer, "--workers", 1, "--language-key", "lang"
+    )
+    assert code == 0 and "x_en: en, 2 documents" in out
+    assert "Englsh is no known language; write en if you mean en (English)" in err
+    assert "kept: 1 kept_with_language_English_read_as_en" in err and "code is no known language\n" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--language", "el", "--language-key", "lang"], "either --language"),
+        (["--language", "Englsh"], "--language Englsh: no language of this name is known; write en if you mean en"),
+        (["--language", "en,el"], "--language 'en,el': one language"),
         ([], "either --language"),
         (["--language", "../x"], "--language '../x'"),
         (["--language-key", "lang"], "a.jsonl:1: no language under the key 'lang'"),

@@ -14,7 +14,7 @@ from megatron_moe_lpr.data.preparation import encoding, preprocessing, sources
 from megatron_moe_lpr.data.preparation.merging import merge
 from megatron_moe_lpr.data.preparation.preprocessing import preprocess
 from megatron_moe_lpr.errors import UserError
-from tests.data.builders import CORPUS, LANGUAGES, corpus_texts, make_plan, run_plan, write_jsonl
+from tests.data.builders import CORPUS, EOD_TOKEN, LANGUAGES, corpus_texts, make_plan, run_plan, write_jsonl
 
 SUFFIXES = (".bin", ".idx", ".json")
 ODD_TEXTS = ["emoji 😀👩‍👩‍👧", "nul \0 in it", " leading and trailing \n", "\u200bzero width", "ǅ ﷽ \U0001f9ff", "a"]
@@ -54,6 +54,26 @@ def test_corpus_reads_back_as_the_text(any_tokenizer, tmp_path, language):
     assert manifest.tokens == sum(map(len, documents)) == int(dataset.sequence_lengths.sum())
     assert manifest.text_bytes == sum(len(text.encode()) for text in texts)
     assert manifest == read_manifest(str(tmp_path / "x")) and manifest.skipped == {}
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_mentions_of_the_end_of_document_are_counted(hf_tokenizer, tmp_path, capsys, split):
+    texts = [f"a page about {EOD_TOKEN}", "plain", f"{EOD_TOKEN} twice {EOD_TOKEN}"]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    manifest = run_plan(source, tmp_path / "x", hf_tokenizer, split_special_tokens=split, workers=2)
+    dataset = IndexedDataset(str(tmp_path / "x"))
+    documents = [dataset[index].tolist() for index in range(3)]
+    assert [document.count(manifest.eod) for document in documents] == ([1, 1, 1] if split else [2, 1, 3])
+    assert all(document[-1] == manifest.eod for document in documents)
+    error = capsys.readouterr().err
+    if split:
+        decode = reference_ids(hf_tokenizer, [])[2]
+        assert [decode(document[:-1]) for document in documents] == texts
+        assert manifest.skipped == {"kept_with_special_tokens_as_text": 2}
+    else:
+        inside = {"kept_with_end_of_document_inside": 2, "kept_with_special_tokens_as_tokens": 2}
+        assert manifest.skipped == inside and "kept: 2 kept_with_end_of_document_inside" in error
+    assert f"a.jsonl: {EOD_TOKEN})" in error
 
 
 def test_no_eod(hf_tokenizer, tmp_path):

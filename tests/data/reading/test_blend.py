@@ -62,6 +62,13 @@ def test_shares(datasets):
     assert [entry.weight for entry in sources(datasets, "en", "el", "el2").train] == [0.5, 0.3, 0.2]
 
 
+def test_manifests_with_old_spellings(datasets):
+    write_dataset(datasets / "old", "EN", [[1] * 50])
+    write_dataset(datasets / "greek", "Greek", [[1] * 50])
+    found = sources(datasets, "en", "old", "greek", original_languages=["English"])
+    assert found.languages.names == ("el", "en") and found.trained_original == {"en"}
+
+
 def test_split_gives_documents_and_tokens(datasets):
     split = sources(datasets, "en", "el", split="80,20")
     assert [(entry.first_document, entry.end_document, entry.tokens) for entry in split.train] == [

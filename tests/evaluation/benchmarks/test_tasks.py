@@ -44,6 +44,12 @@ def test_the_papers_languages(name, tasks, absent):
     assert not absent or f"lm_eval has no task for {', '.join(absent)}; left out there" in said
 
 
+def test_codes_of_languages_outside_the_table():
+    codes = {"ceb": "ceb_Latn", "arz_Arab": "arz_Arab", "ast_Latn": "ast_Latn", "zh-Hant": "zho_Hant", "zh": "zho_Hans"}
+    assert {language: flores_code(language) for language in codes} == codes
+    assert flores_code("own-tag") == "own-tag"
+
+
 def test_languages_in_other_spellings():
     assert chosen("mmlu", "hun", "es-MX", "zho_Hans").tasks == {
         "hun": "m_mmlu_hu",

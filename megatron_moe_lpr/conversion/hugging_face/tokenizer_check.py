@@ -1,0 +1,64 @@
+"""At import: would training data and the export have the same token ids, and is it clear which one ends a document?"""
+
+import json
+import tempfile
+from pathlib import Path
+
+from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE
+from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
+from megatron_moe_lpr.conversion.hugging_face.tokenizer_samples import TEXTS
+from megatron_moe_lpr.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megatron_moe_lpr.errors import UserError
+
+
+def check_tokenizer(model: Path, exported_type: str) -> list[str]:
+    """Try the export of a model's tokenizer, and return what the user should know of it.
+
+    Args:
+        model: a Hugging Face directory.
+        exported_type: `model_type` of the export, which has a part in the choice of the tokenizer's class.
+
+    Raises:
+        UserError: the files that are carried into the checkpoint make another tokenizer.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        trial = Path(name)
+        carry_files(model, trial)
+        (trial / CONFIG_FILE).write_text(json.dumps({"model_type": exported_type}), encoding="utf-8")
+        found = settle_tokenizer(trial)
+        found = [line.replace(f"{trial}/", f"{model}/") for line in found]
+        try:
+            source = load_tokenizer(model)
+        except UserError:
+            return found
+        if load_tokenizer(trial).fingerprint != source.fingerprint:
+            raise UserError(f"{source.path}: the checkpoint would hold another tokenizer; move other tokenizers away")
+    return [*found, *_end_of_document(source), *_two_tokenizers(source)]
+
+
+def _end_of_document(tokenizer: Tokenizer) -> list[str]:
+    try:
+        note = tokenizer.eod_note()
+    except UserError as error:
+        return [str(error)]
+    return [note] if note else []
+
+
+def _two_tokenizers(tokenizer: Tokenizer) -> list[str]:
+    """Some models have a tokenizer.json and a SentencePiece model that split texts differently."""
+    model = tokenizer.path.with_name("tokenizer.model")
+    if not isinstance(tokenizer, HuggingFaceTokenizer) or not model.is_file():
+        return []
+    try:
+        other = load_tokenizer(model)
+    except UserError:
+        return []  # Not SentencePiece's: Llama 3 has a file of this name in a form of its own.
+    pairs = zip(TEXTS, tokenizer.encode_batch(TEXTS), other.encode_batch(TEXTS), strict=True)
+    different = [text for text, one, two in pairs if one != two]
+    if not different:
+        return []
+    return [
+        f"{tokenizer.path}: splits {len(different)} of {len(TEXTS)} sample texts otherwise than {model.name} beside "
+        f"it, for example {different[0]!r}; training data and the export use {tokenizer.path.name}"
+    ]
