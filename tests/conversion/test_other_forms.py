@@ -207,6 +207,12 @@ def test_tied_weights_that_differ_and_both_ways_out(tmp_path: Path, refuse: Call
     assert (logits(load_model(tmp_path / "tied-hf")) - tied).abs().max() < 1e-4
 
 
+def test_an_output_layer_without_its_embedding(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    dense = save_model("qwen2-tied", tmp_path / "tied")
+    change_hf(dense, rename_all("lm_head.", "model.embed_tokens."))
+    assert "lack model.embed_tokens.weight" in refuse(dense)
+
+
 def test_the_way_out_of_an_absent_output_layer(tmp_path: Path) -> None:
     dense = save_model("qwen2-tied", tmp_path / "tied")
     expected = logits(load_model(dense))
