@@ -6,6 +6,8 @@ import torch
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, SIDE_DIRECTORY
+from megatron_moe_lpr.conversion.hugging_face.adapter import CONFIG_FILE as ADAPTER_CONFIG
+from megatron_moe_lpr.conversion.hugging_face.base_model import base_model_of
 from megatron_moe_lpr.conversion.hugging_face.hf_config import CODE_FIELDS
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
@@ -26,7 +28,13 @@ def import_notes(options: ImportOptions, card: CheckpointCard) -> list[str]:
         card: of the checkpoint.
     """
     hf = options.hf
-    return [*_languages(options, card), *_unread_fields(hf), *_equal_experts(hf, card), *_other_dtypes(hf, card)]
+    return [
+        *_languages(options, card),
+        *_adapter_base(options, hf),
+        *_unread_fields(hf),
+        *_equal_experts(hf, card),
+        *_other_dtypes(hf, card),
+    ]
 
 
 def _languages(options: ImportOptions, card: CheckpointCard) -> list[str]:
@@ -41,6 +49,17 @@ def _languages(options: ImportOptions, card: CheckpointCard) -> list[str]:
             "review and expand need them"
         ]
     return spellings
+
+
+def _adapter_base(options: ImportOptions, hf: Path) -> list[str]:
+    """An adapter over another model's weights fits in shapes and computes something else."""
+    if not options.adapter:
+        return []
+    said = read_json(options.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = base_model_of(hf, exported=False)
+    if not isinstance(said, str) or said.rstrip("/").split("/")[-1].lower() in ("", base.directory.lower()):
+        return []
+    return [f"the adapter names {said} as its base, and --hf is {base.name or base.directory}; they must be one model"]
 
 
 def _unread_fields(hf: Path) -> list[str]:

@@ -81,6 +81,17 @@ def test_the_remedies_that_expand_names(
         run("expand", "--load", tmp_path / f"{source}-save", "--save", more, "--add-experts", "2,0,2")
 
 
+def test_a_base_that_the_adapter_does_not_name(
+    adapter: Path, dense_directory: Dense, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for named, noted in (("org/qwen2", False), ("org/Other-7B", True)):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        arguments = ("--adapter", adapter, "--save", tmp_path / "save", "--overwrite", *LANGUAGES)
+        run("import", "--hf", dense_directory("qwen2"), *arguments)
+        assert (f"the adapter names {named} as its base, and --hf is qwen2" in capsys.readouterr().out) == noted
+
+
 @pytest.mark.parametrize(
     ("source", "flags", "words"),
     [

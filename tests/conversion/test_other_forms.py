@@ -207,6 +207,12 @@ def test_tied_weights_that_differ_and_both_ways_out(tmp_path: Path, refuse: Call
     assert (logits(load_model(tmp_path / "tied-hf")) - tied).abs().max() < 1e-4
 
 
+def test_an_output_layer_without_its_embedding(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    dense = save_model("qwen2-tied", tmp_path / "tied")
+    change_hf(dense, rename_all("lm_head.", "model.embed_tokens."))
+    assert "lack model.embed_tokens.weight" in refuse(dense)
+
+
 def test_the_way_out_of_an_absent_output_layer(tmp_path: Path) -> None:
     dense = save_model("qwen2-tied", tmp_path / "tied")
     expected = logits(load_model(dense))
@@ -326,6 +332,7 @@ DIRECTORIES: dict[str, tuple[Build, list[str]]] = {
     "LoRA": (lora_alone, ["adapter", "'LORA'", "Qwen/Qwen2.5-0.5B", "merge_and_unload"]),
     "LoRA with config.json": (lora_with_config, ["is an adapter", "merge_and_unload"]),
     "LoRA beside a model": (lora, ["whole model and an adapter", "adapter_config.json", "move", "merge_and_unload"]),
+    "adapter without its configuration": (only("adapter_model.safetensors"), ["an adapter's", "merge_and_unload"]),
     "authors' adapter": (authors_adapter, ["give it by --adapter", "its base by --hf"]),
     "hub cache's model": (lambda dense: cached(dense, "model"), ["give a snapshot in it: /", f"snapshots/{COMMIT}, "]),
     "hub cache's snapshots": (lambda dense: cached(dense, "snapshots"), [f"snapshots/{COMMIT}, "]),

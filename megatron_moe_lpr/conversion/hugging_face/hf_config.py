@@ -172,7 +172,7 @@ def dense_config(moe: Mapping[str, Any], source: str, family_name: str | None = 
     dense.update(model_type=family.name, architectures=[family.architecture])
     # Mixtral's default of rope_theta is its own, also where rope_parameters names none.
     rope = read_rope(moe, source, MOE_DEFAULTS[model_type].get("rope_theta", DEFAULT_THETA))
-    for name in ("rope_theta", "rope_scaling", "rope_parameters"):
+    for name in ("rope_theta", "rope_scaling"):
         dense.pop(name, None)
     dense["rope_parameters"] = rope
     if model_type == "mixtral":

@@ -20,6 +20,7 @@ from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     moe_config,
     top_k_of,
     without_dtype,
+    without_foreign_fields,
 )
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import LLAMA_CPP_MODEL_TYPE
 from megatron_moe_lpr.conversion.hugging_face.other_forms import refuse_other_directories
@@ -149,7 +150,7 @@ def _dense_behind(path: Path, moe: dict[str, Any], card: CheckpointCard | None) 
     with contextlib.suppress(UserError):  # a card of another model; what does not fit is refused below
         architecture = read_architecture(kept, str(side))
         written = moe_config(kept, architecture, card.experts_per_layer, card.top_k)
-        if without_dtype(moe) == without_dtype(written):
+        if without_dtype(without_foreign_fields(moe)) == without_dtype(written):
             return kept
     return dense_config(moe, str(path / CONFIG_FILE), card.family)
 
@@ -167,25 +168,14 @@ def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: Safetensors
     """
     expected = {name: shape for row in rows for name, shape in zip(row.names, row.shapes, strict=False)}
     expected |= {tensor.name: tensor.shape for tensor in extra}
-    missing = [name for name in expected if name not in source.tensors]
-    unexpected = [name for name in source.tensors if name not in expected and not _harmless(name, source)]
     foreign = foreign_form(source.tensors)
     if foreign:
         raise UserError(f"{place}: {foreign}")
-    if missing == [OUTPUT_NAME]:
-        raise UserError(
-            f"{place}: the weights lack {OUTPUT_NAME}, and config.json does not say tie_word_embeddings=true: set it "
-            f"if the model's output layer is its {EMBEDDING_NAME}; else the output layer was lost (as in a classifier "
-            "or an embedding model): use the checkpoint of the ...ForCausalLM class"
-        )
+    missing = [name for name in expected if name not in source.tensors]
+    unexpected = [name for name in source.tensors if name not in expected and not _harmless(name, source)]
+    _refuse_output_layer(missing, unexpected, source, place)
     if missing:
         raise UserError(f"{place}: the weights lack {_listed(missing)}")
-    if OUTPUT_NAME in unexpected and EMBEDDING_NAME in expected:
-        raise UserError(
-            f"{source.file_of(OUTPUT_NAME)}: {OUTPUT_NAME} is not equal to {EMBEDDING_NAME}, and config.json says "
-            "tie_word_embeddings=true, which makes them one: set it to false if the model was trained with this output "
-            f"layer, or remove {OUTPUT_NAME} from the file if it is a leftover"
-        )
     if unexpected:
         raise UserError(f"{place}: the architecture has no place for {_listed(unexpected)}")
     for name, shape in expected.items():
@@ -194,6 +184,22 @@ def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: Safetensors
             reason = f"{source.file_of(name)}: {name} has shape {list(found)}, config.json wants {list(shape)}"
             is_vocabulary = name in (EMBEDDING_NAME, OUTPUT_NAME) and found[1:] == shape[1:]
             raise UserError(reason + (f"; correct its vocab_size of {shape[0]}" if is_vocabulary else ""))
+
+
+def _refuse_output_layer(missing: list[str], unexpected: list[str], source: SafetensorsSource, place: Path) -> None:
+    """Refuse weights that have an output layer where config.json says that it is the embedding, or the reverse."""
+    if missing == [OUTPUT_NAME]:
+        raise UserError(
+            f"{place}: the weights lack {OUTPUT_NAME}, and config.json does not say tie_word_embeddings=true: set it "
+            f"if the model's output layer is its {EMBEDDING_NAME}; else the output layer was lost (as in a classifier "
+            "or an embedding model): use the checkpoint of the ...ForCausalLM class"
+        )
+    if OUTPUT_NAME in unexpected and EMBEDDING_NAME in source.tensors:
+        raise UserError(
+            f"{source.file_of(OUTPUT_NAME)}: {OUTPUT_NAME} is not equal to {EMBEDDING_NAME}, and config.json says "
+            "tie_word_embeddings=true, which makes them one: set it to false if the model was trained with this output "
+            f"layer, or remove {OUTPUT_NAME} from the file if it is a leftover"
+        )
 
 
 def common_dtype(infos: list[TensorInfo], place: Path) -> torch.dtype:
@@ -232,7 +238,8 @@ def _harmless(name: str, source: SafetensorsSource) -> bool:
     if name.endswith(HARMLESS_SUFFIXES):
         return True
     # Some tools write the tied output layer out; a different one would mean that it is not tied.
-    return name == OUTPUT_NAME and torch.equal(source.read(name), source.read(EMBEDDING_NAME))
+    has_both = name == OUTPUT_NAME and EMBEDDING_NAME in source.tensors
+    return has_both and torch.equal(source.read(name), source.read(EMBEDDING_NAME))
 
 
 def _listed(names: list[str]) -> str:

@@ -10,6 +10,10 @@ from megatron_moe_lpr.json_files import read_json, shown
 from megatron_moe_lpr.work_directory import content_of_killed
 
 MOST_NAMED = 3
+MERGE = (
+    "merge it into its base with peft, PeftModel.from_pretrained(base, DIR).merge_and_unload().save_pretrained(NEW), "
+    "and give NEW"
+)
 
 
 def refuse_other_directories(path: Path) -> None:
@@ -65,6 +69,8 @@ def other_weights(path: Path) -> str:
 
 
 def _without_config(path: Path) -> str:
+    if any(path.glob("adapter_model*")):
+        return f", and adapter_model is an adapter's: {MERGE}; a whole model's directory is expected"
     if any(path.glob("*.safetensors")) and not any(path.glob("consolidated*")):
         return ", but weights are there; copy it from where they come from"
     inside = sorted(child for child in path.iterdir() if (child / CONFIG_FILE).is_file())
@@ -84,16 +90,12 @@ def _refuse_adapter(path: Path) -> None:
         raise UserError(
             f"{path}: is an adapter of the authors' implementation{of}: give it by --adapter, its base by --hf"
         )
-    merge = (
-        "merge it into its base with peft, PeftModel.from_pretrained(base, DIR).merge_and_unload()"
-        ".save_pretrained(NEW), and give NEW"
-    )
     if (path / CONFIG_FILE).is_file() and any(path.glob("model*.safetensors")):
         raise UserError(
             f"{path}: holds a whole model and an adapter ({file.name}, {shown(kind)}{of}), and transformers reads the "
-            f"adapter and its base: move {file.name} away to import the model, or {merge}"
+            f"adapter and its base: move {file.name} away to import the model, or {MERGE}"
         )
-    raise UserError(f"{path}: is an adapter ({shown(kind)}{of}), not a model: {merge}")
+    raise UserError(f"{path}: is an adapter ({shown(kind)}{of}), not a model: {MERGE}")
 
 
 def _refuse_hub_cache(path: Path) -> None:
