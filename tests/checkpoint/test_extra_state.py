@@ -117,9 +117,7 @@ def test_a_loaded_checkpoint_holds_no_foreign_bytes(tmp_path: Path) -> None:
         saved = torch.cat([saved, torch.full((9,), 7, dtype=torch.uint8)])  # behind the pickle's end
         torch.save(common | {"model": {"a._extra_state": saved}}, tmp_path / "common.pt")
         found = load_distributed({}, tmp_path)["model"]["a._extra_state"]
-        assert pickle.loads(found.numpy().tobytes())["recipe"] == DelayedScaling(
-            margin=2
-        )  # its own
+        assert pickle.loads(found.numpy().tobytes())["recipe"] == DelayedScaling(margin=2)  # its own
         assert b"\7" * 9 not in found.numpy().tobytes()
         hostile = torch.frombuffer(bytearray(b"\x80\x02" + HOSTILE["BUILD on a class"]), dtype=torch.uint8)
         torch.save(common | {"model": {"a._extra_state": hostile}}, tmp_path / "common.pt")
