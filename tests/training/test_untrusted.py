@@ -111,6 +111,22 @@ def test_the_payload_would_run(tmp_path):
     assert (tmp_path / "mark").is_dir()
 
 
+def test_counters_set_nothing_but_the_run_s_counters(setting, tmp_path):
+    root, load, data, changes = setting
+    shutil.copytree(root / "run", tmp_path / "run")
+    iteration = tmp_path / "run" / "iter_0000002"
+    common = torch.load(iteration / "common.pt", weights_only=True)
+    resume = functools.partial(train_outcome, load, tmp_path / "run", data, **changes)
+    for counters, expected in (
+        ({"chunks": [], "optimizer": 1}, None),
+        ({"iteration": "many"}, "counter iteration is no"),
+    ):
+        torch.save(common | {"counters": common["counters"] | counters}, iteration / "common.pt")
+        write_manifest(iteration, {})
+        for outcome in rank_pool(2).run(resume):
+            assert outcome == expected or expected in outcome
+
+
 def test_an_index_that_changes_a_class_of_the_process(setting, tmp_path, capsys):
     """BUILD on an allowed class would make every path of the process another file's."""
     root, _, data, _ = setting
