@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_moe_lpr.checkpoint.distributed_loading import load_distributed
 from megatron_moe_lpr.checkpoint.extra_state import check_extra_states
+from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.platform.collectives import world_of_one
 from tests.fuzzing.canary import state_of
 from tests.fuzzing.opcodes import name, text
 from tests.fuzzing.pickles import EXTRA_STATE_NAMES
-from tests.fuzzing.recipes import stand_in
+from tests.fuzzing.recipes import DelayedScaling, stand_in
 
 
 class Payload:
@@ -102,6 +105,24 @@ def test_a_hostile_action_changes_nothing(action: str, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"the object layer\._extra_state cannot be read: "):
             check_extra_states(state, tmp_path)
         assert state_of(EXTRA_STATE_NAMES) == before and module.Format.HYBRID.value == (448, 57344)
+
+
+def test_a_loaded_checkpoint_holds_no_foreign_bytes(tmp_path: Path) -> None:
+    """The state comes from the file of plain values, in the place of the model's own."""
+    with CheckpointWriter(tmp_path, {}) as writer:
+        writer.write("decoder.a", torch.ones(1))
+    common = torch.load(tmp_path / "common.pt", weights_only=True)
+    with stand_in(), world_of_one():
+        saved = in_bytes({"recipe": DelayedScaling(margin=2)})
+        saved = torch.cat([saved, torch.full((9,), 7, dtype=torch.uint8)])  # behind the pickle's end
+        torch.save(common | {"model": {"a._extra_state": saved}}, tmp_path / "common.pt")
+        found = load_distributed({}, tmp_path)["model"]["a._extra_state"]
+        assert pickle.loads(found.numpy().tobytes())["recipe"] == DelayedScaling(margin=2)  # its own
+        assert b"\7" * 9 not in found.numpy().tobytes()
+        hostile = torch.frombuffer(bytearray(b"\x80\x02" + HOSTILE["BUILD on a class"]), dtype=torch.uint8)
+        torch.save(common | {"model": {"a._extra_state": hostile}}, tmp_path / "common.pt")
+        with pytest.raises(UserError, match=r"the object model\.a\._extra_state cannot be read"):
+            load_distributed({}, tmp_path)
 
 
 def test_a_tensor_takes_no_memory_that_its_storage_has_not(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.checkpoint.reader import read_index
 from tests.conversion.helpers import run
 from tests.distributed import rank_pool
+from tests.fuzzing.opcodes import name, text
 from tests.training.outcomes import evaluation_outcome, train_outcome
 from tests.training.runs import make_checkpoint, make_data
 
@@ -108,6 +109,40 @@ def test_the_payload_would_run(tmp_path):
     # The payload of this file, which makes an empty directory: that it runs here is what is tested.
     pickle.loads(pickle.dumps(Payload(tmp_path / "mark")))
     assert (tmp_path / "mark").is_dir()
+
+
+def test_counters_set_nothing_but_the_run_s_counters(setting, tmp_path):
+    root, load, data, changes = setting
+    shutil.copytree(root / "run", tmp_path / "run")
+    iteration = tmp_path / "run" / "iter_0000002"
+    common = torch.load(iteration / "common.pt", weights_only=True)
+    resume = functools.partial(train_outcome, load, tmp_path / "run", data, **changes)
+    for counters, expected in (
+        ({"chunks": [], "optimizer": 1}, None),
+        ({"iteration": "many"}, "counter iteration is no"),
+    ):
+        torch.save(common | {"counters": common["counters"] | counters}, iteration / "common.pt")
+        write_manifest(iteration, {})
+        for outcome in rank_pool(2).run(resume):
+            assert outcome == expected or expected in outcome
+
+
+def test_an_index_that_changes_a_class_of_the_process(setting, tmp_path, capsys):
+    """BUILD on an allowed class would make every path of the process another file's."""
+    root, _, data, _ = setting
+    planted, victim = tmp_path / "run", tmp_path / "victim"
+    victim.write_text("kept")
+    shutil.copytree(root / "run", planted)
+    iteration = planted / "iter_0000002"
+    raw, state = (iteration / ".metadata").read_bytes(), b"}" + text("_str") + text(str(victim)) + b"s"
+    (iteration / ".metadata").write_bytes(raw[:2] + name("pathlib", "PosixPath") + b"(N" + state + b"tb0" + raw[2:])
+    write_manifest(iteration, {})
+    for command in ("export", "verify"):
+        _converter(command, iteration, root / "exported", tmp_path)
+    outcomes = rank_pool(2).run(functools.partial(train_outcome, planted, tmp_path / "new", data))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and all("sets the state of pathlib.PosixPath" in line for line in [*errors, *outcomes])
+    assert victim.read_text() == "kept" and str(Path("x")) == "x" and not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize(

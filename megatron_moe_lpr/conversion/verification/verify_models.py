@@ -87,7 +87,12 @@ def transformers_forward(directory: Path, dtype: torch.dtype, device: torch.devi
 
     # Annotated without `output_loading_info`, with which it returns a pair.
     loaded: tuple[torch.nn.Module, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-        directory, dtype=dtype, local_files_only=True, output_loading_info=True, attn_implementation="eager"
+        directory,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        attn_implementation="eager",
     )
     model, information = loaded
     problems = {kind: list(names)[:3] for kind, names in information.items() if names}

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatron_moe_lpr.data.preparation.decompression import Damaged, gzip_chunks, zstd_chunks
 from megatron_moe_lpr.errors import UserError
@@ -234,12 +234,14 @@ def _parquet_chunks(name: str, columns: Sequence[str]) -> Iterator[tuple[bytes, 
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(name) as file:
+        schema = pyarrow.parquet.read_schema(name)
+        # Texts stay in the file's dictionary: a few bytes may say a thousand times the same one.
+        texts = [column for column in columns if pyarrow.types.is_string(schema.field(column).type)]
+        with pyarrow.parquet.ParquetFile(name, read_dictionary=texts) as file:
             rows, done, size = max(file.metadata.num_rows, 1), 0, disk_bytes(name)
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(columns)):
                 done += batch.num_rows
-                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist()]
-                yield "".join(lines).encode("utf-8", "surrogatepass"), size * done // rows
+                yield from _gathered((line, size * done // rows) for line in _row_lines(batch))
     except pyarrow.ArrowException as error:
         raise UserError(f"{name}: not a readable parquet file ({error})") from None
 
@@ -270,6 +272,13 @@ def _check_columns(name: str, columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in present]
     if missing:
         raise UserError(f"{name}: no column {missing[0]!r}; it has {', '.join(present)}")
+
+
+def _row_lines(batch: Any) -> Iterator[bytes]:
+    """A batch of pyarrow as JSON lines, one by one."""
+    for row in range(batch.num_rows):
+        values = {column: batch.column(column)[row].as_py() for column in batch.schema.names}
+        yield (json.dumps(values, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def count_lines(name: str, end: int) -> int:

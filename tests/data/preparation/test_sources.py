@@ -119,6 +119,23 @@ def test_parquet_is_looked_at_before_the_work(content, words, hf_tokenizer, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_parquet_file_that_repeats_a_long_text(tmp_path):
+    """300 rows of one text of 200 KB in some KB: one at a time, not all of a batch."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["ab" * 100_000] * 300, "n": list(range(300))}), path)
+    rows, allocated = [], []
+
+    def read_all():
+        for block in read_blocks(whole(path), ["text", "n"]):
+            rows.append(block.lines.count(b"\n"))
+            allocated.append(pyarrow.total_allocated_bytes())
+
+    assert peak_of(read_all) < 8 << 20 and max(allocated) < 8 << 20
+    assert sum(rows) == 300 and path.stat().st_size < 1 << 16
+
+
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "a.parquet").touch()
