@@ -36,7 +36,7 @@ def verify_checkpoint(
     """Compare a checkpoint with a Hugging Face directory on random tokens.
 
     Raises:
-        UserError: one of them cannot be loaded.
+        UserError: one of them cannot be loaded, or `sequence_length` is more than its positions.
     """
     with kept_for_reading(load, base) as iteration:
         checkpoint = open_checkpoint(iteration, verified, base)
@@ -55,6 +55,9 @@ def _compare(
     reference = open_hf_directory(hf).architecture
     if reference.vocab_size != vocab_size:
         raise UserError(f"{hf}: vocabulary of {reference.vocab_size:,} tokens, the checkpoint has {vocab_size:,}")
+    longest = min(reference.max_position_embeddings, checkpoint.architecture().max_position_embeddings)
+    if sequence_length > longest:
+        raise UserError(f"--seq-length {sequence_length}: the model has only {longest} positions")
     num_layers, inserted = checkpoint.architecture().num_layers, checkpoint.card().inserted_blocks
     if reference.num_layers not in (num_layers, num_layers - len(inserted)):
         raise UserError(f"{hf}: {reference.num_layers} layers, the checkpoint has {num_layers}")
