@@ -91,9 +91,9 @@ def test_gradients_and_losses_are_those_of_the_same_values_in_float32(inputs, fi
 
 
 def test_the_commands_read_a_checkpoint_of_several_dtypes(first, inputs, tmp_path, capsys):
-    """verify compares logits with transformers' own class; inspect names what is stored otherwise."""
+    """verify compares logits with transformers' own class; inspect names both."""
     run("inspect", first)
-    assert "float16; bfloat16: new experts" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "float16; trained weights bfloat16" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     run("export", "--load", first, "--hf", tmp_path / "out")
     run("verify", "--load", first, "--hf", tmp_path / "out", "--platform", "cpu")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", local_files_only=True)

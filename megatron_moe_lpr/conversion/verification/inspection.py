@@ -10,15 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.card import MODEL_DTYPES, CheckpointCard
 from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
-from megatron_moe_lpr.checkpoint.reader import CheckpointReader, is_model_key
 from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, Role, model_rows
 from megatron_moe_lpr.model.configuration.architecture import Architecture
-from megatron_moe_lpr.model.parameter_kinds import kind_of
 
 # Of an entry in a card's history: for programs, not for a screen.
 LONG_FIELDS = ("data",)
@@ -70,20 +68,16 @@ def inspect_directory(path: Path, verified: bool = False) -> Inspection:
         if verified:
             verify_all(checkpoint.path)
         card, architecture = checkpoint.card(), checkpoint.architecture()
-        dtype = _dtypes(CheckpointReader(checkpoint.path), card)
+        dtype = _dtypes(card)
     state = "converted" if checkpoint.iteration is None else f"iteration {checkpoint.iteration}"
     form = f"Megatron checkpoint, {state}"
     return Inspection(form, architecture, card.experts_per_layer, card.top_k, dtype, card)
 
 
-def _dtypes(reader: CheckpointReader, card: CheckpointCard) -> str:
-    """The dense model's dtype, and that of weights that training has stored in another one."""
-    others: dict[str, set[str]] = {}
-    for key, info in reader.tensors.items():
-        dtype = str(info.dtype).removeprefix("torch.")
-        if is_model_key(key) and dtype != card.dtype and (kind := kind_of(key, card.inserted_blocks)) != "router":
-            others.setdefault(dtype, set()).add(kind)
-    return "; ".join([card.dtype, *(f"{dtype}: {', '.join(sorted(kinds))}" for dtype, kinds in sorted(others.items()))])
+def _dtypes(card: CheckpointCard) -> str:
+    """The dense model's dtype, which frozen weights keep, and what trained ones were computed and stored in."""
+    trained = sorted({entry["dtype"] for entry in card.history if entry.get("dtype") in MODEL_DTYPES} - {card.dtype})
+    return card.dtype + (f"; trained weights {', '.join(trained)}" if trained else "")
 
 
 def count_parameters(architecture: Architecture, experts_per_layer: Sequence[int], top_k: int) -> ParameterCounts:
