@@ -56,8 +56,8 @@ def _compare(
     if reference.vocab_size != vocab_size:
         raise UserError(f"{hf}: vocabulary of {reference.vocab_size:,} tokens, the checkpoint has {vocab_size:,}")
     longest = min(reference.max_position_embeddings, checkpoint.architecture().max_position_embeddings)
-    if sequence_length > longest:
-        raise UserError(f"--seq-length {sequence_length}: the model has only {longest} positions")
+    if batch_and_length[1] > longest:
+        raise UserError(f"--seq-length {batch_and_length[1]}: the model has only {longest} positions")
     num_layers, inserted = checkpoint.architecture().num_layers, checkpoint.card().inserted_blocks
     if reference.num_layers not in (num_layers, num_layers - len(inserted)):
         raise UserError(f"{hf}: {reference.num_layers} layers, the checkpoint has {num_layers}")
