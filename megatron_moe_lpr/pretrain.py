@@ -33,7 +33,7 @@ def pretrain(config: "TrainingConfig") -> bool:
     options = config.checkpoint
     # First of all, so that it also ends a run whose lock lies on a disk that does not answer.
     with Heartbeat(config.distributed_timeout_minutes * 60.0) as heartbeat:
-        refuse_lost_directory(options.save)
+        refuse_lost_directory(options.save, options.load)
         with (
             run_lock(options.save, options.take_over) as lock,
             kept_for_reading(options.load, options.base_checkpoint, to_the_end=False) as load,

@@ -32,13 +32,15 @@ PAUSES = (0.2, 0.5, 1.0, 3.0)
 """Seconds between looks for what another node has just written: network file systems keep directories in memory."""
 
 
-def refuse_lost_directory(save: Path) -> None:
+def refuse_lost_directory(save: Path, load: Path) -> None:
     """On rank 0, before anything is written: a run that was started before finds what it left there.
+
+    A SLURM job may run several stages: one that goes on from a stage of the same job may begin after a requeue.
 
     Raises:
         UserError: a scheduler says that it has started this run before, and nothing in `save` is of an earlier start.
     """
-    if int(os.environ.get("RANK", 0)) or _has_begun(save):
+    if int(os.environ.get("RANK", 0)) or _has_begun(save) or _is_of_this_job(load):
         return
     for name, words in RESTART_COUNTS.items():
         count = os.environ.get(name, "")
@@ -55,12 +57,24 @@ def _has_begun(save: Path) -> bool:
     return any(name in TRACES or name.startswith(TRACE_PREFIXES) for name in names)
 
 
+def _is_of_this_job(load: Path) -> bool:
+    """Whether the run that wrote a checkpoint was started by this SLURM job."""
+    job = os.environ.get("SLURM_JOB_ID")
+    for directory in (load, load.parent) if job else ():
+        try:
+            return json.loads((directory / MARKER).read_text(encoding="utf-8")).get("job") == job
+        except (OSError, ValueError, AttributeError):
+            continue
+    return False
+
+
 def mark_start(save: Path) -> None:
     """On rank 0, which has the directory's lock: leave a file that no other start has left."""
     if int(os.environ.get("RANK", 0)):
         return
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    content = {"start": uuid.uuid4().hex, "host": socket.gethostname(), "since": since}
+    content: dict[str, str | None] = {"start": uuid.uuid4().hex, "host": socket.gethostname(), "since": since}
+    content["job"] = os.environ.get("SLURM_JOB_ID")
     with atomic_file(save / MARKER) as partial:
         partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
 

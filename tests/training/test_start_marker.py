@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ from tests.distributed import rank_pool
 from tests.training.outcomes import train_outcome
 from tests.training.runs import make_checkpoint, make_data, metrics
 
+NOWHERE = Path("no-such-checkpoint")
 SLURM, TORCHRUN = {"SLURM_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "2"}
 
 
@@ -24,33 +26,47 @@ def test_a_start_that_is_not_the_first_finds_a_trace(restarted, exists, tmp_path
     save = tmp_path / "mount" / "run"
     (save / "logs").mkdir(parents=True) if exists else None  # the job's script makes it
     (save / ".slurm-progress").touch() if exists else None
-    refuse_lost_directory(save)  # a first start needs nothing
+    refuse_lost_directory(save, NOWHERE)  # a first start needs nothing
     for name, count in restarted.items():
         monkeypatch.setenv(name, count)
     with pytest.raises(UserError, match=f"{next(iter(restarted))} .*is its file system mounted on") as caught:
-        refuse_lost_directory(save)
+        refuse_lost_directory(save, NOWHERE)
     assert save.exists() == exists
     # What the message advises.
     assert f"mkdir -p '{save}' && touch '{save / MARKER}'" in str(caught.value)
     save.mkdir(parents=True, exist_ok=True)
     (save / MARKER).touch()
-    refuse_lost_directory(save)
+    refuse_lost_directory(save, NOWHERE)
 
 
 @pytest.mark.parametrize("name", ["run.lock", "metrics.jsonl", "iter_0000100", "damaged-iter_0000100"])
 def test_what_older_versions_left_is_a_trace(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     (tmp_path / name).mkdir()
-    refuse_lost_directory(tmp_path)
+    refuse_lost_directory(tmp_path, NOWHERE)
 
 
 @pytest.mark.parametrize("count", ["", "0", "none"])
 def test_no_restart(count, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", count)
-    refuse_lost_directory(tmp_path / "new")
+    refuse_lost_directory(tmp_path / "new", NOWHERE)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.setenv("RANK", "1")
-    refuse_lost_directory(tmp_path / "new")
+    refuse_lost_directory(tmp_path / "new", NOWHERE)
+
+
+def test_a_later_stage_of_a_requeued_job_begins(tmp_path, monkeypatch):
+    """A script that runs both stages was stopped in the first, or between them."""
+    first, second = tmp_path / "stage1", tmp_path / "stage2"
+    (first / "iter_0000010").mkdir(parents=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    mark_start(first)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for load in (first, first / "iter_0000010"):
+        refuse_lost_directory(second, load)
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    with pytest.raises(UserError, match="is its file system mounted"):
+        refuse_lost_directory(second, first)
 
 
 def test_each_start_is_another(tmp_path):
