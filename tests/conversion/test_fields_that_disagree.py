@@ -186,7 +186,7 @@ def test_refused_by_naming_both(
     change_config(dense, fields)
     with pytest.raises(SystemExit):
         run("import", "--hf", dense, "--save", tmp_path / "save")
-    line = capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and all(word in line for word in words), line
     assert not (tmp_path / "save").exists()
 

@@ -114,7 +114,7 @@ def test_refused(
     more = ("--adapter", adapter) if source == "adapter" else ()
     with pytest.raises(SystemExit):
         run("import", "--hf", dense_directory("qwen2"), *more, "--save", tmp_path / "save", *flags)
-    line = capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and words in line, line
     assert not (tmp_path / "save").exists()
 
