@@ -111,7 +111,7 @@ def _check_memory(train_samples: int) -> None:
     needed, there = train_samples * BYTES_OF_A_SAMPLE, psutil.virtual_memory().total
     if needed > there:
         raise UserError(
-            f"{train_samples:,} samples (--train-iters x --global-batch-size, or --train-samples): their index maps take "
+            f"{train_samples:,} samples (--train-iters x --global-batch-size, or --train-samples): the index maps take "
             f"{needed / 1e9:,.0f} GB or more, and this machine has {there / 1e9:,.0f} GB of memory; ask for fewer"
         )
 

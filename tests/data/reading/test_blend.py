@@ -108,3 +108,10 @@ def test_index_of_another_dataset(datasets):
     (datasets / "n.idx").write_bytes(content)
     with pytest.raises(UserError, match=r"n\.idx"):
         sources(datasets, "n")
+
+
+def test_weights_that_add_up_to_more_than_a_number_holds_are_refused(tmp_path):
+    for name in ("x", "y"):
+        write_dataset(tmp_path / name, "el", [[1, 2, 3]])
+    with pytest.raises(UserError, match="--data-path: the weights add up to more"):
+        read_blend(["1e308", str(tmp_path / "x"), "1e308", str(tmp_path / "y")])
