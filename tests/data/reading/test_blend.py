@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_moe_lpr.data.reading.blend import parse_blend, parse_split
+from megatron_moe_lpr.data.reading.blend import parse_blend, parse_split, read_blend
 from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
 from megatron_moe_lpr.errors import UserError
 from tests.data.builders import numbered_dataset, write_dataset
