@@ -81,10 +81,6 @@ def plan(flags: Flags) -> PreprocessingPlan:
         if partition[1] > 1 and getattr(flags, name) is not None:
             hint = "; pass it to tools/merge_datasets.py" if name == "shuffle_seed" else ""
             raise UserError(f"--{name.replace('_', '-')}: acts on the whole dataset, not on one partition{hint}")
-    if flags.workers < 1 or (flags.max_documents is not None and flags.max_documents < 1):
-        raise UserError("--workers and --max-documents: at least 1")
-    if flags.shuffle_seed is not None and not 0 <= flags.shuffle_seed < 2**32:
-        raise UserError("--shuffle-seed: from 0 to 4294967295")
     documents = DocumentOptions(flags.json_key, flags.language, flags.language_key, flags.on_error == "stop")
     encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents)
     return PreprocessingPlan(

@@ -65,8 +65,6 @@ def test_standard_input(tool, hf_tokenizer, tmp_path, monkeypatch):
         (["--language", "el", "--partitions", "3"], "--partitions 3: write I/N"),
         (["--language", "el", "--partitions", "1/2", "--shuffle-seed", "1"], "--shuffle-seed: acts on the whole"),
         (["--language", "el", "--partitions", "1/2", "--max-documents", "1"], "--max-documents: acts on the whole"),
-        (["--language", "el", "--workers", "0"], "--workers and --max-documents: at least 1"),
-        (["--language", "el", "--shuffle-seed", "-1"], "--shuffle-seed: from 0"),
         (["--language", "el", "--eod-token", "<none>"], "the EOD token '<none>' is not in the vocabulary"),
         (["--language", "el", "--input", "none*.jsonl"], "--input none*.jsonl: no such file"),
         (["--language", "el", "--tokenizer", "none"], "none: no such tokenizer"),
