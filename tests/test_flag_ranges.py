@@ -150,6 +150,13 @@ def test_parse_flags_checks_them(arguments, words, capsys):
     [
         ("plan", ["--gpus", "0"], "--gpus 0: must be at least 1"),
         ("plan", ["--gpus", "1", "--utilization", "nan"], "--utilization nan"),
+        ("plan", ["--gpus", "1", "--utilization", "0"], "--utilization 0.0: must be above 0"),
+        ("plan", ["--gpus", "1", "--original-share", "1.5"], "--original-share 1.5: must be at least 0 and at most 1"),
+        (
+            "merge_datasets",
+            ["--input", "a", "--output-prefix", "b", "--shuffle-seed", "4294967296"],
+            "--shuffle-seed 4",
+        ),
         (
             "preprocess_data",
             ["--input", "a", "--output-prefix", "b", "--tokenizer", "c", "--workers", "0"],

@@ -95,6 +95,7 @@ def plan(flags: Flags) -> PreprocessingPlan:
         if partition[1] > 1 and getattr(flags, name) is not None:
             hint = "; pass it to tools/merge_datasets.py" if name == "shuffle_seed" else ""
             raise UserError(f"--{name.replace('_', '-')}: acts on the whole dataset, not on one partition{hint}")
+<<<<<<< HEAD
     if flags.workers < 1 or (flags.max_documents is not None and flags.max_documents < 1):
         raise UserError("--workers and --max-documents: at least 1")
     if flags.shuffle_seed is not None and not 0 <= flags.shuffle_seed < 2**32:
@@ -105,6 +106,10 @@ def plan(flags: Flags) -> PreprocessingPlan:
         flags.json_key, language, flags.language_key, flags.on_error == "stop", flags.max_line_bytes
     )
     encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents, flags.split_special_tokens)
+=======
+    documents = DocumentOptions(flags.json_key, flags.language, flags.language_key, flags.on_error == "stop")
+    encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents)
+>>>>>>> owners
     return PreprocessingPlan(
         inputs=flags.input,
         output_prefix=flags.output_prefix,

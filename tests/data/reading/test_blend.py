@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_moe_lpr.data.reading.blend import parse_blend, parse_split
+from megatron_moe_lpr.data.reading.blend import parse_blend, parse_split, read_blend
 from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
 from megatron_moe_lpr.errors import UserError
 from tests.data.builders import numbered_dataset, write_dataset
@@ -115,3 +115,10 @@ def test_index_of_another_dataset(datasets):
     (datasets / "n.idx").write_bytes(content)
     with pytest.raises(UserError, match=r"n\.idx"):
         sources(datasets, "n")
+
+
+def test_weights_that_add_up_to_more_than_a_number_holds_are_refused(tmp_path):
+    for name in ("x", "y"):
+        write_dataset(tmp_path / name, "el", [[1, 2, 3]])
+    with pytest.raises(UserError, match="--data-path: the weights add up to more"):
+        read_blend(["1e308", str(tmp_path / "x"), "1e308", str(tmp_path / "y")])
