@@ -59,7 +59,7 @@ class Flags:
     """Encode special tokens that a text mentions as plain text. Off: as the real tokens. Counted in the manifest."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do with a line that is not a document. skip: count it in the manifest."""
-    max_line_bytes: int = MAX_LINE_BYTES
+    max_line_bytes: PositiveInt = MAX_LINE_BYTES
     """A longer line is not a document. Memory for it: some 170 times its size in the tokenizer."""
     overwrite: bool = False
     """Replace existing output."""
@@ -95,21 +95,10 @@ def plan(flags: Flags) -> PreprocessingPlan:
         if partition[1] > 1 and getattr(flags, name) is not None:
             hint = "; pass it to tools/merge_datasets.py" if name == "shuffle_seed" else ""
             raise UserError(f"--{name.replace('_', '-')}: acts on the whole dataset, not on one partition{hint}")
-<<<<<<< HEAD
-    if flags.workers < 1 or (flags.max_documents is not None and flags.max_documents < 1):
-        raise UserError("--workers and --max-documents: at least 1")
-    if flags.shuffle_seed is not None and not 0 <= flags.shuffle_seed < 2**32:
-        raise UserError("--shuffle-seed: from 0 to 4294967295")
-    if flags.max_line_bytes < 1:
-        raise UserError(f"--max-line-bytes {flags.max_line_bytes}: at least 1")
     documents = DocumentOptions(
         flags.json_key, language, flags.language_key, flags.on_error == "stop", flags.max_line_bytes
     )
     encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents, flags.split_special_tokens)
-=======
-    documents = DocumentOptions(flags.json_key, flags.language, flags.language_key, flags.on_error == "stop")
-    encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents)
->>>>>>> owners
     return PreprocessingPlan(
         inputs=flags.input,
         output_prefix=flags.output_prefix,

@@ -97,13 +97,7 @@ def test_misspelled_languages_of_documents_are_named(tool, hf_tokenizer, tmp_pat
         (["--language", "el", "--partitions", "3"], "--partitions 3: write I/N"),
         (["--language", "el", "--partitions", "1/2", "--shuffle-seed", "1"], "--shuffle-seed: acts on the whole"),
         (["--language", "el", "--partitions", "1/2", "--max-documents", "1"], "--max-documents: acts on the whole"),
-<<<<<<< HEAD
-        (["--language", "el", "--max-line-bytes", "0"], "--max-line-bytes 0: at least 1"),
         (["--language", "el", "--max-line-bytes", "5"], "a.jsonl:1: longer than 5 bytes (--max-line-bytes)"),
-        (["--language", "el", "--workers", "0"], "--workers and --max-documents: at least 1"),
-        (["--language", "el", "--shuffle-seed", "-1"], "--shuffle-seed: from 0"),
-=======
->>>>>>> owners
         (["--language", "el", "--eod-token", "<none>"], "the EOD token '<none>' is not in the vocabulary"),
         (["--language", "el", "--input", "none*.jsonl"], "--input none*.jsonl: no such file"),
         (["--language", "el", "--tokenizer", "none"], "none: no such tokenizer"),
