@@ -1,46 +1,8 @@
-"""Build the index maps of a training run beforehand, on a machine without GPUs.
+#!/usr/bin/env python3
+"""The command `moe-lpr build-index` as a script of a clone."""
 
-Pass the same --data-path, --split, --data-cache-path, --seed, sequence length and number of samples as to the training;
-it then finds them and starts at once.
-"""
-
-import dataclasses
-from typing import Annotated
-
-import tyro
-
-from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.data.reading.config import DataConfig, cache_directory, read_data_sources
+from megatron_moe_lpr.commands.build_index import main
 from megatron_moe_lpr.errors import run_command
-from megatron_moe_lpr.flag_ranges import PositiveInt, Range
-
-
-@dataclasses.dataclass
-class Flags:
-    """Build the index maps of a training run beforehand."""
-
-    data: Annotated[DataConfig, tyro.conf.OmitArgPrefixes]
-    seq_length: PositiveInt
-    """Tokens of a sample: the training's --seq-length."""
-    train_samples: Annotated[int, Range(1, 2**53)]
-    """Samples of the whole run: --train-iters times --global-batch-size of the training."""
-
-
-def main() -> None:
-    flags = parse_flags(Flags, description=__doc__)
-    sources = read_data_sources(flags.data)
-    for share in sources.shares(flags.train_samples * flags.seq_length):
-        kind = "original" if share.is_original else "expanded"
-        print(
-            f"{share.language} ({kind}): {share.share:.2%} of the samples, {share.tokens:,} tokens in the data, "
-            f"{share.tokens_drawn:,.0f} drawn, {share.epochs:.2f} epochs"
-        )
-    # Late, because megatron-core takes seconds to import and the checks above do without.
-    from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
-
-    dataset = build_training_dataset(sources, flags.data, flags.seq_length, flags.train_samples)
-    print(f"{len(dataset):,} samples; index maps in {cache_directory(flags.data)}")
-
 
 if __name__ == "__main__":
     run_command(main)

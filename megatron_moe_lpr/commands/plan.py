@@ -1,0 +1,188 @@
+"""Plan a run: parameters, operations, the layouts that fit into GPU memory, best first, and what each of them sends.
+
+Layout flags that you give are kept; the others are searched.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.flag_ranges import PositiveFloat, PositiveInt, Range
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Plan a run."""
+
+    gpus: PositiveInt
+    """GPUs of the run."""
+    gpu_memory: PositiveFloat = 80.0
+    """GiB of one GPU."""
+    gpus_per_node: PositiveInt = 8
+    """GPUs of one node. TP stays inside a node."""
+    hf: Path | None = None
+    """A dense Hugging Face directory (or its config.json), upcycled as the next four flags say."""
+    num_experts: PositiveInt = 6
+    """Experts per layer, the original one included."""
+    top_k: PositiveInt = 2
+    """Experts per token."""
+    moe_layer_freq: str = "1"
+    """Which layers have experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31"."""
+    experts_per_layer: str | None = None
+    """Experts of each layer, instead of --num-experts and --moe-layer-freq: 5,4,3,... or the JSON file of
+    allocate_experts.py. The plan then also shows what that saves against --num-experts in every layer."""
+    load: Path | None = None
+    """A converted checkpoint, instead of --hf."""
+    stage: Literal["1", "2", "full", "blocks"] = "1"
+    """1 trains new experts and routers, 2 routers, full everything, blocks the inserted blocks of --load."""
+    seq_length: PositiveInt = 1024
+    """Tokens of a sequence."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences a data-parallel rank computes at once."""
+    global_batch_size: PositiveInt = 512
+    """Sequences of an optimizer step."""
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """fp8: matrix products in FP8, the rest in bf16."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"
+    """With --precision fp8: how tensors are scaled."""
+    fp8_param_gather: bool = False
+    """With --precision fp8: keep the new experts' weights in FP8."""
+    use_distributed_optimizer: bool = True
+    """Split the optimizer's state over the data-parallel ranks."""
+    tensor_model_parallel_size: PositiveInt | None = None
+    """TP. Default: searched."""
+    pipeline_model_parallel_size: PositiveInt | None = None
+    """PP. Default: searched."""
+    expert_model_parallel_size: PositiveInt | None = None
+    """EP. Default: searched."""
+    recompute: Literal["none", "core_attn", "layernorm", "moe_act", "mlp", "moe", "full"] | None = None
+    """Activation recomputation: none, one of training's --recompute-modules, or full layers. Default: searched."""
+    show: PositiveInt = 8
+    """Layouts to show."""
+    routing: Path | None = None
+    """JSON file of tools/evaluate.py --output, whose routing the communication is computed with. Default: balanced."""
+    original_share: Annotated[float, Range(0, 1)] | None = None
+    """With --routing: share of original-language tokens. Default: as in the checkpoint's last training data."""
+    peak_tflops: PositiveFloat = 989.0
+    """TFLOP/s of a GPU, by default an H100's in bf16 (1979 in FP8). This and the next three estimate step time."""
+    utilization: Annotated[float, Range(0, 1, above=True)] = 0.4
+    """Share of --peak-tflops that a step reaches: an assumption."""
+    node_bandwidth: PositiveFloat = 450.0
+    """GB/s that a GPU sends to others of its node."""
+    network_bandwidth: PositiveFloat = 50.0
+    """GB/s that a GPU sends to other nodes."""
+
+
+def main() -> None:
+    flags = parse_flags(Flags, description=__doc__)
+    _check(flags)
+    # Late, because Megatron takes seconds to import and the checks above do without.
+    from megatron_moe_lpr.planning.interconnect import Hardware
+    from megatron_moe_lpr.planning.report import print_communication, print_plan
+    from megatron_moe_lpr.planning.routing import Routing, read_routing
+    from megatron_moe_lpr.planning.saving import describe_needs
+    from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
+
+    shape, sizes = read_shape(flags), read_sizes(flags)
+    routing = read_routing(flags.routing, flags.original_share) if flags.routing else Routing()
+    if flags.stage == "blocks" and not shape.inserted_blocks:
+        raise UserError("--stage blocks trains inserted blocks: give a checkpoint of import --expand-blocks by --load")
+    machine = Machine(flags.gpus, flags.gpus_per_node, flags.gpu_memory)
+    choice = Choice(
+        _given(flags.tensor_model_parallel_size),
+        _given(flags.pipeline_model_parallel_size),
+        _given(flags.expert_model_parallel_size),
+        _given(flags.recompute),
+    )
+    candidates = find_layouts(shape, sizes, machine, choice)
+    print_plan(shape, sizes, machine, candidates[: flags.show])
+    if flags.gpus > 1:
+        speeds = (flags.peak_tflops, flags.utilization, flags.node_bandwidth, flags.network_bandwidth)
+        print_communication(shape, sizes, candidates[: flags.show], routing, Hardware(flags.gpus_per_node, *speeds))
+    print(describe_needs(shape, candidates[0].layout, sizes, flags.gpus_per_node))
+    if flags.experts_per_layer is not None:
+        from megatron_moe_lpr.planning.savings import saving_against_uniform
+
+        print(saving_against_uniform(shape, sizes, flags.num_experts))
+
+
+def _check(flags: Flags) -> None:
+    if flags.fp8_param_gather and flags.precision != "fp8":
+        raise UserError("--fp8-param-gather needs --precision fp8")
+    if flags.fp8_param_gather and flags.fp8_recipe == "delayed":
+        raise UserError("--fp8-param-gather is not supported with --fp8-recipe delayed; choose tensorwise or blockwise")
+    if flags.original_share is not None and flags.routing is None:
+        raise UserError("--original-share needs --routing")
+
+
+def read_shape(flags: Flags):
+    """The model of the checkpoint, or what upcycling the dense one would give."""
+    from megatron_moe_lpr.checkpoint.card import read_json
+    from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+    from megatron_moe_lpr.checkpoint.loading import model_shape
+    from megatron_moe_lpr.conversion.experts_per_layer import read_experts_per_layer
+    from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
+    from megatron_moe_lpr.model.configuration.architecture import read_architecture
+    from megatron_moe_lpr.model.configuration.config import ModelShape
+
+    if flags.hf is None and flags.load is not None:
+        if flags.experts_per_layer is not None:
+            raise UserError("--experts-per-layer: the checkpoint given by --load knows its experts; leave the flag out")
+        return model_shape(resolve_checkpoint(flags.load))
+    if flags.hf is None or flags.load is not None:
+        raise UserError("give either --hf, a dense Hugging Face model, or --load, a converted checkpoint")
+    if not 1 <= flags.top_k <= max(flags.num_experts, 1):
+        raise UserError("--num-experts and --top-k: at least 1, and no more top-k than experts")
+    path = flags.hf / "config.json" if flags.hf.is_dir() else flags.hf
+    architecture = read_architecture(read_json(path), str(path))
+    if flags.experts_per_layer is not None:
+        experts = tuple(read_experts_per_layer(flags.experts_per_layer, architecture.num_layers))
+        if flags.top_k > min({count for count in experts if count > 1}, default=flags.top_k):
+            raise UserError(f"--top-k {flags.top_k}: a layer has fewer experts")
+        return ModelShape(architecture, experts, flags.top_k)
+    chosen = layers_with_experts(flags.moe_layer_freq, architecture.num_layers)
+    experts = tuple(flags.num_experts if has_experts else 1 for has_experts in chosen)
+    return ModelShape(architecture, experts, flags.top_k)
+
+
+def read_sizes(flags: Flags):
+    """What of the run decides its memory."""
+    from megatron_moe_lpr.planning.memory import RunSizes
+    from megatron_moe_lpr.training.stages import STAGES
+
+    return RunSizes(
+        trains=STAGES[flags.stage].trains,
+        gpus=flags.gpus,
+        seq_length=flags.seq_length,
+        micro_batch_size=flags.micro_batch_size,
+        global_batch_size=flags.global_batch_size,
+        precision=flags.precision,
+        distributed_optimizer=flags.use_distributed_optimizer,
+        fp8_recipe=flags.fp8_recipe,
+        fp8_param_gather=flags.fp8_param_gather,
+        stored_dtype=_stored_dtype(flags),
+    )
+
+
+def _stored_dtype(flags: Flags):
+    """The dense model's dtype, as the checkpoint's card or config.json says it."""
+    from megatron_moe_lpr.checkpoint.card import MODEL_DTYPES, read_json
+    from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+
+    if flags.load is not None:
+        return resolve_checkpoint(flags.load).card().dtype
+    if flags.hf is None:
+        return None
+    config = read_json(flags.hf / "config.json" if flags.hf.is_dir() else flags.hf)
+    named = (config.get(name) for name in ("dtype", "torch_dtype"))
+    return next((dtype for dtype in named if dtype in MODEL_DTYPES), None)
+
+
+def _given(value):
+    return () if value is None else (value,)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,137 @@
+"""Turn text into Megatron indexed datasets, one language a prefix.
+
+Writes PREFIX.bin, PREFIX.idx and PREFIX.json (the manifest) for --language, or PREFIX_LANGUAGE.* for each language that
+--language-key finds. Reads .jsonl, .jsonl.gz, .jsonl.zst, .txt (a document a line) and .parquet.
+"""
+
+import dataclasses
+import os
+import re
+import signal
+import sys
+from typing import Annotated, Literal
+
+import tyro
+
+from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.data.beginning_of_text import begin_note
+from megatron_moe_lpr.data.language_names import canonical_language, is_known, language_title, likely_meaning
+from megatron_moe_lpr.data.original_languages import parse_languages
+from megatron_moe_lpr.data.preparation.documents import LANGUAGE_PATTERN, DocumentOptions
+from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
+from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess
+from megatron_moe_lpr.data.preparation.sources import MAX_LINE_BYTES
+from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.flag_ranges import PositiveInt, Range, Seed
+
+
+@dataclasses.dataclass
+class Flags:
+    """Turn text into Megatron indexed datasets, one language a prefix."""
+
+    input: list[str]
+    """Files or globs (quoted), or - for JSON lines on standard input."""
+    output_prefix: str
+    """Where to write: PREFIX.bin, PREFIX.idx and PREFIX.json."""
+    tokenizer: str
+    """A directory with a tokenizer.json or a SentencePiece .model, or such a file."""
+    language: str | None = None
+    """The language of the whole input, for example el; by code or English name, or a tag of your own."""
+    language_key: str | None = None
+    """The JSON key (or parquet column) of each document's language; one PREFIX_LANGUAGE each."""
+    json_key: str = "text"
+    """The JSON key (or parquet column) of the text."""
+    workers: Annotated[int, Range(1, 4096)] = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    )
+    """Worker processes. The output is the same for every number."""
+    max_documents: PositiveInt | None = None
+    """Keep only the first N documents (of each language)."""
+    shuffle_seed: Seed | None = None
+    """Shuffle the documents at the end, deterministically; needs disk space for a second copy."""
+    partitions: Annotated[str, tyro.conf.arg(metavar="I/N")] = "1/1"
+    """Convert only partition I (from 1) of N, to PREFIX-0000I-of-0000N; tools/merge_datasets.py joins them."""
+    append_eod: bool = True
+    """End each document with the end-of-document token."""
+    eod_token: str | None = None
+    """The end-of-document token. Default: the tokenizer's end-of-sequence token."""
+    split_special_tokens: bool = True
+    """Encode special tokens that a text mentions as plain text. Off: as the real tokens. Counted in the manifest."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do with a line that is not a document. skip: count it in the manifest."""
+    max_line_bytes: PositiveInt = MAX_LINE_BYTES
+    """A longer line is not a document. Memory for it: some 170 times its size in the tokenizer."""
+    overwrite: bool = False
+    """Replace existing output."""
+
+
+def main() -> None:
+    flags = parse_flags(Flags, description=__doc__)
+    # A batch system's SIGTERM cleans up like an error does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    checked = plan(flags)
+    if note := begin_note(flags.tokenizer):
+        print(f"note: {note}", file=sys.stderr)
+    for prefix, manifest in preprocess(checked).items():
+        print(
+            f"{prefix}: {manifest.language}, {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+            f"{manifest.text_bytes / 1e6:,.1f} MB of text"
+        )
+        if flags.language_key and not is_known(manifest.language):
+            meaning = likely_meaning(manifest.language, ())
+            perhaps = f"; write {meaning} if you mean {language_title(meaning)}" if meaning else ""
+            print(f"note: --language-key: {manifest.language} is no known language{perhaps}", file=sys.stderr)
+
+
+def plan(flags: Flags) -> PreprocessingPlan:
+    """Check the flags against each other."""
+    if (flags.language is None) == (flags.language_key is None):
+        raise UserError("give either --language, for a whole input, or --language-key, to split it by a field")
+    language = None if flags.language is None else parse_language(flags.language)
+    if flags.language_key and any(".txt" in name for name in flags.input):
+        raise UserError("--language-key: a .txt has no keys; pass --language")
+    partition = parse_partition(flags.partitions)
+    for name in ("max_documents", "shuffle_seed"):
+        if partition[1] > 1 and getattr(flags, name) is not None:
+            hint = "; pass it to tools/merge_datasets.py" if name == "shuffle_seed" else ""
+            raise UserError(f"--{name.replace('_', '-')}: acts on the whole dataset, not on one partition{hint}")
+    documents = DocumentOptions(
+        flags.json_key, language, flags.language_key, flags.on_error == "stop", flags.max_line_bytes
+    )
+    encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents, flags.split_special_tokens)
+    return PreprocessingPlan(
+        inputs=flags.input,
+        output_prefix=flags.output_prefix,
+        encoder=encoder,
+        workers=flags.workers,
+        max_documents=flags.max_documents,
+        shuffle_seed=flags.shuffle_seed,
+        partition=partition,
+        overwrite=flags.overwrite,
+    )
+
+
+def parse_language(text: str) -> str:
+    """`el` for `el`, `EL`, `ell` or `Greek`; another tag as it is. Raises UserError."""
+    name = canonical_language(text)
+    if not LANGUAGE_PATTERN.fullmatch(name):
+        raise UserError(f"--language {text!r}: one language; letters and digits, perhaps joined by _ or -")
+    _, notes = parse_languages([text], "--language")
+    if not is_known(name):
+        notes = [f"--language {name}: neither the code nor the name of a language; taken as a tag of your own"]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return name
+
+
+def parse_partition(text: str) -> tuple[int, int]:
+    """`2/8` to (2, 8)."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    index, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= index <= count:
+        raise UserError(f"--partitions {text}: write I/N with I from 1 to N, for example 1/8 to 8/8")
+    return index, count
+
+
+if __name__ == "__main__":
+    run_command(main)
