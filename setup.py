@@ -15,6 +15,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    entry_points={"console_scripts": ["moe-lpr = megatron_moe_lpr.cli:main"]},
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_moe_lpr", "megatron_moe_lpr.*"]),
     package_data={"megatron_moe_lpr.data": ["language_codes.tsv"]},

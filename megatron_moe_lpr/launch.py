@@ -2,6 +2,10 @@
 
 torchrun itself dies of SIGUSR1, gives workers 30 seconds after SIGTERM, and turns every exit code of theirs into 1.
 
+    moe-lpr launch --nproc-per-node 8 train --stage 1 ...
+
+In front of `train` (or `evaluate`) stand torchrun's own flags. Without the installed command the same is:
+
     python -m megatron_moe_lpr.launch --nproc-per-node 8 -m megatron_moe_lpr.pretrain --stage 1 ...
 """
 
@@ -22,6 +26,10 @@ from megatron_moe_lpr.pretrain import LAUNCHER
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE, StopRequest
 
 TRAINING = "megatron_moe_lpr.pretrain"
+RANK_COMMANDS = {"train": ("-m", TRAINING), "evaluate": ("-m", "megatron_moe_lpr.cli", "evaluate")}
+"""Subcommands that run on several ranks, as torchrun takes them."""
+FLAGS_WITHOUT_VALUE = ("--standalone", "--no-python", "--no_python", "--run-path", "--run_path", "-m", "--module")
+"""Flags of torchrun that the next word is no value of."""
 SIGNALS_OF_TORCHRUN = "--signals-to-handle"
 LINES_SHOWN = 12
 """Of each rank, when a run has failed."""
@@ -80,7 +88,7 @@ def exit_code(codes: Sequence[int], asked: bool = False) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Start the workers as torchrun does and wait for them."""
     stop, since = ForwardedStop(), time.time()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = spell_out(list(sys.argv[1:] if arguments is None else arguments))
     check_training_flags(arguments)
     # After the handlers and the flags: this takes seconds.
     from torch.distributed import DistError
@@ -103,6 +111,18 @@ def main(arguments: list[str] | None = None) -> None:
         fail(f"--master-addr {flags.master_addr} --master-port {flags.master_port}: {str(error).splitlines()[0]}")
     except SignalException as caught:
         sys.exit(EXIT_REQUEUE if caught.sigval in (signal.SIGTERM, signal.SIGUSR1) else 128 + caught.sigval)
+
+
+def spell_out(arguments: Sequence[str]) -> list[str]:
+    """Return torchrun's arguments, with the module in place of `train` or `evaluate` behind torchrun's own flags."""
+    for place, word in enumerate(arguments):
+        before = arguments[place - 1] if place else ""
+        is_value = before.startswith("-") and "=" not in before and before not in FLAGS_WITHOUT_VALUE
+        if word.startswith("-") or is_value:
+            continue
+        # The first word of its own is what torchrun starts; all behind it is not torchrun's.
+        return [*arguments[:place], *RANK_COMMANDS.get(word, (word,)), *arguments[place + 1 :]]
+    return list(arguments)
 
 
 def _checked_flags(torchrun: ModuleType, arguments: list[str]) -> argparse.Namespace:

@@ -75,7 +75,7 @@ def test_help_is_shown(capsys):
 
 
 ROOT = Path(__file__).parents[1]
-TOOLS = sorted((ROOT / "tools").glob("*.py"))
+TOOLS = sorted((ROOT / "megatron_moe_lpr" / "commands").glob("[a-z]*.py"))
 DEMO = sorted(path for path in (ROOT / "examples" / "demo").glob("*.py") if "def main(" in path.read_text())
 
 

@@ -202,7 +202,7 @@ def test_what_imports_training(sources):
         if any(name.startswith(f"{PACKAGE}.training") for name in imports(path, sources))
     }
     assert rooms_of - {f"{PACKAGE}/training/"} == {
-        "tools/",
+        f"{PACKAGE}/commands/",
         *(f"{PACKAGE}/{name}.py" for name in ("launch", "pretrain")),
     }
 

@@ -13,7 +13,7 @@ from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG, write_experts_per_layer
 from megatron_moe_lpr.data.language_names import canonical_language, covered, split_names
 from megatron_moe_lpr.data.manifest import dataset_files
-from megatron_moe_lpr.errors import UserError, naming, run_command
+from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.filesystem import atomic_file, check_output_file, real_target
 from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
@@ -51,9 +51,9 @@ class Flags:
     """Where the layers run. Default: cuda if PyTorch sees a device, else cpu."""
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    flags = parse_flags(Flags, description=__doc__)
+    flags = parse_flags(Flags, arguments, __doc__)
     measured = measure(flags)
     Console().print(measured.table())
     print(f"{FLAG} {write_experts_per_layer(measured.experts)}")
@@ -127,7 +127,3 @@ def write(path: Path, text: str) -> None:
     """Whole or not at all."""
     with naming(path), atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    run_command(main)

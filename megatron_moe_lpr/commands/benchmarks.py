@@ -15,7 +15,7 @@ from rich.console import Console
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.original_languages import parse_languages
-from megatron_moe_lpr.errors import UserError, naming, run_command
+from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.evaluation.benchmarks.beginning import describe_beginning, prompt_beginning
 from megatron_moe_lpr.evaluation.benchmarks.harness import (
     check_replaceable,
@@ -165,7 +165,3 @@ def make_record(flags: Flags, chosen: list[ChosenTasks]) -> dict[str, Any]:
         "limit": flags.limit,
         "benchmarks": benchmarks,
     }
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -11,7 +11,6 @@ import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.reading.config import DataConfig, cache_directory, read_data_sources
-from megatron_moe_lpr.errors import run_command
 from megatron_moe_lpr.flag_ranges import PositiveInt, Range
 
 
@@ -26,8 +25,9 @@ class Flags:
     """Samples of the whole run: --train-iters times --global-batch-size of the training."""
 
 
-def main() -> None:
-    flags = parse_flags(Flags, description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    flags = parse_flags(Flags, arguments, __doc__)
     sources = read_data_sources(flags.data)
     for share in sources.shares(flags.train_samples * flags.seq_length):
         kind = "original" if share.is_original else "expanded"
@@ -40,7 +40,3 @@ def main() -> None:
 
     dataset = build_training_dataset(sources, flags.data, flags.seq_length, flags.train_samples)
     print(f"{len(dataset):,} samples; index maps in {cache_directory(flags.data)}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -232,7 +232,3 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one sub-command; bad input ends in one line and exit code 1."""
     command = parse_flags(Command, arguments, __doc__)
     run_command(command.run)
-
-
-if __name__ == "__main__":
-    main()

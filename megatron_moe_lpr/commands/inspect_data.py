@@ -11,7 +11,6 @@ from megatron_moe_lpr.data.manifest import Manifest, read_manifest, verify_index
 from megatron_moe_lpr.data.preparation.inspection import counts_table, samples_table
 from megatron_moe_lpr.data.preparation.merging import expand_prefixes
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
-from megatron_moe_lpr.errors import run_command
 from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 
@@ -33,8 +32,9 @@ class Flags:
     """Read everything and compare it with the checksums in the manifest."""
 
 
-def main() -> None:
-    flags = parse_flags(Flags, description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    flags = parse_flags(Flags, arguments, __doc__)
     manifests = {prefix: read_manifest(prefix) for prefix in expand_prefixes(flags.input)}
     if flags.verify:
         verify(manifests)
@@ -58,7 +58,3 @@ def verify(manifests: dict[str, Manifest]) -> None:
             print(f"{prefix}: intact ({size})")
         else:
             print(f"{prefix}: index intact; the .bin was written without a checksum and is not verified ({size})")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -4,7 +4,6 @@ import dataclasses
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.preparation.merging import merge
-from megatron_moe_lpr.errors import run_command
 from megatron_moe_lpr.flag_ranges import Seed
 
 
@@ -24,13 +23,10 @@ class Flags:
     """Replace existing output."""
 
 
-def main() -> None:
-    flags = parse_flags(Flags, description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    flags = parse_flags(Flags, arguments, __doc__)
     manifest = merge(
         flags.input, flags.output_prefix, flags.shuffle_seed, flags.overwrite, flags.allow_missing_partitions
     )
     print(f"{flags.output_prefix}: {manifest.language}, {manifest.documents:,} documents, {manifest.tokens:,} tokens")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_ranges import PositiveFloat, PositiveInt, Range
 
 
@@ -75,8 +75,9 @@ class Flags:
     """GB/s that a GPU sends to other nodes."""
 
 
-def main() -> None:
-    flags = parse_flags(Flags, description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    flags = parse_flags(Flags, arguments, __doc__)
     _check(flags)
     # Late, because Megatron takes seconds to import and the checks above do without.
     from megatron_moe_lpr.planning.interconnect import Hardware
@@ -182,7 +183,3 @@ def _stored_dtype(flags: Flags):
 
 def _given(value):
     return () if value is None else (value,)
-
-
-if __name__ == "__main__":
-    run_command(main)

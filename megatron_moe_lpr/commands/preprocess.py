@@ -21,7 +21,7 @@ from megatron_moe_lpr.data.preparation.documents import LANGUAGE_PATTERN, Docume
 from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
 from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess
 from megatron_moe_lpr.data.preparation.sources import MAX_LINE_BYTES
-from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_ranges import PositiveInt, Range, Seed
 
 
@@ -65,8 +65,9 @@ class Flags:
     """Replace existing output."""
 
 
-def main() -> None:
-    flags = parse_flags(Flags, description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    flags = parse_flags(Flags, arguments, __doc__)
     # A batch system's SIGTERM cleans up like an error does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     checked = plan(flags)
@@ -131,7 +132,3 @@ def parse_partition(text: str) -> tuple[int, int]:
     if not 1 <= index <= count:
         raise UserError(f"--partitions {text}: write I/N with I from 1 to N, for example 1/8 to 8/8")
     return index, count
-
-
-if __name__ == "__main__":
-    run_command(main)

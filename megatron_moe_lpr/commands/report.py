@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.errors import naming, run_command
+from megatron_moe_lpr.errors import naming
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
 from megatron_moe_lpr.evaluation.report.tables import print_table
@@ -45,7 +45,3 @@ def main(arguments: list[str] | None = None) -> None:
     print_table(inputs)
     with naming(flags.output), atomic_file(flags.output) as partial:
         partial.write_text(page, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -106,7 +106,7 @@ def model_and_data(tmp_path):
 
 
 def allocate_tool(monkeypatch, arguments) -> None:
-    tool = load_tool("allocate_experts")
+    tool = load_tool("allocate")
     monkeypatch.setattr("sys.argv", ["allocate_experts.py", *map(str, arguments)])
     tool.main()
 

@@ -1,6 +1,5 @@
 """What several test files need: commands in this process, and whole directories of tensors."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,23 +10,14 @@ from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.checkpoint.reader import CheckpointReader
 from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
+from megatron_moe_lpr.commands import convert
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_hf.py"
 
 
-def _load_tool() -> Callable[[list[str]], None]:
-    spec = importlib.util.spec_from_file_location("convert_hf", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-convert = _load_tool()
-
-
 def run(*arguments: object) -> None:
     """Run tools/convert_hf.py with these arguments in this process."""
-    convert([str(argument) for argument in arguments])
+    convert.main([str(argument) for argument in arguments])
 
 
 def hf_tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """Command lines as modules, to call them in this process."""
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -9,9 +8,5 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def load_tool(name: str) -> ModuleType:
-    """tools/NAME.py as a module."""
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where the flags' docstrings are looked up
-    spec.loader.exec_module(module)
-    return module
+    """The module of a subcommand of `moe-lpr`."""
+    return importlib.import_module(f"megatron_moe_lpr.commands.{name}")
