@@ -26,7 +26,7 @@ from megatron_moe_lpr.pretrain import LAUNCHER
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE, StopRequest
 
 TRAINING = "megatron_moe_lpr.pretrain"
-RANK_COMMANDS = {"train": ("-m", TRAINING), "evaluate": ("-m", "megatron_moe_lpr.cli", "evaluate")}
+RANK_COMMANDS = {"train": ("-m", TRAINING), "evaluate": ("-m", "megatron_moe_lpr.commands.evaluate")}
 """Subcommands that run on several ranks, as torchrun takes them."""
 FLAGS_WITHOUT_VALUE = ("--standalone", "--no-python", "--no_python", "--run-path", "--run_path", "-m", "--module")
 """Flags of torchrun that the next word is no value of."""

@@ -90,7 +90,7 @@ def test_the_package_installs_the_command():
         (["-m", "M", "--save", "evaluate"], ["-m", "M", "--save", "evaluate"]),
         (["script.py", "train"], ["script.py", "train"]),
         (["--nproc-per-node", "2", "evaluate", "--load", "x"],
-         ["--nproc-per-node", "2", "-m", "megatron_moe_lpr.cli", "evaluate", "--load", "x"]),
+         ["--nproc-per-node", "2", "-m", "megatron_moe_lpr.commands.evaluate", "--load", "x"]),
         ([], []),
     ],
 )  # fmt: skip

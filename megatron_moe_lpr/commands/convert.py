@@ -19,10 +19,12 @@ from megatron_moe_lpr.platform import PlatformName, select_platform
 class Import:
     """Hugging Face -> Megatron: a dense model (upcycled unless --num-experts 1), or an exported MoE."""
 
-    hf: Path
-    """Directory with config.json and safetensors weights."""
+    hf: str
+    """Directory with config.json and safetensors weights, or a name on the hub such as Qwen/Qwen1.5-1.8B."""
     save: Path
     """Checkpoint directory to write."""
+    revision: str | None = None
+    """For a name on the hub: branch, tag or commit. Default: its main branch."""
     num_experts: PositiveInt | None = None
     """Experts per layer, with the original one; 1: stay dense. Default: 6 (paper), or what a MoE or adapter has."""
     top_k: PositiveInt | None = None
@@ -50,12 +52,15 @@ class Import:
 
     def run(self) -> None:
         """Convert, then print what came out."""
+        from megatron_moe_lpr.conversion.hugging_face.hub import model_directory
+
+        hf = model_directory(self.hf, self.revision)
         from megatron_moe_lpr.conversion.importer import import_hf
         from megatron_moe_lpr.conversion.notes import import_notes
         from megatron_moe_lpr.conversion.plan import ImportOptions
 
         options = ImportOptions(
-            hf=self.hf,
+            hf=hf,
             num_experts=self.num_experts,
             top_k=self.top_k,
             moe_layer_freq=self.moe_layer_freq,
@@ -162,8 +167,10 @@ class Verify:
 
     load: Path
     """Checkpoint directory, or one iteration in it."""
-    hf: Path
-    """Hugging Face directory to compare with, loaded by transformers' own class."""
+    hf: str
+    """Hugging Face directory to compare with, or a name on the hub, loaded by transformers' own class."""
+    revision: str | None = None
+    """For a name on the hub: branch, tag or commit. Default: its main branch."""
     base_checkpoint: Path | None = None
     """For a --load of --save-trainable-only: directory of the checkpoint that its run started from, if it has moved."""
     tolerance: NonNegativeFloat = 1e-3
@@ -179,6 +186,9 @@ class Verify:
 
     def run(self) -> None:
         """Compare; models that differ end in exit code 1."""
+        from megatron_moe_lpr.conversion.hugging_face.hub import model_directory
+
+        hf = model_directory(self.hf, self.revision)
         import torch
 
         from megatron_moe_lpr.conversion.verification.verify import print_comparison
@@ -186,7 +196,7 @@ class Verify:
 
         comparison = verify_checkpoint(
             self.load,
-            self.hf,
+            hf,
             getattr(torch, self.dtype),
             select_platform(self.platform),
             self.seq_length,
@@ -195,7 +205,7 @@ class Verify:
         )
         print_comparison(comparison, self.tolerance)
         if not comparison.agrees(self.tolerance):
-            raise UserError(f"{self.load} does not compute what {self.hf} does")
+            raise UserError(f"{self.load} does not compute what {hf} does")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.manifest import dataset_files
-from megatron_moe_lpr.errors import naming
+from megatron_moe_lpr.errors import naming, run_command
 from megatron_moe_lpr.filesystem import atomic_file, check_output_file
 from megatron_moe_lpr.flag_ranges import PositiveInt
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
@@ -96,3 +96,7 @@ def write(record: dict, path: Path) -> None:
     """The JSON file, whole or not at all."""
     with naming(path), atomic_file(path) as partial:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":  # torchrun -m, as `moe-lpr launch` starts its ranks
+    run_command(main)

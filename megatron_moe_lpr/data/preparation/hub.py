@@ -1,6 +1,5 @@
 """Files of a data set from the Hugging Face hub, by its own client: which there are, and each whole or not at all."""
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -8,11 +7,13 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from megatron_moe_lpr.data.preparation.corpora import Corpus
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.hub_errors import explain_hub_errors
 
 STAGING = ".incomplete"
 """Below the output: what the client has of a file so far; removed when nothing is missing any more."""
@@ -51,7 +52,7 @@ def find_shards(corpus: Corpus, language: str, revision: str, train: int, valid:
     """
     from huggingface_hub import HfApi
 
-    with _telling(corpus.repository):
+    with _explained(corpus.repository):
         commit = HfApi().dataset_info(corpus.repository, revision=revision).sha
         if commit is None:
             raise UserError(f"{corpus.repository}: the hub does not say which commit {revision} is; try again")
@@ -89,7 +90,7 @@ def download(shard: Shard, output: Path) -> None:
     from huggingface_hub import hf_hub_download
 
     staging = output / STAGING / shard.repository.replace("/", "-")
-    with _telling(shard.repository):
+    with _explained(shard.repository):
         path = Path(
             hf_hub_download(
                 shard.repository, shard.path, repo_type="dataset", revision=shard.revision, local_dir=staging
@@ -130,24 +131,6 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def _telling(repository: str) -> Iterator[None]:
-    """Failures of the hub in one line that says what to do."""
-    from huggingface_hub import errors
-
+def _explained(repository: str) -> AbstractContextManager[None]:
     page = f"https://huggingface.co/datasets/{repository}"
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise UserError(f"{repository}: accept its conditions at {page}, then `hf auth login`") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{repository}: there is no such data set, or it asks for a login: {page}") from None
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-            raise UserError(f"{repository}: {reason}; does it have that language by this code?") from None
-        # The client raises errors of its HTTP library, which is another one in each of its versions.
-        of_the_client = type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx", "httpx2", "requests")
-        if not of_the_client and not isinstance(error, ConnectionError):
-            raise
-        raise UserError(f"{repository}: the hub does not answer: {reason}; start again to go on") from None
+    return explain_hub_errors(repository, page, "does it have that language by this code?")

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on the loopback interface, for the real client: data sets made by the test."""
+"""A stand-in for the Hugging Face hub on the loopback interface, for the real client: what the test puts there."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ class Hub:
 
     def __init__(self, files: dict[str, dict[str, bytes]]) -> None:
         self.files = files
-        """Data set to path to content."""
+        """Data set or model to path to content."""
         self.gated: set[str] = set()
         self.cut: set[str] = set()
         """Paths whose next answer breaks off in the middle."""
@@ -40,10 +40,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, with_content: bool) -> None:
         parts = urllib.parse.unquote(self.path.partition("?")[0]).strip("/").split("/")
-        if parts[:2] == ["api", "datasets"]:
-            self._api("/".join(parts[2:4]), parts[4], "/".join(parts[6:]))
+        if parts[:2] in (["api", "datasets"], ["api", "models"]):
+            self._api("/".join(parts[2:4]), parts[4] if parts[4:] else "revision", "/".join(parts[6:]))
         elif parts[0] == "datasets":
             self._file("/".join(parts[1:3]), "/".join(parts[5:]), with_content)
+        elif parts[2:3] == ["resolve"]:
+            self._file("/".join(parts[:2]), "/".join(parts[4:]), with_content)
         else:
             self._send(404, {}, b"")
 
@@ -51,7 +53,12 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in self.hub.files:
             self._send(404, {"X-Error-Code": "RepoNotFound"}, b"{}")
         elif kind == "revision":
-            self._send(200, {}, json.dumps({"id": name, "sha": COMMIT, "siblings": []}).encode())
+            files = self.hub.files[name]
+            siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
+            self._send(200, {}, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
+        elif "recursive=true" in self.path.lower():
+            entries = [self._entry(path, content) for path, content in self.hub.files[name].items()]
+            self._send(200, {}, json.dumps(entries).encode())
         else:
             found = [path for path in self.hub.files[name] if path.rpartition("/")[0] == folder]
             entries = [self._entry(path, self.hub.files[name][path]) for path in sorted(found)]

@@ -140,7 +140,7 @@ def test_dry_run_tells_files_sizes_and_terms_and_fetches_nothing(tmp_path):
             lambda hub: hub.gated.add(SKYPILE),
             f"{SKYPILE}: accept its conditions at https://huggingface.co/datasets/",
         ),
-        ({}, lambda hub: hub.files.pop(SKYPILE), f"{SKYPILE}: there is no such data set, or it asks for a login"),
+        ({}, lambda hub: hub.files.pop(SKYPILE), f"{SKYPILE}: not on the hub, or it asks for a login"),
         ({}, lambda hub: hub.damaged.add("data/2020-40_zh_head_0000.jsonl"), "damaged on the way; start again"),
         ({"LANGUAGES": "zh=5"}, lambda hub: None, "has 3 files for zh, --shards 5 and --valid-shards 1"),
         ({"LANGUAGES": "zh=x"}, lambda hub: None, "--languages zh=x: write LANGUAGE or LANGUAGE=N"),
