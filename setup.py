@@ -29,6 +29,7 @@ setup(
         "protobuf",
         # Megatron's asynchronous checkpoint writer hangs for ever where psutil is missing.
         "psutil",
+        "pyyaml",
         "rich",
         "safetensors>=0.4",
         "sentencepiece",

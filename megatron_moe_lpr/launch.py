@@ -146,10 +146,9 @@ def check_training_flags(arguments: Sequence[str]) -> None:
     if TRAINING not in arguments:
         return
     from megatron_moe_lpr import pretrain
-    from megatron_moe_lpr.command_line import parse_flags
-    from megatron_moe_lpr.training.config import TrainingConfig
+    from megatron_moe_lpr.training.config_file import parse_training_flags
 
-    parse_flags(TrainingConfig, arguments[arguments.index(TRAINING) + 1 :], pretrain.__doc__)
+    parse_training_flags(arguments[arguments.index(TRAINING) + 1 :], pretrain.__doc__)
 
 
 def _keep_signals(torchrun: ModuleType, arguments: list[str]) -> list[str]:

@@ -40,13 +40,16 @@ def pretrain(config: "TrainingConfig") -> bool:
         ):
             heartbeat.before_end = lock.release
             mark_start(options.save)
-            config = dataclasses.replace(config, checkpoint=dataclasses.replace(options, load=load))
-            return _train(config, lock, heartbeat)
+            started = dataclasses.replace(config, checkpoint=dataclasses.replace(options, load=load))
+            return _train(started, config, lock, heartbeat)
 
 
-def _train(config: "TrainingConfig", lock: "RunLock", heartbeat: "Heartbeat") -> bool:
-    """Build the run, train, and say how it began and ended."""
+def _train(config: "TrainingConfig", given: "TrainingConfig", lock: "RunLock", heartbeat: "Heartbeat") -> bool:
+    """Build the run, write down what it was given, train, and say how it began and ended."""
+    import torch.distributed as dist
+
     from megatron_moe_lpr.liveness import long_work
+    from megatron_moe_lpr.training.config_file import write_run_config
     from megatron_moe_lpr.training.loop import Trainer
     from megatron_moe_lpr.training.metrics import MetricsWriter
     from megatron_moe_lpr.training.schedule_notes import schedule_notes
@@ -56,6 +59,8 @@ def _train(config: "TrainingConfig", lock: "RunLock", heartbeat: "Heartbeat") ->
     with long_work("setting up"):
         run = prepare(config)
     save, step = config.checkpoint.save, run.state.iteration
+    if dist.get_rank() == 0:
+        write_run_config(given, dist.get_world_size(), config.layout.data_parallel_size(dist.get_world_size()))
     writer = MetricsWriter(config.logging, save, f"stage {config.stage.stage}", step, run.description)
     print_overview(run)
     if step:
@@ -90,11 +95,10 @@ def main() -> None:
 
 
 def _run() -> bool:
-    from megatron_moe_lpr.command_line import parse_flags
     from megatron_moe_lpr.errors import run_command
-    from megatron_moe_lpr.training.config import TrainingConfig
+    from megatron_moe_lpr.training.config_file import parse_training_flags
 
-    config = parse_flags(TrainingConfig, description=__doc__)
+    config = parse_training_flags(description=__doc__)
     finished = True
 
     def command() -> None:

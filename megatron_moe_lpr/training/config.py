@@ -272,6 +272,8 @@ class TrainingConfig:
     layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
     logging: tyro.conf.OmitArgPrefixes[LoggingOptions] = dataclasses.field(default_factory=LoggingOptions)
     guards: tyro.conf.OmitArgPrefixes[GuardOptions] = dataclasses.field(default_factory=GuardOptions)
+    config: Path | None = None
+    """YAML or JSON file with these flags, such as SAVE/config.json of another run. Flags beside it override it."""
     platform: PlatformName = "auto"
     """Where to run. auto: CUDA if there is a device."""
     distributed_timeout_minutes: Annotated[PositiveInt, tyro.conf.arg(name="distributed-timeout-minutes")] = 10
