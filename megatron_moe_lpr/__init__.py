@@ -1,10 +1,23 @@
 """MoE-LPR on Megatron-Core: multilingual extension of a dense language model (arXiv 2408.11396)."""
 
+import importlib
 import warnings
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from megatron_moe_lpr.api import UserError, evaluate, export, plan, preprocess, train, upcycle
+
+__all__ = ["UserError", "evaluate", "export", "plan", "preprocess", "train", "upcycle"]
 __version__ = "0.1.0"
 
 # megatron-core says at every import what it does without NVIDIA's libraries. Where they are needed, the CUDA platform
 # checks for them by name.
 for _message in (".*Apex.*not installed", ".*Transformer Engine.*not installed", "`load_state_dict` is deprecated"):
     warnings.filterwarnings("ignore", message=_message)
+
+
+def __getattr__(name: str) -> Any:
+    """The Python API, imported when it is first asked for: the package itself must import at once."""
+    if name in __all__:
+        return getattr(importlib.import_module("megatron_moe_lpr.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -56,9 +56,14 @@ def module_of(path: PurePosixPath) -> str:
 parse = functools.cache(ast.parse)
 
 
+FACADE = (PurePosixPath(f"{PACKAGE}/__init__.py"), f"{PACKAGE}.api")
+"""The package's top offers the Python API, which it imports when a name of it is asked for."""
+
+
 def imports(path: PurePosixPath, sources: Sources) -> set[str]:
     """Modules of this repository that a file names in an import or, whole, in a text, as for `python -m`."""
-    return _imports(path, sources[path], frozenset(map(module_of, sources)))
+    found = _imports(path, sources[path], frozenset(map(module_of, sources)))
+    return found - {FACADE[1]} if path == FACADE[0] else found
 
 
 @functools.cache
@@ -203,7 +208,7 @@ def test_what_imports_training(sources):
     }
     assert rooms_of - {f"{PACKAGE}/training/"} == {
         f"{PACKAGE}/commands/",
-        *(f"{PACKAGE}/{name}.py" for name in ("launch", "pretrain")),
+        *(f"{PACKAGE}/{name}.py" for name in ("api", "launch", "pretrain")),
     }
 
 

@@ -52,6 +52,12 @@ class Import:
 
     def run(self) -> None:
         """Convert, then print what came out."""
+        for note in self.convert():
+            print(f"note: {note}")
+        show(self.save)
+
+    def convert(self) -> list[str]:
+        """Convert. Returns what the person should know of the model, a line each. Raises UserError."""
         from megatron_moe_lpr.conversion.hugging_face.hub import model_directory
 
         hf = model_directory(self.hf, self.revision)
@@ -74,9 +80,7 @@ class Import:
             expanded_languages=self.expanded_languages,
         )
         card = import_hf(options, self.save, self.overwrite)
-        for note in import_notes(options, card):
-            print(f"note: {note}")
-        show(self.save)
+        return list(import_notes(options, card))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +143,13 @@ class Export:
 
     def run(self) -> None:
         """Convert, then print what came out."""
+        for warning in self.convert():
+            print(f"warning: {warning}")
+        # Not every form for llama.cpp is a Hugging Face model.
+        show(self.hf, self.hf if self.engine == "transformers" else self.load)
+
+    def convert(self) -> list[str]:
+        """Convert. Returns warnings, a line each. Raises UserError."""
         from megatron_moe_lpr.conversion.exporter import export_hf
         from megatron_moe_lpr.conversion.hugging_face.model_card import CardOptions
         from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import parse_size
@@ -155,10 +166,7 @@ class Export:
             engine=self.engine,
             card_options=options,
         )
-        for warning in plan.warnings:
-            print(f"warning: {warning}")
-        # Not every form for llama.cpp is a Hugging Face model.
-        show(self.hf, self.hf if self.engine == "transformers" else self.load)
+        return list(plan.warnings)
 
 
 @dataclasses.dataclass(frozen=True)

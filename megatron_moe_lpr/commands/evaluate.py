@@ -6,7 +6,7 @@ Runs alone or under torchrun at any layout: `torchrun --nproc-per-node 2 tools/e
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -62,7 +62,16 @@ def main(arguments: list[str] | None = None) -> None:
     check_timeout(flags.distributed_timeout_minutes)
     if flags.output:
         check_output_file(flags.output, "--output", dataset_files(flags.valid_data_path))
-    # torch and Megatron take seconds to import, and the checks above do without.
+    evaluate(flags, show=True)
+
+
+def evaluate(flags: Flags, show: bool = False) -> dict[str, Any]:
+    """Return what was found, as JSON has it, on every rank. Raises UserError.
+
+    Args:
+        show: print it on rank 0.
+    """
+    # torch and Megatron take seconds to import, and the checks of flags do without.
     import torch.distributed as dist
 
     from megatron_moe_lpr.evaluation.checkpoint import evaluate_checkpoint
@@ -74,12 +83,14 @@ def main(arguments: list[str] | None = None) -> None:
         evaluation = evaluate_checkpoint(plan(flags))
     record = evaluation_record(evaluation)
     if dist.get_rank() == 0:
-        for note in evaluation.notes:
+        for note in evaluation.notes if show else ():
             print(f"note: {note}")
-        print_evaluation(record)
+        if show:
+            print_evaluation(record)
         if flags.output:
             write(record, flags.output)
     destroy_parallel()
+    return record
 
 
 def plan(flags: Flags) -> "EvaluationPlan":

@@ -5,11 +5,16 @@ Layout flags that you give are kept; the others are searched.
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_ranges import PositiveFloat, PositiveInt, Range
+
+if TYPE_CHECKING:
+    from megatron_moe_lpr.model.configuration.config import ModelShape
+    from megatron_moe_lpr.planning.memory import RunSizes
+    from megatron_moe_lpr.planning.search import Candidate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,26 +83,15 @@ class Flags:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     flags = parse_flags(Flags, arguments, __doc__)
-    _check(flags)
-    # Late, because Megatron takes seconds to import and the checks above do without.
+    shape, sizes, candidates = find(flags)
     from megatron_moe_lpr.planning.interconnect import Hardware
     from megatron_moe_lpr.planning.report import print_communication, print_plan
     from megatron_moe_lpr.planning.routing import Routing, read_routing
     from megatron_moe_lpr.planning.saving import describe_needs
-    from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
+    from megatron_moe_lpr.planning.search import Machine
 
-    shape, sizes = read_shape(flags), read_sizes(flags)
     routing = read_routing(flags.routing, flags.original_share) if flags.routing else Routing()
-    if flags.stage == "blocks" and not shape.inserted_blocks:
-        raise UserError("--stage blocks trains inserted blocks: give a checkpoint of import --expand-blocks by --load")
     machine = Machine(flags.gpus, flags.gpus_per_node, flags.gpu_memory)
-    choice = Choice(
-        _given(flags.tensor_model_parallel_size),
-        _given(flags.pipeline_model_parallel_size),
-        _given(flags.expert_model_parallel_size),
-        _given(flags.recompute),
-    )
-    candidates = find_layouts(shape, sizes, machine, choice)
     print_plan(shape, sizes, machine, candidates[: flags.show])
     if flags.gpus > 1:
         speeds = (flags.peak_tflops, flags.utilization, flags.node_bandwidth, flags.network_bandwidth)
@@ -107,6 +101,24 @@ def main(arguments: list[str] | None = None) -> None:
         from megatron_moe_lpr.planning.savings import saving_against_uniform
 
         print(saving_against_uniform(shape, sizes, flags.num_experts))
+
+
+def find(flags: Flags) -> tuple["ModelShape", "RunSizes", list["Candidate"]]:
+    """The model, the run, and the layouts that fit, best first. Raises UserError."""
+    _check(flags)
+    # Late, because Megatron takes seconds to import and the checks above do without.
+    from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
+
+    shape, sizes = read_shape(flags), read_sizes(flags)
+    if flags.stage == "blocks" and not shape.inserted_blocks:
+        raise UserError("--stage blocks trains inserted blocks: give a checkpoint of import --expand-blocks by --load")
+    choice = Choice(
+        _given(flags.tensor_model_parallel_size),
+        _given(flags.pipeline_model_parallel_size),
+        _given(flags.expert_model_parallel_size),
+        _given(flags.recompute),
+    )
+    return shape, sizes, find_layouts(shape, sizes, Machine(flags.gpus, flags.gpus_per_node, flags.gpu_memory), choice)
 
 
 def _check(flags: Flags) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr import __version__
-from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.command_line import flag_words, parse_flags, read_flags
 from megatron_moe_lpr.errors import UserError, fail
 from megatron_moe_lpr.filesystem import atomic_file
 from megatron_moe_lpr.training.config import TrainingConfig
@@ -37,6 +37,24 @@ def parse_training_flags(arguments: Sequence[str] | None = None, description: st
     except UserError as error:
         fail(str(error), code=2)
     return parse_flags(TrainingConfig, words, description)
+
+
+def training_config(source: TrainingConfig | Mapping[str, Any] | Path | str) -> TrainingConfig:
+    """Return a run's configuration from what holds its flags.
+
+    Args:
+        source: a mapping from flags (with underscores or hyphens) to values, or the path of a file as --config takes
+            it; a configuration is returned as it is.
+
+    Raises:
+        UserError: a flag that is unknown, missing or no value of its type; a file that cannot be read.
+    """
+    if isinstance(source, TrainingConfig):
+        return source
+    if isinstance(source, Mapping):
+        return read_flags(TrainingConfig, flag_words(source, "configuration"))
+    path = Path(source)
+    return read_flags(TrainingConfig, flag_words(read_config_file(path), f"{FLAG} {path}"))
 
 
 def config_values(config: TrainingConfig) -> dict[str, Any]:
@@ -115,31 +133,9 @@ def _expand(words: Sequence[str]) -> list[str]:
         else:
             rest.append(word)
         position += 1
-    return [*_flags(Path(path)), *rest] if path is not None else rest
-
-
-def _flags(path: Path) -> list[str]:
-    words: list[str] = []
-    for name, value in read_config_file(path).items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is None or value == []:
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, list):
-            words += [flag, *(_word(path, name, one) for one in value)]
-        else:
-            words.append(f"{flag}={_word(path, name, value)}")
-    return words
-
-
-def _word(path: Path, name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        # YAML's `no` is Norwegian here.
-        raise UserError(f"{FLAG} {path}: {name} holds a truth value; put quotes around words such as 'no' and 'on'")
-    if isinstance(value, dict | list):
-        raise UserError(f"{FLAG} {path}: {name} holds a {type(value).__name__} where one value is expected")
-    return str(value)
+    if path is None:
+        return rest
+    return [*flag_words(read_config_file(Path(path)), f"{FLAG} {path}"), *rest]
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import megatron.core
 import numpy as np
@@ -26,7 +27,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.parallel.first_rank import run_on_rank_0
 from megatron_moe_lpr.platform.collectives import world_of_one
 
-TrainingDataset = BlendedDataset | torch.utils.data.ConcatDataset
+TrainingDataset: TypeAlias = BlendedDataset | torch.utils.data.ConcatDataset
 """Of a run; joined of several where the run was lengthened."""
 SURPLUS = 0.005  # megatron-core's own: blending may draw slightly more than a dataset's exact share
 BYTES_OF_A_SAMPLE = 22
