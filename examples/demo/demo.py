@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from base_model import base_model
@@ -23,7 +24,6 @@ from scaling import scaling
 from workflow import Failed
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.errors import fail
 
 ROOT = Path(__file__).parents[2]
 TARGETS: dict[str, Callable[[], object]] = {
@@ -44,15 +44,13 @@ TARGETS: dict[str, Callable[[], object]] = {
 class Flags:
     """Run a target of the demo."""
 
-    target: tyro.conf.Positional[str]
-    """One of TARGETS."""
+    target: tyro.conf.Positional[Literal[tuple(TARGETS)]]
+    """What to run."""
 
 
 def main() -> None:
     """Run the target that the command line names."""
     target = parse_flags(Flags, description=__doc__).target
-    if target not in TARGETS:
-        fail(f"no target {target!r}; there are {', '.join(TARGETS)}", code=2)
     os.chdir(ROOT)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     start = time.monotonic()
