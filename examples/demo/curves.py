@@ -1,4 +1,4 @@
-"""What scaling.sh has evaluated, as curves for tools/report.py --curves."""
+"""What the target `scaling` has evaluated, as curves for tools/report.py --curves."""
 
 import dataclasses
 import json
@@ -11,12 +11,12 @@ from megatron_moe_lpr.filesystem import atomic_file
 
 @dataclasses.dataclass
 class Flags:
-    """What scaling.sh has evaluated, as curves."""
+    """What the target `scaling` has evaluated, as curves."""
 
     table: Path
-    """Directory of paper_table.sh, with scaling.sh's results in its directory scaling."""
+    """Directory of `paper-table`, with the results of `scaling` in its directory scaling."""
     full: Path
-    """Directory of full.sh, whose stage 1 the reviews with more and less replay go on from."""
+    """Directory of `full`, whose stage 1 the reviews with more and less replay go on from."""
     replays: list[int]
     """Documents of each original language in these reviews."""
     seed: int
@@ -84,7 +84,7 @@ def tokens(directory: Path, datasets: str) -> int:
     """
     manifests = sorted(directory.glob(datasets))
     if not manifests:
-        raise UserError(f"{directory / datasets}: no such datasets; run scaling.sh, which makes them")
+        raise UserError(f"{directory / datasets}: no such datasets; run `make paper-scaling`, which makes them")
     return sum(json.loads(path.read_text(encoding="utf-8"))["tokens"] for path in manifests)
 
 

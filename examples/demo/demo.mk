@@ -4,39 +4,39 @@
 
 ## Run the whole method on real text, up to runs/demo/report.html; resumes if interrupted.
 demo: $(INSTALLED)
-	PYTHON=$(BIN)/python bash examples/demo/run.sh
+	$(BIN)/python examples/demo/demo.py demo
 
 ## Run the demo at the paper's proportions: the whole corpus once, a replay of less than 1% of it.
 demo-full: $(INSTALLED)
-	PYTHON=$(BIN)/python bash examples/demo/full.sh
+	$(BIN)/python examples/demo/demo.py full
 
 ## Reproduce the paper's Table 1 in small, with two seeds; ends in runs/paper/report.html.
 paper-table: $(INSTALLED)
-	PYTHON=$(BIN)/python bash examples/demo/paper_table.sh
+	$(BIN)/python examples/demo/demo.py paper-table
 
 ## Add curves over the number of experts, the replay and the languages to that report.
 paper-scaling: $(INSTALLED)
-	PYTHON=$(BIN)/python bash examples/demo/scaling.sh
+	$(BIN)/python examples/demo/demo.py scaling
 
 ## Train the demo's baselines on the same tokens and add them to its table.
 demo-baselines: $(INSTALLED)
-	PYTHON=$(BIN)/python bash examples/demo/baselines.sh
+	$(BIN)/python examples/demo/demo.py baselines
 
 ## Run lm_eval on the demo's models: which of four endings continues a held-out passage?
 demo-eval: $(INSTALLED)
 ifndef SYSTEM_PYTHON
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
 endif
-	PYTHON=$(BIN)/python bash examples/demo/evaluate_choices.sh
+	$(BIN)/python examples/demo/demo.py choices
 
 ## Evaluate the demo's models on another text, which is fetched as a Debian package.
 demo-other-text: $(INSTALLED)
-	PYTHON=$(BIN)/python bash examples/demo/other_text.sh
+	$(BIN)/python examples/demo/demo.py other-text
 
 ## Compare half of the demo's new experts, allocated by layer, with all of them.
 demo-growing: $(INSTALLED)
-	PYTHON=$(BIN)/python bash examples/demo/growing.sh
+	$(BIN)/python examples/demo/demo.py growing
 
 ## Train data/base_model again from a random initialisation, in runs/base_model/hf.
 base-model: $(INSTALLED)
-	PYTHON=$(BIN)/python bash examples/demo/make_base_model.sh
+	$(BIN)/python examples/demo/demo.py base-model
