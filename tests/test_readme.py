@@ -1,14 +1,15 @@
-"""The commands that README and docs show: their flags are the tools' own."""
+"""The commands that README and docs show: their flags are the commands' own."""
 
+import importlib
 import re
-import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 
-from megatron_moe_lpr import command_line
-from megatron_moe_lpr.training.config import TrainingConfig
+from megatron_moe_lpr import cli, command_line
+from megatron_moe_lpr.launch import RANK_COMMANDS
+from megatron_moe_lpr.training.config_file import parse_training_flags
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,39 +21,53 @@ class Parsed(Exception):
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(tool or module, its arguments) of every command in a code block, lines put together."""
+    """(subcommand of moe-lpr, its arguments) of every command in a code block, lines put together."""
     found = []
     for page in PAGES:
         for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True) if line.count("'") % 2 == 0 else []
                 if TRAINING in words:
-                    found.append((TRAINING, words[words.index(TRAINING) + 1 :]))
-                elif len(words) > 1 and words[0] == "python" and words[1].startswith("tools/"):
-                    found.append((words[1], words[2:]))
+                    found.append(("train", words[words.index(TRAINING) + 1 :]))
+                elif words[:1] == ["moe-lpr"]:
+                    found.append(shown_command(words[1:]))
     return found
 
 
-@pytest.mark.parametrize(("tool", "arguments"), commands())
-def test_flags_of_a_shown_command(tool, arguments, monkeypatch):
-    """Parsed as the tool parses them, and no further."""
+def shown_command(words: list[str]) -> tuple[str, list[str]]:
+    """What `launch` starts on its ranks stands for itself."""
+    if words[0] == "launch":
+        place = next(place for place, word in enumerate(words) if word in RANK_COMMANDS)
+        words = words[place:]
+    return words[0], words[1:]
 
-    if tool == TRAINING:
+
+@pytest.mark.parametrize(("name", "arguments"), [shown for shown in commands() if shown[0] != "COMMAND"])
+def test_flags_of_a_shown_command(name, arguments, monkeypatch):
+    """Parsed as the command parses them, and no further."""
+    if name == "train":
         # Its main installs handlers of signals.
-        assert command_line.parse_flags(TrainingConfig, arguments).stage
+        assert parse_training_flags(arguments).stage
         return
+    if set(arguments) <= {"--help"}:
+        assert name in {one.name for one in cli.COMMANDS}
+        return
+    module = next(one.module for one in cli.COMMANDS if one.name == name)
     original = command_line.parse_flags
 
     def parse(kind, given=None, description=None):
-        original(kind, arguments, description)
+        original(kind, given, description)
         raise Parsed
 
-    monkeypatch.setattr(command_line, "parse_flags", parse)
+    monkeypatch.setattr(f"megatron_moe_lpr.{module}.parse_flags", parse)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     with pytest.raises(Parsed):
-        runpy.run_path(str(ROOT / tool), run_name="__main__")
+        importlib.import_module(f"megatron_moe_lpr.{module}").main(
+            [name, *arguments] if module == "commands.convert" else arguments
+        )
 
 
 def test_there_are_such_commands():
-    assert {"tools/convert_hf.py", "tools/inspect_data.py", "tools/preprocess_data.py", TRAINING} <= {
-        tool for tool, _ in commands()
+    assert {"import", "inspect", "verify", "export", "preprocess", "inspect-data", "train"} <= {
+        name for name, _ in commands()
     }

@@ -15,6 +15,7 @@ from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_card, read_jso
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import atomic_file, sync_directory
 from megatron_moe_lpr.model.configuration.architecture import Architecture, read_architecture
+from megatron_moe_lpr.program import command
 from megatron_moe_lpr.work_directory import content_of_killed
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -67,7 +68,7 @@ def resolve_checkpoint(path: Path, base_path: Path | None = None) -> CheckpointD
     path = Path(path)
     if not path.is_dir():
         raise UserError(
-            f"{path}: no such directory; a checkpoint is expected (tools/convert_hf.py import writes one)"
+            f"{path}: no such directory; a checkpoint is expected ({command('import')} writes one)"
             f"{content_of_killed(path)}"
         )
     if not is_iteration_directory(path):

@@ -23,6 +23,7 @@ from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, p
 from megatron_moe_lpr.data.preparation.sources import MAX_LINE_BYTES
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_ranges import PositiveInt, Range, Seed
+from megatron_moe_lpr.program import command
 
 
 @dataclasses.dataclass
@@ -94,7 +95,7 @@ def plan(flags: Flags) -> PreprocessingPlan:
     partition = parse_partition(flags.partitions)
     for name in ("max_documents", "shuffle_seed"):
         if partition[1] > 1 and getattr(flags, name) is not None:
-            hint = "; pass it to tools/merge_datasets.py" if name == "shuffle_seed" else ""
+            hint = f"; pass it to {command('merge-datasets')}" if name == "shuffle_seed" else ""
             raise UserError(f"--{name.replace('_', '-')}: acts on the whole dataset, not on one partition{hint}")
     documents = DocumentOptions(
         flags.json_key, language, flags.language_key, flags.on_error == "stop", flags.max_line_bytes

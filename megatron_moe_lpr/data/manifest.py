@@ -15,6 +15,7 @@ from megatron_moe_lpr.data.language_names import canonical_language
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.filesystem import atomic_file, sha256_of_file
 from megatron_moe_lpr.json_files import is_integer, parse_json_object, shown
+from megatron_moe_lpr.program import command
 
 LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
 FORMAT = "megatron-moe-lpr indexed dataset 1"
@@ -110,7 +111,7 @@ def read_manifest(prefix: str) -> Manifest:
     manifest = _parse(path)
     for file, size in ((bin_path(prefix), manifest.bin_bytes), (idx_path(prefix), manifest.idx_bytes)):
         if not file.is_file():
-            raise UserError(f"{file}: missing, though {path} describes it; run tools/preprocess_data.py again")
+            raise UserError(f"{file}: missing, though {path} describes it; run {command('preprocess')} again")
         found = file.stat().st_size
         if found != size:
             kind = "truncated" if found < size else "too long"
@@ -173,15 +174,15 @@ def _index_sha256(path: Path, modified: int) -> str:
 
 def _parse(path: Path) -> Manifest:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; datasets are made by tools/preprocess_data.py, give their prefix")
-    content = parse_json_object(path.read_bytes(), f"{path}: not a manifest of tools/preprocess_data.py")
+        raise UserError(f"{path}: no such file; datasets are made by {command('preprocess')}, give their prefix")
+    content = parse_json_object(path.read_bytes(), f"{path}: not a manifest of {command('preprocess')}")
     try:
         if content.pop("format") != FORMAT:
             raise ValueError("unknown format")
         sources = [Source(**source) for source in content.pop("sources")]
         manifest = Manifest(sources=sources, **content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a manifest of tools/preprocess_data.py ({error})") from None
+        raise UserError(f"{path}: not a manifest of {command('preprocess')} ({error})") from None
     for name, is_valid in _FIELD_CHECKS.items():
         if not is_valid(getattr(manifest, name)):
             raise UserError(

@@ -11,6 +11,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import read_json
 from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.program import command
 
 Shares = tuple[float, ...]
 """Of the tokens, those with each expert among their top k, the original expert first; they sum to k."""
@@ -53,7 +54,7 @@ def read_routing(path: Path, original_share: float | None = None) -> Routing:
     except (KeyError, IndexError, TypeError, ValueError):
         groups = []
     if not any(groups):
-        raise UserError(f"{path}: no evaluation of a model with experts, as tools/evaluate.py --output writes it")
+        raise UserError(f"{path}: no evaluation of a model with experts, as {command('evaluate')} --output writes it")
     share = _original_share(record, path) if original_share is None else original_share
     asked = [(layers, weight) for layers, weight in zip(groups, (share, 1.0 - share), strict=True) if weight > 0]
     if not all(layers for layers, _ in asked):

@@ -10,6 +10,7 @@ from megatron_moe_lpr.data.reading.config import DataSources
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_ranges import NonNegativeFloat, PositiveInt
 from megatron_moe_lpr.model.parameter_kinds import KINDS, ParameterKind, kind_of
+from megatron_moe_lpr.program import command
 
 if TYPE_CHECKING:
     import torch
@@ -131,12 +132,12 @@ def check_stage(
     if stage.needs_experts and not is_moe:
         raise UserError(
             f"--load: --stage {stage.name} needs experts and the checkpoint is dense; "
-            "upcycle it with tools/convert_hf.py import --num-experts"
+            f"upcycle it with {command('import')} --num-experts"
         )
     if stage.needs_inserted_blocks and not has_inserted_blocks:
         raise UserError(
             f"--load: --stage {stage.name} trains inserted blocks and the checkpoint has none; "
-            "insert them with tools/convert_hf.py import --expand-blocks"
+            f"insert them with {command('import')} --expand-blocks"
         )
     original = sources.trained_original
     if stage.original_languages == "refused" and original:

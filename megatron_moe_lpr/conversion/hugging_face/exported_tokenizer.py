@@ -16,6 +16,7 @@ from megatron_moe_lpr.data.tokenizer import (
 from megatron_moe_lpr.data.tokenizer_settings import CONFIG
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import read_json
+from megatron_moe_lpr.program import command
 
 TOKENIZER = "tokenizer.json"
 GENERIC_CLASS = "PreTrainedTokenizerFast"
@@ -75,7 +76,7 @@ def _remedy(ours: Tokenizer, directory: Path) -> str:
     generic = read_by_transformers(directory, sample_texts(ours), GENERIC_CLASS)
     if generic is not None and not differences(ours, generic):
         return f"load the export's tokenizer by {GENERIC_CLASS}.from_pretrained"
-    return "encode text for the export as tools/preprocess_data.py does"
+    return f"encode text for the export as {command('preprocess')} does"
 
 
 def _has_tokenizer(directory: Path) -> bool:

@@ -12,6 +12,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import checked_integer, integer, is_integer, shown
 from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS, MAX_SIZE, Architecture
 from megatron_moe_lpr.model.configuration.rope_parameters import DEFAULT_THETA, read_rope
+from megatron_moe_lpr.program import command
 
 # Wide enough that tensor-parallel servers can split it; all its weights are zero.
 SHARED_EXPERT_WIDTH = 128
@@ -110,7 +111,7 @@ def _common_number_of_experts(experts_per_layer: Sequence[int], architecture: Ar
         raise UserError(
             f"cannot export: layers have different numbers of experts ({', '.join(map(str, counts))}), and "
             f"{architecture.family.moe_architecture} holds one number for all of them; where a stock export is wanted, "
-            "allocate with tools/allocate_experts.py --uniform-count, which gives each layer the same number or none"
+            f"allocate with {command('allocate')} --uniform-count, which gives each layer the same number or none"
         )
     return counts[0]
 

@@ -18,6 +18,7 @@ from megatron_moe_lpr.conversion.hugging_face.base_model import (
 from megatron_moe_lpr.data.language_groups import original_languages, trained_languages
 from megatron_moe_lpr.data.language_names import covered
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.program import command
 
 ISO_639 = re.compile(r"[a-z]{2,3}")
 ORIGINAL = "Expert 0 and everything outside the mixtures are the base model's own weights."
@@ -170,7 +171,7 @@ def _evaluation(path: Path | None) -> str:
             cells = [f"{number:.3f}" if number is not None else "" for number in numbers]
             rows.append(f"| {one['language']} | {one['group']} | {cells[0]} | {cells[1]} |")
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: not a result of tools/evaluate.py --output") from None
+        raise UserError(f"{path}: not a result of {command('evaluate')} --output") from None
     return "\n".join(rows)
 
 
@@ -196,7 +197,7 @@ python -m vllm.entrypoints.openai.api_server --model THIS_DIRECTORY
 ```
 """
 MOE_NOTES = """
-llama.cpp needs a form of its own: `tools/convert_hf.py export --for llama.cpp` writes it from the checkpoint.
+llama.cpp needs a form of its own: `moe-lpr export --for llama.cpp` writes it from the checkpoint.
 
 Routers are stored in float32. Engines that compute in bfloat16 send about one token in 200 to another expert than
 float32 arithmetic does, with float32 routers or without: the rounded activations do that. `save_pretrained` rounds the

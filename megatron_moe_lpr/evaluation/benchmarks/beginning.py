@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.program import command
 
 TURNED_OFF = re.compile(r"(^|,)\s*add_bos_token\s*=\s*(false|0)\s*(,|$)", re.IGNORECASE)
 
@@ -38,8 +39,8 @@ def describe_beginning(tokens: list[str]) -> str:
     if not tokens:
         return "prompts begin with no special token, as the training data's documents do"
     return (
-        f"prompts begin with {_shown(tokens)}, as the tokenizer is set; training data and tools/evaluate.py have none "
-        "(--model-args dtype=auto,add_bos_token=False leaves it out here too)"
+        f"prompts begin with {_shown(tokens)}, as the tokenizer is set; training data and {command('evaluate')} have "
+        "none (--model-args dtype=auto,add_bos_token=False leaves it out here too)"
     )
 
 

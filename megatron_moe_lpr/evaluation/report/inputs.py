@@ -12,6 +12,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.report.record import are_costs, are_curves, is_evaluation, is_list_of_texts
 from megatron_moe_lpr.evaluation.report.summary import Summary, summarize
 from megatron_moe_lpr.json_files import is_number
+from megatron_moe_lpr.program import command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +194,7 @@ def _evaluation(title: str, paths: Iterable[Path]) -> NamedEvaluation:
     for path in paths:
         records.append(_json(path))
         if not is_evaluation(records[-1]):
-            raise UserError(f"--evaluation {path}: not a file of tools/evaluate.py --output")
+            raise UserError(f"--evaluation {path}: not a file of {command('evaluate')} --output")
         for one in records[-1]["datasets"]:
             one["language"] = canonical_language(one["language"])
     return NamedEvaluation(title, tuple(records))

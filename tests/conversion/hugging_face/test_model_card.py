@@ -108,4 +108,4 @@ def test_evaluation(export: Export, tmp_path: Path, capsys: pytest.CaptureFixtur
     file.write_text("{}")
     with pytest.raises(SystemExit):
         export("--evaluation", file)
-    assert "evaluation.json: not a result of tools/evaluate.py" in capsys.readouterr().err
+    assert "evaluation.json: not a result of moe-lpr evaluate" in capsys.readouterr().err
