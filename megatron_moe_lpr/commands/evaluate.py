@@ -52,7 +52,7 @@ class Flags:
     """Compare the checkpoint's files with their checksums before use."""
     platform: PlatformName = "auto"
     """Where to run. auto: CUDA if there is a device."""
-    distributed_timeout_minutes: Annotated[int, tyro.conf.arg(name="distributed-timeout-minutes")] = 10
+    distributed_timeout_minutes: Annotated[PositiveInt, tyro.conf.arg(name="distributed-timeout-minutes")] = 10
     """A collective operation that takes longer ends the command; so does nine tenths of this time without progress."""
 
 

@@ -209,7 +209,7 @@ class CheckpointOptions:
     """Compare every file of a checkpoint with its checksum before use."""
     fall_back: bool = True
     """If the latest checkpoint in --save is damaged, rename it and resume from the one before."""
-    fall_back_to: int | None = None
+    fall_back_to: NonNegativeInt | None = None
     """Step of the checkpoint in --save to which the run may go back, though several newer ones are there or damaged."""
     accept_changes: tuple[str, ...] = ()
     """Flags whose values may differ from the checkpoint's when resuming, e.g. lr data train-iters."""

@@ -115,7 +115,6 @@ CASES = {
     f"{DOWNLOAD} out --corpus hu=culturax": "--languages does not ask for hu",
     "build_index --data-path missing --seq-length 8 --train-samples 4": "missing.json: no such file",
     f"{EVALUATE} directory": "--output directory: is a directory",
-    f"{EVALUATE} out.json --original-languages xx": "xx",
     f"{EVALUATE} out.json --valid-data-path missing": "missing.json: no such file",
 }
 
