@@ -137,7 +137,6 @@ def test_the_tool_measures_allocates_and_its_file_is_imported(model_and_data, mo
         (["--original-languages", "en", "el", "hu"], "must hold original languages and expanded ones"),
         (["--original-languages", "enn"], "write en if you mean en .English."),
         (["--original-languages", "fr"], "must hold original languages and expanded ones"),
-        (["--budget", "0"], "--budget 0"),
     ],
 )
 def test_bad_flags_of_the_tool(model_and_data, monkeypatch, change, words):

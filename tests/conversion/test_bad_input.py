@@ -133,7 +133,6 @@ def test_pickles_only(dense: Path, tmp_path: Path, refuse: Callable[..., str]) -
     ("flags", "words"),
     [
         (("--num-experts", 6, "--expert-model-parallel-size", 4), "does not divide 5 new experts"),
-        (("--num-experts", 0), "--num-experts 0"),
         (("--num-experts", 3, "--top-k", 4), "--top-k 4"),
         (("--num-experts", 3, "--top-k", 1), "would not compute what the dense model does"),
         (("--num-experts", 3, "--moe-layer-freq", 9), "--moe-layer-freq 9: must lie between 1 and"),

@@ -18,6 +18,7 @@ from torch.nn import functional
 from megatron_moe_lpr.checkpoint.card import read_card
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, resolve_checkpoint
 from megatron_moe_lpr.checkpoint.integrity import write_manifest
+from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
 from megatron_moe_lpr.evaluation.results import evaluation_record
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -183,7 +184,7 @@ def test_command_line_writes_json(setting, alone, tmp_path):
 def test_bad_input_is_one_line(setting, change, message):
     _, checkpoint, data, _ = setting
     tool = load_tool("evaluate")
-    with pytest.raises(tool.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         tool.main(["--load", str(checkpoint), "--valid-data-path", *data.values(), *change])
 
 

@@ -17,7 +17,7 @@ from megatron_moe_lpr import launch
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.launch import exit_code, last_lines
 from megatron_moe_lpr.launch_checks import check_launch
-from megatron_moe_lpr.parallel.groups import initialize_parallel
+from megatron_moe_lpr.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE
@@ -204,6 +204,14 @@ def test_numbers_that_the_launcher_takes(flags):
     check_launch(torchrun.get_args_parser().parse_args([*flags, "worker.py"]))
 
 
+@pytest.fixture
+def no_world():
+    """Whatever another test of this process has joined."""
+    destroy_parallel()
+    yield
+    destroy_parallel()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -215,7 +223,7 @@ def test_numbers_that_the_launcher_takes(flags):
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
     ],
 )
-def test_the_environment_of_another_launcher(changes, words, monkeypatch):
+def test_the_environment_of_another_launcher(changes, words, monkeypatch, no_world):
     for name, value in (
         {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | changes
     ).items():
@@ -224,7 +232,7 @@ def test_the_environment_of_another_launcher(changes, words, monkeypatch):
         initialize_parallel(select_platform("cpu"), ParallelLayout())
 
 
-def test_a_taken_port_without_torchrun_is_named(monkeypatch):
+def test_a_taken_port_without_torchrun_is_named(monkeypatch, no_world):
     with taken_port() as port:
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, str(value))

@@ -237,7 +237,7 @@ def test_operations_of_a_training_step(inputs):
     ("flags", "words"),
     [
         (("--expand-blocks", 3), "must divide the model's 4 layers"),
-        (("--expand-blocks", 0), "must divide the model's 4 layers"),
+        (("--expand-blocks", 0), "--expand-blocks 0: must be at least 1"),
         (("--expand-blocks", 2, "--num-experts", 3), "--num-experts: a model with inserted blocks stays dense"),
         (("--expand-blocks", 2, "--moe-layer-freq", 2), "--moe-layer-freq: a model with inserted blocks stays dense"),
         (("--expand-blocks", 2, "--experts-per-layer", "3,1,1,3"), "--experts-per-layer: a model with inserted blocks"),

@@ -74,7 +74,7 @@ def test_evaluation(dtype, platform, flags, expected, checkpoint, inputs, monkey
         raise Reached
 
     monkeypatch.setattr(evaluation, "select_platform", lambda *arguments: platform)
-    monkeypatch.setattr(evaluation, "initialize_parallel", lambda *arguments: None)
+    monkeypatch.setattr(evaluation, "initialize_parallel", lambda *arguments, **more: None)
     monkeypatch.setattr(evaluation, "load_model", load_model)
     asked = torch.bfloat16 if flags else None
     plan = evaluation.EvaluationPlan(
