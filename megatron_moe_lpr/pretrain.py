@@ -49,7 +49,7 @@ def _train(config: "TrainingConfig", given: "TrainingConfig", lock: "RunLock", h
     import torch.distributed as dist
 
     from megatron_moe_lpr.liveness import long_work
-    from megatron_moe_lpr.training.config_file import write_run_config
+    from megatron_moe_lpr.training.config_file import config_values, write_run_config
     from megatron_moe_lpr.training.loop import Trainer
     from megatron_moe_lpr.training.metrics import MetricsWriter
     from megatron_moe_lpr.training.schedule_notes import schedule_notes
@@ -61,7 +61,8 @@ def _train(config: "TrainingConfig", given: "TrainingConfig", lock: "RunLock", h
     save, step = config.checkpoint.save, run.state.iteration
     if dist.get_rank() == 0:
         write_run_config(given, dist.get_world_size(), config.layout.data_parallel_size(dist.get_world_size()))
-    writer = MetricsWriter(config.logging, save, f"stage {config.stage.stage}", step, run.description)
+    settings = {**config_values(run.config), **run.description}
+    writer = MetricsWriter(config.logging, save, f"stage {config.stage.stage}", step, settings)
     print_overview(run)
     if step:
         writer.say(f"resuming from step {step:,} in {save}")

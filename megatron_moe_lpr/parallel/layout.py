@@ -2,29 +2,33 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_marks import Free, T
 from megatron_moe_lpr.flag_ranges import PositiveInt
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
+
+Splits = Annotated[T, Free("who computes which part: rounding alone")]
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelLayout:
     """Ranks along each parallel dimension. Data parallelism takes the remaining ranks."""
 
-    tensor_model_parallel_size: PositiveInt = 1
+    tensor_model_parallel_size: Splits[PositiveInt] = 1
     """TP: ranks that share each matrix of a layer."""
-    pipeline_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: Splits[PositiveInt] = 1
     """PP: stages that share the layers."""
-    num_virtual_stages_per_pipeline_rank: PositiveInt = 1
+    num_virtual_stages_per_pipeline_rank: Splits[PositiveInt] = 1
     """Chunks of layers a pipeline rank holds; more than 1 selects the interleaved schedule."""
-    expert_model_parallel_size: PositiveInt = 1
+    expert_model_parallel_size: Splits[PositiveInt] = 1
     """EP: ranks that share the new experts of a layer; must divide their number (all experts less one)."""
-    expert_tensor_parallel_size: PositiveInt = 1
+    expert_tensor_parallel_size: Splits[PositiveInt] = 1
     """Ranks that share each matrix of a new expert. 1 keeps the grouped matrix products large."""
-    sequence_parallel: bool = True
+    sequence_parallel: Splits[bool] = True
     """SP: activations outside the matrices are split along the sequence over the TP ranks. Only matters with TP."""
-    context_parallel_size: PositiveInt = 1
+    context_parallel_size: Splits[PositiveInt] = 1
     """Not supported yet: must be 1."""
 
     @property

@@ -12,6 +12,7 @@ import tyro
 from megatron_moe_lpr.checkpoint.retention import Retention
 from megatron_moe_lpr.data.reading.config import DataConfig
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_marks import Acceptable, Decides, Free, RecordedAs, Scheduled, T
 from megatron_moe_lpr.flag_ranges import INT_MAX, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check_ranges
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
@@ -26,18 +27,25 @@ if TYPE_CHECKING:
 Decay = Annotated[float, Range(0, 1, below=True)]
 """Of a moment of Adam, which divides by what is left of 1."""
 
+# What flags that decide no number of a run are for, where several share the reason.
+Overlap = Annotated[T, Free("when something is computed or sent, not what")]
+Recomputation = Annotated[T, Free("computes the same twice")]
+Storage = Annotated[T, Free("where, when and which checkpoints are read, written and kept, not what trains")]
+Consent = Annotated[T, Free("says which changes are taken; these are recorded by themselves")]
+Watching = Annotated[T, Free("logs and evaluations change no weight")]
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchOptions:
     """Batch size and number of steps."""
 
-    train_iters: PositiveInt
+    train_iters: Acceptable[PositiveInt]
     """Optimizer steps of the whole run."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Annotated[PositiveInt, Free("cuts the same global batch otherwise: rounding alone")] = 1
     """Sequences a data-parallel rank computes at once."""
-    global_batch_size: PositiveInt = 512
+    global_batch_size: Decides[PositiveInt] = 512
     """Sequences of an optimizer step, over all ranks and accumulated micro-batches. Paper: 512."""
-    seq_length: PositiveInt = 1024
+    seq_length: Decides[PositiveInt] = 1024
     """Tokens of a sequence. Paper: 1024 in stage 1, 512 in stage 2."""
 
     def num_microbatches(self, data_parallel_size: int = 1) -> int:
@@ -59,37 +67,37 @@ class BatchOptions:
 class OptimizerOptions:
     """AdamW, its learning rate over time, and gradient clipping. Defaults are the paper's."""
 
-    lr: NonNegativeFloat = 5e-5
+    lr: Scheduled[NonNegativeFloat] = 5e-5
     """Highest learning rate."""
-    min_lr: NonNegativeFloat = 0.0
+    min_lr: Scheduled[NonNegativeFloat] = 0.0
     """Learning rate at the end."""
-    lr_decay_style: Literal["cosine", "linear", "WSD", "constant"] = "cosine"
+    lr_decay_style: Scheduled[Literal["cosine", "linear", "WSD", "constant"]] = "cosine"
     """WSD: warm up, stay, decay in the last --lr-wsd-decay-iters steps."""
-    lr_decay_iters: PositiveInt | None = None
+    lr_decay_iters: Scheduled[PositiveInt | None] = None
     """Steps until --min-lr, at which later ones stay. Default: --train-iters."""
-    lr_warmup_iters: NonNegativeInt = 0
+    lr_warmup_iters: Scheduled[NonNegativeInt] = 0
     """Steps of linear warm-up from 0."""
-    lr_wsd_decay_iters: PositiveInt | None = None
+    lr_wsd_decay_iters: Scheduled[PositiveInt | None] = None
     """Steps of WSD's decay. Default: a tenth of --lr-decay-iters."""
-    lr_wsd_decay_style: Literal["cosine", "linear", "exponential", "minus_sqrt"] = "linear"
+    lr_wsd_decay_style: Scheduled[Literal["cosine", "linear", "exponential", "minus_sqrt"]] = "linear"
     """Shape of WSD's decay."""
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: Scheduled[NonNegativeFloat] = 0.0
     """Decoupled weight decay of trainable matrices."""
-    adam_beta1: Decay = 0.9
+    adam_beta1: Acceptable[Decay] = 0.9
     """Decay of the first moment."""
-    adam_beta2: Decay = 0.999
+    adam_beta2: Acceptable[Decay] = 0.999
     """Decay of the second moment."""
-    adam_eps: Annotated[float, Range(1e-37, 1)] = 1e-8
+    adam_eps: Acceptable[Annotated[float, Range(1e-37, 1)]] = 1e-8
     """Added to the root of the second moment. Above 0 in float32, or what has no gradient would become NaN."""
-    clip_grad: NonNegativeFloat = 1.0
+    clip_grad: Acceptable[NonNegativeFloat] = 1.0
     """Largest norm of all gradients together; 0: no clipping."""
-    use_distributed_optimizer: bool = False
+    use_distributed_optimizer: Annotated[bool, Free("where states lie: rounding alone")] = False
     """Split the optimizer's state over the data-parallel ranks. Always so in bf16."""
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: Overlap[bool] = False
     """Reduce gradients during the backward pass."""
-    overlap_param_gather: bool = False
+    overlap_param_gather: Overlap[bool] = False
     """Gather updated parameters during the next forward pass; needs the two above."""
-    overlap_on_gpus: bool = True
+    overlap_on_gpus: Overlap[bool] = True
     """On GPUs, turn the three flags above on: communication overlaps, and the optimizer's state is split."""
 
     def __post_init__(self) -> None:
@@ -140,24 +148,26 @@ class OptimizerOptions:
 class PrecisionOptions:
     """Number formats, dispatch of tokens to experts, and activation recomputation."""
 
-    bf16: bool = False
+    bf16: Annotated[bool, RecordedAs("dtype")] = False
     """Compute in bfloat16, with fp32 gradients, routers and optimizer. Default: what the run before computed in, or the
     checkpoint's own dtype; for a float16 one bfloat16. CPUs without bf16 instructions compute in fp32 by default."""
-    fp32: bool = False
+    fp32: Annotated[bool, RecordedAs("dtype")] = False
     """Compute in fp32."""
-    fp16: bool = False
+    fp16: Annotated[bool, Free("refused")] = False
     """Not offered: float16 models train in bf16 or fp32, and frozen weights keep their float16 bits."""
-    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    moe_token_dispatcher_type: Annotated[
+        Literal["alltoall", "allgather", "flex"], Free("how tokens travel: rounding alone")
+    ] = "alltoall"
     """Communication of tokens to new experts on other ranks. flex needs DeepEP."""
-    original_expert_overlap: bool = False
+    original_expert_overlap: Overlap[bool] = False
     """With EP on GPUs, compute the original expert on its own stream during the all-to-all. Never timed on a GPU."""
-    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_granularity: Recomputation[Literal["full", "selective"] | None] = None
     """Recompute activations in the backward pass: whole layers, or --recompute-modules."""
-    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_method: Recomputation[Literal["uniform", "block"] | None] = None
     """Full recompute. uniform: groups of --recompute-num-layers layers; block: only the first so many of a PP stage."""
-    recompute_num_layers: PositiveInt | None = None
+    recompute_num_layers: Recomputation[PositiveInt | None] = None
     """Layers for --recompute-method. Default: 1."""
-    recompute_modules: tuple[str, ...] | None = None
+    recompute_modules: Recomputation[tuple[str, ...] | None] = None
     """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
 
     def asked_dtype(self) -> "torch.dtype | None":
@@ -187,35 +197,35 @@ class PrecisionOptions:
 class CheckpointOptions:
     """Which checkpoints are loaded, saved, kept and resumed."""
 
-    load: Path
+    load: Storage[Path]
     """Checkpoint to take the weights from, at any layout. Once --save has a checkpoint of this run, that one counts."""
-    save: Path
+    save: Storage[Path]
     """Directory for this run's checkpoints and logs. A run resumes from its newest checkpoint there."""
-    save_interval: NonNegativeInt | None = None
+    save_interval: Storage[NonNegativeInt | None] = None
     """Steps between checkpoints. Default, and 0: only at the end and on SIGTERM or SIGUSR1."""
-    take_over: bool = False
+    take_over: Storage[bool] = False
     """Take over the lock in --save from a run on another host. Only if you know that run has ended."""
-    base_checkpoint: Path | None = None
+    base_checkpoint: Storage[Path | None] = None
     """For a --load of --save-trainable-only: directory of the checkpoint that its run started from, if it has moved."""
-    save_trainable_only: bool = False
+    save_trainable_only: Storage[bool] = False
     """Save only what trains. Such a checkpoint is of use only together with --load: keep that."""
-    save_retain_interval: PositiveInt | None = None
+    save_retain_interval: Storage[PositiveInt | None] = None
     """Keep the checkpoint of every K-th step for good, and the newest --keep-last-checkpoints (then 2 by default)."""
-    keep_last_checkpoints: PositiveInt | None = None
+    keep_last_checkpoints: Storage[PositiveInt | None] = None
     """Keep the newest N checkpoints; default: all. --load and a checkpoint that is being read are never removed."""
-    async_save: bool = True
+    async_save: Storage[bool] = True
     """Copy the checkpoint into host memory and write it from there while training goes on."""
-    verify: bool = True
+    verify: Storage[bool] = True
     """Compare every file of a checkpoint with its checksum before use."""
-    fall_back: bool = True
+    fall_back: Storage[bool] = True
     """If the latest checkpoint in --save is damaged, rename it and resume from the one before."""
-    fall_back_to: NonNegativeInt | None = None
+    fall_back_to: Storage[NonNegativeInt | None] = None
     """Step of the checkpoint in --save to which the run may go back, though several newer ones are there or damaged."""
-    accept_changes: tuple[str, ...] = ()
+    accept_changes: Consent[tuple[str, ...]] = ()
     """Flags whose values may differ from the checkpoint's when resuming, e.g. lr data train-iters."""
-    override_opt_param_scheduler: bool = False
+    override_opt_param_scheduler: Consent[bool] = False
     """When resuming, use the given learning rate and weight decay settings."""
-    use_checkpoint_opt_param_scheduler: bool = False
+    use_checkpoint_opt_param_scheduler: Consent[bool] = False
     """When resuming, use the checkpoint's learning rate and weight decay settings."""
 
     def __post_init__(self) -> None:
@@ -232,9 +242,11 @@ class CheckpointOptions:
 class GuardOptions:
     """What to do about a loss or a gradient that is not finite."""
 
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Annotated[
+        Literal["stop", "skip"], Free("what happens in a step that is not finite, which the log tells")
+    ] = "stop"
     """stop: end the run. skip: leave weights and optimizer as they were and take the next batch."""
-    max_consecutive_skips: PositiveInt = 10
+    max_consecutive_skips: Annotated[PositiveInt, Free("how long a run goes on, not what it computes")] = 10
     """Steps in a row that may be skipped; one more ends the run."""
 
 
@@ -242,15 +254,15 @@ class GuardOptions:
 class LoggingOptions:
     """Logs and evaluations."""
 
-    log_interval: PositiveInt = 10
+    log_interval: Watching[PositiveInt] = 10
     """Steps between log lines."""
-    eval_interval: NonNegativeInt | None = None
+    eval_interval: Watching[NonNegativeInt | None] = None
     """Steps between evaluations. Default, and 0: only at the end, if there is validation data."""
-    eval_iters: Annotated[int, Range(-1, INT_MAX)] = -1
+    eval_iters: Watching[Annotated[int, Range(-1, INT_MAX)]] = -1
     """Global batches (--global-batch-size) of each validation dataset to use; -1: all of it; 0: evaluate nothing."""
-    tensorboard_dir: Path | None = None
+    tensorboard_dir: Watching[Path | None] = None
     """Write TensorBoard events there."""
-    wandb_project: str | None = None
+    wandb_project: Watching[str | None] = None
     """Log to this Weights & Biases project too."""
 
     def valid_samples(self, global_batch_size: int) -> int | None:
@@ -272,11 +284,13 @@ class TrainingConfig:
     layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
     logging: tyro.conf.OmitArgPrefixes[LoggingOptions] = dataclasses.field(default_factory=LoggingOptions)
     guards: tyro.conf.OmitArgPrefixes[GuardOptions] = dataclasses.field(default_factory=GuardOptions)
-    config: Path | None = None
+    config: Annotated[Path | None, Free("its flags are recorded by themselves")] = None
     """YAML or JSON file with these flags, such as SAVE/config.json of another run. Flags beside it override it."""
-    platform: PlatformName = "auto"
+    platform: Annotated[PlatformName, Free("rounding alone")] = "auto"
     """Where to run. auto: CUDA if there is a device."""
-    distributed_timeout_minutes: Annotated[PositiveInt, tyro.conf.arg(name="distributed-timeout-minutes")] = 10
+    distributed_timeout_minutes: Annotated[
+        PositiveInt, tyro.conf.arg(name="distributed-timeout-minutes"), Free("when a run ends by force")
+    ] = 10
     """A collective operation that takes longer ends the run; so does nine tenths of this time without progress."""
 
     def __post_init__(self) -> None:

@@ -10,78 +10,45 @@ from megatron_moe_lpr.data.language_names import canonical_language, covered
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.config import DataSources
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_marks import Change, marked_flags
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.training.config import OptimizerOptions, TrainingConfig
+from megatron_moe_lpr.training.config_file import config_values
 from megatron_moe_lpr.training.stages import Stage
 
-SCHEDULE = (
-    "lr",
-    "min_lr",
-    "lr_decay_style",
-    "lr_decay_iters",
-    "lr_warmup_iters",
-    "lr_wsd_decay_iters",
-    "lr_wsd_decay_style",
-    "weight_decay",
-)
+FLAGS = tuple(marked_flags(TrainingConfig))
+SCHEDULE = tuple(flag.name for flag in FLAGS if flag.mark is Change.SCHEDULE)
 """What Megatron's optimizer_param_scheduler decides, and --override-opt-param-scheduler accepts."""
-ACCEPTABLE = (
-    *SCHEDULE,
-    "adam_beta1",
-    "adam_beta2",
-    "adam_eps",
-    "clip_grad",
-    "load_balancing_coeff",
-    "lpr_loss_coeff",
-    "lpr_loss_form",
-    "data",
-    "eod_mask_loss",
-    "fp8_format",
-    "fp8_recipe",
-    "first_last_layers_bf16",
-    "num_layers_at_start_in_bf16",
-    "num_layers_at_end_in_bf16",
-    "train_iters",
-)
+ACCEPTABLE = tuple(dict.fromkeys(flag.recorded_as for flag in FLAGS if flag.recorded_as and flag.acceptable))
 """What --accept-changes takes, by flag. All else makes it another run: its optimizer's state or its place in the data
 would mean nothing."""
 
 
 def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that decides a run's numbers besides its layout, in JSON's types."""
-    optimizer = {name: getattr(config.optimizer, name) for name in (*SCHEDULE, *ACCEPTABLE) if name in _OPTIMIZER}
+    """Everything that decides a run's numbers besides its layout, in JSON's types.
+
+    Each flag that is marked as deciding them (`flag_marks`), by its name; and what the run made of other flags.
+    """
+    values = config_values(config)
     return {
-        "stage": config.stage.stage,
+        **{flag.name: values[flag.name] for flag in FLAGS if isinstance(flag.mark, Change)},
+        **stage.coefficients,
+        **_fp8(config.fp8),
         "languages": sorted({entry.language for entry in sources.train}),
         "original_languages": list(sources.original_languages),
-        "train_iters": config.batch.train_iters,
-        "global_batch_size": config.batch.global_batch_size,
-        "seq_length": config.batch.seq_length,
-        "seed": config.data.seed,
         "dtype": str(dtype).removeprefix("torch."),
-        "train_embeddings": config.stage.train_embeddings,
-        "open_experts_iters": config.stage.open_experts_iters,
-        "load_balancing_coeff": stage.load_balancing_coeff,
-        "lpr_loss_coeff": stage.lpr_loss_coeff,
-        "lpr_loss_form": config.stage.lpr_loss_form,
-        **optimizer,
-        "eod_mask_loss": config.data.eod_mask_loss,
-        **_fp8(config.fp8),
         "data": [_dataset(entry) for entry in sources.train],
     }
 
 
 def _fp8(options: FP8Options) -> dict[str, Any]:
-    """The format, and None for what decides nothing beside the other choices."""
-    in_bf16 = options.enabled and options.first_last_layers_bf16
-    return {
-        "fp8_format": options.fp8_format,
-        "fp8_recipe": options.fp8_recipe if options.enabled else None,
-        "fp8_param_gather": options.fp8_param_gather,
-        "first_last_layers_bf16": in_bf16,
-        "num_layers_at_start_in_bf16": options.num_layers_at_start_in_bf16 if in_bf16 else None,
-        "num_layers_at_end_in_bf16": options.num_layers_at_end_in_bf16 if in_bf16 else None,
-    }
+    """None (of a switch: off) for what decides nothing beside the other choices."""
+    recorded: dict[str, Any] = {}
+    if not options.enabled:
+        recorded |= {"fp8_recipe": None, "first_last_layers_bf16": False}
+    if not (options.enabled and options.first_last_layers_bf16):
+        recorded |= {"num_layers_at_start_in_bf16": None, "num_layers_at_end_in_bf16": None}
+    return recorded
 
 
 def _dataset(entry: BlendEntry) -> str:
@@ -89,9 +56,6 @@ def _dataset(entry: BlendEntry) -> str:
     manifest = entry.manifest
     content = f"index {manifest.index_sha256[:16]} text {(manifest.bin_xxh3_128 or 'unknown')[:16]}"
     return f"{entry.language} {entry.weight:.6g} documents {entry.first_document}-{entry.end_document} {content}"
-
-
-_OPTIMIZER = {field.name for field in dataclasses.fields(OptimizerOptions)}
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -19,7 +19,7 @@ NAME = "events.out.tfevents"
 
 
 class EventFile:
-    """Appends scalars to a new event file, the last of its directory by name."""
+    """Appends scalars and texts to a new event file, the last of its directory by name."""
 
     def __init__(self, directory: Path, iteration: int) -> None:
         """Create it.
@@ -32,9 +32,11 @@ class EventFile:
             ImportError: TensorBoard is not installed.
         """
         from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.plugins.text.summary import text_pb
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary, self._records = event_pb2.Event, summary_pb2.Summary, RecordWriter
+        self._text = text_pb
         directory = Path(directory)
         with naming(directory):
             directory.mkdir(parents=True, exist_ok=True)
@@ -55,6 +57,14 @@ class EventFile:
         value, now = self._summary.Value, time.time()
         summary = self._summary(value=[value(tag=tag, simple_value=number) for tag, number in values.items()])
         self._append(self._event(wall_time=now, step=iteration, summary=summary))
+
+    def add_text(self, iteration: int, tag: str, text: str) -> None:
+        """Write a text in Markdown, for TensorBoard's page of texts.
+
+        Raises:
+            OSError: naming the file.
+        """
+        self._append(self._event(wall_time=time.time(), step=iteration, summary=self._text(tag, text)))
 
     def _append(self, *events: Any) -> None:
         blocks: list[bytes] = []

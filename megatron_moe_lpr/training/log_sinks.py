@@ -161,8 +161,11 @@ class ThreadedSink:
 class TensorBoard:
     """Event files in a directory."""
 
-    def __init__(self, directory: Path, iteration: int) -> None:
+    def __init__(self, directory: Path, iteration: int, settings: Mapping[str, Any]) -> None:
+        """Open a new event file, with the settings as one text at the first step that they are for."""
         self.file = EventFile(directory, iteration)
+        if settings:
+            self.file.add_text(iteration + 1, "config", markdown_table(settings))
 
     def write(self, record: Record) -> None:
         """Its numbers as scalars."""
@@ -170,6 +173,17 @@ class TensorBoard:
 
     def close(self) -> None:
         """Every record is in the file."""
+
+
+def markdown_table(settings: Mapping[str, Any]) -> str:
+    """Names and values as a table in Markdown."""
+    lines = [f"| {name} | {_cell(value)} |" for name, value in settings.items()]
+    return "\n".join(["| setting | value |", "|---|---|", *lines])
+
+
+def _cell(value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return " ".join(text.replace("|", "\\|").split())
 
 
 class WeightsAndBiases:
@@ -180,7 +194,9 @@ class WeightsAndBiases:
         import wandb
 
         identity = wandb_id(directory)
-        self.run = wandb.init(project=project, name=name, id=identity, resume="allow", config=dict(settings)) or wandb
+        # A run that goes on may have other free settings, such as its layout.
+        options = {"resume": "allow", "config": dict(settings), "allow_val_change": True}
+        self.run = wandb.init(project=project, name=name, id=identity, **options) or wandb
 
     def write(self, record: Record) -> None:
         """Its numbers, at its step."""

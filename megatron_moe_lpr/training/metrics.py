@@ -106,7 +106,7 @@ class MetricsWriter:
         Args:
             directory: of the run, for metrics.jsonl.
             iteration: where the run goes on from; what an earlier start logged of later steps is taken away.
-            settings: of the run, for Weights & Biases.
+            settings: of the run by name, for Weights & Biases and, as one text, TensorBoard.
         """
         self.enabled = dist.get_rank() == 0
         self.sinks: list[LastingSink | ThreadedSink] = []
@@ -116,7 +116,9 @@ class MetricsWriter:
         self.sinks.append(LastingSink(str(directory / METRICS_FILE), lambda: self._metrics_file(directory, iteration)))
         if options.tensorboard_dir:
             path = options.tensorboard_dir
-            self.sinks.append(ThreadedSink(f"--tensorboard-dir {path}", lambda: TensorBoard(path, iteration)))
+            self.sinks.append(
+                ThreadedSink(f"--tensorboard-dir {path}", lambda: TensorBoard(path, iteration, settings or {}))
+            )
         if options.wandb_project:
             project = options.wandb_project
             open_project = functools.partial(WeightsAndBiases, project, run_name, directory, settings or {})

@@ -143,8 +143,7 @@ def _build(
         config.layout,
         platform,
         options,
-        load_balancing_coeff=stage.load_balancing_coeff,
-        lpr_loss_coeff=stage.lpr_loss_coeff,
+        **stage.coefficients,
         lpr_loss_form=config.stage.lpr_loss_form,
         calculate_per_token_loss=True,
         # Where the run goes on from its own complete checkpoint, nothing of these tensors is left, and that one is

@@ -3,11 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from megatron_moe_lpr.data.language_names import covered
 from megatron_moe_lpr.data.reading.config import DataSources
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_marks import Acceptable, Decides, Free
 from megatron_moe_lpr.flag_ranges import NonNegativeFloat, PositiveInt
 from megatron_moe_lpr.model.parameter_kinds import KINDS, ParameterKind, kind_of
 from megatron_moe_lpr.program import command
@@ -33,6 +34,11 @@ class Stage:
     """What the stage says to training data of original languages."""
     needs_experts: bool
     needs_inserted_blocks: bool = False
+
+    @property
+    def coefficients(self) -> dict[str, Any]:
+        """Weights of the losses, by their names as flags and as fields of MoELPRConfig."""
+        return {name: value for name, value in vars(self).items() if name.endswith("_coeff")}
 
 
 STAGES: dict[StageName, Stage] = {
@@ -80,19 +86,19 @@ STAGES: dict[StageName, Stage] = {
 class StageOptions:
     """Stage and losses. Coefficients are in the paper's units."""
 
-    stage: StageName
+    stage: Decides[StageName]
     """What trains. 1: new experts and routers; 2: routers; full: everything; blocks: inserted blocks (LLaMA-Pro)."""
-    load_balancing_coeff: NonNegativeFloat | None = None
+    load_balancing_coeff: Acceptable[NonNegativeFloat | None] = None
     """Weight of the load balancing loss, mean over layers of N * sum f_i P_i. Default: 0.01, in stage 2 0."""
-    lpr_loss_coeff: NonNegativeFloat | None = None
+    lpr_loss_coeff: Acceptable[NonNegativeFloat | None] = None
     """Weight of the LPR loss. Default: 0.1 in stage 2, else 0."""
-    lpr_loss_form: Literal["paper", "reference"] = "paper"
+    lpr_loss_form: Acceptable[Literal["paper", "reference"]] = "paper"
     """reference: an earlier implementation's form, for comparison only (docs/training.md)."""
-    train_embeddings: bool = False
+    train_embeddings: Decides[bool] = False
     """Stage 1: train input and output embeddings too."""
-    allow_original_languages: bool = False
+    allow_original_languages: Annotated[bool, Free("only checked against the data, which are recorded")] = False
     """Stage 1: accept training data of original languages."""
-    open_experts_iters: PositiveInt | None = None
+    open_experts_iters: Decides[PositiveInt | None] = None
     """After convert_hf.py expand: steps over which the latest experts come in. Default: a tenth of --train-iters."""
 
     def resolve(self) -> Stage:
@@ -106,11 +112,12 @@ class StageOptions:
             raise UserError("--train-embeddings is for --stage 1 only")
         if self.allow_original_languages:
             stage = dataclasses.replace(stage, original_languages="allowed")
+        coefficients = stage.coefficients
+        coefficients |= {name: _given(getattr(self, name), default) for name, default in coefficients.items()}
         return dataclasses.replace(
             stage,
             trains=stage.trains | {"embedding"} if self.train_embeddings else stage.trains,
-            load_balancing_coeff=_given(self.load_balancing_coeff, stage.load_balancing_coeff),
-            lpr_loss_coeff=_given(self.lpr_loss_coeff, stage.lpr_loss_coeff),
+            **coefficients,
         )
 
 

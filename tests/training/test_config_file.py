@@ -113,6 +113,8 @@ def test_a_run_writes_its_config_and_started_by_it_gives_the_same_losses_to_the_
     assert (record["world_size"], record["data_parallel_size"]) == (2, 2)
     assert record["config"]["seed"] == 77 and record["config"]["expert_model_parallel_size"] == 2
     assert record["versions"] == versions() and record["command_line"]
+    events = b"".join(file.read_bytes() for file in (tmp_path / "tb").iterdir())
+    assert b"| expert_model_parallel_size | 2 |" in events and b"| load_balancing_coeff | 0.01 |" in events
     words = ("--config", str(first / "config.json"), "--save", str(second))
     assert all(rank_pool(2).run(train_by_flags, *words))
     losses = [{step: line["lm_loss"] for step, line in metrics(save).items()} for save in (first, second)]

@@ -8,39 +8,20 @@ import pytest
 import torch
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.training.config import TrainingConfig
-from megatron_moe_lpr.training.description import ACCEPTABLE, describe_run, differences, refuse_differences
+from megatron_moe_lpr.flag_marks import Change, Free, RecordedAs
+from megatron_moe_lpr.model.configuration.config import MoELPRConfig
+from megatron_moe_lpr.training.config import OptimizerOptions, TrainingConfig
+from megatron_moe_lpr.training.description import (
+    ACCEPTABLE,
+    FLAGS,
+    SCHEDULE,
+    describe_run,
+    differences,
+    refuse_differences,
+)
+from megatron_moe_lpr.training.stages import STAGES, StageOptions
 from tests.training.runs import LANGUAGES, training_config
 
-# Flags that may change in a resume without a word, each with its reason. A new one belongs into `describe_run` or here.
-NOT_RECORDED = {
-    "stage.allow_original_languages": "only checked against the data, which are recorded",
-    "batch.micro_batch_size": "cuts the same global batch otherwise: rounding alone",
-    "data.data_path": "recorded by content (`data`), as the data are read",
-    "data.valid_data_path": "validation changes no weight",
-    "data.split": "recorded as the documents of each dataset (`data`), as the data are read",
-    "data.original_languages": "recorded as the data are read",
-    "data.data_cache_path": "a place",
-    "data.num_workers": "who loads, not what",
-    "optimizer.use_distributed_optimizer": "where states lie: rounding alone",
-    "optimizer.overlap_grad_reduce": "when, not what",
-    "optimizer.overlap_param_gather": "when, not what",
-    "optimizer.overlap_on_gpus": "when, not what",
-    "precision.fp16": "refused",
-    "precision.bf16": "recorded as the dtype that comes of it",
-    "precision.fp32": "recorded as the dtype that comes of it",
-    "precision.moe_token_dispatcher_type": "how tokens travel: rounding alone",
-    "precision.original_expert_overlap": "when, not what",
-    "precision.recompute_granularity": "computes the same twice",
-    "precision.recompute_method": "computes the same twice",
-    "precision.recompute_num_layers": "computes the same twice",
-    "precision.recompute_modules": "computes the same twice",
-    "guards.on_nonfinite": "what happens in a step that is not finite, which the log tells",
-    "guards.max_consecutive_skips": "how long a run goes on, not what it computes",
-    "platform": "rounding alone",
-    "distributed_timeout_minutes": "when a run ends by force",
-}
-PARTS_WITHOUT_NUMBERS = ("checkpoint", "layout", "logging")
 CHOICES = {"lr_decay_style": "linear", "lpr_loss_form": "reference", "stage": "full"}
 
 
@@ -84,28 +65,59 @@ def another(value, kind):
     return 7
 
 
-def fields():
-    """(part, field) of every flag; a flag of the run itself has no part."""
-    for field in dataclasses.fields(TrainingConfig):
-        kind = typing.get_type_hints(TrainingConfig)[field.name]
-        if dataclasses.is_dataclass(kind):
-            yield from ((field.name, inner.name) for inner in dataclasses.fields(kind))
-        else:
-            yield "", field.name
-
-
-@pytest.mark.parametrize(("part", "name"), [pair for pair in fields() if pair[0] not in PARTS_WITHOUT_NUMBERS])
-def test_every_flag_is_recorded_or_exempt_for_a_reason(part, name, config):
-    exempt = f"{part}.{name}".strip(".") in NOT_RECORDED
-    if not part:
-        assert exempt, f"{name}: record it in describe_run, or say here why it decides no number"
-        return
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if "." in flag.path], ids=lambda flag: flag.path)
+def test_every_flag_that_is_marked_as_deciding_numbers_is_recorded_and_no_other(flag, config):
+    part, name = flag.path.split(".")
     found = differences(described(config), described(changed(config, part, name)))
-    assert bool(found) != exempt, f"{part}.{name}: record it in describe_run, or say here why it decides no number"
+    assert bool(found) == isinstance(flag.mark, Change), f"{flag.path}: {flag.mark} and recorded as {found}"
+    assert not found or flag.recorded_as in found
 
 
-def test_no_exemption_is_stale():
-    assert NOT_RECORDED.keys() <= {f"{part}.{name}".strip(".") for part, name in fields()}
+def test_flags_of_the_run_itself_are_free():
+    assert [flag.path for flag in FLAGS if "." not in flag.path and not isinstance(flag.mark, Free)] == []
+
+
+def test_what_comes_of_other_flags_is_recorded_under_the_name_that_they_say(config):
+    entry = SimpleNamespace(language="el", weight=1.0, first_document=0, end_document=9)
+    entry.manifest = SimpleNamespace(index_sha256="ab" * 32, bin_xxh3_128=None)
+    sources = SimpleNamespace(train=[entry], original_languages=("el",))
+    other = describe_run(config, config.stage.resolve(), sources, torch.float32)
+    elsewhere = {flag.recorded_as for flag in FLAGS if isinstance(flag.mark, RecordedAs)}
+    assert elsewhere | {"languages"} == differences(described(config), other).keys()
+
+
+def test_the_names_that_older_checkpoints_recorded_stay(config):
+    """What is not recorded under the same name in both is not compared, so a lost name would be a silent change."""
+    optimizer = {"adam_beta1", "adam_beta2", "adam_eps", "clip_grad"}
+    stage = {"stage", "load_balancing_coeff", "lpr_loss_coeff", "lpr_loss_form", "train_embeddings"}
+    fp8 = {"fp8_format", "fp8_recipe", "fp8_param_gather", "first_last_layers_bf16"}
+    layers = {"num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"}
+    schedule = {"lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "weight_decay"}
+    schedule |= {"lr_wsd_decay_iters", "lr_wsd_decay_style"}
+    another_run = {"languages", "original_languages", "global_batch_size", "seq_length", "seed", "dtype"}
+    another_run |= {"open_experts_iters", "stage", "train_embeddings", "fp8_param_gather"}
+    names = optimizer | stage | fp8 | layers | schedule | another_run | {"train_iters", "eod_mask_loss", "data"}
+    assert names <= described(config).keys()
+    assert set(SCHEDULE) >= schedule
+    assert names - set(ACCEPTABLE) == another_run
+
+
+def test_what_the_scheduler_decides_are_options_of_the_optimizer():
+    """`recorded_schedule` puts them back there."""
+    assert set(SCHEDULE) <= {field.name for field in dataclasses.fields(OptimizerOptions)}
+
+
+def test_a_coefficient_has_one_name_as_flag_as_default_and_in_the_model(config):
+    """Flags that are given take the place of each stage's default, and reach the model and the record."""
+    names = config.stage.resolve().coefficients.keys()
+    assert {"load_balancing_coeff", "lpr_loss_coeff"} <= names <= set(ACCEPTABLE)
+    assert names <= {field.name for field in dataclasses.fields(MoELPRConfig)}
+    for stage, values in STAGES.items():
+        assert StageOptions(stage).resolve().coefficients == values.coefficients
+        given = {name: 0.25 + number for number, name in enumerate(names)}
+        options = StageOptions(stage, **given)
+        assert options.resolve().coefficients == given
+        assert described(dataclasses.replace(config, stage=options)).items() >= given.items()
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,24 @@ def curves(directory: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(one.step, one.value) for one in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def start(save: Path, iteration: int = 0, **options) -> MetricsWriter:
+SETTINGS = {"seed": 7, "data_path": ["1", "a|b"], "split": None}
+
+
+def texts(directory: Path) -> dict[str, list[tuple[int, str]]]:
+    """What TensorBoard shows on its page of texts."""
+    from tensorboard.backend.event_processing import plugin_event_accumulator
+
+    found = plugin_event_accumulator.EventAccumulator(str(directory), tensor_size_guidance={"text": 0})
+    found.Reload()
+    tags = found.PluginTagToContent("text")
+    return {tag: [(one.step, one.tensor_proto.string_val[0].decode()) for one in found.Tensors(tag)] for tag in tags}
+
+
+def start(save: Path, iteration: int = 0, settings: dict = SETTINGS, **options) -> MetricsWriter:
     """On rank 0 of a world that needs no process groups."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(metrics.dist, "get_rank", lambda: 0)
-        return MetricsWriter(LoggingOptions(**options), save, "stage 1", iteration, {"seed": 7})
+        return MetricsWriter(LoggingOptions(**options), save, "stage 1", iteration, settings)
 
 
 def log(writer: MetricsWriter, steps, offset: float = 0.0) -> None:
@@ -56,6 +69,16 @@ def test_tensorboard_has_each_step_once_after_resumes(clock, tmp_path, monkeypat
     assert set(found) == {"train/lm_loss", "valid/el/news/lm_loss"}
     assert found["train/lm_loss"] == [(step, pytest.approx(value)) for step, value in expected]
     assert found["valid/el/news/lm_loss"] == [(step, pytest.approx(-value)) for step, value in expected]
+
+
+def test_tensorboard_has_the_settings_of_every_start_once_as_a_text(tmp_path):
+    for iteration, seed in [(0, 7), (3, 8), (3, 9)]:
+        writer = start(tmp_path, iteration, {**SETTINGS, "seed": seed}, tensorboard_dir=tmp_path / "tb")
+        log(writer, range(iteration + 1, iteration + 4))
+        writer.close()
+    table = "| setting | value |\n|---|---|\n| seed | {} |\n| data_path | 1 a\\|b |\n| split | None |"
+    assert texts(tmp_path / "tb") == {"config": [(1, table.format(7)), (4, table.format(9))]}
+    assert [step for step, _ in curves(tmp_path / "tb")["train/lm_loss"]] == list(range(1, 7))
 
 
 def test_files_of_a_summary_writer_are_gone_on_from(tmp_path):
@@ -206,7 +229,8 @@ def test_every_start_is_one_run_of_weights_and_biases(tmp_path, monkeypatch):
         writer.close()
     first, second = project.starts
     assert first == second
-    assert first["project"] == "experts" and first["resume"] == "allow" and first["config"] == {"seed": 7}
+    assert first["project"] == "experts" and first["resume"] == "allow" and first["config"] == SETTINGS
+    assert first["allow_val_change"]
     assert (tmp_path / "wandb_run_id").read_text().strip() == first["id"] and first["id"]
     assert [step for step, values in project.logged if "train/lm_loss" in values] == [1, 2, 3, 4]
     assert start(tmp_path / "other", wandb_project="experts").close() is None

@@ -17,6 +17,7 @@ from megatron_moe_lpr.data.reading.blend import (
 )
 from megatron_moe_lpr.data.reading.languages import LanguageRegistry
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_marks import Acceptable, Decides, Free, RecordedAs
 from megatron_moe_lpr.flag_ranges import Range, Seed
 
 
@@ -24,21 +25,23 @@ from megatron_moe_lpr.flag_ranges import Range, Seed
 class DataConfig:
     """Where the text is and how it becomes batches."""
 
-    data_path: list[str] = dataclasses.field(default_factory=list)
+    data_path: Annotated[list[str], RecordedAs("data", acceptable=True)] = dataclasses.field(default_factory=list)
     """Training datasets: prefixes, or `weight prefix` pairs. No weights: in proportion to their tokens."""
-    valid_data_path: list[str] = dataclasses.field(default_factory=list)
+    valid_data_path: Annotated[list[str], Free("validation changes no weight")] = dataclasses.field(
+        default_factory=list
+    )
     """Validation datasets: prefixes, each evaluated by itself, whole and in order."""
-    split: str | None = None
+    split: Annotated[str | None, RecordedAs("data", acceptable=True)] = None
     """Parts of each dataset's documents for training and validation, e.g. 99,1 (or pass --valid-data-path)."""
-    data_cache_path: str | None = None
+    data_cache_path: Annotated[str | None, Free("a place")] = None
     """Directory for index maps, seen by all nodes. Default: index-cache beside the first dataset."""
-    original_languages: list[str] = dataclasses.field(default_factory=list)
+    original_languages: Annotated[list[str], RecordedAs("original_languages")] = dataclasses.field(default_factory=list)
     """All languages that the dense model already knows, by code or name. The checkpoint's history adds its own."""
-    eod_mask_loss: bool = False
+    eod_mask_loss: Acceptable[bool] = False
     """Do not train on predicting the token after an end of document."""
-    num_workers: Annotated[int, Range(0, 256)] = 2
+    num_workers: Annotated[int, Range(0, 256), Free("who loads, not what")] = 2
     """Data loader processes on each rank; 0: load in the training process."""
-    seed: Seed = 1234
+    seed: Decides[Seed] = 1234
     """Decides the order of the samples."""
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from packaging.version import Version
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_marks import Acceptable, Decides
 from megatron_moe_lpr.flag_ranges import NonNegativeInt
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -51,18 +52,18 @@ PARAMETERS_IN_FP8: tuple[FP8Recipe, ...] = ("tensorwise", "blockwise")
 class FP8Options:
     """Matrix products in FP8. The router, embeddings, the output layer, norms and the optimizer stay as they are."""
 
-    fp8_format: FP8Format | None = None
+    fp8_format: Acceptable[FP8Format | None] = None
     """hybrid: E4M3 forward, E5M2 for gradients; e4m3: E4M3 throughout. Default: no FP8. Needs --bf16 and a GPU."""
-    fp8_recipe: FP8Recipe = "delayed"
+    fp8_recipe: Acceptable[FP8Recipe] = "delayed"
     """How tensors are scaled: by the last steps' largest values, per tensor, per block, or MXFP8 (Blackwell)."""
-    fp8_param_gather: bool = False
+    fp8_param_gather: Decides[bool] = False
     """Keep the new experts' weights in FP8 and gather these; the optimizer's copies stay fp32, the frozen original
     weights bf16, to the bit."""
-    first_last_layers_bf16: bool = False
+    first_last_layers_bf16: Acceptable[bool] = False
     """Compute the first and last layers in bf16; not with the recipe delayed."""
-    num_layers_at_start_in_bf16: NonNegativeInt = 1
+    num_layers_at_start_in_bf16: Acceptable[NonNegativeInt] = 1
     """With --first-last-layers-bf16: how many first layers."""
-    num_layers_at_end_in_bf16: NonNegativeInt = 1
+    num_layers_at_end_in_bf16: Acceptable[NonNegativeInt] = 1
     """With --first-last-layers-bf16: how many last layers."""
 
     @property
