@@ -64,9 +64,7 @@ def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, in
     batches = trainer._batches()
 
     def step() -> float:
-        trainer.step(batches)
-        loss, trainer.interval = trainer.interval.mean, None
-        return loss
+        return trainer.step(batches)[0].mean
 
     return step
 
