@@ -10,6 +10,7 @@ All that a callback is given lies on the host already: no callback makes a step 
 A callback that raises ends the run on every rank: the rank where it did with that error, the others with an error that
 contains its traceback (a `UserError` ends all as itself). From a step all ranks hear of it with what they agree on in
 the next one, from elsewhere at once. Until then nothing is saved, and the callbacks of that rank are not called again.
+As with any error, a save that is not complete yet is given up.
 """
 
 import dataclasses

@@ -8,9 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_moe_lpr.checkpoint.retention import remove_superfluous
-from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_partial
-from megatron_moe_lpr.checkpoint.trainable_only import layers_of, reading, record_base
+from megatron_moe_lpr.checkpoint.saving import Saved
 from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.errors import UserError
@@ -19,7 +17,6 @@ from megatron_moe_lpr.evaluation.losses import evaluate_dataset
 from megatron_moe_lpr.evaluation.routing import open_experts, reset_routing
 from megatron_moe_lpr.liveness import advance
 from megatron_moe_lpr.training.callbacks import Callbacks, Step
-from megatron_moe_lpr.training.checkpointing import expect_saves, start_save
 from megatron_moe_lpr.training.finite_steps import FiniteSteps
 from megatron_moe_lpr.training.guards import (
     GradientWatch,
@@ -31,7 +28,8 @@ from megatron_moe_lpr.training.heartbeat import Heartbeat
 from megatron_moe_lpr.training.interval import Interval, current_lr
 from megatron_moe_lpr.training.metrics import MetricsWriter
 from megatron_moe_lpr.training.run_lock import RunLock
-from megatron_moe_lpr.training.setup import Run, card_of
+from megatron_moe_lpr.training.run_saver import RunSaver
+from megatron_moe_lpr.training.setup import Run
 from megatron_moe_lpr.training.signals import stop_request
 
 
@@ -43,16 +41,12 @@ class Trainer:
     ) -> None:
         self.callbacks = callbacks or Callbacks()
         self.run, self.state, self.writer = run, run.state, writer
-        self.lock, self.heartbeat = lock, heartbeat
+        self.heartbeat = heartbeat
         self.original_table = run.original_table
         self.stop = stop_request()
         self.steps = FiniteSteps(run.state.chunks, run.state.optimizer, run.config.guards)
-        self.saver = self._saver()
-        # Only rank 0 writes cards.
-        is_partial = run.config.checkpoint.save_trainable_only and dist.get_rank() == 0
-        self.base = record_base(run.model.directory) if is_partial else None
+        self.saver = RunSaver(run, lock, writer.say)
         self.interval = Interval(run)
-        self.saved_iteration = run.state.iteration if run.state.iteration else None
         self.grad_norm = 0.0
         self.asked_to_stop = False
         self.evaluated: set[str] = set()
@@ -64,12 +58,8 @@ class Trainer:
         Returns:
             Whether the run is finished; False: it was asked to stop, and has saved.
         """
-        try:
-            # Each checkpoint takes files of the one that the run started from.
-            with reading(self.run.model.directory):
-                return self._train()
-        finally:
-            self.saver.close()
+        with self.saver.in_use():
+            return self._train()
 
     def _train(self) -> bool:
         config, state = self.run.config, self.state
@@ -89,7 +79,7 @@ class Trainer:
                 # By a signal, or for a callback that raised.
                 self.callbacks.check()
             if not self.stop.has_stepped:
-                expect_saves(self.saver, state, config.checkpoint.save_trainable_only)
+                self.saver.expect()
             self.stop.has_stepped = True
             self._tell_saved(self.saver.poll())
             self._report(sums, is_skipped)
@@ -246,31 +236,16 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint of this step, unless there is one; the one before is waited for."""
-        if self.saved_iteration == self.state.iteration:
+        if self.saver.is_up_to_date:
             return
-        run, began = self.run, time.monotonic()
+        began = time.monotonic()
         self.callbacks.check()
         # What is logged of this step and those before must not be lost with this process.
         self.writer.flush()
-        self.lock.check()
-        self._tell_saved(self.saver.wait())
-        card = card_of(run, self.base)
-        saved = start_save(self.saver, self.state, run.model.directory, card, run.config.checkpoint.save_trainable_only)
-        self.saved_iteration = self.state.iteration
+        self._tell_saved(self.saver.make_way())
+        saved = self.saver.start()
         self.interval.leave_out(began)
         self._tell_saved(saved)
-
-    def _saver(self) -> CheckpointSaver:
-        options = self.run.config.checkpoint
-        if dist.get_rank() == 0:
-            remove_partial(options.save)
-
-        def tidy(newest: int) -> None:
-            kept = [layer.path for layer in layers_of(self.run.model.directory)]
-            for note in remove_superfluous(options.save, newest, options.retention, kept):
-                self.writer.say(note)
-
-        return CheckpointSaver(options.save, options.async_save, tidy, self.state.frozen)
 
     def _tell_saved(self, saved: Saved | None) -> None:
         if saved:
