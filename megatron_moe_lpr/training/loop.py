@@ -12,10 +12,11 @@ from megatron_moe_lpr.checkpoint.saving import Saved
 from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.global_batch import LossSums, run_micro_batches, to_device
+from megatron_moe_lpr.evaluation.global_batch import run_micro_batches, to_device
 from megatron_moe_lpr.evaluation.losses import evaluate_dataset
 from megatron_moe_lpr.evaluation.routing import open_experts, reset_routing
 from megatron_moe_lpr.liveness import advance
+from megatron_moe_lpr.training.agreement import Agreed
 from megatron_moe_lpr.training.callbacks import Callbacks, Step
 from megatron_moe_lpr.training.finite_steps import FiniteSteps
 from megatron_moe_lpr.training.guards import (
@@ -49,6 +50,8 @@ class Trainer:
         self.interval = Interval(run)
         self.grad_norm = 0.0
         self.asked_to_stop = False
+        self.agreed: Agreed
+        """Of the latest step of this start."""
         self.evaluated: set[str] = set()
         """Names of the validation datasets that have a result of this step."""
 
@@ -74,7 +77,7 @@ class Trainer:
             self.heartbeat.step = state.iteration + 1
             # From the first step on there is something to save, so all ranks do it together.
             self.stop.nothing_to_save = False
-            sums, is_skipped = self.step(batches)
+            self.step(batches)
             if self.asked_to_stop:
                 # By a signal, or for a callback that raised.
                 self.callbacks.check()
@@ -82,7 +85,7 @@ class Trainer:
                 self.saver.expect()
             self.stop.has_stepped = True
             self._tell_saved(self.saver.poll())
-            self._report(sums, is_skipped)
+            self._report()
             self._save_and_evaluate_if_due()
         self.save()
         self._tell_saved(self.saver.wait())
@@ -135,15 +138,8 @@ class Trainer:
             pin_memory=self.run.platform.on_gpus,
         )
 
-    def step(self, iterator: Iterator[Batch]) -> tuple[LossSums, bool]:
-        """Take one optimizer step.
-
-        Returns:
-            The losses of all ranks, on the host; whether the step was left out.
-
-        Raises:
-            UserError: a loss, a gradient or its absence is wrong.
-        """
+    def step(self, iterator: Iterator[Batch]) -> None:
+        """One optimizer step. Raises UserError where a loss, a gradient or its absence is wrong."""
         run, state, batch = self.run, self.state, self.run.config.batch
         watch = GradientWatch(state.chunks) if self.interval.is_new else None
         open_experts(state.chunks, run.openness(state.iteration + 1))
@@ -157,13 +153,13 @@ class Trainer:
         of_rank = run_micro_batches(state.chunks, run.model.config, batches, self.original_table)
         if watch:
             watch.check()
-        agreed = self.steps.step(of_rank, self._is_asked_to_stop)
+        self.agreed = agreed = self.steps.step(of_rank, self._is_asked_to_stop)
         advance()
-        sums, self.asked_to_stop = agreed.sums, agreed.asked_to_stop
+        self.asked_to_stop = agreed.asked_to_stop
         if agreed.not_finite is None:
             state.schedule.step(increment=batch.global_batch_size)
             self.grad_norm = self.steps.grad_norm
-            self.interval.add(sums)
+            self.interval.add(agreed.sums)
         elif agreed.not_finite == "loss":
             self._skip("loss", lambda step: self._explain_loss(batches, step))
             reset_routing(state.chunks)
@@ -172,7 +168,6 @@ class Trainer:
         state.iteration += 1
         state.consumed_samples += batch.global_batch_size
         state.consumed_tokens += batch.global_batch_size * batch.seq_length
-        return sums, agreed.not_finite is not None
 
     def _skip(self, what: str, explain: Callable[[int], UserError]) -> None:
         """Leave a step out, or raise the error that ends the run."""
@@ -185,14 +180,14 @@ class Trainer:
     def _explain_loss(self, batches: list[Batch], step: int) -> UserError:
         return explain_non_finite_loss(self.state.chunks, self.run.model.config, batches, self.original_table, step)
 
-    def _report(self, sums: LossSums, is_skipped: bool) -> None:
+    def _report(self) -> None:
         """Call the callbacks of a step. Every rank must call it: at log steps routing is summed over them."""
-        state = self.state
+        state, agreed = self.state, self.agreed
         step = Step(
             iteration=state.iteration,
-            sums=sums,
+            sums=agreed.sums,
             languages=tuple(self.run.sources.languages.names),
-            skipped=is_skipped,
+            skipped=agreed.not_finite is not None,
             grad_norm=self.grad_norm,
             lr=current_lr(self.run),
             consumed_samples=state.consumed_samples,
