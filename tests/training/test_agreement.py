@@ -71,7 +71,8 @@ def asked_in(method: str, *arguments, **changes) -> bool:
 def test_all_stop_behind_the_step_in_which_one_was_asked(method, inputs, tmp_path):
     """Also where the signal comes while a checkpoint is written or the model evaluated."""
     save = tmp_path / "run"
-    changes = {"save": {"save_interval": 2}, "evaluate": {"eval_interval": 2}}.get(method, {})
+    evaluates = {"eval_interval": 2, "valid_data_path": [inputs[1]["el"]]}
+    changes = {"save": {"save_interval": 2}, "evaluate": evaluates}.get(method, {})
     task = functools.partial(asked_in, method, inputs[0], save, inputs[1], train_iters=5, **changes)
     assert rank_pool(2).run(task) == [False, False]
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"
