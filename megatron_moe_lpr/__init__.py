@@ -5,9 +5,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_moe_lpr.api import UserError, evaluate, export, plan, preprocess, train, upcycle
+    from megatron_moe_lpr.api import Callback, UserError, evaluate, export, plan, preprocess, train, upcycle
 
-__all__ = ["UserError", "evaluate", "export", "plan", "preprocess", "train", "upcycle"]
+__all__ = ["Callback", "UserError", "evaluate", "export", "plan", "preprocess", "train", "upcycle"]
 __version__ = "0.1.0"
 
 # megatron-core says at every import what it does without NVIDIA's libraries. Where they are needed, the CUDA platform

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_moe_lpr.command_line import flag_words, read_flags
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.training.callbacks import Callback, check_callbacks
 
 if TYPE_CHECKING:
     from megatron_moe_lpr.data.manifest import Manifest
     from megatron_moe_lpr.planning.search import Candidate
     from megatron_moe_lpr.training.config import TrainingConfig
 
-__all__ = ["UserError", "evaluate", "export", "plan", "preprocess", "train", "upcycle"]
+__all__ = ["Callback", "UserError", "evaluate", "export", "plan", "preprocess", "train", "upcycle"]
 
 # torch and Megatron take seconds to import: each function imports what it needs.
 
@@ -74,25 +75,28 @@ def preprocess(
     return command.preprocess(command.plan(_read(command.Flags, "preprocess", **places, language=language, **flags)))
 
 
-def train(config: "TrainingConfig | Mapping[str, Any] | str | Path") -> bool:
+def train(config: "TrainingConfig | Mapping[str, Any] | str | Path", callbacks: Sequence[Callback] = ()) -> bool:
     """Run a stage of training, as one rank; torchrun or `moe-lpr launch` start a program that calls this on several.
 
     Args:
         config: the flags of `moe-lpr train` in a mapping, or a YAML or JSON file of them, or a TrainingConfig.
+        callbacks: called at the start, each step, evaluation and save, and the end, on every rank that passes them.
 
     Returns:
         False: the run was asked to stop by a signal and has saved; started again it goes on.
 
     Raises:
         UserError: a flag, checkpoint, dataset or layout that does not fit.
+        Exception: what a callback raised; on ranks where none did, a CallbackError that contains its traceback.
     """
+    check_callbacks(callbacks)
     from megatron_moe_lpr.training.config_file import training_config
 
     read = training_config(config)
     from megatron_moe_lpr.parallel.groups import destroy_parallel
     from megatron_moe_lpr.pretrain import pretrain
 
-    finished = pretrain(read)
+    finished = pretrain(read, callbacks)
     destroy_parallel()
     return finished
 

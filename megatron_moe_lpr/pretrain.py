@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_moe_lpr.lasting_output import outlast_readers
@@ -11,6 +12,7 @@ from megatron_moe_lpr.processes import end_with_parent, is_running
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE, stop_request
 
 if TYPE_CHECKING:
+    from megatron_moe_lpr.training.callbacks import Callback
     from megatron_moe_lpr.training.config import TrainingConfig
     from megatron_moe_lpr.training.heartbeat import Heartbeat
     from megatron_moe_lpr.training.run_lock import RunLock
@@ -23,8 +25,12 @@ ORPHAN_SECONDS = 600
 """How long a worker whose launcher is gone may take to finish its step and save."""
 
 
-def pretrain(config: "TrainingConfig") -> bool:
-    """Run a stage; False: it was asked to stop and has saved."""
+def pretrain(config: "TrainingConfig", callbacks: "Sequence[Callback]" = ()) -> bool:
+    """Run a stage; False: it was asked to stop and has saved.
+
+    Args:
+        callbacks: called by this rank, see `training.callbacks`.
+    """
     from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
     from megatron_moe_lpr.training.heartbeat import Heartbeat
     from megatron_moe_lpr.training.run_lock import run_lock
@@ -41,17 +47,25 @@ def pretrain(config: "TrainingConfig") -> bool:
             heartbeat.before_end = lock.release
             mark_start(options.save)
             started = dataclasses.replace(config, checkpoint=dataclasses.replace(options, load=load))
-            return _train(started, config, lock, heartbeat)
+            return _train(started, config, lock, heartbeat, callbacks)
 
 
-def _train(config: "TrainingConfig", given: "TrainingConfig", lock: "RunLock", heartbeat: "Heartbeat") -> bool:
+def _train(
+    config: "TrainingConfig",
+    given: "TrainingConfig",
+    lock: "RunLock",
+    heartbeat: "Heartbeat",
+    callbacks: "Sequence[Callback]",
+) -> bool:
     """Build the run, write down what it was given, train, and say how it began and ended."""
     import torch.distributed as dist
 
     from megatron_moe_lpr.liveness import long_work
+    from megatron_moe_lpr.training.callbacks import Callbacks
     from megatron_moe_lpr.training.config_file import config_values, write_run_config
     from megatron_moe_lpr.training.loop import Trainer
     from megatron_moe_lpr.training.metrics import MetricsWriter
+    from megatron_moe_lpr.training.run_log import LossWarnings, RunLog
     from megatron_moe_lpr.training.schedule_notes import schedule_notes
     from megatron_moe_lpr.training.setup import prepare, print_overview
     from megatron_moe_lpr.training.start_marker import mount_point
@@ -71,7 +85,8 @@ def _train(config: "TrainingConfig", given: "TrainingConfig", lock: "RunLock", h
     for note in schedule_notes(run.config, step, run.own.recorded if run.own else None):
         writer.say(note)
     try:
-        finished = Trainer(run, writer, lock, heartbeat).train()
+        called = Callbacks([LossWarnings(writer), RunLog(run, writer)], callbacks)
+        finished = Trainer(run, writer, lock, heartbeat, called).train()
     finally:
         writer.close()
     step = run.state.iteration

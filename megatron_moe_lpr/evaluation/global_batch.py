@@ -49,6 +49,10 @@ class LossSums:
         """Loss per token of one language; NaN where there was none."""
         return (self.loss[language] / self.tokens[language]).item()
 
+    def by_language(self, names: Sequence[str]) -> dict[str, float]:
+        """Loss per token of each language that has a token, by its name."""
+        return {name: self.of_language(index) for index, name in enumerate(names) if self.tokens[index] > 0}
+
     def __add__(self, other: "LossSums") -> "LossSums":
         text_loss = None
         if self.text_loss is not None and other.text_loss is not None:

@@ -8,20 +8,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_moe_lpr.checkpoint.retention import remove_superfluous
-from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_partial
-from megatron_moe_lpr.checkpoint.trainable_only import layers_of, reading, record_base
-from megatron_moe_lpr.data.labels import dataset_labels
+from megatron_moe_lpr.checkpoint.saving import Saved
 from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.global_batch import LossSums, run_micro_batches, to_device
-from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
-from megatron_moe_lpr.evaluation.routing import collect_routing, open_experts, reset_routing
+from megatron_moe_lpr.evaluation.global_batch import run_micro_batches, to_device
+from megatron_moe_lpr.evaluation.losses import evaluate_dataset
+from megatron_moe_lpr.evaluation.routing import open_experts, reset_routing
 from megatron_moe_lpr.liveness import advance
-from megatron_moe_lpr.model.flops import training_flops_per_token
-from megatron_moe_lpr.platform.devices import peak_memory_gigabytes
-from megatron_moe_lpr.training.checkpointing import expect_saves, start_save
+from megatron_moe_lpr.training.agreement import Agreed
+from megatron_moe_lpr.training.callbacks import Callbacks, Step
 from megatron_moe_lpr.training.finite_steps import FiniteSteps
 from megatron_moe_lpr.training.guards import (
     GradientWatch,
@@ -30,39 +26,34 @@ from megatron_moe_lpr.training.guards import (
     gather_objects,
 )
 from megatron_moe_lpr.training.heartbeat import Heartbeat
-from megatron_moe_lpr.training.loss_watch import LossWatch
-from megatron_moe_lpr.training.metrics import IntervalMetrics, MetricsWriter, routing_scalars
+from megatron_moe_lpr.training.interval import Interval, current_lr
+from megatron_moe_lpr.training.metrics import MetricsWriter
 from megatron_moe_lpr.training.run_lock import RunLock
-from megatron_moe_lpr.training.setup import Run, card_of
+from megatron_moe_lpr.training.run_saver import RunSaver
+from megatron_moe_lpr.training.setup import Run
 from megatron_moe_lpr.training.signals import stop_request
 
 
 class Trainer:
     """Steps a prepared run until its end, or until a signal asks it to save and leave."""
 
-    def __init__(self, run: Run, writer: MetricsWriter, lock: RunLock, heartbeat: Heartbeat) -> None:
+    def __init__(
+        self, run: Run, writer: MetricsWriter, lock: RunLock, heartbeat: Heartbeat, callbacks: Callbacks | None = None
+    ) -> None:
+        self.callbacks = callbacks or Callbacks()
         self.run, self.state, self.writer = run, run.state, writer
-        self.lock, self.heartbeat = lock, heartbeat
+        self.heartbeat = heartbeat
         self.original_table = run.original_table
         self.stop = stop_request()
         self.steps = FiniteSteps(run.state.chunks, run.state.optimizer, run.config.guards)
-        self.losses = LossWatch()
-        self.saver = self._saver()
-        # Only rank 0 writes cards.
-        is_partial = run.config.checkpoint.save_trainable_only and dist.get_rank() == 0
-        self.base = record_base(run.model.directory) if is_partial else None
-        self.interval: LossSums | None = None
-        self.interval_start, self.interval_first = time.monotonic(), run.state.iteration
-        self.saved_iteration = run.state.iteration if run.state.iteration else None
+        self.saver = RunSaver(run, lock, writer.say)
+        self.interval = Interval(run)
         self.grad_norm = 0.0
-        self.is_first_step = True
         self.asked_to_stop = False
+        self.agreed: Agreed
+        """Of the latest step of this start."""
         self.evaluated: set[str] = set()
         """Names of the validation datasets that have a result of this step."""
-        valid = run.datasets.valid
-        labels = dataset_labels([(dataset.name, dataset.language) for dataset in valid])
-        self.labels = {dataset.name: label for dataset, label in zip(valid, labels, strict=True)}
-        """Of validation datasets, by name: what their curves are called."""
 
     def train(self) -> bool:
         """Run to the end.
@@ -70,12 +61,8 @@ class Trainer:
         Returns:
             Whether the run is finished; False: it was asked to stop, and has saved.
         """
-        try:
-            # Each checkpoint takes files of the one that the run started from.
-            with reading(self.run.model.directory):
-                return self._train()
-        finally:
-            self.saver.close()
+        with self.saver.in_use():
+            return self._train()
 
     def _train(self) -> bool:
         config, state = self.run.config, self.state
@@ -84,22 +71,27 @@ class Trainer:
         open_experts(state.chunks, self.run.openness(state.iteration))
         # A signal or a kill may have cut off the evaluation of this step.
         self.evaluated = gather_objects(self.writer.evaluated())[0]
+        self.callbacks.start(config, state.iteration)
         self._evaluate_if_due()
         while not self.asked_to_stop and state.iteration < config.batch.train_iters:
             self.heartbeat.step = state.iteration + 1
             # From the first step on there is something to save, so all ranks do it together.
             self.stop.nothing_to_save = False
             self.step(batches)
+            if self.asked_to_stop:
+                # By a signal, or for a callback that raised.
+                self.callbacks.check()
             if not self.stop.has_stepped:
-                expect_saves(self.saver, state, config.checkpoint.save_trainable_only)
+                self.saver.expect()
             self.stop.has_stepped = True
             self._tell_saved(self.saver.poll())
-            if state.iteration % config.logging.log_interval == 0 or state.iteration == config.batch.train_iters:
-                self._log()
+            self._report()
             self._save_and_evaluate_if_due()
         self.save()
         self._tell_saved(self.saver.wait())
-        return self._is_last() and not self._missing_evaluations()
+        finished = self._is_last() and not self._missing_evaluations()
+        self.callbacks.end(state.iteration, finished)
+        return finished
 
     def _save_and_evaluate_if_due(self) -> None:
         """Save first: an evaluation may take longer than the time between a signal and the end."""
@@ -149,9 +141,7 @@ class Trainer:
     def step(self, iterator: Iterator[Batch]) -> None:
         """One optimizer step. Raises UserError where a loss, a gradient or its absence is wrong."""
         run, state, batch = self.run, self.state, self.run.config.batch
-        watch = (
-            GradientWatch(state.chunks) if self.interval is None and state.iteration == self.interval_first else None
-        )
+        watch = GradientWatch(state.chunks) if self.interval.is_new else None
         open_experts(state.chunks, run.openness(state.iteration + 1))
         device = run.platform.device
         batches = [to_device(part, device) for part in itertools.islice(iterator, run.num_microbatches)]
@@ -163,14 +153,13 @@ class Trainer:
         of_rank = run_micro_batches(state.chunks, run.model.config, batches, self.original_table)
         if watch:
             watch.check()
-            self.is_first_step = False
-        agreed = self.steps.step(of_rank, self._is_asked_to_stop)
+        self.agreed = agreed = self.steps.step(of_rank, self._is_asked_to_stop)
         advance()
-        sums, self.asked_to_stop = agreed.sums, agreed.asked_to_stop
+        self.asked_to_stop = agreed.asked_to_stop
         if agreed.not_finite is None:
             state.schedule.step(increment=batch.global_batch_size)
             self.grad_norm = self.steps.grad_norm
-            self.interval = sums if self.interval is None else self.interval + sums
+            self.interval.add(agreed.sums)
         elif agreed.not_finite == "loss":
             self._skip("loss", lambda step: self._explain_loss(batches, step))
             reset_routing(state.chunks)
@@ -179,8 +168,6 @@ class Trainer:
         state.iteration += 1
         state.consumed_samples += batch.global_batch_size
         state.consumed_tokens += batch.global_batch_size * batch.seq_length
-        if warning := self.losses.add(sums.mean):
-            self.writer.say(f"warning: step {state.iteration:,}: {warning}")
 
     def _skip(self, what: str, explain: Callable[[int], UserError]) -> None:
         """Leave a step out, or raise the error that ends the run."""
@@ -193,46 +180,31 @@ class Trainer:
     def _explain_loss(self, batches: list[Batch], step: int) -> UserError:
         return explain_non_finite_loss(self.state.chunks, self.run.model.config, batches, self.original_table, step)
 
-    def _log(self) -> None:
-        run, state = self.run, self.state
-        if self.interval is None:  # all its steps were skipped
-            self._new_interval()
-            return
-        seconds, steps = time.monotonic() - self.interval_start, state.iteration - self.interval_first
-        tokens = steps * run.config.batch.global_batch_size * run.config.batch.seq_length
-        shape, length = run.model.shape, run.config.batch.seq_length
-        flops = training_flops_per_token(shape, run.stage.trains, length) * tokens
-        names = run.sources.languages.names
-        metrics = IntervalMetrics(
+    def _report(self) -> None:
+        """Call the callbacks of a step. Every rank must call it: at log steps routing is summed over them."""
+        state, agreed = self.state, self.agreed
+        step = Step(
             iteration=state.iteration,
+            sums=agreed.sums,
+            languages=tuple(self.run.sources.languages.names),
+            skipped=agreed.not_finite is not None,
+            grad_norm=self.grad_norm,
+            lr=current_lr(self.run),
             consumed_samples=state.consumed_samples,
             consumed_tokens=state.consumed_tokens,
-            loss=self.interval.mean,
-            language_losses={
-                name: self.interval.of_language(index)
-                for index, name in enumerate(names)
-                if self.interval.tokens[index] > 0
-            },
-            grad_norm=self.grad_norm,
-            lr=current_lr(run),
-            tokens_per_second=tokens / seconds,
-            flops_per_second=flops / seconds,
-            memory_gigabytes=peak_memory_gigabytes(run.platform),
-            seconds_left=seconds / steps * (run.config.batch.train_iters - state.iteration),
-            routing=collect_routing(state.chunks, shape) if run.model.config.num_moe_experts else None,
+            metrics=self.interval.end_if_due(self.grad_norm),
         )
-        self.writer.say(metrics.line(run.stage.name, run.config.batch.train_iters))
-        counters = {"consumed_samples": metrics.consumed_samples, "consumed_tokens": metrics.consumed_tokens}
-        self.writer.write("train", state.iteration, counters | metrics.scalars())
-        self._new_interval()
-
-    def _new_interval(self) -> None:
-        self.interval, self.interval_first, self.interval_start = None, self.state.iteration, time.monotonic()
+        began = time.monotonic()
+        self.callbacks.step(step)
+        if step.metrics:
+            # What it takes to write them belongs to no interval.
+            self.interval.leave_out(began)
 
     def evaluate(self, datasets: Sequence[ValidationDataset]) -> None:
         """Report the loss of validation datasets. Where any rank is asked to stop, all leave between two micro-batches;
         the dataset that they are in has no result then, since a mean over a part of it is another number."""
-        run, paused = self.run, time.monotonic()
+        run, began = self.run, time.monotonic()
+        self.callbacks.check()
         for dataset in datasets:
             result = evaluate_dataset(
                 self.state.chunks,
@@ -248,74 +220,38 @@ class Trainer:
                 self.asked_to_stop = True
                 self.writer.say(f"step {self.state.iteration:,}: the evaluation on {dataset.name} was left unfinished")
                 break
-            self._report(result)
+            self.callbacks.evaluation(self.state.iteration, result)
             self.evaluated.add(result.name)
-        self.interval_start += time.monotonic() - paused
+        self.interval.leave_out(began)
 
     def _after_pass(self) -> bool:
         """In an evaluation, on every rank at the same place: complete a save, and whether this rank is to stop."""
         self._tell_saved(self.saver.poll())
         return self._is_asked_to_stop()
 
-    def _report(self, result: DatasetLoss) -> None:
-        bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte is not None else ""
-        name = f"validation {result.language} ({result.name})"
-        self.writer.say(f"step {self.state.iteration:,} {name}: loss {result.loss:.4f}{bits}, {result.tokens:,} tokens")
-        values = {"dataset": result.name, "language": result.language, "lm_loss": result.loss, "tokens": result.tokens}
-        if result.bits_per_byte is not None:
-            values["bits_per_byte"] = result.bits_per_byte
-        if result.routing:
-            scalars = routing_scalars(result.routing)
-            values |= {name: value for name, value in scalars.items() if value == value}
-        label = self.labels[result.name]
-        self.writer.write(f"valid/{label}", self.state.iteration, values)
-
     def save(self) -> None:
         """Begin to write a checkpoint of this step, unless there is one; the one before is waited for."""
-        if self.saved_iteration == self.state.iteration:
+        if self.saver.is_up_to_date:
             return
-        run, start = self.run, time.monotonic()
+        began = time.monotonic()
+        self.callbacks.check()
         # What is logged of this step and those before must not be lost with this process.
         self.writer.flush()
-        self.lock.check()
-        self._tell_saved(self.saver.wait())
-        card = card_of(run, self.base)
-        saved = start_save(self.saver, self.state, run.model.directory, card, run.config.checkpoint.save_trainable_only)
-        self.saved_iteration = self.state.iteration
-        self.interval_start += time.monotonic() - start
+        self._tell_saved(self.saver.make_way())
+        saved = self.saver.start()
+        self.interval.leave_out(began)
         self._tell_saved(saved)
-
-    def _saver(self) -> CheckpointSaver:
-        options = self.run.config.checkpoint
-        if dist.get_rank() == 0:
-            remove_partial(options.save)
-
-        def tidy(newest: int) -> None:
-            kept = [layer.path for layer in layers_of(self.run.model.directory)]
-            for note in remove_superfluous(options.save, newest, options.retention, kept):
-                self.writer.say(note)
-
-        return CheckpointSaver(options.save, options.async_save, tidy, self.state.frozen)
 
     def _tell_saved(self, saved: Saved | None) -> None:
         if saved:
-            self.writer.say(
-                f"saved step {saved.iteration:,} to {self.run.config.checkpoint.save} in {saved.seconds:.1f} s, "
-                f"of which training waited {saved.stalled:.1f} s"
-            )
+            self.callbacks.save(saved)
 
     def _is_asked_to_stop(self) -> bool:
-        """Whether this rank received a signal."""
-        return self.stop.received is not None
+        """Whether this rank received a signal, or a callback of it raised, which `Callbacks.check` then raises."""
+        return self.stop.received is not None or self.callbacks.failed
 
     def _ask_whether_to_stop(self) -> None:
-        """Whether any rank received a signal: all stop after the same step."""
+        """Whether any rank is asked to stop: all stop after the same step."""
         flag = torch.full((), int(self._is_asked_to_stop()), device=self.run.platform.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         self.asked_to_stop = bool(flag)
-
-
-def current_lr(run: Run) -> float:
-    """Learning rate of the next step."""
-    groups = run.state.optimizer.param_groups
-    return float(groups[0]["lr"]) if groups else run.config.optimizer.lr

@@ -13,7 +13,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from megatron_moe_lpr import Callback
 from megatron_moe_lpr.model.moe.router import RouterProduct
+from megatron_moe_lpr.pretrain import pretrain
 from megatron_moe_lpr.training.loop import Trainer
 from tests.gpu import device
 from tests.gpu.figures import Figures
@@ -21,7 +23,7 @@ from tests.gpu.ranks import run
 from tests.gpu.synchronisations import counted
 from tests.gpu.test_layouts import EP2, TP2
 from tests.gpu.test_numerics import BF16, MOE, RECIPES, SHARDED
-from tests.training.runs import train
+from tests.training.runs import training_config
 
 COUNTED_STEP = 3  # what only the first steps do is over
 LAYERS, MICRO_BATCHES, GLOBAL_BATCH = 4, 2, 8
@@ -45,6 +47,13 @@ CASES = {
 }
 
 
+class Reader(Callback):
+    """Reads all that a callback is given of a step."""
+
+    def on_step(self, step):
+        assert step.loss > 0 and step.language_losses and step.grad_norm > 0 and step.lr >= 0
+
+
 def waits_of_a_step(checkpoint: Path, save: Path, data: dict, fault: Any, **changes) -> Counter:
     """On every rank: the waits from the begin of one step to the begin of the next."""
     found: Counter = Counter()
@@ -61,7 +70,8 @@ def waits_of_a_step(checkpoint: Path, save: Path, data: dict, fault: Any, **chan
             return step(trainer, batches)
 
         with fault(), patch.object(Trainer, "step", watched):
-            train(checkpoint, save, data, platform="cuda", log_interval=100, **changes)
+            config = training_config(checkpoint, save, data, platform="cuda", log_interval=100, **changes)
+            pretrain(config, [Reader()])
     return found
 
 

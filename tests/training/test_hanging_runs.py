@@ -35,14 +35,14 @@ def hang(how: str, root: Path) -> None:
     """A run in a process of its own, whose errors go to a file."""
     from megatron_moe_lpr.checkpoint import integrity, saving
     from megatron_moe_lpr.data.reading import training_dataset, validation_dataset
-    from megatron_moe_lpr.training import heartbeat, loop, run_lock
+    from megatron_moe_lpr.training import heartbeat, run_lock, run_saver
 
     os.dup2(os.open(root / f"{how}.err", os.O_WRONLY | os.O_CREAT), 2)
     original, save = heartbeat.Heartbeat.__init__, root / how
     heartbeat.Heartbeat.__init__ = lambda watch, timeout: original(watch, TIMEOUT)
     options = {"train_iters": 2, "async_save": how != "disk", "tensorboard_dir": save / "tb"}
     if how == "writer":
-        loop.expect_saves = suspend_the_writer
+        run_saver.expect_saves = suspend_the_writer
     elif how == "disk":
         integrity.ChecksumStream.close = stand_still
     elif how == "lock":
