@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE
 from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
-from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files, tokenizer_files
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_samples import TEXTS
 from megatron_moe_lpr.data.sentencepiece_conversion import SPACE
 from megatron_moe_lpr.data.tokenizer import (
@@ -38,8 +38,9 @@ def check_tokenizer(model: Path, exported_type: str) -> list[str]:
         found = [line.replace(f"{trial}/", f"{model}/") for line in found]
         try:
             source = load_tokenizer(model)
-        except UserError:
-            return found
+        except UserError as error:
+            # Without any of the tokenizer's files there is nothing to say: text may be prepared elsewhere.
+            return found or [str(error)] if tokenizer_files(model) else found
         if load_tokenizer(trial).fingerprint != source.fingerprint:
             raise UserError(f"{source.path}: the checkpoint would hold another tokenizer; move other tokenizers away")
     return [*found, *_end_of_document(source), *_space_before_text(source), *_two_tokenizers(source)]

@@ -147,6 +147,16 @@ def test_what_import_says(tmp_path):
     assert f"of {len(TEXTS)} sample texts otherwise than tokenizer.model" in two
 
 
+def test_import_names_a_tokenizer_that_cannot_be_read(tmp_path):
+    assert check_tokenizer(tmp_path, "mixtral") == []
+    (tmp_path / "tekken.json").write_text("{}")
+    (line,) = check_tokenizer(tmp_path, "mixtral")
+    assert "tekken.json is Mistral's own form" in line
+    (tmp_path / "tokenizer.model").write_text("none")
+    (line,) = check_tokenizer(tmp_path, "mixtral")
+    assert "not a SentencePiece model" in line
+
+
 def test_import_says_that_the_space_before_a_text_is_not_as_in_transformers(tmp_path):
     make_sentencepiece(tmp_path, "bpe")
     for value, expected in ((True, 0), (False, 1)):
