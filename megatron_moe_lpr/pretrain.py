@@ -34,6 +34,7 @@ def pretrain(config: "TrainingConfig", callbacks: "Sequence[Callback]" = ()) -> 
     from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
     from megatron_moe_lpr.training.heartbeat import Heartbeat
     from megatron_moe_lpr.training.run_lock import run_lock
+    from megatron_moe_lpr.training.run_start import readable_load
     from megatron_moe_lpr.training.start_marker import mark_start, refuse_lost_directory
 
     options = config.checkpoint
@@ -42,7 +43,7 @@ def pretrain(config: "TrainingConfig", callbacks: "Sequence[Callback]" = ()) -> 
         refuse_lost_directory(options.save, options.load)
         with (
             run_lock(options.save, options.take_over) as lock,
-            kept_for_reading(options.load, options.base_checkpoint, to_the_end=False) as load,
+            kept_for_reading(readable_load(options), options.base_checkpoint, to_the_end=False) as load,
         ):
             heartbeat.before_end = lock.release
             mark_start(options.save)

@@ -17,6 +17,8 @@ count_stalled_runs() {
         stalled=0
     fi
     mkdir -p "$1"
+    # A run that is stopped before it has left anything knows by this, when requeued, that SAVE is the same directory.
+    [[ "$2" != 0 ]] || touch "$1/.started"
     echo "$SLURM_JOB_ID $now $stalled" >"$1/.slurm-progress"
     ((stalled < 2)) || give_up "$now"
 }

@@ -112,7 +112,9 @@ def _latest_iteration(root: Path) -> int | None:
     try:
         text = latest.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
-        raise UserError(f"{root}: no checkpoint here: neither {LATEST_FILE} nor .metadata exists") from None
+        form = "; it is a Hugging Face directory, of which tools/convert_hf.py import makes one"
+        hint = form if (root / CONFIG_FILE).is_file() else ""
+        raise UserError(f"{root}: no checkpoint here: neither {LATEST_FILE} nor .metadata exists{hint}") from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{latest}: cannot be read: {error}") from None
     if text != RELEASE and not re.fullmatch("[0-9]{1,15}", text):

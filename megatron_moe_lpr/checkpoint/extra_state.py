@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_moe_lpr.checkpoint import fp8_recipes
-from megatron_moe_lpr.checkpoint.restricted_pickle import Call, read_pickle, whole_number
+from megatron_moe_lpr.checkpoint.restricted_pickle import Call, check_extent, read_pickle, whole_number
 from megatron_moe_lpr.checkpoint.torch_files import REBUILD, check_tensor, elements_needed, load_file, load_storage
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.moe.expert_states import EXTRA_STATE
@@ -68,7 +68,10 @@ def _rebuilt(value: Any) -> torch.Tensor | None:
 
 
 def _described(value: torch.Tensor) -> Any:
-    return read_pickle(io.BytesIO(value.detach().cpu().contiguous().numpy().tobytes()), _is_allowed)
+    content = value.detach().cpu().contiguous().numpy().tobytes()
+    described = read_pickle(io.BytesIO(content), _is_allowed)
+    check_extent(described, len(content))
+    return described
 
 
 def _is_allowed(module: str, name: str) -> bool:

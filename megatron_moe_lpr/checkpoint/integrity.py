@@ -240,6 +240,8 @@ def _check_presence(directory: Path, entries: Mapping[str, FileChecksum]) -> Non
 
 
 def _check_size(path: Path, entry: FileChecksum) -> None:
+    if os.path.lexists(path) and not path.is_file():  # somebody put it there, and nothing is known of the file
+        raise UserError(f"{path}: a link that leads to no file, or no file at all; is what it leads to mounted here?")
     if not path.is_file():
         raise DamagedFile(f"{path}: no such file, but {MANIFEST} lists it; copy the checkpoint again", path)
     size = path.stat().st_size

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 KEY_LIMIT = 1 << 31
 """Of numbers as keys: larger ones can be chosen so that all of them fall on one place of a hash table."""
+MAX_DEPTH = 50
+"""Of values in each other."""
+SHARED_VALUES = 1 << 20
+"""More values than bytes that a file may have by referring to some of them again."""
 _OPCODES = (
     "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT "
     "BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 TUPLE EMPTY_TUPLE "
@@ -181,6 +185,43 @@ def read_pickle(stream: Readable, is_allowed: Callable[[str, str], bool], persis
         Exception: it is damaged; almost any kind.
     """
     return RestrictedUnpickler(stream, is_allowed, persistent).load()
+
+
+def check_extent(value: Any, pickled_bytes: int) -> None:
+    """Check that what `read_pickle` returned is small also for a reader who follows every reference.
+
+    A list that holds one list ten times, which holds another ten times, and so on, has more values than any reader can
+    visit, out of a few bytes; one that holds itself has no end.
+
+    Args:
+        pickled_bytes: length of the pickle. One that refers to nothing twice has fewer values than bytes.
+
+    Raises:
+        pickle.UnpicklingError: it has `SHARED_VALUES` more, or is nested deeper than `MAX_DEPTH`.
+    """
+    if _extent(value, {})[0] > pickled_bytes + SHARED_VALUES:
+        raise pickle.UnpicklingError("its values refer to each other too often")
+
+
+def _extent(value: Any, known: dict[int, tuple[int, int]], depth: int = 0) -> tuple[int, int]:
+    """Number of values and of levels, found once for each object however often it is reached."""
+    if type(value) not in (dict, list, tuple, Call, PersistentId):
+        return 1, 0
+    if id(value) not in known:
+        below = [_extent(part, known, depth + 1) for part in _parts(value)] if depth < MAX_DEPTH else [(0, MAX_DEPTH)]
+        levels = 1 + max((one for _, one in below), default=0)
+        if levels > MAX_DEPTH:
+            raise pickle.UnpicklingError("it is nested too deeply")
+        known[id(value)] = 1 + sum(count for count, _ in below), levels
+    return known[id(value)]
+
+
+def _parts(value: Any) -> list[Any]:
+    if type(value) is dict:
+        return [*value.keys(), *value.values()]
+    if type(value) is Call:
+        return [value.function, value.arguments, value.state]
+    return [value.value] if type(value) is PersistentId else list(value)
 
 
 def whole_number(value: Any, limit: int = 1 << 63) -> int:

@@ -16,7 +16,15 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_moe_lpr.checkpoint.index_values import DTYPES
-from megatron_moe_lpr.checkpoint.restricted_pickle import Call, Name, PersistentId, read_pickle, whole_number
+from megatron_moe_lpr.checkpoint.restricted_pickle import (
+    MAX_DEPTH,
+    Call,
+    Name,
+    PersistentId,
+    check_extent,
+    read_pickle,
+    whole_number,
+)
 
 REBUILD = Name("torch._utils", "_rebuild_tensor_v2")
 REBUILD_BY_DTYPE = Name("torch._utils", "_rebuild_tensor_v3")
@@ -25,8 +33,9 @@ STORAGES = {
     Name("torch", name): dtype.itemsize for dtype, name in torch.storage._dtype_to_storage_type_map().items()
 } | {Name("torch.storage", "UntypedStorage"): 1}
 """By name the bytes of an element."""
+ZIP_MAGIC = b"PK\x03\x04"
+"""By which `torch.load` knows an archive."""
 MAX_DIMENSIONS = 64
-MAX_DEPTH = 50
 LEGACY_PICKLES = 5
 """Of a storage as it is pickled by itself: magic number, version, sizes of types, storage, its key."""
 
@@ -93,10 +102,16 @@ def check_file(stream: BinaryIO | Window) -> None:
         if len(names) != len(entries) or sum(max(entry.file_size, entry.compress_size) for entry in entries) > end:
             raise pickle.UnpicklingError("not an archive of torch.save")
     stream.seek(0)
+    if stream.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
+        # zipfile allows anything in front of an archive; torch would read that alone.
+        raise pickle.UnpicklingError("not an archive of torch.save")
+    stream.seek(0)
     # torch's own reader of the archive, so that what is checked is what torch.load will find. It knows the checkpoints
     # that were written without CRC32, zipfile does not.
     content = torch._C.PyTorchFileReader(stream).get_record("data.pkl")  # type: ignore[arg-type]
-    _Check().value(read_pickle(io.BytesIO(content), _is_allowed, persistent=True))
+    described = read_pickle(io.BytesIO(content), _is_allowed, persistent=True)
+    check_extent(described, len(content))
+    _Check().value(described)
 
 
 def load_storage(content: bytes) -> torch.Tensor:

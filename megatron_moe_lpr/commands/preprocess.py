@@ -118,10 +118,7 @@ def parse_language(text: str) -> str:
     name = canonical_language(text)
     if not LANGUAGE_PATTERN.fullmatch(name):
         raise UserError(f"--language {text!r}: one language; letters and digits, perhaps joined by _ or -")
-    _, notes = parse_languages([text], "--language")
-    if not is_known(name):
-        notes = [f"--language {name}: neither the code nor the name of a language; taken as a tag of your own"]
-    for note in notes:
+    for note in parse_languages([text], "--language")[1]:
         print(f"note: {note}", file=sys.stderr)
     return name
 

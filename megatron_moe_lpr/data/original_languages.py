@@ -1,7 +1,8 @@
 """--original-languages: which languages the dense model knows, and what a run's data has of them."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
 
 from megatron_moe_lpr.data.language_names import (
     canonical_language,
@@ -50,7 +51,8 @@ def read_original_languages(
 
 
 def parse_languages(given: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
-    """Languages of a flag in their one spelling and in the order given, and what was read as another spelling.
+    """Languages of a flag in their one spelling and in the order given, and what the user should know of them: what was
+    read as another spelling, and what is no known language.
 
     Raises:
         UserError: a name that looks like a misspelled one.
@@ -60,13 +62,13 @@ def parse_languages(given: Sequence[str], flag: str) -> tuple[list[str], list[st
         if mistake := _mistake(word, (), flag):
             raise UserError(mistake)
     names = {word: canonical_language(word) for word in words}
-    return list(dict.fromkeys(names.values())), _spellings(names, flag)
+    return list(dict.fromkeys(names.values())), _spellings(names, flag) + _tags(names.values(), flag)
 
 
 def _mistake(word: str, data: Collection[str], flag: str) -> str | None:
     meaning = likely_meaning(word, data)
     if meaning is None:
-        return None
+        return _unusable(word, flag)
     row = f"{flag} {word}: "
     if is_known(canonical_language(word)):
         row += f"the code of {language_title(canonical_language(word))}, of which there is no data, and of a country; "
@@ -78,9 +80,31 @@ def _mistake(word: str, data: Collection[str], flag: str) -> str | None:
     )
 
 
+def _unusable(word: str, flag: str) -> str | None:
+    """Of a name that no dataset can have, as `en|es` and `'en'`: taken as a tag, it would switch the flag off."""
+    if is_known(canonical_language(word)) or all(letter in "_-" or _is_of_words(letter) for letter in word):
+        return None
+    return (
+        f"{flag} {word}: not the code or name of a language, nor a tag; separate several by white space or commas, "
+        "without brackets or quotes"
+    )
+
+
+def _is_of_words(letter: str) -> bool:
+    """A letter, also the marks on it, or a digit, of any script."""
+    return unicodedata.category(letter)[0] in "LMN"
+
+
 def _spellings(names: dict[str, str], flag: str) -> list[str]:
     changed = [f"{word} is read as {language_title(name)}" for word, name in names.items() if word != name]
     return [f"{flag}: {', '.join(changed)}"] if changed else []
+
+
+def _tags(names: Iterable[str], flag: str) -> list[str]:
+    strange = [name for name in names if not is_known(name)]
+    if not strange:
+        return []
+    return [f"{flag}: {', '.join(strange)}: neither the code nor the name of a language; taken as a tag of your own"]
 
 
 def _notes(names: dict[str, str], known: list[str], data: Collection[str], flag: str) -> list[str]:
@@ -92,11 +116,9 @@ def _notes(names: dict[str, str], known: list[str], data: Collection[str], flag:
     if variants := sorted(covered(data, known) - set(known)):
         notes.append(f"{flag}: {_listed(variants)} of the data counts as original")
     absent = sorted(name for name in set(names.values()) if not covered(data, [name]))
-    strange = [name for name in absent if not is_known(name)]
     if absent:
         notes.append(f"{flag}: the data has nothing of {_listed(absent)}")
-    if strange:
-        notes.append(f"{flag}: {', '.join(strange)}: neither the code nor the name of a language; taken as a tag")
+    notes += _tags(absent, flag)
     for one in sorted(set(data) - covered(data, known)):
         if not is_known(one) and likely_meaning(one, known) in known:
             unknown = "of the data is no known language and counts as expanded; if it is original, name it too"

@@ -144,7 +144,9 @@ def _tokenizer_file(path: Path) -> Path:
         return path
     if not path.exists():
         raise UserError(f"{path}: no such tokenizer; give a directory, a tokenizer.json or a SentencePiece .model")
-    candidates = [path / "tokenizer.json", *sorted(path.glob("*.model"))] if path.is_dir() else []
+    # transformers knows this name alone; other .model files beside it are other tokenizers.
+    names = ("tokenizer.json", "tokenizer.model")
+    candidates = [*(path / name for name in names), *sorted(path.glob("*.model"))] if path.is_dir() else []
     for candidate in candidates:
         if candidate.is_file():
             return candidate

@@ -1,7 +1,9 @@
 """Evaluate a checkpoint: from flags to one result for each validation dataset."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,7 +12,8 @@ from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
 from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint
-from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
+from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages, trained_languages
+from megatron_moe_lpr.data.language_names import covered, language_title
 from megatron_moe_lpr.data.original_languages import read_original_languages
 from megatron_moe_lpr.data.reading.blend import BlendEntry, read_blend
 from megatron_moe_lpr.data.reading.languages import LanguageRegistry
@@ -106,7 +109,26 @@ def _evaluate(plan: EvaluationPlan) -> Evaluation:
     results = [result for result in found if result is not None]
     check_finite_losses(results, directory.path, dtype)
     precision = str(dtype).removeprefix("torch.")
-    return Evaluation(directory, card, precision, plan.seq_length, original.names, original.notes, groups, results)
+    notes = (*original.notes, *unknown_languages(languages.names, original.names, card.history))
+    return Evaluation(directory, card, precision, plan.seq_length, original.names, notes, groups, results)
+
+
+def unknown_languages(names: Sequence[str], original: Sequence[str], history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note on languages that nothing is known of, and which the mean of the expanded ones counts all the same.
+
+    Args:
+        names: languages of the datasets.
+        original: those that the flag or the history names.
+        history: of the checkpoint; without any training in it there is nothing to compare with.
+    """
+    trained = {language for entry in history for language in trained_languages(entry)}
+    unknown = sorted(set(names) - covered(names, [*original, *trained])) if trained else []
+    if not unknown:
+        return []
+    return [
+        f"--original-languages: {', '.join(map(language_title, unknown))} of the data was neither called original nor "
+        "trained on, and counts as expanded; name what the dense model knows"
+    ]
 
 
 def _check_sizes(plan: EvaluationPlan, shape: ModelShape) -> None:

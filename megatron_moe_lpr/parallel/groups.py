@@ -4,11 +4,13 @@ import datetime
 import gc
 import os
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -86,12 +88,25 @@ def _join_world(platform: Platform, timeout: datetime.timedelta) -> None:
         device = platform.device if platform.on_gpus else None
         _check_world()
         try:
-            dist.init_process_group(platform.backend, timeout=timeout, device_id=device)
+            dist.init_process_group(platform.backend, timeout=timeout, device_id=device, **_restarted())
         except dist.DistError as error:
             place = f"MASTER_ADDR {os.environ.get('MASTER_ADDR')} MASTER_PORT {os.environ.get('MASTER_PORT')}"
             raise UserError(f"{place}: the ranks cannot meet there ({str(error).splitlines()[0]})") from error
     else:
         dist.init_process_group(platform.backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+
+
+def _restarted() -> dict[str, Any]:
+    """Where torchrun has restarted the ranks of one node, which meet in the store of the start before: a part of it of
+    their own, or they would connect to the addresses of ranks that are gone.
+
+    Several nodes may count restarts differently: they need torchrun's c10d rendezvous, whose store is new each time.
+    """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if count == "0" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return {}
+    store, rank, world_size = next(rendezvous("env://"))
+    return {"store": dist.PrefixStore(f"restart_{count}", store), "rank": rank, "world_size": world_size}
 
 
 def _check_world() -> None:

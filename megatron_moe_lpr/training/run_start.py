@@ -11,15 +11,39 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
+from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, iteration_directory_name
 from megatron_moe_lpr.checkpoint.trainable_only import base_of
 from megatron_moe_lpr.checkpoint.verification import open_checkpoint
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.errors import DamagedFile, UserError
 from megatron_moe_lpr.parallel.every_rank import on_every_rank
 from megatron_moe_lpr.training.config import CheckpointOptions
+from megatron_moe_lpr.training.fall_back import iterations_in, latest_iteration
 
 if TYPE_CHECKING:
     from megatron_moe_lpr.training.resuming import OwnCheckpoint
+
+
+def readable_load(options: CheckpointOptions) -> Path:
+    """What --load means; where it is --save itself, its newest checkpoint whose small files seem intact.
+
+    The newest one may be damaged, or not named by the latest file yet (`fall_back.latest_iteration`). Which one the run
+    goes on from, and whether one is set aside, is decided when all ranks have met (`resuming.find_own_checkpoint`).
+
+    Raises:
+        UserError: as `latest_iteration`, or a checkpoint cannot be read for another reason than damage.
+    """
+    load, save = options.load, options.save
+    if not save.is_dir() or load.resolve() != save.resolve():
+        return load
+    latest = latest_iteration(save, options.fall_back_to)
+    for number in reversed([number for number in iterations_in(save) if latest is not None and number <= latest]):
+        path = save / iteration_directory_name(number)
+        try:
+            open_checkpoint(path, options.verify, options.base_checkpoint)
+        except DamagedFile:
+            continue
+        return path
+    return load
 
 
 def open_start(options: CheckpointOptions, stage: str) -> tuple[CheckpointDirectory, CheckpointCard]:

@@ -15,7 +15,7 @@ from megatron_moe_lpr.checkpoint.frozen_weights import frozen_weights
 from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_shape
 from megatron_moe_lpr.checkpoint.trainable_only import open_reader
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
-from megatron_moe_lpr.data.reading.config import DataSources, read_data_sources
+from megatron_moe_lpr.data.reading.config import DataSources, read_data_sources, with_original
 from megatron_moe_lpr.data.reading.datasets import Datasets, build_datasets
 from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
@@ -90,7 +90,6 @@ def prepare(config: TrainingConfig) -> Run:
     tokenizer = load_tokenizer(start.side_directory) if card.tokenizer_files else None
     fingerprint = tokenizer.fingerprint if tokenizer else None
     sources = read_data_sources(config.data, fingerprint, original_languages(card.history))
-    sources = dataclasses.replace(sources, notes=(*sources.notes, *_end_of_document(sources, tokenizer)))
     check_token_ids([*sources.train, *sources.valid], shape.architecture.vocab_size, str(start.path))
     earlier = groups_with_prior(card.history, sources.original_languages, shape.num_groups)[1:]
     check_stage(stage, card.is_moe, sources, earlier, bool(card.inserted_blocks))
@@ -118,6 +117,10 @@ def prepare(config: TrainingConfig) -> Run:
     own = find_own_checkpoint(config.checkpoint, description, card)
     if own:
         start, card = start_of(own, start, card, config.checkpoint.save)
+        # Also where the flag is not given again: the run's checkpoints and its validation go on knowing them.
+        sources = with_original(sources, config.data, original_languages([*card.history, own.recorded]))
+        description = describe_run(config, stage, sources, options.dtype)
+    sources = dataclasses.replace(sources, notes=(*sources.notes, *_end_of_document(sources, tokenizer)))
     if own and config.checkpoint.use_checkpoint_opt_param_scheduler:
         config = dataclasses.replace(config, optimizer=recorded_schedule(own.recorded, config))
         description = describe_run(config, stage, sources, options.dtype)

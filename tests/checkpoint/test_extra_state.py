@@ -93,6 +93,17 @@ HOSTILE = {
     + b"J\xff\xff\xff\x7fss.",
     "a field that is none": b"}" + text("recipe") + SCALING + b")\x81}" + text("__class__") + FORMAT + b"sbs.",
     "a dotted name": b"}" + text("a") + text(MODULE) + text("Format.HYBRID") + b"\x93s.",
+    "lists in lists, 10^8 values": b"}"
+    + text("a")
+    + b"]q\0"
+    + b"".join(b"](" + bytes([ord("h"), level]) * 100 + b"eq" + bytes([level + 1]) for level in range(4))
+    + b"h\4s.",
+    "recipes in recipes, 2^40 of them": SCALING
+    + b")\x81q\0"
+    + b"".join(SCALING + b")\x81}(" + text("a") + b"h\0" + text("b") + b"h\0ubq\0" for _ in range(40))
+    + b"0}"
+    + text("recipe")
+    + b"h\0s.",
     "another class of the module": b"}" + text("a") + name(MODULE, "sys") + b"s.",
 }
 

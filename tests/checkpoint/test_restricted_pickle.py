@@ -151,6 +151,9 @@ STORAGE = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + t
 TENSOR = name("torch._utils", "_rebuild_tensor_v2")
 HOOKS = b"\x89" + name("collections", "OrderedDict") + b")R"
 LARGE = b"\x8a\x05" + (1 << 32).to_bytes(5, "little")
+MANY_TIMES = b"]q\0" + b"".join(
+    b"(" + bytes([ord("h"), level]) * 10 + bytes([ord("l"), ord("q"), level + 1]) for level in range(30)
+)
 IN_FILES = {
     "BUILD on a member that Megatron allows": MEMBER + STATE + b"b.",
     "a name that Megatron allows": name("types", "SimpleNamespace") + b")\x81.",
@@ -158,6 +161,10 @@ IN_FILES = {
     "a storage of 16 GB": TENSOR + b"(" + STORAGE.replace(b"K\x02", LARGE) + b"QK\0K\2\x85K\1\x85" + HOOKS + b"tR.",
     "a tensor beyond its storage": TENSOR + b"(" + STORAGE + b"QK\0" + LARGE + b"\x85K\1\x85" + HOOKS + b"tR.",
     "a tensor many times in its storage": TENSOR + b"(" + STORAGE + b"QK\0" + LARGE + b"\x85K\0\x85" + HOOKS + b"tR.",
+    "lists in lists, 10^30 values": MANY_TIMES + b".",
+    "tables in tables, 2^45 values": b"}q\0" + b"}(K\0h\0K\1h\0uq\0" * 45 + b".",
+    "a list in itself": b"]q\0h\0a.",
+    "lists in lists, each seen before": b"]]q\0" + b"](h\0eq\0" * 60 + b"](" + b"h\0e.",
     "attributes of a tensor": TENSOR + b"(" + STORAGE + b"QK\0K\2\x85K\1\x85" + HOOKS + b"tR" + STATE + b"b.",
 }  # fmt: skip
 
@@ -175,11 +182,21 @@ def test_an_action_in_a_file_of_torch(action: str, written: Path, tmp_path: Path
     assert state_of(TORCH_NAMES) == before and AttnBackend(1).name == "flash"
 
 
+def test_an_archive_behind_something_else_is_refused() -> None:
+    """torch.load would read what is in front of it alone."""
+    front, behind = io.BytesIO(), io.BytesIO()
+    torch.save({"a": {1, 2}, "b": torch.nn.Parameter(torch.ones(2))}, front, _use_new_zipfile_serialization=False)
+    torch.save({"a": 1}, behind)
+    with pytest.raises(pickle.UnpicklingError, match=r"not an archive of torch\.save"):
+        load_file(io.BytesIO(front.getvalue() + behind.getvalue()))
+
+
 def test_plain_values_and_tensors_pass() -> None:
     values = {
         "a": [1, 2.5, None, True, "x", b"bytes", 1 << 70, torch.Size([2]), torch.float16, (torch.ones(4, 4)[1:3, 2:],)],
         2: torch.zeros(3).to(torch.float8_e4m3fn),
         "empty": torch.ones(0, 3),
+        "shared": [["x"] * 1000] * 900,
     }
     stream = io.BytesIO()
     torch.save(values, stream)

@@ -301,6 +301,13 @@ def cached(dense: Path, chosen: str, snapshot: bool = True) -> Path:
     return places[chosen]
 
 
+def incomplete(dense: Path, name: str) -> Path:
+    """A snapshot of a hub cache that lacks a file."""
+    snapshot = cached(dense, "snapshots") / COMMIT
+    (snapshot / name).unlink()
+    return snapshot
+
+
 def pointer(name: str) -> Build:
     return lambda dense: write(dense / name, POINTER) and None
 
@@ -343,6 +350,14 @@ DIRECTORIES: dict[str, tuple[Build, list[str]]] = {
         lambda dense: cached(dense, "model", snapshot=False),
         ["no snapshot", "hf download Qwen/Qwen1.5-1.8B"],
     ),
+    "hub cache's snapshot without weights": (
+        lambda dense: incomplete(dense, "model.safetensors"),
+        ["not complete", f"hf download Qwen/Qwen1.5-1.8B --revision {COMMIT}"],
+    ),
+    "hub cache's snapshot without config.json": (
+        lambda dense: incomplete(dense, "config.json"),
+        ["not complete", f"hf download Qwen/Qwen1.5-1.8B --revision {COMMIT}"],
+    ),
     "LFS weights": (pointer("model.safetensors"), ["model.safetensors: is a Git LFS pointer", "git lfs pull"]),
     "LFS shard": (pointer_shard, ["model-00002-of-", "is a Git LFS pointer", "git lfs pull"]),
     "LFS tokenizer.json": (pointer("tokenizer.json"), ["tokenizer.json: is a Git LFS pointer"]),
@@ -383,6 +398,22 @@ def test_a_megatron_checkpoint(dense: Path, tmp_path: Path, refuse: Callable[...
     run("import", "--hf", dense, "--save", tmp_path / "save")
     line = refuse(tmp_path / "save")
     assert "is a Megatron checkpoint already" in line and "--load" in line
+
+
+def test_what_is_no_adapter(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "adapter" / "adapter_config.json", '{"peft_type": "MOE"}')
+    cases = {dense: "a whole model is given by --hf alone", tmp_path / "adapter": "copy it from where the adapter"}
+    for adapter, words in cases.items():
+        with pytest.raises(SystemExit):
+            run("import", "--hf", dense, "--adapter", adapter, "--save", tmp_path / "save")
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "save").exists()
+
+
+def test_a_model_given_for_a_checkpoint(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("export", "--load", dense, "--hf", tmp_path / "out")
+    assert "is a Hugging Face directory, of which tools/convert_hf.py import makes one" in capsys.readouterr().err
 
 
 def test_pointers_that_nobody_reads_are_no_obstacle(dense: Path, tmp_path: Path) -> None:

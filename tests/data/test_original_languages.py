@@ -59,7 +59,25 @@ def test_near_misses_are_refused_with_a_suggestion(given, data, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("given", ["en|es", "'en'", "[en]", "(en)", "en/es", "en+es", "en=1", "*", "0.2", "en:es"])
+def test_what_cannot_be_a_name_is_refused(given):
+    """As a tag of the user's own it would leave English to be trained on as an expanded language."""
+    with pytest.raises(UserError, match="separate several by white space or commas") as error:
+        read_original_languages([given], ["el", "en"])
+    assert str(error.value).startswith(f"--original-languages {given}: ")
+    with pytest.raises(UserError, match="white space or commas"):
+        parse_languages([given], "--languages")
+
+
+@pytest.mark.parametrize("given", ["हिन्दी", "el_GR.UTF-8", "ca@valencia", "my_own-tag2"])
+def test_letters_of_any_script_and_locales_are_names(given):
+    assert len(read_original_languages([given], ["el", "en"]).names) == 1
+
+
 def test_lists_of_other_flags():
     assert parse_languages(["EN, es", "en"], "--languages")[0] == ["en", "es"]
+    assert parse_languages(["en", "Yunanca"], "--languages")[1] == [
+        "--languages: Yunanca: neither the code nor the name of a language; taken as a tag of your own"
+    ]
     with pytest.raises(UserError, match=r"^--languages Frensh: "):
         parse_languages(["Frensh"], "--languages")

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import tokenizers
 
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
-from tests.data.builders import EOD_TOKEN
+from tests.data.builders import EOD_TOKEN, make_sentencepiece
 
 TEXTS = ["Γειά σου, κόσμε", "a\nb", "😀 zh 中文", "nul\0nul", " two  spaces "]
 
@@ -18,6 +19,14 @@ def test_ids_are_those_of_the_library(hf_tokenizer, sp_model):
     assert ours.encode_batch(TEXTS) == [reference.encode(text, add_special_tokens=False).ids for text in TEXTS]
     reference = sentencepiece.SentencePieceProcessor(model_file=str(sp_model))
     assert load_tokenizer(sp_model).encode_batch(TEXTS) == [reference.encode(text) for text in TEXTS]
+
+
+def test_of_several_models_the_one_that_transformers_knows_is_read(sp_model, tmp_path):
+    shutil.copy(sp_model, tmp_path / "tokenizer.model")
+    make_sentencepiece(tmp_path / "other", "bpe").rename(tmp_path / "another.model")
+    assert load_tokenizer(tmp_path).path.name == "tokenizer.model"
+    (tmp_path / "tokenizer.model").unlink()
+    assert load_tokenizer(tmp_path).path.name == "another.model"
 
 
 def test_decodes_back(any_tokenizer):

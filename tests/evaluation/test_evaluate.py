@@ -19,7 +19,7 @@ from megatron_moe_lpr.checkpoint.card import read_card
 from megatron_moe_lpr.checkpoint.directory import CARD_FILE, resolve_checkpoint
 from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
+from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint, unknown_languages
 from megatron_moe_lpr.evaluation.results import evaluation_record
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from tests.conversion.helpers import rewrite_checkpoint, run
@@ -142,6 +142,14 @@ def test_layout_equals_one_process(setting, alone, layout):
             assert one["loss"] == pytest.approx(reference["loss"], rel=1e-5)
             for name in ("expert0_probability", "expert0_top_k_share"):
                 assert one["routing"][name] == pytest.approx(reference["routing"][name], abs=1e-4)
+
+
+def test_languages_that_nothing_is_known_of_are_named():
+    history = [{"stage": "1", "languages": ["el", "Hungarian"], "original_languages": ["en"]}]
+    assert unknown_languages(["el", "hu", "en-US"], ["en"], history) == []
+    (note,) = unknown_languages(["el", "en", "es", "zh"], ["en"], history)
+    assert "es (Spanish), zh (Chinese) of the data was neither called original nor trained on" in note
+    assert unknown_languages(["el", "en"], ["en"], []) == []
 
 
 def test_original_languages_are_those_of_the_history(setting, alone, tmp_path):

@@ -117,6 +117,28 @@ def handles(process: int, number: int) -> bool:
     return bool(mask >> (number - 1) & 1)
 
 
+RESTARTED = """
+import os, sys
+import torch.distributed as dist
+from megatron_moe_lpr.parallel.groups import initialize_parallel
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import select_platform
+initialize_parallel(select_platform("cpu"), ParallelLayout())
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os._exit(int(os.environ["RANK"]))
+dist.barrier()
+open(sys.argv[1] + os.environ["RANK"], "w").close()
+"""
+
+
+def test_ranks_that_torchrun_restarts_meet_again(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(RESTARTED)
+    command = ["-m", "megatron_moe_lpr.launch", "--nproc-per-node", "2", "--max-restarts", "1"]
+    done = subprocess.run([sys.executable, *command, script, tmp_path / "done"], cwd=ROOT, timeout=300)
+    assert done.returncode == 0 and {path.name for path in tmp_path.glob("done*")} == {"done0", "done1"}
+
+
 def test_last_lines(tmp_path):
     assert last_lines(tmp_path / "none") == []
     (tmp_path / "log").write_text("\n".join(f"line {number}" for number in range(5000)))

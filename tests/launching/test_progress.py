@@ -4,6 +4,8 @@ import subprocess
 
 import pytest
 
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.training.start_marker import refuse_lost_directory
 from tests.launching.builders import ROOT
 
 
@@ -39,3 +41,11 @@ def test_two_runs_without_progress_stop(runs):
 
 def test_runs_that_die_before_they_end_count_at_the_next_start(runs):
     assert runs([10, None, None, None]) == ["goes on", "goes on", "goes on", STOPPED.format(10)]
+
+
+def test_a_job_that_is_stopped_before_its_run_began_may_begin_when_requeued(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="is its file system mounted"):
+        refuse_lost_directory(tmp_path, tmp_path / "load")
+    assert runs([None]) == ["goes on"]
+    refuse_lost_directory(tmp_path, tmp_path / "load")

@@ -129,6 +129,16 @@ def test_what_one_rank_cannot_read_changes_nothing(name, setting, save):
     assert content(save) == before
 
 
+@pytest.mark.parametrize("target", ["not-mounted/__0_0.distcp", "__0_0.distcp"])
+def test_a_link_that_leads_to_no_file_is_no_damage(target, setting, save):
+    file = save / "iter_0000008" / "__0_0.distcp"
+    file.unlink()
+    file.symlink_to(target)
+    before = content(save)
+    assert "is what it leads to mounted here?" in go(setting, save)
+    assert content(save) == before
+
+
 def go(setting, save, **changes) -> str | None:
     load, data, _ = setting
     outcomes = rank_pool(2).run(functools.partial(train_outcome, load, save, data, **(SAVES | changes)))

@@ -85,6 +85,16 @@ def test_validation_data_and_originals_without_data_may_change(setting, tmp_path
     assert metrics(tmp_path / "again")[6]["lm_loss"] == metrics(root / "run")[6]["lm_loss"]
 
 
+def test_originals_are_known_where_the_flag_is_not_given_again(setting, tmp_path, capfd):
+    """The run's own checkpoint names them: for its validation, and for stage 2 and evaluation after it."""
+    root, load, data = setting
+    save = rewind(root / "run", tmp_path / "run", 3)
+    changes = {"original_languages": [], "valid_data_path": [data["en"]], "save_interval": 3}
+    assert go(load, save, data, **changes) is None
+    assert history(save, 6)["original_languages"] == ["en"]
+    assert "every language counts as expanded" not in capfd.readouterr().out
+
+
 def test_an_accepted_change_counts_from_its_step(setting, tmp_path):
     root, load, data = setting
     save = rewind(root / "run", tmp_path / "run", 3)

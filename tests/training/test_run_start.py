@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint, write_latest
+from megatron_moe_lpr.checkpoint.directory import LATEST_FILE, resolve_checkpoint, write_latest
 from megatron_moe_lpr.training.run_start import card_at_start, opened, opening_steps
 from tests.conversion.helpers import assert_same_tensors, checkpoint_tensors
 from tests.distributed import rank_pool
@@ -65,13 +65,21 @@ def test_a_run_may_load_itself_again_and_again(runs, tmp_path):
     assert history(save) == [("1", 8)]
 
 
-def test_a_run_that_loads_itself_falls_back(runs, tmp_path):
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "moe_lpr/card.json", "moe_lpr/config.json"])
+def test_a_run_that_loads_itself_falls_back(name, runs, tmp_path):
     root, _, data = runs
     save = shutil.copytree(root / "1", tmp_path / "run")
-    tensors = save / "iter_0000006" / "__0_0.distcp"
-    flip(tensors)
+    flip(save / "iter_0000006" / name)
     assert go(save, save, data) is None
     assert (save / "damaged-iter_0000006").is_dir() and history(save) == [("1", 6)]
+    assert_same_tensors(checkpoint_tensors(save), checkpoint_tensors(root / "1"))
+
+
+def test_a_run_that_loads_itself_after_a_kill_in_its_first_save(runs, tmp_path):
+    root, _, data = runs
+    save = rewind(root / "1", tmp_path / "run", 3)
+    (save / LATEST_FILE).unlink()
+    assert go(save, save, data) is None
     assert_same_tensors(checkpoint_tensors(save), checkpoint_tensors(root / "1"))
 
 

@@ -52,6 +52,11 @@ def open_adapter(path: Path) -> Adapter:
     """
     path = Path(path)
     file = path / CONFIG_FILE
+    if not file.exists():
+        raise UserError(
+            f"{file}: no such file; --adapter takes a directory of the authors' implementation ({CONFIG_FILE} with "
+            f"peft_type MOE, {WEIGHTS_FILE}), and a whole model is given by --hf alone"
+        )
     config = read_json(file_inside(file, path))
     if config.get("peft_type") != "MOE":
         raise UserError(
@@ -59,7 +64,8 @@ def open_adapter(path: Path) -> Adapter:
             "experts; merge another adapter into its base with peft's merge_and_unload() and give the result by --hf"
         )
     if not file_inside(path / WEIGHTS_FILE, path).is_file():
-        hint = "; rewrite the pickled .bin as safetensors" if any(path.glob("*.bin")) else ""
+        pickled = any(path.glob("*.bin"))
+        hint = "; rewrite the pickled .bin as safetensors" if pickled else "; copy it from where the adapter comes from"
         raise UserError(f"{path / WEIGHTS_FILE}: no such file{hint}")
     num_experts, top_k = config.get("num_experts"), config.get("topk")
     if not is_integer(num_experts, 1, MAX_EXPERTS) or not is_integer(top_k, 1, num_experts):

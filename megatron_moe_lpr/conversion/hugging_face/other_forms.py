@@ -1,5 +1,6 @@
 """Directories that are not a Hugging Face model to import, though they belong to one: named, with the way out."""
 
+import os
 from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE
@@ -63,6 +64,8 @@ def other_weights(path: Path) -> str:
         return ": the shards are here and their index, model.safetensors.index.json, is not; copy it too"
     if has("*.h5", "*.msgpack", "*.npz"):
         return ": only weights for TensorFlow, JAX or MLX here; save them as safetensors with transformers"
+    if download := _rest_of_download(path):
+        return f": no weights here yet, {download}"
     others = sorted(file.name for file in path.glob("*.safetensors"))
     named = f"; {', '.join(others[:MOST_NAMED])} is not read: rename it if it is the whole model" if others else ""
     return f": neither model.safetensors.index.json nor model.safetensors is here{named}"
@@ -72,11 +75,20 @@ def _without_config(path: Path) -> str:
     if any(path.glob("adapter_model*")):
         return f", and adapter_model is an adapter's: {MERGE}; a whole model's directory is expected"
     if any(path.glob("*.safetensors")) and not any(path.glob("consolidated*")):
-        return ", but weights are there; copy it from where they come from"
+        return f", but weights are there; {_rest_of_download(path) or 'copy it from where they come from'}"
     inside = sorted(child for child in path.iterdir() if (child / CONFIG_FILE).is_file())
     if inside:
         return f" there; give the directory that has one: {_named(inside)}"
     return other_weights(path)
+
+
+def _rest_of_download(path: Path) -> str:
+    """How to complete a snapshot of the hub's cache; empty of another directory."""
+    absolute = Path(os.path.abspath(path))
+    name = hub_name(absolute.parent.parent.name) if absolute.parent.name == SNAPSHOTS else None
+    if name is None:
+        return ""
+    return f"the download was not complete: `hf download {name} --revision {absolute.name}` goes on with it"
 
 
 def _refuse_adapter(path: Path) -> None:

@@ -6,10 +6,18 @@ from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE
 from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
-from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files, tokenizer_files
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_samples import TEXTS
-from megatron_moe_lpr.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megatron_moe_lpr.data.sentencepiece_conversion import SPACE
+from megatron_moe_lpr.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from megatron_moe_lpr.data.tokenizer_settings import CONFIG
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.json_files import read_json
 
 
 def check_tokenizer(model: Path, exported_type: str) -> list[str]:
@@ -30,11 +38,12 @@ def check_tokenizer(model: Path, exported_type: str) -> list[str]:
         found = [line.replace(f"{trial}/", f"{model}/") for line in found]
         try:
             source = load_tokenizer(model)
-        except UserError:
-            return found
+        except UserError as error:
+            # Without any of the tokenizer's files there is nothing to say: text may be prepared elsewhere.
+            return found or [str(error)] if tokenizer_files(model) else found
         if load_tokenizer(trial).fingerprint != source.fingerprint:
             raise UserError(f"{source.path}: the checkpoint would hold another tokenizer; move other tokenizers away")
-    return [*found, *_end_of_document(source), *_two_tokenizers(source)]
+    return [*found, *_end_of_document(source), *_space_before_text(source), *_two_tokenizers(source)]
 
 
 def _end_of_document(tokenizer: Tokenizer) -> list[str]:
@@ -43,6 +52,23 @@ def _end_of_document(tokenizer: Tokenizer) -> list[str]:
     except UserError as error:
         return [str(error)]
     return [note] if note else []
+
+
+def _space_before_text(tokenizer: Tokenizer) -> list[str]:
+    """transformers lets tokenizer_config.json overrule what a SentencePiece model says of the space before a text."""
+    config = tokenizer.path.with_name(CONFIG)
+    if not isinstance(tokenizer, SentencePieceTokenizer) or not config.is_file():
+        return []
+    if read_json(config).get("add_prefix_space") is not False:
+        return []
+    first = tokenizer.token(tokenizer.encode_batch(["a"])[0][0]) or ""
+    if not first.startswith(SPACE):
+        return []
+    return [
+        f"{config}: add_prefix_space is false, and {tokenizer.path.name} itself puts a space before a text, as "
+        "training data and the export do; transformers reads this model without the space: to train so, import it with "
+        "the tokenizer.json that AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes"
+    ]
 
 
 def _two_tokenizers(tokenizer: Tokenizer) -> list[str]:

@@ -236,14 +236,15 @@ def _parquet_chunks(name: str, columns: Sequence[str]) -> Iterator[tuple[bytes, 
     try:
         schema = pyarrow.parquet.read_schema(name)
         # Texts stay in the file's dictionary: a few bytes may say a thousand times the same one.
-        texts = [column for column in columns if pyarrow.types.is_string(schema.field(column).type)]
+        kinds = (pyarrow.string(), pyarrow.large_string())
+        texts = [column for column in columns if schema.field(column).type in kinds]
         with pyarrow.parquet.ParquetFile(name, read_dictionary=texts) as file:
             rows, done, size = max(file.metadata.num_rows, 1), 0, disk_bytes(name)
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(columns)):
                 done += batch.num_rows
                 yield from _gathered((line, size * done // rows) for line in _row_lines(batch))
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{name}: not a readable parquet file ({error})") from None
+    except (pyarrow.ArrowException, OSError) as error:  # pyarrow says of damage OSError too, without a file's name
+        raise UserError(f"{name}: not a readable parquet file ({_first_line(error)})") from None
 
 
 def check_beginning(name: str, columns: Sequence[str]) -> None:
@@ -267,18 +268,23 @@ def _check_columns(name: str, columns: Sequence[str]) -> None:
         raise UserError(f"{name}: reading parquet needs pyarrow; pip install pyarrow") from None
     try:
         present = pyarrow.parquet.read_schema(name).names
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{name}: not a readable parquet file ({error})") from None
+    except (pyarrow.ArrowException, OSError) as error:  # pyarrow says of damage OSError too, without a file's name
+        raise UserError(f"{name}: not a readable parquet file ({_first_line(error)})") from None
     missing = [column for column in columns if column not in present]
     if missing:
         raise UserError(f"{name}: no column {missing[0]!r}; it has {', '.join(present)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _row_lines(batch: Any) -> Iterator[bytes]:
     """A batch of pyarrow as JSON lines, one by one."""
     for row in range(batch.num_rows):
         values = {column: batch.column(column)[row].as_py() for column in batch.schema.names}
-        yield (json.dumps(values, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+        # What JSON has no form for, such as bytes and times, is no text either.
+        yield (json.dumps(values, ensure_ascii=False, default=lambda _: None) + "\n").encode("utf-8", "surrogatepass")
 
 
 def count_lines(name: str, end: int) -> int:

@@ -108,8 +108,17 @@ def read_data_sources(
     elif valid_part[1] > valid_part[0]:
         valid = read_blend(config.data_path, "--data-path", valid_part)
     languages = LanguageRegistry(entry.language for entry in (*train, *valid))
-    original = read_original_languages(config.original_languages, languages.names, recorded_original)
-    return DataSources(train, valid, languages, original.names, original.notes)
+    return with_original(DataSources(train, valid, languages, ()), config, recorded_original)
+
+
+def with_original(sources: DataSources, config: DataConfig, recorded: Collection[str]) -> DataSources:
+    """The sources with the original languages that the flag and a checkpoint's history name, and the notes on them.
+
+    Raises:
+        UserError: a misspelled language in `--original-languages`.
+    """
+    original = read_original_languages(config.original_languages, sources.languages.names, recorded)
+    return dataclasses.replace(sources, original_languages=original.names, notes=original.notes)
 
 
 def cache_directory(config: DataConfig) -> Path:

@@ -147,6 +147,33 @@ def test_what_import_says(tmp_path):
     assert f"of {len(TEXTS)} sample texts otherwise than tokenizer.model" in two
 
 
+def test_import_names_a_tokenizer_that_cannot_be_read(tmp_path):
+    assert check_tokenizer(tmp_path, "mixtral") == []
+    (tmp_path / "tekken.json").write_text("{}")
+    (line,) = check_tokenizer(tmp_path, "mixtral")
+    assert "tekken.json is Mistral's own form" in line
+    (tmp_path / "tokenizer.model").write_text("none")
+    (line,) = check_tokenizer(tmp_path, "mixtral")
+    assert "not a SentencePiece model" in line
+
+
+def test_import_says_that_the_space_before_a_text_is_not_as_in_transformers(tmp_path):
+    make_sentencepiece(tmp_path, "bpe")
+    for value, expected in ((True, 0), (False, 1)):
+        settings = {**LLAMA, "legacy": False, "add_prefix_space": value}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        notes = check_tokenizer(tmp_path, "mixtral")
+        assert len(notes) == expected and all("add_prefix_space is false" in note for note in notes)
+    ours = load_tokenizer(tmp_path).encode_batch(["a text"])[0]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("a text", add_special_tokens=False).input_ids != ours
+    # The way out that the note names.
+    theirs.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode_batch(["a text"])[0] == (
+        theirs("a text", add_special_tokens=False).input_ids
+    )
+
+
 def test_import_and_export_of_a_sentencepiece_model(tmp_path, capsys):
     save_model("llama", tmp_path / "hf")
     for file in (tmp_path / "hf").glob("tokenizer*"):

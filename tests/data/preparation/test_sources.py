@@ -1,4 +1,5 @@
 import gzip
+import json
 import os
 import tracemalloc
 from collections import Counter
@@ -119,12 +120,15 @@ def test_parquet_is_looked_at_before_the_work(content, words, hf_tokenizer, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_parquet_file_that_repeats_a_long_text(tmp_path):
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_a_parquet_file_that_repeats_a_long_text(kind, tmp_path):
     """300 rows of one text of 200 KB in some KB: one at a time, not all of a batch."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"text": ["ab" * 100_000] * 300, "n": list(range(300))}), path)
+    texts = pyarrow.array(["ab" * 100_000] * 300, type=getattr(pyarrow, kind)())
+    parquet.write_table(pyarrow.table({"text": texts, "n": list(range(300))}), path)
+    del texts
     rows, allocated = [], []
 
     def read_all():
@@ -134,6 +138,20 @@ def test_a_parquet_file_that_repeats_a_long_text(tmp_path):
 
     assert peak_of(read_all) < 8 << 20 and max(allocated) < 8 << 20
     assert sum(rows) == 300 and path.stat().st_size < 1 << 16
+
+
+def test_parquet_columns_that_hold_no_text_and_files_that_hold_no_footer(tmp_path):
+    """pyarrow's error of the second is an OSError that names no file."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([b"a"]), "n": [1]}), path)
+    (block,) = read_blocks(Slice(str(path), 0, 1), ["text", "n"])
+    assert json.loads(block.lines) == {"text": None, "n": 1}
+    path.write_bytes(b"PAR1" + b"\0" * 100 + b"PAR1")
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file") as caught:
+        list(read_blocks(Slice(str(path), 0, 1), ["text"]))
+    assert "\n" not in str(caught.value)
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
