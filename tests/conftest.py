@@ -6,6 +6,8 @@ import os
 # Ranks share the cores: more threads than cores make every small matrix product slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A path that is not there may be a name on the hub: no test asks the real one.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 

@@ -382,7 +382,7 @@ DIRECTORIES: dict[str, tuple[Build, list[str]]] = {
         ["config.json", "give the directory that has one", "checkpoint-500"],
     ),
     "a file": (lambda dense: dense / "model.safetensors", ["is a file", "directory"]),
-    "a hub name": (lambda dense: Path("Qwen/Qwen1.5-1.8B"), ["no such directory", "hf download Qwen/Qwen1.5-1.8B"]),
+    "a hub name": (lambda dense: Path("Qwen/Qwen1.5-1.8B"), ["no such directory", "on the Hugging Face hub"]),
 }
 
 

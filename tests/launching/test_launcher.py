@@ -17,7 +17,7 @@ from megatron_moe_lpr import launch
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.launch import exit_code, last_lines
 from megatron_moe_lpr.launch_checks import check_launch
-from megatron_moe_lpr.parallel.groups import destroy_parallel, initialize_parallel
+from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE
@@ -226,14 +226,6 @@ def test_numbers_that_the_launcher_takes(flags):
     check_launch(torchrun.get_args_parser().parse_args([*flags, "worker.py"]))
 
 
-@pytest.fixture
-def no_world():
-    """Whatever another test of this process has joined."""
-    destroy_parallel()
-    yield
-    destroy_parallel()
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -245,7 +237,9 @@ def no_world():
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
     ],
 )
-def test_the_environment_of_another_launcher(changes, words, monkeypatch, no_world):
+def test_the_environment_of_another_launcher(changes, words, monkeypatch):
+    # Another test of this process may have joined a world.
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
     for name, value in (
         {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | changes
     ).items():
@@ -254,9 +248,21 @@ def test_the_environment_of_another_launcher(changes, words, monkeypatch, no_wor
         initialize_parallel(select_platform("cpu"), ParallelLayout())
 
 
-def test_a_taken_port_without_torchrun_is_named(monkeypatch, no_world):
+JOIN = """
+from megatron_moe_lpr.errors import run_command
+from megatron_moe_lpr.parallel.groups import initialize_parallel
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import select_platform
+run_command(lambda: initialize_parallel(select_platform("cpu"), ParallelLayout()))
+"""
+
+
+def test_a_taken_port_without_torchrun_is_named():
     with taken_port() as port:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
-            monkeypatch.setenv(name, str(value))
-        with pytest.raises(UserError, match=rf"MASTER_PORT {port}: the ranks cannot meet there .*already in use"):
-            initialize_parallel(select_platform("cpu"), ParallelLayout())
+        world = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment = os.environ | world | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", JOIN]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert done.returncode == 1 and f"MASTER_PORT {port}: the ranks cannot meet there" in error
+    assert "already in use" in error

@@ -47,7 +47,10 @@ def model_directory(model: Path | str, revision: str | None = None) -> Path:
         if revision is not None:
             raise UserError(f"--revision {revision}: --hf {model} is no name on the hub; leave the flag out")
         return path
-    return _snapshot(str(model), revision)
+    try:
+        return _snapshot(str(model), revision)
+    except UserError as error:
+        raise UserError(f"--hf {model}: no such directory, and as a name on the Hugging Face hub: {error}") from None
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
@@ -79,7 +82,7 @@ def _look_up(name: str, revision: str | None) -> _Download | None:
     sizes = {one.rfilename: one.size or 0 for one in info.siblings or [] if _is_needed(one.rfilename)}
     if not any(file.endswith(".safetensors") for file in sizes):
         raise UserError(
-            f"--hf {name}: has no safetensors weights on the hub; look for a revision or a copy that has, or convert "
+            f"{name} has no safetensors weights on the hub; look for a revision or a copy that has, or convert "
             "it with transformers (save_pretrained) and give the directory"
         )
     commit = info.sha or revision or "main"
@@ -103,7 +106,7 @@ def _announce(name: str, download: _Download) -> None:
     free = shutil.disk_usage(place).free
     if free < download.missing_bytes:
         raise UserError(
-            f"--hf {name}: {_size(download.missing_bytes)} to download, and {cache} has room for {_size(free)}; "
+            f"{_size(download.missing_bytes)} to download, and {cache} has room for {_size(free)}; "
             "free some, or set HF_HOME to another disk"
         )
 

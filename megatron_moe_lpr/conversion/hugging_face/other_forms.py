@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE
 from megatron_moe_lpr.conversion.hugging_face.adapter import CONFIG_FILE as ADAPTER_CONFIG
-from megatron_moe_lpr.conversion.hugging_face.base_model import CACHE_PREFIX, HUB_NAME, SNAPSHOTS, hub_name
+from megatron_moe_lpr.conversion.hugging_face.base_model import CACHE_PREFIX, SNAPSHOTS, hub_name
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.json_files import read_json, shown
 from megatron_moe_lpr.work_directory import content_of_killed
@@ -26,8 +26,7 @@ def refuse_other_directories(path: Path) -> None:
     if path.is_file():
         raise UserError(f"{path}: is a file; give the directory that holds config.json and the safetensors weights")
     if not path.is_dir():
-        hub = f"; to download it: `hf download {path} --local-dir DIR`" if HUB_NAME.fullmatch(str(path)) else ""
-        hint = f"{content_of_killed(path)}{hub}"
+        hint = content_of_killed(path)
         raise UserError(f"{path}: no such directory; a Hugging Face model directory is expected{hint}")
     _refuse_adapter(path)
     if (path / CONFIG_FILE).is_file():

@@ -68,7 +68,7 @@ def test_import_by_name_offline_and_from_the_cache(tmp_path, dense):
     [
         (NAME, {}, lambda hub: hub.gated.add(NAME), f"{NAME}: accept its conditions at "),
         ("someone/else", {}, lambda hub: None, "someone/else: not on the hub, or it asks for a login"),
-        ("someone/pickles", {}, lambda hub: None, "--hf someone/pickles: has no safetensors weights on the hub"),
+        ("someone/pickles", {}, lambda hub: None, "someone/pickles has no safetensors weights on the hub"),
         (NAME, {"HF_HUB_OFFLINE": "1"}, lambda hub: None, f"{NAME}: the hub does not answer: Cannot find"),
         (NAME, {"HF_ENDPOINT": "http://127.0.0.1:9"}, lambda hub: None, f"{NAME}: the hub does not answer"),
     ],
