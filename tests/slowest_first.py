@@ -10,14 +10,15 @@ import pytest
 SLOWEST = (
     "tests/slurm/test_jobs.py",
     "tests/endurance/test_short.py",
+    "tests/training/test_heartbeat.py",
     "tests/training/test_checkpointing.py",
     "tests/training/test_stages.py",
+    "tests/training/test_frozen_bits.py",
     "tests/launching/test_end_to_end.py",
+    "tests/training/test_frozen_paths.py",
+    "tests/training/test_leaving_evaluations.py",
     "tests/conversion/test_parity.py",
     "tests/training/test_second_expansion.py",
-    "tests/training/test_heartbeat.py",
-    "tests/training/test_layouts.py",
-    "tests/training/test_method.py",
 )
 """Their order is what counts; CONTRIBUTING.md has their seconds."""
 SHOWN = 20
