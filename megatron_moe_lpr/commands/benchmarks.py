@@ -109,7 +109,7 @@ def check_places(flags: Flags) -> None:
     if flags.include_path is not None and not flags.include_path.is_dir():
         raise UserError(f"--include-path {flags.include_path}: no such directory")
     launcher = shlex.split(flags.launcher)
-    if launcher and shutil.which(launcher[0]) is None:
+    if launcher and not flags.dry_run and shutil.which(launcher[0]) is None:
         raise UserError(f"--launcher: there is no command {launcher[0]}")
     if flags.output.exists() and not flags.output.is_dir():
         raise UserError(f"--output {flags.output}: is a file; give a directory")
