@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -214,10 +215,10 @@ def refuse_newer_format(path: Path) -> None:
         _check_format(fields, path)
 
 
-def tool_versions() -> dict[str, str]:
-    """Versions of Python and of the packages whose code shapes a checkpoint."""
+def tool_versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]:
+    """Versions of Python and of those packages that are installed, by default those whose code shapes a checkpoint."""
     versions = {"python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
+    for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

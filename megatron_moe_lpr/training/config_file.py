@@ -1,15 +1,14 @@
 """A run's flags as a file: SAVE/config.json, which every run writes, and YAML recipes of the same keys."""
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr import __version__
+from megatron_moe_lpr.checkpoint.card import tool_versions
 from megatron_moe_lpr.command_line import flag_words, parse_flags, read_flags
 from megatron_moe_lpr.errors import UserError, fail
 from megatron_moe_lpr.filesystem import atomic_file
@@ -110,13 +109,7 @@ def write_run_config(config: TrainingConfig, world_size: int, data_parallel_size
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, of this package and of the libraries that decide a run's numbers."""
-    found = {"python": platform.python_version(), "megatron-moe-lpr": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return tool_versions(PACKAGES) | {"megatron-moe-lpr": __version__}
 
 
 def _expand(words: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import hashlib
 import itertools
 import os
 import shutil
@@ -12,12 +11,11 @@ from pathlib import Path
 
 from megatron_moe_lpr.data.preparation.corpora import Corpus
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.filesystem import atomic_file, sha256_of_file
 from megatron_moe_lpr.hub_errors import explain_hub_errors
 
 STAGING = ".incomplete"
 """Below the output: what the client has of a file so far; removed when nothing is missing any more."""
-BLOCK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +94,7 @@ def download(shard: Shard, output: Path) -> None:
                 shard.repository, shard.path, repo_type="dataset", revision=shard.revision, local_dir=staging
             )
         )
-    if path.stat().st_size != shard.num_bytes or shard.sha256 not in (None, _sha256(path)):
+    if path.stat().st_size != shard.num_bytes or shard.sha256 not in (None, sha256_of_file(path)):
         path.unlink()
         raise UserError(f"{shard.repository} {shard.path}: damaged on the way; start again to fetch it anew")
     shard.target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,14 +119,6 @@ def disk_need(shards: list[Shard], output: Path) -> tuple[int, int]:
 def remove_staging(output: Path) -> None:
     """The client's own notes, once every file is in its place."""
     shutil.rmtree(output / STAGING, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _explained(repository: str) -> AbstractContextManager[None]:
