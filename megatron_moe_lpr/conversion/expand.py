@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, check_experts
+from megatron_moe_lpr.checkpoint.format.chain import TensorReader, checkpoint_chain, open_reader, resolve_and_hold
 from megatron_moe_lpr.checkpoint.format.directory import (
     CARD_FILE,
     LATEST_FILE,
@@ -16,7 +17,6 @@ from megatron_moe_lpr.checkpoint.format.directory import (
     resolve_checkpoint,
     write_latest,
 )
-from megatron_moe_lpr.checkpoint.format.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.exporter import check_model_tensors
@@ -65,15 +65,15 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
     """
     check_separate(options.load, "--load", save, "--save")
     with contextlib.ExitStack() as lock:
-        iteration = lock.enter_context(kept_for_reading(options.load, options.base))
+        iteration = lock.enter_context(resolve_and_hold(options.load, options.base))
         return _write_expanded(dataclasses.replace(options, load=iteration), save, overwrite, lock)
 
 
 def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: contextlib.ExitStack) -> CheckpointCard:
     """Plan and write. `lock` ends before the output gets its name: its end tells whether all was there to read."""
     checkpoint = open_checkpoint(options.load, options.verified, options.base)
-    for layer in layers_of(checkpoint):
-        check_separate(layer.path, "the checkpoint", save, "--save")
+    for one in checkpoint_chain(checkpoint):
+        check_separate(one.path, "the checkpoint", save, "--save")
     before, architecture = checkpoint.card(), checkpoint.architecture()
     after = _card(before, options)
     reader = open_reader(checkpoint)
@@ -82,8 +82,8 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
     rows = model_rows(architecture, after.experts_per_layer, NAMES, after.expansions)
     sources = _sources(had, rows)
     total = sum(math.prod(row.shape) * reader.tensors[sources[row.key] or had[0].key].dtype.itemsize for row in rows)
-    for layer in layers_of(checkpoint) if options.verified else ():
-        verify_all(layer.path)
+    for one in checkpoint_chain(checkpoint) if options.verified else ():
+        verify_all(one.path)
     files = tree_inside(checkpoint.side_directory, checkpoint.path)
     with naming(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
         check_disk_space(partial, total, save)
@@ -140,7 +140,7 @@ def _card(before: CheckpointCard, options: ExpandOptions) -> CheckpointCard:
     return dataclasses.replace(
         before,
         format_version=CheckpointCard.format_version,
-        base=None,
+        parent=None,
         experts_per_layer=experts,
         expansions=[*(before.expansions or [earlier]), options.added],
         openness=0.0,

@@ -86,7 +86,7 @@ def give_back(work: Path, target: Path) -> None:
         _return_old(work / OLD, target)
 
 
-def content_of_killed(target: Path) -> str:
+def killed_run_hint(target: Path) -> str:
     """For a message about a missing directory: where its content is, if a run was killed while it replaced it."""
     old = target.absolute().with_name(f".{target.name}.partial") / OLD
     return f"; a run was killed while it replaced it, and what was there is in {old}" if old.is_dir() else ""

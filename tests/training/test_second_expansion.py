@@ -206,7 +206,7 @@ def test_a_run_that_saves_what_trains_can_be_expanded_again(inputs, tmp_path):
             found = third[f"{experts}.earlier.experts.{index}.{matrix}"]
             assert torch.equal(found, tensors[f"{experts}.{key}.{matrix}"])
     card = resolve_checkpoint(tmp_path / "third").card()
-    assert card.base is None and card.expansions == [[2, 0, 4, 2], [2, 2, 0, 4], [0, 0, 2, 2]]
+    assert card.parent is None and card.expansions == [[2, 0, 4, 2], [2, 2, 0, 4], [0, 0, 2, 2]]
     before, after = (rank_pool(1).run(logits, path, {})[0] for path in (save, tmp_path / "third"))
     assert (after - before).abs().max() < 1e-5
 

@@ -13,6 +13,8 @@ from megatron_moe_lpr.files.json_files import checked_integer, is_integer, is_nu
 from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS
 
 FORMAT_VERSION = 4
+PARENT_KEY = "base"
+"""The name of `CheckpointCard.parent` in card.json."""
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
 # Far above any model. A card that declares more would take the memory of the machine before a tensor is looked at.
 MAX_EXPERTS = 1024
@@ -21,13 +23,13 @@ RECORDED_PACKAGES = ("megatron-moe-lpr", "megatron-core", "torch", "safetensors"
 
 
 @dataclasses.dataclass
-class Base:
-    """The checkpoint that holds the weights which one with only trained weights does not."""
+class ParentCheckpoint:
+    """The checkpoint that holds the weights which a checkpoint of only trained weights leaves out."""
 
     path: str
-    """Where it was when the run started from it."""
+    """The iteration directory that the run started from."""
     checksum: str
-    """What identifies its weights (`trainable_only.weights_checksum`)."""
+    """Identifies the weights (`chain.weights_checksum`)."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not isinstance(self.checksum, str):
@@ -63,8 +65,8 @@ class CheckpointCard:
     """Weight of the latest expansion's experts in the routers' softmax; 0: added and not used yet, 1: trained in."""
     inserted_blocks: list[int] = dataclasses.field(default_factory=list)
     """Layers that block expansion inserted, counted from 0 in the grown model; empty: none."""
-    base: Base | None = None
-    """Only where --save-trainable-only left out what did not train: the checkpoint that has it."""
+    parent: ParentCheckpoint | None = None
+    """The checkpoint with the weights that --save-trainable-only left out; None: this one holds all. `base` on disk."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -87,7 +89,8 @@ class CheckpointCard:
 
     def write(self, path: Path) -> None:
         """Write the card as JSON."""
-        content = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
+        fields = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
+        content = {PARENT_KEY if name == "parent" else name: value for name, value in fields.items()}
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -101,8 +104,8 @@ def read_card(path: Path) -> CheckpointCard:
     fields = read_json(path)
     _check_format(fields, path)
     try:
-        base = Base(**fields["base"]) if fields.get("base") else None
-        card = CheckpointCard(**fields | {"base": base})
+        parent = fields.pop(PARENT_KEY, None)
+        card = CheckpointCard(**fields, parent=ParentCheckpoint(**parent) if parent else None)
     except TypeError as error:
         raise UserError(f"{path}: not a valid card: {error}") from None
     check_experts(card.experts_per_layer, f"{path}: experts_per_layer")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_moe_lpr.checkpoint.format.chain import checkpoint_chain
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory, resolve_checkpoint
-from megatron_moe_lpr.checkpoint.format.trainable_only import layers_of
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksums import MANIFEST, checksum_of_file, verify
 from megatron_moe_lpr.files.filesystem import sha256_of_file
@@ -15,22 +15,22 @@ from megatron_moe_lpr.files.links import tree_inside
 from megatron_moe_lpr.parallel.every_rank import on_every_rank
 
 
-def open_checkpoint(path: Path, verified: bool = True, base: Path | None = None) -> CheckpointDirectory:
+def open_checkpoint(path: Path, verified: bool = True, parent: Path | None = None) -> CheckpointDirectory:
     """Find the checkpoint that `path` means and compare its small files: index, card, configuration, tokenizer.
 
     Args:
         verified: False: only find it (`--no-verify`).
-        base: for a checkpoint with only trained weights, where the others are (`--base-checkpoint`).
+        parent: for a checkpoint with only trained weights, where the others are (`--base-checkpoint`).
 
     Raises:
         UserError: there is no checkpoint, an incomplete one, a damaged file, or a symbolic link among the small files
             that leads out of the checkpoint.
     """
-    directory = resolve_checkpoint(path, base)
-    for layer in layers_of(directory):
-        tree_inside(layer.side_directory, layer.path)
+    directory = resolve_checkpoint(path, parent)
+    for checkpoint in checkpoint_chain(directory):
+        tree_inside(checkpoint.side_directory, checkpoint.path)
         if verified:
-            verify_small_files(layer)
+            verify_small_files(checkpoint)
     return directory
 
 

@@ -8,7 +8,7 @@ from megatron_moe_lpr.conversion.hugging_face.adapter import CONFIG_FILE as ADAP
 from megatron_moe_lpr.conversion.hugging_face.base_model import CACHE_PREFIX, SNAPSHOTS, hub_name
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import read_json, shown
-from megatron_moe_lpr.files.work_directory import content_of_killed
+from megatron_moe_lpr.files.work_directory import killed_run_hint
 
 MOST_NAMED = 3
 MERGE = (
@@ -26,7 +26,7 @@ def refuse_other_directories(path: Path) -> None:
     if path.is_file():
         raise UserError(f"{path}: is a file; give the directory that holds config.json and the safetensors weights")
     if not path.is_dir():
-        hint = content_of_killed(path)
+        hint = killed_run_hint(path)
         raise UserError(f"{path}: no such directory; a Hugging Face model directory is expected{hint}")
     _refuse_adapter(path)
     if (path / CONFIG_FILE).is_file():
