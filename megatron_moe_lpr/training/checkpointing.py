@@ -27,7 +27,7 @@ from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA
 from megatron_moe_lpr.checkpoint.loading.distributed_loading import load_distributed
 from megatron_moe_lpr.checkpoint.loading.model_state import fill_model, parallel_load_strategy, sharded_model_state
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
-from megatron_moe_lpr.checkpoint.saving.optimizer_state import keep_shares_apart
+from megatron_moe_lpr.checkpoint.saving.optimizer_state import install_local_shard_state
 from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, Saved
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksums import MANIFEST
@@ -35,7 +35,7 @@ from megatron_moe_lpr.files.json_files import is_integer
 from megatron_moe_lpr.model.build import unwrap
 
 # Optimizer state in the parameters' own shapes, so that TP, PP, EP and DP may all change between save and resume.
-# `keep_shares_apart` writes them without gathering.
+# `install_local_shard_state` writes them without gathering.
 STATE_METADATA = CONTENT_METADATA | {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -182,7 +182,7 @@ def _model_names(state: dict[str, Any]) -> list[str]:
 def sharded_state(state: RunState, is_loading: bool = False, trainable_only: bool = False) -> dict[str, Any]:
     """What a checkpoint of this run holds, as Megatron's dist_checkpointing takes it."""
     model = sharded_model_state(state.chunks)
-    keep_shares_apart(state.optimizer)
+    install_local_shard_state(state.optimizer)
     with _nothing_to_collect():
         optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(STATE_METADATA))
     if trainable_only:

@@ -21,7 +21,7 @@ from megatron_moe_lpr.checkpoint.format.retention import remove_hidden
 from megatron_moe_lpr.checkpoint.format.writer import TORCH_DIST_CONFIG, save_blob
 from megatron_moe_lpr.checkpoint.saving.background import BackgroundWriter
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
-from megatron_moe_lpr.checkpoint.saving.share_writer import ShareStrategy, ShareWriter, writer_of
+from megatron_moe_lpr.checkpoint.saving.shard_writer import ShardStrategy, ShardWriter, request_writer
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum, write_manifest
 from megatron_moe_lpr.liveness import long_work
@@ -45,7 +45,7 @@ class Saved:
 class _Pending:
     iteration: int
     partial: Path
-    writer: ShareWriter
+    writer: ShardWriter
     add_side_files: Callable[[Path], None]
     started: float
     stalled: float = 0.0
@@ -72,7 +72,7 @@ class CheckpointSaver:
         self.root, self.on_complete = Path(root), on_complete
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.frozen = frozen
-        self.strategy = FullyParallelSaveStrategyWrapper(ShareStrategy(frozen), group, do_cache_distribution=True)
+        self.strategy = FullyParallelSaveStrategyWrapper(ShardStrategy(frozen), group, do_cache_distribution=True)
         self.queue = AsyncCallsQueue(persistent=True)
         self.background = BackgroundWriter() if asynchronous else None
         self.queue.persistent_caller = self.background
@@ -88,7 +88,7 @@ class CheckpointSaver:
         """
         if self.background is None and self.frozen is None:
             return
-        writer = writer_of(self.strategy.async_save(self._checked(state, metadata)[0], self.root))
+        writer = request_writer(self.strategy.async_save(self._checked(state, metadata)[0], self.root))
         if self.frozen:
             _raise_first(writer.error)
         if self.background:
@@ -141,7 +141,7 @@ class CheckpointSaver:
         self._together(iteration, lambda: _make_empty(partial))
         sharded, common = self._checked(state, metadata)
         request = self.strategy.async_save(sharded, partial)
-        pending = _Pending(iteration, partial, writer_of(request), add_side_files, started)
+        pending = _Pending(iteration, partial, request_writer(request), add_side_files, started)
         request.add_finalize_fn(lambda: self._finish(pending))
         self.pending = pending
         if dist.get_rank() == 0:
@@ -196,7 +196,7 @@ class CheckpointSaver:
         return Saved(pending.iteration, path, now - pending.started, stalled)
 
     def _finish(self, pending: _Pending) -> None:
-        """After every rank has written its share and rank 0 the index of all: name the directory."""
+        """After every rank has written its shard and rank 0 the index of all: name the directory."""
         written = _gathered(pending.writer.written)
 
         def finish() -> None:
