@@ -13,7 +13,7 @@ from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG, write_experts_per_layer
 from megatron_moe_lpr.data.language_names import canonical_language, covered, split_names
 from megatron_moe_lpr.data.manifest import dataset_files
-from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file, real_target
 from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
@@ -125,5 +125,5 @@ def read_windows(flags: Flags, architecture) -> "dict[str, torch.Tensor]":
 
 def write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    with naming(path), atomic_file(path) as partial:
+    with name_file_in_oserror(path), atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.original_languages import parse_languages
-from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.evaluation.lm_eval.beginning import describe_beginning, prompt_beginning
 from megatron_moe_lpr.evaluation.lm_eval.harness import (
     check_replaceable,
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     with directory_lock(flags.output, "--output"):
         evaluate(flags, [one for one in chosen if one.tasks])
         record = make_record(flags, chosen) | {"prompts_begin_with": beginning}
-        with naming(flags.output / RECORD_FILE), atomic_file(flags.output / RECORD_FILE) as partial:
+        with name_file_in_oserror(flags.output / RECORD_FILE), atomic_file(flags.output / RECORD_FILE) as partial:
             partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     Console(width=None if sys.stdout.isatty() else 160).print(benchmarks_table(record))
     print(f"by language: {flags.output / RECORD_FILE}")

@@ -17,7 +17,7 @@ from megatron_moe_lpr.data.language_names import canonical_language, split_names
 from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.data.preparation.corpora import CORPORA, corpus_of
 from megatron_moe_lpr.data.preparation.hub import Shard, disk_need, download, find_shards, remove_staging
-from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.file_lock import directory_lock
 from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
 from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
@@ -138,5 +138,5 @@ def write_record(names: dict[str, str], shards: dict[str, list[Shard]], output: 
         }
         for language, some in shards.items()
     }
-    with naming(output / RECORD_FILE), atomic_file(output / RECORD_FILE) as partial:
+    with name_file_in_oserror(output / RECORD_FILE), atomic_file(output / RECORD_FILE) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.manifest import dataset_files
-from megatron_moe_lpr.errors import naming, run_command
+from megatron_moe_lpr.errors import name_file_in_oserror, run_command
 from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
 from megatron_moe_lpr.flag_ranges import PositiveInt
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
@@ -105,7 +105,7 @@ def plan(flags: Flags) -> "EvaluationPlan":
 
 def write(record: dict, path: Path) -> None:
     """The JSON file, whole or not at all."""
-    with naming(path), atomic_file(path) as partial:
+    with name_file_in_oserror(path), atomic_file(path) as partial:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

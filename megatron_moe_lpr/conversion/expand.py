@@ -25,7 +25,7 @@ from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGIN
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate
 from megatron_moe_lpr.conversion.tensors.upcycling import initial_router
 from megatron_moe_lpr.data.language_groups import EXPANSION, learned_languages
-from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.checksums import MANIFEST, write_manifest
 from megatron_moe_lpr.files.links import tree_inside
 from megatron_moe_lpr.files.output_directory import atomic_directory
@@ -85,7 +85,7 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
     for one in checkpoint_chain(checkpoint) if options.verified else ():
         verify_all(one.path)
     files = tree_inside(checkpoint.side_directory, checkpoint.path)
-    with naming(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
+    with name_file_in_oserror(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
         check_disk_space(partial, total, save)
         iteration = partial / RELEASE
         with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("expanding", total) as progress:

@@ -39,7 +39,7 @@ from megatron_moe_lpr.conversion.tensors.blocks import mark_inserted
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.tensors.upcycling import split_qkv
-from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.links import copy_private
 from megatron_moe_lpr.files.output_directory import atomic_directory
 from megatron_moe_lpr.model.configuration.architecture import Architecture
@@ -134,7 +134,7 @@ def export_hf(
             check_separate(one.path, "the checkpoint", hf, "--hf")
         files = carried_files(plan.checkpoint.side_directory)
         _card_text(plan, options)  # reads its inputs before anything is written
-        with naming(hf), atomic_directory(hf, overwrite, (CONFIG_FILE,)) as partial:
+        with name_file_in_oserror(hf), atomic_directory(hf, overwrite, (CONFIG_FILE,)) as partial:
             plan = _write_weights(plan, partial, max_shard_bytes, hf)
             _write_side_files(plan, partial, files, _card_text(plan, options))
             # Before the output gets its name: the end of the lock tells whether all was there to read.

@@ -14,7 +14,7 @@ from megatron_moe_lpr.data.language_names import canonical_language
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksums import checksum_of_file
 from megatron_moe_lpr.files.filesystem import atomic_file, sha256_of_file
-from megatron_moe_lpr.files.json_files import is_integer, parse_json_object, shown
+from megatron_moe_lpr.files.json_files import abbreviated, is_integer, parse_json_object
 from megatron_moe_lpr.program import command
 
 LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
@@ -186,7 +186,8 @@ def _parse(path: Path) -> Manifest:
     for name, is_valid in _FIELD_CHECKS.items():
         if not is_valid(getattr(manifest, name)):
             raise UserError(
-                f"{path}: {name} cannot be {shown(getattr(manifest, name))}; copy the file again or preprocess again"
+                f"{path}: {name} cannot be {abbreviated(getattr(manifest, name))}; copy the file again or preprocess "
+                "again"
             )
     return dataclasses.replace(manifest, language=canonical_language(manifest.language))
 

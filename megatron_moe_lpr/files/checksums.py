@@ -17,7 +17,7 @@ from typing import IO, Any, Protocol
 
 import xxhash
 
-from megatron_moe_lpr.errors import DamagedFile, UserError, naming
+from megatron_moe_lpr.errors import DamagedFile, UserError, name_file_in_oserror
 from megatron_moe_lpr.files.filesystem import atomic_file, sync_tree
 from megatron_moe_lpr.liveness import advance
 
@@ -121,7 +121,7 @@ def checksum_of_file(path: Path) -> FileChecksum:
     """Read a file whole, in blocks, at several GB/s where it is in memory."""
     digest, size = xxhash.xxh3_128(), 0
     block = memoryview(bytearray(BLOCK_BYTES))
-    with naming(path), open(path, "rb", buffering=0) as stream:
+    with name_file_in_oserror(path), open(path, "rb", buffering=0) as stream:
         while count := stream.readinto(block):
             digest.update(block[:count])
             size += count
@@ -161,7 +161,7 @@ def read_manifest(directory: Path) -> dict[str, FileChecksum] | None:
     """
     path = directory / MANIFEST
     try:
-        with naming(path):
+        with name_file_in_oserror(path):
             content = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
         _refuse_unknown_form(content, path)
         entries = {name: FileChecksum(**entry) for name, entry in content["files"].items()}

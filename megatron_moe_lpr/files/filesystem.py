@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.mounts import is_mount_point
 from megatron_moe_lpr.liveness import advance
 
@@ -49,7 +49,7 @@ def append_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: naming the file, for example because the disk is full; the file stays as it was.
     """
-    with naming(path), open(path, "ab", buffering=0) as stream:
+    with name_file_in_oserror(path), open(path, "ab", buffering=0) as stream:
         size = stream.seek(0, os.SEEK_END)
         try:
             view = memoryview(data)

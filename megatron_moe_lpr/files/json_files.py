@@ -75,7 +75,7 @@ def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> 
         return False
 
 
-def integer(fields: Mapping[str, Any], name: str, source: str, low: int, high: int) -> int:
+def required_int(fields: Mapping[str, Any], name: str, source: str, low: int, high: int) -> int:
     """A required field that is a whole number in a range.
 
     Raises:
@@ -93,11 +93,11 @@ def checked_integer(value: object, name: str, source: str, low: int, high: int) 
         UserError: it is something else.
     """
     if not is_integer(value, low, high):
-        raise UserError(f"{source}: {name} must be a whole number from {low} to {high}, not {shown(value)}")
+        raise UserError(f"{source}: {name} must be a whole number from {low} to {high}, not {abbreviated(value)}")
     return value
 
 
-def number(fields: Mapping[str, Any], name: str, default: float, source: str, low: float, high: float) -> float:
+def optional_float(fields: Mapping[str, Any], name: str, default: float, source: str, low: float, high: float) -> float:
     """An optional field that is a finite number in a range.
 
     Raises:
@@ -105,11 +105,11 @@ def number(fields: Mapping[str, Any], name: str, default: float, source: str, lo
     """
     value = fields.get(name, default)
     if not is_number(value, low, high):
-        raise UserError(f"{source}: {name} must be a number from {low:g} to {high:g}, not {shown(value)}")
+        raise UserError(f"{source}: {name} must be a number from {low:g} to {high:g}, not {abbreviated(value)}")
     return float(value)
 
 
-def switch(fields: Mapping[str, Any], name: str, source: str, default: bool = False) -> bool:
+def optional_bool(fields: Mapping[str, Any], name: str, source: str, default: bool = False) -> bool:
     """An optional field that is true or false; null is the default.
 
     Raises:
@@ -119,11 +119,11 @@ def switch(fields: Mapping[str, Any], name: str, source: str, default: bool = Fa
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise UserError(f"{source}: {name} must be true or false, not {shown(value)}")
+        raise UserError(f"{source}: {name} must be true or false, not {abbreviated(value)}")
     return value
 
 
-def shown(value: object, width: int = 40) -> str:
+def abbreviated(value: object, width: int = 40) -> str:
     """A value for a message: its beginning."""
     if isinstance(value, dict | list):
         return f"a {'JSON object' if isinstance(value, dict) else 'list'}"

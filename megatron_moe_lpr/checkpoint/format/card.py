@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.files.json_files import checked_integer, is_integer, is_number, read_json, shown
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, is_integer, is_number, read_json
 from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS
 
 FORMAT_VERSION = 4
@@ -111,7 +111,7 @@ def read_card(path: Path) -> CheckpointCard:
     check_experts(card.experts_per_layer, f"{path}: experts_per_layer")
     for name, is_valid in _FIELD_CHECKS.items():
         if not is_valid(getattr(card, name)):
-            raise UserError(f"{path}: {name} cannot be {shown(getattr(card, name))}; copy the file again")
+            raise UserError(f"{path}: {name} cannot be {abbreviated(getattr(card, name))}; copy the file again")
     checked_integer(card.top_k, "top_k", str(path), 1, card.num_experts)
     _check_expansions(card, path)
     if card.inserted_blocks and (card.is_moe or card.inserted_blocks[-1] >= len(card.experts_per_layer)):
@@ -129,7 +129,7 @@ def check_experts(experts_per_layer: object, place: str) -> None:
         raise UserError(f"{place}: a list of 1 to {MAX_LAYERS:,} integers is expected, one per layer")
     for experts in experts_per_layer:
         if not is_integer(experts, 1, MAX_EXPERTS):
-            raise UserError(f"{place}: a layer has 1 to {MAX_EXPERTS:,} experts, not {shown(experts)}")
+            raise UserError(f"{place}: a layer has 1 to {MAX_EXPERTS:,} experts, not {abbreviated(experts)}")
     if sum(experts_per_layer) > MAX_EXPERTS_TOGETHER:
         raise UserError(f"{place}: {sum(experts_per_layer):,} experts in all; at most {MAX_EXPERTS_TOGETHER:,} can be")
 
@@ -196,8 +196,8 @@ def _check_format(fields: dict[str, Any], path: Path) -> None:
     version = fields.get("format_version")
     if not is_integer(version, 1, FORMAT_VERSION):
         raise UserError(
-            f"{path}: format_version {shown(version)} is not known to this version (it reads up to {FORMAT_VERSION}); "
-            "install a newer megatron-moe-lpr"
+            f"{path}: format_version {abbreviated(version)} is not known to this version (it reads up to "
+            f"{FORMAT_VERSION}); install a newer megatron-moe-lpr"
         )
 
 
@@ -210,7 +210,7 @@ def refuse_newer_format(path: Path) -> None:
         UserError: the format is newer.
     """
     try:
-        with naming(path):
+        with name_file_in_oserror(path):
             fields = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
         return

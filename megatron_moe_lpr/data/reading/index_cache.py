@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moe_lpr.data.reading.index_maps import are_intact
-from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.checksums import MANIFEST
 from megatron_moe_lpr.files.filesystem import sync_directory, sync_tree
 
@@ -41,7 +41,7 @@ def build_directory(directory: Path) -> Iterator[Path]:
     parent = directory.parent
     parent.mkdir(parents=True, exist_ok=True)
     partial = parent / f".{directory.name}.partial-{os.getpid()}-{secrets.token_hex(6)}"
-    with naming(parent):
+    with name_file_in_oserror(parent):
         (partial / MAPS).mkdir(parents=True)
         try:
             with _held(partial / LOCK) as now:
