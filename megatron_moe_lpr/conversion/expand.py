@@ -26,9 +26,9 @@ from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separ
 from megatron_moe_lpr.conversion.tensors.upcycling import initial_router
 from megatron_moe_lpr.data.language_groups import EXPANSION, learned_languages
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
-from megatron_moe_lpr.files.checksums import MANIFEST, write_manifest
+from megatron_moe_lpr.files.atomic_directory import atomic_directory
+from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE, write_checksums
 from megatron_moe_lpr.files.links import tree_inside
-from megatron_moe_lpr.files.output_directory import atomic_directory
 from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, VOCABULARY_KEYS, Role, Row, model_rows
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.progress import ProgressReport
@@ -93,9 +93,11 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
                 tensor = _tensor(row, sources[row.key], reader, options.seed)
                 writer.write(row.key, tensor)
                 progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
-        carry_files({name: file for name, file in files.items() if name != MANIFEST.name}, iteration / SIDE_DIRECTORY)
+        carry_files(
+            {name: file for name, file in files.items() if name != CHECKSUM_FILE.name}, iteration / SIDE_DIRECTORY
+        )
         after.write(iteration / SIDE_DIRECTORY / CARD_FILE)
-        write_manifest(iteration, writer.checksums)
+        write_checksums(iteration, writer.checksums)
         write_latest(partial, None)
         lock.close()
     return after

@@ -40,8 +40,8 @@ from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.tensors.upcycling import split_qkv
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.atomic_directory import atomic_directory
 from megatron_moe_lpr.files.links import copy_private
-from megatron_moe_lpr.files.output_directory import atomic_directory
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.rope_parameters import rope_of_transformers_4
 from megatron_moe_lpr.model.finite import is_finite

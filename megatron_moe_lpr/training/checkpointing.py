@@ -30,7 +30,7 @@ from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
 from megatron_moe_lpr.checkpoint.saving.optimizer_state import install_local_shard_state
 from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, Saved
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import MANIFEST
+from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE
 from megatron_moe_lpr.files.json_files import is_integer
 from megatron_moe_lpr.model.build import unwrap
 
@@ -88,7 +88,7 @@ def start_save(
     _finish_parameter_gather(state.chunks)
 
     def add_side_files(directory: Path) -> None:
-        ignored = shutil.ignore_patterns(MANIFEST.name)
+        ignored = shutil.ignore_patterns(CHECKSUM_FILE.name)
         shutil.copytree(source.side_directory, directory / SIDE_DIRECTORY, dirs_exist_ok=True, ignore=ignored)
         card.write(directory / SIDE_DIRECTORY / CARD_FILE)
 

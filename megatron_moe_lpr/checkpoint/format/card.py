@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
-from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, is_integer, is_number, read_json
+from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, is_integer, is_number, read_json, write_json
 from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS
 
 FORMAT_VERSION = 4
@@ -91,7 +91,7 @@ class CheckpointCard:
         """Write the card as JSON."""
         fields = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
         content = {PARENT_KEY if name == "parent" else name: value for name, value in fields.items()}
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(content, path)
 
 
 def read_card(path: Path) -> CheckpointCard:

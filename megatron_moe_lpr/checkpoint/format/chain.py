@@ -15,7 +15,8 @@ from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory, re
 from megatron_moe_lpr.checkpoint.format.reader import CheckpointReader, TensorInfo, is_model_key
 from megatron_moe_lpr.checkpoint.format.retention import RemovedCheckpoint, hold_checkpoint
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import checksum_of_file, read_manifest
+from megatron_moe_lpr.files.checksum_file import read_checksums
+from megatron_moe_lpr.files.checksums import checksum_of_file
 from megatron_moe_lpr.model.parameter_kinds import kind_of
 
 MAX_LOOK_UPS = 5
@@ -104,7 +105,7 @@ def weights_checksum(directory: CheckpointDirectory) -> str:
     Raises:
         UserError: the checksum file is damaged.
     """
-    files = read_manifest(directory.path)
+    files = read_checksums(directory.path)
     if files is None:
         files = {path.name: checksum_of_file(path) for path in directory.path.glob("*.distcp")}
     digest = xxhash.xxh3_128()

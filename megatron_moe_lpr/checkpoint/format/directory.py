@@ -13,7 +13,8 @@ from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, read_card, read_json
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.filesystem import atomic_file, sync_directory
+from megatron_moe_lpr.files.atomic_file import atomic_file
+from megatron_moe_lpr.files.fsync import sync_directory
 from megatron_moe_lpr.files.work_directory import killed_run_hint
 from megatron_moe_lpr.model.configuration.architecture import Architecture, read_architecture
 from megatron_moe_lpr.program import command
@@ -92,7 +93,7 @@ def write_latest(root: Path, iteration: int | None) -> None:
 def finish_iteration(partial: Path, root: Path, iteration: int) -> Path:
     """Give a completely written directory its name under `root`, and only then point the latest file at it.
 
-    Its content must be on the disk already (`integrity.write_manifest` sees to it).
+    Its content must be on the disk already (see `checksum_file.write_checksums`).
     """
     target = root / iteration_directory_name(iteration)
     # Out of the way under a hidden name: no half of it may look like a checkpoint, whenever this process ends.

@@ -23,7 +23,8 @@ from megatron_moe_lpr.checkpoint.saving.background import BackgroundWriter
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
 from megatron_moe_lpr.checkpoint.saving.shard_writer import ShardStrategy, ShardWriter, request_writer
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum, write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
+from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum
 from megatron_moe_lpr.liveness import long_work
 
 PARTIAL_SUFFIX = ".partial"
@@ -204,7 +205,7 @@ class CheckpointSaver:
             _write_format(pending)
             pending.add_side_files(pending.partial)
             entries = {name: entry for part in (*written, pending.writer.written) for name, entry in part.items()}
-            write_manifest(pending.partial, entries)
+            write_checksums(pending.partial, entries)
             finish_iteration(pending.partial, self.root, pending.iteration)
             if self.on_complete:
                 self.on_complete(pending.iteration)

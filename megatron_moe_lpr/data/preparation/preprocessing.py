@@ -32,7 +32,7 @@ from megatron_moe_lpr.data.preparation.sources import (
 )
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer, model_vocabulary
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
-from megatron_moe_lpr.files.filesystem import is_same_file
+from megatron_moe_lpr.files.atomic_file import is_same_file
 from megatron_moe_lpr.progress import ProgressReport
 
 MAX_LANGUAGES = 500

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr.errors import name_file_in_oserror
-from megatron_moe_lpr.files.filesystem import append_whole
+from megatron_moe_lpr.files.atomic_file import append_whole
 
 NAME = "events.out.tfevents"
 

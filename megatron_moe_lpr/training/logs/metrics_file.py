@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr.errors import name_file_in_oserror
-from megatron_moe_lpr.files.filesystem import append_whole, atomic_file
+from megatron_moe_lpr.files.atomic_file import append_whole, atomic_file
 
 Key = tuple[str, int, str | None]
 """Kind, iteration and, of a validation, its dataset: what a record is of."""

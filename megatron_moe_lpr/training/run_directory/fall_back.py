@@ -14,7 +14,7 @@ from megatron_moe_lpr.checkpoint.format.directory import (
 )
 from megatron_moe_lpr.checkpoint.loading.verification import warn
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
-from megatron_moe_lpr.files.filesystem import sync_directory
+from megatron_moe_lpr.files.fsync import sync_directory
 from megatron_moe_lpr.training.configuration.config import CheckpointOptions
 
 ASIDE = "damaged-"

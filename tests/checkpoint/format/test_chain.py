@@ -17,7 +17,7 @@ from megatron_moe_lpr.checkpoint.format.directory import finish_iteration, resol
 from megatron_moe_lpr.checkpoint.format.retention import RemovedCheckpoint, hide
 from megatron_moe_lpr.conversion.expand import ExpandOptions, expand
 from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from tests.checkpoint.format.test_directory import CARD, make_iteration
 from tests.conversion.helpers import run
 from tests.distributed import rank_pool
@@ -30,7 +30,7 @@ def iteration(root: Path, number: int, **changes) -> Path:
     path = make_iteration(root / "partial")
     (path / "moe_lpr").mkdir()
     dataclasses.replace(CARD, **changes).write(path / "moe_lpr" / "card.json")
-    write_manifest(path, {})
+    write_checksums(path, {})
     return finish_iteration(path, root, number)
 
 

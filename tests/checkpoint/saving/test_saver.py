@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_moe_lpr.checkpoint.format.reader import CheckpointReader
 from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, remove_partial
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import read_manifest, verify
+from megatron_moe_lpr.files.checksum_file import read_checksums, verify
 from tests.distributed import rank_pool
 
 RANKS = 2
@@ -86,11 +86,11 @@ def test_every_file_has_its_checksum(asynchronous, tmp_path):
     path = found[0]["path"]
     assert path == tmp_path / "iter_0000007"
     expect(path)
-    manifest = read_manifest(path)
+    checksums = read_checksums(path)
     on_disk = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-    assert set(manifest) == on_disk - {"moe_lpr/checksums.json"}
-    assert {"common.pt", ".metadata", "metadata.json"} <= manifest.keys()
-    assert {name[:4] for name in manifest if name.endswith(".distcp")} == {"__0_", "__1_"}
+    assert set(checksums) == on_disk - {"moe_lpr/checksums.json"}
+    assert {"common.pt", ".metadata", "metadata.json"} <= checksums.keys()
+    assert {name[:4] for name in checksums if name.endswith(".distcp")} == {"__0_", "__1_"}
     assert verify(path)
     assert all(0 <= result["stalled"] <= result["seconds"] for result in found)
 
