@@ -127,8 +127,13 @@ class ShardWriter(FileSystemWriterAsync):
         except OSError as error:
             self.index_error = error
 
+    def raise_error(self) -> None:
+        """Raise what went wrong while this rank planned its shard."""
+        if self.error is not None:
+            raise self.error
+
     def raise_index_error(self) -> None:
-        """What `finish` met. Raised there, it would leave the other ranks waiting inside Megatron."""
+        """Raise the error of `finish`. Raised there, it would leave the other ranks waiting inside Megatron."""
         if self.index_error is not None:
             raise self.index_error
 

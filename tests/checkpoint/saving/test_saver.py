@@ -220,6 +220,38 @@ def test_a_writer_that_fails_leaves_the_former_checkpoint(harm, words, tmp_path)
     assert verify(tmp_path / "iter_0000001")
 
 
+def save_with_a_failing_completion(root, error: Exception) -> str:
+    """What this rank raises where rank 0 cannot write the files beside the tensors."""
+    with scene(root, asynchronous=False) as made:
+        made.start(1)
+
+        def fail(directory) -> None:
+            raise error
+
+        try:
+            made.saver.start(2, sharded(made.values, made.shared), {}, fail)
+        except Exception as raised:
+            return f"{type(raised).__name__}: {raised}"
+        return "no error"
+
+
+@pytest.mark.parametrize(
+    "error, first, others",
+    [
+        (OSError(28, "No space left on device"), "UserError", "No space left on device"),
+        (RuntimeError("a defect"), "RuntimeError: a defect", "RuntimeError: a defect"),
+    ],
+)
+def test_a_failure_of_rank_0_at_the_end_is_raised_on_every_rank(error, first, others, tmp_path):
+    """Of a defect too: the other ranks would wait for rank 0 for ever."""
+    found = rank_pool(RANKS).run(save_with_a_failing_completion, tmp_path, error)
+    assert found[0].startswith(first)
+    for message in found[1:]:
+        assert message.startswith(f"UserError: --save {tmp_path}: checkpoint of step 2 was not written: ")
+        assert "rank 0 on " in message and others in message
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
+
+
 def signal_the_writers(process: psutil.Process) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         process.send_signal(number)
