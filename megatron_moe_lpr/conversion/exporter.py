@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, read_json
+from megatron_moe_lpr.checkpoint.format.chain import TensorReader, checkpoint_chain, open_reader, resolve_and_hold
 from megatron_moe_lpr.checkpoint.format.directory import (
     CARD_FILE,
     CONFIG_FILE,
@@ -18,7 +19,6 @@ from megatron_moe_lpr.checkpoint.format.directory import (
     CheckpointDirectory,
 )
 from megatron_moe_lpr.checkpoint.format.reader import is_model_key
-from megatron_moe_lpr.checkpoint.format.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all, warn
 from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, MODEL_CARD, read_base_model
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
@@ -39,9 +39,9 @@ from megatron_moe_lpr.conversion.tensors.blocks import mark_inserted
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.tensors.upcycling import split_qkv
-from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.atomic_directory import atomic_directory
 from megatron_moe_lpr.files.links import copy_private
-from megatron_moe_lpr.files.output_directory import atomic_directory
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.rope_parameters import rope_of_transformers_4
 from megatron_moe_lpr.model.finite import is_finite
@@ -128,13 +128,13 @@ def export_hf(
     if options.evaluation:
         check_separate(options.evaluation, "--evaluation", hf, "--hf")
     with contextlib.ExitStack() as lock:
-        iteration = lock.enter_context(kept_for_reading(load, base))
+        iteration = lock.enter_context(resolve_and_hold(load, base))
         plan = plan_export(iteration, engine, verified, base)
-        for layer in layers_of(plan.checkpoint):
-            check_separate(layer.path, "the checkpoint", hf, "--hf")
+        for one in checkpoint_chain(plan.checkpoint):
+            check_separate(one.path, "the checkpoint", hf, "--hf")
         files = carried_files(plan.checkpoint.side_directory)
         _card_text(plan, options)  # reads its inputs before anything is written
-        with naming(hf), atomic_directory(hf, overwrite, (CONFIG_FILE,)) as partial:
+        with name_file_in_oserror(hf), atomic_directory(hf, overwrite, (CONFIG_FILE,)) as partial:
             plan = _write_weights(plan, partial, max_shard_bytes, hf)
             _write_side_files(plan, partial, files, _card_text(plan, options))
             # Before the output gets its name: the end of the lock tells whether all was there to read.
@@ -182,8 +182,8 @@ def plan_export(
     """
     checkpoint = open_checkpoint(load, verified, base)
     if verified:
-        for layer in layers_of(checkpoint):
-            verify_all(layer.path)
+        for one in checkpoint_chain(checkpoint):
+            verify_all(one.path)
     card, architecture = checkpoint.card(), checkpoint.architecture()
     config = read_json(checkpoint.side_directory / CONFIG_FILE)
     warnings: tuple[str, ...] = ()
@@ -336,7 +336,7 @@ def _write_side_files(plan: ExportPlan, directory: Path, files: Mapping[str, Pat
     if base_model := read_base_model(side):
         write_json(base_model.as_json(), target / BASE_MODEL_FILE)
     # An exported model is complete.
-    dataclasses.replace(plan.card, base=None).write(target / CARD_FILE)
+    dataclasses.replace(plan.card, parent=None).write(target / CARD_FILE)
 
 
 def drop_code_references(path: Path) -> None:

@@ -28,10 +28,10 @@ from megatron_moe_lpr.conversion.tensors.blocks import ZEROED, grown_config
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.tensors.upcycling import initial_router, interleave_qkv
 from megatron_moe_lpr.data.language_groups import IMPORTED_ADAPTER, IMPORTED_MIXTURE
-from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.atomic_directory import atomic_directory
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.files.links import copy_private
-from megatron_moe_lpr.files.output_directory import atomic_directory
 from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.model.tensors import Role, Row
 from megatron_moe_lpr.progress import ProgressReport
@@ -53,7 +53,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
     files, tokenizer = carried_files(plan.model.path), tokenizer_files(plan.model.path)
     config, base_model = _changed_config(plan), base_model_of(plan.model.path, exported=plan.model.card is not None)
     total = sum(math.prod(row.shape) * plan.dtype_of(row).itemsize for row in plan.rows)
-    with naming(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
+    with name_file_in_oserror(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
         check_disk_space(partial, total, save)
         iteration = partial / RELEASE
         with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("importing", total) as progress:
@@ -61,7 +61,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
         card = _card(plan, fingerprint, tokenizer)
         _write_side_files(plan, card, files, config, iteration / SIDE_DIRECTORY)
         write_json(base_model.as_json(), iteration / SIDE_DIRECTORY / BASE_MODEL_FILE)
-        write_manifest(iteration, writer.checksums)
+        write_checksums(iteration, writer.checksums)
         write_latest(partial, None)
     return card
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, LATEST_FILE, SIDE_DIRECTORY
-from megatron_moe_lpr.files.checksums import MANIFEST
+from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE
 from megatron_moe_lpr.training.run_directory.run_lock import LOCK_FILE
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE
 from tests.endurance.run import Failure, TrainingRun, send
@@ -88,7 +88,7 @@ MOMENTS: dict[str, Callable[[TrainingRun], Callable[[], bool]]] = {
     "tensors are being written": lambda run: _some(run, "*.distcp"),
     "the index of tensors appears": lambda run: _some(run, ".metadata"),
     "the card appears": lambda run: _some(run, f"{SIDE_DIRECTORY}/{CARD_FILE}"),
-    "the manifest appears": lambda run: _some(run, str(MANIFEST)),
+    "the checksum file appears": lambda run: _some(run, str(CHECKSUM_FILE)),
     "the directory gets its name": _renamed,
     "the checkpoint becomes the latest": _latest_moved,
 }

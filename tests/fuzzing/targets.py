@@ -32,7 +32,7 @@ from megatron_moe_lpr.data.tokenizer import load_tokenizer, model_vocabulary
 from megatron_moe_lpr.data.tokenizer_settings import added_tokens
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
-from megatron_moe_lpr.files import checksums as integrity
+from megatron_moe_lpr.files import checksum_file
 from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
 from megatron_moe_lpr.training.logs.metrics_file import MetricsFile
 from tests.data.builders import write_dataset
@@ -184,8 +184,8 @@ def _latest(root: Path) -> Path:
 
 def _checksums(root: Path) -> Path:
     directory = _checkpoint(root).parent
-    integrity.write_manifest(directory, {})
-    return directory / integrity.MANIFEST
+    checksum_file.write_checksums(directory, {})
+    return directory / checksum_file.CHECKSUM_FILE
 
 
 def _tokenizer(root: Path) -> Path:
@@ -237,7 +237,7 @@ TARGETS = {
     "objects, opcodes": Target(pickles.torch_file, pickles.read_torch_file, pickles.torch_file_programs),
     "tensors": Target(_tensors, _read_checkpoint),
     "latest": Target(_latest, lambda path: resolve_checkpoint(path.parent)),
-    "checksums": Target(_checksums, lambda path: integrity.verify(path.parents[1])),
+    "checksums": Target(_checksums, lambda path: checksum_file.verify(path.parents[1])),
     "tokenizer config": Target(_tokenizer, _read_tokenizer),
     "added tokens": Target(_json_file("added_tokens.json", {"<|a|>": 5}), lambda path: added_tokens(path.parent)),
     "added tokens of the configuration": Target(

@@ -8,11 +8,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.files.json_files import checked_integer, is_integer, is_number, read_json, shown
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, is_integer, is_number, read_json, write_json
 from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS
 
 FORMAT_VERSION = 4
+PARENT_KEY = "base"
+"""The name of `CheckpointCard.parent` in card.json."""
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
 # Far above any model. A card that declares more would take the memory of the machine before a tensor is looked at.
 MAX_EXPERTS = 1024
@@ -21,13 +23,13 @@ RECORDED_PACKAGES = ("megatron-moe-lpr", "megatron-core", "torch", "safetensors"
 
 
 @dataclasses.dataclass
-class Base:
-    """The checkpoint that holds the weights which one with only trained weights does not."""
+class ParentCheckpoint:
+    """The checkpoint that holds the weights which a checkpoint of only trained weights leaves out."""
 
     path: str
-    """Where it was when the run started from it."""
+    """The iteration directory that the run started from."""
     checksum: str
-    """What identifies its weights (`trainable_only.weights_checksum`)."""
+    """Identifies the weights (`chain.weights_checksum`)."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not isinstance(self.checksum, str):
@@ -63,8 +65,8 @@ class CheckpointCard:
     """Weight of the latest expansion's experts in the routers' softmax; 0: added and not used yet, 1: trained in."""
     inserted_blocks: list[int] = dataclasses.field(default_factory=list)
     """Layers that block expansion inserted, counted from 0 in the grown model; empty: none."""
-    base: Base | None = None
-    """Only where --save-trainable-only left out what did not train: the checkpoint that has it."""
+    parent: ParentCheckpoint | None = None
+    """The checkpoint with the weights that --save-trainable-only left out; None: this one holds all. `base` on disk."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -87,8 +89,9 @@ class CheckpointCard:
 
     def write(self, path: Path) -> None:
         """Write the card as JSON."""
-        content = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        fields = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
+        content = {PARENT_KEY if name == "parent" else name: value for name, value in fields.items()}
+        write_json(content, path)
 
 
 def read_card(path: Path) -> CheckpointCard:
@@ -101,14 +104,14 @@ def read_card(path: Path) -> CheckpointCard:
     fields = read_json(path)
     _check_format(fields, path)
     try:
-        base = Base(**fields["base"]) if fields.get("base") else None
-        card = CheckpointCard(**fields | {"base": base})
+        parent = fields.pop(PARENT_KEY, None)
+        card = CheckpointCard(**fields, parent=ParentCheckpoint(**parent) if parent else None)
     except TypeError as error:
         raise UserError(f"{path}: not a valid card: {error}") from None
     check_experts(card.experts_per_layer, f"{path}: experts_per_layer")
     for name, is_valid in _FIELD_CHECKS.items():
         if not is_valid(getattr(card, name)):
-            raise UserError(f"{path}: {name} cannot be {shown(getattr(card, name))}; copy the file again")
+            raise UserError(f"{path}: {name} cannot be {abbreviated(getattr(card, name))}; copy the file again")
     checked_integer(card.top_k, "top_k", str(path), 1, card.num_experts)
     _check_expansions(card, path)
     if card.inserted_blocks and (card.is_moe or card.inserted_blocks[-1] >= len(card.experts_per_layer)):
@@ -126,7 +129,7 @@ def check_experts(experts_per_layer: object, place: str) -> None:
         raise UserError(f"{place}: a list of 1 to {MAX_LAYERS:,} integers is expected, one per layer")
     for experts in experts_per_layer:
         if not is_integer(experts, 1, MAX_EXPERTS):
-            raise UserError(f"{place}: a layer has 1 to {MAX_EXPERTS:,} experts, not {shown(experts)}")
+            raise UserError(f"{place}: a layer has 1 to {MAX_EXPERTS:,} experts, not {abbreviated(experts)}")
     if sum(experts_per_layer) > MAX_EXPERTS_TOGETHER:
         raise UserError(f"{place}: {sum(experts_per_layer):,} experts in all; at most {MAX_EXPERTS_TOGETHER:,} can be")
 
@@ -193,8 +196,8 @@ def _check_format(fields: dict[str, Any], path: Path) -> None:
     version = fields.get("format_version")
     if not is_integer(version, 1, FORMAT_VERSION):
         raise UserError(
-            f"{path}: format_version {shown(version)} is not known to this version (it reads up to {FORMAT_VERSION}); "
-            "install a newer megatron-moe-lpr"
+            f"{path}: format_version {abbreviated(version)} is not known to this version (it reads up to "
+            f"{FORMAT_VERSION}); install a newer megatron-moe-lpr"
         )
 
 
@@ -207,7 +210,7 @@ def refuse_newer_format(path: Path) -> None:
         UserError: the format is newer.
     """
     try:
-        with naming(path):
+        with name_file_in_oserror(path):
             fields = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
         return

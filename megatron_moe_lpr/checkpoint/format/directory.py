@@ -13,8 +13,9 @@ from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, read_card, read_json
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.filesystem import atomic_file, sync_directory
-from megatron_moe_lpr.files.work_directory import content_of_killed
+from megatron_moe_lpr.files.atomic_file import atomic_file
+from megatron_moe_lpr.files.fsync import sync_directory
+from megatron_moe_lpr.files.work_directory import killed_run_hint
 from megatron_moe_lpr.model.configuration.architecture import Architecture, read_architecture
 from megatron_moe_lpr.program import command
 
@@ -33,7 +34,7 @@ class CheckpointDirectory:
     """The iteration directory."""
     iteration: int | None
     """None for a converted model that has not been trained."""
-    base_path: Path | None = None
+    parent_path: Path | None = None
     """Where --base-checkpoint says that the weights are which this one does not hold; None: where its card says."""
 
     @property
@@ -56,11 +57,11 @@ def iteration_directory_name(iteration: int | None) -> str:
     return RELEASE if iteration is None else f"iter_{iteration:07d}"
 
 
-def resolve_checkpoint(path: Path, base_path: Path | None = None) -> CheckpointDirectory:
+def resolve_checkpoint(path: Path, parent_path: Path | None = None) -> CheckpointDirectory:
     """Find the checkpoint that `path` means: an iteration directory, or a root with its latest iteration.
 
     Args:
-        base_path: for a checkpoint with only trained weights, where the others are.
+        parent_path: for a checkpoint with only trained weights, where the others are.
 
     Raises:
         UserError: there is no checkpoint, or an incomplete one.
@@ -69,13 +70,13 @@ def resolve_checkpoint(path: Path, base_path: Path | None = None) -> CheckpointD
     if not path.is_dir():
         raise UserError(
             f"{path}: no such directory; a checkpoint is expected ({command('import')} writes one)"
-            f"{content_of_killed(path)}"
+            f"{killed_run_hint(path)}"
         )
     if not is_iteration_directory(path):
         path = path / iteration_directory_name(_latest_iteration(path))
     if not is_iteration_directory(path):
         raise UserError(f"{path}: no complete checkpoint: .metadata or metadata.json is missing")
-    return CheckpointDirectory(path.resolve(), iteration_of(path.resolve()), base_path)
+    return CheckpointDirectory(path.resolve(), parse_iteration(path.resolve()), parent_path)
 
 
 def is_iteration_directory(path: Path) -> bool:
@@ -92,7 +93,7 @@ def write_latest(root: Path, iteration: int | None) -> None:
 def finish_iteration(partial: Path, root: Path, iteration: int) -> Path:
     """Give a completely written directory its name under `root`, and only then point the latest file at it.
 
-    Its content must be on the disk already (`integrity.write_manifest` sees to it).
+    Its content must be on the disk already (see `checksum_file.write_checksums`).
     """
     target = root / iteration_directory_name(iteration)
     # Out of the way under a hidden name: no half of it may look like a checkpoint, whenever this process ends.
@@ -122,7 +123,7 @@ def _latest_iteration(root: Path) -> int | None:
     return None if text == RELEASE else int(text)
 
 
-def iteration_of(path: Path) -> int | None:
+def parse_iteration(path: Path) -> int | None:
     """The iteration that a directory's name says; None: a converted model, or no such name."""
     number = path.name.removeprefix("iter_")
     return int(number) if number != path.name and number.isdigit() else None

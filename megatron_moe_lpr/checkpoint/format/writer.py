@@ -53,7 +53,7 @@ class CheckpointWriter:
         self.places: dict[MetadataIndex, _StorageInfo] = {}
         self.files: list[Path] = []
         self.checksums: dict[str, FileChecksum] = {}
-        """By name, for `integrity.write_manifest`; complete after the block."""
+        """By file name, for `checksum_file.write_checksums`; complete after the `with` block."""
         self.stream: ChecksumStream | None = None
 
     def __enter__(self) -> "CheckpointWriter":

@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_moe_lpr.checkpoint.format.card import read_card
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, SIDE_DIRECTORY
 from megatron_moe_lpr.errors import DamagedFile, UserError
-from megatron_moe_lpr.files.checksums import verify_file
+from megatron_moe_lpr.files.checksum_file import verify_file
 from megatron_moe_lpr.parallel.every_rank import on_every_rank
 
 RANKS_SHOWN = 4

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.format.chain import hold_chain
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
-from megatron_moe_lpr.checkpoint.format.trainable_only import reading
 from megatron_moe_lpr.checkpoint.loading.model_state import load_weights
 from megatron_moe_lpr.checkpoint.loading.shapes import check_sizes
 from megatron_moe_lpr.checkpoint.loading.verification import check_same_on_all_ranks, open_checkpoint, verify_all
@@ -77,10 +77,10 @@ def load_model(
     check_sizes(directory, shape)
     config = transformer_config(shape, layout, platform, options, **overrides)
     chunks = build_model(shape, config, platform, **(build_arguments or {}))
-    with reading(directory) as layers:
-        for layer in layers:
-            check_same_on_all_ranks(layer.path)
+    with hold_chain(directory) as chain:
+        for checkpoint in chain:
+            check_same_on_all_ranks(checkpoint.path)
             if verified:
-                verify_all(layer.path)
+                verify_all(checkpoint.path)
         load_weights(chunks, directory)
     return LoadedModel(chunks, config, shape, card, directory)

@@ -13,10 +13,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.fp8_utils import is_float8tensor
 
+from megatron_moe_lpr.checkpoint.format.chain import checkpoint_chain
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.format.reader import read_index
 from megatron_moe_lpr.checkpoint.format.sharded_parts import part_with_keys
-from megatron_moe_lpr.checkpoint.format.trainable_only import layers_of
 from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA
 from megatron_moe_lpr.checkpoint.loading.distributed_loading import load_distributed
 from megatron_moe_lpr.errors import UserError
@@ -42,31 +42,37 @@ def load_weights(chunks: Sequence[torch.nn.Module], directory: CheckpointDirecto
         UserError: a damaged file; the checkpoint lacks a tensor of the model, or holds one it has no place for.
     """
     loaded: dict[str, Any] = {}
-    for layer in layers_of(directory):
-        part = _load_layer(chunks, layer, is_complete=not loaded)
+    for checkpoint in checkpoint_chain(directory):
+        part = _load_tensors(chunks, checkpoint, is_complete=not loaded)
         loaded = {name: loaded.get(name, {}) | part[name] for name in part}
     for name, chunk in zip(sorted(loaded), chunks, strict=True):
         fill_model(chunk, loaded[name])
         _keep_unrounded(chunk, loaded[name])
 
 
-def _load_layer(chunks: Sequence[torch.nn.Module], layer: CheckpointDirectory, is_complete: bool) -> dict[str, Any]:
-    """Tensors by name, by chunk; all that the model has, or all that the checkpoint has."""
+def _load_tensors(
+    chunks: Sequence[torch.nn.Module], checkpoint: CheckpointDirectory, is_complete: bool
+) -> dict[str, Any]:
+    """Load one checkpoint of a chain: by chunk, its tensors by name.
+
+    Args:
+        is_complete: the checkpoint must hold every tensor of the model, as the oldest one of a chain does.
+    """
     state = sharded_model_state(chunks)
     names = list(state)
     if not is_complete:
-        keys = read_index(layer.path / ".metadata").state_dict_metadata
+        keys = read_index(checkpoint.path / ".metadata").state_dict_metadata
         state = {name: part_with_keys(part, keys) for name, part in state.items()}
     # Megatron's words: "missing" keys are the checkpoint's that the model did not ask for, "unexpected" the reverse.
     loaded, surplus, lacking = load_distributed(
-        state, layer.path, shared_reading(layer.path), strict=StrictHandling.RETURN_ALL
+        state, checkpoint.path, parallel_load_strategy(checkpoint.path), strict=StrictHandling.RETURN_ALL
     )
-    _refuse_differences(layer.path, lacking, surplus)
+    _refuse_differences(checkpoint.path, lacking, surplus)
     return {name: loaded.get(name, {}) for name in names}
 
 
-def shared_reading(directory: Path) -> FullyParallelLoadStrategyWrapper:
-    """Each rank of a data-parallel group reads a part of what all of them need, and sends it to the others."""
+def parallel_load_strategy(directory: Path) -> FullyParallelLoadStrategyWrapper:
+    """A load strategy in which each rank of a data-parallel group reads a part and sends it to the others."""
     strategy = get_default_load_sharded_strategy(str(directory))
     return FullyParallelLoadStrategyWrapper(
         strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from megatron_moe_lpr.checkpoint.format.chain import open_reader
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
-from megatron_moe_lpr.checkpoint.format.trainable_only import open_reader
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.config import ModelShape
 

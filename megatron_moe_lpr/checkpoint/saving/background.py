@@ -1,4 +1,4 @@
-"""A rank's side of the writer process: copy the share out of the way of training, hand it over, hear how it went."""
+"""A rank's side of the writer process: copy the shard out of the way of training, hand it over, hear how it went."""
 
 import contextlib
 import ctypes
@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncRequest
 
-from megatron_moe_lpr.checkpoint.saving.share_writer import ShareWriter, writer_of
+from megatron_moe_lpr.checkpoint.saving.shard_writer import ShardWriter, request_writer
 from megatron_moe_lpr.checkpoint.saving.writer_process import Progress
 from megatron_moe_lpr.files.checksums import FileChecksum
 from megatron_moe_lpr.liveness import advance, counting, waiting_for
@@ -82,7 +82,7 @@ class MemoryStream:
         end = self.position + source.nbytes
         content = self.memory.content
         if content is None or end > len(content):
-            raise ValueError("a share is larger than planned")
+            raise ValueError("a shard is larger than planned")
         with memoryview(content) as target:
             target[self.position : end] = source
         self.position = end
@@ -105,7 +105,7 @@ class BackgroundWriter(AsyncCaller):
     """
 
     def __init__(self) -> None:
-        """Start the process; it is ready long before the first share is."""
+        """Start the process; it is ready long before the first shard is."""
         self.memory, self.progress = SharedMemory(), Progress(_unnamed_file())
         ours, theirs = socket.socketpair()
         descriptors = (theirs.fileno(), self.memory.descriptor, self.progress.descriptor)
@@ -122,12 +122,12 @@ class BackgroundWriter(AsyncCaller):
         theirs.close()
         self.connection = ours
         self.lines = ours.makefile("rw", encoding="utf-8")
-        self.active: ShareWriter | None = None
+        self.active: ShardWriter | None = None
         self.reserving: threading.Thread | None = None
         self.closed = False
 
-    def expect(self, writer: ShareWriter) -> None:
-        """Take the memory for a share like this one beside what this process does, so that the first save finds it."""
+    def expect(self, writer: ShardWriter) -> None:
+        """Take the memory for a shard like this one beside what this process does, so that the first save finds it."""
         size = sum(file.most_bytes for file in writer.files)
         writer.release()
 
@@ -147,11 +147,11 @@ class BackgroundWriter(AsyncCaller):
             self.reserving = None
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
-        """Copy the share of the request's ShareWriter and let the process write it.
+        """Copy the shard of the request's ShardWriter and let the process write it.
 
-        An error waits in the ShareWriter until all ranks can hear of it.
+        An error waits in the ShardWriter until all ranks can hear of it.
         """
-        writer = writer_of(async_req)
+        writer = request_writer(async_req)
         if not writer.files or writer.error is not None:
             return
         try:
@@ -167,7 +167,7 @@ class BackgroundWriter(AsyncCaller):
         finally:
             writer.release()
 
-    def _copy(self, writer: ShareWriter) -> list[tuple[str, int, int]]:
+    def _copy(self, writer: ShardWriter) -> list[tuple[str, int, int]]:
         self._wait_for_memory()
         self.memory.reserve(sum(file.most_bytes for file in writer.files))
         files, begin = [], 0
@@ -179,7 +179,7 @@ class BackgroundWriter(AsyncCaller):
         return files
 
     def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
-        """Whether every rank's share is written, or has failed. Every rank must call it, unless `no_dist`."""
+        """Whether every rank's shard is written, or has failed. Every rank must call it, unless `no_dist`."""
         if self.active and (blocking or self._has_answered()):
             writer, self.active = self.active, None
             place = f"waiting for the checkpoint writer, process {self.process.pid}, in {writer.checkpoint_dir}"
@@ -197,7 +197,7 @@ class BackgroundWriter(AsyncCaller):
         poll.register(self.connection, select.POLLIN)
         return bool(poll.poll(0))
 
-    def _hear(self, writer: ShareWriter) -> None:
+    def _hear(self, writer: ShardWriter) -> None:
         try:
             answer = json.loads(self.lines.readline() or "null")
         except (OSError, ValueError):

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from megatron_moe_lpr.checkpoint.format.chain import TensorReader, open_reader
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.format.reader import is_model_key
-from megatron_moe_lpr.checkpoint.format.trainable_only import TensorReader, open_reader
 from megatron_moe_lpr.model.parameter_kinds import kind_of
 
 

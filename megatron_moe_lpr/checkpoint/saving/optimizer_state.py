@@ -1,4 +1,4 @@
-"""The distributed optimizer's state in the parameters' own shapes, each rank's share written where it lies.
+"""The distributed optimizer's state in the parameters' own shapes, each rank's shard written where it lies.
 
 Megatron-Core 0.16 offers either its flat buffers as they are (`dp_reshardable`: a later run needs the same layout) or
 the parameters' shapes after gathering the state of a whole data-parallel group onto every rank (`fully_reshardable`,
@@ -23,12 +23,12 @@ WEIGHT = "fp32_param"
 """The checkpoint's name of the optimizer's own copy of a parameter."""
 
 
-def keep_shares_apart(optimizer: MegatronOptimizer) -> None:
+def install_local_shard_state(optimizer: MegatronOptimizer) -> None:
     """Let the distributed optimizers in a chain save and load their state without gathering it."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):
-            part.sharded_param_state_fully_reshardable = functools.partial(_sharded_shares, part)
-            part.load_parameter_state_from_fully_reshardable = functools.partial(_load_shares, part)
+            part.sharded_param_state_fully_reshardable = functools.partial(_local_shards, part)
+            part.load_parameter_state_from_fully_reshardable = functools.partial(_load_local_shards, part)
 
 
 def rectangles(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -68,13 +68,13 @@ class _Piece:
     begin: int
 
 
-def _sharded_shares(
+def _local_shards(
     optimizer: DistributedOptimizer,
     model_state: ShardedStateDict,
     is_loading: bool = False,
     metadata: dict[str, Any] | None = None,
 ) -> dict[int, dict[str, list[ShardedTensor]]]:
-    """Instead of DistributedOptimizer.sharded_param_state_fully_reshardable: this rank's share, as views."""
+    """Instead of DistributedOptimizer.sharded_param_state_fully_reshardable: this rank's shard, as views."""
     kinds = (ShardedTensor, ShardedTensorFactory)
     of_parameter = {base.data: base for base in nested_values(model_state) if isinstance(base, kinds)}
     state = {}
@@ -145,7 +145,7 @@ def _cut(
 
 
 @torch.no_grad()
-def _load_shares(optimizer: DistributedOptimizer, state: dict[int, dict[str, list[torch.Tensor]]]) -> None:
+def _load_local_shards(optimizer: DistributedOptimizer, state: dict[int, dict[str, list[torch.Tensor]]]) -> None:
     """The reverse, with what was loaded in the place of the sharded tensors."""
     for index, (parameter, _) in enumerate(_local_parameters(optimizer)):
         for name, values in _states(optimizer, parameter).items():

@@ -1,7 +1,7 @@
-"""The process that puts a rank's share of a checkpoint on the disk while the rank trains on.
+"""The process that puts a rank's shard of a checkpoint on the disk while the rank trains on.
 
 It gets finished bytes in shared memory, so it needs neither torch nor CUDA: it starts in a fraction of a second and
-takes some 20 MB. One line of JSON over a socket asks for a share and one answers:
+takes some 20 MB. One line of JSON over a socket asks for a shard and one answers:
 
     {"directory": "...", "files": [[name, begin, end], ...], "memory": bytes}
     {"files": {name: [bytes, checksum], ...}}   or   {"error": [number or null, "message"]}
@@ -36,7 +36,7 @@ IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 def main() -> None:
-    """Write shares until the parent closes its end of the socket, or ends."""
+    """Write shards until the parent closes its end of the socket, or ends."""
     control, memory, progress, parent = map(int, sys.argv[1:])
     for name in IGNORED:
         signal.signal(getattr(signal, name), signal.SIG_IGN)

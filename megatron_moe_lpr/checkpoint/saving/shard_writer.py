@@ -1,4 +1,4 @@
-"""One rank's share of a checkpoint as files: planned by Megatron-Core, then written here or by the writer process."""
+"""One rank's shard of a checkpoint as files: planned by Megatron-Core, then written here or by the writer process."""
 
 import dataclasses
 import pickle
@@ -40,8 +40,8 @@ BLOB_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class ShareFile:
-    """A file of this rank's share, before it is written."""
+class ShardFile:
+    """A file of this rank's shard, before it is written."""
 
     name: str
     items: list[tuple[WriteItem, Any]]
@@ -67,12 +67,12 @@ class ShareFile:
         return results
 
 
-class ShareWriter(FileSystemWriterAsync):
+class ShardWriter(FileSystemWriterAsync):
     """Megatron-Core's writer without its processes: it would fork a trainer full of threads for each file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, thread_count=FILES_PER_RANK)
-        self.files: list[ShareFile] = []
+        self.files: list[ShardFile] = []
         self.results: list[WriteResult] = []
         self.written: dict[str, FileChecksum] = {}
         self.error: Exception | None = None
@@ -86,7 +86,7 @@ class ShareWriter(FileSystemWriterAsync):
         for index, items in enumerate(_split_by_size_and_type(self.thread_count, plan.items)):
             if items:
                 name = f"{plan.storage_data.prefix}{index}.distcp"
-                self.files.append(ShareFile(name, [(item, planner.resolve_data(item)) for item in items]))
+                self.files.append(ShardFile(name, [(item, planner.resolve_data(item)) for item in items]))
 
     def write_here(self) -> None:
         """Write the files from this process; an error waits until all ranks can hear of it."""
@@ -127,14 +127,19 @@ class ShareWriter(FileSystemWriterAsync):
         except OSError as error:
             self.index_error = error
 
+    def raise_error(self) -> None:
+        """Raise what went wrong while this rank planned its shard."""
+        if self.error is not None:
+            raise self.error
+
     def raise_index_error(self) -> None:
-        """What `finish` met. Raised there, it would leave the other ranks waiting inside Megatron."""
+        """Raise the error of `finish`. Raised there, it would leave the other ranks waiting inside Megatron."""
         if self.index_error is not None:
             raise self.index_error
 
 
-class ShareStrategy(TorchDistSaveShardedStrategy):
-    """Megatron-Core's strategy with ShareWriter in the place of its own writer."""
+class ShardStrategy(TorchDistSaveShardedStrategy):
+    """Megatron-Core's strategy with ShardWriter in the place of its own writer."""
 
     def __init__(self, frozen: FrozenWeights | None = None) -> None:
         """`frozen` gives values to the weights that it has announced in the state."""
@@ -142,13 +147,13 @@ class ShareStrategy(TorchDistSaveShardedStrategy):
         self.frozen = frozen
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
-        """Plan this rank's share. Every rank must call it.
+        """Plan this rank's shard. Every rank must call it.
 
         Returns:
-            A request whose function has the ShareWriter as its only argument, see `writer_of`.
+            A request whose function has the ShardWriter as its only argument, see `request_writer`.
         """
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        writer = ShareWriter(checkpoint_dir)
+        writer = ShardWriter(checkpoint_dir)
         if self.frozen:
             try:
                 self.frozen.fill(part for parts in by_key.values() for part in parts if isinstance(part, ShardedTensor))
@@ -161,16 +166,16 @@ class ShareStrategy(TorchDistSaveShardedStrategy):
         def finalize() -> None:
             save_state_dict_async_finalize(*planned)
 
-        return AsyncRequest(ShareWriter.write_here, [writer], [finalize])
+        return AsyncRequest(ShardWriter.write_here, [writer], [finalize])
 
 
-def writer_of(request: AsyncRequest) -> ShareWriter:
-    """The ShareWriter of a request that `ShareStrategy.async_save` made."""
+def request_writer(request: AsyncRequest) -> ShardWriter:
+    """The ShardWriter of a request that `ShardStrategy.async_save` made."""
     (writer,) = request.async_fn_args
     return writer
 
 
-def _telling_os_errors(file: ShareFile, stream: ChecksumStream) -> list[WriteResult]:
+def _telling_os_errors(file: ShardFile, stream: ChecksumStream) -> list[WriteResult]:
     """torch.save turns an OSError of the stream into a RuntimeError that does not say what happened."""
     try:
         return file.write(stream)
