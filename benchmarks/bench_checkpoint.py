@@ -161,14 +161,14 @@ def build(load: Path) -> Any:
     import torch
 
     from megatron_moe_lpr.checkpoint.loading.model import load_model
+    from megatron_moe_lpr.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+    from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
     from megatron_moe_lpr.model.configuration.config import ComputeOptions
     from megatron_moe_lpr.parallel.groups import initialize_parallel
     from megatron_moe_lpr.parallel.layout import ParallelLayout
     from megatron_moe_lpr.platform import select_platform
     from megatron_moe_lpr.training.checkpointing import RunState
-    from megatron_moe_lpr.training.configuration.config import BatchOptions, OptimizerOptions
     from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
-    from megatron_moe_lpr.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 
     platform, layout = select_platform("cpu"), ParallelLayout()
     initialize_parallel(platform, layout)

@@ -27,8 +27,8 @@ BALANCE, LPR = 0.01, 0.1
 def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, int]) -> Callable[[], float]:
     """A step of this package, as `megatron_moe_lpr.pretrain` makes it."""
     from megatron_moe_lpr.data.reading.config import DataConfig
+    from megatron_moe_lpr.engine.options import BatchOptions
     from megatron_moe_lpr.training.configuration.config import (
-        BatchOptions,
         CheckpointOptions,
         LoggingOptions,
         PrecisionOptions,

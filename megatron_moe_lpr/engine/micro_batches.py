@@ -82,17 +82,17 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
 
 
-def step_weights(batches: Sequence[Batch], original_table: torch.Tensor) -> StepWeights:
+def step_weights(batches: Sequence[Batch], language_group: torch.Tensor) -> StepWeights:
     """Count the tokens of the whole step: this rank's micro-batches, then all data-parallel ranks.
 
     Args:
         batches: this rank's micro-batches.
-        original_table: bool [languages + 1], whether a language is original; or int, the group of each language that
-            has a prior, else -1 (`LanguageRegistry.group_table`). The last entry is padding's.
+        language_group: int64 [languages + 1], on the model's device: for each language that has a prior its group (0
+            for original languages), else -1; the last entry is padding's (`LanguageRegistry.group_table`).
     """
     device = batches[0]["tokens"].device
     with_loss = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum()
-    has_prior = _groups(original_table) >= 0
+    has_prior = language_group >= 0
     original = torch.stack([has_prior[batch["language"]].sum() for batch in batches]).sum()
     # `full` and not `tensor`: the host waits for the device where it copies a number of its own there.
     micro_batches = torch.full((), float(len(batches)), device=device)
@@ -107,7 +107,7 @@ def run_schedule(
     chunks: Sequence[torch.nn.Module],
     config: MoELPRConfig,
     batches: Sequence[Batch],
-    original_table: torch.Tensor,
+    language_group: torch.Tensor,
     forward_only: bool = False,
 ) -> LossSums:
     """Forward and, unless `forward_only`, backward of all micro-batches. Every rank must call it.
@@ -115,14 +115,14 @@ def run_schedule(
     Returns:
         The summed LM losses, the same on every rank, on the host. Arguments: see `run_micro_batches`.
     """
-    return run_micro_batches(chunks, config, batches, original_table, forward_only).over_ranks()
+    return run_micro_batches(chunks, config, batches, language_group, forward_only).over_ranks()
 
 
 def run_micro_batches(
     chunks: Sequence[torch.nn.Module],
     config: MoELPRConfig,
     batches: Sequence[Batch],
-    original_table: torch.Tensor,
+    language_group: torch.Tensor,
     forward_only: bool = False,
 ) -> LossSums:
     """The same without a look at the losses, for which the host would wait. Every rank must call it.
@@ -130,16 +130,16 @@ def run_micro_batches(
     Args:
         chunks: this rank's part of the model.
         batches: this rank's micro-batches on the model's device, [batch, sequence] each.
-        original_table: see `step_weights`.
+        language_group: see `step_weights`.
 
     Returns:
         This rank's part of the summed LM losses, on the device.
     """
-    languages = len(original_table) - 1
+    languages = len(language_group) - 1
     forward = partial(
         _forward_step,
-        weights=step_weights(batches, original_table),
-        original_table=original_table,
+        weights=step_weights(batches, language_group),
+        language_group=language_group,
         has_routers=config.num_moe_experts is not None,
     )
     interleaved = len(chunks) > 1
@@ -162,7 +162,7 @@ def _forward_step(
     model: torch.nn.Module,
     *,
     weights: StepWeights,
-    original_table: torch.Tensor,
+    language_group: torch.Tensor,
     has_routers: bool,
 ) -> tuple:
     """Megatron's forward_step_func: output of a stage, and the function that makes a loss of it on the last one."""
@@ -171,15 +171,10 @@ def _forward_step(
     tags = None
     if has_routers:
         language = batch["language"]
-        groups = _groups(original_table)[language]
+        groups = language_group[language]
         tags = token_tags(groups >= 0, language >= 0, weights.lpr, weights.micro_batch, groups)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], padding_mask=tags)
-    return output, partial(_loss, batch, len(original_table) - 1)
-
-
-def _groups(table: torch.Tensor) -> torch.Tensor:
-    """The group of each language that has a prior, else -1; a table of original languages says the same in bools."""
-    return torch.where(table, 0, -1) if table.dtype == torch.bool else table
+    return output, partial(_loss, batch, len(language_group) - 1)
 
 
 def _loss(batch: Batch, languages: int, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,7 +12,6 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.format.directory import (
@@ -29,6 +28,7 @@ from megatron_moe_lpr.checkpoint.loading.model_state import fill_model, sharded_
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
 from megatron_moe_lpr.checkpoint.saving.optimizer_state import keep_shares_apart
 from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, Saved
+from megatron_moe_lpr.engine.step import TrainingState
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksums import MANIFEST
 from megatron_moe_lpr.files.json_files import is_integer
@@ -43,12 +43,9 @@ STATE_METADATA = CONTENT_METADATA | {
 
 
 @dataclasses.dataclass
-class RunState:
+class RunState(TrainingState):
     """Everything of a run that a checkpoint holds."""
 
-    chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    schedule: OptimizerParamScheduler
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0

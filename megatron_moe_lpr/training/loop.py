@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,19 +12,13 @@ from megatron_moe_lpr.checkpoint.saving.saver import Saved
 from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.engine.agreement import Agreed
-from megatron_moe_lpr.engine.micro_batches import run_micro_batches, to_device
+from megatron_moe_lpr.engine.micro_batches import to_device
 from megatron_moe_lpr.engine.routing import open_experts, reset_routing
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.engine.step import training_step
 from megatron_moe_lpr.evaluation.losses import evaluate_dataset
-from megatron_moe_lpr.liveness import advance
+from megatron_moe_lpr.parallel.every_rank import on_every_rank
 from megatron_moe_lpr.training.callbacks import Callbacks, Step
-from megatron_moe_lpr.training.finite_steps import FiniteSteps
-from megatron_moe_lpr.training.guards import (
-    GradientWatch,
-    explain_non_finite_gradient,
-    explain_non_finite_loss,
-    gather_objects,
-)
+from megatron_moe_lpr.training.guards import SkippedSteps, explain_non_finite_gradient, explain_non_finite_loss
 from megatron_moe_lpr.training.interval import Interval, current_lr
 from megatron_moe_lpr.training.logs.metrics import MetricsWriter
 from megatron_moe_lpr.training.run_directory.run_lock import RunLock
@@ -43,9 +37,9 @@ class Trainer:
         self.callbacks = callbacks or Callbacks()
         self.run, self.state, self.writer = run, run.state, writer
         self.heartbeat = heartbeat
-        self.original_table = run.original_table
+        self.language_group = run.language_group
         self.stop = stop_request()
-        self.steps = FiniteSteps(run.state.chunks, run.state.optimizer, run.config.guards)
+        self.skips = SkippedSteps(run.config.guards)
         self.saver = RunSaver(run, lock, writer.say)
         self.interval = Interval(run)
         self.grad_norm = 0.0
@@ -70,7 +64,7 @@ class Trainer:
         reset_routing(state.chunks)
         open_experts(state.chunks, self.run.openness(state.iteration))
         # A signal or a kill may have cut off the evaluation of this step.
-        self.evaluated = gather_objects(self.writer.evaluated())[0]
+        self.evaluated = on_every_rank(self.writer.evaluated)[0]
         self.callbacks.start(config, state.iteration)
         self._evaluate_if_due()
         while not self.asked_to_stop and state.iteration < config.batch.train_iters:
@@ -139,46 +133,42 @@ class Trainer:
         )
 
     def step(self, iterator: Iterator[Batch]) -> None:
-        """One optimizer step. Raises UserError where a loss, a gradient or its absence is wrong."""
+        """Train on the next global batch. Raises UserError where a loss, a gradient or its absence is wrong."""
         run, state, batch = self.run, self.state, self.run.config.batch
-        watch = GradientWatch(state.chunks) if self.interval.is_new else None
         open_experts(state.chunks, run.openness(state.iteration + 1))
         device = run.platform.device
         batches = [to_device(part, device) for part in itertools.islice(iterator, run.num_microbatches)]
         self.evaluated = set()
-        for chunk in state.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        state.optimizer.zero_grad()
-        of_rank = run_micro_batches(state.chunks, run.model.config, batches, self.original_table)
-        if watch:
-            watch.check()
-        self.agreed = agreed = self.steps.step(of_rank, self._is_asked_to_stop)
-        advance()
-        self.asked_to_stop = agreed.asked_to_stop
-        if agreed.not_finite is None:
-            state.schedule.step(increment=batch.global_batch_size)
-            self.grad_norm = self.steps.grad_norm
-            self.interval.add(agreed.sums)
-        elif agreed.not_finite == "loss":
-            self._skip("loss", lambda step: self._explain_loss(batches, step))
-            reset_routing(state.chunks)
+        result = training_step(
+            state,
+            batches,
+            self.language_group,
+            batch.global_batch_size,
+            self._is_asked_to_stop,
+            check_gradients=self.interval.is_new,
+        )
+        self.agreed, self.asked_to_stop = result.agreed, result.agreed.asked_to_stop
+        if result.agreed.not_finite is None:
+            self.grad_norm = result.grad_norm
+            self.skips.end()
+            self.interval.add(result.agreed.sums)
         else:
-            self._skip("gradient", lambda step: explain_non_finite_gradient(state.chunks, step))
+            self._skip(result.agreed.not_finite, batches)
         state.iteration += 1
         state.consumed_samples += batch.global_batch_size
         state.consumed_tokens += batch.global_batch_size * batch.seq_length
 
-    def _skip(self, what: str, explain: Callable[[int], UserError]) -> None:
-        """Leave a step out, or raise the error that ends the run."""
-        step = self.state.iteration + 1
-        if not self.steps.may_skip():
-            raise explain(step)
-        self.writer.say(f"warning: step {step:,}: the {what} is not finite; {self.steps.words()}")
-        self.writer.write("skipped", step, {"reason": what, "in_a_row": self.steps.in_a_row})
-
-    def _explain_loss(self, batches: list[Batch], step: int) -> UserError:
-        return explain_non_finite_loss(self.state.chunks, self.run.model.config, batches, self.original_table, step)
+    def _skip(self, what: str, batches: list[Batch]) -> None:
+        """Report a step whose loss or gradient is not finite, or raise the error that ends the run."""
+        chunks, step = self.state.chunks, self.state.iteration + 1
+        if not self.skips.add():
+            if what == "loss":
+                raise explain_non_finite_loss(chunks, self.run.model.config, batches, self.language_group, step)
+            raise explain_non_finite_gradient(chunks, step)
+        self.writer.say(f"warning: step {step:,}: the {what} is not finite; {self.skips}")
+        self.writer.write("skipped", step, {"reason": what, "in_a_row": self.skips.in_a_row})
+        if what == "loss":
+            reset_routing(chunks)
 
     def _report(self) -> None:
         """Call the callbacks of a step. Every rank must call it: at log steps routing is summed over them."""
@@ -211,7 +201,7 @@ class Trainer:
                 run.model.config,
                 run.model.shape,
                 dataset,
-                self.original_table,
+                self.language_group,
                 run.platform.device,
                 run.config.batch.micro_batch_size,
                 self._after_pass,

@@ -19,6 +19,7 @@ from megatron_moe_lpr.data.reading.config import DataSources, read_data_sources,
 from megatron_moe_lpr.data.reading.datasets import Datasets, build_datasets
 from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_moe_lpr.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.config import (
     ComputeOptions,
@@ -36,7 +37,6 @@ from megatron_moe_lpr.training.checkpointing import RunState, load_run
 from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.description import accepted_names, describe_run, recorded_schedule
 from megatron_moe_lpr.training.configuration.stages import Stage, check_stage, freeze
-from megatron_moe_lpr.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from megatron_moe_lpr.training.run_directory.resuming import OwnCheckpoint, find_own_checkpoint
 from megatron_moe_lpr.training.run_directory.run_start import open_start, opened, opening_steps, start_of
 from megatron_moe_lpr.training.run_directory.start_marker import check_same_directory
@@ -60,7 +60,7 @@ class Run:
     """Where it goes on from; None: it has just begun."""
 
     @property
-    def original_table(self) -> torch.Tensor:
+    def language_group(self) -> torch.Tensor:
         """Int [languages + 1] on the model's device: the group of each language that has a prior, else -1."""
         original, groups = self.sources.original_languages, self.model.shape.num_groups
         known = groups_with_prior(self.model.card.history, original, groups)
@@ -106,7 +106,7 @@ def prepare(config: TrainingConfig) -> Run:
     check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
     check_parameter_gather(config.fp8, stage)
     check_platform(shape, config.layout, options, platform)
-    config = dataclasses.replace(config, optimizer=config.optimizer.on(platform))
+    config = dataclasses.replace(config, optimizer=config.optimizer.with_platform_defaults(platform))
     if config.fp8.fp8_param_gather and not config.optimizer.use_distributed_optimizer:
         raise UserError("--fp8-param-gather needs --use-distributed-optimizer")
     initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)

@@ -13,6 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
 from megatron_moe_lpr.engine.micro_batches import run_schedule
+from megatron_moe_lpr.engine.optimizer import build_optimizer, wrap_data_parallel
+from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.model.build import build_model, unwrap
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
 from megatron_moe_lpr.model.configuration.config import ModelShape, transformer_config
@@ -23,13 +25,12 @@ from megatron_moe_lpr.planning.activations import activation_bytes, kept_bytes, 
 from megatron_moe_lpr.planning.memory import RunSizes, weight_bytes
 from megatron_moe_lpr.planning.parameters import stage_parameters
 from megatron_moe_lpr.platform import Platform, select_platform
-from megatron_moe_lpr.training.configuration.config import OptimizerOptions, PrecisionOptions
+from megatron_moe_lpr.training.configuration.config import PrecisionOptions
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
-from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
 from tests.gpu.compute import route_by_position
 from tests.gpu.device import EMULATED
 
-ORIGINAL_TABLE = torch.tensor([True, False])
+LANGUAGE_GROUP = torch.tensor([0, -1])
 RECIPES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {},
@@ -127,7 +128,7 @@ def measure(model: Model, case: Case, micro_batches: int = 4) -> tuple[Bytes, By
     def step() -> None:
         for chunk in chunks:
             chunk.zero_grad_buffer()
-        run_schedule(chunks, config, batches, ORIGINAL_TABLE.to(platform.device))
+        run_schedule(chunks, config, batches, LANGUAGE_GROUP.to(platform.device))
 
     step()  # makes workspaces and FP8 copies that stay
     for chunk in chunks:

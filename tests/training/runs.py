@@ -10,16 +10,15 @@ import torch
 
 from megatron_moe_lpr.checkpoint.format.directory import write_latest
 from megatron_moe_lpr.data.reading.config import DataConfig
+from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import PlatformName
 from megatron_moe_lpr.pretrain import pretrain
 from megatron_moe_lpr.training.configuration.config import (
-    BatchOptions,
     CheckpointOptions,
     GuardOptions,
     LoggingOptions,
-    OptimizerOptions,
     PrecisionOptions,
     TrainingConfig,
 )

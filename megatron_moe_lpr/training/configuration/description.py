@@ -9,10 +9,11 @@ import torch
 from megatron_moe_lpr.data.language_names import canonical_language, covered
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.config import DataSources
+from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_marks import Change, marked_flags
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
-from megatron_moe_lpr.training.configuration.config import OptimizerOptions, TrainingConfig
+from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.config_file import config_values
 from megatron_moe_lpr.training.configuration.stages import Stage
 

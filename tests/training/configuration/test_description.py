@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_marks import Change, Free, RecordedAs
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
-from megatron_moe_lpr.training.configuration.config import OptimizerOptions, TrainingConfig
+from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.description import (
     ACCEPTABLE,
     FLAGS,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
-    MegatronOptimizer,
+    ChainedOptimizer,
     OptimizerConfig,
     get_megatron_optimizer,
     get_standard_config_overrides,
@@ -14,9 +14,9 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megatron_moe_lpr.engine.finalizing import finalize_gradients
+from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.platform import Platform
-from megatron_moe_lpr.training.configuration.config import BatchOptions, OptimizerOptions
 
 
 def wrap_data_parallel(
@@ -39,7 +39,7 @@ def wrap_data_parallel(
 
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel], config: MoELPRConfig, options: OptimizerOptions, platform: Platform
-) -> MegatronOptimizer:
+) -> ChainedOptimizer:
     """AdamW over the trainable parameters, and the hooks by which Megatron's schedules use it."""
     settings = OptimizerConfig(
         optimizer="adam",
@@ -75,7 +75,7 @@ def _connect(
     chunks: Sequence[DistributedDataParallel],
     config: MoELPRConfig,
     options: OptimizerOptions,
-    optimizer: MegatronOptimizer,
+    optimizer: ChainedOptimizer,
 ) -> None:
     config.finalize_model_grads_func = finalize_gradients
     config.grad_scale_func = optimizer.scale_loss
@@ -87,7 +87,7 @@ def _connect(
 
 
 def build_schedule(
-    optimizer: MegatronOptimizer, options: OptimizerOptions, batch: BatchOptions
+    optimizer: ChainedOptimizer, options: OptimizerOptions, batch: BatchOptions
 ) -> OptimizerParamScheduler:
     """Learning rate by consumed samples, as Megatron counts."""
     decay_iters = options.decay_iters(batch.train_iters)
