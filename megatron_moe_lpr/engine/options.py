@@ -4,13 +4,12 @@ import dataclasses
 from typing import Annotated, Literal
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.flag_marks import Acceptable, Decides, Free, Scheduled, T
+from megatron_moe_lpr.flag_marks import Acceptable, Decides, Free, Overlap, Scheduled
 from megatron_moe_lpr.flag_ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 from megatron_moe_lpr.platform import Platform
 
 Decay = Annotated[float, Range(0, 1, below=True)]
 """Decay rate of a moment of Adam: below 1, since the moment is divided by 1 minus a power of it."""
-Overlap = Annotated[T, Free("when something is computed or sent, not what")]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,13 +21,8 @@ from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_moe_lpr.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.configuration.config import (
-    ComputeOptions,
-    ModelShape,
-    check_layout,
-    check_options,
-    check_platform,
-)
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout, check_options, check_platform
 from megatron_moe_lpr.model.configuration.dtype import choose_dtype, say_dtype
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
@@ -100,14 +95,13 @@ def prepare(config: TrainingConfig) -> Run:
     config.checkpoint.retention.check(config.checkpoint.save_interval)
     check_layout(shape, config.layout)
     platform = select_platform(config.platform, config.layout.tensor_model_parallel_size)
-    asked = config.precision.asked_dtype()
-    dtype = choose_dtype(asked, card.compute_dtype, platform)
-    options = config.precision.compute_options(dtype, config.fp8)
+    asked = config.compute.asked_dtype()
+    options = config.compute.with_dtype(choose_dtype(asked, card.compute_dtype, platform))
     check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
-    check_parameter_gather(config.fp8, stage)
+    check_parameter_gather(options.fp8, stage)
     check_platform(shape, config.layout, options, platform)
     config = dataclasses.replace(config, optimizer=config.optimizer.with_platform_defaults(platform))
-    if config.fp8.fp8_param_gather and not config.optimizer.use_distributed_optimizer:
+    if options.fp8.fp8_param_gather and not config.optimizer.use_distributed_optimizer:
         raise UserError("--fp8-param-gather needs --use-distributed-optimizer")
     initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
     say_dtype(asked, card.compute_dtype, card.dtype, platform)
@@ -206,7 +200,7 @@ def _check_expansion(config: TrainingConfig, stage: Stage, card: CheckpointCard)
         )
     if steps is not None and not 1 <= steps <= config.batch.train_iters:
         raise UserError(f"{flag} {steps}: from 1 to --train-iters {config.batch.train_iters}")
-    if card.expansions and config.fp8.fp8_param_gather:
+    if card.expansions and config.compute.fp8.fp8_param_gather:
         raise UserError("--fp8-param-gather: would round the frozen experts of earlier expansions; leave it out")
 
 

@@ -8,7 +8,8 @@ from megatron_moe_lpr.engine.micro_batches import run_micro_batches
 from megatron_moe_lpr.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
 from megatron_moe_lpr.engine.step import TrainingState, training_step
-from megatron_moe_lpr.model.configuration.config import ComputeOptions, MoELPRConfig
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
@@ -30,7 +31,7 @@ def build(path, layout: dict, dtype: torch.dtype, clip_grad: float) -> tuple[Tra
     platform, parallel = select_platform("cpu"), ParallelLayout(**layout)
     initialize_parallel(platform, parallel)
     losses = {"load_balancing_coeff": 0.3, "calculate_per_token_loss": True}
-    model = load_model(path, parallel, platform, ComputeOptions(dtype=dtype), **losses)
+    model = load_model(path, parallel, platform, ComputeOptions().with_dtype(dtype), **losses)
     freeze(model.chunks, STAGES["1"])
     options = OptimizerOptions(lr=1e-2, clip_grad=clip_grad, use_distributed_optimizer=dtype == torch.bfloat16)
     chunks = wrap_data_parallel(model.chunks, model.config, options)

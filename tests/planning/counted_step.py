@@ -13,6 +13,7 @@ from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
 from megatron_moe_lpr.engine.step import TrainingState, training_step
 from megatron_moe_lpr.model.build import build_model, unwrap
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.config import ModelShape, transformer_config
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.moe.router import LPRRouter
@@ -23,7 +24,6 @@ from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.planning.traffic import CPU, GPU
 from megatron_moe_lpr.platform import Platform, select_platform
-from megatron_moe_lpr.training.configuration.config import PrecisionOptions
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
 from tests.planning.traffic import counted
 
@@ -94,9 +94,8 @@ def sent_and_planned(case: Case, platform_name: str = "cpu") -> tuple[dict[str, 
 
 
 def _step(case: Case, layout: ParallelLayout, platform: Platform, options: OptimizerOptions) -> Callable[[], None]:
-    precision = PrecisionOptions(bf16=case.bf16, fp32=not case.bf16, **RECOMPUTE[case.recompute])
     losses = {"load_balancing_coeff": 0.01, "lpr_loss_coeff": 0.1, "calculate_per_token_loss": True}
-    compute = precision.compute_options(precision.asked_dtype() or torch.float32, FP8Options(**case.fp8))
+    compute = ComputeOptions(bf16=case.bf16, **RECOMPUTE[case.recompute], fp8=FP8Options(**case.fp8))
     config = transformer_config(case.shape, layout, platform, compute, **losses)
     chunks = build_model(case.shape, config, platform)
     torch.manual_seed(5)

@@ -17,7 +17,7 @@ from megatron_moe_lpr.engine.optimizer import build_optimizer, wrap_data_paralle
 from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.engine.routing import collect_routing, reset_routing
 from megatron_moe_lpr.model.build import unwrap
-from megatron_moe_lpr.model.configuration.config import ComputeOptions
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.parameter_kinds import kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout

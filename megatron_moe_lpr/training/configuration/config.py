@@ -5,80 +5,25 @@ Imports neither torch nor Megatron, which take seconds: a mistake in a flag is t
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from megatron_moe_lpr.checkpoint.format.retention import Retention
 from megatron_moe_lpr.data.reading.config import DataConfig
-from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions, Overlap
+from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.flag_marks import Free, RecordedAs, T
+from megatron_moe_lpr.flag_marks import Free, T
 from megatron_moe_lpr.flag_ranges import INT_MAX, NonNegativeInt, PositiveInt, Range, check_ranges
-from megatron_moe_lpr.model.configuration.fp8 import FP8Options
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import PlatformName
 from megatron_moe_lpr.training.configuration.stages import StageOptions
 
-if TYPE_CHECKING:
-    import torch
-
-    from megatron_moe_lpr.model.configuration.config import ComputeOptions
-
 # What flags that decide no number of a run are for, where several share the reason.
-Recomputation = Annotated[T, Free("computes the same twice")]
 Storage = Annotated[T, Free("where, when and which checkpoints are read, written and kept, not what trains")]
 Consent = Annotated[T, Free("says which changes are taken; these are recorded by themselves")]
 Watching = Annotated[T, Free("logs and evaluations change no weight")]
-
-
-@dataclasses.dataclass(frozen=True)
-class PrecisionOptions:
-    """Number formats, dispatch of tokens to experts, and activation recomputation."""
-
-    bf16: Annotated[bool, RecordedAs("dtype")] = False
-    """Compute in bfloat16, with fp32 gradients, routers and optimizer. Default: what the run before computed in, or the
-    checkpoint's own dtype; for a float16 one bfloat16. CPUs without bf16 instructions compute in fp32 by default."""
-    fp32: Annotated[bool, RecordedAs("dtype")] = False
-    """Compute in fp32."""
-    fp16: Annotated[bool, Free("refused")] = False
-    """Not offered: float16 models train in bf16 or fp32, and frozen weights keep their float16 bits."""
-    moe_token_dispatcher_type: Annotated[
-        Literal["alltoall", "allgather", "flex"], Free("how tokens travel: rounding alone")
-    ] = "alltoall"
-    """Communication of tokens to new experts on other ranks. flex needs DeepEP."""
-    original_expert_overlap: Overlap[bool] = False
-    """With EP on GPUs, compute the original expert on its own stream during the all-to-all. Never timed on a GPU."""
-    recompute_granularity: Recomputation[Literal["full", "selective"] | None] = None
-    """Recompute activations in the backward pass: whole layers, or --recompute-modules."""
-    recompute_method: Recomputation[Literal["uniform", "block"] | None] = None
-    """Full recompute. uniform: groups of --recompute-num-layers layers; block: only the first so many of a PP stage."""
-    recompute_num_layers: Recomputation[PositiveInt | None] = None
-    """Layers for --recompute-method. Default: 1."""
-    recompute_modules: Recomputation[tuple[str, ...] | None] = None
-    """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
-
-    def asked_dtype(self) -> "torch.dtype | None":
-        """What a flag asks to compute in; None: no flag does. Raises UserError, see `dtype.asked_dtype`."""
-        from megatron_moe_lpr.model.configuration.dtype import asked_dtype
-
-        return asked_dtype(self.bf16, self.fp32, self.fp16)
-
-    def compute_options(self, dtype: "torch.dtype", fp8: FP8Options | None = None) -> "ComputeOptions":
-        """What the model needs to know, to compute in `dtype`."""
-        from megatron_moe_lpr.model.configuration.config import ComputeOptions
-
-        full = self.recompute_granularity == "full"
-        return ComputeOptions(
-            dtype=dtype,
-            moe_token_dispatcher_type=self.moe_token_dispatcher_type,
-            original_expert_overlap=self.original_expert_overlap,
-            recompute_granularity=self.recompute_granularity,
-            recompute_method=self.recompute_method or ("uniform" if full else None),
-            recompute_num_layers=self.recompute_num_layers or (1 if full else None),
-            recompute_modules=self.recompute_modules,
-            fp8=fp8 or FP8Options(),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +112,7 @@ class TrainingConfig:
     batch: tyro.conf.OmitArgPrefixes[BatchOptions]
     data: tyro.conf.OmitArgPrefixes[DataConfig]
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = dataclasses.field(default_factory=OptimizerOptions)
-    precision: tyro.conf.OmitArgPrefixes[PrecisionOptions] = dataclasses.field(default_factory=PrecisionOptions)
-    fp8: tyro.conf.OmitArgPrefixes[FP8Options] = dataclasses.field(default_factory=FP8Options)
+    compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
     layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
     logging: tyro.conf.OmitArgPrefixes[LoggingOptions] = dataclasses.field(default_factory=LoggingOptions)
     guards: tyro.conf.OmitArgPrefixes[GuardOptions] = dataclasses.field(default_factory=GuardOptions)

@@ -34,7 +34,7 @@ def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dty
     return {
         **{flag.name: values[flag.name] for flag in FLAGS if isinstance(flag.mark, Change)},
         **stage.coefficients,
-        **_fp8(config.fp8),
+        **_fp8(config.compute.fp8),
         "languages": sorted({entry.language for entry in sources.train}),
         "original_languages": list(sources.original_languages),
         "dtype": str(dtype).removeprefix("torch."),

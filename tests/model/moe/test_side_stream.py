@@ -9,7 +9,7 @@ import torch
 
 from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.engine.micro_batches import run_schedule
-from megatron_moe_lpr.model.configuration.config import ComputeOptions
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
