@@ -112,7 +112,7 @@ class MetricsWriter:
 
         Args:
             directory: of the run, for metrics.jsonl.
-            iteration: where the run goes on from; what an earlier start logged of later steps is taken away.
+            iteration: step that the run resumes from; what an earlier start logged of later steps counts no more.
             settings: of the run by name, for Weights & Biases and, as one text, TensorBoard.
         """
         self.enabled = dist.get_rank() == 0
@@ -133,7 +133,7 @@ class MetricsWriter:
 
     def _metrics_file(self, directory: Path, iteration: int) -> Place:
         file = MetricsFile(directory / METRICS_FILE, iteration)
-        self._evaluated = file.datasets(iteration)
+        self._evaluated = file.evaluated
         return _JSONLines(file)
 
     def evaluated(self) -> set[str]:
