@@ -31,7 +31,7 @@ class StepWeights:
 
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """LM loss of a step: `over_ranks` makes the sums of all ranks of one rank's."""
+    """LM loss of a step: `reduced` makes the sums of all ranks of one rank's."""
 
     loss: torch.Tensor
     """[languages], fp64: summed loss of the tokens with that language's tag."""
@@ -45,13 +45,13 @@ class LossSums:
         """Loss per token over all languages."""
         return (self.loss.sum() / self.tokens.sum()).item()
 
-    def of_language(self, language: int) -> float:
+    def language_loss(self, language: int) -> float:
         """Loss per token of one language; NaN where there was none."""
         return (self.loss[language] / self.tokens[language]).item()
 
     def by_language(self, names: Sequence[str]) -> dict[str, float]:
         """Loss per token of each language that has a token, by its name."""
-        return {name: self.of_language(index) for index, name in enumerate(names) if self.tokens[index] > 0}
+        return {name: self.language_loss(index) for index, name in enumerate(names) if self.tokens[index] > 0}
 
     def __add__(self, other: "LossSums") -> "LossSums":
         text_loss = None
@@ -59,8 +59,8 @@ class LossSums:
             text_loss = self.text_loss + other.text_loss
         return LossSums(self.loss + other.loss, self.tokens + other.tokens, text_loss)
 
-    def over_ranks_that_stay(self, leaves: bool) -> "LossSums | None":
-        """`over_ranks`, or None on every rank where any of them leaves: both are agreed on at once."""
+    def reduced_unless_stopped(self, leaves: bool) -> "LossSums | None":
+        """`reduced`, or None on every rank where any of them leaves: both are agreed on at once."""
         parts = [part for part in (self.loss, self.tokens, self.text_loss) if part is not None]
         flag = torch.full((1,), float(leaves), dtype=self.loss.dtype, device=self.loss.device)
         total = torch.cat((*parts, flag))
@@ -69,7 +69,7 @@ class LossSums:
             *sums, leaving = total.cpu().split((*map(len, parts), 1))
         return None if leaving.item() else LossSums(*sums)
 
-    def over_ranks(self) -> "LossSums":
+    def reduced(self) -> "LossSums":
         """Summed over all ranks, on the host, which waits for the device. Every rank must call it."""
         total = torch.stack([part for part in (self.loss, self.tokens, self.text_loss) if part is not None])
         with waiting_for("the losses of all ranks", on_peers=True):
@@ -115,7 +115,7 @@ def run_schedule(
     Returns:
         The summed LM losses, the same on every rank, on the host. Arguments: see `run_micro_batches`.
     """
-    return run_micro_batches(chunks, config, batches, language_group, forward_only).over_ranks()
+    return run_micro_batches(chunks, config, batches, language_group, forward_only).reduced()
 
 
 def run_micro_batches(
@@ -154,7 +154,7 @@ def run_micro_batches(
         micro_batch_size=batch,
         forward_only=forward_only,
     )
-    return _sum_of_rank(reports, languages, batches[0]["tokens"].device)
+    return _rank_sums(reports, languages, batches[0]["tokens"].device)
 
 
 def _forward_step(
@@ -195,7 +195,7 @@ def _loss(batch: Batch, languages: int, output: torch.Tensor) -> tuple[torch.Ten
     return losses.sum(), tokens.to(torch.int), report
 
 
-def _sum_of_rank(reports: list[torch.Tensor], languages: int, device: torch.device) -> LossSums:
+def _rank_sums(reports: list[torch.Tensor], languages: int, device: torch.device) -> LossSums:
     """The last stage has the reports, equal on its TP ranks: one of these counts for all."""
     total = torch.zeros(3, languages, dtype=torch.float64, device=device)
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:

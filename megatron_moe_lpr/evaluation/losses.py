@@ -76,7 +76,7 @@ def evaluate_dataset(
         for _ in range(passes):
             part = [to_device(batch, device) for batch in itertools.islice(batches, together)]
             of_rank = run_micro_batches(chunks, config, part, language_group, forward_only=True)
-            sums = of_rank.over_ranks_that_stay(after_pass is not None and after_pass())
+            sums = of_rank.reduced_unless_stopped(after_pass is not None and after_pass())
             if sums is None:
                 return None
             total = sums if total is None else total + sums

@@ -120,7 +120,7 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
     """Fill model, optimizer, schedule and counters from a checkpoint of this run, written at any layout.
 
     Settings of optimizer and schedule stay those that this state was built with: where they differ from the
-    checkpoint's, `resuming.find_own_checkpoint` has seen to it that this is wanted.
+    checkpoint's, `resuming.find_resume_point` has seen to it that this is wanted.
 
     Args:
         start: the checkpoint with which the model is filled; what `directory` does not hold must be that one's.
@@ -180,7 +180,7 @@ def sharded_state(state: RunState, is_loading: bool = False, trainable_only: boo
     """What a checkpoint of this run holds, as Megatron's dist_checkpointing takes it."""
     model = sharded_model_state(state.chunks)
     keep_shares_apart(state.optimizer)
-    with _nothing_to_collect():
+    with _without_garbage_collection():
         optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(STATE_METADATA))
     if trainable_only:
         model = {name: trained_part(part) for name, part in model.items()}
@@ -196,7 +196,7 @@ def sharded_state(state: RunState, is_loading: bool = False, trainable_only: boo
 
 
 @contextlib.contextmanager
-def _nothing_to_collect() -> Iterator[None]:
+def _without_garbage_collection() -> Iterator[None]:
     """Megatron's distributed optimizers each collect garbage here, against leaks of runs that never do otherwise
     (distrib_optimizer.py `sharded_state_dict`): half a second over the objects of torch alone, longer than all else of
     an asynchronous save. This run leaves collecting to Python; frozen objects are not looked at. A process that has

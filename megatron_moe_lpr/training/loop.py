@@ -78,11 +78,11 @@ class Trainer:
             if not self.stop.has_stepped:
                 self.saver.expect()
             self.stop.has_stepped = True
-            self._tell_saved(self.saver.poll())
+            self._report_saved(self.saver.poll())
             self._report()
             self._save_and_evaluate_if_due()
         self.save()
-        self._tell_saved(self.saver.wait())
+        self._report_saved(self.saver.wait())
         finished = self._is_last() and not self._missing_evaluations()
         self.callbacks.end(state.iteration, finished)
         return finished
@@ -93,11 +93,11 @@ class Trainer:
         if saves or self._is_last():
             self.save()
         if self._is_last():
-            self._tell_saved(self.saver.wait())
+            self._report_saved(self.saver.wait())
         evaluates = self._evaluate_if_due()
         if (saves or evaluates) and not self._is_last() and not self.asked_to_stop:
             # That took time, in which a signal may have come.
-            self._ask_whether_to_stop()
+            self._agree_whether_to_stop()
 
     def _evaluate_if_due(self) -> bool:
         """Evaluate what has no result of this step yet, unless all are asked to stop; whether there was something."""
@@ -216,7 +216,7 @@ class Trainer:
 
     def _after_pass(self) -> bool:
         """In an evaluation, on every rank at the same place: complete a save, and whether this rank is to stop."""
-        self._tell_saved(self.saver.poll())
+        self._report_saved(self.saver.poll())
         return self._is_asked_to_stop()
 
     def save(self) -> None:
@@ -227,12 +227,12 @@ class Trainer:
         self.callbacks.check()
         # What is logged of this step and those before must not be lost with this process.
         self.writer.flush()
-        self._tell_saved(self.saver.make_way())
+        self._report_saved(self.saver.finish_previous())
         saved = self.saver.start()
         self.interval.leave_out(began)
-        self._tell_saved(saved)
+        self._report_saved(saved)
 
-    def _tell_saved(self, saved: Saved | None) -> None:
+    def _report_saved(self, saved: Saved | None) -> None:
         if saved:
             self.callbacks.save(saved)
 
@@ -240,7 +240,7 @@ class Trainer:
         """Whether this rank received a signal, or a callback of it raised, which `Callbacks.check` then raises."""
         return self.stop.received is not None or self.callbacks.failed
 
-    def _ask_whether_to_stop(self) -> None:
+    def _agree_whether_to_stop(self) -> None:
         """Whether any rank is asked to stop: all stop after the same step."""
         flag = torch.full((), int(self._is_asked_to_stop()), device=self.run.platform.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)

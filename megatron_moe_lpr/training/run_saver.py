@@ -10,7 +10,7 @@ from megatron_moe_lpr.checkpoint.format.trainable_only import layers_of, reading
 from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, Saved, remove_partial
 from megatron_moe_lpr.training.checkpointing import expect_saves, start_save
 from megatron_moe_lpr.training.run_directory.run_lock import RunLock
-from megatron_moe_lpr.training.setup import Run, card_of
+from megatron_moe_lpr.training.setup import Run, checkpoint_card
 
 
 class RunSaver:
@@ -58,7 +58,7 @@ class RunSaver:
         """Complete the save under way, waiting for it."""
         return self.saver.wait()
 
-    def make_way(self) -> Saved | None:
+    def finish_previous(self) -> Saved | None:
         """Prepare to `start`: complete the save before. Raises UserError where another run has the directory now."""
         self.lock.check()
         return self.saver.wait()
@@ -66,7 +66,7 @@ class RunSaver:
     def start(self) -> Saved | None:
         """Begin to save this step; return the checkpoint where it is complete already."""
         run = self.run
-        card, trainable_only = card_of(run, self.base), run.config.checkpoint.save_trainable_only
+        card, trainable_only = checkpoint_card(run, self.base), run.config.checkpoint.save_trainable_only
         saved = start_save(self.saver, run.state, run.model.directory, card, trainable_only)
         self.saved_iteration = run.state.iteration
         return saved

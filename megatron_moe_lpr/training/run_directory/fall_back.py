@@ -22,7 +22,7 @@ ASIDE = "damaged-"
 
 
 @dataclasses.dataclass(frozen=True)
-class Condemned:
+class DamagedCheckpoint:
     """A checkpoint whose damage is proven."""
 
     iteration: int
@@ -97,14 +97,14 @@ def iterations_in(save: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
-def refuse_fall_back(condemned: Sequence[Condemned], options: CheckpointOptions) -> None:
+def refuse_fall_back(damaged: Sequence[DamagedCheckpoint], options: CheckpointOptions) -> None:
     """Check that the run may go back beyond these damaged checkpoints, the newest first. Changes nothing.
 
     Raises:
         UserError: --no-fall-back was given, there is no older checkpoint, or it takes a person's word: when more than
             one goes, now or counted together with those that earlier starts have set aside on the way back.
     """
-    save, last = options.save, condemned[-1]
+    save, last = options.save, damaged[-1]
     if not options.fall_back:
         raise UserError(f"{last.reason} (--no-fall-back: the checkpoint before is not taken instead)")
     older = [number for number in iterations_in(save) if number < last.iteration]
@@ -113,25 +113,25 @@ def refuse_fall_back(condemned: Sequence[Condemned], options: CheckpointOptions)
             f"{last.reason}; --save {save} holds no older checkpoint to go on from, and nothing was changed; move it "
             "away to start again"
         )
-    gone = [iteration_directory_name(entry.iteration) for entry in condemned]
+    gone = [iteration_directory_name(entry.iteration) for entry in damaged]
     gone += [name for number, name in _set_aside(save) if number > older[-1]]
     if len(gone) > 1 and (options.fall_back_to is None or older[-1] < options.fall_back_to):
         raise UserError(
-            f"{'; '.join(entry.reason for entry in condemned)}; {len(gone)} damaged checkpoints ({', '.join(gone)}) "
+            f"{'; '.join(entry.reason for entry in damaged)}; {len(gone)} damaged checkpoints ({', '.join(gone)}) "
             "are more than a run sets aside by itself, and nothing was changed. Check the disk and the memory of this "
             f"host first; then, to go on from {iteration_directory_name(older[-1])} if it is intact: "
             f"--fall-back-to {older[-1]}"
         )
 
 
-def go_on_from(intact: int, condemned: Sequence[Condemned], save: Path) -> None:
+def set_latest(intact: int, damaged: Sequence[DamagedCheckpoint], save: Path) -> None:
     """Let an intact checkpoint be the latest and set damaged ones aside, under names that nothing takes for one.
 
     Killed in between, the latest file names the intact one already.
     """
-    if condemned or not (save / LATEST_FILE).exists():
+    if damaged or not (save / LATEST_FILE).exists():
         write_latest(save, intact)
-    for entry in condemned:
+    for entry in damaged:
         path = save / iteration_directory_name(entry.iteration)
         aside = _free_name(path)
         os.rename(path, aside)
@@ -139,7 +139,7 @@ def go_on_from(intact: int, condemned: Sequence[Condemned], save: Path) -> None:
             f"DAMAGED CHECKPOINT: {entry.reason}. It is kept as {aside.name}; the run goes on from "
             f"{iteration_directory_name(intact)} and repeats {entry.iteration - intact:,} steps"
         )
-    if condemned:
+    if damaged:
         sync_directory(save)
 
 

@@ -43,7 +43,7 @@ class Holder:
 
 
 def this_process() -> Holder:
-    """Who is asking."""
+    """Who is observer."""
     linux = sys.platform == "linux"
     return Holder(
         host=socket.gethostname(),
@@ -59,35 +59,35 @@ def this_process() -> Holder:
     )
 
 
-def has_ended(holder: Holder, asking: Holder, is_locked: bool | None = None) -> bool:
-    """Whether `holder` has certainly ended, seen from the process `asking`. `is_locked`: see `is_alive`.
+def has_ended(holder: Holder, observer: Holder, is_locked: bool | None = None) -> bool:
+    """Whether `holder` has certainly ended, seen from the process `observer`. `is_locked`: see `is_alive`.
 
     On the same boot of one machine, where both see the same processes: there is no process of its number, or one that
     started at another time. A process that /proc does not show may be another user's (`hidepid`): not certain.
 
     A later start of the same SLURM job: SLURM has ended the earlier one, or given up the node it was on.
     """
-    if holder.job and holder.job == asking.job and asking.restart > holder.restart:
-        return holder.cluster is None or asking.cluster is None or holder.cluster == asking.cluster
-    if not _sees_processes_of(holder, asking) or (holder.flock and is_locked):
+    if holder.job and holder.job == observer.job and observer.restart > holder.restart:
+        return holder.cluster is None or observer.cluster is None or holder.cluster == observer.cluster
+    if not _sees_processes_of(holder, observer) or (holder.flock and is_locked):
         return False
     start = start_time(holder.process)
     return not is_running(holder.process) or (start is not None and start != holder.start)
 
 
-def is_alive(holder: Holder, asking: Holder, is_locked: bool | None) -> bool:
-    """Whether `holder` certainly runs, seen from the process `asking`.
+def is_alive(holder: Holder, observer: Holder, is_locked: bool | None) -> bool:
+    """Whether `holder` certainly runs, seen from the process `observer`.
 
     Args:
         is_locked: whether some process has `flock` on the lock file; None: the file system does not tell. It counts on
             the same boot only: a server may keep the lock of a machine that is gone.
     """
-    if _same_boot(holder, asking) and holder.flock and is_locked:
+    if _same_boot(holder, observer) and holder.flock and is_locked:
         return True
-    return _sees_processes_of(holder, asking) and start_time(holder.process) == holder.start
+    return _sees_processes_of(holder, observer) and start_time(holder.process) == holder.start
 
 
-def has_ended_if_it_rests(holder: Holder, asking: Holder, is_locked: bool | None) -> bool:
+def has_ended_if_not_refreshed(holder: Holder, observer: Holder, is_locked: bool | None) -> bool:
     """Whether a lock file that `holder` does not refresh any more means that it has ended.
 
     On the same boot that holds of a process which cannot be seen (another user's, another container's) where nobody
@@ -97,22 +97,22 @@ def has_ended_if_it_rests(holder: Holder, asking: Holder, is_locked: bool | None
     """
     if not holder.refreshed or is_locked:
         return False
-    if _same_boot(holder, asking):
+    if _same_boot(holder, observer):
         return holder.flock and is_locked is False
-    return is_near(holder, asking)
+    return is_near(holder, observer)
 
 
-def is_near(holder: Holder, asking: Holder) -> bool:
+def is_near(holder: Holder, observer: Holder) -> bool:
     """Whether both have one host name: the same machine, its container, or another machine of that name."""
-    return holder.host == asking.host
+    return holder.host == observer.host
 
 
-def _same_boot(holder: Holder, asking: Holder) -> bool:
-    return is_near(holder, asking) and bool(asking.boot) and holder.boot == asking.boot
+def _same_boot(holder: Holder, observer: Holder) -> bool:
+    return is_near(holder, observer) and bool(observer.boot) and holder.boot == observer.boot
 
 
-def _sees_processes_of(holder: Holder, asking: Holder) -> bool:
-    return _same_boot(holder, asking) and bool(asking.namespace) and holder.namespace == asking.namespace
+def _sees_processes_of(holder: Holder, observer: Holder) -> bool:
+    return _same_boot(holder, observer) and bool(observer.namespace) and holder.namespace == observer.namespace
 
 
 def _read_text(path: str) -> str:
