@@ -26,7 +26,7 @@ class BatchOptions:
     """Tokens of a sequence. Paper: 1024 in stage 1, 512 in stage 2."""
 
     def num_microbatches(self, data_parallel_size: int = 1) -> int:
-        """Micro-batches a rank accumulates in one step.
+        """Micro-batches of a step that each rank computes one after the other.
 
         Raises:
             UserError: the global batch does not divide.
@@ -104,12 +104,12 @@ class OptimizerOptions:
         return self.lr_decay_iters or train_iters
 
     def wsd_decay_iters(self, train_iters: int) -> int:
-        """Steps of WSD's decay, by default a tenth of all, or what the warm-up leaves."""
+        """Steps of WSD's decay; by default a tenth of all steps, at most those after the warm-up."""
         decay = self.decay_iters(train_iters)
         return self.lr_wsd_decay_iters or max(1, min(decay // 10, decay - self.lr_warmup_iters))
 
     def iters_after_decay(self, train_iters: int) -> int:
-        """Steps of a run that come after --lr-decay-iters and train with --min-lr."""
+        """Steps of a run after --lr-decay-iters, which train with --min-lr."""
         return 0 if self.lr_decay_style == "constant" else max(0, train_iters - self.decay_iters(train_iters))
 
     def with_platform_defaults(self, platform: Platform) -> "OptimizerOptions":

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: steps, evaluations and saves, until the last step or a request to stop."""
 
 import itertools
 import time
@@ -45,15 +45,15 @@ class Trainer:
         self.grad_norm = 0.0
         self.asked_to_stop = False
         self.agreed: Agreed
-        """Of the latest step of this start."""
+        """What the ranks agreed on in the latest step."""
         self.evaluated: set[str] = set()
-        """Names of the validation datasets that have a result of this step."""
+        """Names of the validation datasets that were evaluated after the current step."""
 
     def train(self) -> bool:
         """Run to the end.
 
         Returns:
-            Whether the run is finished; False: it was asked to stop, and has saved.
+            Whether the run is finished; False: it was asked to stop and has saved.
         """
         with self.saver.in_use():
             return self._train()
@@ -63,7 +63,7 @@ class Trainer:
         batches = self._batches()
         reset_routing(state.chunks)
         open_experts(state.chunks, self.run.openness(state.iteration))
-        # A signal or a kill may have cut off the evaluation of this step.
+        # A signal or a kill may have interrupted the evaluation after this step: do what is missing.
         self.evaluated = on_every_rank(self.writer.evaluated)[0]
         self.callbacks.start(config, state.iteration)
         self._evaluate_if_due()
@@ -73,7 +73,7 @@ class Trainer:
             self.stop.nothing_to_save = False
             self.step(batches)
             if self.asked_to_stop:
-                # By a signal, or for a callback that raised.
+                # Raises where a callback failed, not a signal, is the reason.
                 self.callbacks.check()
             if not self.stop.has_stepped:
                 self.saver.expect()
@@ -96,11 +96,11 @@ class Trainer:
             self._report_saved(self.saver.wait())
         evaluates = self._evaluate_if_due()
         if (saves or evaluates) and not self._is_last() and not self.asked_to_stop:
-            # That took time, in which a signal may have come.
+            # A save or evaluation takes long: a signal may have arrived meanwhile.
             self._agree_whether_to_stop()
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluate what has no result of this step yet, unless all are asked to stop; whether there was something."""
+        """Evaluate the datasets that are due and not evaluated, unless all ranks stop; return whether any was due."""
         missing = self._missing_evaluations()
         if missing and not self.asked_to_stop:
             self.evaluate(missing)
@@ -171,7 +171,7 @@ class Trainer:
             reset_routing(chunks)
 
     def _report(self) -> None:
-        """Call the callbacks of a step. Every rank must call it: at log steps routing is summed over them."""
+        """Call the callbacks of a step. Every rank must call it: at log steps routing is summed over the ranks."""
         state, agreed = self.state, self.agreed
         step = Step(
             iteration=state.iteration,
@@ -187,12 +187,15 @@ class Trainer:
         began = time.monotonic()
         self.callbacks.step(step)
         if step.metrics:
-            # What it takes to write them belongs to no interval.
+            # The time to write the log belongs to no interval.
             self.interval.leave_out(began)
 
     def evaluate(self, datasets: Sequence[ValidationDataset]) -> None:
-        """Report the loss of validation datasets. Where any rank is asked to stop, all leave between two micro-batches;
-        the dataset that they are in has no result then, since a mean over a part of it is another number."""
+        """Evaluate validation datasets and report their losses. Every rank must call it.
+
+        Where any rank is asked to stop, all stop between two micro-batches. The dataset in progress gets no result, since
+        a mean over a part of it is another number.
+        """
         run, began = self.run, time.monotonic()
         self.callbacks.check()
         for dataset in datasets:
@@ -215,17 +218,17 @@ class Trainer:
         self.interval.leave_out(began)
 
     def _after_pass(self) -> bool:
-        """In an evaluation, on every rank at the same place: complete a save, and whether this rank is to stop."""
+        """Complete a save between two passes of an evaluation; return whether this rank is asked to stop."""
         self._report_saved(self.saver.poll())
         return self._is_asked_to_stop()
 
     def save(self) -> None:
-        """Begin to write a checkpoint of this step, unless there is one; the one before is waited for."""
+        """Start to write a checkpoint of this step, unless it has one; wait for the previous save first."""
         if self.saver.is_up_to_date:
             return
         began = time.monotonic()
         self.callbacks.check()
-        # What is logged of this step and those before must not be lost with this process.
+        # The log of steps that the checkpoint contains must not be lost with this process.
         self.writer.flush()
         self._report_saved(self.saver.finish_previous())
         saved = self.saver.start()
@@ -237,11 +240,11 @@ class Trainer:
             self.callbacks.save(saved)
 
     def _is_asked_to_stop(self) -> bool:
-        """Whether this rank received a signal, or a callback of it raised, which `Callbacks.check` then raises."""
+        """Whether this rank received a signal, or a callback of it raised an error (`Callbacks.check` raises it)."""
         return self.stop.received is not None or self.callbacks.failed
 
     def _agree_whether_to_stop(self) -> None:
-        """Whether any rank is asked to stop: all stop after the same step."""
+        """Set `asked_to_stop` on all ranks where any rank is asked to stop, so that all stop after the same step."""
         flag = torch.full((), int(self._is_asked_to_stop()), device=self.run.platform.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         self.asked_to_stop = bool(flag)
