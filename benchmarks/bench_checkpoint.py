@@ -158,21 +158,20 @@ def rank_main(load: Path) -> None:
 
 def build(load: Path) -> Any:
     """The state of a run of stage 1 after a step."""
-    import torch
 
     from megatron_moe_lpr.checkpoint.loading.model import load_model
-    from megatron_moe_lpr.model.configuration.config import ComputeOptions
+    from megatron_moe_lpr.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+    from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
+    from megatron_moe_lpr.model.configuration.compute import ComputeOptions
     from megatron_moe_lpr.parallel.groups import initialize_parallel
     from megatron_moe_lpr.parallel.layout import ParallelLayout
     from megatron_moe_lpr.platform import select_platform
     from megatron_moe_lpr.training.checkpointing import RunState
-    from megatron_moe_lpr.training.configuration.config import BatchOptions, OptimizerOptions
     from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
-    from megatron_moe_lpr.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 
     platform, layout = select_platform("cpu"), ParallelLayout()
     initialize_parallel(platform, layout)
-    model = load_model(load, layout, platform, ComputeOptions(dtype=torch.bfloat16), calculate_per_token_loss=True)
+    model = load_model(load, layout, platform, ComputeOptions(bf16=True), calculate_per_token_loss=True)
     freeze(model.chunks, STAGES["1"])
     options = OptimizerOptions(use_distributed_optimizer=True)
     chunks = wrap_data_parallel(model.chunks, model.config, options)

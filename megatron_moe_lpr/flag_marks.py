@@ -43,6 +43,7 @@ Mark = Change | Free | RecordedAs
 Decides = Annotated[T, Change.ANOTHER_RUN]
 Acceptable = Annotated[T, Change.ACCEPTABLE]
 Scheduled = Annotated[T, Change.SCHEDULE]
+Overlap = Annotated[T, Free("when something is computed or sent, not what")]
 
 
 class MarkedFlag(typing.NamedTuple):

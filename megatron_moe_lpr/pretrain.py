@@ -67,9 +67,10 @@ def _train(
     from megatron_moe_lpr.training.configuration.schedule_notes import schedule_notes
     from megatron_moe_lpr.training.logs.metrics import MetricsWriter
     from megatron_moe_lpr.training.loop import Trainer
+    from megatron_moe_lpr.training.overview import print_overview
     from megatron_moe_lpr.training.run_directory.start_marker import mount_point
     from megatron_moe_lpr.training.run_log import LossWarnings, RunLog
-    from megatron_moe_lpr.training.setup import prepare, print_overview
+    from megatron_moe_lpr.training.setup import prepare
 
     with long_work("setting up"):
         run = prepare(config)
@@ -83,7 +84,7 @@ def _train(
         writer.say(f"resuming from step {step:,} in {save}")
     else:
         writer.say(f"beginning at step 0: no checkpoint in {save} (file system mounted at {mount_point(save)})")
-    for note in schedule_notes(run.config, step, run.own.recorded if run.own else None):
+    for note in schedule_notes(run.config, step, run.resume_from.recorded if run.resume_from else None):
         writer.say(note)
     try:
         called = Callbacks([LossWarnings(writer), RunLog(run, writer)], callbacks)

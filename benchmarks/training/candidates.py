@@ -27,11 +27,11 @@ BALANCE, LPR = 0.01, 0.1
 def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, int]) -> Callable[[], float]:
     """A step of this package, as `megatron_moe_lpr.pretrain` makes it."""
     from megatron_moe_lpr.data.reading.config import DataConfig
+    from megatron_moe_lpr.engine.options import BatchOptions
+    from megatron_moe_lpr.model.configuration.compute import ComputeOptions
     from megatron_moe_lpr.training.configuration.config import (
-        BatchOptions,
         CheckpointOptions,
         LoggingOptions,
-        PrecisionOptions,
         TrainingConfig,
     )
     from megatron_moe_lpr.training.configuration.stages import StageOptions
@@ -55,7 +55,7 @@ def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, in
             seq_length=sizes["seq_length"],
         ),
         data=DataConfig(data_path=data, original_languages=["en"], num_workers=0),
-        precision=PrecisionOptions(bf16=precision == "bf16", fp32=precision == "fp32"),
+        compute=ComputeOptions(bf16=precision == "bf16", fp32=precision == "fp32"),
         platform="cpu",
     )
     run = prepare(config)

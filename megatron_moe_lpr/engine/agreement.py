@@ -1,7 +1,7 @@
-"""What all ranks agree on in a step: one tensor, summed over them once and read once.
+"""The one exchange of a training step in which all ranks agree on losses, finiteness and a request to stop.
 
-A read makes the host wait until the device has caught up, and a device that has caught up has nothing to do until the
-host has launched something new.
+Everything is summed over the ranks as one tensor, which the host reads once: a read makes the host wait until the
+device has caught up, and the device is then idle until the host has launched something new.
 """
 
 import dataclasses
@@ -15,33 +15,34 @@ from megatron_moe_lpr.liveness import waiting_for
 
 @dataclasses.dataclass(frozen=True)
 class Agreed:
-    """The same on every rank, on the host."""
+    """What all ranks agree on in a training step: the same on every rank, on the host."""
 
     sums: LossSums
-    """Of all ranks."""
+    """Losses and tokens of the global batch."""
     gradients_finite: bool
-    """On all ranks."""
+    """Whether the gradients are finite on every rank."""
     asked_to_stop: bool
-    """Whether any rank received a signal."""
+    """Whether any rank is asked to stop after this step."""
 
     @property
     def not_finite(self) -> str | None:
-        """What stands in the way of the step."""
+        """`loss` or `gradient`, whichever is not finite; None: both are, and the optimizer steps."""
         if not torch.isfinite(self.sums.loss).all():
             return "loss"
         return None if self.gradients_finite else "gradient"
 
 
 def agree(sums: LossSums, gradients_finite: torch.Tensor, asked_to_stop: bool) -> Agreed:
-    """Reduce and read once. Every rank must call it.
+    """Sum losses and flags over all ranks, and read them once. Every rank must call it.
 
     Args:
-        sums: this rank's part, on the device.
-        gradients_finite: bool, on the device, no dimensions: whether this rank's are.
-        asked_to_stop: whether this rank received a signal.
+        sums: this rank's part of the losses, on the device.
+        gradients_finite: bool, no dimensions, on the device: whether this rank's gradients are finite.
+        asked_to_stop: whether this rank received a signal, or a callback of it raised.
     """
     flags = torch.full((2,), float(asked_to_stop), dtype=torch.float64, device=sums.loss.device)
     flags[0] = ~gradients_finite
+    # All of it in one tensor: one collective, and one copy to the host.
     together = torch.cat((sums.loss, sums.tokens, flags))
     languages = len(sums.loss)
     with waiting_for("the losses of all ranks", on_peers=True):

@@ -1,4 +1,4 @@
-"""What Megatron's schedules do with the gradients when all micro-batches of a step are through."""
+"""Sums a step's gradients over ranks and divides by tokens; Megatron's schedules call it after the last backward."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,13 +14,13 @@ def finalize_gradients(
 ) -> None:
     """Reduce the gradients over the ranks, and divide them by the step's number of tokens.
 
-    Mirrors distributed/finalize_model_grads.py `finalize_model_grads`, which asks on the host whether there are tokens
-    (`if num_tokens > 0`) and waits for the device to know. Here one takes the place of none, on the device.
+    Mirrors distributed/finalize_model_grads.py `finalize_model_grads`, which compares the number of tokens with 0 on
+    the host (`if num_tokens > 0`) and so waits for the device. Here 0 is replaced by 1, on the device.
 
     Args:
-        tokens: with a loss, of this rank's micro-batches, int, on the device; known on the last pipeline stage. Becomes
-            the number of all ranks.
-        options: `finalize_model_grads`' own.
+        tokens: number of tokens with a loss in this rank's micro-batches, int, on the device; known on the last
+            pipeline rank. Changed in place to the number of all ranks.
+        options: further arguments of `finalize_model_grads`.
     """
     finalize_model_grads(chunks, None, **options)
     if tokens is None:

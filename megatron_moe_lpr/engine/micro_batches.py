@@ -1,4 +1,4 @@
-"""One global batch through Megatron's schedule, for training and evaluation: losses normalised over all of it."""
+"""Runs micro-batches through Megatron's schedule; losses are normalised over the global batch."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -17,10 +17,10 @@ from megatron_moe_lpr.model.moe.token_tags import token_tags
 
 @dataclasses.dataclass(frozen=True)
 class StepWeights:
-    """What one token weighs in the router's losses, so that the sum over the step is a mean over its global batch.
+    """Weight of one token in the router's losses, so that their sum over the step is a mean over the global batch.
 
     Megatron divides every gradient by the number of tokens with a loss (`calculate_per_token_loss`), so the weights
-    carry that number as a factor.
+    have that number as a factor.
     """
 
     lpr: torch.Tensor
@@ -31,27 +31,28 @@ class StepWeights:
 
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """LM loss of a step: `over_ranks` makes the sums of all ranks of one rank's."""
+    """Summed LM loss in nats and number of tokens by language, of one rank or, after `reduced`, of all ranks."""
 
     loss: torch.Tensor
     """[languages], fp64: summed loss of the tokens with that language's tag."""
     tokens: torch.Tensor
     """[languages], fp64."""
     text_loss: torch.Tensor | None = None
-    """[languages], fp64: `loss` with the tokens of the text that the loss mask leaves out; None: not summed."""
+    """[languages], fp64: like `loss`, but over all tokens of the text, also those with a loss mask of 0; None: not
+    summed."""
 
     @property
     def mean(self) -> float:
-        """Loss per token over all languages."""
+        """LM loss per token over all languages, in nats."""
         return (self.loss.sum() / self.tokens.sum()).item()
 
-    def of_language(self, language: int) -> float:
-        """Loss per token of one language; NaN where there was none."""
+    def language_loss(self, language: int) -> float:
+        """LM loss per token of one language, in nats; NaN where there was no token of it."""
         return (self.loss[language] / self.tokens[language]).item()
 
     def by_language(self, names: Sequence[str]) -> dict[str, float]:
-        """Loss per token of each language that has a token, by its name."""
-        return {name: self.of_language(index) for index, name in enumerate(names) if self.tokens[index] > 0}
+        """LM loss per token, in nats, of each language that has a token, by its name."""
+        return {name: self.language_loss(index) for index, name in enumerate(names) if self.tokens[index] > 0}
 
     def __add__(self, other: "LossSums") -> "LossSums":
         text_loss = None
@@ -59,18 +60,25 @@ class LossSums:
             text_loss = self.text_loss + other.text_loss
         return LossSums(self.loss + other.loss, self.tokens + other.tokens, text_loss)
 
-    def over_ranks_that_stay(self, leaves: bool) -> "LossSums | None":
-        """`over_ranks`, or None on every rank where any of them leaves: both are agreed on at once."""
+    def reduced_unless_stopped(self, stops: bool) -> "LossSums | None":
+        """Sum over all ranks like `reduced`, in the same exchange as a flag. Every rank must call it.
+
+        Args:
+            stops: whether this rank wants all ranks to stop.
+
+        Returns:
+            None on every rank where any rank wants to stop.
+        """
         parts = [part for part in (self.loss, self.tokens, self.text_loss) if part is not None]
-        flag = torch.full((1,), float(leaves), dtype=self.loss.dtype, device=self.loss.device)
+        flag = torch.full((1,), float(stops), dtype=self.loss.dtype, device=self.loss.device)
         total = torch.cat((*parts, flag))
         with waiting_for("the losses of all ranks", on_peers=True):
             dist.all_reduce(total)
-            *sums, leaving = total.cpu().split((*map(len, parts), 1))
-        return None if leaving.item() else LossSums(*sums)
+            *sums, stopping = total.cpu().split((*map(len, parts), 1))
+        return None if stopping.item() else LossSums(*sums)
 
-    def over_ranks(self) -> "LossSums":
-        """Summed over all ranks, on the host, which waits for the device. Every rank must call it."""
+    def reduced(self) -> "LossSums":
+        """Sum over all ranks; the host waits for the device and has the result. Every rank must call it."""
         total = torch.stack([part for part in (self.loss, self.tokens, self.text_loss) if part is not None])
         with waiting_for("the losses of all ranks", on_peers=True):
             dist.all_reduce(total)
@@ -78,21 +86,21 @@ class LossSums:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch to where the model is."""
+    """Copy a batch to the model's device; the host does not wait."""
     return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
 
 
-def step_weights(batches: Sequence[Batch], original_table: torch.Tensor) -> StepWeights:
-    """Count the tokens of the whole step: this rank's micro-batches, then all data-parallel ranks.
+def step_weights(batches: Sequence[Batch], language_group: torch.Tensor) -> StepWeights:
+    """Count the tokens of the global batch, over micro-batches and data-parallel ranks, for the weights of its tokens.
 
     Args:
         batches: this rank's micro-batches.
-        original_table: bool [languages + 1], whether a language is original; or int, the group of each language that
-            has a prior, else -1 (`LanguageRegistry.group_table`). The last entry is padding's.
+        language_group: int64 [languages + 1], on the model's device: for each language that has a prior its group (0
+            for original languages), else -1; the last entry is padding's (`LanguageRegistry.group_table`).
     """
     device = batches[0]["tokens"].device
     with_loss = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum()
-    has_prior = _groups(original_table) >= 0
+    has_prior = language_group >= 0
     original = torch.stack([has_prior[batch["language"]].sum() for batch in batches]).sum()
     # `full` and not `tensor`: the host waits for the device where it copies a number of its own there.
     micro_batches = torch.full((), float(len(batches)), device=device)
@@ -107,39 +115,37 @@ def run_schedule(
     chunks: Sequence[torch.nn.Module],
     config: MoELPRConfig,
     batches: Sequence[Batch],
-    original_table: torch.Tensor,
+    language_group: torch.Tensor,
     forward_only: bool = False,
 ) -> LossSums:
-    """Forward and, unless `forward_only`, backward of all micro-batches. Every rank must call it.
-
-    Returns:
-        The summed LM losses, the same on every rank, on the host. Arguments: see `run_micro_batches`.
-    """
-    return run_micro_batches(chunks, config, batches, original_table, forward_only).over_ranks()
+    """Like `run_micro_batches`, with the losses summed over all ranks, on the host, which waits for the device."""
+    return run_micro_batches(chunks, config, batches, language_group, forward_only).reduced()
 
 
 def run_micro_batches(
     chunks: Sequence[torch.nn.Module],
     config: MoELPRConfig,
     batches: Sequence[Batch],
-    original_table: torch.Tensor,
+    language_group: torch.Tensor,
     forward_only: bool = False,
 ) -> LossSums:
-    """The same without a look at the losses, for which the host would wait. Every rank must call it.
+    """Forward and, unless `forward_only`, backward of all micro-batches. Every rank must call it.
+
+    This rank's part of the losses stays on the device, so that the host need not wait for it.
 
     Args:
-        chunks: this rank's part of the model.
+        chunks: this rank's part of the model, several chunks with an interleaved pipeline schedule.
         batches: this rank's micro-batches on the model's device, [batch, sequence] each.
-        original_table: see `step_weights`.
+        language_group: see `step_weights`.
 
     Returns:
-        This rank's part of the summed LM losses, on the device.
+        This rank's part of the summed LM losses.
     """
-    languages = len(original_table) - 1
+    languages = len(language_group) - 1
     forward = partial(
         _forward_step,
-        weights=step_weights(batches, original_table),
-        original_table=original_table,
+        weights=step_weights(batches, language_group),
+        language_group=language_group,
         has_routers=config.num_moe_experts is not None,
     )
     interleaved = len(chunks) > 1
@@ -154,7 +160,7 @@ def run_micro_batches(
         micro_batch_size=batch,
         forward_only=forward_only,
     )
-    return _sum_of_rank(reports, languages, batches[0]["tokens"].device)
+    return _rank_sums(reports, languages, batches[0]["tokens"].device)
 
 
 def _forward_step(
@@ -162,31 +168,30 @@ def _forward_step(
     model: torch.nn.Module,
     *,
     weights: StepWeights,
-    original_table: torch.Tensor,
+    language_group: torch.Tensor,
     has_routers: bool,
 ) -> tuple:
-    """Megatron's forward_step_func: output of a stage, and the function that makes a loss of it on the last one."""
+    """Megatron's forward_step_func.
+
+    Returns:
+        The output of this pipeline rank, and the function that computes the loss from it on the last pipeline rank.
+    """
     batch = next(iterator)
     advance()
     tags = None
     if has_routers:
         language = batch["language"]
-        groups = _groups(original_table)[language]
+        groups = language_group[language]
         tags = token_tags(groups >= 0, language >= 0, weights.lpr, weights.micro_batch, groups)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], padding_mask=tags)
-    return output, partial(_loss, batch, len(original_table) - 1)
-
-
-def _groups(table: torch.Tensor) -> torch.Tensor:
-    """The group of each language that has a prior, else -1; a table of original languages says the same in bools."""
-    return torch.where(table, 0, -1) if table.dtype == torch.bool else table
+    return output, partial(_loss, batch, len(language_group) - 1)
 
 
 def _loss(batch: Batch, languages: int, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed loss, number of tokens and the report by language of one micro-batch.
+    """Summed loss and number of tokens of one micro-batch, and [3, languages]: loss, tokens and loss of all text.
 
     Args:
-        output: LM loss of each token, [batch, sequence].
+        output: LM loss of each token in nats, [batch, sequence].
     """
     mask = batch["loss_mask"]
     losses = output.float() * mask
@@ -200,8 +205,8 @@ def _loss(batch: Batch, languages: int, output: torch.Tensor) -> tuple[torch.Ten
     return losses.sum(), tokens.to(torch.int), report
 
 
-def _sum_of_rank(reports: list[torch.Tensor], languages: int, device: torch.device) -> LossSums:
-    """The last stage has the reports, equal on its TP ranks: one of these counts for all."""
+def _rank_sums(reports: list[torch.Tensor], languages: int, device: torch.device) -> LossSums:
+    """Add up the reports of the last pipeline rank; equal on all its TP ranks, so that only one of these counts."""
     total = torch.zeros(3, languages, dtype=torch.float64, device=device)
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
         total += torch.stack(reports).sum(dim=0)

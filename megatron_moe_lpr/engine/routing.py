@@ -1,4 +1,4 @@
-"""The routing statistics of a whole model."""
+"""Routing statistics of all MoE layers of a model, collected over ranks."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ def routers(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[int, LPRRouter]
 
 
 def reset_routing(chunks: Sequence[torch.nn.Module]) -> None:
-    """Start counting anew."""
+    """Set the statistics of this rank's routers to zero."""
     for _, router in routers(chunks):
         router.statistics.reset()
 
@@ -34,7 +34,7 @@ def open_experts(chunks: Sequence[torch.nn.Module], openness: float) -> None:
 
 
 def collect_routing(chunks: Sequence[torch.nn.Module], shape: ModelShape) -> RoutingReport:
-    """Statistics since the last reset, added up over all ranks, and a new start. Every rank must call it."""
+    """Sum the statistics since the last reset over all ranks, then reset them. Every rank must call it."""
     counted = [(layer, router.statistics) for layer, router in routers(chunks)]
     report = gather_routing(counted, shape.architecture.num_layers, shape.max_experts)
     reset_routing(chunks)
@@ -43,7 +43,7 @@ def collect_routing(chunks: Sequence[torch.nn.Module], shape: ModelShape) -> Rou
 
 @contextlib.contextmanager
 def counted_apart(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Count what happens in this block by itself; what was counted before goes on after it."""
+    """Count routing inside the block from zero; after it the earlier counts are back and continue."""
     kept = [(router, router.statistics) for _, router in routers(chunks)]
     for router, _ in kept:
         router.statistics = RoutingStatistics(router.num_experts)

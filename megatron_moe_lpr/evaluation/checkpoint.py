@@ -24,7 +24,8 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.finite import check_finite_losses, check_finite_weights
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
 from megatron_moe_lpr.liveness import long_work
-from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, check_layout
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout
 from megatron_moe_lpr.model.configuration.dtype import choose_dtype, say_dtype
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
@@ -97,7 +98,7 @@ def _evaluate(plan: EvaluationPlan) -> Evaluation:
     dtype = choose_dtype(plan.dtype, card.compute_dtype, platform)
     say_dtype(plan.dtype, card.compute_dtype, card.dtype, platform)
     with long_work(f"loading {directory.path}"):
-        model = load_model(directory, plan.layout, platform, ComputeOptions(dtype=dtype), verified=plan.verify)
+        model = load_model(directory, plan.layout, platform, ComputeOptions().with_dtype(dtype), verified=plan.verify)
         check_finite_weights(model.chunks, directory.path)
     groups = groups_with_prior(card.history, original.names, shape.num_groups)
     table = languages.group_table(groups).to(platform.device)

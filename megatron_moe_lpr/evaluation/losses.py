@@ -49,7 +49,7 @@ def evaluate_dataset(
     config: MoELPRConfig,
     shape: ModelShape,
     dataset: ValidationDataset,
-    original_table: torch.Tensor,
+    language_group: torch.Tensor,
     device: torch.device,
     micro_batch_size: int,
     after_pass: Callable[[], bool] | None = None,
@@ -57,7 +57,7 @@ def evaluate_dataset(
     """Run one dataset forward, at any layout. Every rank must call it; all get the same result.
 
     Args:
-        original_table: bool [languages + 1], whether a language is original; the last entry is padding's.
+        language_group: see `engine.micro_batches.step_weights`.
         after_pass: called on every rank whenever micro-batches have gone through the schedule: whether this rank is to
             leave.
 
@@ -75,8 +75,8 @@ def evaluate_dataset(
     with counted_apart(chunks):
         for _ in range(passes):
             part = [to_device(batch, device) for batch in itertools.islice(batches, together)]
-            of_rank = run_micro_batches(chunks, config, part, original_table, forward_only=True)
-            sums = of_rank.over_ranks_that_stay(after_pass is not None and after_pass())
+            of_rank = run_micro_batches(chunks, config, part, language_group, forward_only=True)
+            sums = of_rank.reduced_unless_stopped(after_pass is not None and after_pass())
             if sums is None:
                 return None
             total = sums if total is None else total + sums

@@ -111,11 +111,11 @@ class Callbacks:
 
     def __init__(self, own: Sequence[Callback] = (), given: Sequence[Callback] = ()) -> None:
         """Take both. Every rank must make one, with whatever callbacks it has."""
-        from megatron_moe_lpr.training.guards import gather_objects
+        from megatron_moe_lpr.parallel.every_rank import on_every_rank
 
         self.own, self.given = list(own), list(given)
         self._error: BaseException | None = None
-        self._any_given = any(gather_objects(bool(given)))
+        self._any_given = any(on_every_rank(lambda: bool(given)))
 
     def start(self, config: "TrainingConfig", iteration: int) -> None:
         """Call on_start. Every rank must call this and each method below; they raise as `check` does."""
@@ -155,9 +155,9 @@ class Callbacks:
         """
         if not self._any_given:
             return
-        from megatron_moe_lpr.training.guards import gather_objects
+        from megatron_moe_lpr.parallel.every_rank import on_every_rank
 
-        failures = gather_objects(_failure(self._error))
+        failures = on_every_rank(lambda: _failure(self._error))
         if self._error is not None:
             raise self._error
         for rank, failure in enumerate(failures):

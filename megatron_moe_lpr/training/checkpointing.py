@@ -1,4 +1,4 @@
-"""What of a run a checkpoint holds, and how a run goes on from it."""
+"""The state of a run as a checkpoint holds it: saving it, and loading it at any layout."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,6 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.format.chain import find_parent
@@ -29,13 +28,14 @@ from megatron_moe_lpr.checkpoint.loading.model_state import fill_model, parallel
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
 from megatron_moe_lpr.checkpoint.saving.optimizer_state import install_local_shard_state
 from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, Saved
+from megatron_moe_lpr.engine.step import TrainingState
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE
 from megatron_moe_lpr.files.json_files import is_integer
 from megatron_moe_lpr.model.build import unwrap
 
 # Optimizer state in the parameters' own shapes, so that TP, PP, EP and DP may all change between save and resume.
-# `install_local_shard_state` writes them without gathering.
+# `install_local_shard_state` saves them without gathering them on one rank.
 STATE_METADATA = CONTENT_METADATA | {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -43,20 +43,17 @@ STATE_METADATA = CONTENT_METADATA | {
 
 
 @dataclasses.dataclass
-class RunState:
+class RunState(TrainingState):
     """Everything of a run that a checkpoint holds."""
 
-    chunks: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    schedule: OptimizerParamScheduler
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
     frozen: FrozenWeights | None = None
-    """What gives frozen weights their stored bits when the state is saved; None: they are saved as they are."""
+    """Saves frozen weights with the bits of the checkpoint they came from; None: they are saved as they are now."""
 
     def counters(self) -> dict[str, int]:
-        """Where in the run this is."""
+        """Steps, samples and tokens so far, by name."""
         return {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
@@ -71,18 +68,18 @@ def start_save(
     card: CheckpointCard,
     trainable_only: bool = False,
 ) -> Saved | None:
-    """Begin to save this step. Every rank must call it.
+    """Start to save this step. Every rank must call it.
 
     Args:
-        source: the checkpoint the run started from, whose tokenizer and configuration travel along.
-        card: what the new checkpoint knows about itself.
+        source: the checkpoint the run started from; its tokenizer and model configuration are copied.
+        card: the new checkpoint's card.json.
         trainable_only: leave out the weights that don't train.
 
     Returns:
-        The checkpoint where it is complete already (a saver that is not asynchronous), else None.
+        The checkpoint where the saver is not asynchronous and it is complete; else None.
 
     Raises:
-        UserError: this checkpoint or the one before can't be written, on every rank with the reason.
+        UserError: on every rank: this checkpoint or the previous one cannot be written.
     """
     began = time.monotonic()
     _finish_parameter_gather(state.chunks)
@@ -102,17 +99,21 @@ def expect_saves(saver: CheckpointSaver, state: RunState, trainable_only: bool =
 
 
 def _finish_parameter_gather(chunks: list[DistributedDataParallel]) -> None:
-    """With overlapped gathering a rank has only its own share of the last step's weights until the next forward pass
-    (distrib_optimizer.py `step_with_ready_grads`)."""
+    """Gather the updated weights where --overlap-param-gather leaves that to the next forward pass.
+
+    Until then a rank has only its own part of the new weights (distrib_optimizer.py `step_with_ready_grads`).
+    """
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             _gather_parameters(chunk)
 
 
 def _gather_parameters(chunk: DistributedDataParallel) -> None:
-    """Gather now. Weights in FP8 get their transposed copies too, which Megatron-Core 0.16 leaves to the gathering in
-    the forward pass (param_and_grad_buffer.py `finish_param_sync`): it would find this one done, and the next backward
-    pass would multiply with the copies of the step before."""
+    """Gather updated weights, and renew the transposed copies of weights in FP8.
+
+    Megatron-Core 0.16 renews the copies when it finishes the gathering of the forward pass (param_and_grad_buffer.py
+    `finish_param_sync`). It would skip that after this gathering, and the next backward pass would use old copies.
+    """
     chunk.start_param_sync(force_sync=True)
     in_fp8 = [parameter for parameter in chunk.parameters() if is_float8tensor(parameter)]
     if in_fp8:
@@ -122,11 +123,11 @@ def _gather_parameters(chunk: DistributedDataParallel) -> None:
 def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointDirectory) -> None:
     """Fill model, optimizer, schedule and counters from a checkpoint of this run, written at any layout.
 
-    Settings of optimizer and schedule stay those that this state was built with: where they differ from the
-    checkpoint's, `resuming.find_own_checkpoint` has seen to it that this is wanted.
+    Optimizer and schedule keep the settings that this state was built with: where these differ from the checkpoint's,
+    `resuming.find_resume_point` has checked that the difference was accepted.
 
     Args:
-        start: the checkpoint with which the model is filled; what `directory` does not hold must be that one's.
+        start: the checkpoint with which the model was filled; it must hold what `directory` does not.
 
     Raises:
         UserError: `start` is not the base of `directory`.
@@ -150,7 +151,7 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
 
 
 def _set_counters(state: RunState, counters: Any, directory: CheckpointDirectory) -> None:
-    # By our names: those of a file from elsewhere could replace anything of the run.
+    # Only known names: a file from an unknown source could replace any attribute of the run.
     for name in state.counters():
         value = counters.get(name) if isinstance(counters, dict) else None
         if not is_integer(value) or value < 0:
@@ -159,15 +160,15 @@ def _set_counters(state: RunState, counters: Any, directory: CheckpointDirectory
 
 
 def _optimizer_settings(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
-    """By parameter group: what a checkpoint holds beside the state, and would otherwise bring back."""
+    """Settings of each parameter group that loading a checkpoint would overwrite."""
     names = ("max_lr", "min_lr", "betas", "eps")
     return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
 
 
 def _round_weights_again(state: RunState) -> None:
-    """Weights in FP8 from the optimizer's fp32 ones, as after each step.
+    """Set weights in FP8 from the optimizer's fp32 copies, as after each step.
 
-    The checkpoint holds them dequantised in bf16, which rounds once more: their scales would be others.
+    The checkpoint holds FP8 weights dequantised to bf16; quantised again, they would get other scales.
     """
     for optimizer in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
         optimizer._copy_main_params_to_model_params()
@@ -180,15 +181,15 @@ def _model_names(state: dict[str, Any]) -> list[str]:
 
 
 def sharded_state(state: RunState, is_loading: bool = False, trainable_only: bool = False) -> dict[str, Any]:
-    """What a checkpoint of this run holds, as Megatron's dist_checkpointing takes it."""
+    """Return the contents of a checkpoint of this run as a sharded state dict of Megatron's dist_checkpointing."""
     model = sharded_model_state(state.chunks)
     install_local_shard_state(state.optimizer)
-    with _nothing_to_collect():
+    with _without_garbage_collection():
         optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(STATE_METADATA))
     if trainable_only:
         model = {name: trained_part(part) for name, part in model.items()}
     elif state.frozen and not is_loading:
-        # After the optimizer's part, which is made of the parameters' own entries.
+        # Only now: the optimizer's part above is built from the parameters' own entries.
         model = {name: state.frozen.announce(part) for name, part in model.items()}
     return {
         **model,
@@ -199,11 +200,13 @@ def sharded_state(state: RunState, is_loading: bool = False, trainable_only: boo
 
 
 @contextlib.contextmanager
-def _nothing_to_collect() -> Iterator[None]:
-    """Megatron's distributed optimizers each collect garbage here, against leaks of runs that never do otherwise
-    (distrib_optimizer.py `sharded_state_dict`): half a second over the objects of torch alone, longer than all else of
-    an asynchronous save. This run leaves collecting to Python; frozen objects are not looked at. A process that has
-    frozen those of its imports itself keeps them so: what is left is soon looked through."""
+def _without_garbage_collection() -> Iterator[None]:
+    """Make garbage collections inside the block take no time, by freezing all objects (`gc.freeze`).
+
+    Megatron's distributed optimizers each call gc.collect (distrib_optimizer.py `sharded_state_dict`): half a second
+    over the objects of torch alone, longer than the rest of an asynchronous save. Where the process has frozen objects
+    before, they stay frozen and the collection is quick anyway.
+    """
     already = gc.get_freeze_count() > 0
     if not already:
         gc.freeze()

@@ -1,4 +1,4 @@
-"""The steps between two lines of the log."""
+"""Metrics of the steps between two lines of the log."""
 
 import time
 
@@ -11,12 +11,12 @@ from megatron_moe_lpr.training.setup import Run
 
 
 class Interval:
-    """Adds up the steps since the last log step, in the time that they took: saves and evaluations are left out."""
+    """Adds up losses and time of the steps since the last log step; time of saves and evaluations is left out."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.sums: LossSums | None = None
-        """Of the steps that were not skipped; None: there was none."""
+        """Losses of the steps that were not skipped; None: there was none."""
         self._begin()
 
     def _begin(self) -> None:
@@ -24,7 +24,7 @@ class Interval:
 
     @property
     def is_new(self) -> bool:
-        """Whether the step to come is its first."""
+        """Whether the next step is the interval's first, and no step was skipped."""
         return self.sums is None and self.run.state.iteration == self.first
 
     def add(self, sums: LossSums) -> None:
@@ -36,7 +36,7 @@ class Interval:
         self.start += time.monotonic() - since
 
     def end_if_due(self, grad_norm: float) -> IntervalMetrics | None:
-        """At a log step, begin a new interval and return what this one was. Every rank must call it after each step.
+        """At a log step, return the metrics of this interval and begin a new one. Every rank must call it each step.
 
         Returns:
             None: no log step, or all steps were skipped.

@@ -1,8 +1,8 @@
-"""The training loop."""
+"""The training loop: steps, evaluations and saves, until the last step or a request to stop."""
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,19 +12,13 @@ from megatron_moe_lpr.checkpoint.saving.saver import Saved
 from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.engine.agreement import Agreed
-from megatron_moe_lpr.engine.micro_batches import run_micro_batches, to_device
+from megatron_moe_lpr.engine.micro_batches import to_device
 from megatron_moe_lpr.engine.routing import open_experts, reset_routing
-from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.engine.step import training_step
 from megatron_moe_lpr.evaluation.losses import evaluate_dataset
-from megatron_moe_lpr.liveness import advance
+from megatron_moe_lpr.parallel.every_rank import on_every_rank
 from megatron_moe_lpr.training.callbacks import Callbacks, Step
-from megatron_moe_lpr.training.finite_steps import FiniteSteps
-from megatron_moe_lpr.training.guards import (
-    GradientWatch,
-    explain_non_finite_gradient,
-    explain_non_finite_loss,
-    gather_objects,
-)
+from megatron_moe_lpr.training.guards import SkippedSteps, explain_non_finite_gradient, explain_non_finite_loss
 from megatron_moe_lpr.training.interval import Interval, current_lr
 from megatron_moe_lpr.training.logs.metrics import MetricsWriter
 from megatron_moe_lpr.training.run_directory.run_lock import RunLock
@@ -43,23 +37,23 @@ class Trainer:
         self.callbacks = callbacks or Callbacks()
         self.run, self.state, self.writer = run, run.state, writer
         self.heartbeat = heartbeat
-        self.original_table = run.original_table
+        self.language_group = run.language_group
         self.stop = stop_request()
-        self.steps = FiniteSteps(run.state.chunks, run.state.optimizer, run.config.guards)
+        self.skips = SkippedSteps(run.config.guards)
         self.saver = RunSaver(run, lock, writer.say)
         self.interval = Interval(run)
         self.grad_norm = 0.0
         self.asked_to_stop = False
         self.agreed: Agreed
-        """Of the latest step of this start."""
+        """What the ranks agreed on in the latest step."""
         self.evaluated: set[str] = set()
-        """Names of the validation datasets that have a result of this step."""
+        """Names of the validation datasets that were evaluated after the current step."""
 
     def train(self) -> bool:
         """Run to the end.
 
         Returns:
-            Whether the run is finished; False: it was asked to stop, and has saved.
+            Whether the run is finished; False: it was asked to stop and has saved.
         """
         with self.saver.in_use():
             return self._train()
@@ -69,8 +63,8 @@ class Trainer:
         batches = self._batches()
         reset_routing(state.chunks)
         open_experts(state.chunks, self.run.openness(state.iteration))
-        # A signal or a kill may have cut off the evaluation of this step.
-        self.evaluated = gather_objects(self.writer.evaluated())[0]
+        # A signal or a kill may have interrupted the evaluation after this step: do what is missing.
+        self.evaluated = on_every_rank(self.writer.evaluated)[0]
         self.callbacks.start(config, state.iteration)
         self._evaluate_if_due()
         while not self.asked_to_stop and state.iteration < config.batch.train_iters:
@@ -79,16 +73,16 @@ class Trainer:
             self.stop.nothing_to_save = False
             self.step(batches)
             if self.asked_to_stop:
-                # By a signal, or for a callback that raised.
+                # Raises where a callback failed, not a signal, is the reason.
                 self.callbacks.check()
             if not self.stop.has_stepped:
                 self.saver.expect()
             self.stop.has_stepped = True
-            self._tell_saved(self.saver.poll())
+            self._report_saved(self.saver.poll())
             self._report()
             self._save_and_evaluate_if_due()
         self.save()
-        self._tell_saved(self.saver.wait())
+        self._report_saved(self.saver.wait())
         finished = self._is_last() and not self._missing_evaluations()
         self.callbacks.end(state.iteration, finished)
         return finished
@@ -99,14 +93,14 @@ class Trainer:
         if saves or self._is_last():
             self.save()
         if self._is_last():
-            self._tell_saved(self.saver.wait())
+            self._report_saved(self.saver.wait())
         evaluates = self._evaluate_if_due()
         if (saves or evaluates) and not self._is_last() and not self.asked_to_stop:
-            # That took time, in which a signal may have come.
-            self._ask_whether_to_stop()
+            # A save or evaluation takes long: a signal may have arrived meanwhile.
+            self._agree_whether_to_stop()
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluate what has no result of this step yet, unless all are asked to stop; whether there was something."""
+        """Evaluate the datasets that are due and not evaluated, unless all ranks stop; return whether any was due."""
         missing = self._missing_evaluations()
         if missing and not self.asked_to_stop:
             self.evaluate(missing)
@@ -139,49 +133,45 @@ class Trainer:
         )
 
     def step(self, iterator: Iterator[Batch]) -> None:
-        """One optimizer step. Raises UserError where a loss, a gradient or its absence is wrong."""
+        """Train on the next global batch. Raises UserError where a loss, a gradient or its absence is wrong."""
         run, state, batch = self.run, self.state, self.run.config.batch
-        watch = GradientWatch(state.chunks) if self.interval.is_new else None
         open_experts(state.chunks, run.openness(state.iteration + 1))
         device = run.platform.device
         batches = [to_device(part, device) for part in itertools.islice(iterator, run.num_microbatches)]
         self.evaluated = set()
-        for chunk in state.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        state.optimizer.zero_grad()
-        of_rank = run_micro_batches(state.chunks, run.model.config, batches, self.original_table)
-        if watch:
-            watch.check()
-        self.agreed = agreed = self.steps.step(of_rank, self._is_asked_to_stop)
-        advance()
-        self.asked_to_stop = agreed.asked_to_stop
-        if agreed.not_finite is None:
-            state.schedule.step(increment=batch.global_batch_size)
-            self.grad_norm = self.steps.grad_norm
-            self.interval.add(agreed.sums)
-        elif agreed.not_finite == "loss":
-            self._skip("loss", lambda step: self._explain_loss(batches, step))
-            reset_routing(state.chunks)
+        result = training_step(
+            state,
+            batches,
+            self.language_group,
+            batch.global_batch_size,
+            self._is_asked_to_stop,
+            check_gradients=self.interval.is_new,
+        )
+        self.agreed, self.asked_to_stop = result.agreed, result.agreed.asked_to_stop
+        if result.agreed.not_finite is None:
+            self.grad_norm = result.grad_norm
+            self.skips.end()
+            self.interval.add(result.agreed.sums)
         else:
-            self._skip("gradient", lambda step: explain_non_finite_gradient(state.chunks, step))
+            self._skip(result.agreed.not_finite, batches)
         state.iteration += 1
         state.consumed_samples += batch.global_batch_size
         state.consumed_tokens += batch.global_batch_size * batch.seq_length
 
-    def _skip(self, what: str, explain: Callable[[int], UserError]) -> None:
-        """Leave a step out, or raise the error that ends the run."""
-        step = self.state.iteration + 1
-        if not self.steps.may_skip():
-            raise explain(step)
-        self.writer.say(f"warning: step {step:,}: the {what} is not finite; {self.steps.words()}")
-        self.writer.write("skipped", step, {"reason": what, "in_a_row": self.steps.in_a_row})
-
-    def _explain_loss(self, batches: list[Batch], step: int) -> UserError:
-        return explain_non_finite_loss(self.state.chunks, self.run.model.config, batches, self.original_table, step)
+    def _skip(self, what: str, batches: list[Batch]) -> None:
+        """Report a step whose loss or gradient is not finite, or raise the error that ends the run."""
+        chunks, step = self.state.chunks, self.state.iteration + 1
+        if not self.skips.add():
+            if what == "loss":
+                raise explain_non_finite_loss(chunks, self.run.model.config, batches, self.language_group, step)
+            raise explain_non_finite_gradient(chunks, step)
+        self.writer.say(f"warning: step {step:,}: the {what} is not finite; {self.skips}")
+        self.writer.write("skipped", step, {"reason": what, "in_a_row": self.skips.in_a_row})
+        if what == "loss":
+            reset_routing(chunks)
 
     def _report(self) -> None:
-        """Call the callbacks of a step. Every rank must call it: at log steps routing is summed over them."""
+        """Call the callbacks of a step. Every rank must call it: at log steps routing is summed over the ranks."""
         state, agreed = self.state, self.agreed
         step = Step(
             iteration=state.iteration,
@@ -197,12 +187,14 @@ class Trainer:
         began = time.monotonic()
         self.callbacks.step(step)
         if step.metrics:
-            # What it takes to write them belongs to no interval.
+            # The time to write the log belongs to no interval.
             self.interval.leave_out(began)
 
     def evaluate(self, datasets: Sequence[ValidationDataset]) -> None:
-        """Report the loss of validation datasets. Where any rank is asked to stop, all leave between two micro-batches;
-        the dataset that they are in has no result then, since a mean over a part of it is another number."""
+        """Evaluate validation datasets and report their losses. Every rank must call it.
+
+        If any rank is asked to stop, all stop between two micro-batches; the dataset in progress has no result.
+        """
         run, began = self.run, time.monotonic()
         self.callbacks.check()
         for dataset in datasets:
@@ -211,7 +203,7 @@ class Trainer:
                 run.model.config,
                 run.model.shape,
                 dataset,
-                self.original_table,
+                self.language_group,
                 run.platform.device,
                 run.config.batch.micro_batch_size,
                 self._after_pass,
@@ -225,33 +217,33 @@ class Trainer:
         self.interval.leave_out(began)
 
     def _after_pass(self) -> bool:
-        """In an evaluation, on every rank at the same place: complete a save, and whether this rank is to stop."""
-        self._tell_saved(self.saver.poll())
+        """Complete a save between two passes of an evaluation; return whether this rank is asked to stop."""
+        self._report_saved(self.saver.poll())
         return self._is_asked_to_stop()
 
     def save(self) -> None:
-        """Begin to write a checkpoint of this step, unless there is one; the one before is waited for."""
+        """Start to write a checkpoint of this step, unless it has one; wait for the previous save first."""
         if self.saver.is_up_to_date:
             return
         began = time.monotonic()
         self.callbacks.check()
-        # What is logged of this step and those before must not be lost with this process.
+        # The log of steps that the checkpoint contains must not be lost with this process.
         self.writer.flush()
-        self._tell_saved(self.saver.make_way())
+        self._report_saved(self.saver.finish_previous())
         saved = self.saver.start()
         self.interval.leave_out(began)
-        self._tell_saved(saved)
+        self._report_saved(saved)
 
-    def _tell_saved(self, saved: Saved | None) -> None:
+    def _report_saved(self, saved: Saved | None) -> None:
         if saved:
             self.callbacks.save(saved)
 
     def _is_asked_to_stop(self) -> bool:
-        """Whether this rank received a signal, or a callback of it raised, which `Callbacks.check` then raises."""
+        """Whether this rank received a signal, or a callback of it raised an error (`Callbacks.check` raises it)."""
         return self.stop.received is not None or self.callbacks.failed
 
-    def _ask_whether_to_stop(self) -> None:
-        """Whether any rank is asked to stop: all stop after the same step."""
+    def _agree_whether_to_stop(self) -> None:
+        """Set `asked_to_stop` on all ranks where any rank is asked to stop, so that all stop after the same step."""
         flag = torch.full((), int(self._is_asked_to_stop()), device=self.run.platform.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         self.asked_to_stop = bool(flag)

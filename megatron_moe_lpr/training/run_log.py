@@ -18,10 +18,10 @@ class RunLog(Callback):
         valid = run.datasets.valid
         labels = dataset_labels([(dataset.name, dataset.language) for dataset in valid])
         self.labels = {dataset.name: label for dataset, label in zip(valid, labels, strict=True)}
-        """Of validation datasets, by name: what their curves are called."""
+        """Name of the curve of each validation dataset, by the dataset's name."""
 
     def on_step(self, step: Step) -> None:
-        """At log steps, a line and a record."""
+        """At log steps, print a line and write a record."""
         metrics = step.metrics
         if metrics is None:
             return
@@ -30,7 +30,7 @@ class RunLog(Callback):
         self.writer.write("train", metrics.iteration, counters | metrics.scalars())
 
     def on_evaluation(self, iteration: int, result: DatasetLoss) -> None:
-        """A line and a record of the dataset."""
+        """Print a line and write a record with the dataset's loss."""
         bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte is not None else ""
         name = f"validation {result.language} ({result.name})"
         self.writer.say(f"step {iteration:,} {name}: loss {result.loss:.4f}{bits}, {result.tokens:,} tokens")
@@ -43,7 +43,7 @@ class RunLog(Callback):
         self.writer.write(f"valid/{self.labels[result.name]}", iteration, values)
 
     def on_save(self, saved: Saved) -> None:
-        """A line."""
+        """Print how long the save took."""
         self.writer.say(
             f"saved step {saved.iteration:,} to {self.save} in {saved.seconds:.1f} s, "
             f"of which training waited {saved.stalled:.1f} s"
@@ -57,6 +57,6 @@ class LossWarnings(Callback):
         self.writer, self.watch = writer, LossWatch()
 
     def on_step(self, step: Step) -> None:
-        """Say what `LossWatch` makes of the loss."""
+        """Print the warning of `LossWatch`, if the loss gives reason for one."""
         if warning := self.watch.add(step.loss):
             self.writer.say(f"warning: step {step.iteration:,}: {warning}")

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which step has one, what a card says, and what is removed when a new one is complete."""
+"""Saves a run's checkpoints, and removes old ones when a new one is complete."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,19 +10,21 @@ from megatron_moe_lpr.checkpoint.format.retention import remove_superfluous
 from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, Saved, remove_partial
 from megatron_moe_lpr.training.checkpointing import expect_saves, start_save
 from megatron_moe_lpr.training.run_directory.run_lock import RunLock
-from megatron_moe_lpr.training.setup import Run, card_of
+from megatron_moe_lpr.training.setup import Run, checkpoint_card
 
 
 class RunSaver:
-    """Saves the steps of a run. Every rank makes one and calls its methods in the same order; they raise UserError, on
-    every rank with the reason, where a checkpoint cannot be written."""
+    """Saves a run's checkpoints. Every rank makes one and calls its methods in the same order.
+
+    The methods raise UserError, on every rank with the reason, where a checkpoint cannot be written.
+    """
 
     def __init__(self, run: Run, lock: RunLock, say: Callable[[str], None]) -> None:
-        """Remove what a killed run left behind, and start the process that writes beside training, if one is to.
+        """Remove partial checkpoints of a killed run, and start the process that writes during training (--async-save).
 
         Args:
-            lock: of the directory, checked before each save.
-            say: prints a line on rank 0: what was removed.
+            lock: lock of --save, checked before each save.
+            say: prints a line on rank 0, for each checkpoint that was removed.
         """
         self.run, self.lock, self.say = run, lock, say
         self.saver = self._saver()
@@ -33,9 +35,9 @@ class RunSaver:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep the files that a save needs; after the block no process is left, and a save under way is given up."""
+        """Keep the files that a save copies; after the block no process is left, and an incomplete save is given up."""
         try:
-            # Each checkpoint takes files of the one that the run started from.
+            # Each checkpoint gets copies of files of the checkpoint that the run started from.
             with hold_chain(self.run.model.directory):
                 yield
         finally:
@@ -43,30 +45,30 @@ class RunSaver:
 
     @property
     def is_up_to_date(self) -> bool:
-        """Whether this step has a checkpoint, complete or under way."""
+        """Whether this step has a checkpoint, complete or being written."""
         return self.saved_iteration == self.run.state.iteration
 
     def expect(self) -> None:
-        """Prepare for saves, after the first step of this start."""
+        """Prepare for saves; call it when the optimizer has its state, after the first step of this process."""
         expect_saves(self.saver, self.run.state, self.run.config.checkpoint.save_trainable_only)
 
     def poll(self) -> Saved | None:
-        """Complete the save under way if all ranks have written."""
+        """Complete the save that is being written if all ranks have written; return it then."""
         return self.saver.poll()
 
     def wait(self) -> Saved | None:
-        """Complete the save under way, waiting for it."""
+        """Wait for the save that is being written, and complete it."""
         return self.saver.wait()
 
-    def make_way(self) -> Saved | None:
-        """Prepare to `start`: complete the save before. Raises UserError where another run has the directory now."""
+    def finish_previous(self) -> Saved | None:
+        """Complete the previous save. Raises UserError where another run has taken over the directory."""
         self.lock.check()
         return self.saver.wait()
 
     def start(self) -> Saved | None:
-        """Begin to save this step; return the checkpoint where it is complete already."""
+        """Start to save this step; return the checkpoint where it is complete already (--no-async-save)."""
         run = self.run
-        card, trainable_only = card_of(run, self.parent), run.config.checkpoint.save_trainable_only
+        card, trainable_only = checkpoint_card(run, self.parent), run.config.checkpoint.save_trainable_only
         saved = start_save(self.saver, run.state, run.model.directory, card, trainable_only)
         self.saved_iteration = run.state.iteration
         return saved

@@ -1,16 +1,12 @@
-"""From flags to a run that is ready to step: everything checked, built and, where there is a checkpoint, resumed."""
+"""Build a run from its flags: checks, model, data, optimizer, and the checkpoint to resume from."""
 
 import dataclasses
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from rich.console import Console
-from rich.table import Table
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, ParentCheckpoint
-from megatron_moe_lpr.checkpoint.format.chain import open_reader
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading.model import LoadedModel, load_model, model_shape
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import frozen_weights
@@ -19,32 +15,32 @@ from megatron_moe_lpr.data.reading.config import DataSources, read_data_sources,
 from megatron_moe_lpr.data.reading.datasets import Datasets, build_datasets
 from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_moe_lpr.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.configuration.config import (
-    ComputeOptions,
-    ModelShape,
-    check_layout,
-    check_options,
-    check_platform,
-)
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout, check_options, check_platform
 from megatron_moe_lpr.model.configuration.dtype import choose_dtype, say_dtype
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
-from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
+from megatron_moe_lpr.model.parameter_kinds import KINDS
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.platform import Platform, select_platform
 from megatron_moe_lpr.training.checkpointing import RunState, load_run
 from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.description import accepted_names, describe_run, recorded_schedule
 from megatron_moe_lpr.training.configuration.stages import Stage, check_stage, freeze
-from megatron_moe_lpr.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
-from megatron_moe_lpr.training.run_directory.resuming import OwnCheckpoint, find_own_checkpoint
-from megatron_moe_lpr.training.run_directory.run_start import open_start, opened, opening_steps, start_of
+from megatron_moe_lpr.training.run_directory.resuming import ResumePoint, find_resume_point
+from megatron_moe_lpr.training.run_directory.run_start import (
+    find_start,
+    newest_weight_at,
+    open_experts_steps,
+    open_start,
+)
 from megatron_moe_lpr.training.run_directory.start_marker import check_same_directory
 
 
 @dataclasses.dataclass
 class Run:
-    """A run that is ready to step."""
+    """A run that is ready for its next step."""
 
     config: TrainingConfig
     stage: Stage
@@ -55,30 +51,30 @@ class Run:
     state: RunState
     num_microbatches: int
     description: dict[str, Any]
-    """What the run is, see `description.describe_run`."""
-    own: OwnCheckpoint | None = None
-    """Where it goes on from; None: it has just begun."""
+    """All that decides the run's numbers, see `description.describe_run`."""
+    resume_from: ResumePoint | None = None
+    """The run's own checkpoint that it resumes from; None: the run starts."""
 
     @property
-    def original_table(self) -> torch.Tensor:
-        """Int [languages + 1] on the model's device: the group of each language that has a prior, else -1."""
+    def language_group(self) -> torch.Tensor:
+        """Group of each language, as `engine.micro_batches.step_weights` takes it."""
         original, groups = self.sources.original_languages, self.model.shape.num_groups
         known = groups_with_prior(self.model.card.history, original, groups)
         return self.sources.languages.group_table(known).to(self.platform.device)
 
     def openness(self, iteration: int) -> float:
-        """Weight of the latest expansion's experts in the routers during the step that ends at `iteration`."""
-        steps = opening_steps(self.config.stage.open_experts_iters, self.lengths)
-        return opened(self.model.card.openness, iteration, steps)
+        """Weight of the latest expansion's experts in the routers during the step that ends at `iteration`, 0 to 1."""
+        steps = open_experts_steps(self.config.stage.open_experts_iters, self.lengths)
+        return newest_weight_at(self.model.card.openness, iteration, steps)
 
     @property
     def lengths(self) -> list[int]:
-        """Steps of the run as planned at first, after it was lengthened once, and so on."""
-        return self.own.lengths if self.own else [self.config.batch.train_iters]
+        """Steps of the run as first planned, after it was lengthened once, and so on."""
+        return self.resume_from.lengths if self.resume_from else [self.config.batch.train_iters]
 
 
 def prepare(config: TrainingConfig) -> Run:
-    """Check everything that can be checked without building, then build.
+    """Check everything that can be checked without building the model, then build it. Every rank must call it.
 
     Raises:
         UserError: a flag, checkpoint, dataset or layout that does not fit.
@@ -90,6 +86,37 @@ def prepare(config: TrainingConfig) -> Run:
     tokenizer = load_tokenizer(start.side_directory) if card.tokenizer_files else None
     fingerprint = tokenizer.fingerprint if tokenizer else None
     sources = read_data_sources(config.data, fingerprint, original_languages(card.history))
+    _check_run(config, stage, start, card, sources)
+    platform, options = _choose_platform(config, stage, shape, card)
+    config = dataclasses.replace(config, optimizer=config.optimizer.with_platform_defaults(platform))
+    if options.fp8.fp8_param_gather and not config.optimizer.use_distributed_optimizer:
+        raise UserError("--fp8-param-gather needs --use-distributed-optimizer")
+
+    # From here on ranks exchange: every check that one rank can make alone has passed.
+    initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
+    say_dtype(config.compute.asked_dtype(), card.compute_dtype, card.dtype, platform)
+    num_microbatches = _num_microbatches(config)
+    check_same_directory(config.checkpoint.save)
+    resume_from = find_resume_point(config.checkpoint, describe_run(config, stage, sources, options.dtype), card)
+    if resume_from:
+        start, card = find_start(resume_from, start, card, config.checkpoint.save)
+        # Original languages that --original-languages named at the start stay so where the flag is not given again.
+        sources = with_original(sources, config.data, original_languages([*card.history, resume_from.recorded]))
+        if config.checkpoint.use_checkpoint_opt_param_scheduler:
+            config = dataclasses.replace(config, optimizer=recorded_schedule(resume_from.recorded, config))
+    description = describe_run(config, stage, sources, options.dtype)
+    sources = dataclasses.replace(sources, notes=(*sources.notes, *_end_of_document(sources, tokenizer)))
+    datasets = _build_datasets(config, sources, resume_from)
+    model, state = _build_model(config, stage, platform, options, start, resume_from)
+    model = dataclasses.replace(model, card=card)
+    return Run(config, stage, platform, model, sources, datasets, state, num_microbatches, description, resume_from)
+
+
+def _check_run(
+    config: TrainingConfig, stage: Stage, start: CheckpointDirectory, card: CheckpointCard, sources: DataSources
+) -> None:
+    """Check flags, data and the checkpoint against each other, without a device."""
+    shape = model_shape(start)
     check_token_ids([*sources.train, *sources.valid], shape.architecture.vocab_size, str(start.path))
     earlier = groups_with_prior(card.history, sources.original_languages, shape.num_groups)[1:]
     check_stage(stage, card.is_moe, sources, earlier, bool(card.inserted_blocks))
@@ -99,48 +126,38 @@ def prepare(config: TrainingConfig) -> Run:
         raise UserError("--save-trainable-only: with --stage full every weight trains; leave it out")
     config.checkpoint.retention.check(config.checkpoint.save_interval)
     check_layout(shape, config.layout)
+
+
+def _choose_platform(
+    config: TrainingConfig, stage: Stage, shape: ModelShape, card: CheckpointCard
+) -> tuple[Platform, ComputeOptions]:
+    """Select the platform and the dtype to compute in, and check that the model can be computed so."""
     platform = select_platform(config.platform, config.layout.tensor_model_parallel_size)
-    asked = config.precision.asked_dtype()
-    dtype = choose_dtype(asked, card.compute_dtype, platform)
-    options = config.precision.compute_options(dtype, config.fp8)
+    options = config.compute.with_dtype(choose_dtype(config.compute.asked_dtype(), card.compute_dtype, platform))
     check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
-    check_parameter_gather(config.fp8, stage)
+    check_fp8_param_gather(options.fp8, stage)
     check_platform(shape, config.layout, options, platform)
-    config = dataclasses.replace(config, optimizer=config.optimizer.on(platform))
-    if config.fp8.fp8_param_gather and not config.optimizer.use_distributed_optimizer:
-        raise UserError("--fp8-param-gather needs --use-distributed-optimizer")
-    initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
-    say_dtype(asked, card.compute_dtype, card.dtype, platform)
-    num_microbatches = _num_microbatches(config)
-    check_same_directory(config.checkpoint.save)
-    description = describe_run(config, stage, sources, options.dtype)
-    own = find_own_checkpoint(config.checkpoint, description, card)
-    if own:
-        start, card = start_of(own, start, card, config.checkpoint.save)
-        # Also where the flag is not given again: the run's checkpoints and its validation go on knowing them.
-        sources = with_original(sources, config.data, original_languages([*card.history, own.recorded]))
-        description = describe_run(config, stage, sources, options.dtype)
-    sources = dataclasses.replace(sources, notes=(*sources.notes, *_end_of_document(sources, tokenizer)))
-    if own and config.checkpoint.use_checkpoint_opt_param_scheduler:
-        config = dataclasses.replace(config, optimizer=recorded_schedule(own.recorded, config))
-        description = describe_run(config, stage, sources, options.dtype)
-    lengths = own.lengths if own else [config.batch.train_iters]
+    return platform, options
+
+
+def _build_datasets(config: TrainingConfig, sources: DataSources, resume_from: ResumePoint | None) -> Datasets:
+    lengths = resume_from.lengths if resume_from else [config.batch.train_iters]
     samples = [steps * config.batch.global_batch_size for steps in lengths]
     valid_samples = config.logging.valid_samples(config.batch.global_batch_size)
-    datasets = build_datasets(sources, config.data, config.batch.seq_length, samples, valid_samples)
-    model, state = _build(config, stage, platform, options, start, own)
-    model = dataclasses.replace(model, card=card)
-    return Run(config, stage, platform, model, sources, datasets, state, num_microbatches, description, own)
+    return build_datasets(sources, config.data, config.batch.seq_length, samples, valid_samples)
 
 
-def _build(
+def _build_model(
     config: TrainingConfig,
     stage: Stage,
     platform: Platform,
     options: ComputeOptions,
     start: CheckpointDirectory,
-    own: OwnCheckpoint | None,
+    resume_from: ResumePoint | None,
 ) -> tuple[LoadedModel, RunState]:
+    """Load the model, freeze what the stage does not train, build the optimizer, and load the state to resume from."""
+    # A complete checkpoint to resume from, which is verified, replaces all tensors that are loaded here.
+    resumes_whole = resume_from is not None and resume_from.card.parent is None
     model = load_model(
         start,
         config.layout,
@@ -149,9 +166,7 @@ def _build(
         **stage.coefficients,
         lpr_loss_form=config.stage.lpr_loss_form,
         calculate_per_token_loss=True,
-        # Where the run goes on from its own complete checkpoint, nothing of these tensors is left, and that one is
-        # verified.
-        verified=config.checkpoint.verify and (own is None or own.card.parent is not None),
+        verified=config.checkpoint.verify and not resumes_whole,
     )
     freeze(model.chunks, stage, model.shape.inserted_blocks)
     # Megatron's plain bf16 optimizer cannot save what is fp32 beside bf16, as the routers are.
@@ -160,17 +175,17 @@ def _build(
     chunks = wrap_data_parallel(model.chunks, model.config, optimizer_options)
     optimizer = build_optimizer(chunks, model.config, optimizer_options, platform)
     state = RunState(chunks, optimizer, build_schedule(optimizer, optimizer_options, config.batch))
-    if own:
-        load_run(state, own.directory, start)
+    if resume_from:
+        load_run(state, resume_from.directory, start)
     if not config.checkpoint.save_trainable_only:
-        # In a run that goes on these are its own checkpoint's: what --load means may have moved since.
-        complete = own is not None and own.directory.card().parent is None
-        state.frozen = frozen_weights(own.directory if own and complete else start, options.dtype)
+        # A resumed run copies them from its own checkpoint: what --load names may have moved since.
+        source = resume_from.directory if resume_from and resumes_whole else start
+        state.frozen = frozen_weights(source, options.dtype)
     return dataclasses.replace(model, chunks=chunks), state
 
 
-def check_parameter_gather(options: FP8Options, stage: Stage) -> None:
-    """Weights that are frozen must stay as they are, to the bit: FP8 would round them.
+def check_fp8_param_gather(options: FP8Options, stage: Stage) -> None:
+    """Check that --fp8-param-gather leaves no frozen weight in FP8, which would round it.
 
     Raises:
         UserError: the new experts don't train.
@@ -182,7 +197,7 @@ def check_parameter_gather(options: FP8Options, stage: Stage) -> None:
 
 
 def _end_of_document(sources: DataSources, tokenizer: Tokenizer | None) -> list[str]:
-    """Whether the data's documents end as the model's texts do."""
+    """A note where the data's documents end with another token than the model's texts."""
     try:
         if tokenizer is None or tokenizer.eod == sources.eod:
             return []
@@ -196,7 +211,7 @@ def _end_of_document(sources: DataSources, tokenizer: Tokenizer | None) -> list[
 
 
 def _check_expansion(config: TrainingConfig, stage: Stage, card: CheckpointCard) -> None:
-    """Raises UserError where the run would leave the latest experts half in use, or round frozen ones."""
+    """Raise UserError where the run would leave the latest expansion's experts half in use, or round frozen ones."""
     steps, flag = config.stage.open_experts_iters, "--open-experts-iters"
     if card.openness == 1 and steps is not None:
         raise UserError(f"{flag}: the experts of --load are all in use; leave it out")
@@ -206,17 +221,17 @@ def _check_expansion(config: TrainingConfig, stage: Stage, card: CheckpointCard)
         )
     if steps is not None and not 1 <= steps <= config.batch.train_iters:
         raise UserError(f"{flag} {steps}: from 1 to --train-iters {config.batch.train_iters}")
-    if card.expansions and config.fp8.fp8_param_gather:
+    if card.expansions and config.compute.fp8.fp8_param_gather:
         raise UserError("--fp8-param-gather: would round the frozen experts of earlier expansions; leave it out")
 
 
 def _num_microbatches(config: TrainingConfig) -> int:
     count = config.batch.num_microbatches(config.layout.data_parallel_size(dist.get_world_size()))
-    stages = config.layout.pipeline_model_parallel_size
-    if config.layout.num_virtual_stages_per_pipeline_rank > 1 and count % stages:
+    pipeline_ranks = config.layout.pipeline_model_parallel_size
+    if config.layout.num_virtual_stages_per_pipeline_rank > 1 and count % pipeline_ranks:
         raise UserError(
             f"--num-virtual-stages-per-pipeline-rank needs the {count} micro-batches of a step to be a multiple of "
-            f"--pipeline-model-parallel-size {stages}; change --global-batch-size or --micro-batch-size"
+            f"--pipeline-model-parallel-size {pipeline_ranks}; change --global-batch-size or --micro-batch-size"
         )
     return count
 
@@ -232,68 +247,25 @@ def _check_lengths(config: TrainingConfig, shape: ModelShape) -> None:
 
 
 def history_entry(run: Run) -> dict[str, Any]:
-    """What the checkpoint will say of this run."""
+    """The run as an entry of the history in a checkpoint's card."""
     return {
         **run.description,
         **({"train_lengths": run.lengths} if len(run.lengths) > 1 else {}),
-        **({"changes": run.own.changes} if run.own and run.own.changes else {}),
+        **({"changes": run.resume_from.changes} if run.resume_from and run.resume_from.changes else {}),
         "iterations": run.state.iteration,
         "tokens": run.state.consumed_tokens,
     }
 
 
-def card_of(run: Run, parent: ParentCheckpoint | None = None) -> CheckpointCard:
-    """The card of a checkpoint of this run: the starting one's, one stage further.
+def checkpoint_card(run: Run, parent: ParentCheckpoint | None = None) -> CheckpointCard:
+    """The card of a checkpoint of this run's current step: that of the checkpoint it started from, with this run added.
 
     Args:
-        parent: the checkpoint that holds the weights this one leaves out; None: it holds all.
+        parent: checkpoint that holds the weights that this one leaves out; None: it holds all.
     """
     start = run.model.card
-    # What is frozen keeps the dense model's dtype.
+    # Frozen weights keep the dense model's dtype.
     trains_all = run.stage.trains >= set(KINDS)
     dtype = str(run.model.config.params_dtype).removeprefix("torch.") if trains_all else start.dtype
     history, openness = [*start.history, history_entry(run)], run.openness(run.state.iteration)
     return dataclasses.replace(start, dtype=dtype, history=history, openness=openness, parent=parent)
-
-
-def print_overview(run: Run) -> None:
-    """On rank 0: what trains and what is frozen, and what the data holds."""
-    if dist.get_rank() != 0:
-        return
-    for note in run.sources.notes:
-        print(f"note: {note}", flush=True)
-    console = Console()
-    console.print(_parameter_table(run))
-    console.print(_data_table(run))
-
-
-def _parameter_table(run: Run) -> Table:
-    counts = dict.fromkeys(KINDS, 0)
-    for key, info in open_reader(run.model.directory).tensors.items():
-        if key.startswith(("embedding.", "decoder.", "output_layer.")):
-            counts[kind_of(key, run.model.shape.inserted_blocks)] += torch.Size(info.shape).numel()
-    layout = run.config.layout
-    title = (
-        f"Stage {run.stage.name}: {run.stage.title} on {run.platform.name}, TP {layout.tensor_model_parallel_size} "
-        f"PP {layout.pipeline_model_parallel_size} EP {layout.expert_model_parallel_size} "
-        f"DP {parallel_state.get_data_parallel_world_size()}"
-    )
-    table = Table("parameters", "count", "", title=title, title_justify="left")
-    for kind, count in counts.items():
-        if count:
-            trains = kind in run.stage.trains
-            table.add_row(kind, f"{count:,}", "[green]trains[/green]" if trains else "frozen")
-    trainable = sum(count for kind, count in counts.items() if kind in run.stage.trains)
-    table.add_row("all", f"{sum(counts.values()):,}", f"{trainable:,} train", style="bold")
-    return table
-
-
-def _data_table(run: Run) -> Table:
-    batch = run.config.batch
-    tokens = batch.train_iters * batch.global_batch_size * batch.seq_length
-    table = Table("language", "", "share", "tokens to draw", "epochs", title="Training data", title_justify="left")
-    for one in run.sources.tokens_by_language(tokens):
-        kind = "original" if one.is_original else "expanded"
-        numbers = (f"{one.fraction:.2%}", f"{one.tokens_drawn:,.0f}", f"{one.epochs:.2f}")
-        table.add_row(one.language, kind, *numbers)
-    return table

@@ -6,8 +6,7 @@ import pytest
 import torch
 from megatron.core.distributed import finalize_model_grads
 
-from megatron_moe_lpr.engine import finalizing
-from megatron_moe_lpr.training import optimizer
+from megatron_moe_lpr.engine import finalizing, optimizer
 from tests.distributed import rank_pool
 from tests.training import one_step
 from tests.training.one_step import StepCase, micro_batches, run_step

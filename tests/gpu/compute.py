@@ -10,8 +10,12 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_moe_lpr.checkpoint.loading.model import LoadedModel, load_model
+from megatron_moe_lpr.engine.gradient_watch import GradientWatch
 from megatron_moe_lpr.engine.micro_batches import run_schedule, to_device
+from megatron_moe_lpr.engine.optimizer import build_optimizer, wrap_data_parallel
+from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.model.build import unwrap
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.model.moe.moe_layer import MoELPRLayer
@@ -19,11 +23,8 @@ from megatron_moe_lpr.model.moe.router import LPRRouter
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform, select_platform
-from megatron_moe_lpr.training.configuration.config import OptimizerOptions, PrecisionOptions
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
-from megatron_moe_lpr.training.guards import GradientWatch
-from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
-from tests.training.one_step import ORIGINAL_TABLE, VOCABULARY, gather_gradients, micro_batches, samples
+from tests.training.one_step import LANGUAGE_GROUP, VOCABULARY, gather_gradients, micro_batches, samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +51,11 @@ def compute(platform_name: str, checkpoint: Path, step: Step) -> dict[str, Any]:
     layout = ParallelLayout(**step.layout)
     platform = select_platform(platform_name, layout.tensor_model_parallel_size)
     initialize_parallel(platform, layout)
-    precision = PrecisionOptions(**step.precision)
     model = load_model(
         checkpoint,
         layout,
         platform,
-        precision.compute_options(precision.asked_dtype() or torch.float32, FP8Options(**step.fp8)),
+        ComputeOptions(**step.precision, fp8=FP8Options(**step.fp8)),
         load_balancing_coeff=0.3,
         lpr_loss_coeff=0.5,
         calculate_per_token_loss=True,
@@ -83,7 +83,7 @@ def _step(model: LoadedModel, step: Step, platform: Platform) -> dict[str, Any]:
         chunk.train()
         chunk.zero_grad_buffer()
     batches = [to_device(batch, platform.device) for batch in micro_batches(step.micro_batch_size)]
-    sums = run_schedule(chunks, model.config, batches, ORIGINAL_TABLE.to(platform.device))
+    sums = run_schedule(chunks, model.config, batches, LANGUAGE_GROUP.to(platform.device))
     watch.check()
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())

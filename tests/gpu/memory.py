@@ -13,8 +13,11 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
 from megatron_moe_lpr.engine.micro_batches import run_schedule
+from megatron_moe_lpr.engine.optimizer import build_optimizer, wrap_data_parallel
+from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.model.build import build_model, unwrap
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.config import ModelShape, transformer_config
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.groups import initialize_parallel
@@ -23,13 +26,11 @@ from megatron_moe_lpr.planning.activations import activation_bytes, kept_bytes, 
 from megatron_moe_lpr.planning.memory import RunSizes, weight_bytes
 from megatron_moe_lpr.planning.parameters import stage_parameters
 from megatron_moe_lpr.platform import Platform, select_platform
-from megatron_moe_lpr.training.configuration.config import OptimizerOptions, PrecisionOptions
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
-from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
 from tests.gpu.compute import route_by_position
 from tests.gpu.device import EMULATED
 
-ORIGINAL_TABLE = torch.tensor([True, False])
+LANGUAGE_GROUP = torch.tensor([0, -1])
 RECIPES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {},
@@ -127,7 +128,7 @@ def measure(model: Model, case: Case, micro_batches: int = 4) -> tuple[Bytes, By
     def step() -> None:
         for chunk in chunks:
             chunk.zero_grad_buffer()
-        run_schedule(chunks, config, batches, ORIGINAL_TABLE.to(platform.device))
+        run_schedule(chunks, config, batches, LANGUAGE_GROUP.to(platform.device))
 
     step()  # makes workspaces and FP8 copies that stay
     for chunk in chunks:
@@ -163,9 +164,8 @@ def _build(model: Model, case: Case, layout: ParallelLayout, platform: Platform)
     shape = model.shape
     selective = {"recompute_granularity": "selective", "recompute_modules": (case.recompute,)}
     recompute = {"none": {}, "full": {"recompute_granularity": "full"}}.get(case.recompute, selective)
-    precision = PrecisionOptions(bf16=case.number != "fp32", fp32=case.number == "fp32", **recompute)
     fp8 = FP8Options(**RECIPES[case.number], fp8_param_gather=case.fp8_parameters)
-    options = precision.compute_options(precision.asked_dtype() or torch.float32, fp8)
+    options = ComputeOptions(bf16=case.number != "fp32", **recompute, fp8=fp8)
     losses = {"load_balancing_coeff": 0.01, "lpr_loss_coeff": 0.1, "calculate_per_token_loss": True}
     config = transformer_config(shape, layout, platform, options, **losses)
     chunks = build_model(shape, config, platform)

@@ -3,7 +3,8 @@
 import torch
 
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
-from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, transformer_config
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+from megatron_moe_lpr.model.configuration.config import ModelShape, transformer_config
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 
 SMALL = {
@@ -24,4 +25,6 @@ def small_shape(experts: int = 4, top_k: int = 2, **changes) -> ModelShape:
 
 
 def small_config(platform, shape: ModelShape, layout: ParallelLayout | None = None, dtype=torch.float32, **overrides):
-    return transformer_config(shape, layout or ParallelLayout(), platform, ComputeOptions(dtype=dtype), **overrides)
+    return transformer_config(
+        shape, layout or ParallelLayout(), platform, ComputeOptions().with_dtype(dtype), **overrides
+    )

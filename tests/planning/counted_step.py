@@ -8,9 +8,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_moe_lpr.engine.micro_batches import run_micro_batches
+from megatron_moe_lpr.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
+from megatron_moe_lpr.engine.step import TrainingState, training_step
 from megatron_moe_lpr.model.build import build_model, unwrap
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.config import ModelShape, transformer_config
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.moe.router import LPRRouter
@@ -21,10 +24,7 @@ from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.planning.traffic import CPU, GPU
 from megatron_moe_lpr.platform import Platform, select_platform
-from megatron_moe_lpr.training.configuration.config import GuardOptions, OptimizerOptions, PrecisionOptions
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
-from megatron_moe_lpr.training.finite_steps import FiniteSteps
-from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
 from tests.planning.traffic import counted
 
 MICRO_BATCH, MICRO_BATCHES = 2, 2
@@ -82,7 +82,7 @@ def sent_and_planned(case: Case, platform_name: str = "cpu") -> tuple[dict[str, 
     layout = ParallelLayout(**case.layout)
     platform = select_platform(platform_name, layout.tensor_model_parallel_size)
     initialize_parallel(platform, layout)
-    options = OptimizerOptions(**case.optimizer).on(platform)
+    options = OptimizerOptions(**case.optimizer).with_platform_defaults(platform)
     if case.bf16:
         options = dataclasses.replace(options, use_distributed_optimizer=True)
     step = _step(case, layout, platform, options)
@@ -94,9 +94,8 @@ def sent_and_planned(case: Case, platform_name: str = "cpu") -> tuple[dict[str, 
 
 
 def _step(case: Case, layout: ParallelLayout, platform: Platform, options: OptimizerOptions) -> Callable[[], None]:
-    precision = PrecisionOptions(bf16=case.bf16, fp32=not case.bf16, **RECOMPUTE[case.recompute])
     losses = {"load_balancing_coeff": 0.01, "lpr_loss_coeff": 0.1, "calculate_per_token_loss": True}
-    compute = precision.compute_options(precision.asked_dtype() or torch.float32, FP8Options(**case.fp8))
+    compute = ComputeOptions(bf16=case.bf16, **RECOMPUTE[case.recompute], fp8=FP8Options(**case.fp8))
     config = transformer_config(case.shape, layout, platform, compute, **losses)
     chunks = build_model(case.shape, config, platform)
     torch.manual_seed(5)
@@ -108,17 +107,12 @@ def _step(case: Case, layout: ParallelLayout, platform: Platform, options: Optim
     freeze(chunks, STAGES[case.stage], case.inserted_blocks)
     chunks = wrap_data_parallel(chunks, config, options)
     optimizer = build_optimizer(chunks, config, options, platform)
-    steps = FiniteSteps(chunks, optimizer, GuardOptions())
-    table = torch.tensor([True, False, False]).to(platform.device)
+    state = TrainingState(chunks, optimizer, build_schedule(optimizer, options, BatchOptions(train_iters=100)))
+    language_group = torch.tensor([0, -1, -1]).to(platform.device)
 
     def step() -> None:
-        for chunk in chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
         batches = [_batch(case.sequence, platform.device) for _ in range(MICRO_BATCHES)]
-        sums = run_micro_batches(chunks, config, batches, table)
-        assert steps.step(sums, lambda: False).not_finite is None
+        assert training_step(state, batches, language_group, global_batch_size=1).agreed.not_finite is None
 
     return step
 

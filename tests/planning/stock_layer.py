@@ -7,7 +7,8 @@ from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_moe_lpr.model.configuration.config import ComputeOptions, transformer_config
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+from megatron_moe_lpr.model.configuration.config import transformer_config
 from megatron_moe_lpr.model.moe.grouped_linear import ColumnParallelGroupedLinear, RowParallelGroupedLinear
 from megatron_moe_lpr.model.moe.router import LPRRouter
 from megatron_moe_lpr.parallel.groups import initialize_parallel

@@ -10,14 +10,14 @@ from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading.model import load_model, model_shape
 from megatron_moe_lpr.conversion.importer import import_hf
 from megatron_moe_lpr.conversion.plan import ImportOptions
-from megatron_moe_lpr.model.configuration.config import ComputeOptions
+from megatron_moe_lpr.engine.optimizer import build_optimizer, wrap_data_parallel
+from megatron_moe_lpr.engine.options import OptimizerOptions
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import RunSizes, rank_memory
 from megatron_moe_lpr.platform import select_platform
-from megatron_moe_lpr.training.configuration.config import OptimizerOptions
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
-from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
 from tests.conversion.tiny_models import COMMON
 from tests.distributed import rank_pool
 from tests.launching.builders import prepare_inputs
@@ -57,7 +57,7 @@ def allocated(path, case: Case) -> dict[str, int]:
     """On every rank: bytes of parameters, gradient buffers and, after a step, optimizer state."""
     platform, layout = select_platform("cpu"), ParallelLayout(**case.layout)
     initialize_parallel(platform, layout)
-    options = ComputeOptions(dtype=getattr(torch, case.dtype))
+    options = ComputeOptions().with_dtype(getattr(torch, case.dtype))
     model = load_model(path, layout, platform, options, calculate_per_token_loss=True)
     freeze(model.chunks, STAGES[case.stage], model.shape.inserted_blocks)
     settings = OptimizerOptions(use_distributed_optimizer=case.distributed)

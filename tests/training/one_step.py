@@ -11,21 +11,21 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.checkpoint.loading.model_state import sharded_model_state
+from megatron_moe_lpr.engine.gradient_watch import GradientWatch
 from megatron_moe_lpr.engine.micro_batches import run_schedule
+from megatron_moe_lpr.engine.optimizer import build_optimizer, wrap_data_parallel
+from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.engine.routing import collect_routing, reset_routing
 from megatron_moe_lpr.model.build import unwrap
-from megatron_moe_lpr.model.configuration.config import ComputeOptions
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.parameter_kinds import kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
-from megatron_moe_lpr.training.configuration.config import OptimizerOptions
 from megatron_moe_lpr.training.configuration.stages import StageOptions, freeze
-from megatron_moe_lpr.training.guards import GradientWatch
-from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
 
 SEQUENCE, SAMPLES, VOCABULARY = 32, 8, 99
-ORIGINAL_TABLE = torch.tensor([True, False, False, False])  # three languages, the first original; padding
+LANGUAGE_GROUP = torch.tensor([0, -1, -1, -1])  # three languages, the first original; padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def micro_batches(size: int) -> list[dict[str, torch.Tensor]]:
     return parts[rank::ranks]
 
 
-def run_step(path: Path, case: StepCase, table: torch.Tensor = ORIGINAL_TABLE) -> StepResult:
+def run_step(path: Path, case: StepCase, table: torch.Tensor = LANGUAGE_GROUP) -> StepResult:
     """On every rank of a pool: load, forward, backward, reduce."""
     platform, layout = select_platform("cpu"), ParallelLayout(**case.layout)
     initialize_parallel(platform, layout)

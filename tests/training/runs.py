@@ -10,17 +10,16 @@ import torch
 
 from megatron_moe_lpr.checkpoint.format.directory import write_latest
 from megatron_moe_lpr.data.reading.config import DataConfig
+from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import PlatformName
 from megatron_moe_lpr.pretrain import pretrain
 from megatron_moe_lpr.training.configuration.config import (
-    BatchOptions,
     CheckpointOptions,
     GuardOptions,
     LoggingOptions,
-    OptimizerOptions,
-    PrecisionOptions,
     TrainingConfig,
 )
 from megatron_moe_lpr.training.configuration.stages import StageOptions
@@ -98,8 +97,7 @@ def training_config(
         batch=part(BatchOptions),
         data=part(DataConfig),
         optimizer=part(OptimizerOptions),
-        precision=part(PrecisionOptions),
-        fp8=part(FP8Options),
+        compute=part(ComputeOptions, fp8=part(FP8Options)),
         layout=part(ParallelLayout),
         logging=part(LoggingOptions),
         guards=part(GuardOptions),

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 
-from megatron_moe_lpr.training.checkpointing import _nothing_to_collect
+from megatron_moe_lpr.training.checkpointing import _without_garbage_collection
 from tests.conversion.helpers import checkpoint_tensors
 from tests.distributed import rank_pool
 from tests.training.runs import make_checkpoint, make_data, metrics, rewind, train
@@ -102,7 +102,7 @@ def test_megatron_collects_nothing_while_a_save_waits():
     """Over all objects of torch and Megatron it took half a second, twice a save."""
     gc.unfreeze()  # what tests/conftest.py froze
     before = len(gc.get_objects())
-    with _nothing_to_collect():
+    with _without_garbage_collection():
         looked_at = len(gc.get_objects())
     assert looked_at < before // 100 and gc.get_freeze_count() == 0
     assert len(gc.get_objects()) > before // 2
@@ -111,6 +111,6 @@ def test_megatron_collects_nothing_while_a_save_waits():
 def test_what_a_process_has_frozen_stays_frozen():
     gc.freeze()
     before = gc.get_freeze_count()
-    with _nothing_to_collect():
+    with _without_garbage_collection():
         pass
     assert gc.get_freeze_count() == before > 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_moe_lpr.engine import step as engine_step
 from megatron_moe_lpr.engine.micro_batches import LossSums
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.training import loop
@@ -27,12 +28,12 @@ def poisoned(what: str, steps: tuple[int, ...], *arguments, **changes):
     Returns the error or None, and by step whether weights, masters and moments were changed by it.
     """
     changed: dict[int, bool] = {}
-    original_schedule, original_step = loop.run_micro_batches, loop.Trainer.step
+    original_schedule, original_step = engine_step.run_micro_batches, loop.Trainer.step
 
     def schedule(chunks, *rest, **named):
         sums = original_schedule(chunks, *rest, **named)
         step = current.state.iteration + 1
-        if step not in steps or named.get("forward_only"):
+        if step not in steps:
             return sums
         if what == "loss":
             return LossSums(sums.loss * float("nan"), sums.tokens)
@@ -51,13 +52,13 @@ def poisoned(what: str, steps: tuple[int, ...], *arguments, **changes):
         )
 
     current = None
-    loop.run_micro_batches, loop.Trainer.step = schedule, step
+    engine_step.run_micro_batches, loop.Trainer.step = schedule, step
     try:
         train(*arguments, **changes)
     except UserError as error:
         return str(error), changed
     finally:
-        loop.run_micro_batches, loop.Trainer.step = original_schedule, original_step
+        engine_step.run_micro_batches, loop.Trainer.step = original_schedule, original_step
     return None, changed
 
 

@@ -1,17 +1,15 @@
 """FP8 flags of a training run: refused with one line, before a model or a process group is built."""
 
-import dataclasses
-
 import pytest
 import torch
 from packaging.version import Version
 
+from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.platform import GPUFacts, Platform
-from megatron_moe_lpr.training.configuration.config import OptimizerOptions
 from megatron_moe_lpr.training.configuration.stages import STAGES
-from megatron_moe_lpr.training.setup import check_parameter_gather, prepare
+from megatron_moe_lpr.training.setup import check_fp8_param_gather, prepare
 from tests.training.runs import make_checkpoint, make_data, training_config
 
 CUDA = Platform(
@@ -36,22 +34,24 @@ def inputs(tmp_path_factory):
 )
 def test_refused_before_anything_is_built(precision, fp8, message, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_moe_lpr.training.setup.initialize_parallel", None)
-    config = training_config(inputs[0], tmp_path / "run", inputs[1], **precision)
+    config = training_config(inputs[0], tmp_path / "run", inputs[1], **precision, fp8_format="hybrid", **fp8)
     with pytest.raises(UserError, match=message):
-        prepare(dataclasses.replace(config, fp8=FP8Options(fp8_format="hybrid", **fp8)))
+        prepare(config)
     assert not (tmp_path / "run").exists()
 
 
 def test_fp8_weights_need_experts_that_train():
     gather = FP8Options(fp8_format="hybrid", fp8_param_gather=True)
-    check_parameter_gather(gather, STAGES["1"])
+    check_fp8_param_gather(gather, STAGES["1"])
     with pytest.raises(UserError, match="stage 2 keeps the new experts frozen"):
-        check_parameter_gather(gather, STAGES["2"])
+        check_fp8_param_gather(gather, STAGES["2"])
 
 
 def test_overlap_is_the_default_on_gpus_only(cpu_platform):
     given = OptimizerOptions()
-    assert given.on(cpu_platform) == given
-    resolved = given.on(CUDA)
+    assert given.with_platform_defaults(cpu_platform) == given
+    resolved = given.with_platform_defaults(CUDA)
     assert resolved.use_distributed_optimizer and resolved.overlap_grad_reduce and resolved.overlap_param_gather
-    assert OptimizerOptions(overlap_on_gpus=False).on(CUDA) == OptimizerOptions(overlap_on_gpus=False)
+    assert OptimizerOptions(overlap_on_gpus=False).with_platform_defaults(CUDA) == OptimizerOptions(
+        overlap_on_gpus=False
+    )

@@ -14,7 +14,7 @@ from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.conversion.verification.verify import random_tokens
 from megatron_moe_lpr.files.checksum_file import write_checksums
-from megatron_moe_lpr.model.configuration.config import ComputeOptions
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from megatron_moe_lpr.checkpoint.loading.model import LoadedModel
+from megatron_moe_lpr.engine.gradient_watch import GradientWatch
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
-from megatron_moe_lpr.training.guards import GradientWatch
 from tests.transformer_engine import models, stub
 
 EXPERTS = "decoder.layers.0.mlp.experts."

@@ -22,7 +22,8 @@ from megatron_moe_lpr.checkpoint.untrusted.extra_state import check_extra_states
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.model.build import build_model, unwrap
-from megatron_moe_lpr.model.configuration.config import ComputeOptions, transformer_config
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+from megatron_moe_lpr.model.configuration.config import transformer_config
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -115,7 +116,7 @@ def construct(path: Path, fp8: FP8Options) -> dict[str, str]:
     platform, layout = platform_of_this_rank(), ParallelLayout()
     initialize_parallel(platform, layout)
     shape = model_shape(resolve_checkpoint(path))
-    options = ComputeOptions(dtype=torch.bfloat16, fp8=fp8)
+    options = ComputeOptions(bf16=True, fp8=fp8)
     config = transformer_config(shape, layout, platform, options, use_cpu_initialization=True)
     model = unwrap(build_model(shape, config, platform)[0])
     found = {name: type(module).__name__ for name, module in model.decoder.layers[0].named_modules()}

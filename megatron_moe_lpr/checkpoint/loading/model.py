@@ -14,7 +14,8 @@ from megatron_moe_lpr.checkpoint.loading.shapes import check_sizes
 from megatron_moe_lpr.checkpoint.loading.verification import check_same_on_all_ranks, open_checkpoint, verify_all
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import build_model
-from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, MoELPRConfig, transformer_config
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+from megatron_moe_lpr.model.configuration.config import ModelShape, MoELPRConfig, transformer_config
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform
 
@@ -73,7 +74,7 @@ def load_model(
     """
     directory = path if isinstance(path, CheckpointDirectory) else open_checkpoint(path, verified)
     shape, card = model_shape(directory), directory.card()
-    options = options or ComputeOptions(dtype=getattr(torch, card.compute_dtype))
+    options = options or ComputeOptions().with_dtype(getattr(torch, card.compute_dtype))
     check_sizes(directory, shape)
     config = transformer_config(shape, layout, platform, options, **overrides)
     chunks = build_model(shape, config, platform, **(build_arguments or {}))

@@ -15,7 +15,7 @@ from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_direct
 from megatron_moe_lpr.conversion.verification.verify import Comparison, Forward, Outputs, compare, random_tokens
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
-from megatron_moe_lpr.model.configuration.config import ComputeOptions
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.dtype import say_dtype
 from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.parallel.groups import initialize_parallel
@@ -120,7 +120,7 @@ def megatron_forward(
         UserError: the checkpoint does not fit the model that its card describes.
     """
     initialize_parallel(platform, ParallelLayout())
-    options = ComputeOptions(dtype=dtype)
+    options = ComputeOptions().with_dtype(dtype)
     loaded = load_model(checkpoint, ParallelLayout(), platform, options, verified=verified)
     vocab_size = loaded.shape.architecture.vocab_size
 

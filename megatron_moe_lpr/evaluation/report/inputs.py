@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def read_inputs(
         _check_comparable(named[0], one)
     return ReportInputs(
         evaluations=named,
-        logs=[_log(*_split(argument, "--metrics")) for argument in metrics],
+        logs=[read_training_log(*_split(argument, "--metrics")) for argument in metrics],
         samples=_samples(samples) if samples else [],
         subject=_subject(named, subject),
         costs=_costs(costs, list(files)) if costs else {},
@@ -211,31 +211,45 @@ def _check_comparable(first: NamedEvaluation, other: NamedEvaluation) -> None:
         )
 
 
-def _log(title: str, path: Path) -> TrainingLog:
-    losses: dict[str, dict[float, float]] = {}
+def read_training_log(title: str, path: Path) -> TrainingLog:
+    """Read the losses of a run from its metrics.jsonl. Raises UserError where a line is not a record of one."""
+    losses: dict[str, dict[float, tuple[int, float]]] = {}
+    """Iteration and loss, by language and by tokens seen."""
     lines = _read(path).split("\n")
     if not lines[-1].endswith("}"):
         # Nothing, or what a kill or a full disk has cut short.
         lines.pop()
     for number, line in enumerate(lines, 1):
-        for name, value in _training_losses(line, f"--metrics {path}:{number}"):
-            # A resumed run of an older version logs a step again: the later line counts.
-            losses.setdefault(name, {})[value[0]] = value[1]
-    return TrainingLog(title, {language: sorted(points.items()) for language, points in losses.items()})
+        record = _log_record(line, f"--metrics {path}:{number}")
+        iteration = record.get("iteration", 0)
+        if record["kind"] == "resume":
+            # The run went back to an earlier checkpoint: what it had logged of later steps does not count any more.
+            for points in losses.values():
+                for tokens in [tokens for tokens, (step, _) in points.items() if step > iteration]:
+                    del points[tokens]
+        elif record["kind"] == "train":
+            for name in (name for name in record if name.startswith("lm_loss/")):
+                language = canonical_language(name.removeprefix("lm_loss/"))
+                # Of a step that is there twice the later line counts.
+                losses.setdefault(language, {})[record.get("consumed_tokens", 0)] = iteration, record[name]
+    curves = {
+        language: sorted((tokens, loss) for tokens, (_, loss) in points.items()) for language, points in losses.items()
+    }
+    return TrainingLog(title, curves)
 
 
-def _training_losses(line: str, place: str) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Language and (tokens seen, loss) of a line; none of a line of another kind."""
+def _log_record(line: str, place: str) -> dict[str, Any]:
+    """A line of metrics.jsonl. Raises UserError where it has no kind, or a text in the place of a number."""
     try:
-        entry = json.loads(line)
-        is_training, tokens = entry["kind"] == "train", entry.get("consumed_tokens", 0)
+        record = json.loads(line)
+        known = ("iteration", "consumed_tokens", *(name for name in record if name.startswith("lm_loss/")))
+        wrong = [name for name in known if not is_number(record.get(name, 0))]
+        record["kind"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{place}: not a line of a training log ({error})") from None
-    for name, value in entry.items() if is_training else ():
-        if name.startswith("lm_loss/"):
-            if not is_number(value) or not is_number(tokens):
-                raise UserError(f"{place}: not a line of a training log ({name} is no number)")
-            yield canonical_language(name.removeprefix("lm_loss/")), (tokens, value)
+    if wrong:
+        raise UserError(f"{place}: not a line of a training log ({wrong[0]} is no number)")
+    return record
 
 
 def _json(path: Path) -> Any:

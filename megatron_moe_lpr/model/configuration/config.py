@@ -9,7 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import Architecture
-from megatron_moe_lpr.model.configuration.fp8 import FP8Options, check_fp8_device, check_fp8_flags, check_fp8_shapes
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+from megatron_moe_lpr.model.configuration.fp8 import check_fp8_device, check_fp8_flags, check_fp8_shapes
 from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, platform_fields
 from megatron_moe_lpr.model.configuration.recompute import check_recompute
 from megatron_moe_lpr.model.transformer.rope import attention_factor
@@ -73,20 +74,6 @@ class ModelShape:
     def num_moe_layers(self) -> int:
         """Layers with a router."""
         return sum(experts > 1 for experts in self.experts_per_layer)
-
-
-@dataclasses.dataclass(frozen=True)
-class ComputeOptions:
-    """How a run computes the model; nothing here changes what it computes beyond rounding."""
-
-    dtype: torch.dtype = torch.float32
-    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
-    original_expert_overlap: bool = False
-    recompute_granularity: Literal["full", "selective"] | None = None
-    recompute_method: Literal["uniform", "block"] | None = None
-    recompute_num_layers: int | None = None
-    recompute_modules: tuple[str, ...] | None = None
-    fp8: FP8Options = dataclasses.field(default_factory=FP8Options)
 
 
 def transformer_config(
@@ -238,10 +225,10 @@ def _layout_fields(layout: ParallelLayout, dtype: torch.dtype) -> dict[str, Any]
 
 
 def _recompute_fields(options: ComputeOptions) -> dict[str, Any]:
-    modules = options.recompute_modules
+    modules, full = options.recompute_modules, options.recompute_granularity == "full"
     return {
         "recompute_granularity": options.recompute_granularity,
-        "recompute_method": options.recompute_method,
-        "recompute_num_layers": options.recompute_num_layers,
+        "recompute_method": options.recompute_method or ("uniform" if full else None),
+        "recompute_num_layers": options.recompute_num_layers or (1 if full else None),
         "recompute_modules": list(modules) if modules is not None else None,
     }

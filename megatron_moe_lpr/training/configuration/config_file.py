@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,17 @@ def training_config(source: TrainingConfig | Mapping[str, Any] | Path | str) -> 
 
 def config_values(config: TrainingConfig) -> dict[str, Any]:
     """Return every flag of a run by its name with underscores, in JSON's types; None where a default decides later."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    return {name: _plain(value) for name, value in _flags(config) if name != FLAG.removeprefix("--")}
+
+
+def _flags(options: Any) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of each flag of a dataclass and of the dataclasses that it holds."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
-            values |= {one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
-        elif field.name != FLAG.removeprefix("--"):
-            values[field.name] = _plain(value)
-    return values
+            yield from _flags(value)
+        else:
+            yield field.name, value
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import torch
 from megatron_moe_lpr.data.language_names import canonical_language, covered
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.config import DataSources
+from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_marks import Change, marked_flags
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
-from megatron_moe_lpr.training.configuration.config import OptimizerOptions, TrainingConfig
+from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.config_file import config_values
 from megatron_moe_lpr.training.configuration.stages import Stage
 
@@ -33,7 +34,7 @@ def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dty
     return {
         **{flag.name: values[flag.name] for flag in FLAGS if isinstance(flag.mark, Change)},
         **stage.coefficients,
-        **_fp8(config.fp8),
+        **_fp8(config.compute.fp8),
         "languages": sorted({entry.language for entry in sources.train}),
         "original_languages": list(sources.original_languages),
         "dtype": str(dtype).removeprefix("torch."),

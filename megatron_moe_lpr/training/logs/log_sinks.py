@@ -39,7 +39,7 @@ class Record:
         return {f"{self.kind}/{name}": value for name, value in values if isinstance(value, int | float)}
 
 
-class Place(Protocol):
+class Destination(Protocol):
     """Something that takes records."""
 
     def write(self, record: Record) -> None: ...
@@ -47,18 +47,18 @@ class Place(Protocol):
     def close(self) -> None: ...
 
 
-class LastingSink:
+class RetryingSink:
     """Hands records on to a place. Where it fails, one warning says why; they wait and are tried again."""
 
-    def __init__(self, name: str, open_place: Callable[[], Place]) -> None:
+    def __init__(self, name: str, open_destination: Callable[[], Destination]) -> None:
         """Open the place.
 
         Args:
             name: of the place, with its flag or path, for the warning.
-            open_place: called again later where it fails.
+            open_destination: called again later where it fails.
         """
-        self.name, self.open_place = name, open_place
-        self.place: Place | None = None
+        self.name, self.open_destination = name, open_destination
+        self.place: Destination | None = None
         self.waiting: collections.deque[Record] = collections.deque(maxlen=MOST_WAITING)
         self.failing, self.next_try = False, 0.0
         self._hand_on()
@@ -87,7 +87,7 @@ class LastingSink:
     def _hand_on(self) -> None:
         try:
             if self.place is None:
-                self.place = self.open_place()
+                self.place = self.open_destination()
             while self.waiting:
                 self.place.write(self.waiting[0])
                 self.waiting.popleft()
@@ -107,14 +107,14 @@ class LastingSink:
 
 
 class ThreadedSink:
-    """A LastingSink on a thread of its own: a place that hangs makes nobody wait."""
+    """A RetryingSink on a thread of its own: a place that hangs makes nobody wait."""
 
-    def __init__(self, name: str, open_place: Callable[[], Place]) -> None:
-        self.name, self.open_place = name, open_place
+    def __init__(self, name: str, open_destination: Callable[[], Destination]) -> None:
+        self.name, self.open_destination = name, open_destination
         self.tasks: queue.Queue[Record | threading.Event | None] = queue.Queue()
         self.answers, self.told = True, False
         self.thread = start_thread(self._work, f"{name} (records are written by the training process)")
-        self.direct = LastingSink(name, open_place) if self.thread is None else None
+        self.direct = RetryingSink(name, open_destination) if self.thread is None else None
 
     def write(self, record: Record) -> None:
         """Leave the record to the thread."""
@@ -142,7 +142,7 @@ class ThreadedSink:
             self._check(not self.thread.is_alive(), patience)
 
     def _work(self) -> None:
-        sink = LastingSink(self.name, self.open_place)
+        sink = RetryingSink(self.name, self.open_destination)
         while (task := self.tasks.get()) is not None:
             if isinstance(task, threading.Event):
                 task.set()

@@ -4,16 +4,16 @@ import math
 
 WINDOW = 20
 """Steps over which mean and deviation run (exponentially)."""
-SEEN = 20
+WARM_UP_STEPS = 20
 """Steps before a single loss can be called a spike."""
-DEVIATIONS = 6.0
-LEAST_DEVIATION = 0.02
-CLIMB = 0.5
+SPIKE_SIGMAS = 6.0
+MIN_DEVIATION = 0.02
+CLIMB_NATS = 0.5
 """Nats above the lowest running mean that are no longer noise: a perplexity 1.65 times as high."""
-SURE = 3.0
+NOISE_SIGMAS = 3.0
 """Deviations of the running mean by which it may be off: with two windows of different languages a step it is mostly
 chance."""
-REPEAT = 100
+WARNING_INTERVAL = 100
 """Steps between two warnings of one kind."""
 
 
@@ -33,13 +33,13 @@ class LossWatch:
         """Take the loss of a step, in nats per token; what to warn of. Losses that are not finite are left out."""
         if not math.isfinite(loss):
             return None
-        deviation = max(math.sqrt(self.variance), LEAST_DEVIATION)
-        spike = self.seen >= SEEN and loss > self.mean + DEVIATIONS * deviation
+        deviation = max(math.sqrt(self.variance), MIN_DEVIATION)
+        spike = self.seen >= WARM_UP_STEPS and loss > self.mean + SPIKE_SIGMAS * deviation
         before = self.mean
         self._update(loss)
         if spike:
             return self._once("spike", f"loss {loss:.3f} is a spike: mean {before:.3f}, deviation {deviation:.3f}")
-        if self.mean - self._chance() > self.lowest + CLIMB:
+        if self.mean - self._mean_noise() > self.lowest + CLIMB_NATS:
             words = f"the mean loss has climbed from {self.lowest:.3f} to {self.mean:.3f}; is --lr too high?"
             return self._once("climb", words)
         return None
@@ -51,16 +51,16 @@ class LossWatch:
         difference = loss - self.mean
         self.mean += share * difference
         self.variance = (1 - share) * (self.variance + share * difference * difference)
-        self.lowest = min(self.lowest, self.mean + self._chance())
+        self.lowest = min(self.lowest, self.mean + self._mean_noise())
 
-    def _chance(self) -> float:
+    def _mean_noise(self) -> float:
         # As if one more loss, a nat off, had been seen: the variance of two alike is no measure.
         variance = (self.seen * self.variance + 1) / (self.seen + 1)
-        return SURE * math.sqrt(variance / min(self.seen, WINDOW))
+        return NOISE_SIGMAS * math.sqrt(variance / min(self.seen, WINDOW))
 
     def _once(self, kind: str, words: str) -> str | None:
         last = self.warned.get(kind)
-        if last is not None and self.seen - last < REPEAT:
+        if last is not None and self.seen - last < WARNING_INTERVAL:
             return None
         self.warned[kind] = self.seen
         return words

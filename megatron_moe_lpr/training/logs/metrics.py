@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron_moe_lpr.model.moe.routing_statistics import GROUPS, RoutingReport
 from megatron_moe_lpr.training.configuration.config import LoggingOptions
 from megatron_moe_lpr.training.logs.log_sinks import (
-    LastingSink,
-    Place,
+    Destination,
     Record,
+    RetryingSink,
     TensorBoard,
     ThreadedSink,
     WeightsAndBiases,
@@ -112,15 +112,15 @@ class MetricsWriter:
 
         Args:
             directory: of the run, for metrics.jsonl.
-            iteration: where the run goes on from; what an earlier start logged of later steps is taken away.
+            iteration: step that the run resumes from; what an earlier start logged of later steps counts no more.
             settings: of the run by name, for Weights & Biases and, as one text, TensorBoard.
         """
         self.enabled = dist.get_rank() == 0
-        self.sinks: list[LastingSink | ThreadedSink] = []
+        self.sinks: list[RetryingSink | ThreadedSink] = []
         self._evaluated: set[str] = set()
         if not self.enabled:
             return
-        self.sinks.append(LastingSink(str(directory / METRICS_FILE), lambda: self._metrics_file(directory, iteration)))
+        self.sinks.append(RetryingSink(str(directory / METRICS_FILE), lambda: self._metrics_file(directory, iteration)))
         if options.tensorboard_dir:
             path = options.tensorboard_dir
             self.sinks.append(
@@ -131,9 +131,9 @@ class MetricsWriter:
             open_project = functools.partial(WeightsAndBiases, project, run_name, directory, settings or {})
             self.sinks.append(ThreadedSink(f"--wandb-project {project}", open_project))
 
-    def _metrics_file(self, directory: Path, iteration: int) -> Place:
+    def _metrics_file(self, directory: Path, iteration: int) -> Destination:
         file = MetricsFile(directory / METRICS_FILE, iteration)
-        self._evaluated = file.datasets(iteration)
+        self._evaluated = file.evaluated
         return _JSONLines(file)
 
     def evaluated(self) -> set[str]:

@@ -1,83 +1,71 @@
-"""metrics.jsonl: one JSON line a record, each step once, whatever was killed and started again in between."""
+"""metrics.jsonl: one JSON record a line, appended only; of a step that is there twice the later record counts."""
 
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr.errors import name_file_in_oserror
-from megatron_moe_lpr.files.atomic_file import append_whole, atomic_file
+from megatron_moe_lpr.files.atomic_file import append_whole
 
-Key = tuple[str, int, str | None]
-"""Kind, iteration and, of a validation, its dataset: what a record is of."""
+RESUME = "resume"
+"""Kind of the record that a resumed run writes first: records above it of later iterations do not count any more."""
 
 
 class MetricsFile:
-    """Appends records; a run that resumes takes away what lies after its checkpoint, since it will write it again."""
+    """Appends records to the log of a run, over all its starts."""
 
     def __init__(self, path: Path, iteration: int) -> None:
-        """Open the log of a run that goes on from `iteration`: later records and lines cut short are removed.
+        """Open the log of a run that resumes from `iteration` (0: starts).
+
+        What a kill left of a last line is cut off. Where there are records of later iterations, which the run is about
+        to repeat, a `resume` record says that they do not count.
 
         Raises:
             OSError: the file cannot be read or written.
         """
         self.path = path
-        self._keys: set[Key] = set()
-        """Records of this iteration that are there already: a run's last evaluation may be cut off and repeated."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._keep_until(iteration)
+        counted = _counted_records(path) if path.exists() else set()
+        self.evaluated = {dataset for number, dataset in counted if number == iteration and dataset is not None}
+        """Validation datasets that have a result of `iteration`: the last evaluation may have been interrupted."""
+        if any(number > iteration for number, _ in counted):
+            self.append(RESUME, iteration, {})
 
     def append(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
-        """Write one record, whole or not at all; one that is there already is replaced.
+        """Write one record, whole or not at all.
 
         Raises:
             OSError: naming the file, for example because the disk is full; the file stays as it was.
         """
-        key = (kind, iteration, values.get("dataset"))
-        if key in self._keys:
-            self._rewrite(lambda other: other != key)
-            self._keys.discard(key)
         line = json.dumps({"kind": kind, "iteration": iteration, **values}, ensure_ascii=False) + "\n"
         append_whole(self.path, line.encode("utf-8"))
 
-    def datasets(self, iteration: int) -> set[str]:
-        """Validation datasets that had a result of this iteration, the one it goes on from, when it was opened."""
-        return {name for _, number, name in self._keys if number == iteration and name is not None}
 
-    def _keep_until(self, iteration: int) -> None:
-        complete, total = 0, 0
-        with open(self.path, "rb") as stream:
-            for line in stream:
-                total += 1
-                key = _key(line)
-                if key is not None and key[1] <= iteration:
-                    complete += 1
-                    if key[1] == iteration:
-                        self._keys.add(key)
-        if complete < total:
-            self._rewrite(lambda key: key[1] <= iteration)
-
-    def _rewrite(self, is_kept) -> None:
-        with name_file_in_oserror(self.path), atomic_file(self.path) as partial, open(partial, "wb") as target:
-            target.writelines(line for key, line in self._records() if is_kept(key))
-
-    def _records(self) -> Iterator[tuple[Key, bytes]]:
-        with open(self.path, "rb") as stream:
-            for line in stream:
-                key = _key(line)
-                if key is not None:
-                    yield key, line
+def _counted_records(path: Path) -> set[tuple[int, str | None]]:
+    """Iteration and, of a validation, dataset of the records that count; cut off a last line without an end."""
+    counted: set[tuple[int, str | None]] = set()
+    with name_file_in_oserror(path), open(path, "rb+") as stream:
+        complete = 0
+        for line in stream:
+            if not line.endswith(b"\n"):
+                os.ftruncate(stream.fileno(), complete)
+                break
+            complete += len(line)
+            kind, iteration, dataset = _key(line)
+            if kind == RESUME:
+                counted = {record for record in counted if record[0] <= iteration}
+            elif kind is not None:
+                counted.add((iteration, dataset))
+    return counted
 
 
-def _key(line: bytes) -> Key | None:
-    """None: not a whole record, as a kill or a full disk leaves it."""
-    if not line.endswith(b"\n"):
-        return None
+def _key(line: bytes) -> tuple[str | None, int, str | None]:
+    """Kind, iteration and dataset of a record; kind None: the line is not a record."""
     try:
         record = json.loads(line)
         kind, iteration, dataset = record["kind"], record["iteration"], record.get("dataset")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    is_key = isinstance(kind, str) and type(iteration) is int and (dataset is None or isinstance(dataset, str))
-    return (kind, iteration, dataset) if is_key else None
+        return None, 0, None
+    is_record = isinstance(kind, str) and type(iteration) is int
+    return kind if is_record else None, iteration, dataset if isinstance(dataset, str) else None

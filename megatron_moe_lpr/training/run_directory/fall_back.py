@@ -1,4 +1,4 @@
-"""Which checkpoints --save holds, which of them is the latest, and going back to an earlier one where it is damaged."""
+"""The checkpoints in --save: which is the latest, and falling back to an earlier one where it is damaged."""
 
 import dataclasses
 import os
@@ -18,25 +18,25 @@ from megatron_moe_lpr.files.fsync import sync_directory
 from megatron_moe_lpr.training.configuration.config import CheckpointOptions
 
 ASIDE = "damaged-"
-"""Prefix of a checkpoint's name when it has been set aside."""
+"""Prefix that is put before the name of a damaged checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Condemned:
-    """A checkpoint whose damage is proven."""
+class DamagedCheckpoint:
+    """A checkpoint whose damage is proven, and the reason in words."""
 
     iteration: int
     reason: str
 
 
 def latest_iteration(save: Path, fall_back_to: int | None = None) -> int | None:
-    """What the latest file in a run's directory says; None in a directory without checkpoints.
+    """Read the iteration of the latest checkpoint in a run's directory; None where it holds no checkpoint.
 
-    A single complete checkpoint without a latest file is what a kill at the end of the first save leaves: it is the
-    latest. Changes nothing.
+    A single complete checkpoint counts as the latest also without a latest file, as a kill at the end of the first save
+    leaves it. Changes nothing.
 
     Args:
-        fall_back_to: the iteration down to which a person lets the run go back (`--fall-back-to`).
+        fall_back_to: lowest iteration to which the user allows the run to go back (--fall-back-to).
 
     Raises:
         UserError: the file is missing beside several checkpoints, cannot be right, or is of a converted model.
@@ -61,7 +61,7 @@ def latest_iteration(save: Path, fall_back_to: int | None = None) -> int | None:
 
 
 def _check_latest(save: Path, latest: int, complete: list[int], fall_back_to: int | None) -> None:
-    """Refuse a number that a damaged file may hold: of no checkpoint, or of one that several others are newer than."""
+    """Refuse a number in the latest file that has no checkpoint, or several newer ones: the file may be damaged."""
     name = iteration_directory_name(latest)
     if not os.path.lexists(save / name):
         raise UserError(
@@ -69,7 +69,7 @@ def _check_latest(save: Path, latest: int, complete: list[int], fall_back_to: in
             f"{_advice(save, complete)}"
         )
     newer = [number for number in complete if number > latest]
-    # One may be: a run that is killed between its two last steps of a save leaves it.
+    # One newer checkpoint is in order: a kill between renaming it and writing the latest file leaves it.
     if len(newer) > 1 and (fall_back_to is None or latest < fall_back_to):
         raise UserError(
             f"--save {save}: {LATEST_FILE} names {name}, but {len(newer)} newer checkpoints are there, which the run "
@@ -88,7 +88,7 @@ def _advice(save: Path, complete: list[int]) -> str:
 
 
 def iterations_in(save: Path) -> list[int]:
-    """Numbers of the iteration directories, whatever is in them, the lowest first.
+    """Return the numbers of all iteration directories, complete or not, the lowest first.
 
     Raises:
         OSError: the directory cannot be read.
@@ -97,14 +97,14 @@ def iterations_in(save: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
-def refuse_fall_back(condemned: Sequence[Condemned], options: CheckpointOptions) -> None:
-    """Check that the run may go back beyond these damaged checkpoints, the newest first. Changes nothing.
+def refuse_fall_back(damaged: Sequence[DamagedCheckpoint], options: CheckpointOptions) -> None:
+    """Check that the run may fall back past these damaged checkpoints, given the newest first. Changes nothing.
 
     Raises:
-        UserError: --no-fall-back was given, there is no older checkpoint, or it takes a person's word: when more than
-            one goes, now or counted together with those that earlier starts have set aside on the way back.
+        UserError: --no-fall-back was given, there is no older checkpoint, or more than one checkpoint is damaged (those
+            that earlier starts have renamed are counted too) and --fall-back-to does not allow it.
     """
-    save, last = options.save, condemned[-1]
+    save, last = options.save, damaged[-1]
     if not options.fall_back:
         raise UserError(f"{last.reason} (--no-fall-back: the checkpoint before is not taken instead)")
     older = [number for number in iterations_in(save) if number < last.iteration]
@@ -113,25 +113,25 @@ def refuse_fall_back(condemned: Sequence[Condemned], options: CheckpointOptions)
             f"{last.reason}; --save {save} holds no older checkpoint to go on from, and nothing was changed; move it "
             "away to start again"
         )
-    gone = [iteration_directory_name(entry.iteration) for entry in condemned]
+    gone = [iteration_directory_name(entry.iteration) for entry in damaged]
     gone += [name for number, name in _set_aside(save) if number > older[-1]]
     if len(gone) > 1 and (options.fall_back_to is None or older[-1] < options.fall_back_to):
         raise UserError(
-            f"{'; '.join(entry.reason for entry in condemned)}; {len(gone)} damaged checkpoints ({', '.join(gone)}) "
+            f"{'; '.join(entry.reason for entry in damaged)}; {len(gone)} damaged checkpoints ({', '.join(gone)}) "
             "are more than a run sets aside by itself, and nothing was changed. Check the disk and the memory of this "
             f"host first; then, to go on from {iteration_directory_name(older[-1])} if it is intact: "
             f"--fall-back-to {older[-1]}"
         )
 
 
-def go_on_from(intact: int, condemned: Sequence[Condemned], save: Path) -> None:
-    """Let an intact checkpoint be the latest and set damaged ones aside, under names that nothing takes for one.
+def set_latest(intact: int, damaged: Sequence[DamagedCheckpoint], save: Path) -> None:
+    """Make an intact checkpoint the latest, then rename damaged ones so that nothing reads them as checkpoints.
 
-    Killed in between, the latest file names the intact one already.
+    In this order: after a kill in between, the latest file names the intact checkpoint already.
     """
-    if condemned or not (save / LATEST_FILE).exists():
+    if damaged or not (save / LATEST_FILE).exists():
         write_latest(save, intact)
-    for entry in condemned:
+    for entry in damaged:
         path = save / iteration_directory_name(entry.iteration)
         aside = _free_name(path)
         os.rename(path, aside)
@@ -139,12 +139,12 @@ def go_on_from(intact: int, condemned: Sequence[Condemned], save: Path) -> None:
             f"DAMAGED CHECKPOINT: {entry.reason}. It is kept as {aside.name}; the run goes on from "
             f"{iteration_directory_name(intact)} and repeats {entry.iteration - intact:,} steps"
         )
-    if condemned:
+    if damaged:
         sync_directory(save)
 
 
 def _set_aside(save: Path) -> list[tuple[int, str]]:
-    """Iteration and name of each checkpoint that an earlier start has set aside."""
+    """Iteration and name of each damaged checkpoint that an earlier start has renamed."""
     prefix = f"{ASIDE}iter_"
     names = [name for name in os.listdir(save) if name.startswith(prefix)]
     numbers = [(name.removeprefix(prefix).partition("-")[0], name) for name in names]

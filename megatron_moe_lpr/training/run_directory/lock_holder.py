@@ -1,4 +1,4 @@
-"""The process that holds the lock of a --save directory, and what can be known of it from elsewhere."""
+"""The process that holds the lock of a --save directory, and whether another process can tell that it is alive."""
 
 import dataclasses
 import datetime
@@ -18,24 +18,24 @@ class Holder:
 
     host: str
     boot: str
-    """Of the host: it changes with each boot, and no two machines share it. Empty: not known."""
+    """Boot id of the host, new with each boot and unique to the machine. Empty: not known."""
     namespace: str
-    """In which process numbers count: a container may have its own. Empty: not known."""
+    """PID namespace in which `process` counts: a container may have its own. Empty: not known."""
     process: int
     start: float
     """See `processes.start_time`."""
     since: str
-    """Date and time, for people."""
+    """Date and time of its start, for messages."""
     job: str | None = None
-    """SLURM's number, the same for all starts of a job that is requeued."""
+    """SLURM's job number, the same for all starts of a job that is requeued."""
     restart: int = 0
-    """How often SLURM has started that job before."""
+    """How often SLURM has restarted that job."""
     cluster: str | None = None
-    """SLURM's name of the cluster: two of them may share a file system, and count their jobs alike."""
+    """SLURM's name of the cluster: two clusters may share a file system and use the same job numbers."""
     flock: bool = False
     """Whether the process holds `flock` on the lock file, which the kernel releases when the process ends."""
     refreshed: bool = False
-    """Whether the process sets the lock file's time anew every few seconds."""
+    """Whether the process refreshes the lock file's time every few seconds."""
 
     def __str__(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""
@@ -43,7 +43,7 @@ class Holder:
 
 
 def this_process() -> Holder:
-    """Who is asking."""
+    """Who is observer."""
     linux = sys.platform == "linux"
     return Holder(
         host=socket.gethostname(),
@@ -59,35 +59,37 @@ def this_process() -> Holder:
     )
 
 
-def has_ended(holder: Holder, asking: Holder, is_locked: bool | None = None) -> bool:
-    """Whether `holder` has certainly ended, seen from the process `asking`. `is_locked`: see `is_alive`.
+def has_ended(holder: Holder, observer: Holder, is_locked: bool | None = None) -> bool:
+    """Whether `holder` has certainly ended, as far as the process `observer` can know.
 
-    On the same boot of one machine, where both see the same processes: there is no process of its number, or one that
-    started at another time. A process that /proc does not show may be another user's (`hidepid`): not certain.
+    In the same boot and PID namespace it has if no process has its number, or if that process started at another time.
+    A process that /proc does not show may be another user's (`hidepid`), so that its end is not certain. The observer
+    may also be a later start of the same SLURM job: SLURM has ended the earlier start, or given up its node.
 
-    A later start of the same SLURM job: SLURM has ended the earlier one, or given up the node it was on.
+    Args:
+        is_locked: see `is_alive`.
     """
-    if holder.job and holder.job == asking.job and asking.restart > holder.restart:
-        return holder.cluster is None or asking.cluster is None or holder.cluster == asking.cluster
-    if not _sees_processes_of(holder, asking) or (holder.flock and is_locked):
+    if holder.job and holder.job == observer.job and observer.restart > holder.restart:
+        return holder.cluster is None or observer.cluster is None or holder.cluster == observer.cluster
+    if not _sees_processes_of(holder, observer) or (holder.flock and is_locked):
         return False
     start = start_time(holder.process)
     return not is_running(holder.process) or (start is not None and start != holder.start)
 
 
-def is_alive(holder: Holder, asking: Holder, is_locked: bool | None) -> bool:
-    """Whether `holder` certainly runs, seen from the process `asking`.
+def is_alive(holder: Holder, observer: Holder, is_locked: bool | None) -> bool:
+    """Whether `holder` certainly runs, as far as the process `observer` can know.
 
     Args:
-        is_locked: whether some process has `flock` on the lock file; None: the file system does not tell. It counts on
-            the same boot only: a server may keep the lock of a machine that is gone.
+        is_locked: whether some process holds `flock` on the lock file; None: not known. Used for holders in the same
+            boot only: a file server may keep the lock of a machine that is gone.
     """
-    if _same_boot(holder, asking) and holder.flock and is_locked:
+    if _same_boot(holder, observer) and holder.flock and is_locked:
         return True
-    return _sees_processes_of(holder, asking) and start_time(holder.process) == holder.start
+    return _sees_processes_of(holder, observer) and start_time(holder.process) == holder.start
 
 
-def has_ended_if_it_rests(holder: Holder, asking: Holder, is_locked: bool | None) -> bool:
+def has_ended_if_not_refreshed(holder: Holder, observer: Holder, is_locked: bool | None) -> bool:
     """Whether a lock file that `holder` does not refresh any more means that it has ended.
 
     On the same boot that holds of a process which cannot be seen (another user's, another container's) where nobody
@@ -97,22 +99,22 @@ def has_ended_if_it_rests(holder: Holder, asking: Holder, is_locked: bool | None
     """
     if not holder.refreshed or is_locked:
         return False
-    if _same_boot(holder, asking):
+    if _same_boot(holder, observer):
         return holder.flock and is_locked is False
-    return is_near(holder, asking)
+    return is_near(holder, observer)
 
 
-def is_near(holder: Holder, asking: Holder) -> bool:
+def is_near(holder: Holder, observer: Holder) -> bool:
     """Whether both have one host name: the same machine, its container, or another machine of that name."""
-    return holder.host == asking.host
+    return holder.host == observer.host
 
 
-def _same_boot(holder: Holder, asking: Holder) -> bool:
-    return is_near(holder, asking) and bool(asking.boot) and holder.boot == asking.boot
+def _same_boot(holder: Holder, observer: Holder) -> bool:
+    return is_near(holder, observer) and bool(observer.boot) and holder.boot == observer.boot
 
 
-def _sees_processes_of(holder: Holder, asking: Holder) -> bool:
-    return _same_boot(holder, asking) and bool(asking.namespace) and holder.namespace == asking.namespace
+def _sees_processes_of(holder: Holder, observer: Holder) -> bool:
+    return _same_boot(holder, observer) and bool(observer.namespace) and holder.namespace == observer.namespace
 
 
 def _read_text(path: str) -> str:

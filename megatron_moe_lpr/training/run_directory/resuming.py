@@ -29,16 +29,16 @@ from megatron_moe_lpr.training.configuration.description import (
     refuse_differences,
 )
 from megatron_moe_lpr.training.run_directory.fall_back import (
-    Condemned,
-    go_on_from,
+    DamagedCheckpoint,
     iterations_in,
     latest_iteration,
     refuse_fall_back,
+    set_latest,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnCheckpoint:
+class ResumePoint:
     """A checkpoint that this run goes on from."""
 
     directory: CheckpointDirectory
@@ -51,9 +51,9 @@ class OwnCheckpoint:
     """The run's description as the checkpoint has it."""
 
 
-def find_own_checkpoint(
+def find_resume_point(
     options: CheckpointOptions, description: Mapping[str, Any], start: CheckpointCard
-) -> OwnCheckpoint | None:
+) -> ResumePoint | None:
     """The latest intact checkpoint in --save, None where there is none at all. Every rank must call it.
 
     One that is damaged beyond doubt (`damage.prove_damage`) is set aside under another name and the one before taken,
@@ -68,16 +68,16 @@ def find_own_checkpoint(
         UserError: on every rank: the checkpoint is of another run, damaged, of a newer format, or cannot be read by
             some rank; or there are checkpoints, but no file that says which is the latest.
     """
-    condemned: list[Condemned] = []
+    damaged: list[DamagedCheckpoint] = []
     for iteration in _candidates(options):
         found = CheckpointDirectory(options.save / iteration_directory_name(iteration), iteration)
         try:
-            own = _open_own(found, options, description, start)
+            own = _check_candidate(found, options, description, start)
         except DamagedFile as error:
-            condemned.append(Condemned(iteration, prove_damage(error, found.path)))
-            _on_rank_0(partial(refuse_fall_back, condemned, options))
+            damaged.append(DamagedCheckpoint(iteration, prove_damage(error, found.path)))
+            _on_rank_0(partial(refuse_fall_back, damaged, options))
             continue
-        _on_rank_0(partial(go_on_from, iteration, condemned, options.save))
+        _on_rank_0(partial(set_latest, iteration, damaged, options.save))
         return own
     return None
 
@@ -91,9 +91,9 @@ def _candidates(options: CheckpointOptions) -> Iterator[int]:
         yield from reversed(older)
 
 
-def _open_own(
+def _check_candidate(
     found: CheckpointDirectory, options: CheckpointOptions, description: Mapping[str, Any], start: CheckpointCard
-) -> OwnCheckpoint:
+) -> ResumePoint:
     """Check one checkpoint. Raises DamagedFile, on every rank, where a file does not seem to be as it was written."""
     cards = on_every_rank(partial(_check_small_files, found, options.verify))
     check_same_on_all_ranks(found.path)
@@ -133,13 +133,13 @@ def _recorded(card: CheckpointCard, start: CheckpointCard, save: Path) -> dict[s
 
 def _own(
     found: CheckpointDirectory, card: CheckpointCard, recorded: Mapping[str, Any], now: Mapping[str, Any]
-) -> OwnCheckpoint:
+) -> ResumePoint:
     changed = {name: list(pair) for name, pair in differences(recorded, now).items()}
     changes = [*recorded.get("changes", []), *([{"step": found.iteration, **changed}] if changed else [])]
     lengths = list(recorded.get("train_lengths", [recorded["train_iters"]]))
     if lengths[-1] != now["train_iters"]:
         lengths.append(now["train_iters"])
-    return OwnCheckpoint(found, card, changes, lengths, dict(recorded))
+    return ResumePoint(found, card, changes, lengths, dict(recorded))
 
 
 def _on_rank_0(action: Callable[[], Any]) -> Any:

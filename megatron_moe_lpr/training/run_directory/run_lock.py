@@ -22,7 +22,7 @@ from megatron_moe_lpr.training.run_directory.lock_file import LockFile, is_locke
 from megatron_moe_lpr.training.run_directory.lock_holder import (
     Holder,
     has_ended,
-    has_ended_if_it_rests,
+    has_ended_if_not_refreshed,
     is_alive,
     is_near,
     this_process,
@@ -79,41 +79,41 @@ def run_lock(save: Path, take_over: bool = False) -> Iterator[RunLock]:
 def acquire(save: Path, take_over: bool = False) -> RunLock:
     """Take the lock of `save`, or that of a run that has ended. See `run_lock`."""
     save.mkdir(parents=True, exist_ok=True)
-    path, asking, ended = save / LOCK_FILE, this_process(), None
+    path, observer, ended = save / LOCK_FILE, this_process(), None
     while True:
         with _alone_in(save):
             holder = read_lock(path)
             if holder is None or holder == ended:
-                return _take(path, asking, holder)
+                return _take(path, observer, holder)
         # Outside the block: it may take a while, and its result holds for this holder only.
-        _check_free(path, holder, asking, take_over)
+        _check_free(path, holder, observer, take_over)
         ended = holder
 
 
-def _take(path: Path, asking: Holder, before: Holder | None) -> RunLock:
+def _take(path: Path, observer: Holder, before: Holder | None) -> RunLock:
     if before is not None:
         print(f"{path}: taken over from {before}", file=sys.stderr, flush=True)
     with atomic_file(path) as partial:
         file = LockFile(partial)
-        mine = dataclasses.replace(asking, flock=file.flock, refreshed=file.refreshed)
+        mine = dataclasses.replace(observer, flock=file.flock, refreshed=file.refreshed)
         file.write(f"{json.dumps(dataclasses.asdict(mine))}\n".encode())
     file.start_refreshing()
     return RunLock(path, mine, file)
 
 
-def _check_free(path: Path, holder: Holder, asking: Holder, take_over: bool) -> None:
+def _check_free(path: Path, holder: Holder, observer: Holder, take_over: bool) -> None:
     locked = is_locked(path)
-    if has_ended(holder, asking, locked):
+    if has_ended(holder, observer, locked):
         return
-    alive = is_alive(holder, asking, locked)
-    if not alive and holder.refreshed and (take_over or is_near(holder, asking)):
+    alive = is_alive(holder, observer, locked)
+    if not alive and holder.refreshed and (take_over or is_near(holder, observer)):
         alive = _is_refreshed(path, holder)
         locked = is_locked(path)
     if alive:
         raise UserError(f"--save {path.parent}: {holder} writes there; wait for its end, or choose another directory")
-    if not take_over and not has_ended_if_it_rests(holder, asking, locked):
+    if not take_over and not has_ended_if_not_refreshed(holder, observer, locked):
         raise UserError(
-            f"--save {path.parent}: {holder} may still write there, which cannot be seen from {asking.host}; "
+            f"--save {path.parent}: {holder} may still write there, which cannot be seen from {observer.host}; "
             "make sure that it has ended, then pass --take-over"
         )
 

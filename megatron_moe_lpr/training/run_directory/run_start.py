@@ -20,14 +20,14 @@ from megatron_moe_lpr.training.configuration.config import CheckpointOptions
 from megatron_moe_lpr.training.run_directory.fall_back import iterations_in, latest_iteration
 
 if TYPE_CHECKING:
-    from megatron_moe_lpr.training.run_directory.resuming import OwnCheckpoint
+    from megatron_moe_lpr.training.run_directory.resuming import ResumePoint
 
 
 def readable_load(options: CheckpointOptions) -> Path:
     """What --load means; where it is --save itself, its newest checkpoint whose small files seem intact.
 
     The newest one may be damaged, or not named by the latest file yet (`fall_back.latest_iteration`). Which one the run
-    goes on from, and whether one is set aside, is decided when all ranks have met (`resuming.find_own_checkpoint`).
+    goes on from, and whether one is set aside, is decided when all ranks have met (`resuming.find_resume_point`).
 
     Raises:
         UserError: as `latest_iteration`, or a checkpoint cannot be read for another reason than damage.
@@ -71,60 +71,60 @@ def open_start(options: CheckpointOptions, stage: str) -> tuple[CheckpointDirect
     return (start, card_at_start(card)) if base is None else (base, base.card())
 
 
-def start_of(
-    own: "OwnCheckpoint", start: CheckpointDirectory, card: CheckpointCard, save: Path
+def find_start(
+    resume_from: "ResumePoint", start: CheckpointDirectory, card: CheckpointCard, save: Path
 ) -> tuple[CheckpointDirectory, CheckpointCard]:
     """What `open_start` returns, corrected by the checkpoint that the run goes on from. Every rank must call it.
 
     Raises:
-        UserError: on every rank: what `own` does not hold is neither in `start` nor where it was.
+        UserError: on every rank: what `resume_from` does not hold is neither in `start` nor where it was.
     """
-    card = card_at_start(own.card, card)
-    if own.card.parent is not None:
-        return on_every_rank(lambda: _base(own, start))[dist.get_rank()], card
+    card = card_at_start(resume_from.card, card)
+    if resume_from.card.parent is not None:
+        return on_every_rank(lambda: _base(resume_from, start))[dist.get_rank()], card
     # The one that --load named may have been set aside.
-    return own.directory if _lies_in(start, save) else start, card
+    return resume_from.directory if _lies_in(start, save) else start, card
 
 
-def card_at_start(own: CheckpointCard, start: CheckpointCard | None = None) -> CheckpointCard:
-    """The card with which the run that wrote the card `own` began.
+def card_at_start(card: CheckpointCard, start: CheckpointCard | None = None) -> CheckpointCard:
+    """The card with which the run that wrote the card `card` began.
 
     Args:
         start: of what --load names now; its openness is kept where the run can have begun with it.
     """
-    entry = own.history[-1]
-    steps = opening_steps(entry.get("open_experts_iters"), entry.get("train_lengths", [entry["train_iters"]]))
-    if start is not None and opened(start.openness, entry["iterations"], steps) == own.openness:
+    entry = card.history[-1]
+    steps = open_experts_steps(entry.get("open_experts_iters"), entry.get("train_lengths", [entry["train_iters"]]))
+    if start is not None and newest_weight_at(start.openness, entry["iterations"], steps) == card.openness:
         openness = start.openness
     elif entry["iterations"] < steps:
         progress = entry["iterations"] / steps
-        openness = min(1.0, max(0.0, (own.openness - progress) / (1.0 - progress)))
+        openness = min(1.0, max(0.0, (card.openness - progress) / (1.0 - progress)))
     else:
         # Open by now, from whatever it was; with the flag, less than 1.
-        openness = own.openness if entry.get("open_experts_iters") is None else 0.0
-    return dataclasses.replace(start or own, history=own.history[:-1], openness=openness)
+        openness = card.openness if entry.get("open_experts_iters") is None else 0.0
+    return dataclasses.replace(start or card, history=card.history[:-1], openness=openness)
 
 
-def opening_steps(open_experts_iters: int | None, lengths: list[int]) -> int:
+def open_experts_steps(open_experts_iters: int | None, lengths: list[int]) -> int:
     """Steps in which a run opens the experts of the latest expansion; one that was lengthened as it began."""
     return open_experts_iters or max(1, lengths[0] // 10)
 
 
-def opened(start: float, iteration: int, steps: int) -> float:
+def newest_weight_at(start: float, iteration: int, steps: int) -> float:
     """Weight of the latest expansion's experts in the routers during the step that ends at `iteration`."""
     return min(1.0, start + (1.0 - start) * iteration / steps)
 
 
-def _base(own: "OwnCheckpoint", start: CheckpointDirectory) -> CheckpointDirectory:
+def _base(resume_from: "ResumePoint", start: CheckpointDirectory) -> CheckpointDirectory:
     """`start` where it is the base of a checkpoint that holds only what trains, else the one that its card names."""
     reasons = []
-    for path in (start.path, Path(own.card.parent.path if own.card.parent else "")):
+    for path in (start.path, Path(resume_from.card.parent.path if resume_from.card.parent else "")):
         try:
-            base = find_parent(dataclasses.replace(own.directory, parent_path=path))
+            base = find_parent(dataclasses.replace(resume_from.directory, parent_path=path))
         except UserError as error:
             reasons.append(str(error))
             continue
-        return base or own.directory
+        return base or resume_from.directory
     raise UserError(
         f"--save holds only what was trained, and neither --load nor the checkpoint that the run began from has the "
         f"rest ({'; '.join(reasons)}); give --load the one it began from"

@@ -74,7 +74,7 @@ class NoteBoard:
         return {rank: Note(**json.loads(self.store.get(keys[rank]))) for rank in known}
 
 
-def silence_line(rank: int, notes: Mapping[int, Note], silent: list[int]) -> str:
+def silent_ranks_line(rank: int, notes: Mapping[int, Note], silent: list[int]) -> str:
     """The error of a rank that waits for others whose notes stand still."""
     mine = notes[rank]
     named = "; ".join(f"rank {other} ({notes[other]})" for other in silent[:SHOWN])

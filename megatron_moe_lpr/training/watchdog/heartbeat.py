@@ -29,10 +29,10 @@ from megatron_moe_lpr.training.watchdog.hang_report import (
     NoteBoard,
     hang_line,
     print_stacks,
-    silence_line,
+    silent_ranks_line,
     slow_line,
 )
-from megatron_moe_lpr.training.watchdog.main_thread import MainThread, innermost, place_of
+from megatron_moe_lpr.training.watchdog.main_thread import MainThread, describe_frame, innermost
 from megatron_moe_lpr.training.watchdog.outside_watch import OutsideWatch
 
 PATIENCE = 0.75
@@ -83,7 +83,7 @@ class Heartbeat:
         if self.outside:
             self.outside.close()
         if is_collective_failure(error):
-            place, _ = place_of(innermost(trace))
+            place, _ = describe_frame(innermost(trace))
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"step {self.step}: rank {self.rank} lost another rank at {place} ({reason}); what the rank says that "
@@ -159,7 +159,7 @@ class Heartbeat:
         notes = board.read()
         answering = [rank for rank in notes if rank not in silent]
         if self.rank == min(answering):
-            line = silence_line(self.rank, notes, silent) if silent else slow_line(self.rank, notes)
+            line = silent_ranks_line(self.rank, notes, silent) if silent else slow_line(self.rank, notes)
             _print(line)
         elif silent:
             # The launcher ends all with the first: let that be the one that tells why.

@@ -30,7 +30,7 @@ class MainThread:
 
     def place(self) -> tuple[str, bool]:
         """Words for where it is, and whether that is a collective."""
-        return place_of(self.frame())
+        return describe_frame(self.frame())
 
     def has_advanced(self, period: float) -> bool:
         """Whether it has made progress since the last call, `period` seconds ago."""
@@ -63,7 +63,7 @@ def innermost(trace: TracebackType | None) -> FrameType | None:
     return trace.tb_frame if trace else None
 
 
-def place_of(frame: FrameType | None) -> tuple[str, bool]:
+def describe_frame(frame: FrameType | None) -> tuple[str, bool]:
     """Words for where a thread is, the collective and who called it, and whether there is a collective."""
     collective, caller = None, None
     while frame is not None and caller is None:

@@ -5,7 +5,8 @@ import torch
 from megatron.core.transformer.moe import token_dispatcher
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.configuration.config import ComputeOptions, check_options
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+from megatron_moe_lpr.model.configuration.config import check_options
 from megatron_moe_lpr.model.moe.moe_layer import MoELPRLayer
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from tests.distributed import rank_pool

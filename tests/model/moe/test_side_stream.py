@@ -9,14 +9,14 @@ import torch
 
 from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.engine.micro_batches import run_schedule
-from megatron_moe_lpr.model.configuration.config import ComputeOptions
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
 from megatron_moe_lpr.platform.side_stream import SideStream
 from tests.distributed import rank_pool
 from tests.model.streams import watched
-from tests.training.one_step import ORIGINAL_TABLE, micro_batches
+from tests.training.one_step import LANGUAGE_GROUP, micro_batches
 from tests.training.runs import make_checkpoint
 
 EP2 = {"expert_model_parallel_size": 2}
@@ -61,7 +61,7 @@ def faults_of(path, name: str, *replaced) -> tuple[list[str], dict[str, int]]:
         model = load_model(path, layout, platform, options, lpr_loss_coeff=0.5, calculate_per_token_loss=True)
         for chunk in model.chunks:
             chunk.train()
-        run_schedule(model.chunks, model.config, micro_batches(2), ORIGINAL_TABLE, forward_only=True)
+        run_schedule(model.chunks, model.config, micro_batches(2), LANGUAGE_GROUP, forward_only=True)
     return watch.faults, dict(watch.beside)
 
 

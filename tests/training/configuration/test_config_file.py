@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_moe_lpr.flag_marks import marked_flags
 from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.config_file import (
     config_values,
@@ -38,15 +39,7 @@ def test_every_flag_comes_back(name, tmp_path):
 
 def test_every_field_of_every_dataclass_is_there_under_a_name_of_its_own():
     config = parse_training_flags(WORDS)
-    fields = [
-        one.name
-        for field in dataclasses.fields(config)
-        for one in (
-            dataclasses.fields(getattr(config, field.name))
-            if dataclasses.is_dataclass(getattr(config, field.name))
-            else [field]
-        )
-    ]
+    fields = [flag.name for flag in marked_flags(TrainingConfig)]
     assert len(fields) == len(set(fields)) and set(fields) - {"config"} == set(config_values(config))
 
 

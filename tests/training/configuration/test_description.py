@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_marks import Change, Free, RecordedAs
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
-from megatron_moe_lpr.training.configuration.config import OptimizerOptions, TrainingConfig
+from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.description import (
     ACCEPTABLE,
     FLAGS,
@@ -27,10 +28,14 @@ CHOICES = {"lr_decay_style": "linear", "lpr_loss_form": "reference", "stage": "f
 
 @pytest.fixture
 def config(tmp_path):
-    base = training_config(tmp_path / "load", tmp_path / "save", dict.fromkeys(LANGUAGES, "prefix"))
     # Fields that count only beside others must count.
-    fp8 = dataclasses.replace(base.fp8, fp8_format="hybrid", fp8_recipe="tensorwise", first_last_layers_bf16=True)
-    return dataclasses.replace(base, fp8=fp8)
+    fp8 = {"fp8_format": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": True}
+    return training_config(tmp_path / "load", tmp_path / "save", dict.fromkeys(LANGUAGES, "prefix"), **fp8)
+
+
+def with_fp8(config: TrainingConfig, **changes) -> TrainingConfig:
+    fp8 = dataclasses.replace(config.compute.fp8, **changes)
+    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, fp8=fp8))
 
 
 def described(config: TrainingConfig) -> dict:
@@ -38,12 +43,13 @@ def described(config: TrainingConfig) -> dict:
     return describe_run(config, config.stage.resolve(), sources, torch.bfloat16)
 
 
-def changed(config: TrainingConfig, part: str, name: str) -> TrainingConfig:
-    """The configuration with another value in one field, fit for `describe_run` or not."""
-    options = getattr(config, part)
+def changed(options: typing.Any, path: str) -> typing.Any:
+    """The configuration with another value in the field at `path`, whether it goes with the other fields or not."""
+    name, _, rest = path.partition(".")
+    if rest:
+        return unchecked(options, **{name: changed(getattr(options, name), rest)})
     value = CHOICES.get(name) or another(getattr(options, name), typing.get_type_hints(type(options))[name])
-    # Whether the value goes with others is not asked here.
-    return unchecked(config, **{part: unchecked(options, **{name: value})})
+    return unchecked(options, **{name: value})
 
 
 def unchecked(options, **values):
@@ -67,8 +73,7 @@ def another(value, kind):
 
 @pytest.mark.parametrize("flag", [flag for flag in FLAGS if "." in flag.path], ids=lambda flag: flag.path)
 def test_every_flag_that_is_marked_as_deciding_numbers_is_recorded_and_no_other(flag, config):
-    part, name = flag.path.split(".")
-    found = differences(described(config), described(changed(config, part, name)))
+    found = differences(described(config), described(changed(config, flag.path)))
     assert bool(found) == isinstance(flag.mark, Change), f"{flag.path}: {flag.mark} and recorded as {found}"
     assert not found or flag.recorded_as in found
 
@@ -126,7 +131,7 @@ def test_a_coefficient_has_one_name_as_flag_as_default_and_in_the_model(config):
 )
 def test_the_layers_in_bf16_change_only_with_a_word(name, value, config):
     before = described(config)
-    now = described(dataclasses.replace(config, fp8=dataclasses.replace(config.fp8, **{name: value})))
+    now = described(with_fp8(config, **{name: value}))
     with pytest.raises(UserError, match=f"{name} .* there and .* here.*--accept-changes .*{name.replace('_', '-')}"):
         refuse_differences(before, now, set(), "run")
     refuse_differences(before, now, set(ACCEPTABLE), "run")
@@ -134,6 +139,6 @@ def test_the_layers_in_bf16_change_only_with_a_word(name, value, config):
 
 def test_layers_in_bf16_count_only_where_there_are_some(config):
     """Without the flag, or without FP8, their numbers decide nothing."""
-    off = dataclasses.replace(config, fp8=dataclasses.replace(config.fp8, first_last_layers_bf16=False))
-    more = dataclasses.replace(off, fp8=dataclasses.replace(off.fp8, num_layers_at_start_in_bf16=3))
+    off = with_fp8(config, first_last_layers_bf16=False)
+    more = with_fp8(off, num_layers_at_start_in_bf16=3)
     assert described(off) == described(more)

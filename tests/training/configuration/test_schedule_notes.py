@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_moe_lpr.engine.optimizer import build_schedule
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.description import recorded_schedule
 from megatron_moe_lpr.training.configuration.schedule_notes import schedule_notes
-from megatron_moe_lpr.training.optimizer import build_schedule
 from tests.training.runs import training_config
 
 PLACE = Path("unused")

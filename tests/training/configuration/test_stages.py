@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from megatron_moe_lpr.checkpoint.loading.model import load_model
+from megatron_moe_lpr.engine.optimizer import build_optimizer, wrap_data_parallel
+from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
-from megatron_moe_lpr.training.configuration.config import OptimizerOptions
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
-from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_moe_lpr.training.setup import prepare
 from tests.conversion.helpers import checkpoint_tensors
 from tests.distributed import rank_pool

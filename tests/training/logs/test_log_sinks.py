@@ -14,7 +14,7 @@ import pytest
 
 from megatron_moe_lpr.training.configuration.config import LoggingOptions
 from megatron_moe_lpr.training.logs import event_file, log_sinks, metrics
-from megatron_moe_lpr.training.logs.log_sinks import LastingSink, Record, ThreadedSink
+from megatron_moe_lpr.training.logs.log_sinks import Record, RetryingSink, ThreadedSink
 from megatron_moe_lpr.training.logs.metrics import MetricsWriter
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -152,7 +152,7 @@ class Stubborn:
 def test_records_wait_and_are_tried_again(monkeypatch, capfd):
     monkeypatch.setattr(log_sinks, "RETRY_SECONDS", 0.0)
     place = Stubborn(3)
-    sink = LastingSink("the place", lambda: place)
+    sink = RetryingSink("the place", lambda: place)
     for step in range(1, 6):
         sink.write(Record("train", step, {}))
     assert place.records == [1, 2, 3, 4, 5]

@@ -3,7 +3,7 @@
 import math
 import random
 
-from megatron_moe_lpr.training.logs.loss_watch import REPEAT, LossWatch
+from megatron_moe_lpr.training.logs.loss_watch import WARNING_INTERVAL, LossWatch
 
 
 def warnings(losses) -> dict[int, str]:
@@ -36,7 +36,7 @@ def test_a_spike_is_told_once():
 
 
 def test_a_learning_rate_that_is_far_too_high_is_told_within_a_few_steps_and_not_at_each():
-    found = warnings([7.0] + [30.0 + step % 3 for step in range(3 * REPEAT)])
+    found = warnings([7.0] + [30.0 + step % 3 for step in range(3 * WARNING_INTERVAL)])
     assert min(found) < 5 and "--lr" in found[min(found)]
     assert 2 <= len(found) <= 6
 

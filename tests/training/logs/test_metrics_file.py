@@ -5,6 +5,9 @@ import resource
 import subprocess
 import sys
 
+import pytest
+
+from megatron_moe_lpr.evaluation.report.inputs import read_training_log
 from megatron_moe_lpr.training.logs.metrics_file import MetricsFile
 
 
@@ -12,25 +15,57 @@ def records(path):
     return [(line["kind"], line["iteration"], line.get("x")) for line in map(json.loads, path.read_text().splitlines())]
 
 
-def test_each_step_is_there_once_after_a_resume(tmp_path):
+def resumed(path, iteration: int, steps: range, start: int) -> MetricsFile:
+    """The log of a run that resumes from `iteration` and logs `steps`; the loss of each tells its start."""
+    file = MetricsFile(path, iteration)
+    for step in steps:
+        file.append("train", step, {"consumed_tokens": 8 * step, "lm_loss/el": 10.0 * start + step, "x": start})
+    return file
+
+
+def test_a_log_is_only_appended_to_and_readers_find_each_step_once(tmp_path):
+    """After a start, a resume from step 2 that logs less often, and one from step 3 that has logged nothing yet."""
     path = tmp_path / "run" / "metrics.jsonl"
-    first = MetricsFile(path, 0)
-    for step in (1, 2, 3):
-        first.append("train", step, {"x": step})
+    resumed(path, 0, range(1, 6), 1)
+    before = path.read_bytes()
     with path.open("a") as stream:
-        stream.write('{"kind": "train", "itera')
-    second = MetricsFile(path, 2)
-    second.append("train", 3, {"x": 30})
-    assert records(path) == [("train", 1, 1), ("train", 2, 2), ("train", 3, 30)]
+        stream.write('{"kind": "train", "itera')  # a kill
+    resumed(path, 2, range(4, 5), 2)
+    assert path.read_bytes().startswith(before)
+    MetricsFile(path, 3)
+    assert records(path)[5:] == [("resume", 2, None), ("train", 4, 2), ("resume", 3, None)]
+    assert read_training_log("Stage 1", path).losses == {"el": [(8, 11.0), (16, 12.0)]}
+    resumed(path, 3, range(4, 6), 3)
+    assert read_training_log("Stage 1", path).losses == {"el": [(8, 11.0), (16, 12.0), (32, 34.0), (40, 35.0)]}
 
 
-def test_a_repeated_last_evaluation_replaces_the_first(tmp_path):
+def test_a_resume_that_repeats_nothing_leaves_no_trace(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    MetricsFile(path, 0).append("valid/el", 2, {"dataset": "a", "x": 1})
-    again = MetricsFile(path, 2)
-    again.append("valid/el", 2, {"dataset": "a", "x": 2})
-    again.append("valid/el", 2, {"dataset": "b", "x": 3})
-    assert records(path) == [("valid/el", 2, 2), ("valid/el", 2, 3)]
+    resumed(path, 0, range(1, 4), 1)
+    resumed(path, 3, range(4, 5), 2)
+    assert [kind for kind, _, _ in records(path)] == ["train"] * 4
+
+
+def test_evaluations_that_count_are_those_since_the_last_resume_before_them(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    assert file.evaluated == set()
+    file.append("valid/el", 2, {"dataset": "a"})
+    file.append("valid/el", 4, {"dataset": "a"})
+    assert MetricsFile(path, 2).evaluated == {"a"}  # and step 4 will be repeated
+    assert MetricsFile(path, 4).evaluated == set()
+    MetricsFile(path, 4).append("valid/el", 4, {"dataset": "b"})
+    assert MetricsFile(path, 4).evaluated == {"b"}
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 40, b'{"kind": "train"', "\u20ac".encode()[:2], b"[" * 9000])
+def test_what_a_kill_leaves_of_a_line_is_cut_off(tail, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    resumed(path, 0, range(1, 3), 1)
+    whole = path.read_bytes()
+    path.write_bytes(whole + tail)
+    MetricsFile(path, 2)
+    assert path.read_bytes() == whole
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path):

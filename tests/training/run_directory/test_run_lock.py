@@ -69,8 +69,8 @@ def test_also_take_over_does_not_take_it_from_a_process_that_lives_here(tmp_path
     ],
 )
 def test_whether_a_holder_has_certainly_ended(changes, ended):
-    asking = dataclasses.replace(this_process(), job="7", restart=1, cluster="one")
-    assert has_ended(dataclasses.replace(this_process(), **changes), asking) == ended
+    observer = dataclasses.replace(this_process(), job="7", restart=1, cluster="one")
+    assert has_ended(dataclasses.replace(this_process(), **changes), observer) == ended
 
 
 def test_a_dead_holder_on_this_host_is_replaced_and_another_hosts_only_when_told(tmp_path, capfd):

@@ -1,11 +1,11 @@
-"""Megatron's data parallelism, optimizer and learning rate schedule around the model chunks."""
+"""Builds Megatron's data parallelism, optimizer and learning rate schedule for the chunks of a model."""
 
 from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
-    MegatronOptimizer,
+    ChainedOptimizer,
     OptimizerConfig,
     get_megatron_optimizer,
     get_standard_config_overrides,
@@ -14,15 +14,15 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megatron_moe_lpr.engine.finalizing import finalize_gradients
+from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.platform import Platform
-from megatron_moe_lpr.training.configuration.config import BatchOptions, OptimizerOptions
 
 
 def wrap_data_parallel(
     chunks: Sequence[torch.nn.Module], config: MoELPRConfig, options: OptimizerOptions
 ) -> list[DistributedDataParallel]:
-    """Give every trainable parameter a place in a gradient buffer; frozen ones get none."""
+    """Wrap each chunk in DistributedDataParallel: trainable parameters get fp32 gradient buffers, frozen ones none."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=options.overlap_grad_reduce,
@@ -39,8 +39,8 @@ def wrap_data_parallel(
 
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel], config: MoELPRConfig, options: OptimizerOptions, platform: Platform
-) -> MegatronOptimizer:
-    """AdamW over the trainable parameters, and the hooks by which Megatron's schedules use it."""
+) -> ChainedOptimizer:
+    """Build AdamW over the trainable parameters, and set the hooks in `config` that Megatron's schedules call."""
     settings = OptimizerConfig(
         optimizer="adam",
         lr=options.lr,
@@ -75,7 +75,7 @@ def _connect(
     chunks: Sequence[DistributedDataParallel],
     config: MoELPRConfig,
     options: OptimizerOptions,
-    optimizer: MegatronOptimizer,
+    optimizer: ChainedOptimizer,
 ) -> None:
     config.finalize_model_grads_func = finalize_gradients
     config.grad_scale_func = optimizer.scale_loss
@@ -87,9 +87,9 @@ def _connect(
 
 
 def build_schedule(
-    optimizer: MegatronOptimizer, options: OptimizerOptions, batch: BatchOptions
+    optimizer: ChainedOptimizer, options: OptimizerOptions, batch: BatchOptions
 ) -> OptimizerParamScheduler:
-    """Learning rate by consumed samples, as Megatron counts."""
+    """Build the schedule of learning rate and weight decay, which Megatron counts in samples instead of steps."""
     decay_iters = options.decay_iters(batch.train_iters)
     wsd_iters = options.wsd_decay_iters(batch.train_iters)
     samples = batch.global_batch_size
@@ -107,7 +107,7 @@ def build_schedule(
         wd_incr_style="constant",
         wsd_decay_steps=wsd_iters * samples if options.lr_decay_style == "WSD" else None,
         lr_wsd_decay_style=options.lr_wsd_decay_style if options.lr_decay_style == "WSD" else None,
-        # A checkpoint's schedule gives way to this one: a difference was refused or accepted before.
+        # These options win over a checkpoint's schedule: a difference was refused or accepted before.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

@@ -1,0 +1,60 @@
+"""Flags that say how a model is computed. Imports neither torch nor Megatron at the top, for a fast --help."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from megatron_moe_lpr.flag_marks import Free, Overlap, RecordedAs, T
+from megatron_moe_lpr.flag_ranges import PositiveInt
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options
+
+if TYPE_CHECKING:
+    import torch
+
+Recomputation = Annotated[T, Free("computes the same twice")]
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeOptions:
+    """How the model is computed: number formats, dispatch of tokens to experts, activation recomputation."""
+
+    bf16: Annotated[bool, RecordedAs("dtype")] = False
+    """Compute in bfloat16, with fp32 gradients, routers and optimizer. Default: what the run before computed in, or the
+    checkpoint's own dtype; for a float16 one bfloat16. CPUs without bf16 instructions compute in fp32 by default."""
+    fp32: Annotated[bool, RecordedAs("dtype")] = False
+    """Compute in fp32."""
+    fp16: Annotated[bool, Free("refused")] = False
+    """Not offered: float16 models train in bf16 or fp32, and frozen weights keep their float16 bits."""
+    moe_token_dispatcher_type: Annotated[
+        Literal["alltoall", "allgather", "flex"], Free("how tokens travel: rounding alone")
+    ] = "alltoall"
+    """Communication of tokens to new experts on other ranks. flex needs DeepEP."""
+    original_expert_overlap: Overlap[bool] = False
+    """With EP on GPUs, compute the original expert on its own stream during the all-to-all. Never timed on a GPU."""
+    recompute_granularity: Recomputation[Literal["full", "selective"] | None] = None
+    """Recompute activations in the backward pass: whole layers, or --recompute-modules."""
+    recompute_method: Recomputation[Literal["uniform", "block"] | None] = None
+    """Full recompute. uniform: groups of --recompute-num-layers layers; block: only the first so many of a PP stage."""
+    recompute_num_layers: Recomputation[PositiveInt | None] = None
+    """Layers for --recompute-method. Default: 1."""
+    recompute_modules: Recomputation[tuple[str, ...] | None] = None
+    """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
+    fp8: FP8Options = dataclasses.field(default_factory=FP8Options)
+
+    def asked_dtype(self) -> "torch.dtype | None":
+        """Return the dtype that a flag names; None: no flag does. Raises UserError, see `dtype.asked_dtype`."""
+        from megatron_moe_lpr.model.configuration.dtype import asked_dtype
+
+        return asked_dtype(self.bf16, self.fp32, self.fp16)
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Dtype of activations and matrix products: bfloat16 with --bf16, else float32."""
+        import torch
+
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    def with_dtype(self, dtype: "torch.dtype") -> "ComputeOptions":
+        """Return these options with the flag that names `dtype` (bfloat16 or float32)."""
+        import torch
+
+        return dataclasses.replace(self, bf16=dtype == torch.bfloat16, fp32=dtype == torch.float32, fp16=False)
