@@ -19,11 +19,11 @@ from megatron_moe_lpr.checkpoint.format.directory import (
 from megatron_moe_lpr.checkpoint.format.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
-from megatron_moe_lpr.conversion.exporter import check_model_tensors
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
 from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
+from megatron_moe_lpr.conversion.reading import check_model_tensors
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate
-from megatron_moe_lpr.conversion.tensors.upcycling import initial_router
+from megatron_moe_lpr.conversion.upcycling import initial_router
 from megatron_moe_lpr.data.language_groups import EXPANSION, learned_languages
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.files.checksums import MANIFEST, write_manifest

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, resolve_checkpoint
-from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.conversion.verification.inspection import count_parameters
+from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import perturb, rewrite_checkpoint, run
 from tests.conversion.tiny_models import MODELS, load_model, save_model
 
@@ -97,13 +97,13 @@ def test_fingerprint_changes_with_frozen_weights_alone(tmp_path: Path) -> None:
     for experts in (1, 3):
         save = tmp_path / f"checkpoint-{experts}"
         run("import", "--hf", dense, "--save", save, "--num-experts", experts)
-        fingerprints |= {resolve_checkpoint(save).card().original_fingerprint, fingerprint_of_checkpoint(save)}
+        fingerprints |= {resolve_checkpoint(save).card().original_fingerprint, checkpoint_fingerprint(save)}
         rewrite_checkpoint(save, perturb)
-        fingerprints.add(fingerprint_of_checkpoint(save))
+        fingerprints.add(checkpoint_fingerprint(save))
     assert len(fingerprints) == 1
 
     def nudge(tensors: dict[str, torch.Tensor]) -> None:
         tensors["decoder.layers.2.mlp.original_expert.linear_fc2.weight"][0, 0] += 1
 
     rewrite_checkpoint(save, nudge)
-    assert fingerprint_of_checkpoint(save) not in fingerprints
+    assert checkpoint_fingerprint(save) not in fingerprints

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading.model import load_model, model_shape
+from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.conversion.importer import import_hf
-from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.model.configuration.config import ComputeOptions
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
