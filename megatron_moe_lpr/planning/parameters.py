@@ -14,7 +14,7 @@ ParameterCounts = Counter[ParameterKind]
 def model_parameters(shape: ModelShape) -> ParameterCounts:
     """Parameters of the whole model, without the rows that only pad the vocabulary."""
     architecture, one_rank = shape.architecture, ParallelLayout()
-    counts = stage_parameters(shape, one_rank, 0)
+    counts = rank_parameters(shape, one_rank, 0)
     matrices = 1 if architecture.tied_embeddings else 2
     counts["embedding"] = matrices * architecture.vocab_size * architecture.hidden_size
     return counts
@@ -30,33 +30,33 @@ def active_parameters(shape: ModelShape) -> int:
 
 
 def trainable(counts: ParameterCounts, trains: Collection[ParameterKind]) -> int:
-    """Those of the parameters that a stage trains."""
+    """Number of the parameters that train."""
     return sum(count for kind, count in counts.items() if kind in trains)
 
 
-def stage_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> ParameterCounts:
-    """Parameters of one rank of a pipeline stage, padding included."""
+def rank_parameters(shape: ModelShape, layout: ParallelLayout, pipeline_rank: int) -> ParameterCounts:
+    """Parameters of one rank, the rows that pad the vocabulary included."""
     counts: ParameterCounts = Counter()
-    for layer in stage_layers(shape, layout, stage):
-        of_layer = layer_parameters(shape, shape.experts_per_layer[layer], layout)
+    for layer in pipeline_rank_layers(shape, layout, pipeline_rank):
+        in_layer = layer_parameters(shape, shape.experts_per_layer[layer], layout)
         if layer in shape.inserted_blocks:
-            of_layer = Counter({"inserted blocks": sum(of_layer.values())})
-        counts.update(of_layer)
+            in_layer = Counter({"inserted blocks": sum(in_layer.values())})
+        counts.update(in_layer)
         earlier = shape.earlier_experts(layer) * _ffn(shape)
         earlier //= layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
         counts["new experts"] -= earlier
         counts["earlier experts"] += earlier
-    counts["embedding"] += vocabulary_matrices(shape, layout, stage) * vocabulary_matrix(shape, layout)
-    if stage == layout.pipeline_model_parallel_size - 1:
+    counts["embedding"] += _vocabulary_matrices(shape, layout, pipeline_rank) * vocabulary_matrix(shape, layout)
+    if pipeline_rank == layout.pipeline_model_parallel_size - 1:
         counts["norm"] += shape.architecture.hidden_size
     return counts
 
 
-def stage_layers(shape: ModelShape, layout: ParallelLayout, stage: int) -> list[int]:
-    """The layers of a pipeline stage: one run of them, or with virtual stages several."""
-    stages, chunks = layout.pipeline_model_parallel_size, layout.num_virtual_stages_per_pipeline_rank
-    size = shape.architecture.num_layers // (stages * chunks)
-    starts = [(chunk * stages + stage) * size for chunk in range(chunks)]
+def pipeline_rank_layers(shape: ModelShape, layout: ParallelLayout, pipeline_rank: int) -> list[int]:
+    """Layers of a pipeline rank: one run of them, or with the interleaved schedule one run for each model chunk."""
+    ranks, chunks = layout.pipeline_model_parallel_size, layout.num_virtual_stages_per_pipeline_rank
+    size = shape.architecture.num_layers // (ranks * chunks)
+    starts = [(chunk * ranks + pipeline_rank) * size for chunk in range(chunks)]
     return [start + offset for start in starts for offset in range(size)]
 
 
@@ -86,11 +86,11 @@ def vocabulary_matrix(shape: ModelShape, layout: ParallelLayout) -> int:
     return padded_vocab_size(shape.architecture.vocab_size, tp) // tp * shape.architecture.hidden_size
 
 
-def vocabulary_matrices(shape: ModelShape, layout: ParallelLayout, stage: int) -> int:
-    """Vocabulary matrices of a pipeline stage; tied ones are one matrix on one stage, a copy each on two."""
-    stages = layout.pipeline_model_parallel_size
-    has_output = stage == stages - 1 and (stages > 1 or not shape.architecture.tied_embeddings)
-    return int(stage == 0) + int(has_output)
+def _vocabulary_matrices(shape: ModelShape, layout: ParallelLayout, pipeline_rank: int) -> int:
+    """Vocabulary matrices of a pipeline rank; tied ones are one matrix on one rank, a copy each on two."""
+    ranks = layout.pipeline_model_parallel_size
+    has_output = pipeline_rank == ranks - 1 and (ranks > 1 or not shape.architecture.tied_embeddings)
+    return int(pipeline_rank == 0) + int(has_output)
 
 
 def _ffn(shape: ModelShape) -> int:
