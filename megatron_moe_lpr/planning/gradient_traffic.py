@@ -50,7 +50,7 @@ def _tied(run: PlannedRun, pipeline_rank: int, trained: Mapping[ParameterKind, i
 
 
 def _reduced(size: int, element: int, ranks: int, sizes: RunSizes, gathers: int) -> float:
-    """fp32 gradients of a buffer over the ranks that hold the same parameters, and gathers of the updated parameters."""
+    """fp32 gradients of a buffer over the ranks that hold the same parameters, and gathers of updated parameters."""
     if not sizes.distributed_optimizer:
         return 2 * FP32 * size * (ranks - 1) / ranks
     divisor = math.lcm(ranks, BUFFER_DIVISOR)
