@@ -25,8 +25,9 @@ from megatron_moe_lpr.conversion.tensors.blocks import mark_inserted
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.configuration.rope_parameters import rope_of_transformers_4
-from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, MOE_LAYOUTS, Layout, Role, Row, model_rows
+from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, MOE_LAYOUTS, Layout, Row, model_rows
 
 DTYPE_FIELDS = ("dtype", "torch_dtype")
 
@@ -54,11 +55,10 @@ class CheckedExport:
         Each in its own dtype: the dense model's weights are its bits, and trained ones lose nothing. Routers are
         float32: rounded to bfloat16, they would send a few tokens to another expert.
         """
-        written = [
-            TensorSpec(name, shape, torch.float32 if row.role is Role.ROUTER else self.reader.tensors[row.key].dtype)
-            for row in self.rows
-            for name, shape in zip(row.names, row.shapes, strict=True)
-        ]
+        written: list[TensorSpec] = []
+        for row in self.rows:
+            dtype = torch.float32 if row.kind is ParameterKind.ROUTER else self.reader.tensors[row.key].dtype
+            written += [TensorSpec(name, shape, dtype) for name, shape in zip(row.names, row.shapes, strict=True)]
         dtypes = {spec.name: spec.dtype for spec in written}
         return written + [TensorSpec(extra.name, extra.shape, self._dtype_of(extra, dtypes)) for extra in self.extra()]
 
@@ -112,7 +112,7 @@ def check_export(
 
 def _decides_dtype(row: Row) -> bool:
     """Matrices do. Readers cast norms and biases to these, as they do in the dense model, and routers as they like."""
-    return row.role is not Role.ROUTER and len(row.shape) > 1
+    return row.kind is not ParameterKind.ROUTER and len(row.shape) > 1
 
 
 def _with_dtype(config: dict, dtypes: Collection[torch.dtype]) -> dict:

@@ -134,7 +134,7 @@ class _Producer:
     def _hash(self, row: Row, tensors: list[torch.Tensor]) -> None:
         """Beside writing; one row at a time, so that no more than two are in memory."""
         self.finish()
-        if row.role.is_original:
+        if row.kind.is_original:
             pairs = zip(row.dense_names, tensors, strict=True)
             self.hashing = [self.pool.submit(self.fingerprint.add, name, tensor.contiguous()) for name, tensor in pairs]
 

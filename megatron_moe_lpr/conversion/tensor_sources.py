@@ -19,7 +19,8 @@ from megatron_moe_lpr.conversion.import_options import ImportOptions, given_expe
 from megatron_moe_lpr.conversion.imported_languages import ImportedLanguages, read_imported_languages
 from megatron_moe_lpr.conversion.tensors.blocks import FLAG, inserted_positions, mark_inserted
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.tensors import ADAPTER_LAYOUT, Role, Row, model_rows
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.tensors import ADAPTER_LAYOUT, Row, model_rows
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 
 
@@ -48,14 +49,14 @@ class TensorSources:
     @property
     def initialises_routers(self) -> bool:
         """The source has no routers, so that they are drawn."""
-        return any(row.role is Role.ROUTER and not row.names for row in self.rows)
+        return any(row.kind is ParameterKind.ROUTER and not row.names for row in self.rows)
 
     def stored_dtype(self, row: Row) -> torch.dtype:
         """The dtype of a tensor in the checkpoint: the source's own; routers are float32.
 
         Query, key and value become one tensor: where their biases differ in dtype, in one that holds them all exactly.
         """
-        if row.role is Role.ROUTER:
+        if row.kind is ParameterKind.ROUTER:
             return torch.float32
         return functools.reduce(torch.promote_types, (self.files.tensors[name].dtype for name in row.names))
 
@@ -81,7 +82,7 @@ def find_tensor_sources(options: ImportOptions) -> TensorSources:
     rows = _rows(model, adapter, experts, inserted, inserts)
     files = SafetensorsSource(weight_files(model.path) + ([adapter.weights] if adapter else []))
     check_tensors(rows, model.extra(), files, adapter.path if adapter else model.path)
-    originals = [files.tensors[name] for row in rows if row.role.is_original for name in row.names]
+    originals = [files.tensors[name] for row in rows if row.kind.is_original for name in row.names]
     dtype = common_dtype(originals, model.path)
     check_trained_dtypes((name for row in rows for name in row.names), files)
     languages = _languages(options, model, adapter)

@@ -16,8 +16,8 @@ from megatron_moe_lpr.conversion.tensors.blocks import ZEROED
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.tensors.qkv import interleave_qkv
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.finite import is_finite
-from megatron_moe_lpr.model.tensors import Role
 from megatron_moe_lpr.progress import ProgressReport
 
 
@@ -43,12 +43,12 @@ def upcycle(sources: TensorSources, writer: CheckpointWriter, progress: Progress
             row = rows[0]
             parts = [_read_finite(sources, name).to(sources.stored_dtype(row)) for name in row.names]
             hashing = [pool.submit(fingerprint.add, *pair) for pair in zip(row.dense_names, parts, strict=False)]
-            if row.role is Role.ROUTER and row.layer is not None and not parts:
+            if row.kind is ParameterKind.ROUTER and row.layer is not None and not parts:
                 num_experts, hidden_size = row.shape
                 tensor = initial_router(num_experts, hidden_size, sources.seed, row.layer)
             elif len(parts) > 1:
                 tensor = interleave_qkv(parts, sources.model.architecture)
-            elif sources.inserts and row.role is Role.INSERTED_BLOCK and row.key.endswith(ZEROED):
+            elif sources.inserts and row.kind is ParameterKind.INSERTED_BLOCKS and row.key.endswith(ZEROED):
                 # Block expansion (LLaMA-Pro), with which the model stays dense.
                 tensor = torch.zeros_like(parts[0])
             else:

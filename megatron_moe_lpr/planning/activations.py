@@ -6,6 +6,7 @@ Left out: the rows by which each expert's tokens are padded for FP8, at most 15 
 """
 
 from megatron_moe_lpr.model.build import padded_vocab_size
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.planning.layer_activations import (
     gradient_bytes,
     kept_bytes_per_token,
@@ -76,4 +77,4 @@ def _outside_layers(run: PlannedRun, pipeline_rank: int) -> float:
     """
     if not run.is_last(pipeline_rank):
         return 0.0
-    return run.hidden_bytes + (run.hidden_bytes if "embedding" in run.sizes.trains else 0)
+    return run.hidden_bytes + (run.hidden_bytes if ParameterKind.EMBEDDING in run.sizes.trains else 0)

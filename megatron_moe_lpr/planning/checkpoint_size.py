@@ -8,10 +8,11 @@ import math
 from collections import Counter
 from collections.abc import Collection
 
-from megatron_moe_lpr.model.parameter_kinds import KINDS, ParameterKind
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.parameter_counts import ParameterCounts
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import GIB
-from megatron_moe_lpr.planning.parameters import ParameterCounts, rank_parameters
+from megatron_moe_lpr.planning.parameters import rank_parameters
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import FP32, RunSizes
 
@@ -31,7 +32,7 @@ class SaveNeeds:
 def save_needs(run: PlannedRun, trainable_only: bool = False) -> SaveNeeds:
     """What a checkpoint of a run needs; `trainable_only`: a checkpoint of --save-trainable-only."""
     sizes, layout = run.sizes, run.layout
-    saved = sizes.trains if trainable_only else frozenset(KINDS)
+    saved = sizes.trains if trainable_only else frozenset(ParameterKind)
     counts = [rank_parameters(run.shape, layout, pipeline_rank) for pipeline_rank in run.pipeline_ranks]
     whole = sum(
         count * _parts(kind, layout) * _bytes(kind, saved, sizes)
@@ -62,7 +63,7 @@ def describe_needs(run: PlannedRun, gpus_per_node: int) -> str:
 def _bytes(kind: ParameterKind, saved: Collection[ParameterKind], sizes: RunSizes) -> int:
     """Bytes of one parameter in a checkpoint that has the weights of the kinds `saved`, optimizer state included."""
     weight = sizes.element_bytes if kind in sizes.trains else sizes.frozen_bytes
-    weight = FP32 if kind == "router" else weight
+    weight = FP32 if kind is ParameterKind.ROUTER else weight
     return weight * (kind in saved) + _state_bytes(kind, sizes)
 
 
@@ -77,9 +78,9 @@ def _state_bytes(kind: ParameterKind, sizes: RunSizes) -> int:
 
 def _parts(kind: ParameterKind, layout: ParallelLayout) -> int:
     """Ranks of a pipeline rank that hold different parts of the parameters of a kind."""
-    if kind in ("new experts", "earlier experts"):
+    if kind.is_expert_parallel:
         return layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
-    return 1 if kind in ("router", "norm") else layout.tensor_model_parallel_size
+    return 1 if kind in (ParameterKind.ROUTER, ParameterKind.NORM) else layout.tensor_model_parallel_size
 
 
 def _rank_bytes(
@@ -92,7 +93,7 @@ def _rank_bytes(
     total = 0.0
     for kind, count in counts.items():
         weight_writers = state_writers = ranks // layout.tensor_model_parallel_size
-        if kind in ("new experts", "earlier experts"):
+        if kind.is_expert_parallel:
             # Only one data-parallel group writes: ranks that differ in TP alone hold the same experts.
             weight_writers = ranks // math.lcm(layout.tensor_model_parallel_size, expert_ranks)
             state_writers = ranks // expert_ranks

@@ -7,6 +7,7 @@ step) and the rows by which the original expert's tokens are padded for FP8. The
 
 import dataclasses
 
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.planning.gradient_traffic import gradient_traffic
 from megatron_moe_lpr.planning.moe_traffic import moe_layer_traffic
 from megatron_moe_lpr.planning.planned_run import PlannedLayer, PlannedRun
@@ -33,11 +34,11 @@ def rank_traffic(
     micro_batch = _outside_layers(run, pipeline_rank)
     for layer in run.layers(pipeline_rank):
         passes = _passes(layer, behaviour)
-        micro_batch += _pair_traffic(layer, passes.attention, passes.backward, "attention" in layer.trains)
+        micro_batch += _pair_traffic(layer, passes.attention, passes.backward, ParameterKind.ATTENTION in layer.trains)
         if layer.is_moe:
             micro_batch += moe_layer_traffic(layer, passes, routing, expert_rank, original_in_ep_group)
         else:
-            micro_batch += _pair_traffic(layer, passes.ffn, passes.backward, "dense FFN" in layer.trains)
+            micro_batch += _pair_traffic(layer, passes.ffn, passes.backward, ParameterKind.DENSE_FFN in layer.trains)
     step = Traffic(*(run.num_microbatches * part for part in dataclasses.astuple(micro_batch)))
     return step + gradient_traffic(run, pipeline_rank, behaviour)
 
@@ -67,12 +68,12 @@ def _passes(layer: PlannedLayer, behaviour: PlatformBehaviour) -> Passes:
         behaviour.gradient_of_embedding
         or run.recompute != "none"
         or run.layout.pipeline_model_parallel_size > 1
-        or "embedding" in trains
+        or ParameterKind.EMBEDDING in trains
     )
     # Below the lowest weight that trains nothing needs a gradient. In a layer with a router that weight is the router,
     # so that the layer's own attention needs none; an inserted block begins with a norm, which trains.
     router_below = any(experts > 1 for experts in shape.experts_per_layer[: layer.index])
-    inserted = "inserted blocks" in trains and any(block <= layer.index for block in shape.inserted_blocks)
+    inserted = ParameterKind.INSERTED_BLOCKS in trains and any(block <= layer.index for block in shape.inserted_blocks)
     return Passes(
         attention=2 if run.recompute == "full" else 1,
         ffn=2 if ffn_recomputed else 1,
@@ -90,7 +91,7 @@ def _outside_layers(run: PlannedRun, pipeline_rank: int) -> Traffic:
     """Embedding, output matrix and loss over the TP ranks; what a micro-batch sends to the next and previous ranks of
     the pipeline."""
     ranks, chunks = run.layout.pipeline_model_parallel_size, run.layout.num_virtual_stages_per_pipeline_rank
-    sequence_parallel, trains = run.layout.uses_sequence_parallel, "embedding" in run.sizes.trains
+    sequence_parallel, trains = run.layout.uses_sequence_parallel, ParameterKind.EMBEDDING in run.sizes.trains
     first, last = pipeline_rank == 0, run.is_last(pipeline_rank)
     units = 0
     tensor = 0.0

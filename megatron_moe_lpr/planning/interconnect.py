@@ -6,7 +6,9 @@ on the same wires.
 
 import dataclasses
 
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.flops import training_flops_per_token
+from megatron_moe_lpr.model.parameter_counts import count_parameters
 from megatron_moe_lpr.planning.communication import busiest_rank
 from megatron_moe_lpr.planning.moe_traffic import placement
 from megatron_moe_lpr.planning.planned_run import PlannedLayer, PlannedRun
@@ -122,9 +124,11 @@ def _data_seconds(run: PlannedRun, traffic: Traffic, hardware: Hardware) -> floa
 
 def _surplus_flops(run: PlannedRun, routing: Routing, original_in_ep_group: bool) -> float:
     """Operations a token that the busiest EP rank of each layer has beyond the average one."""
-    architecture = run.shape.architecture
-    expert = 3 * architecture.hidden_size * architecture.ffn_hidden_size
-    layers = (PlannedLayer(run, index) for index in range(architecture.num_layers))
+    shape = run.shape
+    if not shape.num_moe_layers:
+        return 0.0
+    expert = count_parameters(shape.parameters)[ParameterKind.ORIGINAL_EXPERT] // shape.num_moe_layers
+    layers = (PlannedLayer(run, index) for index in range(shape.architecture.num_layers))
     return 2 * expert * sum(_surplus(layer, routing, original_in_ep_group) for layer in layers if layer.is_moe)
 
 
@@ -134,9 +138,9 @@ def _surplus(layer: PlannedLayer, routing: Routing, original_in_ep_group: bool) 
     shape, EP = layer.run.shape, layer.run.layout.expert_model_parallel_size
     expansions = shape.expert_groups(layer.index)
     kinds = [
-        "original expert",
-        *["earlier experts"] * sum(expansions[:-1]),
-        *["new experts"] * expansions[-1],
+        ParameterKind.ORIGINAL_EXPERT,
+        *[ParameterKind.EARLIER_EXPERTS] * sum(expansions[:-1]),
+        *[ParameterKind.NEW_EXPERTS] * expansions[-1],
     ]
     shares = routing.shares(shape, layer.index)
     work = [share * (3 if kind in layer.run.sizes.trains else 2) for share, kind in zip(shares, kinds, strict=True)]

@@ -1,5 +1,6 @@
 """Activations of one layer: bytes that a token keeps between forward and backward pass, and gradients of the FFN."""
 
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.planning.planned_run import PlannedLayer, Recompute
 from megatron_moe_lpr.planning.sizes import FP8_BLOCK, FP32
 
@@ -40,13 +41,13 @@ def gradient_bytes(layer: PlannedLayer) -> float:
         run.rank_tokens,
         run.layout.tensor_model_parallel_size,
         1,
-        "dense FFN" in layer.trains,
+        ParameterKind.DENSE_FFN in layer.trains,
     )
     if layer.is_moe:
         rows *= rows_per_token(layer)[1]
-        trained = layer.num_experts - 1 if "earlier experts" in layer.trains else layer.newest_experts
+        trained = layer.num_experts - 1 if ParameterKind.EARLIER_EXPERTS in layer.trains else layer.newest_experts
         ranks, experts = run.layout.expert_tensor_parallel_size, trained // run.layout.expert_model_parallel_size
-        trains = "new experts" in layer.trains and trained > 0
+        trains = ParameterKind.NEW_EXPERTS in layer.trains and trained > 0
     # FP8 copies of an operand: one by rows for the input's gradient, one by columns for the weight's.
     fp8_copies = (2 if trains else 1) if sizes.precision == "fp8" else 0
     outer, inner = rows * D * ranks, rows * F  # values of the products' wide and narrow operands
@@ -71,7 +72,7 @@ def rows_per_token(layer: PlannedLayer) -> tuple[float, float]:
 def original_expert_bytes(layer: PlannedLayer) -> float:
     """Bytes of a row of the original expert: gate and up, output and weighted output; inputs where it trains."""
     D, F = layer.architecture.hidden_size, layer.architecture.ffn_hidden_size
-    inputs = (D + F) * _input_bytes(layer) if "original expert" in layer.trains else 0
+    inputs = (D + F) * _input_bytes(layer) if ParameterKind.ORIGINAL_EXPERT in layer.trains else 0
     return (2 * F + 2 * D) * layer.run.sizes.element_bytes + inputs
 
 
@@ -82,7 +83,7 @@ def _attention_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
     element, S, H = sizes.element_bytes, sizes.seq_length, architecture.num_attention_heads
     query = output = H * architecture.head_dim
     key = value = architecture.num_query_groups * architecture.head_dim
-    trains = "attention" in layer.trains
+    trains = ParameterKind.ATTENTION in layer.trains
     before = architecture.hidden_size * _input_bytes(layer) if trains else 0
     if architecture.family.qk_norm:
         before += element * (query + key)
@@ -101,7 +102,7 @@ def _attention_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
 def _dense_ffn_bytes(layer: PlannedLayer) -> float:
     """Outputs of gate and up projection, and the inputs of all three matrices where they train."""
     D, F = layer.architecture.hidden_size, layer.architecture.ffn_hidden_size
-    inputs = (D + F) * _input_bytes(layer) if "dense FFN" in layer.trains else 0
+    inputs = (D + F) * _input_bytes(layer) if ParameterKind.DENSE_FFN in layer.trains else 0
     return 2 * F * layer.run.sizes.element_bytes + inputs
 
 
@@ -129,7 +130,7 @@ def _new_expert_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
         layer.run.layout.expert_tensor_parallel_size,
     )
     product = 2 * F * layer.run.sizes.element_bytes
-    if "new experts" not in layer.trains:
+    if ParameterKind.NEW_EXPERTS not in layer.trains:
         return product
     activation = 0 if recompute == "moe_act" else F
     return product + _trained_share(layer) * (D * ETP + activation) * _input_bytes(layer)
@@ -138,7 +139,7 @@ def _new_expert_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
 def _trained_share(layer: PlannedLayer) -> float:
     """Share of the new experts' rows whose experts train; in the worst case all, where there are such experts."""
     at_worst = layer.run.sizes.routing == "worst" and layer.newest_experts > 0
-    if not layer.is_moe or "earlier experts" in layer.trains or at_worst:
+    if not layer.is_moe or ParameterKind.EARLIER_EXPERTS in layer.trains or at_worst:
         return 1.0
     return layer.newest_experts / (layer.num_experts - 1)
 

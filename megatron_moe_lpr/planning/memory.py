@@ -7,10 +7,11 @@ Weights in FP8, activations and logits are checked on Transformer Engine's emula
 import dataclasses
 from collections.abc import Collection
 
-from megatron_moe_lpr.model.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.parameter_counts import ParameterCounts
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import activation_bytes, logit_bytes
-from megatron_moe_lpr.planning.parameters import ParameterCounts, rank_parameters
+from megatron_moe_lpr.planning.parameters import rank_parameters
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import FP32, RunSizes
 
@@ -63,7 +64,7 @@ def worst_total(run: PlannedRun) -> float:
 
 def weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
     """Bytes of a rank's weights and of their FP8 copies; routers are always fp32."""
-    in_fp8 = counts["new experts"] if sizes.fp8_param_gather else 0
+    in_fp8 = counts[ParameterKind.NEW_EXPERTS] if sizes.fp8_param_gather else 0
     wide = sum(count * _weight_size(kind, sizes) for kind, count in counts.items())
     return wide - in_fp8 * sizes.element_bytes + fp8_weight_bytes(counts, sizes)
 
@@ -73,7 +74,8 @@ def fp8_weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
     only by rows. With --fp8-param-gather the new experts have these two and no bf16 weight."""
     if sizes.precision != "fp8":
         return 0
-    return 2 * sum(count for kind, count in counts.items() if kind not in ("router", "norm", "embedding"))
+    without = (ParameterKind.ROUTER, ParameterKind.NORM, ParameterKind.EMBEDDING)
+    return 2 * sum(count for kind, count in counts.items() if kind not in without)
 
 
 def gradient_bytes(counts: ParameterCounts, trains: Collection[ParameterKind]) -> int:
@@ -92,13 +94,13 @@ def optimizer_bytes(counts: ParameterCounts, layout: ParallelLayout, sizes: RunS
 
 
 def _weight_size(kind: ParameterKind, sizes: RunSizes) -> int:
-    return FP32 if kind == "router" else sizes.element_bytes
+    return FP32 if kind is ParameterKind.ROUTER else sizes.element_bytes
 
 
 def _holders(kind: ParameterKind, layout: ParallelLayout, sizes: RunSizes) -> int:
     """Ranks that hold the same parameters of a kind."""
     ranks = layout.model_parallel_size
-    if kind in ("new experts", "earlier experts"):
+    if kind.is_expert_parallel:
         ranks = layout.pipeline_model_parallel_size * layout.expert_model_parallel_size
         ranks *= layout.expert_tensor_parallel_size
     return sizes.gpus // ranks

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.planning.planned_run import PlannedLayer, PlannedRun
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import FP32
@@ -28,7 +29,7 @@ def moe_layer_traffic(
     metadata = passes.ffn * COUNT * dispatched * other_ranks + FP32 * (E + 1) * all_reduce
     tensor = 0.0
     if not original_in_ep_group:
-        pair = tensor_pair(run, passes.ffn, passes.backward, "original expert" in layer.trains)
+        pair = tensor_pair(run, passes.ffn, passes.backward, ParameterKind.ORIGINAL_EXPERT in layer.trains)
         tensor = tensor_unit(run, shares[0] * layer.architecture.hidden_size * pair)
         metadata += passes.ffn * COUNT * all_reduce
     held = [sum(shares[expert] for expert in experts) for experts in placement(layer, original_in_ep_group)]

@@ -5,7 +5,7 @@ from typing import Literal
 
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.config import ModelShape
-from megatron_moe_lpr.model.parameter_kinds import ParameterKind, trained_in_layer
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, trained_in_layer
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.parameters import pipeline_rank_layers
 from megatron_moe_lpr.planning.sizes import RunSizes

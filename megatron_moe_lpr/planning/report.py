@@ -7,10 +7,11 @@ from rich.table import Table
 
 from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.flops import training_flops_per_token
+from megatron_moe_lpr.model.parameter_counts import active_parameters, count_parameters
 from megatron_moe_lpr.planning.communication import busiest_rank
 from megatron_moe_lpr.planning.interconnect import Hardware, step_times
 from megatron_moe_lpr.planning.memory import GIB, worst_total
-from megatron_moe_lpr.planning.parameters import active_parameters, model_parameters, trainable
+from megatron_moe_lpr.planning.parameters import trainable
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.search import Candidate, Machine
@@ -19,11 +20,11 @@ from megatron_moe_lpr.planning.sizes import RunSizes
 
 def print_plan(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates: Sequence[Candidate]) -> None:
     """Print the model's parameters and operations, and a table of layouts."""
-    counts = model_parameters(shape)
+    counts = count_parameters(shape.parameters)
     flops = training_flops_per_token(shape, sizes.trains, sizes.seq_length)
     console = Console(width=160)
     console.print(
-        f"Parameters: {sum(counts.values()):,} in all, {active_parameters(shape):,} active in a token, "
+        f"Parameters: {sum(counts.values()):,} in all, {active_parameters(counts, shape.top_k):,} active in a token, "
         f"{trainable(counts, sizes.trains):,} trained\n"
         f"Operations: {flops / 1e9:,.2f} GFLOP a token to train at {sizes.seq_length:,} tokens a sequence "
         "(no weight gradients where frozen)"

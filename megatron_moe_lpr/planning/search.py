@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.configuration.recompute import NOT_DELAYED, check_recompute_in_fp8
 from megatron_moe_lpr.model.flops import training_flops_per_token
+from megatron_moe_lpr.model.parameter_counts import count_parameters
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import GIB, RankMemory, largest_rank
 from megatron_moe_lpr.planning.planned_run import PlannedRun, Recompute
@@ -18,6 +20,8 @@ from megatron_moe_lpr.planning.sizes import RunSizes
 COST_OF_TP, COST_OF_EP, ACROSS_NODES = 0.08, 0.05, 4.0
 USABLE = 0.95
 """Share of a GPU's memory that a plan may use; the rest is for fragmentation."""
+
+DENSE_FFN_PRODUCTS = ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,28 +138,30 @@ def evaluate(run: PlannedRun, machine: Machine) -> Candidate:
 def waiting_share(run: PlannedRun) -> float:
     """Time that pipeline ranks wait for each other, as a share of a step without: the bubble of 1F1B,
     (PP - 1) / micro-batches, and the excess of the last pipeline rank, which has the output matrix as well."""
-    PP, architecture = run.layout.pipeline_model_parallel_size, run.shape.architecture
+    PP = run.layout.pipeline_model_parallel_size
     flops = training_flops_per_token(run.shape, run.sizes.trains, run.sizes.seq_length)
-    products = 3 if "embedding" in run.sizes.trains else 2
-    output_matrix = 2 * products * architecture.hidden_size * architecture.vocab_size
-    return (PP - 1) / run.num_microbatches + output_matrix / flops * (PP - 1)
+    # Forward, for the input's gradient, and for the weight's.
+    products = 3 if ParameterKind.EMBEDDING in run.sizes.trains else 2
+    (output,) = (parameter for parameter in run.shape.parameters if parameter.layer is None and parameter.is_product)
+    return (PP - 1) / run.num_microbatches + 2 * products * output.size / flops * (PP - 1)
 
 
 def recomputed_share(run: PlannedRun) -> float:
     """Operations of recomputing, as a share of a step without."""
     shape, S = run.shape, run.sizes.seq_length
     architecture = shape.architecture
-    num_layers, query = architecture.num_layers, architecture.num_attention_heads * architecture.head_dim
-    ffn = 2.0 * 3 * architecture.hidden_size * architecture.ffn_hidden_size
-    forward = {
+    query = architecture.num_attention_heads * architecture.head_dim
+    dense_ffns = sum(parameter.size for parameter in shape.parameters if parameter.name in DENSE_FFN_PRODUCTS)
+    original_experts = count_parameters(shape.parameters)[ParameterKind.ORIGINAL_EXPERT]
+    forward: dict[Recompute, float] = {
         "none": 0.0,
         # Without a matrix product.
         "layernorm": 0.0,
         "moe_act": 0.0,
         # Q K^T and its product with V: 2 * 2 * S * H d, half of it under the causal mask.
-        "core_attn": 2.0 * num_layers * query * S,
-        "mlp": (num_layers - shape.num_moe_layers) * ffn,
-        "moe": shape.num_moe_layers * shape.top_k * ffn,
+        "core_attn": 2.0 * architecture.num_layers * query * S,
+        "mlp": 2.0 * dense_ffns,
+        "moe": 2.0 * shape.top_k * original_experts,
         # With nothing trained each matrix is counted forward and for its input's gradient: half is the forward pass.
         "full": training_flops_per_token(shape, (), S) / 2,
     }

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, resolve_checkpoint
-from megatron_moe_lpr.conversion.verification.inspection import count_parameters
+from megatron_moe_lpr.model.configuration.parameters import describe_model
+from megatron_moe_lpr.model.parameter_counts import active_parameters, count_parameters
 from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import perturb, rewrite_checkpoint, run
 from tests.conversion.tiny_models import MODELS, load_model, save_model
@@ -52,15 +53,15 @@ def test_parameter_counts_are_transformers_own(name: str, dense_directory: Dense
     dense = load_model(dense_directory(name)).num_parameters()
     run("import", "--hf", dense_directory(name), "--save", tmp_path / "checkpoint", "--num-experts", 4)
     checkpoint = resolve_checkpoint(tmp_path / "checkpoint")
-    counts = count_parameters(checkpoint.architecture(), checkpoint.card().experts_per_layer, 2)
+    counts = count_parameters(describe_model(checkpoint.architecture(), checkpoint.card().experts_per_layer))
     ffn, routers = 3 * 3 * 32 * 48, 3 * 4 * 32
-    assert counts.original == dense
-    assert (counts.new_experts, counts.routers) == (3 * ffn, routers)
-    assert counts.total == dense + 3 * ffn + routers
-    assert counts.active == dense + ffn + routers
+    assert sum(count for kind, count in counts.items() if kind.is_original) == dense
+    assert (counts["new experts"], counts["router"]) == (3 * ffn, routers)
+    assert counts.total() == dense + 3 * ffn + routers
+    assert active_parameters(counts, 2) == dense + ffn + routers
     if checkpoint.architecture().family.moe_model_type != "qwen2_moe":  # which has zero shared experts on top
         run("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "moe")
-        assert load_model(tmp_path / "moe").num_parameters() == counts.total
+        assert load_model(tmp_path / "moe").num_parameters() == counts.total()
 
 
 def test_inspect_shows_one_screen(dense_directory: Dense, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
