@@ -1,4 +1,4 @@
-"""The dense model's tensors, layer by layer: from a Hugging Face directory, or out of a checkpoint of any layout."""
+"""The dense model's tensors, layer by layer, from a Hugging Face directory or a checkpoint of any layout."""
 
 import contextlib
 from collections.abc import Callable
@@ -32,10 +32,10 @@ class DenseSource:
         self.config, self.architecture = config, architecture
         self._rows, self._read = rows, read
         self._locks = locks
-        """Of the checkpoint that is read, for as long as this object is there."""
+        """Read locks of the checkpoint, held for the lifetime of this object."""
 
     def layer(self, layer: int) -> dict[str, torch.Tensor]:
-        """Tensors of a layer, fp32, by the name that the dense model's own class has for them inside the layer."""
+        """Tensors of a layer, fp32, under the names that transformers' class has inside the layer."""
         prefix = f"model.layers.{layer}."
         return {
             name.removeprefix(prefix): tensor.float()
@@ -50,10 +50,10 @@ class DenseSource:
 
 
 def open_dense_source(path: Path) -> DenseSource:
-    """Open a dense Hugging Face directory or a checkpoint; of one with experts, the dense model it came from.
+    """Open a dense Hugging Face directory or a checkpoint; of a checkpoint with experts, the dense model in it.
 
     Raises:
-        UserError: neither of them, a stock MoE directory, or weights that do not fit the configuration.
+        UserError: neither of these, a stock MoE directory, or weights that do not fit the configuration.
     """
     path = Path(path)
     if (path / LATEST_FILE).is_file() or is_iteration_directory(path):

@@ -156,7 +156,7 @@ class Export:
 
         options = CardOptions(self.base_model, self.licence, self.evaluation)
         size = parse_size(self.max_shard_size)
-        plan = export_hf(
+        export = export_hf(
             self.load,
             self.hf,
             size,
@@ -166,7 +166,7 @@ class Export:
             engine=self.engine,
             card_options=options,
         )
-        return list(plan.warnings)
+        return list(export.warnings)
 
 
 @dataclasses.dataclass(frozen=True)

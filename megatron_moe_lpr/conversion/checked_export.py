@@ -34,51 +34,54 @@ DTYPE_FIELDS = ("dtype", "torch_dtype")
 
 @dataclasses.dataclass(frozen=True)
 class CheckedExport:
-    """A checked export."""
+    """The Hugging Face checkpoint that an export writes, and the checkpoint that it is read from."""
 
     checkpoint: CheckpointDirectory
     card: CheckpointCard
     architecture: Architecture
     layout: Layout
     config: dict
+    """The content of config.json."""
     rows: list[Row]
     reader: TensorReader
     engine: Engine
     warnings: tuple[str, ...]
-    """What the exported model does not compute as the checkpoint does."""
+    """Differences between what the exported model and the checkpoint compute, for the user."""
     is_original: bool | None = None
-    """The weights of the dense model are its own, to the bit; None: not written yet."""
+    """The dense model's weights are unchanged since its import, to the bit; None: not known before they are written."""
 
     def specs(self) -> list[TensorSpec]:
-        """All tensors of the Hugging Face checkpoint, in the order they are written.
+        """All tensors of the Hugging Face checkpoint, in the order in which they are written.
 
-        Each in its own dtype: the dense model's weights are its bits, and trained ones lose nothing. Routers are
-        float32: rounded to bfloat16, they would send a few tokens to another expert.
+        Each keeps its dtype, so that no weight is rounded. Routers are float32: rounded to bfloat16, they would send a
+        few tokens to another expert.
         """
         written: list[TensorSpec] = []
         for row in self.rows:
             dtype = torch.float32 if row.kind is ParameterKind.ROUTER else self.reader.tensors[row.key].dtype
             written += [TensorSpec(name, shape, dtype) for name, shape in zip(row.names, row.shapes, strict=True)]
         dtypes = {spec.name: spec.dtype for spec in written}
-        return written + [TensorSpec(extra.name, extra.shape, self._dtype_of(extra, dtypes)) for extra in self.extra()]
+        return written + [
+            TensorSpec(extra.name, extra.shape, self._extra_dtype(extra, dtypes)) for extra in self.extra()
+        ]
 
-    def _dtype_of(self, extra: ExtraTensor, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    def _extra_dtype(self, extra: ExtraTensor, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
         if extra.is_router:
             return torch.float32
         return getattr(torch, self.card.dtype) if extra.copy_of is None else dtypes[extra.copy_of]
 
     def extra(self) -> list[ExtraTensor]:
-        """Tensors that the stock architecture wants and the model does not have."""
+        """Tensors that the stock architecture needs and the model does not have."""
         return extra_tensors(self.architecture, self.card.experts_per_layer, self.layout, SHARED_EXPERT_WIDTH)
 
 
 def check_export(
     load: Path, engine: Engine = "transformers", verified: bool = True, base: Path | None = None
 ) -> CheckedExport:
-    """Verify the files, read the card and the index and check that every tensor is there and no other.
+    """Check that a checkpoint is whole and undamaged and that a stock architecture can hold it.
 
     Raises:
-        UserError: something does not fit.
+        UserError: a damaged file, a tensor that is missing or left over, or a model that has no stock form.
     """
     checkpoint = open_checkpoint(load, verified, base)
     if verified:
@@ -111,25 +114,26 @@ def check_export(
 
 
 def _decides_dtype(row: Row) -> bool:
-    """Matrices do. Readers cast norms and biases to these, as they do in the dense model, and routers as they like."""
+    """Whether the dtype in config.json must hold this tensor exactly: matrices, but no routers, norms or biases, which
+    readers cast to the matrices' dtype, as they do in the dense model."""
     return row.kind is not ParameterKind.ROUTER and len(row.shape) > 1
 
 
 def _with_dtype(config: dict, dtypes: Collection[torch.dtype]) -> dict:
-    """The configuration naming the least dtype that holds all weights exactly: readers load a model in that one.
+    """The configuration with the smallest dtype that holds all weights exactly, in which readers load the model.
 
-    float32 where trained weights are bfloat16 and the dense model's float16, for example.
+    For example float32 where trained weights are bfloat16 and the dense model's float16.
     """
     name = str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
     fields = [field for field in DTYPE_FIELDS if field in config]
     if not fields and len(set(dtypes)) > 1:
-        # Else readers take the dtype of whichever tensor comes first. transformers 4 and 5 know this name.
+        # Without it readers take the dtype of the first tensor. transformers 4 and 5 know this name.
         fields = ["torch_dtype"]
     return config | dict.fromkeys(fields, name)
 
 
 def _dense_config(config: dict, architecture: Architecture) -> dict:
-    """As it came, but where a reader would take something else from it without a word."""
+    """The dense model's own configuration, changed only where a reader would silently read something else from it."""
     config = without_foreign_fields(config)
     if config.get("attention_bias") and not architecture.family.qkv_bias:
         config = config | {"attention_bias": False}

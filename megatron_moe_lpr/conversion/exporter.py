@@ -49,7 +49,7 @@ def export_hf(
     Args:
         verified: compare every file with its checksum first.
         engine: `transformers` is the stock form, which vLLM and SGLang read too; `llama.cpp` is for its converter.
-        card_options: what the model card says that the checkpoint does not know.
+        card_options: facts for the model card that the checkpoint does not have.
 
     Raises:
         UserError: the checkpoint is damaged or the stock architecture cannot hold it; nothing is left at `hf`.
@@ -61,60 +61,63 @@ def export_hf(
         check_separate(options.evaluation, "--evaluation", hf, "--hf")
     with contextlib.ExitStack() as lock:
         iteration = lock.enter_context(kept_for_reading(load, base))
-        plan = check_export(iteration, engine, verified, base)
-        for layer in layers_of(plan.checkpoint):
+        export = check_export(iteration, engine, verified, base)
+        for layer in layers_of(export.checkpoint):
             check_separate(layer.path, "the checkpoint", hf, "--hf")
-        files = carried_files(plan.checkpoint.side_directory)
-        _card_text(plan, options)  # reads its inputs before anything is written
+        files = carried_files(export.checkpoint.side_directory)
+        _card_text(export, options)  # reads its inputs before anything is written
         with naming(hf), atomic_directory(hf, overwrite, (CONFIG_FILE,)) as partial:
-            plan = _write_weights(plan, partial, max_shard_bytes, hf)
-            _write_side_files(plan, partial, files, _card_text(plan, options))
-            # Before the output gets its name: the end of the lock tells whether all was there to read.
+            export = _write_weights(export, partial, max_shard_bytes, hf)
+            _write_side_files(export, partial, files, _card_text(export, options))
+            # Releasing raises if a file was deleted while it was read: before the output gets its name.
             lock.close()
-    return plan
+    return export
 
 
-def _card_text(plan: CheckedExport, options: CardOptions) -> str:
-    side = plan.checkpoint.side_directory
-    return model_card(side, read_base_model(side), plan.card, plan.engine, options, bool(plan.is_original))
+def _card_text(export: CheckedExport, options: CardOptions) -> str:
+    side = export.checkpoint.side_directory
+    return model_card(side, read_base_model(side), export.card, export.engine, options, bool(export.is_original))
 
 
-def _write_weights(plan: CheckedExport, partial: Path, max_shard_bytes: int, target: Path) -> CheckedExport:
-    """Write the safetensors files. Returns the plan with what the fingerprint of the written weights says."""
-    specs = plan.specs()
+def _write_weights(export: CheckedExport, partial: Path, max_shard_bytes: int, target: Path) -> CheckedExport:
+    """Write the safetensors files. Returns the export with `is_original`, and a warning where it is unexpected."""
+    specs = export.specs()
     total, fingerprint = sum(spec.num_bytes for spec in specs), OriginalFingerprint()
     check_disk_space(partial, total, target)
     with ProgressReport("exporting", total) as progress, ThreadPoolExecutor(1) as pool:
-        producer = _Producer(plan, progress, fingerprint, pool)
+        producer = _Producer(export, progress, fingerprint, pool)
         write_safetensors(partial, specs, producer, max_shard_bytes)
         producer.finish()
-    return _with_verdict(plan, fingerprint.hexdigest())
+    return _with_fingerprint(export, fingerprint.hexdigest())
 
 
-def _with_verdict(plan: CheckedExport, fingerprint: str) -> CheckedExport:
-    """The plan with what the fingerprint of the written weights says about them."""
-    is_original = fingerprint == plan.card.original_fingerprint
-    trained = any(entry.get("stage") == "full" or entry.get("train_embeddings") for entry in plan.card.history)
-    warnings = plan.warnings
+def _with_fingerprint(export: CheckedExport, fingerprint: str) -> CheckedExport:
+    is_original = fingerprint == export.card.original_fingerprint
+    trained = any(entry.get("stage") == "full" or entry.get("train_embeddings") for entry in export.card.history)
+    warnings = export.warnings
     if not is_original and not trained:
         warnings += (
-            f"{plan.checkpoint.path}: the dense model's weights are not its own to the bit, though no run has trained "
-            "them: versions before format 4 rounded them to what a run computed in; the model card says so",
+            f"{export.checkpoint.path}: the dense model's weights are not its own to the bit, though no run has "
+            "trained them: versions before format 4 rounded them to what a run computed in; the model card says so",
         )
-    return dataclasses.replace(plan, is_original=is_original, warnings=warnings)
+    return dataclasses.replace(export, is_original=is_original, warnings=warnings)
 
 
 class _Producer:
-    """Gives the tensors that `CheckedExport.specs` announces; query, key and value are read at once."""
+    """Reads tensors in the order of `CheckedExport.specs`; query, key and value are read together."""
 
     def __init__(
-        self, plan: CheckedExport, progress: ProgressReport, fingerprint: OriginalFingerprint, pool: ThreadPoolExecutor
+        self,
+        export: CheckedExport,
+        progress: ProgressReport,
+        fingerprint: OriginalFingerprint,
+        pool: ThreadPoolExecutor,
     ) -> None:
-        self.plan, self.progress = plan, progress
+        self.export, self.progress = export, progress
         self.fingerprint, self.pool = fingerprint, pool
         self.hashing: list[Future[None]] = []
-        self.rows = {name: row for row in plan.rows for name in row.names}
-        self.extra = {extra.name: extra.copy_of for extra in plan.extra()}
+        self.rows = {name: row for row in export.rows for name in row.names}
+        self.extra = {extra.name: extra.copy_of for extra in export.extra()}
         self.ready: dict[str, torch.Tensor] = {}
 
     def __call__(self, spec: TensorSpec) -> torch.Tensor:
@@ -123,41 +126,41 @@ class _Producer:
             copied = self.extra[spec.name]
             if copied is None:
                 return torch.zeros(spec.shape, dtype=spec.dtype)
-            return read_row(self.rows[copied], self.plan.reader, self.plan.architecture)[0]
+            return read_row(self.rows[copied], self.export.reader, self.export.architecture)[0]
         if spec.name not in self.ready:
             row = self.rows[spec.name]
-            tensors = read_row(row, self.plan.reader, self.plan.architecture)
+            tensors = read_row(row, self.export.reader, self.export.architecture)
             self.ready = dict(zip(row.names, tensors, strict=True))
             self._hash(row, tensors)
         return self.ready.pop(spec.name)
 
     def _hash(self, row: Row, tensors: list[torch.Tensor]) -> None:
-        """Beside writing; one row at a time, so that no more than two are in memory."""
+        """Hash a row's tensors while the next row is read: no more than two rows are in memory."""
         self.finish()
         if row.kind.is_original:
             pairs = zip(row.dense_names, tensors, strict=True)
             self.hashing = [self.pool.submit(self.fingerprint.add, name, tensor.contiguous()) for name, tensor in pairs]
 
     def finish(self) -> None:
-        """Wait until the fingerprint has all tensors that were given."""
+        """Wait for the hashes of all tensors read so far."""
         for future in self.hashing:
             future.result()
         self.hashing = []
 
 
-def _write_side_files(plan: CheckedExport, directory: Path, files: Mapping[str, Path], text: str) -> None:
-    side = plan.checkpoint.side_directory
+def _write_side_files(export: CheckedExport, directory: Path, files: Mapping[str, Path], text: str) -> None:
+    side = export.checkpoint.side_directory
     carry_files(files, directory)
     if not (directory / GENERATION_FILE).is_file():
-        # Servers stop at the tokens that it names.
-        write_json(_generation_config(plan.config), directory / GENERATION_FILE)
+        # It names the tokens at which servers stop.
+        write_json(_generation_config(export.config), directory / GENERATION_FILE)
     for name in (TOKENIZER_CONFIG_FILE, GENERATION_FILE):
-        drop_code_references(directory / name)
+        _drop_code_references(directory / name)
     (directory / MODEL_CARD).write_text(text, encoding="utf-8")
-    if plan.config == read_json(side / CONFIG_FILE):
+    if export.config == read_json(side / CONFIG_FILE):
         copy_private(side / CONFIG_FILE, directory / CONFIG_FILE)
     else:
-        write_json(plan.config, directory / CONFIG_FILE)
+        write_json(export.config, directory / CONFIG_FILE)
     for warning in settle_tokenizer(directory):
         warn(warning)
     target = directory / SIDE_DIRECTORY
@@ -166,11 +169,11 @@ def _write_side_files(plan: CheckedExport, directory: Path, files: Mapping[str, 
     if base_model := read_base_model(side):
         write_json(base_model.as_json(), target / BASE_MODEL_FILE)
     # An exported model is complete.
-    dataclasses.replace(plan.card, base=None).write(target / CARD_FILE)
+    dataclasses.replace(export.card, base=None).write(target / CARD_FILE)
 
 
-def drop_code_references(path: Path) -> None:
-    """Rewrite a JSON file without the fields that name code, which an export does not carry; else leave it as it is."""
+def _drop_code_references(path: Path) -> None:
+    """Remove from a JSON file the fields that name Python code, which an export does not carry."""
     fields = read_json(path) if path.is_file() else {}
     if any(name in fields for name in CODE_FIELDS):
         write_json({name: value for name, value in fields.items() if name not in CODE_FIELDS}, path)

@@ -16,7 +16,7 @@ from megatron_moe_lpr.model.tensors import VOCABULARY_KEYS, Row
 def check_model_tensors(rows: list[Row], reader: TensorReader) -> None:
     """Check that the checkpoint holds the model's tensors in their shapes and no other model tensor.
 
-    Optimizer state and whatever else training saves beside the model is not looked at.
+    Optimizer state and other tensors that training saves are ignored.
 
     Raises:
         UserError: naming the tensors that are missing, unexpected or of the wrong shape or dtype.
@@ -37,8 +37,14 @@ def check_model_tensors(rows: list[Row], reader: TensorReader) -> None:
 
 
 def read_row(row: Row, reader: TensorReader, architecture: Architecture) -> list[torch.Tensor]:
-    """The Hugging Face tensors of one row in the stored dtype (routers: float32): query, key and value apart, the
-    vocabulary's padding cut off."""
+    """Read the Hugging Face tensors of one row: query, key and value apart, without the rows that pad a vocabulary.
+
+    Returns:
+        A tensor for each of `row.names`, in the dtype of the checkpoint, routers in float32.
+
+    Raises:
+        UserError: NaN or infinite values.
+    """
     tensor = reader.read(row.key)
     if not is_finite(tensor):
         raise UserError(

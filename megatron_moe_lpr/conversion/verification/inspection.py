@@ -1,4 +1,4 @@
-"""One screen about a checkpoint or a Hugging Face directory: what it is, how large, what it was trained on."""
+"""One screen about a checkpoint or a Hugging Face directory: its form, its size, its training."""
 
 import dataclasses
 import itertools
@@ -19,13 +19,13 @@ from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.configuration.parameters import describe_model
 from megatron_moe_lpr.model.parameter_counts import active_parameters, count_parameters
 
-# Of an entry in a card's history: for programs, not for a screen.
+# Fields of a card's history that are for programs, too long for a screen.
 LONG_FIELDS = ("data",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What is known about a model directory."""
+    """What a model directory's small files say."""
 
     form: str
     architecture: Architecture
@@ -39,7 +39,7 @@ def inspect_directory(path: Path, verified: bool = False) -> Inspection:
     """Read the small files of a Megatron checkpoint or of a Hugging Face directory, the former with their checksums.
 
     Args:
-        verified: compare the tensors' files of a Megatron checkpoint too.
+        verified: compare the files of a Megatron checkpoint's tensors with their checksums too.
 
     Raises:
         UserError: it is neither, or damaged.
@@ -63,13 +63,13 @@ def inspect_directory(path: Path, verified: bool = False) -> Inspection:
 
 
 def _dtypes(card: CheckpointCard) -> str:
-    """The dense model's dtype, which frozen weights keep, and what trained ones were computed and stored in."""
+    """The dense model's dtype, which frozen weights keep, and the dtypes that weights were trained in."""
     trained = sorted({entry["dtype"] for entry in card.history if entry.get("dtype") in MODEL_DTYPES} - {card.dtype})
     return card.dtype + (f"; trained weights {', '.join(trained)}" if trained else "")
 
 
 def print_inspection(path: Path, inspection: Inspection, console: Console | None = None) -> None:
-    """Print one screen."""
+    """Print one screen about the directory `path`."""
     table = Table(title=str(path), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
