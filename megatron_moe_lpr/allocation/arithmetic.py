@@ -1,4 +1,4 @@
-"""From the similarity of languages in each layer to its number of experts (LayerMoE, arXiv 2505.22582, section 3.2)."""
+"""Numbers of experts from the similarity of languages in each layer (LayerMoE, arXiv 2505.22582, section 3.2)."""
 
 import dataclasses
 import math
@@ -7,30 +7,30 @@ from collections.abc import Sequence
 from megatron_moe_lpr.errors import UserError
 
 NEW_EXPERTS_A_LAYER = 2
-"""On average, where no budget is given: the published allocations have 56 in 28 layers and 48 in 24."""
-HALVINGS = 100
+"""Average where no budget is given: the published allocations have 56 new experts in 28 layers and 48 in 24."""
+BISECTION_STEPS = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class AllocationOptions:
-    """What the user asks of an allocation."""
+    """Limits that the user sets to an allocation."""
 
     budget: int | None = None
-    """New experts in all layers together, at most."""
+    """Most new experts in all layers together; None: 2 for each layer."""
     multiple_of: int = 1
     """Each layer's new experts are a multiple of this."""
     uniform_count: int | None = None
-    """Each layer has this many experts, the original one included, or none."""
+    """Experts of every layer that gets new ones, the original expert included."""
     dense_layers: tuple[int, ...] = ()
-    """Layers that get none."""
+    """Layers that get no new experts."""
 
 
 def published_allocation(similarity: Sequence[float], total: float) -> list[int]:
-    """Experts of each layer, the original one included: ceil(total * (1/S_i) / sum_j 1/S_j) (the paper's equation 4).
+    """Experts of each layer, the original one included: ceil(B * (1/S_i) / sum_j 1/S_j) (the paper's equation 4).
 
     Args:
-        similarity: S_i, above 0.
-        total: B; rounding up makes the sum larger.
+        similarity: S_i of each layer, above 0.
+        total: B; the sum of the result is larger, because each layer is rounded up.
     """
     inverse = [1.0 / value for value in similarity]
     return [math.ceil(total * value / sum(inverse)) for value in inverse]
@@ -39,11 +39,11 @@ def published_allocation(similarity: Sequence[float], total: float) -> list[int]
 def allocate(similarity: Sequence[float], options: AllocationOptions) -> list[int]:
     """Experts of each layer, the original one included; 1: the layer stays dense.
 
-    Without `uniform_count`, the published allocation with the largest B that keeps within the budget, in units of
-    `multiple_of` new experts. With it, the layers in which the languages are least alike get experts.
+    Without `uniform_count`: the published allocation with the largest B that keeps within the budget, in units of
+    `multiple_of` new experts. With `uniform_count`: the layers in which languages are least similar get experts.
 
     Raises:
-        UserError: numbers that do not fit, or a similarity that is not above 0.
+        UserError: options that contradict each other or the model, or a similarity that is not above 0.
     """
     _check(similarity, options)
     layers = [layer for layer in range(len(similarity)) if layer not in options.dense_layers]
@@ -63,9 +63,10 @@ def allocate(similarity: Sequence[float], options: AllocationOptions) -> list[in
 
 
 def _units(similarity: Sequence[float], budget: int) -> list[int]:
-    """New experts by the published formula, as many as the budget allows: their number grows with B."""
+    """New experts of each layer by the published formula, with the largest B that keeps within the budget, found by
+    bisection, since their number grows with B."""
     low, high = 0.0, float(budget + len(similarity) + 1)
-    for _ in range(HALVINGS):
+    for _ in range(BISECTION_STEPS):
         middle = (low + high) / 2
         fits = sum(published_allocation(similarity, middle)) - len(similarity) <= budget
         low, high = (middle, high) if fits else (low, middle)

@@ -1,4 +1,4 @@
-"""The dense model's tensors, layer by layer: from a Hugging Face directory, or out of a checkpoint of any layout."""
+"""The dense model's tensors, layer by layer, from a Hugging Face directory or a checkpoint of any layout."""
 
 import contextlib
 from collections.abc import Callable
@@ -10,8 +10,8 @@ import torch
 from megatron_moe_lpr.checkpoint.format.chain import open_reader, resolve_and_hold
 from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
-from megatron_moe_lpr.conversion.exporter import check_model_tensors, read_row
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import check_tensors, open_hf_directory
+from megatron_moe_lpr.conversion.reading import check_model_tensors, read_row
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import read_json
 from megatron_moe_lpr.model.configuration.architecture import Architecture
@@ -32,15 +32,15 @@ class DenseSource:
         self.config, self.architecture = config, architecture
         self._rows, self._read = rows, read
         self._locks = locks
-        """Of the checkpoint that is read, for as long as this object is there."""
+        """Read locks of the checkpoint, held for the lifetime of this object."""
 
     def layer(self, layer: int) -> dict[str, torch.Tensor]:
-        """Tensors of a layer, fp32, by the name that the dense model's own class has for them inside the layer."""
+        """Tensors of a layer, fp32, under the names that transformers' class has inside the layer."""
         prefix = f"model.layers.{layer}."
         return {
             name.removeprefix(prefix): tensor.float()
             for row in self._rows
-            if row.layer == layer and row.role.is_original
+            if row.layer == layer and row.kind.is_original
             for name, tensor in zip(row.dense_names, self._read(row), strict=True)
         }
 
@@ -50,10 +50,10 @@ class DenseSource:
 
 
 def open_dense_source(path: Path) -> DenseSource:
-    """Open a dense Hugging Face directory or a checkpoint; of one with experts, the dense model it came from.
+    """Open a dense Hugging Face directory or a checkpoint; of a checkpoint with experts, the dense model in it.
 
     Raises:
-        UserError: neither of them, a stock MoE directory, or weights that do not fit the configuration.
+        UserError: neither of these, a stock MoE directory, or weights that do not fit the configuration.
     """
     path = Path(path)
     if (path / LATEST_FILE).is_file() or is_iteration_directory(path):

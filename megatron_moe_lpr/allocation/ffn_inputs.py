@@ -1,7 +1,7 @@
-"""What enters the FFN of each layer of a dense model, for tokens of several languages.
+"""Inputs of the FFN in each layer of a dense model, for tokens of several languages.
 
-Layer by layer: all windows pass one layer before the next one is read, so that neither the model nor more than one
-layer of it need fit into memory; the tokens' residual stream does. The layers are transformers' own.
+All windows pass one layer before the next layer is read, so that memory holds one layer and the residual stream of all
+tokens, never the whole model. The layers are transformers' own.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from megatron_moe_lpr.allocation.dense_source import DenseSource
 
-WINDOWS_AT_ONCE = 8
+WINDOWS_PER_BATCH = 8
 
 
 @torch.no_grad()
@@ -33,14 +33,14 @@ def ffn_inputs(
     for index in range(source.architecture.num_layers):
         layer = model.get_submodule(f"layers.{index}").to_empty(device=device)
         layer.load_state_dict(source.layer(index), strict=True)
-        passing = _Passing(layer, _arguments(model, source.architecture.sliding_window, length, device))
-        inputs = {name: passing(stream, name, device) for name in stream}
+        runner = _LayerRunner(layer, _arguments(model, source.architecture.sliding_window, length, device))
+        inputs = {name: runner(stream, name, device) for name in stream}
         layer.to("meta")
         yield inputs
 
 
-class _Passing:
-    """Runs windows through a layer and keeps what enters its FFN."""
+class _LayerRunner:
+    """Runs windows through a layer and records the inputs of its FFN."""
 
     def __init__(self, layer: torch.nn.Module, arguments: dict[str, Any]) -> None:
         self.layer, self.arguments = layer, arguments
@@ -48,10 +48,10 @@ class _Passing:
         layer.get_submodule("mlp").register_forward_pre_hook(lambda _, inputs: self.kept.append(inputs[0].cpu()))
 
     def __call__(self, stream: dict[str, torch.Tensor], name: str, device: torch.device) -> torch.Tensor:
-        """The FFN's inputs of one language, whose stream advances to the layer's output."""
+        """Return the FFN's inputs for one language, and replace its `stream` by the layer's output."""
         self.kept = []
         outputs = []
-        for part in stream[name].split(WINDOWS_AT_ONCE):
+        for part in stream[name].split(WINDOWS_PER_BATCH):
             output = self.layer(part.to(device), **self.arguments)
             outputs.append((output[0] if isinstance(output, tuple) else output).cpu())
         stream[name] = torch.cat(outputs)
@@ -69,13 +69,13 @@ def _skeleton(config: dict[str, Any]) -> torch.nn.Module:
             model = AutoModel.from_config(configuration, dtype=torch.float32, attn_implementation="sdpa").eval()
     finally:
         logging.set_verbosity(verbosity)
-    # Its frequencies are computed, not loaded: once more where they can be.
+    # Rotary frequencies are computed, not loaded, and there is nothing to compute on the meta device: build them again.
     model.rotary_emb = type(model.get_submodule("rotary_emb"))(configuration)
     return model
 
 
 def _arguments(model: torch.nn.Module, sliding_window: int | None, length: int, device: torch.device) -> dict[str, Any]:
-    """Positions and the mask, True where a token is seen: [1, 1, length, length]."""
+    """Arguments of a layer: positions, and the mask [1, 1, length, length], True where a token attends to another."""
     positions = torch.arange(length)
     distance = positions[:, None] - positions[None, :]
     seen = distance >= 0

@@ -1,7 +1,7 @@
-"""How well could a router tell the original languages from the expanded ones in a layer?
+"""How well a router could separate original from expanded languages in a layer.
 
-A router is a linear function of what enters the FFN, without a constant. This fits the best one (logistic regression)
-and counts how often its sign is right on other text: about what Language Priors Routing can reach in that layer.
+A router is a linear function of the FFN's input, without a constant. The best one is fitted by logistic regression, and
+the fraction of other tokens on which its sign is right is about what Language Priors Routing can reach in the layer.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -10,10 +10,10 @@ import torch
 
 
 def separating_direction(positive: Sequence[torch.Tensor], negative: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The direction [hidden] of logistic regression without a constant.
+    """Fit logistic regression without a constant and return its direction, [hidden].
 
     Args:
-        positive, negative: [windows, length, hidden] of each language of the two groups.
+        positive, negative: inputs [windows, length, hidden] of each language of the two language groups.
     """
     inputs = torch.cat([part.flatten(0, 1) for part in (*positive, *negative)])
     labels = torch.cat([torch.ones(part[..., 0].numel()) for part in positive])
@@ -35,12 +35,12 @@ def separating_direction(positive: Sequence[torch.Tensor], negative: Sequence[to
 def right_side(
     direction: torch.Tensor, inputs: Mapping[str, torch.Tensor], original: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """Which tokens lie on their group's side, bool [windows, length] by language."""
+    """Whether tokens lie on the side of their language group, bool [windows, length] by language."""
     return {name: (part @ direction > 0) == (name in original) for name, part in inputs.items()}
 
 
 def separability(inputs: Mapping[str, torch.Tensor], original: Collection[str]) -> float:
-    """Share of tokens on the right side, mean over languages: fitted on every other window, counted on the rest.
+    """Fraction of tokens on the right side, mean over languages: fitted on even windows, counted on odd ones.
 
     Args:
         inputs: fp32 [windows, length, hidden] of each language, at least 2 windows.

@@ -1,4 +1,4 @@
-"""Windows of tokens out of datasets, the same number for every language."""
+"""Samples of datasets: windows of tokens, the same number for every language."""
 
 import numpy as np
 import torch
@@ -9,14 +9,15 @@ from megatron_moe_lpr.errors import UserError
 
 
 def sample_windows(entries: list[BlendEntry], tokens: int, length: int) -> dict[str, torch.Tensor]:
-    """Token ids, int64 [windows, length], by language: windows at equal distances over each language's first dataset.
+    """Sample windows at equal distances from the dataset of each language: token ids, int64 [windows, length].
 
     Args:
-        tokens: of each language, about.
-        length: of a window.
+        entries: one dataset for each language.
+        tokens: tokens of each language, rounded down to whole windows.
+        length: tokens of a window.
 
     Raises:
-        UserError: a dataset that has too few, fewer than two windows, or no positive numbers.
+        UserError: two datasets of a language, too few tokens in one, or numbers that give fewer than two windows.
     """
     if length < 2:
         raise UserError(f"--seq-length {length}: must be at least 2")

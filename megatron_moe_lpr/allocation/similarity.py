@@ -1,4 +1,4 @@
-"""How alike two groups of languages are in a layer (LayerMoE, arXiv 2505.22582, section 3.1)."""
+"""Similarity of expanded and original languages in a layer (LayerMoE, arXiv 2505.22582, section 3.1)."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -7,13 +7,13 @@ import torch
 
 
 def mean_unit_vector(inputs: torch.Tensor) -> torch.Tensor:
-    """Mean of the rows, each brought to length 1.
+    """Mean of the rows, each scaled to length 1.
 
-    The mean cosine of all pairs of tokens of two languages is the product of their two mean unit vectors, so that
-    neither the tokens nor the matrix of their cosines need be kept.
+    The mean cosine over all pairs of tokens of two languages is the product of the languages' mean unit vectors, so
+    neither tokens nor a matrix of cosines are kept.
 
     Args:
-        inputs: [..., hidden], what enters the FFN.
+        inputs: inputs of the FFN, [..., hidden].
 
     Returns:
         [hidden], fp64.
@@ -25,11 +25,11 @@ def mean_unit_vector(inputs: torch.Tensor) -> torch.Tensor:
 def layer_similarity(means: Mapping[str, torch.Tensor], original: Sequence[str]) -> float:
     """S_i: the mean of (mean over pairs of expanded languages, mean over pairs expanded x original).
 
-    With a single expanded language there is no pair of them: the second mean alone.
+    With a single expanded language, which has no pair, it is the second mean.
 
     Args:
         means: `mean_unit_vector` of each language in one layer.
-        original: those of the languages that the dense model knows.
+        original: names of the original languages.
     """
     expanded = [name for name in means if name not in original]
     among = [float(means[one] @ means[other]) for one, other in itertools.combinations(expanded, 2)]

@@ -61,9 +61,9 @@ class Import:
         from megatron_moe_lpr.conversion.hugging_face.hub import model_directory
 
         hf = model_directory(self.hf, self.revision)
+        from megatron_moe_lpr.conversion.import_options import ImportOptions
         from megatron_moe_lpr.conversion.importer import import_hf
         from megatron_moe_lpr.conversion.notes import import_notes
-        from megatron_moe_lpr.conversion.plan import ImportOptions
 
         options = ImportOptions(
             hf=hf,
@@ -156,7 +156,7 @@ class Export:
 
         options = CardOptions(self.base_model, self.licence, self.evaluation)
         size = parse_size(self.max_shard_size)
-        plan = export_hf(
+        export = export_hf(
             self.load,
             self.hf,
             size,
@@ -166,7 +166,7 @@ class Export:
             engine=self.engine,
             card_options=options,
         )
-        return list(plan.warnings)
+        return list(export.warnings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""More experts for a second group of languages; those that the model has are frozen from then on."""
+"""Expansion: new experts for further languages; the experts that the model already has stay frozen from then on."""
 
 import contextlib
 import dataclasses
@@ -19,48 +19,49 @@ from megatron_moe_lpr.checkpoint.format.directory import (
 )
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
-from megatron_moe_lpr.conversion.exporter import check_model_tensors
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
 from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
+from megatron_moe_lpr.conversion.reading import check_model_tensors
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate
-from megatron_moe_lpr.conversion.tensors.upcycling import initial_router
+from megatron_moe_lpr.conversion.upcycling import initial_router
 from megatron_moe_lpr.data.language_groups import EXPANSION, learned_languages
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.atomic_directory import atomic_directory
 from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE, write_checksums
 from megatron_moe_lpr.files.links import tree_inside
-from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, VOCABULARY_KEYS, Role, Row, model_rows
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, VOCABULARY_KEYS, Row, model_rows
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.progress import ProgressReport
 
-# Any layout tells apart the tensors of a model; nothing is read or written in it.
+# Only to identify tensors: names in any layout that has experts would do, and nothing is read or written by them.
 NAMES = MOE_LAYOUTS["qwen3_moe"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpandOptions:
-    """What the user asked for."""
+    """What the user chose."""
 
     load: Path
     added: list[int]
     """New experts of each layer."""
     seed: int = 1234
     expert_parallel_size: int = 1
-    """Only checked."""
+    """Only checked: EP must divide the new experts of every expansion."""
     base: Path | None = None
-    """For a checkpoint with only trained weights: where the others are; None: where it says."""
+    """For a checkpoint of --save-trainable-only: its parent checkpoint; None: the one that it names."""
     verified: bool = True
     """Compare the checkpoint's files with their checksums first."""
 
 
 def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> CheckpointCard:
-    """Write the checkpoint `save`, that of `load` with more experts, and return its card.
+    """Write the checkpoint `save`, which is `load` with new experts, and return its card.
 
-    New experts are copies of the original one. Routers keep their rows; the rows below them are fresh and weigh
-    nothing yet (openness 0), so that the model computes exactly what it did.
+    New experts are copies of the original one. Routers keep their rows and get a drawn row for each new expert, whose
+    weight in the routing is 0 at first, so that the model computes exactly what it did.
 
     Raises:
-        UserError: `load` cannot be expanded so; nothing is left at `save`.
+        UserError: `load` cannot be expanded with these options; nothing is left at `save`.
         OSError: the disk is full; nothing is left at `save`.
     """
     check_separate(options.load, "--load", save, "--save")
@@ -70,7 +71,8 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
 
 
 def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: contextlib.ExitStack) -> CheckpointCard:
-    """Plan and write. `lock` ends before the output gets its name: its end tells whether all was there to read."""
+    """Check and write. Releasing `lock` raises if a file was deleted while it was read, so it is released before the
+    output gets its name."""
     checkpoint = open_checkpoint(options.load, options.verified, options.base)
     for one in checkpoint_chain(checkpoint):
         check_separate(one.path, "the checkpoint", save, "--save")
@@ -104,10 +106,10 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
 
 
 def read_added(text: str, load: Path) -> list[int]:
-    """`--add-experts`: M for every layer of the checkpoint that has experts, or a number for each layer.
+    """Read `--add-experts`: one number for every layer that has experts, or a number for each layer.
 
     Raises:
-        UserError: neither of them.
+        UserError: neither of these.
     """
     card = resolve_checkpoint(load).card()
     parts = text.split(",")
@@ -120,7 +122,7 @@ def read_added(text: str, load: Path) -> list[int]:
 
 
 def _card(before: CheckpointCard, options: ExpandOptions) -> CheckpointCard:
-    """The card of the expanded checkpoint. Raises UserError where it cannot be expanded so."""
+    """The card of the expanded checkpoint. Raises UserError where it cannot be expanded with these options."""
     if not before.is_moe:
         raise UserError(f"--load {options.load}: is dense; export it, then upcycle what export wrote by import")
     if before.openness < 1:
@@ -151,27 +153,38 @@ def _card(before: CheckpointCard, options: ExpandOptions) -> CheckpointCard:
 
 
 def _sources(had: list[Row], rows: list[Row]) -> dict[str, str | None]:
-    """The key before of each tensor after; of new experts that of the original one's, of a new router None."""
+    """Which tensor of the present checkpoint each tensor of the expanded one is read from, by key.
+
+    Args:
+        had: rows of the present checkpoint.
+        rows: rows of the expanded checkpoint.
+
+    Returns:
+        For a new expert the original expert's key; None for the router of a layer that was dense.
+    """
     keys = {row.dense_names or row.names: row.key for row in had}
-    originals = {(row.layer, _matrix(row)): keys[row.dense_names] for row in rows if row.role is Role.ORIGINAL_EXPERT}
+    originals = {
+        (row.layer, _matrix(row)): keys[row.dense_names] for row in rows if row.kind is ParameterKind.ORIGINAL_EXPERT
+    }
     return {row.key: keys.get(row.dense_names or row.names, originals.get((row.layer, _matrix(row)))) for row in rows}
 
 
 def _matrix(row: Row) -> str:
-    """`linear_fc1.weight_w`, for example."""
+    """The matrix of an FFN or expert without the expert's place, for example `linear_fc1.weight_w`."""
     return ".".join(row.key.split(".")[-2:])
 
 
 def _tensor(row: Row, source: str | None, reader: TensorReader, seed: int) -> torch.Tensor:
-    if row.role is Role.ROUTER and row.layer is not None:
+    """One tensor of the expanded checkpoint."""
+    if row.kind is ParameterKind.ROUTER and row.layer is not None:
         num_experts, hidden_size = row.shape
         weight = initial_router(num_experts, hidden_size, seed, row.layer)
         if source:
-            rows = reader.read(source)
-            weight[: len(rows)] = rows
+            present = reader.read(source)
+            weight[: len(present)] = present
         return weight
     if source is None:
         raise UserError(f"{reader.directory}: the checkpoint has nothing to make {row.key} of")
     tensor = reader.read(source)
-    # Training pads the vocabulary.
+    # Training pads the vocabulary, a converted checkpoint does not.
     return tensor[: row.shape[0]].clone() if row.key in VOCABULARY_KEYS else tensor

@@ -1,4 +1,4 @@
-"""`--experts-per-layer`: a list of numbers, or the JSON file of tools/allocate_experts.py."""
+"""`--experts-per-layer`: a list of numbers, or the JSON file that tools/allocate_experts.py writes."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ FIELD = "experts_per_layer"
 
 
 def read_experts_per_layer(text: str, num_layers: int) -> list[int]:
-    """Experts of each layer, the original one included; 1: dense.
+    """Read the flag: experts of each layer, the original one included; 1: the layer stays dense.
 
     Args:
         text: `5,4,3`, or a path that ends in .json.
 
     Raises:
-        UserError: neither, or not for a model of this many layers.
+        UserError: neither of these, or not for a model of this many layers.
     """
     is_file = text.endswith(".json")
     values = read_json(Path(text)).get(FIELD) if is_file else [_number(part) for part in text.split(",")]
@@ -29,8 +29,8 @@ def read_experts_per_layer(text: str, num_layers: int) -> list[int]:
     return values
 
 
-def write_experts_per_layer(experts: list[int]) -> str:
-    """The flag's form."""
+def format_experts_per_layer(experts: list[int]) -> str:
+    """Numbers of experts as the flag takes them, `5,4,3`."""
     return ",".join(map(str, experts))
 
 

@@ -1,4 +1,4 @@
-"""Languages of experts that were trained elsewhere: import records them for review, evaluation and expansion."""
+"""Languages of experts that were trained by another program; import records them for stage 2, evaluation, expansion."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,15 @@ EXPANDED_FLAG = "--expanded-languages"
 
 @dataclasses.dataclass(frozen=True)
 class ImportedLanguages:
-    """What the user says about the experts that a source brings, in the one spelling of each language."""
+    """Languages of a source with experts, as the user gives them, each in its one spelling."""
 
     original: list[str]
-    """Of the dense model."""
+    """Languages that the dense model knows."""
     expanded: list[str]
-    """Those that the experts were trained on."""
+    """Languages that the experts were trained on."""
 
     def history_fields(self) -> dict[str, list[str]]:
-        """As training records them."""
+        """The fields under which training records languages in a card's history."""
         return {"languages": self.expanded, "original_languages": self.original}
 
 
@@ -34,18 +34,18 @@ def read_imported_languages(
     history: Sequence[Mapping[str, Any]],
     place: str,
 ) -> ImportedLanguages | None:
-    """The two flags, checked; None where neither is given.
+    """Check the two flags and return their languages; None where neither is given.
 
     Args:
         original: arguments of the flag `ORIGINAL_FLAG`: codes or names, also several in one, separated by commas.
-        expanded: those of `EXPANDED_FLAG`.
-        has_experts: the source brings experts: it is an adapter or a stock MoE.
-        history: what the source knows about its training.
+        expanded: arguments of the flag `EXPANDED_FLAG`.
+        has_experts: the source is an adapter or a stock MoE.
+        history: what the source records about its training.
         place: the source, for messages.
 
     Raises:
         UserError: one flag without the other, a language in both, a misspelled one, or a source that has no experts or
-            knows their languages.
+            records their languages itself.
     """
     if not original and not expanded:
         return None

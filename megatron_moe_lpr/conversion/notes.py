@@ -1,4 +1,4 @@
-"""What an import tells the user about the export, when the layers are chosen and not after training."""
+"""Notes that an import prints: fields that it does not read, and what the export of this model will look like."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from megatron_moe_lpr.conversion.hugging_face.adapter import CONFIG_FILE as ADAP
 from megatron_moe_lpr.conversion.hugging_face.base_model import base_model_of
 from megatron_moe_lpr.conversion.hugging_face.hf_config import CODE_FIELDS
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
+from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
-from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.conversion.tensors.extra_tensors import equal_expert_bytes
 from megatron_moe_lpr.data.language_groups import learned_languages
 from megatron_moe_lpr.data.original_languages import parse_languages
@@ -21,11 +21,10 @@ from megatron_moe_lpr.model.tensors import MOE_LAYOUTS
 
 
 def import_notes(options: ImportOptions, card: CheckpointCard) -> list[str]:
-    """Notes for the user; usually none.
+    """Notes for the user, a line each; usually none.
 
     Args:
-        options: what was asked for.
-        card: of the checkpoint.
+        card: card of the checkpoint that the import wrote.
     """
     hf = options.hf
     return [
@@ -52,7 +51,7 @@ def _languages(options: ImportOptions, card: CheckpointCard) -> list[str]:
 
 
 def _adapter_base(options: ImportOptions, hf: Path) -> list[str]:
-    """An adapter over another model's weights fits in shapes and computes something else."""
+    """A note where the adapter names another base model: shapes would fit and the result would be wrong."""
     if not options.adapter:
         return []
     said = read_json(options.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -63,7 +62,7 @@ def _adapter_base(options: ImportOptions, hf: Path) -> list[str]:
 
 
 def _unread_fields(hf: Path) -> list[str]:
-    """What the directory says and neither transformers nor the import takes from it."""
+    """Notes about fields of config.json that neither transformers nor the import reads."""
     model, config = open_hf_directory(hf), read_json(hf / CONFIG_FILE)
     rope, notes = model.architecture.rope, []
     unread = unread_rope_fields(config, rope)

@@ -1,4 +1,4 @@
-"""Checks of a target directory and the small files in it."""
+"""Checks of the directory that a conversion writes, and JSON files in Hugging Face's style."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from megatron_moe_lpr.files import json_files
 
 
 def check_separate(source: Path, source_flag: str, target: Path, target_flag: str) -> None:
-    """Refuse a target that is the source, lies in it or holds it: overwriting would destroy what is being read.
+    """Refuse a target that is the source, lies in it or contains it: overwriting it would destroy the source.
 
     Raises:
         UserError: naming both flags.
@@ -21,8 +21,8 @@ def check_separate(source: Path, source_flag: str, target: Path, target_flag: st
 
 
 def _identities(path: Path) -> list[tuple[int, int] | Path]:
-    """Of a path and the directories above it: device and inode, which bind mounts do not change; of what is not there
-    its path."""
+    """Identities of a path and of all directories above it: device and inode, which are the same through a bind mount,
+    or the path itself where nothing exists."""
     real = Path(os.path.realpath(path))
     found: list[tuple[int, int] | Path] = []
     for place in (real, *real.parents):
@@ -32,14 +32,14 @@ def _identities(path: Path) -> list[tuple[int, int] | Path]:
 
 
 def check_disk_space(directory: Path, num_bytes: int, target: Path) -> None:
-    """Refuse at once what the disk cannot hold, instead of after an hour of work.
+    """Check for free space before an hour of work.
 
     Args:
-        directory: an existing one on that disk.
-        target: what the message names.
+        directory: an existing directory on the disk.
+        target: the path that the message names.
 
     Raises:
-        UserError: saying how much is needed and how much there is.
+        UserError: naming how much is needed and how much is free.
     """
     free = shutil.disk_usage(directory).free
     if free < num_bytes:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_marks import Acceptable, Decides, Free, Overlap, Scheduled
 from megatron_moe_lpr.flag_ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
+from megatron_moe_lpr.parallel.micro_batches import num_microbatches
 from megatron_moe_lpr.platform import Platform
 
 Decay = Annotated[float, Range(0, 1, below=True)]
@@ -31,13 +32,7 @@ class BatchOptions:
         Raises:
             UserError: the global batch does not divide.
         """
-        together = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size % together:
-            raise UserError(
-                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
-                f"{self.micro_batch_size} x {data_parallel_size} data-parallel ranks = {together}"
-            )
-        return self.global_batch_size // together
+        return num_microbatches(self.global_batch_size, self.micro_batch_size, data_parallel_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How often tokens choose each expert: balanced, or as an evaluation found it."""
+"""How often tokens choose each expert: equally often, or as an evaluation measured it."""
 
 import dataclasses
 import math
@@ -14,21 +14,22 @@ from megatron_moe_lpr.model.moe.routing_groups import GROUPS
 from megatron_moe_lpr.program import command
 
 Shares = tuple[float, ...]
-"""Of the tokens, those with each expert among their top k, the original expert first; they sum to k."""
+"""Fraction of tokens that have an expert among their top k, for each expert of a layer, the original one first; the sum
+is k."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Shares of the tokens that choose each expert."""
+    """How often tokens choose each expert of each MoE layer."""
 
     layers: tuple[Shares, ...] = ()
-    """Of one MoE layer after the other, from the first again where a model has more of them. Empty: balanced."""
+    """Fractions of each MoE layer; a model with more layers repeats them from the first. Empty: balanced."""
     original_share: float | None = None
-    """Share of the tokens that are of original languages; None where nothing was counted."""
+    """Fraction of tokens that are of original languages; None: balanced routing, which measured none."""
 
     def shares(self, shape: ModelShape, layer: int) -> Shares:
-        """Of a layer. Where it has another number of experts than was counted, the original expert keeps its share and
-        the others have the rest in equal parts."""
+        """Fractions of one layer. If it has another number of experts than the measured layer, the original expert
+        keeps its fraction and the others share the rest equally."""
         experts = shape.experts_per_layer[layer]
         if not self.layers:
             return (shape.top_k / experts,) * experts
@@ -40,13 +41,13 @@ class Routing:
 
 
 def read_routing(path: Path, original_share: float | None = None) -> Routing:
-    """The routing that an evaluation (`tools/evaluate.py --output`) found.
+    """Read the routing that an evaluation (`tools/evaluate.py --output`) measured.
 
     Args:
-        original_share: tokens of original languages among all. None: as in the data of the checkpoint's last stage.
+        original_share: fraction of tokens of original languages. None: as in the data of the checkpoint's last stage.
 
     Raises:
-        UserError: not an evaluation of a model with experts, or not known what the checkpoint was trained on.
+        UserError: not an evaluation of a model with experts, or the data of the last stage are not recorded in it.
     """
     record = read_json(path)
     try:
@@ -56,14 +57,14 @@ def read_routing(path: Path, original_share: float | None = None) -> Routing:
     if not any(groups):
         raise UserError(f"{path}: no evaluation of a model with experts, as {command('evaluate')} --output writes it")
     share = _original_share(record, path) if original_share is None else original_share
-    asked = [(layers, weight) for layers, weight in zip(groups, (share, 1.0 - share), strict=True) if weight > 0]
-    if not all(layers for layers, _ in asked):
+    weighted = [(layers, weight) for layers, weight in zip(groups, (share, 1.0 - share), strict=True) if weight > 0]
+    if not all(layers for layers, _ in weighted):
         raise UserError(f"{path}: {share:.0%} of the tokens are of original languages; it lacks those or the others")
-    return Routing(_mixed(asked), share)
+    return Routing(_mixed(weighted), share)
 
 
 def _original_share(record: Mapping[str, Any], path: Path) -> float:
-    """Of the data of the checkpoint's last stage, lines that begin with a language and its weight."""
+    """Fraction of original languages in the data of the last stage, recorded in lines of a language and its weight."""
     try:
         names, words = record["original_languages"], [line.split() for line in record["history"][-1]["data"]]
         weights = [(canonical_language(language), float(weight)) for language, weight, *_ in words]
@@ -77,10 +78,10 @@ def _original_share(record: Mapping[str, Any], path: Path) -> float:
 
 
 def _mean_over_languages(record: Mapping[str, Any], group: str) -> list[Shares]:
-    """Of the MoE layers; each dataset counts the same, whatever its size."""
+    """Fractions of each MoE layer, the mean over the datasets of a language group, whatever their sizes."""
     found = [one["routing"]["expert_share"] for one in record["datasets"] if one["group"] == group]
     rows = enumerate(record["experts_per_layer"])
-    # A row is as long as the largest layer's.
+    # Every layer's row has as many entries as the largest layer has experts.
     return [_mean([one[layer][:experts] for one in found]) for layer, experts in rows if experts > 1 and found]
 
 
@@ -89,6 +90,6 @@ def _mean(rows: Sequence[Sequence[float]]) -> Shares:
 
 
 def _mixed(parts: Sequence[tuple[list[Shares], float]]) -> tuple[Shares, ...]:
-    """Weighted sums, layer by layer."""
+    """Sum of the language groups' fractions, each times its weight, layer by layer."""
     weighted = [[tuple(weight * share for share in row) for row in layers] for layers, weight in parts]
     return tuple(tuple(map(sum, zip(*rows, strict=True))) for rows in zip(*weighted, strict=True))

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe_lpr.checkpoint.format.chain import open_reader
-from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, kind_of
 from megatron_moe_lpr.training.setup import Run
 
 
@@ -23,7 +23,7 @@ def print_overview(run: Run) -> None:
 
 
 def _parameter_table(run: Run) -> Table:
-    counts = dict.fromkeys(KINDS, 0)
+    counts = dict.fromkeys(ParameterKind, 0)
     for key, info in open_reader(run.model.directory).tensors.items():
         if key.startswith(("embedding.", "decoder.", "output_layer.")):
             counts[kind_of(key, run.model.shape.inserted_blocks)] += torch.Size(info.shape).numel()

@@ -21,7 +21,7 @@ from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout, check_options, check_platform
 from megatron_moe_lpr.model.configuration.dtype import choose_dtype, say_dtype
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
-from megatron_moe_lpr.model.parameter_kinds import KINDS
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.platform import Platform, select_platform
 from megatron_moe_lpr.training.checkpointing import RunState, load_run
@@ -265,7 +265,7 @@ def checkpoint_card(run: Run, parent: ParentCheckpoint | None = None) -> Checkpo
     """
     start = run.model.card
     # Frozen weights keep the dense model's dtype.
-    trains_all = run.stage.trains >= set(KINDS)
+    trains_all = run.stage.trains >= set(ParameterKind)
     dtype = str(run.model.config.params_dtype).removeprefix("torch.") if trains_all else start.dtype
     history, openness = [*start.history, history_entry(run)], run.openness(run.state.iteration)
     return dataclasses.replace(start, dtype=dtype, history=history, openness=openness, parent=parent)

@@ -17,7 +17,7 @@ from megatron_moe_lpr.checkpoint.format.retention import RemovedCheckpoint, hold
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksum_file import read_checksums
 from megatron_moe_lpr.files.checksums import checksum_of_file
-from megatron_moe_lpr.model.parameter_kinds import kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
 
 MAX_LOOK_UPS = 5
 """How often `resolve_and_hold` looks up the latest checkpoint of a run that meanwhile removes older ones."""

@@ -1,9 +1,9 @@
-"""Tensors that a stock architecture wants and the upcycled model does not have: zeros, or copies of one it has.
+"""Tensors that a stock architecture needs and the upcycled model does not have: zeros, or copies of its own tensors.
 
 - Qwen2-MoE's shared expert: all zero, so it adds nothing.
-- The experts of a dense layer where the architecture has experts in every layer: all are the dense layer, under a zero
-  router. Whichever are chosen get equal weights that add up to 1, so the sum is the dense layer's output.
-- Attention biases that a configuration announces and no stock MoE architecture of the family has: accepted when zero.
+- The experts of a dense layer where the architecture has experts in every layer: each is a copy of the dense FFN, and
+  the router is zero. Whichever experts it chooses get equal weights that add up to 1: the sum is the FFN's output.
+- Attention biases that a configuration has and no stock MoE architecture of the family: accepted if they are zero.
 """
 
 import dataclasses
@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from megatron_moe_lpr.model.configuration.architecture import Architecture
-from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, Layout, Shape, projection_shapes
+from megatron_moe_lpr.model.configuration.parameters import Shape, projection_shapes
+from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, Layout
 
 _SHARED_EXPERT = "a Qwen2-MoE with a real shared expert is not an upcycled dense model; give a dense one"
 _ATTENTION_BIAS = "the stock MoE architectures of this family have no place for attention biases"
@@ -20,21 +21,21 @@ _DENSE_LAYER = "moe_lpr/card.json says that the layer is dense; remove moe_lpr/ 
 
 @dataclasses.dataclass(frozen=True)
 class ExtraTensor:
-    """One tensor beside the model's own."""
+    """A tensor of the stock architecture that is not the model's own."""
 
     name: str
     shape: Shape
     otherwise: str
-    """Why a checkpoint in which it is something else is refused."""
+    """The end of the error message where a checkpoint has another value in it."""
     copy_of: str | None = None
-    """The tensor of the same file set that it equals; None: all zero."""
+    """The tensor of the same checkpoint that it equals; None: all zero."""
     is_router: bool = False
 
 
 def extra_tensors(
     architecture: Architecture, experts_per_layer: Sequence[int], layout: Layout, shared_expert_width: int
 ) -> list[ExtraTensor]:
-    """Everything that `layout` wants beyond `names.model_rows`; empty for a dense model."""
+    """All tensors that `layout` needs beyond those of `model_rows`; none for a dense model."""
     extra: list[ExtraTensor] = []
     if layout is DENSE_LAYOUT:
         return extra
@@ -49,13 +50,13 @@ def extra_tensors(
 def equal_expert_bytes(
     architecture: Architecture, experts_per_layer: Sequence[int], layout: Layout, itemsize: int
 ) -> int:
-    """Bytes that the equal experts of dense layers add to an export; 0 where the architecture has dense layers."""
+    """Bytes that equal experts of dense layers add to an export; 0 where the stock architecture allows dense layers."""
     extra = extra_tensors(architecture, experts_per_layer, dataclasses.replace(layout, shared_expert=False), 0)
     return sum(math.prod(tensor.shape) * (4 if tensor.is_router else itemsize) for tensor in extra)
 
 
 def zero_attention_biases(architecture: Architecture) -> list[ExtraTensor]:
-    """What `attention_bias: true` adds to a dense checkpoint of a family without biases; only zeros are accepted."""
+    """Biases that `attention_bias: true` adds to a dense checkpoint of a family without biases; they must be zero."""
     query, group = (
         count * architecture.head_dim for count in (architecture.num_attention_heads, architecture.num_query_groups)
     )

@@ -1,4 +1,4 @@
-"""A digest of the dense model's weights: equal before and after training, because they are frozen."""
+"""A digest of the dense model's weights: the same before and after training, since they are frozen."""
 
 import hashlib
 
@@ -6,10 +6,9 @@ import torch
 
 
 class OriginalFingerprint:
-    """Collects the original weights, each under the name that the dense checkpoint gives it.
+    """Fingerprint of the original weights, each under its name in the dense checkpoint.
 
-    Each tensor has a SHA-256 of its own, and the fingerprint is the SHA-256 of them sorted by name, so the order of
-    arrival does not matter and no file has to be read twice.
+    It is the SHA-256 of the tensors' own SHA-256 sorted by name, so that tensors can be added in any order.
     """
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What a model computes."""
+    """Logits and residual stream of a model."""
 
     logits: torch.Tensor
     """[batch, sequence, vocabulary], without padding."""
@@ -24,7 +24,7 @@ Forward = Callable[[torch.Tensor], Outputs]
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How far two models' outputs are apart."""
+    """Differences between the outputs of two models."""
 
     logits: float
     """Largest absolute difference of any logit."""
@@ -33,7 +33,7 @@ class Comparison:
     scale: list[float]
     """Largest absolute value of the reference's residual stream, by layer."""
     same_choice: float
-    """Share of positions with the same most likely token."""
+    """Fraction of positions with the same most likely token."""
 
     def agrees(self, tolerance: float) -> bool:
         """Logits differ by no more than `tolerance`; NaN never agrees."""
@@ -42,7 +42,7 @@ class Comparison:
 
 @torch.no_grad()
 def compare(reference: Forward, ours: Forward, tokens: torch.Tensor) -> Comparison:
-    """Run both on `tokens`, int64 [batch, sequence]."""
+    """Compare both models' outputs on `tokens`, int64 [batch, sequence]."""
     expected, found = reference(tokens), ours(tokens)
     pairs = list(zip(expected.layers, found.layers, strict=True))
     return Comparison(
@@ -54,12 +54,12 @@ def compare(reference: Forward, ours: Forward, tokens: torch.Tensor) -> Comparis
 
 
 def random_tokens(vocab_size: int, batch: int, sequence: int, seed: int = 1234) -> torch.Tensor:
-    """The same tokens each time, int64 [batch, sequence]."""
+    """Random tokens, int64 [batch, sequence]; the same for the same arguments."""
     return torch.randint(0, vocab_size, (batch, sequence), generator=torch.Generator().manual_seed(seed))
 
 
 def print_comparison(comparison: Comparison, tolerance: float, console: Console | None = None) -> None:
-    """One line where the models agree, and a line for each layer where they don't."""
+    """Print one line, and where the models differ a line for each layer."""
     console = console or Console()
     verdict = "agree" if comparison.agrees(tolerance) else "DIFFER"
     console.print(

@@ -1,4 +1,4 @@
-"""The two sides of `verify`: transformers' own class, and the Megatron model in this one process."""
+"""The two models that `verify` compares: transformers' own class, and the Megatron model in this one process."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -70,7 +70,7 @@ def _compare(
 
 
 def _without(forward: Forward, layers: list[int]) -> Forward:
-    """Without what some layers put out, which the model compared with does not have."""
+    """Leave out the outputs of inserted blocks, which the dense model that is compared does not have."""
 
     def fewer(tokens: torch.Tensor) -> Outputs:
         outputs = forward(tokens)
