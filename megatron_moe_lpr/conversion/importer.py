@@ -96,7 +96,7 @@ def _read_finite(plan: ImportPlan, name: str) -> torch.Tensor:
     tensor = plan.source.read(name)
     if not is_finite(tensor):
         raise UserError(
-            f"{plan.source.file_of(name)}: {name} holds NaN or infinite values; copy the file again, "
+            f"{plan.source.file(name)}: {name} holds NaN or infinite values; copy the file again, "
             "or use a model without them"
         )
     return tensor
@@ -121,7 +121,7 @@ def _check_extra_tensors(plan: ImportPlan) -> None:
         else:
             fits, wanted = not torch.count_nonzero(tensor), "is not zero"
         if not fits:
-            raise UserError(f"{plan.source.file_of(extra.name)}: {extra.name} {wanted}; {extra.otherwise}")
+            raise UserError(f"{plan.source.file(extra.name)}: {extra.name} {wanted}; {extra.otherwise}")
 
 
 def _check_complete(plan: ImportPlan, writer: CheckpointWriter) -> None:
