@@ -20,7 +20,7 @@ from megatron_moe_lpr.checkpoint.format.directory import (
 from megatron_moe_lpr.checkpoint.format.reader import is_model_key
 from megatron_moe_lpr.checkpoint.format.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all, warn
-from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, MODEL_CARD, read_base_model
+from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, MODEL_CARD_FILE, read_base_model
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
 from megatron_moe_lpr.conversion.hugging_face.hf_config import (
@@ -32,7 +32,7 @@ from megatron_moe_lpr.conversion.hugging_face.hf_config import (
 )
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import TRAINING_DTYPES, carried_files, carry_files
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import llama_cpp_form
-from megatron_moe_lpr.conversion.hugging_face.model_card import CardOptions, model_card
+from megatron_moe_lpr.conversion.hugging_face.model_card import ModelCardOptions, model_card
 from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec, write_safetensors
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.tensors.blocks import mark_inserted
@@ -110,20 +110,20 @@ def export_hf(
     verified: bool = True,
     base: Path | None = None,
     engine: Engine = "transformers",
-    card_options: CardOptions | None = None,
+    model_card_options: ModelCardOptions | None = None,
 ) -> ExportPlan:
     """Write the Hugging Face directory `hf` from a Megatron checkpoint.
 
     Args:
         verified: compare every file with its checksum first.
         engine: `transformers` is the stock form, which vLLM and SGLang read too; `llama.cpp` is for its converter.
-        card_options: what the model card says that the checkpoint does not know.
+        model_card_options: what the model card says that the checkpoint does not know.
 
     Raises:
         UserError: the checkpoint is damaged or the stock architecture cannot hold it; nothing is left at `hf`.
         OSError: the disk is full; nothing is left at `hf`.
     """
-    options = card_options or CardOptions()
+    options = model_card_options or ModelCardOptions()
     check_separate(load, "--load", hf, "--hf")
     if options.evaluation:
         check_separate(options.evaluation, "--evaluation", hf, "--hf")
@@ -142,7 +142,7 @@ def export_hf(
     return plan
 
 
-def _card_text(plan: ExportPlan, options: CardOptions) -> str:
+def _card_text(plan: ExportPlan, options: ModelCardOptions) -> str:
     side = plan.checkpoint.side_directory
     return model_card(side, read_base_model(side), plan.card, plan.engine, options, bool(plan.is_original))
 
@@ -323,7 +323,7 @@ def _write_side_files(plan: ExportPlan, directory: Path, files: Mapping[str, Pat
         write_json(_generation_config(plan.config), directory / GENERATION_FILE)
     for name in (TOKENIZER_CONFIG_FILE, GENERATION_FILE):
         drop_code_references(directory / name)
-    (directory / MODEL_CARD).write_text(text, encoding="utf-8")
+    (directory / MODEL_CARD_FILE).write_text(text, encoding="utf-8")
     if plan.config == read_json(side / CONFIG_FILE):
         copy_private(side / CONFIG_FILE, directory / CONFIG_FILE)
     else:

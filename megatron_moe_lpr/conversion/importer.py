@@ -19,7 +19,7 @@ from megatron_moe_lpr.checkpoint.format.directory import (
 )
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.checkpoint.loading.verification import warn
-from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, base_model_of
+from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, find_base_model
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files, tokenizer_files
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_check import check_tokenizer
 from megatron_moe_lpr.conversion.plan import ImportOptions, ImportPlan, plan_import
@@ -51,7 +51,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
     for line in check_tokenizer(plan.model.path, family.moe_model_type if is_moe else family.name):
         warn(line)
     files, tokenizer = carried_files(plan.model.path), tokenizer_files(plan.model.path)
-    config, base_model = _changed_config(plan), base_model_of(plan.model.path, exported=plan.model.card is not None)
+    config, base_model = _changed_config(plan), find_base_model(plan.model.path, exported=plan.model.card is not None)
     total = sum(math.prod(row.shape) * plan.dtype_of(row).itemsize for row in plan.rows)
     with naming(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
         check_disk_space(partial, total, save)

@@ -75,8 +75,8 @@ def evaluate_dataset(
     with counted_apart(chunks):
         for _ in range(passes):
             part = [to_device(batch, device) for batch in itertools.islice(batches, together)]
-            of_rank = run_micro_batches(chunks, config, part, original_table, forward_only=True)
-            sums = of_rank.over_ranks_that_stay(after_pass is not None and after_pass())
+            rank_sums = run_micro_batches(chunks, config, part, original_table, forward_only=True)
+            sums = rank_sums.over_ranks_that_stay(after_pass is not None and after_pass())
             if sums is None:
                 return None
             total = sums if total is None else total + sums

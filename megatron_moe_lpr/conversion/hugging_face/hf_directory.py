@@ -16,9 +16,9 @@ from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     DENSE_FAMILY_OF_MOE,
     SHARED_EXPERT_WIDTH,
     dense_config,
-    experts_per_layer_of,
     moe_config,
-    top_k_of,
+    stock_experts_per_layer,
+    stock_top_k,
     without_dtype,
     without_foreign_fields,
 )
@@ -124,7 +124,7 @@ def open_hf_directory(path: Path) -> HFDirectory:
 
 def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
     source = str(path / CONFIG_FILE)
-    experts, card = experts_per_layer_of(moe, source), _card(path)
+    experts, card = stock_experts_per_layer(moe, source), _card(path)
     config = _dense_behind(path, moe, card)
     architecture = read_architecture(config, source)
     layout = MOE_LAYOUTS[moe["model_type"]]
@@ -134,7 +134,7 @@ def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
         raise UserError(f"{path / SIDE_DIRECTORY}: does not belong to {source}; remove it to read the MoE as it is")
     width = moe.get("shared_expert_intermediate_size") or SHARED_EXPERT_WIDTH
     checked_integer(width, "shared_expert_intermediate_size", source, 1, MAX_SIZE)
-    return HFDirectory(path, config, architecture, layout, experts, top_k_of(moe, source), width, card)
+    return HFDirectory(path, config, architecture, layout, experts, stock_top_k(moe, source), width, card)
 
 
 def _dense_behind(path: Path, moe: dict[str, Any], card: CheckpointCard | None) -> dict[str, Any]:

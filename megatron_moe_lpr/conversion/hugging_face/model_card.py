@@ -27,7 +27,7 @@ LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
 @dataclasses.dataclass(frozen=True)
-class CardOptions:
+class ModelCardOptions:
     """What the user says about the model; None: the import's record and the base model's own files say it."""
 
     base_model: str | None = None
@@ -43,7 +43,7 @@ def model_card(
     recorded: BaseModel | None,
     card: CheckpointCard,
     engine: str,
-    options: CardOptions,
+    options: ModelCardOptions,
     is_original: bool,
 ) -> str:
     """The text of the export's `README.md`.
@@ -81,7 +81,7 @@ def model_card(
     return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
 
 
-def _licence(directory: Path, base: Mapping[str, Any], options: CardOptions) -> dict[str, str]:
+def _licence(directory: Path, base: Mapping[str, Any], options: ModelCardOptions) -> dict[str, str]:
     if options.licence:
         return {"license": options.licence}
     if base.get("license"):
