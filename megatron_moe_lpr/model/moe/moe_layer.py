@@ -53,7 +53,7 @@ class MoELPRLayer(MoELayer):
         pg_collection: ProcessGroupCollection | None = None,
         fp8_parameters: bool = False,
         groups: tuple[int, ...] = (),
-        openness: float = 1.0,
+        newest_weight: float = 1.0,
     ) -> None:
         router = partial(_build_for_all_experts, submodules.router, num_experts)
         with _parameters_in_fp8(config) if fp8_parameters else contextlib.nullcontext():
@@ -69,7 +69,7 @@ class MoELPRLayer(MoELayer):
             weight.allreduce = False
         self.dispatch_order: list[int] | None = None
         if groups:
-            self.router.set_groups(groups, openness)
+            self.router.set_groups(groups, newest_weight)
             if self.ep_group.size() > 1:
                 self.dispatch_order = dispatch_order(sum(groups[:-1]), groups[-1], self.ep_group.size())
         self.original_expert = build_module(

@@ -62,19 +62,19 @@ class LPRRouter(TopKRouter):
         self.statistics = RoutingStatistics(self.num_experts)
         self.group_ends: list[int] | None = None
         """Experts of groups 0 to g, for each group of languages but the latest; None: the original expert alone."""
-        self.openness, self.num_earlier = 1.0, self.num_experts
+        self.newest_weight, self.num_earlier = 1.0, self.num_experts
 
-    def set_groups(self, groups: tuple[int, ...], openness: float) -> None:
+    def set_groups(self, groups: tuple[int, ...], newest_weight: float) -> None:
         """Say which experts each expansion added.
 
         Args:
             groups: new experts by expansion, at least two.
-            openness: weight of the latest one's in the softmax. At 0 they are not there, and the router computes
+            newest_weight: weight of the latest one's in the softmax. At 0 they are not there, and the router computes
                 exactly what it did before the expansion; at 1 it is the stock softmax.
         """
         self.group_ends = list(itertools.accumulate((1, *groups[:-1])))
         self._group_ends: torch.Tensor | None = None
-        self.num_earlier, self.openness = self.group_ends[-1], openness
+        self.num_earlier, self.newest_weight = self.group_ends[-1], newest_weight
 
     def reset_parameters(self) -> None:
         """Leave the fp32 weights as they are: they come from the checkpoint."""
@@ -101,7 +101,7 @@ class LPRRouter(TopKRouter):
         Returns:
             Weights [tokens, experts], fp32, zero where not chosen, and choices [tokens, experts], bool.
         """
-        logits = self._opened(self.gating(hidden_states).view(-1, self.num_experts))
+        logits = self._weigh_newest(self.gating(hidden_states).view(-1, self.num_experts))
         weights, choices = self.routing(logits.unsqueeze(1))
         # Activation recompute runs the layer twice, the first time without gradients: count once.
         if token_tags is None or (self.training and not torch.is_grad_enabled()):
@@ -115,11 +115,11 @@ class LPRRouter(TopKRouter):
             weights = self._attach_losses(weights, tags, likelihood, balance)
         return weights, choices
 
-    def _opened(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.openness == 1.0:
+    def _weigh_newest(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.newest_weight == 1.0:
             return logits
         shift = torch.zeros(self.num_experts, device=logits.device)
-        shift[self.num_earlier :] = math.log(self.openness) if self.openness else -math.inf
+        shift[self.num_earlier :] = math.log(self.newest_weight) if self.newest_weight else -math.inf
         return logits + shift
 
     def _allowed(self, tags: torch.Tensor) -> torch.Tensor | None:
