@@ -6,7 +6,7 @@ from html import escape
 from megatron_moe_lpr.evaluation.report.charts import COLORS, Frame
 from megatron_moe_lpr.evaluation.report.inputs import Curve, NamedEvaluation
 from megatron_moe_lpr.evaluation.report.summary import Summary
-from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 
 PERCENT_WIDTH = 68
 """Pixels left of a chart that hold a number such as +174.7%."""
@@ -16,7 +16,7 @@ def curve_figure(curve: Curve, reference: NamedEvaluation) -> str:
     """Changes of bits per byte against `reference`, a dot for each value of the setting, at equal distances."""
     charts = "".join(
         f"<div><h4>{group} languages</h4>{_chart(curve, group, reference, color)}</div>"
-        for group, color in zip(GROUPS, COLORS, strict=False)
+        for group, color in zip(LANGUAGE_GROUPS, COLORS, strict=False)
     )
     return (
         f"<figure><h3>{escape(curve.title)}</h3><div class='charts'>{charts}</div>"

@@ -7,7 +7,7 @@ from megatron_moe_lpr.evaluation.report.curves import curve_figure
 from megatron_moe_lpr.evaluation.report.inputs import ReportInputs
 from megatron_moe_lpr.evaluation.report.style import STYLE
 from megatron_moe_lpr.evaluation.report.tables import html_table, percent, share
-from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 
 
 def build_page(inputs: ReportInputs) -> str:
@@ -23,7 +23,7 @@ def build_page(inputs: ReportInputs) -> str:
 
 
 def _introduction(inputs: ReportInputs) -> str:
-    known, new = (", ".join(map(escape, inputs.languages(group))) for group in GROUPS)
+    known, new = (", ".join(map(escape, inputs.languages(group))) for group in LANGUAGE_GROUPS)
     return (
         f"<p class='lead'>A language model that knew <b>{known}</b> was taught <b>{new}</b>. Its own weights stayed "
         "frozen: new experts beside its feed-forward layers learned the new languages, then a short review taught "

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 from megatron_moe_lpr.files.json_files import is_integer, is_number
-from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 
 
 def is_evaluation(record: Any) -> bool:
@@ -18,7 +18,7 @@ def is_evaluation(record: Any) -> bool:
         _are(experts, lambda value: is_integer(value, 1))
         and bool(experts)
         and isinstance(averages, dict)
-        and all(_is_averages(averages.get(group)) for group in GROUPS)
+        and all(_is_averages(averages.get(group)) for group in LANGUAGE_GROUPS)
         and _are(datasets, lambda one: _is_dataset(one, len(experts)))
     )
 
@@ -68,7 +68,7 @@ def _is_dataset(one: Any, layers: int) -> bool:
         and isinstance(one.get("language"), str)
         and isinstance(one.get("name", ""), str)
         and isinstance(one.get("group"), str)
-        and one["group"] in GROUPS
+        and one["group"] in LANGUAGE_GROUPS
         and is_integer(one.get("tokens"))
         and {"bits_per_byte", "routing"} <= one.keys()
         and _is_optional(one["bits_per_byte"])

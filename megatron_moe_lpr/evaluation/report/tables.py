@@ -8,7 +8,7 @@ from rich.table import Table
 
 from megatron_moe_lpr.evaluation.report.inputs import NamedEvaluation, ReportInputs
 from megatron_moe_lpr.evaluation.report.summary import Summary
-from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 
 COSTS = ("parameters", "of them active", "tokens/s")
 
@@ -44,7 +44,7 @@ def rows(inputs: ReportInputs) -> Iterator[tuple[NamedEvaluation, list[str]]]:
     first = inputs.evaluations[0]
     for one in inputs.evaluations:
         cells = []
-        for group in GROUPS:
+        for group in LANGUAGE_GROUPS:
             cells += [_mean(one.bits(position)) for position in inputs.columns(group).values()]
             cells += [number(one.average(group)), "" if one is first else percent(one.change(group, first))]
         cells.append(share(one.average("original", "expert0_top_k_share")))
@@ -64,7 +64,7 @@ def print_table(inputs: ReportInputs, console: Console | None = None) -> None:
     """The table for a terminal."""
     console = console or Console(width=200)
     table = Table("model", title="Bits per byte, lower is better", title_justify="left")
-    for group in GROUPS:
+    for group in LANGUAGE_GROUPS:
         for label in inputs.columns(group):
             table.add_column(label, justify="right")
         table.add_column(f"{group} mean", justify="right", style="bold")
@@ -81,12 +81,12 @@ def html_table(inputs: ReportInputs) -> str:
     """The table for the page."""
     groups = "".join(
         f'<th colspan="{len(inputs.columns(group)) + 2}" class="group {group}">{group} languages</th>'
-        for group in GROUPS
+        for group in LANGUAGE_GROUPS
     )
     names = "".join(
         "".join(f"<th>{escape(label)}</th>" for label in inputs.columns(group))
         + '<th class="mean">mean</th><th>change</th>'
-        for group in GROUPS
+        for group in LANGUAGE_GROUPS
     )
     more = "".join(f'<th rowspan="2">{name}</th>' for name in COSTS) if inputs.costs else ""
     body = "".join(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 from megatron_moe_lpr.platform.collectives import collective_device
 
 TOKENS, PROBABILITY, CHOSEN, LIKELIHOOD, EXPERTS = range(5)
@@ -22,7 +22,7 @@ class RoutingStatistics:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.sums = torch.zeros(len(GROUPS), EXPERTS + self.num_experts, dtype=torch.float64)
+        self.sums = torch.zeros(len(LANGUAGE_GROUPS), EXPERTS + self.num_experts, dtype=torch.float64)
         self.load_balancing = torch.zeros(2, dtype=torch.float64)
         """Sum of the load balancing losses, and the micro-batches they came from."""
 
@@ -77,7 +77,7 @@ class RoutingReport:
 
     def mean_over_layers(self, values: torch.Tensor, group: str) -> float:
         """Mean over MoE layers of a [layers, groups] array; NaN where no token of the group was seen."""
-        return values[:, GROUPS.index(group)].nanmean().item()
+        return values[:, LANGUAGE_GROUPS.index(group)].nanmean().item()
 
 
 def gather_routing(
@@ -90,7 +90,7 @@ def gather_routing(
         max_experts: experts of the model's largest layer.
     """
     width = EXPERTS + max_experts
-    sums = torch.zeros(num_layers, len(GROUPS) * width + 2, dtype=torch.float64)
+    sums = torch.zeros(num_layers, len(LANGUAGE_GROUPS) * width + 2, dtype=torch.float64)
     for layer, statistics in routers:
         padded = torch.nn.functional.pad(statistics.sums.cpu(), (0, max_experts - statistics.num_experts))
         sums[layer] += torch.cat((padded.flatten(), statistics.load_balancing.cpu()))
@@ -98,7 +98,7 @@ def gather_routing(
         sums = sums.to(collective_device())
         dist.all_reduce(sums)
         sums = sums.cpu()
-    return _report(sums[:, :-2].view(num_layers, len(GROUPS), width), sums[:, -2:])
+    return _report(sums[:, :-2].view(num_layers, len(LANGUAGE_GROUPS), width), sums[:, -2:])
 
 
 def _report(sums: torch.Tensor, balance: torch.Tensor) -> RoutingReport:
