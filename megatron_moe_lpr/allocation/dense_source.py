@@ -40,7 +40,7 @@ class DenseSource:
         return {
             name.removeprefix(prefix): tensor.float()
             for row in self._rows
-            if row.layer == layer and row.role.is_original
+            if row.layer == layer and row.kind.is_original
             for name, tensor in zip(row.dense_names, self._read(row), strict=True)
         }
 

@@ -43,17 +43,10 @@ from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.files.links import copy_private
 from megatron_moe_lpr.files.output_directory import atomic_directory
 from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.configuration.rope_parameters import rope_of_transformers_4
 from megatron_moe_lpr.model.finite import is_finite
-from megatron_moe_lpr.model.tensors import (
-    DENSE_LAYOUT,
-    MOE_LAYOUTS,
-    VOCABULARY_KEYS,
-    Layout,
-    Role,
-    Row,
-    model_rows,
-)
+from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, MOE_LAYOUTS, VOCABULARY_KEYS, Layout, Row, model_rows
 from megatron_moe_lpr.progress import ProgressReport
 
 GENERATION_FILE = "generation_config.json"
@@ -85,7 +78,9 @@ class ExportPlan:
         float32: rounded to bfloat16, they would send a few tokens to another expert.
         """
         written = [
-            TensorSpec(name, shape, torch.float32 if row.role is Role.ROUTER else self.reader.tensors[row.key].dtype)
+            TensorSpec(
+                name, shape, torch.float32 if row.kind is ParameterKind.ROUTER else self.reader.tensors[row.key].dtype
+            )
             for row in self.rows
             for name, shape in zip(row.names, row.shapes, strict=True)
         ]
@@ -212,7 +207,7 @@ def plan_export(
 
 def _decides_dtype(row: Row) -> bool:
     """Matrices do. Readers cast norms and biases to these, as they do in the dense model, and routers as they like."""
-    return row.role is not Role.ROUTER and len(row.shape) > 1
+    return row.kind is not ParameterKind.ROUTER and len(row.shape) > 1
 
 
 def _with_dtype(config: dict, dtypes: Collection[torch.dtype]) -> dict:
@@ -271,7 +266,7 @@ def read_row(row: Row, reader: TensorReader, architecture: Architecture) -> list
         )
     parts = split_qkv(tensor, architecture) if len(row.shapes) > 1 else (tensor[: row.shapes[0][0]],)
     shaped = [part.reshape(shape) for part, shape in zip(parts, row.shapes, strict=True)]
-    return [part.float() for part in shaped] if row.role is Role.ROUTER else shaped
+    return [part.float() for part in shaped] if row.kind is ParameterKind.ROUTER else shaped
 
 
 class _Producer:
@@ -304,7 +299,7 @@ class _Producer:
     def _hash(self, row: Row, tensors: list[torch.Tensor]) -> None:
         """Beside writing; one row at a time, so that no more than two are in memory."""
         self.finish()
-        if row.role.is_original:
+        if row.kind.is_original:
             pairs = zip(row.dense_names, tensors, strict=True)
             self.hashing = [self.pool.submit(self.fingerprint.add, name, tensor.contiguous()) for name, tensor in pairs]
 

@@ -32,8 +32,9 @@ from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.files.checksums import write_manifest
 from megatron_moe_lpr.files.links import copy_private
 from megatron_moe_lpr.files.output_directory import atomic_directory
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.finite import is_finite
-from megatron_moe_lpr.model.tensors import Role, Row
+from megatron_moe_lpr.model.tensors import Row
 from megatron_moe_lpr.progress import ProgressReport
 
 
@@ -103,9 +104,9 @@ def _read_finite(plan: ImportPlan, name: str) -> torch.Tensor:
 
 
 def _tensor(plan: ImportPlan, row: Row, parts: list[torch.Tensor]) -> torch.Tensor:
-    if plan.inserts and row.role is Role.INSERTED_BLOCK and row.key.endswith(ZEROED):
+    if plan.inserts and row.kind is ParameterKind.INSERTED_BLOCKS and row.key.endswith(ZEROED):
         return torch.zeros_like(parts[0])
-    if row.role is Role.ROUTER and row.layer is not None and not parts:
+    if row.kind is ParameterKind.ROUTER and row.layer is not None and not parts:
         num_experts, hidden_size = row.shape
         return initial_router(num_experts, hidden_size, plan.seed, row.layer)
     if len(parts) > 1:

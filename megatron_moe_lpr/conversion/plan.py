@@ -23,7 +23,8 @@ from megatron_moe_lpr.conversion.imported_languages import ImportedLanguages, re
 from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
 from megatron_moe_lpr.conversion.tensors.blocks import FLAG, inserted_positions, mark_inserted
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.tensors import ADAPTER_LAYOUT, Role, Row, model_rows
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.tensors import ADAPTER_LAYOUT, Row, model_rows
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 
 PAPER_NUM_EXPERTS = 6
@@ -76,14 +77,14 @@ class ImportPlan:
     @property
     def initialises_routers(self) -> bool:
         """Routers get initial values: the source has none."""
-        return any(row.role is Role.ROUTER and not row.names for row in self.rows)
+        return any(row.kind is ParameterKind.ROUTER and not row.names for row in self.rows)
 
     def dtype_of(self, row: Row) -> torch.dtype:
         """The dtype that a tensor is stored in: the source's own; routers are float32.
 
         Query, key and value become one tensor: where their biases differ in dtype, in one that holds them all exactly.
         """
-        if row.role is Role.ROUTER:
+        if row.kind is ParameterKind.ROUTER:
             return torch.float32
         return functools.reduce(torch.promote_types, (self.source.tensors[name].dtype for name in row.names))
 
@@ -116,7 +117,7 @@ def plan_import(options: ImportOptions) -> ImportPlan:
     files = weight_files(model.path) + ([adapter.weights] if adapter else [])
     source = SafetensorsSource(files)
     check_tensors(rows, model.extra(), source, adapter.path if adapter else model.path)
-    originals = [source.tensors[name] for row in rows if row.role.is_original for name in row.names]
+    originals = [source.tensors[name] for row in rows if row.kind.is_original for name in row.names]
     dtype = common_dtype(originals, model.path)
     check_trained_dtypes((name for row in rows for name in row.names), source)
     languages = _languages(options, model, adapter)

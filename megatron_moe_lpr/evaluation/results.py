@@ -13,7 +13,8 @@ from megatron_moe_lpr.data.language_groups import group_name
 from megatron_moe_lpr.data.language_names import covered
 from megatron_moe_lpr.evaluation.checkpoint import Evaluation
 from megatron_moe_lpr.evaluation.losses import DatasetLoss
-from megatron_moe_lpr.model.moe.routing_statistics import GROUPS, RoutingReport
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
+from megatron_moe_lpr.model.moe.routing_statistics import RoutingReport
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
@@ -39,12 +40,12 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
             group_name(number): _averages([one for one in datasets if one["language_group"] == number])
             for number in numbers
         },
-        "averages": {group: _averages([one for one in datasets if one["group"] == group]) for group in GROUPS},
+        "averages": {group: _averages([one for one in datasets if one["group"] == group]) for group in LANGUAGE_GROUPS},
     }
 
 
 def _dataset_record(result: DatasetLoss, label: str, evaluation: Evaluation) -> dict[str, Any]:
-    group = GROUPS[0] if covered([result.language], evaluation.original_languages) else GROUPS[1]
+    group = LANGUAGE_GROUPS[0] if covered([result.language], evaluation.original_languages) else LANGUAGE_GROUPS[1]
     latest = len(evaluation.language_groups)
     numbered = enumerate(evaluation.language_groups)
     number = next((index for index, names in numbered if covered([result.language], names)), latest)
@@ -68,7 +69,7 @@ def record_labels(record: dict[str, Any]) -> list[str]:
 
 def _routing_record(routing: RoutingReport, group: str) -> dict[str, Any]:
     """Of a dataset's one group of languages; lists have an entry per layer, null for a dense one."""
-    column = GROUPS.index(group)
+    column = LANGUAGE_GROUPS.index(group)
     return {
         "expert0_probability": _numbers(routing.probability[:, column]),
         "expert0_top_k_share": _numbers(routing.top_k_share[:, column]),

@@ -10,7 +10,7 @@ from typing import Literal
 
 from megatron_moe_lpr.model.build import padded_vocab_size
 from megatron_moe_lpr.model.configuration.config import ModelShape
-from megatron_moe_lpr.model.parameter_kinds import trained_in_layer
+from megatron_moe_lpr.model.configuration.parameter_kinds import trained_in_layer
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.parameters import stage_layers
 from megatron_moe_lpr.planning.sizes import FP32, RunSizes

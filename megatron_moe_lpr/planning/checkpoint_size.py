@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from megatron_moe_lpr.model.configuration.config import ModelShape
-from megatron_moe_lpr.model.parameter_kinds import KINDS, ParameterKind
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import FP32, GIB, RunSizes
 from megatron_moe_lpr.planning.parameters import ParameterCounts, stage_parameters
@@ -29,7 +29,7 @@ class SaveNeeds:
 
 def save_needs(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, trainable_only: bool = False) -> SaveNeeds:
     """What a checkpoint of a run needs; `trainable_only`: one of --save-trainable-only."""
-    kinds = sizes.trains if trainable_only else frozenset(KINDS)
+    kinds = sizes.trains if trainable_only else frozenset(ParameterKind)
     stages = range(layout.pipeline_model_parallel_size)
     counts = [stage_parameters(shape, layout, stage) for stage in stages]
     whole = sum(
@@ -60,7 +60,7 @@ def describe_needs(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, g
 
 def _bytes(kind: ParameterKind, kinds: Collection[ParameterKind], sizes: RunSizes) -> int:
     weight = sizes.element_bytes if kind in sizes.trains else sizes.frozen_bytes
-    weight = FP32 if kind == "router" else weight
+    weight = FP32 if kind == ParameterKind.ROUTER else weight
     return weight * (kind in kinds) + _state_bytes(kind, sizes)
 
 
@@ -74,9 +74,9 @@ def _state_bytes(kind: ParameterKind, sizes: RunSizes) -> int:
 
 def _positions(kind: ParameterKind, layout: ParallelLayout) -> int:
     """Ranks of a pipeline stage that hold different parts of the parameters of a kind."""
-    if kind in ("new experts", "earlier experts"):
+    if kind in (ParameterKind.NEW_EXPERTS, ParameterKind.EARLIER_EXPERTS):
         return layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
-    return 1 if kind in ("router", "norm") else layout.tensor_model_parallel_size
+    return 1 if kind in (ParameterKind.ROUTER, ParameterKind.NORM) else layout.tensor_model_parallel_size
 
 
 def _rank_bytes(
@@ -89,7 +89,7 @@ def _rank_bytes(
     total = 0.0
     for kind, count in counts.items():
         holders = owners = ranks // layout.tensor_model_parallel_size
-        if kind in ("new experts", "earlier experts"):
+        if kind in (ParameterKind.NEW_EXPERTS, ParameterKind.EARLIER_EXPERTS):
             # Of one data-parallel group; ranks that differ in TP only hold the same experts, and write nothing.
             holders = ranks // math.lcm(layout.tensor_model_parallel_size, expert_ranks)
             owners = ranks // expert_ranks

@@ -8,7 +8,7 @@ step) and the rows by which the original expert's tokens are padded for FP8. The
 import dataclasses
 
 from megatron_moe_lpr.model.configuration.config import ModelShape
-from megatron_moe_lpr.model.parameter_kinds import trained_in_layer
+from megatron_moe_lpr.model.configuration.parameter_kinds import trained_in_layer
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import Recompute
 from megatron_moe_lpr.planning.gradient_traffic import gradient_traffic

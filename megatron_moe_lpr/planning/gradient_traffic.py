@@ -3,7 +3,7 @@
 import math
 
 from megatron_moe_lpr.model.configuration.config import ModelShape
-from megatron_moe_lpr.model.parameter_kinds import ParameterKind, trained_in_layer
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, trained_in_layer
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.parameters import (
     layer_parameters,
@@ -25,7 +25,7 @@ def gradient_traffic(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes,
     ranks = sizes.gpus // layout.pipeline_model_parallel_size
     data = ranks // layout.tensor_model_parallel_size
     expert_data = ranks // (layout.expert_model_parallel_size * layout.expert_tensor_parallel_size)
-    experts = trained.pop("new experts", 0) + trained.pop("earlier experts", 0)
+    experts = trained.pop(ParameterKind.NEW_EXPERTS, 0) + trained.pop(ParameterKind.EARLIER_EXPERTS, 0)
     gathers = 1 if habits.overlap_param_gather or not (experts and trained) else 2
     buffers = _buffers(trained, sizes)
     of_experts = 1 if sizes.fp8_param_gather else sizes.element_bytes
@@ -39,7 +39,7 @@ def gradient_traffic(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes,
 
 def _buffers(trained: dict[ParameterKind, int], sizes: RunSizes) -> list[tuple[int, int]]:
     """Parameters and bytes of one, a buffer for each format of weights; routers are fp32."""
-    total, routers = sum(trained.values()), trained.get("router", 0)
+    total, routers = sum(trained.values()), trained.get(ParameterKind.ROUTER, 0)
     if sizes.element_bytes == FP32:
         return [(total, FP32)]
     return [(routers, FP32), (total - routers, sizes.element_bytes)]
@@ -48,7 +48,12 @@ def _buffers(trained: dict[ParameterKind, int], sizes: RunSizes) -> list[tuple[i
 def _tied(shape: ModelShape, layout: ParallelLayout, stage: int, trained: dict[ParameterKind, int]) -> float:
     """Between the first and the last stage, each with a copy of the embedding."""
     last = layout.pipeline_model_parallel_size - 1
-    if last == 0 or stage not in (0, last) or "embedding" not in trained or not shape.architecture.tied_embeddings:
+    if (
+        last == 0
+        or stage not in (0, last)
+        or ParameterKind.EMBEDDING not in trained
+        or not shape.architecture.tied_embeddings
+    ):
         return 0.0
     return FP32 * vocabulary_matrix(shape, layout)
 
@@ -65,13 +70,15 @@ def _reduced(size: int, element: int, ranks: int, sizes: RunSizes, gathers: int)
 def _replicated(shape: ModelShape, layout: ParallelLayout, stage: int, trained: dict[ParameterKind, int]) -> float:
     """Gradients that TP ranks add up: of what each has whole and, under SP, computed from its part of the sequence."""
     tp, architecture = layout.tensor_model_parallel_size, shape.architecture
-    whole = trained.get("router", 0) + trained.get("norm", 0)
+    whole = trained.get(ParameterKind.ROUTER, 0) + trained.get(ParameterKind.NORM, 0)
     layers = stage_layers(shape, layout, stage)
-    if "inserted blocks" in trained:
+    if ParameterKind.INSERTED_BLOCKS in trained:
         inserted = [layer for layer in layers if layer in shape.inserted_blocks]
-        whole += sum(layer_parameters(shape, 1, layout)["norm"] for _ in inserted)
+        whole += sum(layer_parameters(shape, 1, layout)[ParameterKind.NORM] for _ in inserted)
     if not layout.uses_sequence_parallel:
         # Norms of queries and keys, which each rank has for its own heads.
         of_layer = 2 * architecture.head_dim if architecture.family.qk_norm else 0
-        whole = of_layer * sum("norm" in trained_in_layer(trained, layer in shape.inserted_blocks) for layer in layers)
+        whole = of_layer * sum(
+            ParameterKind.NORM in trained_in_layer(trained, layer in shape.inserted_blocks) for layer in layers
+        )
     return FP32 * whole * 2 * (tp - 1) / tp

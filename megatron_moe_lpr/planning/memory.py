@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Collection
 
 from megatron_moe_lpr.model.configuration.config import ModelShape
-from megatron_moe_lpr.model.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import Recompute, activation_bytes, logit_bytes
 from megatron_moe_lpr.planning.parameters import ParameterCounts, stage_parameters
@@ -66,7 +66,7 @@ def worst_total(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, reco
 
 def weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
     """Routers are fp32 whatever the rest is."""
-    in_fp8 = counts["new experts"] if sizes.fp8_param_gather else 0
+    in_fp8 = counts[ParameterKind.NEW_EXPERTS] if sizes.fp8_param_gather else 0
     wide = sum(count * _weight_size(kind, sizes) for kind, count in counts.items())
     return wide - in_fp8 * sizes.element_bytes + fp8_weight_bytes(counts, sizes)
 
@@ -76,7 +76,11 @@ def fp8_weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
     alone. With --fp8-param-gather these two are all that the new experts have."""
     if sizes.precision != "fp8":
         return 0
-    return 2 * sum(count for kind, count in counts.items() if kind not in ("router", "norm", "embedding"))
+    return 2 * sum(
+        count
+        for kind, count in counts.items()
+        if kind not in (ParameterKind.ROUTER, ParameterKind.NORM, ParameterKind.EMBEDDING)
+    )
 
 
 def gradient_bytes(counts: ParameterCounts, trains: Collection[ParameterKind]) -> int:
@@ -95,12 +99,12 @@ def optimizer_bytes(counts: ParameterCounts, layout: ParallelLayout, sizes: RunS
 
 
 def _weight_size(kind: ParameterKind, sizes: RunSizes) -> int:
-    return FP32 if kind == "router" else sizes.element_bytes
+    return FP32 if kind == ParameterKind.ROUTER else sizes.element_bytes
 
 
 def _holders(kind: ParameterKind, layout: ParallelLayout, sizes: RunSizes) -> int:
     ranks = layout.model_parallel_size
-    if kind in ("new experts", "earlier experts"):
+    if kind in (ParameterKind.NEW_EXPERTS, ParameterKind.EARLIER_EXPERTS):
         ranks = layout.pipeline_model_parallel_size * layout.expert_model_parallel_size
         ranks *= layout.expert_tensor_parallel_size
     return sizes.gpus // ranks

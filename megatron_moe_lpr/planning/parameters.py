@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from megatron_moe_lpr.model.build import padded_vocab_size
 from megatron_moe_lpr.model.configuration.config import ModelShape
-from megatron_moe_lpr.model.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 
 ParameterCounts = Counter[ParameterKind]
@@ -16,7 +16,7 @@ def model_parameters(shape: ModelShape) -> ParameterCounts:
     architecture, one_rank = shape.architecture, ParallelLayout()
     counts = stage_parameters(shape, one_rank, 0)
     matrices = 1 if architecture.tied_embeddings else 2
-    counts["embedding"] = matrices * architecture.vocab_size * architecture.hidden_size
+    counts[ParameterKind.EMBEDDING] = matrices * architecture.vocab_size * architecture.hidden_size
     return counts
 
 
@@ -24,7 +24,7 @@ def active_parameters(shape: ModelShape) -> int:
     """Parameters that one token passes: of each layer's experts its top k."""
     total = 0
     for kind, count in model_parameters(shape).items():
-        if kind not in ("original expert", "new experts", "earlier experts"):
+        if kind not in (ParameterKind.ORIGINAL_EXPERT, ParameterKind.NEW_EXPERTS, ParameterKind.EARLIER_EXPERTS):
             total += count
     return total + shape.num_moe_layers * shape.top_k * _ffn(shape)
 
@@ -40,15 +40,15 @@ def stage_parameters(shape: ModelShape, layout: ParallelLayout, stage: int) -> P
     for layer in stage_layers(shape, layout, stage):
         of_layer = layer_parameters(shape, shape.experts_per_layer[layer], layout)
         if layer in shape.inserted_blocks:
-            of_layer = Counter({"inserted blocks": sum(of_layer.values())})
+            of_layer = Counter({ParameterKind.INSERTED_BLOCKS: sum(of_layer.values())})
         counts.update(of_layer)
         earlier = shape.earlier_experts(layer) * _ffn(shape)
         earlier //= layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
-        counts["new experts"] -= earlier
-        counts["earlier experts"] += earlier
-    counts["embedding"] += vocabulary_matrices(shape, layout, stage) * vocabulary_matrix(shape, layout)
+        counts[ParameterKind.NEW_EXPERTS] -= earlier
+        counts[ParameterKind.EARLIER_EXPERTS] += earlier
+    counts[ParameterKind.EMBEDDING] += vocabulary_matrices(shape, layout, stage) * vocabulary_matrix(shape, layout)
     if stage == layout.pipeline_model_parallel_size - 1:
-        counts["norm"] += shape.architecture.hidden_size
+        counts[ParameterKind.NORM] += shape.architecture.hidden_size
     return counts
 
 
@@ -69,14 +69,14 @@ def layer_parameters(shape: ModelShape, experts: int, layout: ParallelLayout) ->
     if architecture.family.qkv_bias:
         attention += query + key_value
     norms = 2 * hidden + (2 * head if architecture.family.qk_norm else 0)
-    counts: ParameterCounts = Counter({"attention": attention // tp, "norm": norms})
+    counts: ParameterCounts = Counter({ParameterKind.ATTENTION: attention // tp, ParameterKind.NORM: norms})
     if experts == 1:
-        counts["dense FFN"] = _ffn(shape) // tp
+        counts[ParameterKind.DENSE_FFN] = _ffn(shape) // tp
         return counts
-    counts["router"] = experts * hidden
-    counts["original expert"] = _ffn(shape) // tp
+    counts[ParameterKind.ROUTER] = experts * hidden
+    counts[ParameterKind.ORIGINAL_EXPERT] = _ffn(shape) // tp
     expert_ranks = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
-    counts["new experts"] = (experts - 1) * _ffn(shape) // expert_ranks
+    counts[ParameterKind.NEW_EXPERTS] = (experts - 1) * _ffn(shape) // expert_ranks
     return counts
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from megatron_moe_lpr.model.configuration.fp8 import FP8Recipe
-from megatron_moe_lpr.model.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 
 FP32 = 4

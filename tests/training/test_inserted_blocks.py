@@ -12,8 +12,8 @@ from megatron_moe_lpr.checkpoint.format.reader import is_model_key
 from megatron_moe_lpr.checkpoint.loading.model import model_shape
 from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
 from megatron_moe_lpr.model.flops import training_flops_per_token
-from megatron_moe_lpr.model.parameter_kinds import kind_of
 from megatron_moe_lpr.planning.parameters import model_parameters
 from tests.conversion.helpers import assert_same_tensors, checkpoint_tensors, hf_tensors, run
 from tests.conversion.tiny_models import COMMON, MODELS, load_model, logits, save_model

@@ -15,8 +15,8 @@ from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_check
 from megatron_moe_lpr.conversion.verification.verify import random_tokens
 from megatron_moe_lpr.files.checksums import write_manifest
 from megatron_moe_lpr.model.configuration.config import ComputeOptions
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, kind_of
 from megatron_moe_lpr.model.forward import compute_logits
-from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
@@ -97,7 +97,7 @@ def test_what_is_copied(inputs):
             assert torch.equal(after[f"{experts}.earlier.experts.{index}.{matrix}"], old)
             original = before[f"decoder.layers.0.mlp.original_expert.{matrix}"]
             assert torch.equal(after[f"{experts}.newest.experts.{index}.{matrix}"], original)
-    assert {kind_of(key) for key in after} == set(KINDS) - {"dense FFN", "inserted blocks"}
+    assert {kind_of(key) for key in after} == set(ParameterKind) - {"dense FFN", "inserted blocks"}
     assert "decoder.layers.2.mlp.experts.earlier.experts.3.linear_fc2.weight" in after
     assert "decoder.layers.1.mlp.experts.experts.1.linear_fc2.weight" in after  # was dense: one group
     assert fingerprint_of_checkpoint(root / "second") == resolve_checkpoint(root / "first").card().original_fingerprint
@@ -174,7 +174,7 @@ def test_a_lengthened_run_goes_on_opening_as_it_began():
     stage, model = SimpleNamespace(open_experts_iters=None), SimpleNamespace(card=SimpleNamespace(openness=0.0))
     config = SimpleNamespace(stage=stage, batch=SimpleNamespace(train_iters=400))
     run = SimpleNamespace(config=config, model=model, lengths=[40, 400])
-    assert [Run.openness(run, step) for step in (0, 1, 4, 5)] == [0, 0.25, 1, 1]
+    assert [Run.newest_weight(run, step) for step in (0, 1, 4, 5)] == [0, 0.25, 1, 1]
 
 
 def test_a_run_is_another_one_with_other_experts_or_another_opening(inputs, second_run):

@@ -24,7 +24,7 @@ def fingerprint_of_checkpoint(load: Path, base: Path | None = None) -> str:
         rows = mark_inserted(rows, architecture.num_layers, card.inserted_blocks)
         reader = open_reader(checkpoint)
         check_model_tensors(rows, reader)
-        for row in (row for row in rows if row.role.is_original):
+        for row in (row for row in rows if row.kind.is_original):
             tensors = read_row(row, reader, architecture)
             for name, tensor in zip(row.dense_names, tensors, strict=True):
                 fingerprint.add(name, tensor)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.model.configuration.architecture import Architecture
-from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, Role, model_rows
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameters import describe_model
 
 # Of an entry in a card's history: for programs, not for a screen.
 LONG_FIELDS = ("data",)
@@ -82,17 +83,17 @@ def _dtypes(card: CheckpointCard) -> str:
 
 def count_parameters(architecture: Architecture, experts_per_layer: Sequence[int], top_k: int) -> ParameterCounts:
     """Count a model's parameters by what they are for."""
-    sizes = dict.fromkeys(Role, 0)
-    for row in model_rows(architecture, experts_per_layer, DENSE_LAYOUT):
-        sizes[row.role] += math.prod(row.shape)
-    moe_layers = sum(experts > 1 for experts in experts_per_layer)
-    one_choice = sizes[Role.ORIGINAL_EXPERT]  # one expert in each layer that has experts
+    sizes: Counter[ParameterKind] = Counter()
+    for parameter in describe_model(architecture, experts_per_layer):
+        sizes[parameter.kind] += parameter.size
+    original, total = sum(size for kind, size in sizes.items() if kind.is_original), sum(sizes.values())
+    one_choice = sizes[ParameterKind.ORIGINAL_EXPERT]  # one expert in each layer that has experts
     return ParameterCounts(
-        total=sum(sizes.values()),
-        active=sizes[Role.ORIGINAL] + sizes[Role.ROUTER] + (top_k * one_choice if moe_layers else 0),
-        original=sizes[Role.ORIGINAL] + sizes[Role.ORIGINAL_EXPERT],
-        new_experts=sizes[Role.NEW_EXPERT],
-        routers=sizes[Role.ROUTER],
+        total=total,
+        active=original - one_choice + sizes[ParameterKind.ROUTER] + top_k * one_choice,
+        original=original,
+        new_experts=sizes[ParameterKind.NEW_EXPERTS],
+        routers=sizes[ParameterKind.ROUTER],
     )
 
 

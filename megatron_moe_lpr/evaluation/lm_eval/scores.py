@@ -8,9 +8,9 @@ from typing import Any
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.lm_eval.tasks import PAIR, ChosenTasks
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 
 MODELS = ("base", "final")
-GROUPS = ("original", "expanded")
 
 Scores = dict[str, dict[str, float | None]]
 """Language to `value` and `stderr`; shares of right answers from 0 to 1, BLEU from 0 to 100."""
@@ -64,7 +64,7 @@ def benchmark_record(
         "shots": shots,
         "languages": languages,
         "absent": chosen.absent,
-        "means": {group: _means(languages, group) for group in GROUPS},
+        "means": {group: _means(languages, group) for group in LANGUAGE_GROUPS},
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megatron_moe_lpr.evaluation.lm_eval.scores import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 
 SCALES = {"acc": 100.0, "acc_norm": 100.0, "bleu": 1.0}
 """From lm_eval's numbers to percent; BLEU goes to 100 as it is."""
@@ -18,7 +18,7 @@ def benchmarks_table(record: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for benchmark in record["benchmarks"]:
         scale = SCALES[benchmark["metric"]]
-        for group in GROUPS:
+        for group in LANGUAGE_GROUPS:
             means = benchmark["means"][group]
             head = (benchmark["title"], str(benchmark["shots"]), benchmark["metric"])
             if means is None:

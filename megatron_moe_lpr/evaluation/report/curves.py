@@ -5,7 +5,7 @@ from markupsafe import Markup
 from megatron_moe_lpr.evaluation.report.charts import COLORS
 from megatron_moe_lpr.evaluation.report.inputs import Curve, NamedEvaluation
 from megatron_moe_lpr.evaluation.report.summary import Summary
-from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 from megatron_moe_lpr.svg import Frame, element
 
 PERCENT_WIDTH = 68
@@ -14,7 +14,9 @@ PERCENT_WIDTH = 68
 
 def curve_charts(curve: Curve, reference: NamedEvaluation) -> dict[str, Markup]:
     """Draw relative changes of bits per byte against `reference`: a chart for each language group, by its name."""
-    return {group: _chart(curve, group, reference, color) for group, color in zip(GROUPS, COLORS, strict=False)}
+    return {
+        group: _chart(curve, group, reference, color) for group, color in zip(LANGUAGE_GROUPS, COLORS, strict=False)
+    }
 
 
 def _chart(curve: Curve, group: str, reference: NamedEvaluation, color: str) -> Markup:

@@ -8,7 +8,7 @@ from megatron_moe_lpr.evaluation.report.charts import heat_map, line_chart
 from megatron_moe_lpr.evaluation.report.curves import curve_charts
 from megatron_moe_lpr.evaluation.report.inputs import NamedEvaluation, ReportInputs
 from megatron_moe_lpr.evaluation.report.tables import COSTS, fraction, percent, rows
-from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 from megatron_moe_lpr.templates import render
 
 
@@ -19,7 +19,7 @@ def build_page(inputs: ReportInputs) -> str:
     return render(
         Path(__file__).with_name("page.html"),
         inputs=inputs,
-        groups=GROUPS,
+        groups=LANGUAGE_GROUPS,
         tiles=_tiles(inputs),
         runs=max(len(one.records) for one in inputs.evaluations),
         rows=list(rows(inputs)),

@@ -18,7 +18,7 @@ from pydantic import (
 
 from megatron_moe_lpr.data.language_names import canonical_language
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 
 T = TypeVar("T")
 
@@ -64,11 +64,11 @@ class EvaluationRecord(_Model):
 
     @model_validator(mode="after")
     def _check_fields_against_each_other(self) -> "EvaluationRecord":
-        if missing := set(GROUPS) - self.averages.keys():
+        if missing := set(LANGUAGE_GROUPS) - self.averages.keys():
             raise ValueError(f"averages has no {missing.pop()!r}")
         for index, one in enumerate(self.datasets):
-            if one.group not in GROUPS:
-                raise ValueError(f"datasets.{index}.group is neither {' nor '.join(GROUPS)}")
+            if one.group not in LANGUAGE_GROUPS:
+                raise ValueError(f"datasets.{index}.group is neither {' nor '.join(LANGUAGE_GROUPS)}")
             if one.routing and len(one.routing.expert0_top_k_share) != len(self.experts_per_layer):
                 raise ValueError(f"datasets.{index}.routing and experts_per_layer differ in the number of layers")
         return self

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from megatron_moe_lpr.evaluation.report.inputs import NamedEvaluation, ReportInputs
 from megatron_moe_lpr.evaluation.report.summary import Summary
-from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 
 COSTS = ("parameters", "of them active", "tokens/s")
 
@@ -38,7 +38,7 @@ def rows(inputs: ReportInputs) -> Iterator[tuple[NamedEvaluation, list[str]]]:
     first = inputs.evaluations[0]
     for one in inputs.evaluations:
         cells = []
-        for group in GROUPS:
+        for group in LANGUAGE_GROUPS:
             bits = (one.bits(position) for position in inputs.columns(group).values())
             # The spread only for the mean: there are many columns.
             cells += [number(value and Summary(value.mean)) for value in bits]
@@ -61,7 +61,7 @@ def print_table(inputs: ReportInputs, console: Console | None = None) -> None:
     """Print the table in a terminal."""
     console = console or Console(width=200)
     table = Table("model", title="Bits per byte, lower is better", title_justify="left")
-    for group in GROUPS:
+    for group in LANGUAGE_GROUPS:
         for label in inputs.columns(group):
             table.add_column(label, justify="right")
         table.add_column(f"{group} mean", justify="right", style="bold")

@@ -94,7 +94,7 @@ def card_at_start(own: CheckpointCard, start: CheckpointCard | None = None) -> C
     """
     entry = own.history[-1]
     steps = opening_steps(entry.get("open_experts_iters"), entry.get("train_lengths", [entry["train_iters"]]))
-    if start is not None and opened(start.openness, entry["iterations"], steps) == own.openness:
+    if start is not None and newest_weight_at(start.openness, entry["iterations"], steps) == own.openness:
         openness = start.openness
     elif entry["iterations"] < steps:
         progress = entry["iterations"] / steps
@@ -110,7 +110,7 @@ def opening_steps(open_experts_iters: int | None, lengths: list[int]) -> int:
     return open_experts_iters or max(1, lengths[0] // 10)
 
 
-def opened(start: float, iteration: int, steps: int) -> float:
+def newest_weight_at(start: float, iteration: int, steps: int) -> float:
     """Weight of the latest expansion's experts in the routers during the step that ends at `iteration`."""
     return min(1.0, start + (1.0 - start) * iteration / steps)
 

@@ -7,7 +7,7 @@ import torch
 
 from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
@@ -40,7 +40,7 @@ def inputs(tmp_path_factory):
 
 def test_every_parameter_has_a_kind(inputs):
     kinds = {kind_of(key) for key in checkpoint_tensors(inputs[0])}
-    assert kinds == set(KINDS) - {"dense FFN", "earlier experts", "inserted blocks"}
+    assert kinds == set(ParameterKind) - {"dense FFN", "earlier experts", "inserted blocks"}
     with pytest.raises(ValueError, match="no kind"):
         kind_of("decoder.layers.0.surprise.weight")
 
@@ -112,18 +112,18 @@ def count_products(path, stage: str) -> tuple[int, list[int]]:
     from tests.training.one_step import StepCase, run_step
 
     rows = [0] * 4
-    count = MoELPRLayer._of_original_expert
+    count = MoELPRLayer._original_expert_output
 
     def counting(layer, hidden_states, weight, choice, counts):
         rows[layer.layer_number - 1] += int(choice.sum())
         return count(layer, hidden_states, weight, choice, counts)
 
-    MoELPRLayer._of_original_expert = counting
+    MoELPRLayer._original_expert_output = counting
     try:
         with FlopCounterMode(display=False) as counter:
             run_step(path, StepCase(stage=stage))
     finally:
-        MoELPRLayer._of_original_expert = count
+        MoELPRLayer._original_expert_output = count
     return counter.get_total_flops(), rows
 
 

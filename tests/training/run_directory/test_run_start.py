@@ -8,7 +8,7 @@ import pytest
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.format.directory import LATEST_FILE, resolve_checkpoint, write_latest
-from megatron_moe_lpr.training.run_directory.run_start import card_at_start, opened, opening_steps
+from megatron_moe_lpr.training.run_directory.run_start import card_at_start, newest_weight_at, opening_steps
 from tests.conversion.helpers import assert_same_tensors, checkpoint_tensors
 from tests.distributed import rank_pool
 from tests.training.outcomes import train_outcome
@@ -112,14 +112,14 @@ def test_how_far_experts_were_open(start, done, length):
     """To the bit, or the resumed run would be another: 20 steps of 200, or 30 as the flag says."""
     steps = opening_steps(length, [200])
     assert steps == (length or 20)
-    own = card(opened(start, done, steps), iterations=done, open_experts_iters=length)
+    own = card(newest_weight_at(start, done, steps), iterations=done, open_experts_iters=length)
     before = card_at_start(own)
     assert before.openness == start and before.history == own.history[:-1]
 
 
 def test_openness_between():
     """Of a start that was half open; what --load names now, opened further, does not count."""
-    own = card(opened(0.5, 10, 20), iterations=10, open_experts_iters=None)
+    own = card(newest_weight_at(0.5, 10, 20), iterations=10, open_experts_iters=None)
     assert own.openness == 0.75
     assert card_at_start(own).openness == pytest.approx(0.5, abs=1e-15)
     assert card_at_start(own, card(0.9, iterations=0)).openness == pytest.approx(0.5, abs=1e-15)
