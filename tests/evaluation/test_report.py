@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.evaluation.report.inputs import read_training_log
 from megatron_moe_lpr.svg import ticks
 from tests.evaluation.tools import load_tool
 
@@ -98,6 +99,15 @@ def test_heat_maps_before_and_after(files):
     page = write_report(files)
     assert page.count("<figcaption>") == 2
     assert ">40%</text>" in page and ">97%</text>" in page and 'class="empty"' in page
+
+
+def test_steps_that_a_resume_went_back_from_are_not_drawn(files):
+    with open(files / "metrics.jsonl", "a") as stream:
+        stream.write('\n{"kind": "resume", "iteration": 1}\n')
+    assert read_training_log("run", files / "metrics.jsonl").losses == {"el": [(8, 4)]}
+    with open(files / "metrics.jsonl", "a") as stream:
+        stream.write('{"kind": "resume", "iteration": 0}\n')
+    assert "The log has no losses." in write_report(files)
 
 
 def test_runs_of_one_title_become_mean_and_spread(files):

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from megatron_moe_lpr.data.labels import dataset_labels
 from megatron_moe_lpr.data.language_names import canonical_language
@@ -144,7 +145,7 @@ def read_inputs(
         _check_comparable(named[0], one)
     return ReportInputs(
         evaluations=named,
-        logs=[_log(*_split(argument, "--metrics")) for argument in metrics],
+        logs=[read_training_log(*_split(argument, "--metrics")) for argument in metrics],
         samples=read_record(samples, list[Sample], f"--samples {samples}", SAMPLES_FILE) if samples else [],
         subject=_subject(named, subject),
         costs=_costs(costs, list(files)) if costs else {},
@@ -205,8 +206,14 @@ def _check_comparable(first: NamedEvaluation, other: NamedEvaluation) -> None:
         )
 
 
-def _log(title: str, path: Path) -> TrainingLog:
-    losses: dict[str, dict[float, float]] = {}
+def read_training_log(title: str, path: Path) -> TrainingLog:
+    """Read the losses of a run from its metrics.jsonl.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not a record of a run.
+    """
+    losses: dict[str, dict[float, tuple[int, float]]] = {}
+    """By language and tokens seen: iteration and loss."""
     try:
         lines = read_bytes(path, f"--metrics {path}").decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -215,21 +222,33 @@ def _log(title: str, path: Path) -> TrainingLog:
         # Empty, or cut short by a kill or a full disk.
         lines.pop()
     for number, line in enumerate(lines, 1):
-        for name, (tokens, loss) in _training_losses(line, f"--metrics {path}:{number}"):
-            # A resumed run logs a step again: the later line counts.
-            losses.setdefault(name, {})[tokens] = loss
-    return TrainingLog(title, {language: sorted(points.items()) for language, points in losses.items()})
+        record = _log_record(line, f"--metrics {path}:{number}")
+        iteration = record.get("iteration", 0)
+        if record["kind"] == "resume":
+            # The run went back to an earlier checkpoint: later steps that it had logged do not count any more.
+            for points in losses.values():
+                for tokens in [tokens for tokens, (step, _) in points.items() if step > iteration]:
+                    del points[tokens]
+        elif record["kind"] == "train":
+            for name in (name for name in record if name.startswith("lm_loss/")):
+                language = canonical_language(name.removeprefix("lm_loss/"))
+                # Of a step that is logged twice the later line counts.
+                losses.setdefault(language, {})[record.get("consumed_tokens", 0)] = iteration, record[name]
+    curves = {
+        language: sorted((tokens, loss) for tokens, (_, loss) in points.items()) for language, points in losses.items()
+    }
+    return TrainingLog(title, {language: points for language, points in curves.items() if points})
 
 
-def _training_losses(line: str, place: str) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Yield language and (tokens seen, loss) of a line of training metrics; nothing of another line."""
+def _log_record(line: str, place: str) -> dict[str, Any]:
+    """Parse a line of metrics.jsonl. Raises UserError if it has no kind, or something else in place of a number."""
     try:
-        entry = json.loads(line)
-        is_training, tokens = entry["kind"] == "train", entry.get("consumed_tokens", 0)
+        record = json.loads(line)
+        known = ("iteration", "consumed_tokens", *(name for name in record if name.startswith("lm_loss/")))
+        wrong = [name for name in known if not is_number(record.get(name, 0))]
+        record["kind"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{place}: not a line of a training log ({error})") from None
-    for name, value in entry.items() if is_training else ():
-        if name.startswith("lm_loss/"):
-            if not is_number(value) or not is_number(tokens):
-                raise UserError(f"{place}: not a line of a training log ({name} is no number)")
-            yield canonical_language(name.removeprefix("lm_loss/")), (tokens, value)
+    if wrong:
+        raise UserError(f"{place}: not a line of a training log ({wrong[0]} is no number)")
+    return record
