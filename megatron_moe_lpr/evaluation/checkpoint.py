@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: from flags to one result for each validation dataset."""
+"""Evaluate a checkpoint on validation datasets."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages, trained_languages
 from megatron_moe_lpr.data.language_names import covered, language_title
 from megatron_moe_lpr.data.original_languages import read_original_languages
-from megatron_moe_lpr.data.reading.blend import BlendEntry, read_blend
+from megatron_moe_lpr.data.reading.blend import read_blend
 from megatron_moe_lpr.data.reading.languages import LanguageRegistry
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
@@ -55,26 +55,26 @@ class EvaluationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What came out, the same on every rank."""
+    """The results of `evaluate_checkpoint`, the same on every rank."""
 
     directory: CheckpointDirectory
     card: CheckpointCard
     dtype: str
     seq_length: int
     original_languages: tuple[str, ...]
-    """Whatever data there is."""
+    """All original languages, with or without a dataset."""
     notes: tuple[str, ...]
-    """What the user should know of how languages were understood."""
+    """Messages for the user about how language names were read."""
     language_groups: list[list[str]]
-    """Original languages, then those of each expansion but the latest, to which all others belong."""
+    """The original languages, then the languages of each expansion but the latest; all others belong to the latest."""
     datasets: list[DatasetLoss]
 
 
 def evaluate_checkpoint(options: EvaluationOptions) -> Evaluation:
-    """Check, build, load and run. Every rank must call it.
+    """Load a checkpoint at any layout and evaluate it on each dataset. Every rank must call it.
 
     Raises:
-        UserError: a checkpoint, dataset, language or layout that does not fit.
+        UserError: the checkpoint is damaged, or a dataset, language or layout does not fit it.
     """
     check_timeout(options.distributed_timeout_minutes)
     with kept_for_reading(options.load, options.base_checkpoint) as iteration:
@@ -101,12 +101,14 @@ def _evaluate(options: EvaluationOptions) -> Evaluation:
         check_finite_weights(model.chunks, directory.path)
     groups = groups_with_prior(card.history, original.names, shape.num_groups)
     table = languages.group_table(groups).to(platform.device)
-    datasets = _datasets(entries, languages, options.seq_length)
-    found = (
-        evaluate_dataset(model.chunks, model.config, shape, dataset, table, platform.device, options.micro_batch_size)
-        for dataset in datasets
-    )
-    results = [result for result in found if result is not None]
+    results = []
+    for entry in entries:
+        dataset = ValidationDataset(entry, languages.id(entry.language), options.seq_length, entry.manifest.eod)
+        result = evaluate_dataset(
+            model.chunks, model.config, shape, dataset, table, platform.device, options.micro_batch_size
+        )
+        assert result is not None  # only `after_pass` ends an evaluation early
+        results.append(result)
     check_finite_losses(results, directory.path, dtype)
     precision = str(dtype).removeprefix("torch.")
     notes = (*original.notes, *unknown_languages(languages.names, original.names, card.history))
@@ -114,12 +116,12 @@ def _evaluate(options: EvaluationOptions) -> Evaluation:
 
 
 def unknown_languages(names: Sequence[str], original: Sequence[str], history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A note on languages that nothing is known of, and which the mean of the expanded ones counts all the same.
+    """Return a note about languages that are neither original nor trained on, but count as expanded languages.
 
     Args:
         names: languages of the datasets.
-        original: those that the flag or the history names.
-        history: of the checkpoint; without any training in it there is nothing to compare with.
+        original: original languages, from the flag or the history.
+        history: training history of the checkpoint; without any training in it there is no note.
     """
     trained = {language for entry in history for language in trained_languages(entry)}
     unknown = sorted(set(names) - covered(names, [*original, *trained])) if trained else []
@@ -140,7 +142,3 @@ def _check_sizes(options: EvaluationOptions, shape: ModelShape) -> None:
     options.layout.check_sequence(options.seq_length)
     if not options.valid_data_path:
         raise UserError("--valid-data-path: give the datasets to evaluate on")
-
-
-def _datasets(entries: list[BlendEntry], languages: LanguageRegistry, seq_length: int) -> list[ValidationDataset]:
-    return [ValidationDataset(entry, languages.id(entry.language), seq_length, entry.manifest.eod) for entry in entries]
