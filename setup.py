@@ -18,17 +18,24 @@ setup(
     entry_points={"console_scripts": ["moe-lpr = megatron_moe_lpr.cli:main"]},
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_moe_lpr", "megatron_moe_lpr.*"]),
-    package_data={"megatron_moe_lpr.data": ["language_codes.tsv"]},
+    package_data={
+        "megatron_moe_lpr.conversion.hugging_face": ["*.md"],
+        "megatron_moe_lpr.data": ["language_codes.tsv"],
+        "megatron_moe_lpr.evaluation.report": ["*.html", "*.css"],
+    },
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",
         "huggingface_hub",
+        "jinja2",
+        "markupsafe",
         "numpy",
         "packaging",
         # Reads SentencePiece models.
         "protobuf",
         # Megatron's asynchronous checkpoint writer hangs for ever where psutil is missing.
         "psutil",
+        "pydantic>=2",
         "pyyaml",
         "rich",
         "safetensors>=0.4",

@@ -1,29 +1,31 @@
-"""An allocation as a table for people, JSON for programs, and a picture."""
+"""An allocation of experts as a table, as JSON and as an SVG picture."""
 
 import dataclasses
-from html import escape
 from typing import Any
 
+from markupsafe import Markup
 from rich.table import Table
 
 from megatron_moe_lpr.conversion.experts_per_layer import FIELD
+from megatron_moe_lpr.svg import Frame, element
 
-WIDTH, HEIGHT, MARGIN = 720, 320, 44
+MARGIN = 44
+"""Pixels on all sides of the picture."""
 EXPERTS_COLOUR, SIMILARITY_COLOUR, PROBE_COLOUR = "#cbd5e1", "#2563eb", "#ea580c"
 POOR = 0.97
-"""Below this share of tokens on the right side a layer is marked."""
+"""A layer is marked if the router separates a smaller fraction of tokens correctly."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What was measured in each layer, and what was made of it."""
+    """Similarity and separability of each layer, and the experts allocated to it."""
 
     similarity: list[float]
     separability: list[float]
     experts: list[int]
 
     def record(self) -> dict[str, Any]:
-        """For a JSON file that `--experts-per-layer` reads."""
+        """Return the JSON object that `--experts-per-layer` reads."""
         return {
             FIELD: self.experts,
             "new_experts": sum(self.experts) - len(self.experts),
@@ -32,7 +34,7 @@ class Measurement:
         }
 
     def table(self) -> Table:
-        """A line for each layer."""
+        """Return a table with a row for each layer."""
         table = Table("layer", "similarity", "router can separate", "experts", title_justify="left")
         table.title = f"{sum(self.experts) - len(self.experts)} new experts in {len(self.experts)} layers"
         for layer, experts in enumerate(self.experts):
@@ -42,31 +44,26 @@ class Measurement:
         return table
 
     def plot(self) -> str:
-        """SVG: bars for experts, lines for similarity (over its largest value) and separability, by layer."""
-        step = (WIDTH - 2 * MARGIN) / len(self.experts)
+        """Draw bars for experts, lines for similarity (over its largest value) and separability, by layer."""
+        frame = Frame(len(self.experts), 0, 1, 720, 320, MARGIN, MARGIN, MARGIN, MARGIN)
         tallest, largest = max(self.experts), max(self.similarity)
-        parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">']
+        parts: list[Markup] = []
         for layer, experts in enumerate(self.experts):
-            x, y = MARGIN + layer * step, _height(experts / tallest)
-            size = f'width="{0.8 * step:.1f}" height="{HEIGHT - MARGIN - y:.1f}"'
-            parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{EXPERTS_COLOUR}"/>')
-            parts.append(_text(x + 0.4 * step, HEIGHT - MARGIN + 16, str(layer)))
-            parts.append(_text(x + 0.4 * step, y - 4, str(experts)))
-        parts.append(_line([value / largest for value in self.similarity], step, SIMILARITY_COLOUR))
-        parts.append(_line([2 * value - 1 for value in self.separability], step, PROBE_COLOUR))
+            (left, top), (right, bottom) = frame.place(layer, experts / tallest), frame.place(layer + 0.8, 0)
+            size = {"width": right - left, "height": bottom - top}
+            parts.append(element("rect", x=left, y=top, **size, fill=EXPERTS_COLOUR))
+            middle = (left + right) / 2
+            parts += [_text(middle, bottom + 16, str(layer)), _text(middle, top - 4, str(experts))]
+        lines = (
+            ([value / largest for value in self.similarity], SIMILARITY_COLOUR),
+            ([2 * value - 1 for value in self.separability], PROBE_COLOUR),
+        )
+        # At the middle of the bars; nothing is drawn below the axis.
+        parts += [frame.line([(i + 0.4, max(y, 0.0)) for i, y in enumerate(ys)], colour) for ys, colour in lines]
         words = f"grey: experts · blue: similarity, up to {largest:.3f} · orange: router can separate, 50% to 100%"
-        parts += [_text(WIDTH / 2, 16, words), _text(WIDTH / 2, HEIGHT - 8, "layer"), "</svg>\n"]
-        return "\n".join(parts)
+        parts += [_text(frame.width / 2, 16, words), _text(frame.width / 2, frame.height - 8, "layer")]
+        return frame.draw(*parts, xmlns="http://www.w3.org/2000/svg", font_family="sans-serif") + "\n"
 
 
-def _height(share: float) -> float:
-    return HEIGHT - MARGIN - max(share, 0.0) * (HEIGHT - 2 * MARGIN)
-
-
-def _text(x: float, y: float, words: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle" font-size="12">{escape(words)}</text>'
-
-
-def _line(shares: list[float], step: float, colour: str) -> str:
-    points = " ".join(f"{MARGIN + (i + 0.4) * step:.1f},{_height(share):.1f}" for i, share in enumerate(shares))
-    return f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
+def _text(x: float, y: float, words: str) -> Markup:
+    return element("text", words, x=x, y=y, text_anchor="middle", font_size=12)

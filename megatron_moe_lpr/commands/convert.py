@@ -151,10 +151,10 @@ class Export:
     def convert(self) -> list[str]:
         """Convert. Returns warnings, a line each. Raises UserError."""
         from megatron_moe_lpr.conversion.exporter import export_hf
-        from megatron_moe_lpr.conversion.hugging_face.model_card import CardOptions
+        from megatron_moe_lpr.conversion.hugging_face.model_card import ModelCardOptions
         from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import parse_size
 
-        options = CardOptions(self.base_model, self.licence, self.evaluation)
+        options = ModelCardOptions(self.base_model, self.licence, self.evaluation)
         size = parse_size(self.max_shard_size)
         export = export_hf(
             self.load,
@@ -164,7 +164,7 @@ class Export:
             verified=self.verify,
             base=self.base_checkpoint,
             engine=self.engine,
-            card_options=options,
+            model_card_options=options,
         )
         return list(export.warnings)
 

@@ -14,12 +14,12 @@ from megatron_moe_lpr.checkpoint.format.chain import checkpoint_chain, resolve_a
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, CONFIG_FILE, SIDE_DIRECTORY
 from megatron_moe_lpr.checkpoint.loading.verification import warn
 from megatron_moe_lpr.conversion.checked_export import CheckedExport, check_export
-from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, MODEL_CARD, read_base_model
+from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, MODEL_CARD_FILE, read_base_model
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
 from megatron_moe_lpr.conversion.hugging_face.hf_config import CODE_FIELDS
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files
-from megatron_moe_lpr.conversion.hugging_face.model_card import CardOptions, model_card
+from megatron_moe_lpr.conversion.hugging_face.model_card import ModelCardOptions, model_card
 from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec, write_safetensors
 from megatron_moe_lpr.conversion.reading import read_row
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
@@ -42,20 +42,20 @@ def export_hf(
     verified: bool = True,
     base: Path | None = None,
     engine: Engine = "transformers",
-    card_options: CardOptions | None = None,
+    model_card_options: ModelCardOptions | None = None,
 ) -> CheckedExport:
     """Write the Hugging Face directory `hf` from a Megatron checkpoint.
 
     Args:
         verified: compare every file with its checksum first.
         engine: `transformers` is the stock form, which vLLM and SGLang read too; `llama.cpp` is for its converter.
-        card_options: facts for the model card that the checkpoint does not have.
+        model_card_options: what the model card says that the checkpoint does not know.
 
     Raises:
         UserError: the checkpoint is damaged or the stock architecture cannot hold it; nothing is left at `hf`.
         OSError: the disk is full; nothing is left at `hf`.
     """
-    options = card_options or CardOptions()
+    options = model_card_options or ModelCardOptions()
     check_separate(load, "--load", hf, "--hf")
     if options.evaluation:
         check_separate(options.evaluation, "--evaluation", hf, "--hf")
@@ -74,7 +74,7 @@ def export_hf(
     return export
 
 
-def _card_text(export: CheckedExport, options: CardOptions) -> str:
+def _card_text(export: CheckedExport, options: ModelCardOptions) -> str:
     side = export.checkpoint.side_directory
     return model_card(side, read_base_model(side), export.card, export.engine, options, bool(export.is_original))
 
@@ -155,8 +155,8 @@ def _write_side_files(export: CheckedExport, directory: Path, files: Mapping[str
         # It names the tokens at which servers stop.
         write_json(_generation_config(export.config), directory / GENERATION_FILE)
     for name in (TOKENIZER_CONFIG_FILE, GENERATION_FILE):
-        _drop_code_references(directory / name)
-    (directory / MODEL_CARD).write_text(text, encoding="utf-8")
+        drop_code_references(directory / name)
+    (directory / MODEL_CARD_FILE).write_text(text, encoding="utf-8")
     if export.config == read_json(side / CONFIG_FILE):
         copy_private(side / CONFIG_FILE, directory / CONFIG_FILE)
     else:
@@ -172,7 +172,7 @@ def _write_side_files(export: CheckedExport, directory: Path, files: Mapping[str
     dataclasses.replace(export.card, parent=None).write(target / CARD_FILE)
 
 
-def _drop_code_references(path: Path) -> None:
+def drop_code_references(path: Path) -> None:
     """Remove from a JSON file the fields that name Python code, which an export does not carry."""
     fields = read_json(path) if path.is_file() else {}
     if any(name in fields for name in CODE_FIELDS):

@@ -17,7 +17,7 @@ from megatron_moe_lpr.checkpoint.format.directory import (
 )
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.checkpoint.loading.verification import warn
-from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, base_model_of
+from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, find_base_model
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files, tokenizer_files
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_check import check_tokenizer
 from megatron_moe_lpr.conversion.import_options import ImportOptions
@@ -48,7 +48,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
         warn(line)
     files, tokenizer = carried_files(sources.model.path), tokenizer_files(sources.model.path)
     config = _changed_config(sources)
-    base_model = base_model_of(sources.model.path, exported=sources.model.card is not None)
+    base_model = find_base_model(sources.model.path, exported=sources.model.card is not None)
     total = sum(math.prod(row.shape) * sources.stored_dtype(row).itemsize for row in sources.rows)
     with name_file_in_oserror(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
         check_disk_space(partial, total, save)
@@ -79,7 +79,7 @@ def _check_extra_tensors(sources: TensorSources) -> None:
         else:
             fits, wanted = not torch.count_nonzero(tensor), "is not zero"
         if not fits:
-            raise UserError(f"{sources.files.file_of(extra.name)}: {extra.name} {wanted}; {extra.otherwise}")
+            raise UserError(f"{sources.files.file(extra.name)}: {extra.name} {wanted}; {extra.otherwise}")
 
 
 def _card(sources: TensorSources, fingerprint: str, tokenizer: dict[str, str]) -> CheckpointCard:

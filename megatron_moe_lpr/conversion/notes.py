@@ -7,7 +7,7 @@ import torch
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE, SIDE_DIRECTORY
 from megatron_moe_lpr.conversion.hugging_face.adapter import CONFIG_FILE as ADAPTER_CONFIG
-from megatron_moe_lpr.conversion.hugging_face.base_model import base_model_of
+from megatron_moe_lpr.conversion.hugging_face.base_model import find_base_model
 from megatron_moe_lpr.conversion.hugging_face.hf_config import CODE_FIELDS
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.conversion.import_options import ImportOptions
@@ -55,7 +55,7 @@ def _adapter_base(options: ImportOptions, hf: Path) -> list[str]:
     if not options.adapter:
         return []
     said = read_json(options.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    base = base_model_of(hf, exported=False)
+    base = find_base_model(hf, exported=False)
     if not isinstance(said, str) or said.rstrip("/").split("/")[-1].lower() in ("", base.directory.lower()):
         return []
     return [f"the adapter names {said} as its base, and --hf is {base.name or base.directory}; they must be one model"]

@@ -77,7 +77,7 @@ def _read_finite(sources: TensorSources, name: str) -> torch.Tensor:
     tensor = sources.files.read(name)
     if not is_finite(tensor):
         raise UserError(
-            f"{sources.files.file_of(name)}: {name} holds NaN or infinite values; copy the file again, "
+            f"{sources.files.file(name)}: {name} holds NaN or infinite values; copy the file again, "
             "or use a model without them"
         )
     return tensor

@@ -26,11 +26,11 @@ def reset_routing(chunks: Sequence[torch.nn.Module]) -> None:
         router.statistics.reset()
 
 
-def open_experts(chunks: Sequence[torch.nn.Module], openness: float) -> None:
-    """Give the latest expansion's experts this weight in the softmax of every router that knows of earlier ones."""
+def set_newest_weight(chunks: Sequence[torch.nn.Module], weight: float) -> None:
+    """Set the weight of the latest expansion's experts, 0 to 1, in the softmax of every router with earlier ones."""
     for _, router in routers(chunks):
         if router.group_ends is not None:
-            router.openness = openness
+            router.newest_weight = weight
 
 
 def collect_routing(chunks: Sequence[torch.nn.Module], shape: ModelShape) -> RoutingReport:

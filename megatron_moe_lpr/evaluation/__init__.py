@@ -1,1 +1,1 @@
-"""What a model knows, measured: losses per language, routing."""
+"""Evaluation of a model: loss and routing of each language."""

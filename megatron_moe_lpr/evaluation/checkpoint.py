@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: from flags to one result for each validation dataset."""
+"""Evaluate a checkpoint on validation datasets."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages, trained_languages
 from megatron_moe_lpr.data.language_names import covered, language_title
 from megatron_moe_lpr.data.original_languages import read_original_languages
-from megatron_moe_lpr.data.reading.blend import BlendEntry, read_blend
+from megatron_moe_lpr.data.reading.blend import read_blend
 from megatron_moe_lpr.data.reading.languages import LanguageRegistry
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
@@ -33,7 +33,7 @@ from megatron_moe_lpr.platform import PlatformName, select_platform
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationPlan:
+class EvaluationOptions:
     """What to evaluate, on what, and how."""
 
     load: Path
@@ -56,71 +56,74 @@ class EvaluationPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What came out, the same on every rank."""
+    """The results of `evaluate_checkpoint`, the same on every rank."""
 
     directory: CheckpointDirectory
     card: CheckpointCard
     dtype: str
     seq_length: int
     original_languages: tuple[str, ...]
-    """Whatever data there is."""
+    """All original languages, with or without a dataset."""
     notes: tuple[str, ...]
-    """What the user should know of how languages were understood."""
+    """Messages for the user about how language names were read."""
     language_groups: list[list[str]]
-    """Original languages, then those of each expansion but the latest, to which all others belong."""
+    """The original languages, then the languages of each expansion but the latest; all others belong to the latest."""
     datasets: list[DatasetLoss]
 
 
-def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
-    """Check, build, load and run. Every rank must call it.
+def evaluate_checkpoint(options: EvaluationOptions) -> Evaluation:
+    """Load a checkpoint at any layout and evaluate it on each dataset. Every rank must call it.
 
     Raises:
-        UserError: a checkpoint, dataset, language or layout that does not fit.
+        UserError: the checkpoint is damaged, or a dataset, language or layout does not fit it.
     """
-    check_timeout(plan.distributed_timeout_minutes)
-    with resolve_and_hold(plan.load, plan.base_checkpoint) as iteration:
-        return _evaluate(dataclasses.replace(plan, load=iteration))
+    check_timeout(options.distributed_timeout_minutes)
+    with resolve_and_hold(options.load, options.base_checkpoint) as iteration:
+        return _evaluate(dataclasses.replace(options, load=iteration))
 
 
-def _evaluate(plan: EvaluationPlan) -> Evaluation:
-    directory = open_checkpoint(plan.load, plan.verify, plan.base_checkpoint)
+def _evaluate(options: EvaluationOptions) -> Evaluation:
+    directory = open_checkpoint(options.load, options.verify, options.base_checkpoint)
     shape, card = model_shape(directory), directory.card()
-    _check_sizes(plan, shape)
+    _check_sizes(options, shape)
     fingerprint = load_tokenizer(directory.side_directory).fingerprint if card.tokenizer_files else None
-    entries = read_blend(plan.valid_data_path, "--valid-data-path", tokenizer_fingerprint=fingerprint)
+    entries = read_blend(options.valid_data_path, "--valid-data-path", tokenizer_fingerprint=fingerprint)
     languages = LanguageRegistry(entry.language for entry in entries)
     check_token_ids(entries, shape.architecture.vocab_size, str(directory.path))
-    original = read_original_languages(plan.original_languages, languages.names, original_languages(card.history))
-    check_layout(shape, plan.layout)
+    original = read_original_languages(options.original_languages, languages.names, original_languages(card.history))
+    check_layout(shape, options.layout)
 
-    platform = select_platform(plan.platform)
-    initialize_parallel(platform, plan.layout, timeout_minutes=plan.distributed_timeout_minutes)
-    dtype = choose_dtype(plan.dtype, card.compute_dtype, platform)
-    say_dtype(plan.dtype, card.compute_dtype, card.dtype, platform)
+    platform = select_platform(options.platform)
+    initialize_parallel(platform, options.layout, timeout_minutes=options.distributed_timeout_minutes)
+    dtype = choose_dtype(options.dtype, card.compute_dtype, platform)
+    say_dtype(options.dtype, card.compute_dtype, card.dtype, platform)
     with long_work(f"loading {directory.path}"):
-        model = load_model(directory, plan.layout, platform, ComputeOptions().with_dtype(dtype), verified=plan.verify)
+        compute = ComputeOptions().with_dtype(dtype)
+        model = load_model(directory, options.layout, platform, compute, verified=options.verify)
         check_finite_weights(model.chunks, directory.path)
     groups = groups_with_prior(card.history, original.names, shape.num_groups)
     table = languages.group_table(groups).to(platform.device)
-    datasets = _datasets(entries, languages, plan.seq_length)
-    found = (
-        evaluate_dataset(model.chunks, model.config, shape, dataset, table, platform.device, plan.micro_batch_size)
-        for dataset in datasets
-    )
-    results = [result for result in found if result is not None]
+    results = []
+    for entry in entries:
+        dataset = ValidationDataset(entry, languages.id(entry.language), options.seq_length, entry.manifest.eod)
+        result = evaluate_dataset(
+            model.chunks, model.config, shape, dataset, table, platform.device, options.micro_batch_size
+        )
+        assert result is not None  # only `after_pass` ends an evaluation early
+        results.append(result)
     check_finite_losses(results, directory.path, dtype)
     precision = str(dtype).removeprefix("torch.")
     notes = (*original.notes, *unknown_languages(languages.names, original.names, card.history))
-    return Evaluation(directory, card, precision, plan.seq_length, original.names, notes, groups, results)
+    return Evaluation(directory, card, precision, options.seq_length, original.names, notes, groups, results)
 
 
 def unknown_languages(names: Sequence[str], original: Sequence[str], history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A note on languages that nothing is known of, and which the mean of the expanded ones counts all the same.
+    """Return a note about languages that are neither original nor trained on, but count as expanded languages.
 
     Args:
         names: languages of the datasets.
-        original: those that the flag or the history names.
-        history: of the checkpoint; without any training in it there is nothing to compare with.
+        original: original languages, from the flag or the history.
+        history: training history of the checkpoint; without any training in it there is no note.
     """
     trained = {language for entry in history for language in trained_languages(entry)}
     unknown = sorted(set(names) - covered(names, [*original, *trained])) if trained else []
@@ -132,16 +135,12 @@ def unknown_languages(names: Sequence[str], original: Sequence[str], history: Se
     ]
 
 
-def _check_sizes(plan: EvaluationPlan, shape: ModelShape) -> None:
+def _check_sizes(options: EvaluationOptions, shape: ModelShape) -> None:
     longest = shape.architecture.max_position_embeddings
-    if not 1 <= plan.seq_length <= longest:
-        raise UserError(f"--seq-length {plan.seq_length}: from 1 to the model's {longest} positions")
-    if plan.micro_batch_size < 1:
-        raise UserError(f"--micro-batch-size {plan.micro_batch_size}: must be at least 1")
-    plan.layout.check_sequence(plan.seq_length)
-    if not plan.valid_data_path:
+    if not 1 <= options.seq_length <= longest:
+        raise UserError(f"--seq-length {options.seq_length}: from 1 to the model's {longest} positions")
+    if options.micro_batch_size < 1:
+        raise UserError(f"--micro-batch-size {options.micro_batch_size}: must be at least 1")
+    options.layout.check_sequence(options.seq_length)
+    if not options.valid_data_path:
         raise UserError("--valid-data-path: give the datasets to evaluate on")
-
-
-def _datasets(entries: list[BlendEntry], languages: LanguageRegistry, seq_length: int) -> list[ValidationDataset]:
-    return [ValidationDataset(entry, languages.id(entry.language), seq_length, entry.manifest.eod) for entry in entries]

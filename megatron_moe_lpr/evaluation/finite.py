@@ -1,4 +1,4 @@
-"""An evaluation stops where its numbers would mean nothing."""
+"""Stop an evaluation of weights or losses that are not finite."""
 
 import math
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from megatron_moe_lpr.model.finite import is_finite
 
 
 def check_finite_weights(chunks: Sequence[torch.nn.Module], directory: Path) -> None:
-    """Every rank must call it.
+    """Check this rank's weights; every rank must call it.
 
     Raises:
-        UserError: on all ranks: a weight of the checkpoint is NaN or infinite.
+        UserError: on all ranks, if a weight of the checkpoint on any of them is NaN or infinite.
     """
-    spoilt = [
+    not_finite = [
         name for chunk in chunks for name, weight in unwrap(chunk).named_parameters() if not is_finite(weight.detach())
     ]
-    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, spoilt)
-    for rank, names in enumerate(found):
+    names_by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(names_by_rank, not_finite)
+    for rank, names in enumerate(names_by_rank):
         if names:
             raise UserError(
                 f"{directory}: {len(names)} weights on rank {rank} hold NaN or infinite values, for example "
@@ -33,7 +33,7 @@ def check_finite_weights(chunks: Sequence[torch.nn.Module], directory: Path) -> 
 
 
 def check_finite_losses(results: Sequence[DatasetLoss], directory: Path, dtype: torch.dtype) -> None:
-    """Raise UserError where a loss, the same on all ranks, is not finite although the weights are."""
+    """Raise UserError if a loss is not finite although the weights are; losses are the same on all ranks."""
     for result in results:
         if not math.isfinite(result.loss):
             raise UserError(

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of validation text, and where its tokens are routed."""
+"""Loss, perplexity, bits per byte and routing of validation text."""
 
 import dataclasses
 import itertools
@@ -15,28 +15,28 @@ from megatron_moe_lpr.engine.routing import collect_routing, counted_apart
 from megatron_moe_lpr.model.configuration.config import ModelShape, MoELPRConfig
 from megatron_moe_lpr.model.moe.routing_statistics import RoutingReport
 
-MICRO_BATCHES_A_PASS = 8
-"""Micro-batches that go through the schedule of a pipeline together, at most: enough to fill it."""
+MAX_PASS_SIZE = 8
+"""Largest number of micro-batches in one pass through the pipeline's schedule: enough to fill it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetLoss:
-    """What the model makes of one validation dataset."""
+    """Results of a model on one validation dataset."""
 
     name: str
     language: str
     loss: float
-    """Mean of -ln p over the tokens that the loss mask keeps."""
+    """Mean of -ln p over the tokens with loss mask 1."""
     tokens: int
     bits_per_byte: float | None
-    """Of the whole text, whatever the loss mask; None where only a part of the dataset was used: its bytes are not
-    known."""
+    """Bits per byte of the whole text, with any loss mask; None if only a part of the dataset, whose bytes are not
+    known, was evaluated."""
     routing: RoutingReport | None
-    """None for a dense model."""
+    """Routing in each layer; None for a dense model."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite where that is too large for a float."""
+        """exp(loss); infinity if that is too large for a float."""
         try:
             return math.exp(self.loss)
         except OverflowError:
@@ -54,30 +54,30 @@ def evaluate_dataset(
     micro_batch_size: int,
     after_pass: Callable[[], bool] | None = None,
 ) -> DatasetLoss | None:
-    """Run one dataset forward, at any layout. Every rank must call it; all get the same result.
+    """Evaluate a model on one dataset, at any layout. Every rank must call it.
 
     Args:
-        language_group: see `engine.micro_batches.step_weights`.
-        after_pass: called on every rank whenever micro-batches have gone through the schedule: whether this rank is to
-            leave.
+        chunks: this rank's chunks of the model; set to evaluation mode.
+        language_group: int64 [languages + 1], see `LanguageRegistry.group_table`.
+        after_pass: called on every rank after each pass through the schedule; true if this rank has to stop.
 
     Returns:
-        None: a rank was to leave, so that all have left. There is no mean over the part that was computed.
+        The same result on all ranks; None if `after_pass` was true on any rank, since all stop then.
     """
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    together = _micro_batches_a_pass(count_validation_micro_batches(dataset, micro_batch_size, size))
-    passes = count_validation_micro_batches(dataset, micro_batch_size, size, together) // together
-    batches = build_validation_iterator(dataset, micro_batch_size, rank, size, together)
+    pass_size = _pass_size(count_validation_micro_batches(dataset, micro_batch_size, size))
+    passes = count_validation_micro_batches(dataset, micro_batch_size, size, pass_size) // pass_size
+    batches = build_validation_iterator(dataset, micro_batch_size, rank, size, pass_size)
     for chunk in chunks:
         chunk.eval()
 
     total: LossSums | None = None
     with counted_apart(chunks):
         for _ in range(passes):
-            part = [to_device(batch, device) for batch in itertools.islice(batches, together)]
-            of_rank = run_micro_batches(chunks, config, part, language_group, forward_only=True)
-            sums = of_rank.reduced_unless_stopped(after_pass is not None and after_pass())
-            if sums is None:
+            part = [to_device(batch, device) for batch in itertools.islice(batches, pass_size)]
+            rank_sums = run_micro_batches(chunks, config, part, language_group, forward_only=True)
+            sums = rank_sums.reduced_unless_stopped(after_pass is not None and after_pass())
+            if sums is None:  # a rank has to stop
                 return None
             total = sums if total is None else total + sums
         assert total is not None  # every dataset has a token to predict
@@ -93,13 +93,12 @@ def evaluate_dataset(
     )
 
 
-def _micro_batches_a_pass(needed: int) -> int:
-    """One without a pipeline; several to fill a pipeline, for an interleaved schedule a multiple of its ranks.
+def _pass_size(needed: int) -> int:
+    """Return the number of micro-batches in a pass: 1 without a pipeline, else enough to fill it, `needed` at most.
 
-    Args:
-        needed: micro-batches of the dataset.
+    An interleaved schedule takes multiples of its pipeline ranks.
     """
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
     multiple = pipeline if interleaved else 1
-    return math.ceil(min(MICRO_BATCHES_A_PASS if pipeline > 1 else 1, needed) / multiple) * multiple
+    return math.ceil(min(MAX_PASS_SIZE if pipeline > 1 else 1, needed) / multiple) * multiple

@@ -1,4 +1,4 @@
-"""An evaluation as JSON for programs and as tables for people."""
+"""An evaluation as JSON and as tables in a terminal."""
 
 import math
 from pathlib import Path
@@ -13,11 +13,12 @@ from megatron_moe_lpr.data.language_groups import group_name
 from megatron_moe_lpr.data.language_names import covered
 from megatron_moe_lpr.evaluation.checkpoint import Evaluation
 from megatron_moe_lpr.evaluation.losses import DatasetLoss
-from megatron_moe_lpr.model.moe.routing_statistics import GROUPS, RoutingReport
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
+from megatron_moe_lpr.model.moe.routing_statistics import RoutingReport
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
-    """The evaluation as a JSON object; numbers that do not exist are null."""
+    """Return the evaluation as a JSON object; numbers that were not measured or are not finite are null."""
     card = evaluation.card
     labels = dataset_labels([(result.name, result.language) for result in evaluation.datasets])
     datasets = [
@@ -39,12 +40,12 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
             group_name(number): _averages([one for one in datasets if one["language_group"] == number])
             for number in numbers
         },
-        "averages": {group: _averages([one for one in datasets if one["group"] == group]) for group in GROUPS},
+        "averages": {group: _averages([one for one in datasets if one["group"] == group]) for group in LANGUAGE_GROUPS},
     }
 
 
 def _dataset_record(result: DatasetLoss, label: str, evaluation: Evaluation) -> dict[str, Any]:
-    group = GROUPS[0] if covered([result.language], evaluation.original_languages) else GROUPS[1]
+    group = LANGUAGE_GROUPS[0] if covered([result.language], evaluation.original_languages) else LANGUAGE_GROUPS[1]
     latest = len(evaluation.language_groups)
     numbered = enumerate(evaluation.language_groups)
     number = next((index for index, names in numbered if covered([result.language], names)), latest)
@@ -62,13 +63,13 @@ def _dataset_record(result: DatasetLoss, label: str, evaluation: Evaluation) -> 
 
 
 def record_labels(record: dict[str, Any]) -> list[str]:
-    """What each dataset of an evaluation is called in tables, see `dataset_labels`."""
+    """Return the label of each dataset of an evaluation, see `dataset_labels`."""
     return dataset_labels([(one["name"], one["language"]) for one in record["datasets"]])
 
 
 def _routing_record(routing: RoutingReport, group: str) -> dict[str, Any]:
-    """Of a dataset's one group of languages; lists have an entry per layer, null for a dense one."""
-    column = GROUPS.index(group)
+    """Return the routing of a dataset, all of one language group; lists have an entry per layer, null if dense."""
+    column = LANGUAGE_GROUPS.index(group)
     return {
         "expert0_probability": _numbers(routing.probability[:, column]),
         "expert0_top_k_share": _numbers(routing.top_k_share[:, column]),
@@ -79,7 +80,7 @@ def _routing_record(routing: RoutingReport, group: str) -> dict[str, Any]:
 
 
 def _averages(datasets: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Plain means over a group's datasets: each language counts the same, whatever its size."""
+    """Return means over datasets, in which each dataset counts the same, of any size."""
     values = {name: [one[name] for one in datasets] for name in ("loss", "bits_per_byte")}
     for name in ("mean_expert0_probability", "mean_expert0_top_k_share"):
         values[name.removeprefix("mean_")] = [(one["routing"] or {}).get(name) for one in datasets]
@@ -90,7 +91,7 @@ def _averages(datasets: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def print_evaluation(record: dict[str, Any], console: Console | None = None) -> None:
-    """One line for each dataset, averages below, and for a MoE the original expert's part layer by layer."""
+    """Print losses of each dataset and their means, and for an MoE the routing to expert 0 by layer."""
     console = console or Console()
     console.print(_loss_table(record))
     if any(one["routing"] for one in record["datasets"]):
@@ -116,15 +117,15 @@ def _routing_table(record: dict[str, Any]) -> Table:
     table = Table("language", "", *(f"layer {layer}" for layer in layers), "mean", title=title, title_justify="left")
     for one, label in zip(record["datasets"], record_labels(record), strict=True):
         routing = one["routing"]
-        shares = [*routing["expert0_top_k_share"], routing["mean_expert0_top_k_share"]]
+        fractions = [*routing["expert0_top_k_share"], routing["mean_expert0_top_k_share"]]
         probabilities = [*routing["expert0_probability"], routing["mean_expert0_probability"]]
-        cells = [_share_text(share, mean) for share, mean in zip(shares, probabilities, strict=True)]
+        cells = [_fraction_text(fraction, mean) for fraction, mean in zip(fractions, probabilities, strict=True)]
         table.add_row(label, one["group"], *cells)
     return table
 
 
-def _share_text(share: float | None, probability: float | None) -> str:
-    return "dense" if share is None or probability is None else f"{share:.1%} ({probability:.2f})"
+def _fraction_text(fraction: float | None, probability: float | None) -> str:
+    return "dense" if fraction is None or probability is None else f"{fraction:.1%} ({probability:.2f})"
 
 
 def _text(value: float | None, digits: int = 4) -> str:
@@ -136,5 +137,5 @@ def _numbers(values: torch.Tensor) -> list[float | None]:
 
 
 def _number(value: float | None) -> float | None:
-    """JSON has neither NaN nor infinity."""
+    """Return None for NaN and infinity, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None

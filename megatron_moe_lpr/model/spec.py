@@ -51,7 +51,7 @@ def block_spec(
     layers = [layer(config, shape.experts_per_layer[index]) for index in range(first, first + count)]
     for index, spec in enumerate(layers, start=first):
         if shape.earlier_experts(index):
-            _with_groups(spec.submodules.mlp, shape.expert_groups(index), shape.openness)
+            _with_groups(spec.submodules.mlp, shape.expert_groups(index), shape.newest_weight)
     if config.fp8 and config.fp8_new_expert_parameters:
         _keep_new_experts_in_fp8(config, layers, first)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(transformer_engine))
@@ -65,9 +65,9 @@ def _keep_new_experts_in_fp8(config: TransformerConfig, layers: Sequence[ModuleS
             mlp.params["fp8_parameters"] = True
 
 
-def _with_groups(mlp: ModuleSpec, groups: tuple[int, ...], openness: float) -> None:
+def _with_groups(mlp: ModuleSpec, groups: tuple[int, ...], newest_weight: float) -> None:
     """Experts of earlier expansions and the latest one's in grouped products of their own."""
-    mlp.params |= {"groups": groups, "openness": openness}
+    mlp.params |= {"groups": groups, "newest_weight": newest_weight}
     grouped = mlp.submodules.experts
     params = {"earlier": sum(groups[:-1]), "newest": groups[-1]}
     mlp.submodules.experts = ModuleSpec(module=ExpertGroups, params=params, submodules=grouped.submodules)

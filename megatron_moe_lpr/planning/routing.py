@@ -10,7 +10,7 @@ from megatron_moe_lpr.data.language_names import canonical_language, covered
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import read_json
 from megatron_moe_lpr.model.configuration.config import ModelShape
-from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 from megatron_moe_lpr.program import command
 
 Shares = tuple[float, ...]
@@ -51,7 +51,7 @@ def read_routing(path: Path, original_share: float | None = None) -> Routing:
     """
     record = read_json(path)
     try:
-        groups = [_mean_over_languages(record, group) for group in GROUPS]
+        groups = [_mean_over_languages(record, group) for group in LANGUAGE_GROUPS]
     except (KeyError, IndexError, TypeError, ValueError):
         groups = []
     if not any(groups):

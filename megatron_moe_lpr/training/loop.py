@@ -13,7 +13,7 @@ from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.engine.agreement import Agreed
 from megatron_moe_lpr.engine.micro_batches import to_device
-from megatron_moe_lpr.engine.routing import open_experts, reset_routing
+from megatron_moe_lpr.engine.routing import reset_routing, set_newest_weight
 from megatron_moe_lpr.engine.step import training_step
 from megatron_moe_lpr.evaluation.losses import evaluate_dataset
 from megatron_moe_lpr.parallel.every_rank import on_every_rank
@@ -62,7 +62,7 @@ class Trainer:
         config, state = self.run.config, self.state
         batches = self._batches()
         reset_routing(state.chunks)
-        open_experts(state.chunks, self.run.openness(state.iteration))
+        set_newest_weight(state.chunks, self.run.newest_weight(state.iteration))
         # A signal or a kill may have interrupted the evaluation after this step: do what is missing.
         self.evaluated = on_every_rank(self.writer.evaluated)[0]
         self.callbacks.start(config, state.iteration)
@@ -135,7 +135,7 @@ class Trainer:
     def step(self, iterator: Iterator[Batch]) -> None:
         """Train on the next global batch. Raises UserError where a loss, a gradient or its absence is wrong."""
         run, state, batch = self.run, self.state, self.run.config.batch
-        open_experts(state.chunks, run.openness(state.iteration + 1))
+        set_newest_weight(state.chunks, run.newest_weight(state.iteration + 1))
         device = run.platform.device
         batches = [to_device(part, device) for part in itertools.islice(iterator, run.num_microbatches)]
         self.evaluated = set()

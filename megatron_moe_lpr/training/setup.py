@@ -62,7 +62,7 @@ class Run:
         known = groups_with_prior(self.model.card.history, original, groups)
         return self.sources.languages.group_table(known).to(self.platform.device)
 
-    def openness(self, iteration: int) -> float:
+    def newest_weight(self, iteration: int) -> float:
         """Weight of the latest expansion's experts in the routers during the step that ends at `iteration`, 0 to 1."""
         steps = open_experts_steps(self.config.stage.open_experts_iters, self.lengths)
         return newest_weight_at(self.model.card.openness, iteration, steps)
@@ -267,5 +267,5 @@ def checkpoint_card(run: Run, parent: ParentCheckpoint | None = None) -> Checkpo
     # Frozen weights keep the dense model's dtype.
     trains_all = run.stage.trains >= set(ParameterKind)
     dtype = str(run.model.config.params_dtype).removeprefix("torch.") if trains_all else start.dtype
-    history, openness = [*start.history, history_entry(run)], run.openness(run.state.iteration)
+    history, openness = [*start.history, history_entry(run)], run.newest_weight(run.state.iteration)
     return dataclasses.replace(start, dtype=dtype, history=history, openness=openness, parent=parent)

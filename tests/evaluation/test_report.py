@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.report.charts import ticks
+from megatron_moe_lpr.evaluation.report.inputs import read_training_log
+from megatron_moe_lpr.svg import ticks
 from tests.evaluation.tools import load_tool
 
 report = load_tool("report")
@@ -100,6 +101,15 @@ def test_heat_maps_before_and_after(files):
     assert ">40%</text>" in page and ">97%</text>" in page and 'class="empty"' in page
 
 
+def test_steps_that_a_resume_went_back_from_are_not_drawn(files):
+    with open(files / "metrics.jsonl", "a") as stream:
+        stream.write('\n{"kind": "resume", "iteration": 1}\n')
+    assert read_training_log("run", files / "metrics.jsonl").losses == {"el": [(8, 4)]}
+    with open(files / "metrics.jsonl", "a") as stream:
+        stream.write('{"kind": "resume", "iteration": 0}\n')
+    assert "The log has no losses." in write_report(files)
+
+
 def test_runs_of_one_title_become_mean_and_spread(files):
     (files / "again.json").write_text(json.dumps(evaluation({"en": 2.03, "el": 2.06}, 0.95)))
     page = write_report(files, evaluations=["Base=base", "Ours=two", "Ours=again"], **{"--subject": "Ours"})
@@ -168,6 +178,53 @@ def test_curves_are_drawn_for_both_groups(files):
 def test_bad_input_is_one_line(files, change, message):
     with pytest.raises(UserError, match=message):
         write_report(files, **change)
+
+
+def test_names_from_files_and_flags_are_escaped(files):
+    hostile = """<script>"'&"""
+    record = evaluation({"en": 2.0, "el": 4.0}, 0.4)
+    for one in record["datasets"]:
+        one |= {"language": hostile + one["language"], "name": hostile}
+    (files / "base.json").write_text(json.dumps(record))
+    log = {"kind": "train", "iteration": 1, "consumed_tokens": 8, f"lm_loss/{hostile}": 5.0}
+    (files / "metrics.jsonl").write_text(json.dumps(log) + "\n")
+    sample = {"language": hostile, "prompt": hostile, "text": hostile}
+    (files / "samples.json").write_text(json.dumps([sample]))
+    point = {"value": hostile, "evaluations": [str(files / "base.json")]}
+    curve = {"title": hostile, "caption": hostile, "setting": hostile, "points": [point]}
+    (files / "curves.json").write_text(json.dumps([curve]))
+    flags = {"--metrics": f"{hostile}={files / 'metrics.jsonl'}", "--curves": str(files / "curves.json")}
+    page = write_report(files, evaluations=[f"{hostile}=base"], **flags)
+    assert hostile not in page and "<script" not in page and page.count("&lt;script&gt;&#34;&#39;&amp;") > 15
+    parser = Balance()
+    parser.feed(page)
+    assert parser.open == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("datasets", 1, "tokens"), "ten", "datasets.1.tokens: Input should be a valid integer"),
+        (("datasets", 0, "bits_per_byte"), float("nan"), "datasets.0.bits_per_byte: Input should be a finite number"),
+        (("datasets", 0, "group"), "new", "datasets.0.group is neither original nor expanded"),
+        (("datasets", 0, "routing", "expert0_top_k_share"), [0.5], "differ in the number of layers"),
+        (("experts_per_layer",), [], "experts_per_layer: List should have at least 1 item"),
+        (("top_k",), True, "top_k: Input should be a valid integer"),
+        (("averages",), {"original": {"bits_per_byte": None}}, "averages has no 'expanded'"),
+    ],
+)
+def test_the_field_of_an_evaluation_that_is_wrong_is_named(files, path, value, message):
+    record = json.loads((files / "two.json").read_text())
+    *parents, last = path
+    place = record
+    for name in parents:
+        place = place[name]
+    place[last] = value
+    (files / "two.json").write_text(json.dumps(record))
+    with pytest.raises(UserError) as error:
+        write_report(files)
+    line = str(error.value)
+    assert line.startswith(f"--evaluation {files / 'two.json'}: a file of") and message in line and "\n" not in line
 
 
 def test_evaluations_of_different_text_are_refused(files):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 from megatron_moe_lpr.planning.routing import Routing, read_routing
 from tests.planning.counted_step import Case
 
@@ -20,7 +20,7 @@ DATA = ["en 0.2 documents 0-10 index x", "es 0.1 documents 0-10 index y", "el 0.
 def evaluation(**changes) -> dict:
     """With a dense layer, one of four experts and one of three."""
     datasets = [
-        {"language": name, "group": GROUPS[name == "el"], "routing": {"expert_share": shares}}
+        {"language": name, "group": LANGUAGE_GROUPS[name == "el"], "routing": {"expert_share": shares}}
         for name, shares in SHARES.items()
     ]
     record = {"experts_per_layer": [1, 4, 3], "original_languages": ["en", "es"], "datasets": datasets}

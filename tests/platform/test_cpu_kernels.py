@@ -8,7 +8,7 @@ from megatron_moe_lpr.model.moe.grouped_linear import _GroupedProduct
 from megatron_moe_lpr.model.transformer.norm import _RootMeanSquareNorm
 from megatron_moe_lpr.platform.cpu import cross_entropy
 from megatron_moe_lpr.platform.cpu.activations import ROWS, SwiGLU
-from megatron_moe_lpr.platform.cpu.expert_rows import _Gather, _Spread, rounded
+from megatron_moe_lpr.platform.cpu.expert_rows import _Pad, _Unpad, bucket_size
 from megatron_moe_lpr.platform.cpu.optimizer import FusedAdam, _scale
 from megatron_moe_lpr.platform.cpu.rotary import Rotation, angles
 
@@ -143,8 +143,8 @@ def test_cross_entropy_of_bf16_rounds_the_gradient_once():
     torch.testing.assert_close(single.grad, double.grad.bfloat16(), rtol=2**-8, atol=1e-8)
 
 
-def test_rounded_rows_are_few_and_hardly_more():
-    numbers = [rounded(rows) for rows in range(4097)]
+def test_buckets_are_few_and_hardly_larger():
+    numbers = [bucket_size(rows) for rows in range(4097)]
     assert all(rows <= number < max(rows + 32, rows * 17 / 16) for rows, number in enumerate(numbers) if rows)
     assert numbers[0] == 0
     assert numbers == sorted(numbers)
@@ -152,7 +152,7 @@ def test_rounded_rows_are_few_and_hardly_more():
     assert len(set(numbers[1:513])) == 16
 
 
-def test_spread_rows_and_back():
+def test_padded_rows_and_back():
     counts, longer = [3, 0, 4], [4, 0, 6]
 
     def spread(rows):
@@ -160,8 +160,8 @@ def test_spread_rows_and_back():
         pairs = zip(rows.split(counts), zeros, strict=True)
         return torch.cat([piece for pair in pairs for piece in pair])
 
-    agree(lambda rows: _Spread.apply(rows, counts, longer), spread, random(7, 5))
-    agree(lambda rows: _Gather.apply(rows, counts, longer), lambda rows: rows[[0, 1, 2, 4, 5, 6, 7]], random(10, 5))
+    agree(lambda rows: _Pad.apply(rows, counts, longer), spread, random(7, 5))
+    agree(lambda rows: _Unpad.apply(rows, counts, longer), lambda rows: rows[[0, 1, 2, 4, 5, 6, 7]], random(10, 5))
 
 
 @pytest.mark.parametrize("adam_w_mode", [True, False])

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_moe_lpr.model.moe import grouped_linear
 from megatron_moe_lpr.platform.cpu import gradient_buffer
-from megatron_moe_lpr.platform.cpu.expert_rows import rounded
+from megatron_moe_lpr.platform.cpu.expert_rows import bucket_size
 from megatron_moe_lpr.training import loop
 from tests.distributed import rank_pool
 from tests.training.runs import make_checkpoint, make_data, train
@@ -52,7 +52,7 @@ def test_a_step_in_bf16(distributed, inputs, tmp_path):
     assert optimizers == {"FusedAdam"}
     counts = [count for product in rows for count in product]
     assert counts
-    assert all(count == rounded(count) for count in counts)
+    assert all(count == bucket_size(count) for count in counts)
 
 
 def exchanged(ranks: int) -> tuple[list[float], list[float], int]:

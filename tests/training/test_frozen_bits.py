@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
-from megatron_moe_lpr.conversion.hugging_face.model_card import ORIGINAL
 from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import checkpoint_tensors, hf_tensors, run
 from tests.distributed import rank_pool
 from tests.training.runs import make_checkpoint, make_data, rewind, train
+
+ORIGINAL = "Expert 0 and everything outside the mixtures are the base model's own weights."
 
 TP2 = {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True}
 EP2 = {"expert_model_parallel_size": 2, "use_distributed_optimizer": True}

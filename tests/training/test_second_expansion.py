@@ -174,7 +174,7 @@ def test_a_lengthened_run_goes_on_opening_as_it_began():
     stage, model = SimpleNamespace(open_experts_iters=None), SimpleNamespace(card=SimpleNamespace(openness=0.0))
     config = SimpleNamespace(stage=stage, batch=SimpleNamespace(train_iters=400))
     run = SimpleNamespace(config=config, model=model, lengths=[40, 400])
-    assert [Run.openness(run, step) for step in (0, 1, 4, 5)] == [0, 0.25, 1, 1]
+    assert [Run.newest_weight(run, step) for step in (0, 1, 4, 5)] == [0, 0.25, 1, 1]
 
 
 def test_a_run_is_another_one_with_other_experts_or_another_opening(inputs, second_run):

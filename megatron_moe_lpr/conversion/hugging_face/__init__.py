@@ -1,1 +1,1 @@
-"""Files in Hugging Face's forms, read and written: configuration, safetensors, model card, adapter."""
+"""Hugging Face directories, read and written: configuration, safetensors, tokenizer, model card, adapter."""

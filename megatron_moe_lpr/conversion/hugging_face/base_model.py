@@ -12,7 +12,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import read_json
 
 BASE_MODEL_FILE = "base_model.json"
-MODEL_CARD = "README.md"
+MODEL_CARD_FILE = "README.md"
 OUR_TAG = "moe-lpr"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CACHE_PREFIX, SNAPSHOTS = "models--", "snapshots"
@@ -34,7 +34,7 @@ class BaseModel:
         return dataclasses.asdict(self)
 
 
-def base_model_of(path: Path, exported: bool) -> BaseModel:
+def find_base_model(path: Path, exported: bool) -> BaseModel:
     """The base model of what lies in `path`.
 
     Args:
@@ -78,7 +78,7 @@ def named_by_card(directory: Path) -> str | None:
 def card_metadata(directory: Path) -> dict[str, Any]:
     """The metadata of README.md; empty where there is none or it is damaged, which is no reason to fail."""
     try:
-        return metadata_load(directory / MODEL_CARD) or {} if (directory / MODEL_CARD).is_file() else {}
+        return metadata_load(directory / MODEL_CARD_FILE) or {} if (directory / MODEL_CARD_FILE).is_file() else {}
     except Exception:  # whatever yaml finds wrong in a file of the base model's
         return {}
 

@@ -195,7 +195,7 @@ def dense_config(moe: Mapping[str, Any], source: str, family_name: str | None = 
 
 def _refuse_foreign_moe(moe: Mapping[str, Any], model_type: str, source: str) -> None:
     if model_type == "mixtral":
-        if top_k_of(moe, source) == 1:
+        if stock_top_k(moe, source) == 1:
             raise UserError(f"{source}: a Mixtral with one expert per token weights it by 1, not by its probability")
         return
     if moe.get("use_sliding_window"):
@@ -204,11 +204,11 @@ def _refuse_foreign_moe(moe: Mapping[str, Any], model_type: str, source: str) ->
         )
     if moe.get("decoder_sparse_step", 1) != 1:
         raise UserError(f"{source}: decoder_sparse_step other than 1 is not supported; list mlp_only_layers instead")
-    if top_k_of(moe, source) > 1 and not moe.get("norm_topk_prob", False):
+    if stock_top_k(moe, source) > 1 and not moe.get("norm_topk_prob", False):
         raise UserError(
             f"{source}: norm_topk_prob=false is not MoE-LPR's routing (weights must add up to 1); give a dense model"
         )
-    if top_k_of(moe, source) == 1 and moe.get("norm_topk_prob", False):
+    if stock_top_k(moe, source) == 1 and moe.get("norm_topk_prob", False):
         raise UserError(f"{source}: norm_topk_prob=true with one expert per token weights it by 1, not its probability")
     if model_type == "qwen2_moe" and not moe.get("qkv_bias", True):
         raise UserError(f"{source}: qkv_bias=false is not supported for qwen2_moe")
@@ -223,7 +223,7 @@ def _qwen_intermediate_size(moe: Mapping[str, Any], source: str) -> int:
     return expert
 
 
-def top_k_of(moe: Mapping[str, Any], source: str) -> int:
+def stock_top_k(moe: Mapping[str, Any], source: str) -> int:
     """Experts per token of a stock MoE configuration.
 
     Raises:
@@ -234,7 +234,7 @@ def top_k_of(moe: Mapping[str, Any], source: str) -> int:
     return checked_integer(value, "num_experts_per_tok", source, 1, MAX_EXPERTS)
 
 
-def experts_per_layer_of(moe: Mapping[str, Any], source: str) -> list[int]:
+def stock_experts_per_layer(moe: Mapping[str, Any], source: str) -> list[int]:
     """Number of experts of each layer of a stock MoE configuration; 1 for a dense layer.
 
     Raises:

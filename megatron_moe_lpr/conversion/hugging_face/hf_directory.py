@@ -15,9 +15,9 @@ from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     DENSE_FAMILY_OF_MOE,
     SHARED_EXPERT_WIDTH,
     dense_config,
-    experts_per_layer_of,
     moe_config,
-    top_k_of,
+    stock_experts_per_layer,
+    stock_top_k,
     without_dtype,
     without_foreign_fields,
 )
@@ -124,7 +124,7 @@ def open_hf_directory(path: Path) -> HFDirectory:
 
 def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
     source = str(path / CONFIG_FILE)
-    experts, card = experts_per_layer_of(moe, source), _card(path)
+    experts, card = stock_experts_per_layer(moe, source), _card(path)
     config = _dense_behind(path, moe, card)
     architecture = read_architecture(config, source)
     layout = MOE_LAYOUTS[moe["model_type"]]
@@ -134,7 +134,7 @@ def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
         raise UserError(f"{path / SIDE_DIRECTORY}: does not belong to {source}; remove it to read the MoE as it is")
     width = moe.get("shared_expert_intermediate_size") or SHARED_EXPERT_WIDTH
     checked_integer(width, "shared_expert_intermediate_size", source, 1, MAX_SIZE)
-    return HFDirectory(path, config, architecture, layout, experts, top_k_of(moe, source), width, card)
+    return HFDirectory(path, config, architecture, layout, experts, stock_top_k(moe, source), width, card)
 
 
 def _dense_behind(path: Path, moe: dict[str, Any], card: CheckpointCard | None) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: Safetensors
     for name, shape in expected.items():
         found = source.tensors[name].shape
         if found != shape:
-            reason = f"{source.file_of(name)}: {name} has shape {list(found)}, config.json wants {list(shape)}"
+            reason = f"{source.file(name)}: {name} has shape {list(found)}, config.json wants {list(shape)}"
             is_vocabulary = name in (EMBEDDING_NAME, OUTPUT_NAME) and found[1:] == shape[1:]
             raise UserError(reason + (f"; correct its vocab_size of {shape[0]}" if is_vocabulary else ""))
 
@@ -196,7 +196,7 @@ def _refuse_output_layer(missing: list[str], unexpected: list[str], source: Safe
         )
     if OUTPUT_NAME in unexpected and EMBEDDING_NAME in source.tensors:
         raise UserError(
-            f"{source.file_of(OUTPUT_NAME)}: {OUTPUT_NAME} is not equal to {EMBEDDING_NAME}, and config.json says "
+            f"{source.file(OUTPUT_NAME)}: {OUTPUT_NAME} is not equal to {EMBEDDING_NAME}, and config.json says "
             "tie_word_embeddings=true, which makes them one: set it to false if the model was trained with this output "
             f"layer, or remove {OUTPUT_NAME} from the file if it is a leftover"
         )
@@ -229,9 +229,7 @@ def check_trained_dtypes(names: Iterable[str], source: SafetensorsSource) -> Non
     for name in names:
         dtype = source.tensors[name].dtype
         if dtype not in TRAINING_DTYPES:
-            raise UserError(
-                f"{source.file_of(name)}: {name} has dtype {dtype}; float32, bfloat16 or float16 is expected"
-            )
+            raise UserError(f"{source.file(name)}: {name} has dtype {dtype}; float32, bfloat16 or float16 is expected")
 
 
 def _harmless(name: str, source: SafetensorsSource) -> bool:

@@ -1,18 +1,17 @@
 """Read safetensors files one tensor at a time; headers first, so that wrong checkpoints are refused before any work."""
 
-import dataclasses
-import io
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeGuard
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from megatron_moe_lpr.checkpoint.format.reader import TensorInfo
 from megatron_moe_lpr.conversion.hugging_face.other_forms import other_weights
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.json_files import abbreviated, is_integer, parse_json_object, read_json
+from megatron_moe_lpr.files.json_files import abbreviated, read_json
 from megatron_moe_lpr.files.lfs_pointers import POINTER_START, refuse_lfs_pointer
 from megatron_moe_lpr.files.links import file_inside
 from megatron_moe_lpr.model.configuration.quantisation import WAY_OUT
@@ -36,24 +35,15 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-# Far above the header of any real model; a larger length means that the file is not safetensors.
-MAX_HEADER_BYTES = 100_000_000
-MAX_DIMENSIONS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    path: Path
-    offset: int
-    info: TensorInfo
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.info.shape) * self.info.dtype.itemsize
+"""Dtypes by their names in a header."""
 
 
 class SafetensorsSource:
-    """The tensors of some safetensors files as one set."""
+    """The tensors of several safetensors files as one set.
+
+    Attributes:
+        tensors: shape and dtype of each tensor by its name.
+    """
 
     def __init__(self, files: Iterable[Path]) -> None:
         """Read the headers.
@@ -61,30 +51,27 @@ class SafetensorsSource:
         Raises:
             UserError: a file is missing, damaged or cut short, or a tensor lies in two files.
         """
-        self._places: dict[str, _Place] = {}
-        for path in files:
-            for name, place in _read_header(Path(path)).items():
-                if name in self._places:
-                    raise UserError(f"{path}: {name} also lies in {self._places[name].path.name}; remove one of them")
-                self._places[name] = place
+        self._files: dict[str, Path] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for path in map(Path, files):
+            for name, info in _read_header(path).items():
+                if name in self._files:
+                    raise UserError(f"{path}: {name} also lies in {self._files[name].name}; remove one of them")
+                self._files[name], self.tensors[name] = path, info
 
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Shape and dtype by name."""
-        return {name: place.info for name, place in self._places.items()}
-
-    def file_of(self, name: str) -> Path:
-        """The file that holds a tensor, for messages."""
-        return self._places[name].path
+    def file(self, name: str) -> Path:
+        """The file that holds the tensor `name`, for messages."""
+        return self._files[name]
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor with its stored shape and dtype, in memory of its own."""
-        place = self._places[name]
-        tensor = torch.empty(place.info.shape, dtype=place.info.dtype)
-        with open(place.path, "rb", buffering=0) as stream:
-            stream.seek(place.offset)
-            _read_fully(stream, tensor.reshape(-1).view(torch.uint8).numpy().data, place.path)
-        return tensor
+        """Return the tensor `name` in its stored shape and dtype, mapped into memory: pages are read when used.
+
+        Raises:
+            UserError: the file was removed, cut short or damaged after its header was read.
+        """
+        # Opened for each tensor: the pages of a file that stays open would all count as this process's memory.
+        with _opened(self._files[name]) as file:
+            return file.get_tensor(name)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -129,75 +116,40 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _read_header(path: Path) -> dict[str, _Place]:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """Open a file by the safetensors library, which checks that the tensors fill it without a gap or an overlap."""
     try:
         with open(path, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            size = path.stat().st_size
-            stream.seek(0)
             refuse_lfs_pointer(path, stream.read(len(POINTER_START)))
-            stream.seek(8)
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise UserError(f"{path}: not a safetensors file, or cut short")
-            data = stream.read(length)
+        with safe_open(path, framework="pt") as file:
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    header = parse_json_object(data, f"{path}: not a safetensors file, its header")
-    header.pop("__metadata__", None)
-    places = {name: _place(path, name, entry, 8 + length, size) for name, entry in header.items()}
-    _refuse_overlaps(path, places)
-    return places
-
-
-def _place(path: Path, name: str, entry: object, start: int, file_size: int) -> _Place:
-    fields = entry if isinstance(entry, dict) else {}
-    name_of_dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if isinstance(name_of_dtype, str) and name_of_dtype not in DTYPES:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")[:300]
         raise UserError(
-            f"{path}: {abbreviated(name, 200)} is stored as {abbreviated(name_of_dtype)}; plain weights in bfloat16, "
-            f"float16 or float32 are needed: {WAY_OUT}"
-        )
-    if (
-        not isinstance(name_of_dtype, str)
-        or not _are_integers(shape, range(MAX_DIMENSIONS + 1))
-        or not _are_integers(offsets, range(2, 3))
-    ):
+            f"{path}: not a safetensors file, cut short or damaged: {reason}; copy it or save the model again"
+        ) from None
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    with _opened(path) as file:
+        entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return {name: _info(path, name, entry.get_dtype(), entry.get_shape()) for name, entry in entries.items()}
+
+
+def _info(path: Path, name: str, dtype: str, shape: list[int]) -> TensorInfo:
+    if dtype not in DTYPES:
         raise UserError(
-            f"{path}: the header's entry for {abbreviated(name, 200)} is not understood: {abbreviated(entry)}"
+            f"{path}: {abbreviated(name, 200)} is stored as {abbreviated(dtype)}; plain weights in bfloat16, float16 "
+            f"or float32 are needed: {WAY_OUT}"
         )
-    dtype, (begin, end) = DTYPES[name_of_dtype], offsets
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        raise UserError(f"{path}: the header gives {abbreviated(name, 200)} a length that is not the one of its shape")
-    if start + end > file_size:
+    # torch computes strides of an empty tensor too, and they must fit into 64 bits.
+    if math.prod(max(size, 1) for size in shape) >= 2**60:
         raise UserError(
-            f"{path}: cut short: {abbreviated(name, 200)} ends at byte {start + end:,}, the file has {file_size:,}; "
-            "copy it again"
+            f"{path}: {abbreviated(name, 200)} has an impossible shape, {str(shape)[:200]}; save the model again"
         )
-    return _Place(path, start + begin, TensorInfo(tuple(shape), dtype))
-
-
-def _are_integers(value: object, lengths: range) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and len(value) in lengths and all(map(is_integer, value))
-
-
-def _refuse_overlaps(path: Path, places: Mapping[str, _Place]) -> None:
-    """Two tensors in one place would be one tensor that training changes twice; the safetensors library refuses too."""
-    end, before = 0, ""
-    for name, place in sorted(places.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
-        if place.num_bytes and place.offset < end:
-            raise UserError(
-                f"{path}: {abbreviated(name, 200)} lies over {abbreviated(before, 200)}; save the model again"
-            )
-        end, before = max(end, place.offset + place.num_bytes), name
-
-
-def _read_fully(stream: io.FileIO, target: memoryview, path: Path) -> None:
-    done = 0
-    while done < len(target):
-        # Linux reads at most 2 GiB at once.
-        count = stream.readinto(target[done:])
-        if not count:
-            raise UserError(f"{path}: cut short while it was read")
-        done += count
+    return TensorInfo(tuple(shape), DTYPES[dtype])

@@ -1,1 +1,1 @@
-"""The paper's benchmarks by lm_eval: which of its tasks there are for a language, and what came out."""
+"""The paper's benchmarks, run by lm_eval."""

@@ -1,4 +1,4 @@
-"""What lm_eval puts before every prompt: a BOS token where the model's tokenizer does so itself."""
+"""The special tokens that lm_eval puts before every prompt: a BOS token if the model's tokenizer adds one."""
 
 import re
 from pathlib import Path
@@ -6,24 +6,24 @@ from pathlib import Path
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.program import command
 
-TURNED_OFF = re.compile(r"(^|,)\s*add_bos_token\s*=\s*(false|0)\s*(,|$)", re.IGNORECASE)
+BOS_TURNED_OFF = re.compile(r"(^|,)\s*add_bos_token\s*=\s*(false|0)\s*(,|$)", re.IGNORECASE)
 
 
 def prompt_beginning(base: Path, final: Path, model_args: str) -> list[str]:
-    """Tokens before every prompt of both models; empty: none, as in training data.
+    """Return the tokens that lm_eval adds before every prompt of both models; training data has none.
 
-    lm_eval 0.4.13 encodes as the tokenizer is set, unless its `add_bos_token` says otherwise
+    lm_eval 0.4.13 lets the tokenizer add its tokens unless `add_bos_token` is given
     (`lm_eval.models.huggingface.HFLM.tok_encode`).
 
     Args:
         base: Hugging Face directory of the dense model.
-        final: that of the export.
-        model_args: lm_eval's flag.
+        final: Hugging Face directory of the export.
+        model_args: the flag `--model_args` of lm_eval.
 
     Raises:
-        UserError: a tokenizer cannot be read, or the two begin differently, so that their scores cannot be compared.
+        UserError: a tokenizer cannot be read, or the two add different tokens, so that scores cannot be compared.
     """
-    if TURNED_OFF.search(model_args):
+    if BOS_TURNED_OFF.search(model_args):
         return []
     first, second = _tokens_added(base), _tokens_added(final)
     if first != second:
@@ -35,7 +35,7 @@ def prompt_beginning(base: Path, final: Path, model_args: str) -> list[str]:
 
 
 def describe_beginning(tokens: list[str]) -> str:
-    """For people, beside the list of tasks."""
+    """Return a line for the user about the tokens of `prompt_beginning`."""
     if not tokens:
         return "prompts begin with no special token, as the training data's documents do"
     return (

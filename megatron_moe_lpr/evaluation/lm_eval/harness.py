@@ -1,4 +1,4 @@
-"""lm_eval: the tasks that it knows, and one run of it in a process of its own."""
+"""The installed lm_eval: names of its tasks, and one run of it in a process of its own."""
 
 import importlib.metadata
 import json
@@ -14,14 +14,14 @@ from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.json_files import write_json
 
 SETTINGS_FILE = "settings.json"
-"""Written when a run is complete: what it was, so that another one with the same settings need not be."""
+"""Holds the settings of a complete run, so that the same run is not repeated."""
 
 STARTED_FILE = "started"
-"""Written before a run, so that what a killed one left is known for that."""
+"""Marks the directory of a run, so that what a killed run left may be replaced."""
 
 
 def harness_version() -> str:
-    """Raises UserError where lm_eval is not installed."""
+    """Return the version of lm_eval. Raises UserError if it is not installed."""
     try:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
@@ -29,10 +29,10 @@ def harness_version() -> str:
 
 
 def known_tasks(include_path: Path | None = None) -> set[str]:
-    """Names of tasks, groups and tags in the installed lm_eval's registry; it takes some seconds to read.
+    """Return the names of tasks, groups and tags in the registry of lm_eval, which takes seconds to load.
 
     Args:
-        include_path: directory with further tasks.
+        include_path: directory with more tasks.
 
     Raises:
         UserError: lm_eval is not installed, or too old.
@@ -46,15 +46,15 @@ def known_tasks(include_path: Path | None = None) -> set[str]:
 
 
 def run_harness(launcher: Sequence[str], settings: dict[str, Any], output: Path) -> None:
-    """One call of lm_eval, unless `output` holds the results of one with the same settings.
+    """Run lm_eval, unless `output` holds the results of a run with the same settings.
 
     Args:
-        launcher: the command before lm_eval's flags; empty: this Python's `-m lm_eval`.
-        settings: lm_eval's flags without their dashes, to what they are; None leaves one out.
-        output: directory of the results; an earlier, incomplete or different run in it is removed.
+        launcher: the command before the flags of lm_eval; empty: this Python's `-m lm_eval`.
+        settings: values of lm_eval's flags by their names without dashes; None leaves a flag out.
+        output: directory of the results; an incomplete or different run in it is removed.
 
     Raises:
-        UserError: lm_eval failed, or `output` holds something else than such a run.
+        UserError: lm_eval failed, or `output` holds other files than those of a run.
     """
     if read_settings(output) == settings:
         print(f"{output}: already there")
@@ -76,10 +76,10 @@ def run_harness(launcher: Sequence[str], settings: dict[str, Any], output: Path)
 
 
 def check_replaceable(output: Path) -> None:
-    """Whether a directory for one benchmark is free, empty, or of an earlier run of this command.
+    """Check that the directory of one benchmark is absent, empty, or holds an earlier run, which may be removed.
 
     Raises:
-        UserError: it is none of them; nothing else is ever removed.
+        UserError: it is a file, a link, or holds other files.
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"{output}: is not a directory of an earlier run; remove it or choose another --output")
@@ -89,7 +89,7 @@ def check_replaceable(output: Path) -> None:
 
 
 def harness_command(launcher: Sequence[str], settings: dict[str, Any], output: Path) -> list[str]:
-    """The whole command line."""
+    """Return the command line of a run."""
     command = [*launcher] if launcher else [sys.executable, "-m", "lm_eval"]
     for name, value in settings.items():
         if value is not None:
@@ -98,7 +98,7 @@ def harness_command(launcher: Sequence[str], settings: dict[str, Any], output: P
 
 
 def read_settings(output: Path) -> dict[str, Any] | None:
-    """Of the complete run in a directory; None: there is none."""
+    """Return the settings of the complete run in a directory; None: there is no such run."""
     try:
         return json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

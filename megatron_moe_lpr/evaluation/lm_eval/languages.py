@@ -1,4 +1,4 @@
-"""Language names as data sets and benchmarks spell them."""
+"""Language codes as the names of lm_eval's tasks have them."""
 
 from megatron_moe_lpr.data.language_names import named_script, with_usual_script
 
@@ -21,13 +21,13 @@ TWO_LETTERS = {code[:3]: two for two, code in CODES.items()}
 
 
 def two_letters(language: str) -> str:
-    """`el` for `el`, `EL`, `el-GR`, `ell` and `ell_Grek`; a language without a two-letter code stays as it is."""
+    """Return `el` for `el`, `EL`, `el-GR`, `ell` and `ell_Grek`; unchanged: a language without a two-letter code."""
     short = language.lower().replace("-", "_").partition("_")[0]
     return short if short in CODES else TWO_LETTERS.get(short, language)
 
 
 def flores_code(language: str) -> str:
-    """`ell_Grek` for `el`, `zho_Hant` for `zh-Hant`, `ceb_Latn` for `ceb`; another tag as it is."""
+    """Return `ell_Grek` for `el`, `zho_Hant` for `zh-Hant`, `ceb_Latn` for `ceb`; unchanged: a tag of no language."""
     code, script = CODES.get(two_letters(language)), named_script(language)
     if code is None:
         return with_usual_script(language)

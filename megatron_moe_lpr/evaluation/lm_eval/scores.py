@@ -1,4 +1,4 @@
-"""What lm_eval found for two models, as a record for programs: by language, and the means of each group."""
+"""Scores that lm_eval measured for two models, as JSON: by language, and the means of each language group."""
 
 import json
 import math
@@ -8,19 +8,19 @@ from typing import Any
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.lm_eval.tasks import PAIR, ChosenTasks
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 
 MODELS = ("base", "final")
-GROUPS = ("original", "expanded")
 
 Scores = dict[str, dict[str, float | None]]
-"""Language to `value` and `stderr`; shares of right answers from 0 to 1, BLEU from 0 to 100."""
+"""By language: `value` and `stderr`; fractions of right answers from 0 to 1, BLEU from 0 to 100."""
 
 
 def read_scores(directory: Path, chosen: ChosenTasks) -> Scores:
-    """The benchmark's metric of each language from the newest results of lm_eval below a directory.
+    """Read the benchmark's metric of each language from the newest results of lm_eval below a directory.
 
     Raises:
-        UserError: there are none, or they lack a task, or the score is not a number.
+        UserError: there are no results, they lack a task, or a score is not a finite number.
     """
     files = sorted(directory.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
     if not files:
@@ -43,11 +43,12 @@ def _score(result: Mapping[str, Any], chosen: ChosenTasks) -> dict[str, float | 
 def benchmark_record(
     chosen: ChosenTasks, original: Sequence[str], shots: int, scores: Mapping[str, Scores]
 ) -> dict[str, Any]:
-    """One benchmark of both models.
+    """Return the JSON object of one benchmark with the scores of both models.
 
     Args:
         original: original languages; a translation between two of them counts as original.
-        scores: `base` and `final` to what `read_scores` gave.
+        shots: examples in the prompt.
+        scores: results of `read_scores` for `base` and `final`.
     """
     languages = {}
     for language, task in chosen.tasks.items():
@@ -64,12 +65,12 @@ def benchmark_record(
         "shots": shots,
         "languages": languages,
         "absent": chosen.absent,
-        "means": {group: _means(languages, group) for group in GROUPS},
+        "means": {group: _means(languages, group) for group in LANGUAGE_GROUPS},
     }
 
 
 def _means(languages: Mapping[str, Mapping[str, Any]], group: str) -> dict[str, Any] | None:
-    """Of the languages of a group that the benchmark has; None: it has none of them."""
+    """Return the means over a language group; None if the benchmark has no language of it."""
     members = {language: one for language, one in languages.items() if one["group"] == group}
     if not members:
         return None

@@ -1,24 +1,24 @@
-"""The benchmarks' record as one table: means of the original and of the expanded languages, base against final."""
+"""The scores of all benchmarks as a table: means over each language group of the base and the final model."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
-from megatron_moe_lpr.evaluation.lm_eval.scores import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 
 SCALES = {"acc": 100.0, "acc_norm": 100.0, "bleu": 1.0}
-"""From lm_eval's numbers to percent; BLEU goes to 100 as it is."""
+"""Factors from the metrics of lm_eval to numbers up to 100."""
 
 
 def benchmarks_table(record: Mapping[str, Any]) -> Table:
-    """A row for each benchmark and group of languages; a dash where lm_eval has none of the group."""
+    """Return a table with a row for each benchmark and language group, with dashes for a group without tasks."""
     table = Table("benchmark", "shots", "metric", "languages", title="mean of original, of expanded languages")
     for name in ("base", "final", "difference"):
         table.add_column(name, justify="right")
     for benchmark in record["benchmarks"]:
         scale = SCALES[benchmark["metric"]]
-        for group in GROUPS:
+        for group in LANGUAGE_GROUPS:
             means = benchmark["means"][group]
             head = (benchmark["title"], str(benchmark["shots"]), benchmark["metric"])
             if means is None:

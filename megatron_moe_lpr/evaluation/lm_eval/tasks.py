@@ -1,4 +1,4 @@
-"""The paper's benchmarks, and which tasks of the installed lm_eval are theirs in a language.
+"""The paper's benchmarks and their tasks in lm_eval, by language.
 
 The paper evaluates on ARC-Challenge, MMLU and HellaSwag in multilingual versions, Belebele and Flores.
 """
@@ -10,22 +10,22 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.lm_eval.languages import flores_code, two_letters
 
 PAIR = " to "
-"""Between the languages of a translation, where languages are named."""
+"""Separates the languages of a translation in its name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """One benchmark in every language that lm_eval has it in."""
+    """A benchmark that lm_eval has in several languages."""
 
     title: str
     shots: int
-    """Examples in the prompt, where the user says nothing else."""
+    """Default number of examples in the prompt."""
     metric: str
-    """Of lm_eval's results. acc_norm: the log-probability of an answer is divided by its length in bytes."""
+    """Name in the results of lm_eval. acc_norm: an answer's log-probability is divided by its length in bytes."""
     candidates: Callable[[str], list[str]]
-    """Names that a language's task may have, the best first; for a translation the language is `en-es`."""
+    """Returns the names that the task of a language may have, the best first; a translation is named `en-es`."""
     translation: bool = False
-    """Scored from 0 to 100, where the others are a share of right answers from 0 to 1."""
+    """Whether the metric goes to 100 and tasks have two languages; other metrics go from 0 to 1."""
 
 
 def _arc(language: str) -> list[str]:
@@ -59,21 +59,21 @@ BENCHMARKS = {
 
 @dataclasses.dataclass(frozen=True)
 class ChosenTasks:
-    """A benchmark's tasks for the languages of a run."""
+    """The tasks of a benchmark for some languages."""
 
     name: str
     tasks: dict[str, str]
-    """Language, or pair of languages, to the task's name."""
+    """Name of the task by language, or by pair of languages."""
     absent: list[str]
-    """Languages that the benchmark lacks."""
+    """Languages without a task."""
 
     @property
     def benchmark(self) -> Benchmark:
-        """What they are tasks of."""
+        """The benchmark of these tasks."""
         return BENCHMARKS[self.name]
 
     def lines(self) -> list[str]:
-        """For people: the tasks, and the languages without one."""
+        """Return lines for the user: the tasks, and the languages without one."""
         found = ", ".join(f"{task} ({language})" for language, task in self.tasks.items())
         lines = [f"{self.benchmark.title}: {found}"] if found else []
         if self.absent:
@@ -82,10 +82,14 @@ class ChosenTasks:
 
 
 def choose_tasks(names: Sequence[str], languages: Sequence[str], known: Collection[str]) -> list[ChosenTasks]:
-    """The tasks of the benchmarks `names` for `languages`, among those that lm_eval knows.
+    """Choose the tasks of benchmarks for some languages.
+
+    Args:
+        names: keys of `BENCHMARKS`.
+        known: names of lm_eval's tasks, see `known_tasks`.
 
     Raises:
-        UserError: a benchmark that there is not, a language named twice, or no task at all.
+        UserError: an unknown benchmark, a language named twice, or no task at all.
     """
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown or not names:

@@ -1,1 +1,1 @@
-"""The page that compares evaluations: one self-contained HTML file, drawn without any library."""
+"""The report that compares evaluations: one HTML file that needs no other file."""

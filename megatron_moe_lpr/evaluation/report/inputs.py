@@ -1,4 +1,4 @@
-"""What the report is made of: files of tools/evaluate.py, logs of training, sample texts."""
+"""The contents of a report: evaluations, training logs, samples, costs and curves, read from the files of its flags."""
 
 import dataclasses
 import json
@@ -9,100 +9,110 @@ from typing import Any
 from megatron_moe_lpr.data.labels import dataset_labels
 from megatron_moe_lpr.data.language_names import canonical_language
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.report.record import are_costs, are_curves, is_evaluation, is_list_of_texts
+from megatron_moe_lpr.evaluation.report.record import (
+    Costs,
+    CurveFile,
+    EvaluationRecord,
+    Sample,
+    read_bytes,
+    read_record,
+)
 from megatron_moe_lpr.evaluation.report.summary import Summary, summarize
 from megatron_moe_lpr.files.json_files import is_number
 from megatron_moe_lpr.program import command
 
+COSTS_FILE = "an object with parameters, active_parameters and generated_tokens_per_second for each title"
+CURVES_FILE = "a list of objects with title, caption, setting and points (value, evaluations)"
+SAMPLES_FILE = "a list of objects with language, prompt and text"
+
 
 @dataclasses.dataclass(frozen=True)
 class NamedEvaluation:
-    """One model's results under the title they have in the report.
+    """The results of one model.
 
     Attributes:
-        title: its name.
-        records: what tools/evaluate.py wrote; several for runs that differ in their seed.
+        title: the model's name in the report.
+        records: one for each training run of the model; runs differ in their seed.
     """
 
     title: str
-    records: tuple[dict[str, Any], ...]
+    records: tuple[EvaluationRecord, ...]
 
     @property
-    def record(self) -> dict[str, Any]:
-        """The first run, where one must stand for all."""
+    def record(self) -> EvaluationRecord:
+        """The first run, for what is the same in all runs."""
         return self.records[0]
 
     def labels(self) -> list[str]:
-        """What each dataset is called, see `dataset_labels`."""
-        return dataset_labels([(one.get("name", ""), one["language"]) for one in self.record["datasets"]])
+        """Return a label for each dataset, see `dataset_labels`."""
+        return dataset_labels([(one.name, one.language) for one in self.record.datasets])
 
     def bits(self, position: int) -> Summary | None:
-        """Bits per byte of the dataset at this place in the records; None where it has none."""
-        return summarize(record["datasets"][position]["bits_per_byte"] for record in self.records)
+        """Return the bits per byte of the dataset at `position` in the records; None: not measured."""
+        return summarize(record.datasets[position].bits_per_byte for record in self.records)
 
     def average(self, group: str, name: str = "bits_per_byte") -> Summary | None:
-        """Mean over the `original` or `expanded` languages of bits_per_byte or expert0_top_k_share."""
-        return summarize(record["averages"][group].get(name) for record in self.records)
+        """Return the mean over a language group of `bits_per_byte` or `expert0_top_k_share`."""
+        return summarize(getattr(record.averages[group], name) for record in self.records)
 
     def change(self, group: str, reference: "NamedEvaluation") -> Summary | None:
-        """Relative change of a group's bits per byte, for example -0.25, against the mean of `reference`."""
+        """Return the relative change of a group's bits per byte, such as -0.25, from the mean of `reference`."""
         before = reference.average(group)
-        if before is None or not before.mean or self.average(group) is None:
+        after = [record.averages[group].bits_per_byte for record in self.records]
+        if before is None or not before.mean:
             return None
-        return summarize(record["averages"][group]["bits_per_byte"] / before.mean - 1 for record in self.records)
+        return summarize(None if value is None else value / before.mean - 1 for value in after)
 
     @property
     def is_moe(self) -> bool:
-        """There is routing to show."""
-        return any(one["routing"] for one in self.record["datasets"])
+        """Whether the records hold routing."""
+        return any(one.routing for one in self.record.datasets)
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """How results depend on one setting."""
+    """Results over the values of one setting."""
 
     title: str
     caption: str
     setting: str
     """Name of the setting, for the axis."""
     points: list[tuple[str, NamedEvaluation]]
-    """Value of the setting, as it is written, and the results with it."""
+    """A value of the setting as text, and the results with it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingLog:
-    """The loss of one run over its steps."""
+    """The losses of one training run."""
 
     title: str
     losses: dict[str, list[tuple[float, float]]]
-    """Language to (tokens seen, loss per token) of each log interval."""
+    """By language: (tokens seen, loss per token) of each log interval."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportInputs:
-    """All of it."""
+    """The contents of a report."""
 
     evaluations: list[NamedEvaluation]
-    """The first is what the others are compared with."""
+    """The others are compared with the first."""
     logs: list[TrainingLog]
-    samples: list[dict[str, str]]
-    """`language`, `prompt` and `text` of generated continuations."""
+    samples: list[Sample]
     subject: NamedEvaluation
     """The model that the page is about."""
-    costs: dict[str, dict[str, float]]
-    """By title of an evaluation: parameters, active_parameters and generated_tokens_per_second."""
+    costs: dict[str, Costs]
+    """By title of an evaluation."""
     curves: list[Curve]
 
     def languages(self, group: str) -> list[str]:
-        """Languages of a group in the order of the first evaluation."""
-        datasets = self.evaluations[0].record["datasets"]
-        return list(dict.fromkeys(one["language"] for one in datasets if one["group"] == group))
+        """Return the languages of a group in the order of the first evaluation."""
+        return list(dict.fromkeys(one.language for one in self.evaluations[0].record.datasets if one.group == group))
 
     def columns(self, group: str) -> dict[str, int]:
-        """Datasets of a group: what each is called, see `dataset_labels`, and its place in the records."""
+        """Return the datasets of a group: label, see `dataset_labels`, to position in the records."""
         first = self.evaluations[0]
-        pairs = zip(first.labels(), first.record["datasets"], strict=True)
-        return {label: position for position, (label, one) in enumerate(pairs) if one["group"] == group}
+        pairs = zip(first.labels(), first.record.datasets, strict=True)
+        return {label: position for position, (label, one) in enumerate(pairs) if one.group == group}
 
 
 def read_inputs(
@@ -113,10 +123,15 @@ def read_inputs(
     costs: Path | None = None,
     curves: Path | None = None,
 ) -> ReportInputs:
-    """Read the files of `TITLE=FILE` arguments; the same title again is another run of the same model.
+    """Read the files of a report.
+
+    Args:
+        evaluations: `TITLE=FILE` of results of `moe-lpr evaluate`; the same title again is another run of that model.
+        metrics: `TITLE=FILE` of runs' metrics.jsonl.
+        subject: title of the model that the page is about. Default: the third, or the last of fewer.
 
     Raises:
-        UserError: a malformed argument, a missing or foreign file, evaluations of different texts.
+        UserError: a malformed argument, a file that is missing or of another kind, evaluations of different texts.
     """
     if not evaluations:
         raise UserError("--evaluation: give at least one TITLE=FILE")
@@ -131,7 +146,7 @@ def read_inputs(
     return ReportInputs(
         evaluations=named,
         logs=[read_training_log(*_split(argument, "--metrics")) for argument in metrics],
-        samples=_samples(samples) if samples else [],
+        samples=read_record(samples, list[Sample], f"--samples {samples}", SAMPLES_FILE) if samples else [],
         subject=_subject(named, subject),
         costs=_costs(costs, list(files)) if costs else {},
         curves=drawn,
@@ -140,46 +155,32 @@ def read_inputs(
 
 def _subject(evaluations: list[NamedEvaluation], title: str | None) -> NamedEvaluation:
     if title is None:
-        return evaluations[:3][-1]
+        return evaluations[min(2, len(evaluations) - 1)]  # after the base model and stage 1
     for one in evaluations:
         if one.title == title:
             return one
     raise UserError(f"--subject {title}: no evaluation has this title")
 
 
-def _costs(path: Path, titles: list[str]) -> dict[str, dict[str, float]]:
-    content = _json(path)
-    if not are_costs(content):
-        raise UserError(f"--costs {path}: an object of titles is expected, each with a model's parameters and speeds")
-    unknown = sorted(set(content) - set(titles))
+def _costs(path: Path, titles: list[str]) -> dict[str, Costs]:
+    costs = read_record(path, dict[str, Costs], f"--costs {path}", COSTS_FILE)
+    unknown = sorted(set(costs) - set(titles))
     if unknown:
         raise UserError(f"--costs {path}: no evaluation is called {unknown[0]!r}")
-    return content
+    return costs
 
 
 def _curves(path: Path) -> list[Curve]:
-    content = _json(path)
-    if not are_curves(content):
-        raise UserError(
-            f"--curves {path}: a list of objects with title, caption, setting and points (value, evaluations) is "
-            "expected"
-        )
+    curves = read_record(path, list[CurveFile], f"--curves {path}", CURVES_FILE)
     return [
         Curve(
-            one["title"],
-            one["caption"],
-            one["setting"],
-            [(point["value"], _evaluation(point["value"], map(Path, point["evaluations"]))) for point in one["points"]],
+            one.title,
+            one.caption,
+            one.setting,
+            [(point.value, _evaluation(point.value, point.evaluations)) for point in one.points],
         )
-        for one in content
+        for one in curves
     ]
-
-
-def _samples(path: Path) -> list[dict[str, str]]:
-    content = _json(path)
-    if not is_list_of_texts(content, ("language", "prompt", "text")):
-        raise UserError(f"--samples {path}: a list of objects with language, prompt and text is expected")
-    return content
 
 
 def _split(argument: str, flag: str) -> tuple[str, Path]:
@@ -190,20 +191,14 @@ def _split(argument: str, flag: str) -> tuple[str, Path]:
 
 
 def _evaluation(title: str, paths: Iterable[Path]) -> NamedEvaluation:
-    records = []
-    for path in paths:
-        records.append(_json(path))
-        if not is_evaluation(records[-1]):
-            raise UserError(f"--evaluation {path}: not a file of {command('evaluate')} --output")
-        for one in records[-1]["datasets"]:
-            one["language"] = canonical_language(one["language"])
+    expected = f"a file of {command('evaluate')} --output"
+    records = (read_record(path, EvaluationRecord, f"--evaluation {path}", expected) for path in paths)
     return NamedEvaluation(title, tuple(records))
 
 
 def _check_comparable(first: NamedEvaluation, other: NamedEvaluation) -> None:
-    def text(record: dict[str, Any]) -> list[tuple]:
-        tokens = [(data["language"], data["group"], data["tokens"]) for data in record["datasets"]]
-        return [*tokens, record["sequence_length"]]
+    def text(record: EvaluationRecord) -> tuple:
+        return record.sequence_length, [(data.language, data.group, data.tokens) for data in record.datasets]
 
     if any(text(record) != text(first.record) for record in other.records):
         raise UserError(
@@ -212,34 +207,41 @@ def _check_comparable(first: NamedEvaluation, other: NamedEvaluation) -> None:
 
 
 def read_training_log(title: str, path: Path) -> TrainingLog:
-    """Read the losses of a run from its metrics.jsonl. Raises UserError where a line is not a record of one."""
+    """Read the losses of a run from its metrics.jsonl.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not a record of a run.
+    """
     losses: dict[str, dict[float, tuple[int, float]]] = {}
-    """Iteration and loss, by language and by tokens seen."""
-    lines = _read(path).split("\n")
+    """By language and tokens seen: iteration and loss."""
+    try:
+        lines = read_bytes(path, f"--metrics {path}").decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--metrics {path}: not a text file: {error}") from None
     if not lines[-1].endswith("}"):
-        # Nothing, or what a kill or a full disk has cut short.
+        # Empty, or cut short by a kill or a full disk.
         lines.pop()
     for number, line in enumerate(lines, 1):
         record = _log_record(line, f"--metrics {path}:{number}")
         iteration = record.get("iteration", 0)
         if record["kind"] == "resume":
-            # The run went back to an earlier checkpoint: what it had logged of later steps does not count any more.
+            # The run went back to an earlier checkpoint: later steps that it had logged do not count any more.
             for points in losses.values():
                 for tokens in [tokens for tokens, (step, _) in points.items() if step > iteration]:
                     del points[tokens]
         elif record["kind"] == "train":
             for name in (name for name in record if name.startswith("lm_loss/")):
                 language = canonical_language(name.removeprefix("lm_loss/"))
-                # Of a step that is there twice the later line counts.
+                # Of a step that is logged twice the later line counts.
                 losses.setdefault(language, {})[record.get("consumed_tokens", 0)] = iteration, record[name]
     curves = {
         language: sorted((tokens, loss) for tokens, (_, loss) in points.items()) for language, points in losses.items()
     }
-    return TrainingLog(title, curves)
+    return TrainingLog(title, {language: points for language, points in curves.items() if points})
 
 
 def _log_record(line: str, place: str) -> dict[str, Any]:
-    """A line of metrics.jsonl. Raises UserError where it has no kind, or a text in the place of a number."""
+    """Parse a line of metrics.jsonl. Raises UserError if it has no kind, or something else in place of a number."""
     try:
         record = json.loads(line)
         known = ("iteration", "consumed_tokens", *(name for name in record if name.startswith("lm_loss/")))
@@ -250,19 +252,3 @@ def _log_record(line: str, place: str) -> dict[str, Any]:
     if wrong:
         raise UserError(f"{place}: not a line of a training log ({wrong[0]} is no number)")
     return record
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a text file: {error}") from None

@@ -1,81 +1,136 @@
-"""What a file of tools/evaluate.py must look like for the report to read it."""
+"""The JSON files that a report is made from, as pydantic models, and how they are read."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from megatron_moe_lpr.files.json_files import is_integer, is_number
-from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
+from megatron_moe_lpr.data.language_names import canonical_language
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 
-def is_evaluation(record: Any) -> bool:
-    """Whether every field that the report reads is there and of its type."""
-    if not isinstance(record, dict) or not all(
-        is_integer(record.get(name), 1) for name in ("sequence_length", "top_k")
-    ):
-        return False
-    experts, averages, datasets = (record.get(name) for name in ("experts_per_layer", "averages", "datasets"))
-    return (
-        _are(experts, lambda value: is_integer(value, 1))
-        and bool(experts)
-        and isinstance(averages, dict)
-        and all(_is_averages(averages.get(group)) for group in GROUPS)
-        and _are(datasets, lambda one: _is_dataset(one, len(experts)))
-    )
-
-
-def is_list_of_texts(value: Any, names: Sequence[str]) -> bool:
-    """Whether a value is a list of objects that hold text under each of `names`."""
-    return _are(value, lambda one: isinstance(one, dict) and all(isinstance(one.get(name), str) for name in names))
+T = TypeVar("T")
 
 
-def are_costs(value: Any) -> bool:
-    """Whether a value gives models by their titles the numbers that the table shows."""
-    names = ("parameters", "active_parameters", "generated_tokens_per_second")
-    return isinstance(value, dict) and all(
-        isinstance(one, dict) and all(is_number(one.get(name)) and one[name] > 0 for name in names)
-        for one in value.values()
-    )
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
-def are_curves(value: Any) -> bool:
-    """Whether a value is a list of curves: texts, and points with a value and files."""
-    return is_list_of_texts(value, ("title", "caption", "setting")) and all(
-        is_list_of_texts(one.get("points"), ("value",))
-        and one["points"]
-        and all(_are(point.get("evaluations"), lambda file: isinstance(file, str)) for point in one["points"])
-        and all(point["evaluations"] for point in one["points"])
-        for one in value
-    )
+class Routing(_Model):
+    """Routing of a dataset's tokens."""
+
+    expert0_top_k_share: list[float | None]
+    """Fraction of the tokens with expert 0 in the top k, from 0 to 1, of each layer; None for a dense layer."""
 
 
-def _are(value: Any, check: Callable[[Any], bool]) -> TypeGuard[list[Any]]:
-    return isinstance(value, list) and all(map(check, value))
+class Dataset(_Model):
+    """Results on one dataset; None: not measured."""
+
+    language: Annotated[str, AfterValidator(canonical_language)]
+    name: str = ""
+    group: str
+    tokens: NonNegativeInt
+    bits_per_byte: float | None
+    routing: Routing | None
 
 
-def _is_optional(value: Any) -> bool:
-    return value is None or is_number(value)
+class Averages(_Model):
+    """Means over the datasets of a language group."""
+
+    bits_per_byte: float | None
+    expert0_top_k_share: float | None = None
 
 
-def _is_averages(value: Any) -> bool:
-    if not isinstance(value, dict) or "bits_per_byte" not in value:
-        return False
-    return all(_is_optional(value.get(name)) for name in ("bits_per_byte", "expert0_top_k_share"))
+class EvaluationRecord(_Model):
+    """A file of `moe-lpr evaluate --output`, as far as the report reads it."""
+
+    sequence_length: PositiveInt
+    top_k: PositiveInt
+    experts_per_layer: Annotated[list[PositiveInt], Field(min_length=1)]
+    averages: dict[str, Averages]
+    """By language group."""
+    datasets: list[Dataset]
+
+    @model_validator(mode="after")
+    def _check_fields_against_each_other(self) -> "EvaluationRecord":
+        if missing := set(LANGUAGE_GROUPS) - self.averages.keys():
+            raise ValueError(f"averages has no {missing.pop()!r}")
+        for index, one in enumerate(self.datasets):
+            if one.group not in LANGUAGE_GROUPS:
+                raise ValueError(f"datasets.{index}.group is neither {' nor '.join(LANGUAGE_GROUPS)}")
+            if one.routing and len(one.routing.expert0_top_k_share) != len(self.experts_per_layer):
+                raise ValueError(f"datasets.{index}.routing and experts_per_layer differ in the number of layers")
+        return self
 
 
-def _is_dataset(one: Any, layers: int) -> bool:
-    return (
-        isinstance(one, dict)
-        and isinstance(one.get("language"), str)
-        and isinstance(one.get("name", ""), str)
-        and isinstance(one.get("group"), str)
-        and one["group"] in GROUPS
-        and is_integer(one.get("tokens"))
-        and {"bits_per_byte", "routing"} <= one.keys()
-        and _is_optional(one["bits_per_byte"])
-        and (one["routing"] is None or _is_routing(one["routing"], layers))
-    )
+class Costs(_Model):
+    """What a model costs."""
+
+    parameters: PositiveFloat
+    active_parameters: PositiveFloat
+    generated_tokens_per_second: PositiveFloat
 
 
-def _is_routing(routing: Any, layers: int) -> bool:
-    shares = routing.get("expert0_top_k_share") if isinstance(routing, dict) else None
-    return _are(shares, _is_optional) and len(shares) == layers
+class CurvePoint(_Model):
+    """A value of a setting, and the files of the evaluations with it."""
+
+    value: str
+    evaluations: Annotated[list[Path], Field(min_length=1)]
+
+
+class CurveFile(_Model):
+    """A curve over the values of one setting."""
+
+    title: str
+    caption: str
+    setting: str
+    points: Annotated[list[CurvePoint], Field(min_length=1)]
+
+
+class Sample(_Model):
+    """Text that a model has generated after a prompt."""
+
+    language: str
+    prompt: str
+    text: str
+
+
+def read_record(path: Path, kind: type[T], place: str, expected: str) -> T:
+    """Read a JSON file of the type `kind`.
+
+    Args:
+        place: flag and file, for messages.
+        expected: what the file should be, for messages.
+
+    Raises:
+        UserError: the file cannot be read, or a field is missing or of another type; it names the first such field.
+    """
+    data = read_bytes(path, place)
+    try:
+        return TypeAdapter(kind).validate_json(data)
+    except ValidationError as error:
+        problem: Any = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, problem["loc"]))[:200]
+        reason = f"{field}: {problem['msg']}" if field else problem["msg"]
+        raise UserError(f"{place}: {expected} is expected: {reason}") from None
+
+
+def read_bytes(path: Path, place: str) -> bytes:
+    """Read a file. Raises UserError, with the flag and file `place`, where that fails."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{place}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{place}: cannot be read: {error.strerror}") from None

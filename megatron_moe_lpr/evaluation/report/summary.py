@@ -1,4 +1,4 @@
-"""One figure of several runs that differ in their seed: its mean and how far they lie apart."""
+"""Mean and spread of a number over training runs that differ in their seed."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Mean over runs.
+    """A number over several runs.
 
     Attributes:
-        mean: of all runs.
+        mean: mean over the runs.
         spread: half the distance between the lowest and the highest run; None for a single run.
     """
 
@@ -18,7 +18,7 @@ class Summary:
 
 
 def summarize(values: Iterable[float | None]) -> Summary | None:
-    """Of one value a run; None where a run lacks it or there is none."""
+    """Summarize one value of each run; None if there is no run, or one without a value."""
     given = list(values)
     numbers = [value for value in given if value is not None]
     if not numbers or len(numbers) < len(given):

@@ -49,7 +49,7 @@ class ModelShape:
     top_k: int = 2
     expansions: tuple[tuple[int, ...], ...] = ()
     """New experts of each layer by expansion, the first one first; empty: one expansion added them all."""
-    openness: float = 1.0
+    newest_weight: float = 1.0
     """Weight of the latest expansion's experts in the routers' softmax, 0 to 1."""
     inserted_blocks: tuple[int, ...] = ()
     """Dense layers that block expansion inserted."""

@@ -1,6 +1,6 @@
-"""Linear layers of several experts in plain PyTorch, in the place of Transformer Engine's grouped ones.
+"""Linear layers of several experts in plain PyTorch, in place of Transformer Engine's grouped ones.
 
-Megatron's `TEGroupedMLP` builds on them unchanged, with the same parameter names and checkpoint keys, so that the new
+Megatron's `TEGroupedMLP` uses them unchanged, with the same parameter names and checkpoint keys, so that the new
 experts are one module on both platforms.
 """
 
@@ -48,7 +48,7 @@ class GroupedLinear(torch.nn.Module):
             self.register_parameter(f"weight{expert}", weight)
 
     def forward(self, tokens: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, None]:
-        """Multiply each expert's run of rows by its matrix.
+        """Multiply each expert's rows by its matrix.
 
         Args:
             tokens: [tokens, input], sorted by expert.
@@ -57,8 +57,8 @@ class GroupedLinear(torch.nn.Module):
         Returns:
             [tokens, output] and no bias.
         """
-        weights = [getattr(self, f"weight{expert}") for expert in range(self.num_gemms)]
-        return _GroupedProduct.apply(tokens, tokens_per_expert, *weights), None
+        weights_OI = [getattr(self, f"weight{expert}") for expert in range(self.num_gemms)]
+        return _GroupedProduct.apply(tokens, tokens_per_expert, *weights_OI), None
 
     def backward_dw(self) -> None:
         """Nothing: weight gradients are never delayed here."""
@@ -72,10 +72,12 @@ class GroupedLinear(torch.nn.Module):
         first = get_pg_rank(groups.ep) * self.num_gemms
         sharded: ShardedStateDict = {}
         for expert in range(self.num_gemms):
+            # One key for all experts with the expert as a dimension in front, or a key for each expert.
             offsets = sharded_offsets
             if not separate_keys:
                 total = get_pg_size(groups.ep) * self.num_gemms
                 offsets = (*sharded_offsets, (len(sharded_offsets), first + expert, total))
+            # The name's number is only there to be replaced by the prefix of the key.
             name = f"{expert}.weight"
             tensors = make_sharded_tensors_for_checkpoint(
                 {name: getattr(self, f"weight{expert}")},
@@ -87,49 +89,51 @@ class GroupedLinear(torch.nn.Module):
             )
             new_prefix = f"{first + expert}.{prefix}" if separate_keys else prefix
             replace_prefix_for_sharding(tensors, f"{expert}.", new_prefix)
+            # Copies of an expert lie on the expert-data-parallel ranks, not on those of the dense weights.
             tensors[name].replica_id = (*tensors[name].replica_id[:2], get_pg_rank(groups.expt_dp))
             sharded[f"{prefix}weight{expert}"] = tensors[name]
         return sharded
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """A product for each run of rows, written where it belongs: nothing is split, and nothing put together again."""
+    """A product for each expert's rows, written into its slice of the output: no split copies, no concatenation."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, counts: list[int], *weights: torch.Tensor) -> torch.Tensor:
-        """[tokens, input] and matrices [output, input] to [tokens, output]."""
+    def forward(ctx: Any, rows_RI: torch.Tensor, counts: list[int], *weights_OI: torch.Tensor) -> torch.Tensor:
+        """Rows [rows, input], `counts` of each expert, and matrices [output, input] to [rows, output]."""
         ctx.counts = counts
-        ctx.save_for_backward(tokens, *weights)
-        output = tokens.new_empty(len(tokens), weights[0].shape[0])
-        for rows, result, weight in zip(tokens.split(counts), output.split(counts), weights, strict=True):
-            torch.mm(rows, weight.t(), out=result)
-        return output
+        ctx.save_for_backward(rows_RI, *weights_OI)
+        output_RO = rows_RI.new_empty(len(rows_RI), weights_OI[0].shape[0])
+        for rows, output, weight in zip(rows_RI.split(counts), output_RO.split(counts), weights_OI, strict=True):
+            torch.mm(rows, weight.t(), out=output)
+        return output_RO
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Of the tokens, and of each matrix that trains; zeros for a matrix without tokens."""
-        tokens, *weights = ctx.saved_tensors
-        of_tokens = None
+    def backward(ctx: Any, grad_output_RO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of the rows and of each matrix that trains; zeros for a matrix without rows."""
+        rows_RI, *weights_OI = ctx.saved_tensors
+        grad_outputs = grad_output_RO.split(ctx.counts)
+        grad_input_RI = None
         if ctx.needs_input_grad[0]:
-            of_tokens = torch.empty_like(tokens)
-            for rows, result, weight in zip(
-                gradient.split(ctx.counts), of_tokens.split(ctx.counts), weights, strict=True
+            grad_input_RI = torch.empty_like(rows_RI)
+            for grad_output, grad_input, weight in zip(
+                grad_outputs, grad_input_RI.split(ctx.counts), weights_OI, strict=True
             ):
-                torch.mm(rows, weight, out=result)
-        runs = zip(gradient.split(ctx.counts), tokens.split(ctx.counts), weights, ctx.needs_input_grad[2:], strict=True)
-        return of_tokens, None, *(_of_weight(*run) if trains else None for *run, trains in runs)
+                torch.mm(grad_output, weight, out=grad_input)
+        experts = zip(grad_outputs, rows_RI.split(ctx.counts), weights_OI, ctx.needs_input_grad[2:], strict=True)
+        return grad_input_RI, None, *(_grad_weight(*expert) if trains else None for *expert, trains in experts)
 
 
-def _of_weight(gradient: torch.Tensor, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The gradient of a matrix; where the optimizer keeps a buffer it is added to that, and what is returned has no
-    values. Megatron's marks for this are those of its `gradient_accumulation_fusion`."""
+def _grad_weight(grad_output: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The gradient of a matrix. Where the optimizer keeps a gradient buffer it is added there, and the returned tensor
+    has no values: what Megatron's layers do under `gradient_accumulation_fusion`, whose mark is set."""
     buffer = getattr(weight, "main_grad", None)
     if buffer is None:
-        return torch.mm(gradient.t(), tokens)
-    if buffer.dtype == tokens.dtype:
-        torch.addmm(buffer, gradient.t(), tokens, out=buffer)
+        return torch.mm(grad_output.t(), rows)
+    if buffer.dtype == rows.dtype:
+        torch.addmm(buffer, grad_output.t(), rows, out=buffer)
     else:
-        buffer.add_(torch.mm(gradient.t(), tokens))
+        buffer.add_(torch.mm(grad_output.t(), rows))
     # An attribute of Megatron's, which torch's class does not have.
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.empty_like(weight)

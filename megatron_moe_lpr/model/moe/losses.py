@@ -22,8 +22,9 @@ def load_balancing_loss(
     Returns:
         The loss, fp32, 0 for a micro-batch of padding alone.
     """
-    num_experts, count = probabilities.shape[-1], num_tokens.clamp(min=1.0)
-    return num_experts * (tokens_per_expert / count * probabilities.sum(dim=0) / count).sum()
+    count = num_tokens.clamp(min=1.0)
+    load_E = tokens_per_expert / count
+    return len(load_E) * (load_E * probabilities.sum(dim=0) / count).sum()
 
 
 def lpr_negative_log_likelihood(
@@ -31,14 +32,14 @@ def lpr_negative_log_likelihood(
 ) -> torch.Tensor:
     """-log of the router's probability of the original expert, for each token (paper, section 3.2).
 
-    After a second expansion, of all experts of the token's group of languages and the groups before it.
+    After a second expansion: of its probability of the experts of the token's language group and the groups before it.
 
     `reference` is the form of an earlier implementation, cross-entropy applied to probabilities already normalised:
     its floor is ln(1 + (N-1)/e) instead of 0 and its gradient is flat. For comparisons only.
 
     Args:
         logits: [tokens, experts], fp32.
-        allowed: [tokens], how many experts, from the original one on, are the token's; None: the original one.
+        allowed: [tokens], how many experts, from the original one on, count as the token's; None: the original one.
 
     Returns:
         [tokens], fp32.
@@ -47,6 +48,6 @@ def lpr_negative_log_likelihood(
         logits = torch.softmax(logits, dim=-1)
     if allowed is None:
         return -torch.log_softmax(logits, dim=-1)[:, 0]
-    foreign = torch.arange(logits.shape[-1], device=logits.device) >= allowed[:, None]
-    own = logits.masked_fill(foreign, -torch.inf)
-    return torch.logsumexp(logits, dim=-1) - torch.logsumexp(own, dim=-1)
+    foreign_TE = torch.arange(logits.shape[-1], device=logits.device) >= allowed[:, None]
+    own_TE = logits.masked_fill(foreign_TE, -torch.inf)
+    return torch.logsumexp(logits, dim=-1) - torch.logsumexp(own_TE, dim=-1)

@@ -39,9 +39,9 @@ class MoELPRLayer(MoELayer):
     - `original_expert` is the dense model's FFN with the dense model's tensor parallelism, present on every EP rank:
       tokens that choose it never enter the all-to-all.
     - `experts` are the new experts, under EP and expert TP, behind Megatron's token dispatcher; after a second
-      expansion `ExpertGroups`, those of earlier expansions and the latest one's apart.
+      expansion `ExpertGroups`, which keeps those of earlier expansions apart from the latest one's.
 
-    Mirrors `MoELayer` of megatron-core 0.16, whose single group of experts holds all of them.
+    Mirrors `MoELayer` of megatron-core 0.16, where one group of experts holds all of them.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class MoELPRLayer(MoELayer):
         pg_collection: ProcessGroupCollection | None = None,
         fp8_parameters: bool = False,
         groups: tuple[int, ...] = (),
-        openness: float = 1.0,
+        newest_weight: float = 1.0,
     ) -> None:
         router = partial(_build_for_all_experts, submodules.router, num_experts)
         with _parameters_in_fp8(config) if fp8_parameters else contextlib.nullcontext():
             super().__init__(
-                _config_of_new_experts(config, num_experts),
+                _new_experts_config(config, num_experts),
                 MoESubmodules(experts=submodules.experts, router=router),
                 layer_number,
                 pg_collection,
@@ -69,12 +69,12 @@ class MoELPRLayer(MoELayer):
             weight.allreduce = False
         self.dispatch_order: list[int] | None = None
         if groups:
-            self.router.set_groups(groups, openness)
+            self.router.set_groups(groups, newest_weight)
             if self.ep_group.size() > 1:
                 self.dispatch_order = dispatch_order(sum(groups[:-1]), groups[-1], self.ep_group.size())
         self.original_expert = build_module(
             submodules.original_expert,
-            config=_config_of_original_expert(config),
+            config=_original_expert_config(config),
             ffn_hidden_size=config.ffn_hidden_size,
             tp_group=self.attn_tp_group,
         )
@@ -90,8 +90,8 @@ class MoELPRLayer(MoELayer):
 
         Args:
             hidden_states: [sequence / TP, batch, hidden] under sequence parallelism, else [sequence, batch, hidden].
-            intermediate_tensors: Megatron's argument for CUDA graphs, which this layer does not take part in.
-            padding_mask: what travels in Megatron's argument of this name, [batch, sequence / TP, ...].
+            intermediate_tensors: Megatron's argument for CUDA graphs, which this layer does not support.
+            padding_mask: token tags, [batch, sequence / TP, 3] (`token_tags.py`), in Megatron's argument of this name.
 
         Returns:
             [sequence / TP, batch, hidden] and no bias.
@@ -110,45 +110,52 @@ class MoELPRLayer(MoELayer):
         return tensor_parallel.checkpoint(self._mixture, False, hidden_states, token_tags)
 
     def _mixture(self, hidden_states: torch.Tensor, token_tags: torch.Tensor | None) -> torch.Tensor:
-        weights, choices = self.router(hidden_states, token_tags)
-        counts = self._send_counts(choices[:, 0])
-        new_weights, new_choices = weights[:, 1:], choices[:, 1:]
+        weights_TE, choices_TE = self.router(hidden_states, token_tags)
+        counts = self._send_counts(choices_TE[:, 0])
+        new_weights_TN, new_choices_TN = weights_TE[:, 1:], choices_TE[:, 1:]
         if self.dispatch_order:
-            new_weights, new_choices = new_weights[:, self.dispatch_order], new_choices[:, self.dispatch_order]
-        original = partial(self._of_original_expert, hidden_states, weights[:, 0], choices[:, 0], counts)
-        new, (chosen, rows) = self._both(hidden_states, new_weights.contiguous(), new_choices.contiguous(), original)
-        flat = new.reshape(-1, new.shape[-1]).index_add(0, chosen, rows)
-        return flat.view(new.shape)
+            new_weights_TN, new_choices_TN = (
+                new_weights_TN[:, self.dispatch_order],
+                new_choices_TN[:, self.dispatch_order],
+            )
+        original = partial(self._original_expert_output, hidden_states, weights_TE[:, 0], choices_TE[:, 0], counts)
+        new, (chosen_C, original_CD) = self._experts_and_original(
+            hidden_states, new_weights_TN.contiguous(), new_choices_TN.contiguous(), original
+        )
+        mixture_TD = new.reshape(-1, new.shape[-1]).index_add(0, chosen_C, original_CD)
+        return mixture_TD.view(new.shape)
 
-    def _both(
+    def _experts_and_original(
         self,
         hidden_states: torch.Tensor,
-        weights: torch.Tensor,
-        choices: torch.Tensor,
+        weights_TN: torch.Tensor,
+        choices_TN: torch.Tensor,
         original: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """What the new experts give, and what the original one does, which needs nothing that travels.
+        """Outputs of the new experts and of `original`, which needs nothing from other EP ranks.
 
-        Beside: the tokens of the new experts are sent first and the original expert is launched then, so that also on
-        a device with one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1) it computes while they are under way.
+        With overlap: dispatch the new experts' tokens first, then launch the original expert on the side stream, so
+        that with one hardware queue too (CUDA_DEVICE_MAX_CONNECTIONS=1) it computes during the all-to-all.
         """
         side = self.side_stream
         if side is None:
-            return self._new_experts(hidden_states, weights, choices), original()
-        made: list[tuple[torch.Tensor, torch.Tensor]] = []
+            return self._new_experts(hidden_states, weights_TN, choices_TN), original()
+        outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
         side.fork()
-        new = self._new_experts(hidden_states, weights, choices, lambda: made.append(side.run(original)))
-        return new, side.join(made[0])
+        new = self._new_experts(hidden_states, weights_TN, choices_TN, lambda: outputs.append(side.run(original)))
+        return new, side.join(outputs[0])
 
-    def _send_counts(self, choice: torch.Tensor) -> torch.Tensor:
-        """Start the copy to the host of how many tokens chose the original expert, here and at most on a TP rank: [2].
+    def _send_counts(self, choice_T: torch.Tensor) -> torch.Tensor:
+        """Start the copy to the host of two numbers, [2]: how many tokens of this rank chose the original expert, and
+        the most on any TP rank.
 
         Sequence parallelism gathers pieces of equal size, but the ranks' parts of the sequence choose the original
-        expert unequally often. The copy runs on the stream of the all-to-all dispatcher's own, before them, and has
-        arrived when the dispatcher has waited for those (token_dispatcher.py `_maybe_dtoh_and_synchronize`; with a
-        capacity before its first permutation): one wait for both. Other dispatchers have no such stream: a wait more.
+        expert unequally often. The copy runs on the same stream as the all-to-all dispatcher's own copies, before them,
+        and has arrived when the dispatcher has waited for those (token_dispatcher.py `_maybe_dtoh_and_synchronize`;
+        with a capacity before its first permutation): one wait for both. Other dispatchers have no such stream, and
+        the host waits once more.
         """
-        count = choice.sum()
+        count = choice_T.sum()
         largest = count
         if self.config.sequence_parallel:
             largest = count.clone()
@@ -163,41 +170,50 @@ class MoELPRLayer(MoELayer):
     def _new_experts(
         self,
         hidden_states: torch.Tensor,
-        weights: torch.Tensor,
-        choices: torch.Tensor,
-        sent: Callable[[], None] = lambda: None,
+        weights_TN: torch.Tensor,
+        choices_TN: torch.Tensor,
+        on_dispatched: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
-        """Weighted sum of the new experts; tokens that chose none of them get zeros. `sent` is called when the tokens
-        are on their way."""
-        with _forgetting(self.token_dispatcher):
-            tokens, token_weights = self.token_dispatcher.dispatch_preprocess(hidden_states, choices, weights)
-            tokens, token_weights = self.dispatch(tokens, token_weights)
-            sent()
-            output, _ = self.routed_experts_compute(tokens, token_weights)
-            return self.token_dispatcher.combine_postprocess(self.combine(output))
+        """Weighted sum of the new experts, zeros for tokens that chose none of them. `on_dispatched` is called when the
+        all-to-all of the tokens has been launched."""
+        with _restore_dispatcher_state(self.token_dispatcher):
+            tokens, token_weights = self.token_dispatcher.dispatch_preprocess(hidden_states, choices_TN, weights_TN)
+            rows_RD, weights_R = self.dispatch(tokens, token_weights)
+            on_dispatched()
+            output_RD, _ = self.routed_experts_compute(rows_RD, weights_R)
+            return self.token_dispatcher.combine_postprocess(self.combine(output_RD))
 
-    def _of_original_expert(
-        self, hidden_states: torch.Tensor, weight: torch.Tensor, choice: torch.Tensor, counts: torch.Tensor
+    def _original_expert_output(
+        self, hidden_states: torch.Tensor, weight_T: torch.Tensor, choice_T: torch.Tensor, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens whose `choice` ([tokens], bool) is set, [count], and weight * original_expert(x) of each,
-        [count, hidden]. `counts`: see `_send_counts`; they must have arrived."""
+        """Output of the original expert for the tokens that chose it.
+
+        Args:
+            weight_T: the router's weight of the original expert.
+            choice_T: bool, whether the token chose the original expert.
+            counts: what `_send_counts` returned; the copy must have arrived.
+
+        Returns:
+            Numbers of those tokens, [C], and weight * original_expert(x) of each, [C, hidden].
+        """
         count, largest = counts.tolist()
-        # The indices in their order, as `nonzero` gives them, without its wait for the device.
-        chosen = choice.to(torch.uint8).argsort(descending=True, stable=True)[:count]
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, chosen)
-        padding = self._rows_of_original_expert(largest) - count
-        tokens = torch.nn.functional.pad(tokens, (0, 0, 0, padding)).unsqueeze(1)
-        original, _ = self.original_expert(tokens)
-        original = original.squeeze(1)[:count] * weight.index_select(0, chosen).unsqueeze(1)
-        return chosen, original.to(hidden_states.dtype)
+        # The indices in order, like `nonzero`, for which the host would wait for the device.
+        chosen_C = choice_T.to(torch.uint8).argsort(descending=True, stable=True)[:count]
+        tokens_CD = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, chosen_C)
+        # All TP ranks must bring equally many rows; the linear layers take [rows, 1, hidden].
+        padding = self._original_expert_rows(largest) - count
+        padded = torch.nn.functional.pad(tokens_CD, (0, 0, 0, padding)).unsqueeze(1)
+        output, _ = self.original_expert(padded)
+        output_CD = output.squeeze(1)[:count] * weight_T.index_select(0, chosen_C).unsqueeze(1)
+        return chosen_C, output_CD.to(hidden_states.dtype)
 
-    def _rows_of_original_expert(self, largest: int) -> int:
-        """Rows each TP rank brings to the original expert: at least 1, aligned for FP8 and on the CPU in bf16 as the
-        new experts' rows are. A row of zeros comes out as zeros."""
+    def _original_expert_rows(self, largest: int) -> int:
+        """Rows that each TP rank brings to the original expert: at least 1, aligned for FP8, and on the CPU in bf16
+        rounded up as the new experts' rows are. Rows of zeros come out as zeros."""
         if self.config.transformer_impl == "local" and self.config.bf16:
-            from megatron_moe_lpr.platform.cpu.expert_rows import rounded
+            from megatron_moe_lpr.platform.cpu.expert_rows import bucket_size
 
-            return rounded(max(1, largest))
+            return bucket_size(max(1, largest))
         alignment = 1
         if self.config.fp8:
             alignment = row_alignment(self.config.fp8_recipe, self.config.sequence_parallel)
@@ -205,9 +221,10 @@ class MoELPRLayer(MoELayer):
 
 
 @contextlib.contextmanager
-def _forgetting(dispatcher: MoETokenDispatcher) -> Iterator[None]:
-    """Megatron's dispatcher keeps a micro-batch's weights, choices and rows until the next one. After a recomputed
-    layer these hold its graph and with it the layer's input and the gradient of that, for every layer of a stage."""
+def _restore_dispatcher_state(dispatcher: MoETokenDispatcher) -> Iterator[None]:
+    """Restore the dispatcher's attributes afterwards: Megatron's keeps a micro-batch's weights, choices and rows until
+    the next micro-batch. After a recomputed layer these would hold its graph and with it the layer's input and that
+    input's gradient, for every layer of a pipeline rank."""
     before = dict(vars(dispatcher))
     try:
         yield
@@ -218,10 +235,10 @@ def _forgetting(dispatcher: MoETokenDispatcher) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _parameters_in_fp8(config: TransformerConfig) -> Iterator[None]:
-    """Transformer Engine's linear layers built inside keep their weights in FP8.
+    """Build Transformer Engine's linear layers with weights in FP8 while the block runs.
 
-    Without gradients, so that fp8_utils.py `get_fp8_context` does not ask for a second copy of the initial values: the
-    optimizer would start from these, and here the weights come from a checkpoint that is read later.
+    Under `no_grad`, so that fp8_utils.py `get_fp8_context` keeps no second copy of the initial values: the optimizer
+    would start from that copy, whereas here a checkpoint that is read later fills the weights.
     """
     config = copy.copy(config)
     config.fp8_param = True
@@ -238,16 +255,16 @@ def _build_for_all_experts(
     return router(config=config, pg_collection=pg_collection)
 
 
-def _config_of_new_experts(config: TransformerConfig, num_experts: int) -> TransformerConfig:
+def _new_experts_config(config: TransformerConfig, num_experts: int) -> TransformerConfig:
     config = copy.copy(config)
     config.num_moe_experts = num_experts - 1
-    # A token has 0 to k new experts, where the all-to-all dispatcher counts on k. With a capacity it counts for
-    # itself (token_dispatcher.py `preprocess`); an infinite one drops nothing.
+    # A token has 0 to k new experts, where the all-to-all dispatcher assumes k. With a capacity it counts the rows
+    # (token_dispatcher.py `preprocess`); an infinite capacity drops nothing.
     config.moe_expert_capacity_factor = math.inf
     return config
 
 
-def _config_of_original_expert(config: TransformerConfig) -> TransformerConfig:
+def _original_expert_config(config: TransformerConfig) -> TransformerConfig:
     config = copy.copy(config)
     config.num_moe_experts = None
     return config

@@ -18,7 +18,7 @@ from megatron_moe_lpr.model.moe.token_tags import GROUP, MICRO_BATCH, PRIOR
 
 
 class RouterProduct(torch.autograd.Function):
-    """Hidden states times router weights, both taken as fp32; backward keeps the hidden states in their own dtype.
+    """Hidden states times router weights, both as fp32; the hidden states are kept for backward in their own dtype.
 
     Mirrors moe_utils.py `RouterGatingLinearFunction` without its choice of Transformer Engine's product: version 2.9
     would multiply fp32 weights with bf16 hidden states, which cuBLASLt refuses, and other versions round otherwise.
@@ -28,22 +28,23 @@ class RouterProduct(torch.autograd.Function):
     def forward(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[..., hidden] and [experts, hidden] to fp32 [..., experts]."""
         ctx.save_for_backward(hidden_states, weight)
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits = torch.mm(rows.float(), weight.float().t())
-        return logits.view(*hidden_states.shape[:-1], weight.shape[0])
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits_TE = torch.mm(hidden_TD.float(), weight.float().t())
+        return logits_TE.view(*hidden_states.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Gradients in the dtypes of the inputs, none for what is frozen."""
-        hidden_states, weight = ctx.saved_tensors
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        gradient = gradient.reshape(-1, weight.shape[0])
-        of_input = of_weight = None
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of hidden states and weight in their dtypes, None for what is frozen."""
+        hidden_states, weight_ED = ctx.saved_tensors
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        grad_logits_TE = grad_output.reshape(-1, weight_ED.shape[0])
+        grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
-            of_input = torch.mm(gradient, weight.float()).to(hidden_states.dtype).view(hidden_states.shape)
+            grad_hidden_TD = torch.mm(grad_logits_TE, weight_ED.float())
+            grad_input = grad_hidden_TD.to(hidden_states.dtype).view(hidden_states.shape)
         if ctx.needs_input_grad[1]:
-            of_weight = torch.mm(gradient.t(), rows.float()).to(weight.dtype)
-        return of_input, of_weight
+            grad_weight = torch.mm(grad_logits_TE.t(), hidden_TD.float()).to(weight_ED.dtype)
+        return grad_input, grad_weight
 
 
 class LPRRouter(TopKRouter):
@@ -61,20 +62,21 @@ class LPRRouter(TopKRouter):
         super().__init__(config=config, pg_collection=pg_collection)
         self.statistics = RoutingStatistics(self.num_experts)
         self.group_ends: list[int] | None = None
-        """Experts of groups 0 to g, for each group of languages but the latest; None: the original expert alone."""
-        self.openness, self.num_earlier = 1.0, self.num_experts
+        """For each language group but the latest: how many experts it and the groups before it have. None before a
+        second expansion: original languages have the original expert alone."""
+        self.newest_weight, self.num_earlier = 1.0, self.num_experts
 
-    def set_groups(self, groups: tuple[int, ...], openness: float) -> None:
+    def set_groups(self, groups: tuple[int, ...], newest_weight: float) -> None:
         """Say which experts each expansion added.
 
         Args:
             groups: new experts by expansion, at least two.
-            openness: weight of the latest one's in the softmax. At 0 they are not there, and the router computes
+            newest_weight: weight of the latest expansion's experts in the softmax, 0 to 1. At 0 the router computes
                 exactly what it did before the expansion; at 1 it is the stock softmax.
         """
         self.group_ends = list(itertools.accumulate((1, *groups[:-1])))
         self._group_ends: torch.Tensor | None = None
-        self.num_earlier, self.openness = self.group_ends[-1], openness
+        self.num_earlier, self.newest_weight = self.group_ends[-1], newest_weight
 
     def reset_parameters(self) -> None:
         """Leave the fp32 weights as they are: they come from the checkpoint."""
@@ -101,72 +103,78 @@ class LPRRouter(TopKRouter):
         Returns:
             Weights [tokens, experts], fp32, zero where not chosen, and choices [tokens, experts], bool.
         """
-        logits = self._opened(self.gating(hidden_states).view(-1, self.num_experts))
-        weights, choices = self.routing(logits.unsqueeze(1))
+        logits_TE = self._weigh_newest(self.gating(hidden_states).view(-1, self.num_experts))
+        weights_TE, choices_TE = self.routing(logits_TE.unsqueeze(1))
         # Activation recompute runs the layer twice, the first time without gradients: count once.
         if token_tags is None or (self.training and not torch.is_grad_enabled()):
-            return weights, choices
-        tags = token_tags.reshape(-1, token_tags.shape[-1])
-        probabilities = torch.softmax(logits, dim=-1)
-        likelihood = lpr_negative_log_likelihood(logits, self.config.lpr_loss_form, self._allowed(tags))
-        balance = self._load_balancing(probabilities, choices, tags)
-        self._record(probabilities, choices, tags, likelihood, balance)
+            return weights_TE, choices_TE
+        tags_T3 = token_tags.reshape(-1, token_tags.shape[-1])
+        probabilities_TE = torch.softmax(logits_TE, dim=-1)
+        likelihood_T = lpr_negative_log_likelihood(logits_TE, self.config.lpr_loss_form, self._allowed(tags_T3))
+        balance = self._load_balancing(probabilities_TE, choices_TE, tags_T3)
+        self._record(probabilities_TE, choices_TE, tags_T3, likelihood_T, balance)
         if self.training:
-            weights = self._attach_losses(weights, tags, likelihood, balance)
-        return weights, choices
+            weights_TE = self._attach_losses(weights_TE, tags_T3, likelihood_T, balance)
+        return weights_TE, choices_TE
 
-    def _opened(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.openness == 1.0:
-            return logits
-        shift = torch.zeros(self.num_experts, device=logits.device)
-        shift[self.num_earlier :] = math.log(self.openness) if self.openness else -math.inf
-        return logits + shift
+    def _weigh_newest(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """Add log(newest_weight) to the logits of the latest expansion's experts: exp(logit) times the weight."""
+        if self.newest_weight == 1.0:
+            return logits_TE
+        shift_E = torch.zeros(self.num_experts, device=logits_TE.device)
+        shift_E[self.num_earlier :] = math.log(self.newest_weight) if self.newest_weight else -math.inf
+        return logits_TE + shift_E
 
-    def _allowed(self, tags: torch.Tensor) -> torch.Tensor | None:
-        """Experts of each token's group and those before it, [tokens]; a latest group's token counts nowhere."""
+    def _allowed(self, tags_T3: torch.Tensor) -> torch.Tensor | None:
+        """Number of experts of each token's language group and the groups before it, [tokens]; of a token of the latest
+        group any number, since its weight in the LPR loss is 0."""
         if self.group_ends is None:
             return None
-        # Each copy of a number of the host's makes it wait for the device: one for all steps.
-        if self._group_ends is None or self._group_ends.device != tags.device:
-            self._group_ends = torch.tensor(self.group_ends, device=tags.device)
-        return self._group_ends[tags[:, GROUP].long()]
+        # The host waits for the device when it copies numbers there: one copy for all steps.
+        if self._group_ends is None or self._group_ends.device != tags_T3.device:
+            self._group_ends = torch.tensor(self.group_ends, device=tags_T3.device)
+        return self._group_ends[tags_T3[:, GROUP].long()]
 
-    def _load_balancing(self, probabilities: torch.Tensor, choices: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
-        valid = tags[:, MICRO_BATCH] > 0
-        counts = torch.cat(((choices & valid[:, None]).sum(dim=0), valid.sum()[None])).float()
+    def _load_balancing(
+        self, probabilities_TE: torch.Tensor, choices_TE: torch.Tensor, tags_T3: torch.Tensor
+    ) -> torch.Tensor:
+        valid_T1 = tags_T3[:, MICRO_BATCH, None] > 0
+        # Tokens of each expert and, last, all tokens: of the whole micro-batch, which sequence parallelism splits.
+        counts = torch.cat(((choices_TE & valid_T1).sum(dim=0), valid_T1.sum(dim=0))).float()
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(counts, group=self.tp_cp_group)
-        return load_balancing_loss(probabilities * valid[:, None], counts[:-1], counts[-1])
+        return load_balancing_loss(probabilities_TE * valid_T1, counts[:-1], counts[-1])
 
     def _attach_losses(
-        self, weights: torch.Tensor, tags: torch.Tensor, likelihood: torch.Tensor, balance: torch.Tensor
+        self, weights_TE: torch.Tensor, tags_T3: torch.Tensor, likelihood_T: torch.Tensor, balance: torch.Tensor
     ) -> torch.Tensor:
         config = self.config
-        loss = torch.zeros((), device=weights.device)
+        loss = torch.zeros((), device=weights_TE.device)
         if config.load_balancing_coeff:
-            loss = loss + config.load_balancing_coeff * balance * tags[:, MICRO_BATCH].max()
+            # The loss is one for the micro-batch, whose weight each token that is no padding carries.
+            loss = loss + config.load_balancing_coeff * balance * tags_T3[:, MICRO_BATCH].max()
         if config.lpr_loss_coeff:
-            loss = loss + config.lpr_loss_coeff * (likelihood * tags[:, PRIOR]).sum()
+            loss = loss + config.lpr_loss_coeff * (likelihood_T * tags_T3[:, PRIOR]).sum()
         if not loss.requires_grad:
-            return weights
-        return MoEAuxLossAutoScaler.apply(weights, loss / config.num_moe_layers)
+            return weights_TE
+        return MoEAuxLossAutoScaler.apply(weights_TE, loss / config.num_moe_layers)
 
     def _record(
         self,
-        probabilities: torch.Tensor,
-        choices: torch.Tensor,
-        tags: torch.Tensor,
-        likelihood: torch.Tensor,
+        probabilities_TE: torch.Tensor,
+        choices_TE: torch.Tensor,
+        tags_T3: torch.Tensor,
+        likelihood_T: torch.Tensor,
         balance: torch.Tensor,
     ) -> None:
-        """Under sequence parallelism each rank counts its share of the micro-batch."""
+        """Add this micro-batch to the statistics, of which each rank counts its part under sequence parallelism."""
         with torch.no_grad():
             self.statistics.add(
-                original=(tags[:, PRIOR] > 0) & (tags[:, GROUP] == 0),
-                valid=tags[:, MICRO_BATCH] > 0,
-                probability=probabilities[:, 0],
-                likelihood=likelihood,
-                choices=choices,
+                original=(tags_T3[:, PRIOR] > 0) & (tags_T3[:, GROUP] == 0),
+                valid=tags_T3[:, MICRO_BATCH] > 0,
+                probability=probabilities_TE[:, 0],
+                likelihood=likelihood_T,
+                choices=choices_TE,
                 load_balancing=balance,
                 micro_batches=1.0 / self.tp_cp_group.size(),
             )

@@ -1,4 +1,4 @@
-"""Which experts the tokens choose: counted in every router, added up over ranks when someone asks."""
+"""Which experts the tokens choose: counted in every router, added up over ranks for a report."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -6,25 +6,26 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-from megatron_moe_lpr.model.moe.routing_groups import GROUPS
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 from megatron_moe_lpr.platform.collectives import collective_device
 
 TOKENS, PROBABILITY, CHOSEN, LIKELIHOOD, EXPERTS = range(5)
-"""Columns of a group's sums; from EXPERTS on, the tokens that chose each expert."""
+"""Columns of a language group's sums: tokens, sums of the original expert's probability, of its choices, of the LPR
+loss; from EXPERTS on, the tokens that chose each expert."""
 
 
 class RoutingStatistics:
-    """Sums over the tokens a router saw since the last reset, for original and expanded languages apart."""
+    """Sums over the tokens of a router since the last reset, for original and expanded languages apart."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.sums = torch.zeros(len(GROUPS), EXPERTS + self.num_experts, dtype=torch.float64)
+        """Set all sums to 0."""
+        self.sums = torch.zeros(len(LANGUAGE_GROUPS), EXPERTS + self.num_experts, dtype=torch.float64)
         self.load_balancing = torch.zeros(2, dtype=torch.float64)
-        """Sum of the load balancing losses, and the micro-batches they came from."""
+        """Sum of the load balancing losses, and number of their micro-batches."""
 
     def add(
         self,
@@ -47,20 +48,22 @@ class RoutingStatistics:
             load_balancing: the layer's loss, in the paper's unit.
             micro_batches: 1, or this rank's share of one.
         """
-        groups = torch.stack((original & valid, ~original & valid)).float()
-        columns = torch.stack((torch.ones_like(probability), probability, choices[:, 0].float(), likelihood), dim=1)
-        sums = groups @ torch.cat((columns, choices.float()), dim=1)
+        groups_GT = torch.stack((original & valid, ~original & valid)).float()
+        ones_T = torch.ones_like(probability)
+        columns_T4 = torch.stack((ones_T, probability, choices[:, 0].float(), likelihood), dim=1)
+        # One product adds up every column over the tokens of either group.
+        sums_GM = groups_GT @ torch.cat((columns_T4, choices.float()), dim=1)
         # The sums stay on the device: a copy to the host would wait for the whole queue of kernels.
-        self.sums = self.sums.to(sums.device) + sums.double()
+        self.sums = self.sums.to(sums_GM.device) + sums_GM.double()
         share = torch.full_like(load_balancing, micro_batches)
-        self.load_balancing = self.load_balancing.to(sums.device) + torch.stack((load_balancing, share)).double()
+        self.load_balancing = self.load_balancing.to(sums_GM.device) + torch.stack((load_balancing, share)).double()
 
 
 @dataclasses.dataclass(frozen=True)
 class RoutingReport:
     """Routing of the whole model, added up over all ranks.
 
-    Arrays are [layers, groups] with groups original, expanded; NaN where no token was seen, dense layers included.
+    Tensors are [layers, language groups]; NaN where there was no token, and in dense layers.
     """
 
     tokens: torch.Tensor
@@ -71,13 +74,13 @@ class RoutingReport:
     lpr_loss: torch.Tensor
     """Mean LPR loss of the tokens."""
     expert_share: torch.Tensor
-    """[layers, groups, experts]: share of tokens that chose each expert; a row sums to k."""
+    """[layers, language groups, experts]: share of tokens that chose each expert; a row sums to k."""
     load_balancing: torch.Tensor
     """[layers]: mean load balancing loss of the micro-batches."""
 
     def mean_over_layers(self, values: torch.Tensor, group: str) -> float:
-        """Mean over MoE layers of a [layers, groups] array; NaN where no token of the group was seen."""
-        return values[:, GROUPS.index(group)].nanmean().item()
+        """Mean over MoE layers of a [layers, language groups] tensor; NaN where the group had no token."""
+        return values[:, LANGUAGE_GROUPS.index(group)].nanmean().item()
 
 
 def gather_routing(
@@ -89,26 +92,27 @@ def gather_routing(
         routers: layer index from 0 and statistics of this rank's routers.
         max_experts: experts of the model's largest layer.
     """
-    width = EXPERTS + max_experts
-    sums = torch.zeros(num_layers, len(GROUPS) * width + 2, dtype=torch.float64)
+    groups, width = len(LANGUAGE_GROUPS), EXPERTS + max_experts
+    # One row a layer and one all-reduce: the groups' sums, then loss and micro-batches of load balancing.
+    sums = torch.zeros(num_layers, groups * width + 2, dtype=torch.float64)
     for layer, statistics in routers:
-        padded = torch.nn.functional.pad(statistics.sums.cpu(), (0, max_experts - statistics.num_experts))
-        sums[layer] += torch.cat((padded.flatten(), statistics.load_balancing.cpu()))
+        sums_GM = torch.nn.functional.pad(statistics.sums.cpu(), (0, max_experts - statistics.num_experts))
+        sums[layer] += torch.cat((sums_GM.flatten(), statistics.load_balancing.cpu()))
     if dist.is_initialized() and dist.get_world_size() > 1:
         sums = sums.to(collective_device())
         dist.all_reduce(sums)
         sums = sums.cpu()
-    return _report(sums[:, :-2].view(num_layers, len(GROUPS), width), sums[:, -2:])
+    return _report(sums[:, :-2].view(num_layers, groups, width), sums[:, -2:])
 
 
-def _report(sums: torch.Tensor, balance: torch.Tensor) -> RoutingReport:
-    tokens = sums[..., TOKENS]
-    means = sums / tokens.unsqueeze(-1)  # 0 / 0 is NaN: no such token
+def _report(sums_LGM: torch.Tensor, balance_L2: torch.Tensor) -> RoutingReport:
+    tokens_LG = sums_LGM[..., TOKENS]
+    means_LGM = sums_LGM / tokens_LG.unsqueeze(-1)  # 0 / 0 is NaN: no such token
     return RoutingReport(
-        tokens=tokens,
-        probability=means[..., PROBABILITY],
-        top_k_share=means[..., CHOSEN],
-        lpr_loss=means[..., LIKELIHOOD],
-        expert_share=means[..., EXPERTS:],
-        load_balancing=balance[:, 0] / balance[:, 1],
+        tokens=tokens_LG,
+        probability=means_LGM[..., PROBABILITY],
+        top_k_share=means_LGM[..., CHOSEN],
+        lpr_loss=means_LGM[..., LIKELIHOOD],
+        expert_share=means_LGM[..., EXPERTS:],
+        load_balancing=balance_L2[:, 0] / balance_L2[:, 1],
     )

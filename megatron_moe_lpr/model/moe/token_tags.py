@@ -7,11 +7,11 @@ PRIOR = 0
 expansion: the original ones and, after a second expansion, those of the earlier ones."""
 
 MICRO_BATCH = 1
-"""Tag 1: weight of its micro-batch in the load balancing loss; above 0 exactly for tokens that are no padding."""
-
+"""Tag 1: weight of the token's micro-batch in the load balancing loss; above 0 exactly for tokens that are no
+padding."""
 
 GROUP = 2
-"""Tag 2: group of the token's language, 0 for original languages; means nothing where tag 0 is 0."""
+"""Tag 2: number of the token's language group, 0 for original languages; without meaning where tag 0 is 0."""
 
 
 def token_tags(
@@ -32,11 +32,11 @@ def token_tags(
         valid: [batch, sequence] bool, the token is no padding.
         lpr_weight: weight of each valid token of an original language.
         micro_batch_weight: weight of this micro-batch.
-        groups: [batch, sequence], group of each token's language; None: only original languages have a prior.
+        groups: [batch, sequence], language group of each token; None: only original languages have a prior.
 
     Returns:
         [batch, sequence, 3], fp32.
     """
-    valid = valid.float()
-    groups = torch.zeros_like(valid) if groups is None else groups.clamp(min=0).float()
-    return torch.stack((original * valid * lpr_weight, valid * micro_batch_weight, groups), dim=-1)
+    valid_BS = valid.float()
+    groups_BS = torch.zeros_like(valid_BS) if groups is None else groups.clamp(min=0).float()
+    return torch.stack((original * valid_BS * lpr_weight, valid_BS * micro_batch_weight, groups_BS), dim=-1)

@@ -1,8 +1,7 @@
-"""bf16: experts get a number of rows that returns.
+"""Pads each expert's rows in bf16, so that oneDNN meets few shapes and reuses its compiled kernels.
 
-For each shape of a bf16 product that it has not met oneDNN compiles a kernel, which takes as long as a third of a small
-product, and an expert gets another number of tokens in each step. Rows of zeros up to one of few numbers let nearly all
-products find their kernel.
+oneDNN compiles a kernel for each new shape of a bf16 product, which takes as long as a third of a small product, and an
+expert gets another number of tokens in each step.
 """
 
 import functools
@@ -12,60 +11,60 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
-STEPS_TO_TWICE = 16
-"""Numbers of rows between one and its double: of many rows at most a sixteenth are zeros."""
+BUCKETS_PER_DOUBLING = 16
+"""Bucket sizes between a size and its double: of many rows at most a sixteenth is padding."""
 SMALLEST_STEP = 32
-"""So few more rows take less time than a kernel to compile."""
+"""Computing up to so many more rows takes less time than compiling a kernel."""
 
 
-def rounded(rows: int) -> int:
-    """The least number of few that is no smaller; none for none."""
-    step = max(SMALLEST_STEP, (1 << (rows - 1).bit_length()) // (2 * STEPS_TO_TWICE)) if rows else 1
+def bucket_size(rows: int) -> int:
+    """Smallest bucket that holds `rows`; 0 for 0."""
+    step = max(SMALLEST_STEP, (1 << (rows - 1).bit_length()) // (2 * BUCKETS_PER_DOUBLING)) if rows else 1
     return -(-rows // step) * step
 
 
-class _Spread(torch.autograd.Function):
-    """Runs of rows to the beginnings of longer runs, zeros behind them; its gradient is the way back."""
+class _Pad(torch.autograd.Function):
+    """`pad` with `unpad` as its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, counts: Sequence[int], longer: Sequence[int]) -> torch.Tensor:
-        ctx.counts, ctx.longer = counts, longer
-        return spread(rows, counts, longer)
+    def forward(ctx: Any, rows: torch.Tensor, counts: Sequence[int], padded: Sequence[int]) -> torch.Tensor:
+        ctx.counts, ctx.padded = counts, padded
+        return pad(rows, counts, padded)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gather(gradient, ctx.counts, ctx.longer), None, None
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return unpad(grad_output, ctx.counts, ctx.padded), None, None
 
 
-class _Gather(torch.autograd.Function):
-    """The beginnings of runs; its gradient is `_Spread`."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, counts: Sequence[int], longer: Sequence[int]) -> torch.Tensor:
-        ctx.counts, ctx.longer = counts, longer
-        return gather(rows, counts, longer)
+class _Unpad(torch.autograd.Function):
+    """`unpad` with `pad` as its gradient."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return spread(gradient, ctx.counts, ctx.longer), None, None
+    def forward(ctx: Any, rows: torch.Tensor, counts: Sequence[int], padded: Sequence[int]) -> torch.Tensor:
+        ctx.counts, ctx.padded = counts, padded
+        return unpad(rows, counts, padded)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return pad(grad_output, ctx.counts, ctx.padded), None, None
 
 
-def spread(rows: torch.Tensor, counts: Sequence[int], longer: Sequence[int]) -> torch.Tensor:
-    """[sum of counts, ...] to [sum of longer, ...]."""
-    output = rows.new_empty(sum(longer), *rows.shape[1:])
-    for run, result in zip(rows.split(counts), output.split(longer), strict=True):
-        result[: len(run)] = run
-        result[len(run) :] = 0
+def pad(rows: torch.Tensor, counts: Sequence[int], padded: Sequence[int]) -> torch.Tensor:
+    """Append zeros to each expert's rows: [sum of counts, ...] to [sum of padded, ...]."""
+    output = rows.new_empty(sum(padded), *rows.shape[1:])
+    for source, target in zip(rows.split(counts), output.split(padded), strict=True):
+        target[: len(source)] = source
+        target[len(source) :] = 0
     return output
 
 
-def gather(rows: torch.Tensor, counts: Sequence[int], longer: Sequence[int]) -> torch.Tensor:
-    """[sum of longer, ...] to [sum of counts, ...]."""
-    return torch.cat([run[:count] for run, count in zip(rows.split(longer), counts, strict=True)])
+def unpad(rows: torch.Tensor, counts: Sequence[int], padded: Sequence[int]) -> torch.Tensor:
+    """Remove what `pad` appended: [sum of padded, ...] to [sum of counts, ...]."""
+    return torch.cat([part[:count] for part, count in zip(rows.split(padded), counts, strict=True)])
 
 
 def install() -> None:
-    """moe/experts.py: rows of zeros around `TEGroupedMLP.forward`, where Megatron itself has them for FP8."""
+    """Pad around `TEGroupedMLP.forward` of moe/experts.py, as Megatron itself does for FP8."""
     original = TEGroupedMLP.forward
 
     @functools.wraps(original)
@@ -73,12 +72,12 @@ def install() -> None:
         self: TEGroupedMLP, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         counts = tokens_per_expert.tolist()
-        longer = [rounded(count) for count in counts]
-        if tokens.dtype != torch.bfloat16 or counts == longer:
+        padded = [bucket_size(count) for count in counts]
+        if tokens.dtype != torch.bfloat16 or counts == padded:
             return original(self, tokens, tokens_per_expert, weights)
         output, bias = original(
-            self, _Spread.apply(tokens, counts, longer), torch.tensor(longer), _Spread.apply(weights, counts, longer)
+            self, _Pad.apply(tokens, counts, padded), torch.tensor(padded), _Pad.apply(weights, counts, padded)
         )
-        return _Gather.apply(output, counts, longer), bias
+        return _Unpad.apply(output, counts, padded), bias
 
     TEGroupedMLP.forward = forward

@@ -1,11 +1,11 @@
-"""Calls of torch answered by others, which do without its types: only some of what torch offers is asked for."""
+"""`setattr` that fails if the attribute does not exist, and without the types of torch's own functions."""
 
 
 def replace(owner: object, **replacements: object) -> None:
-    """Put replacements in the place of the attributes of these names.
+    """Replace attributes of `owner`, a module or class, by keyword.
 
     Raises:
-        AttributeError: the owner has no such attribute: another version of torch would go its own way without a word.
+        AttributeError: `owner` has no such attribute: another version of torch would silently keep its own function.
     """
     for name, replacement in replacements.items():
         getattr(owner, name)

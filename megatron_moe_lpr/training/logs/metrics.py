@@ -11,7 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_moe_lpr.model.moe.routing_statistics import GROUPS, RoutingReport
+from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
+from megatron_moe_lpr.model.moe.routing_statistics import RoutingReport
 from megatron_moe_lpr.training.configuration.config import LoggingOptions
 from megatron_moe_lpr.training.logs.log_sinks import (
     Destination,
@@ -76,7 +77,7 @@ def routing_scalars(routing: RoutingReport) -> dict[str, float]:
         "load_balancing_loss": routing.load_balancing.nanmean().item(),
         "lpr_loss": routing.mean_over_layers(routing.lpr_loss, "original"),
     }
-    for column, group in enumerate(GROUPS):
+    for column, group in enumerate(LANGUAGE_GROUPS):
         values[f"expert0_probability/{group}"] = routing.mean_over_layers(routing.probability, group)
         values[f"expert0_top_k_share/{group}"] = routing.mean_over_layers(routing.top_k_share, group)
         for layer in range(len(routing.tokens)):
@@ -90,7 +91,7 @@ def _routing_words(routing: RoutingReport) -> str:
     lpr = routing.mean_over_layers(routing.lpr_loss, "original")
     if math.isfinite(lpr):
         words.append(f"LPR {lpr:.4f}")
-    for group in GROUPS:
+    for group in LANGUAGE_GROUPS:
         probability = routing.mean_over_layers(routing.probability, group)
         if math.isfinite(probability):
             words.append(f"expert 0 {group} {probability:.2f}")

@@ -56,7 +56,7 @@ def launches(path, case: dict, overlap: bool) -> str:
     seen: list[str] = []
     send, original, new = (
         token_dispatcher.all_to_all,
-        MoELPRLayer._of_original_expert,
+        MoELPRLayer._original_expert_output,
         MoELPRLayer.routed_experts_compute,
     )
 
@@ -68,13 +68,13 @@ def launches(path, case: dict, overlap: bool) -> str:
         return noted
 
     token_dispatcher.all_to_all = noting("S", send)
-    MoELPRLayer._of_original_expert = noting("O", original)
+    MoELPRLayer._original_expert_output = noting("O", original)
     MoELPRLayer.routed_experts_compute = noting("N", new)
     try:
         run_step(path, StepCase(**case, overlap=overlap))
     finally:
         token_dispatcher.all_to_all = send
-        MoELPRLayer._of_original_expert, MoELPRLayer.routed_experts_compute = original, new
+        MoELPRLayer._original_expert_output, MoELPRLayer.routed_experts_compute = original, new
     return "".join(seen[:5])
 
 

@@ -261,13 +261,13 @@ def test_lpr_for_groups(make_router, hidden, masks, form):
     assert report.tokens[0, 0] == (groups.eq(0) & valid).sum()
 
 
-@pytest.mark.parametrize("openness", [0.0, 0.3])
-def test_openness_weighs_the_latest_experts(make_router, hidden, openness):
+@pytest.mark.parametrize("newest_weight", [0.0, 0.3])
+def test_the_latest_experts_weight_in_the_softmax(make_router, hidden, newest_weight):
     """Softmax over exp(logit) times the weight: at 0 the latest expert is not there."""
     router = make_router()
-    router.set_groups((2, 1), openness)
+    router.set_groups((2, 1), newest_weight)
     logits, _ = reference_logits(router, hidden)
-    scores = logits.exp() * torch.tensor([1.0, 1.0, 1.0, openness])
+    scores = logits.exp() * torch.tensor([1.0, 1.0, 1.0, newest_weight])
     best = scores.topk(TOP_K, dim=-1)
     expected = torch.zeros_like(logits).scatter(1, best.indices, best.values / best.values.sum(-1, keepdim=True))
     weights, choices = router(hidden)

@@ -112,18 +112,18 @@ def count_products(path, stage: str) -> tuple[int, list[int]]:
     from tests.training.one_step import StepCase, run_step
 
     rows = [0] * 4
-    count = MoELPRLayer._of_original_expert
+    count = MoELPRLayer._original_expert_output
 
     def counting(layer, hidden_states, weight, choice, counts):
         rows[layer.layer_number - 1] += int(choice.sum())
         return count(layer, hidden_states, weight, choice, counts)
 
-    MoELPRLayer._of_original_expert = counting
+    MoELPRLayer._original_expert_output = counting
     try:
         with FlopCounterMode(display=False) as counter:
             run_step(path, StepCase(stage=stage))
     finally:
-        MoELPRLayer._of_original_expert = count
+        MoELPRLayer._original_expert_output = count
     return counter.get_total_flops(), rows
 
 
