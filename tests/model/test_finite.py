@@ -1,4 +1,4 @@
-"""Whether weights are numbers, and what finding out costs."""
+"""`is_finite`: every kind of value, sums that overflow, and the memory it needs."""
 
 import pytest
 import torch
