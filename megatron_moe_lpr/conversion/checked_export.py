@@ -26,7 +26,7 @@ from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
-from megatron_moe_lpr.model.configuration.rope_parameters import rope_of_transformers_4
+from megatron_moe_lpr.model.configuration.rope_parameters import transformers_4_rope
 from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, MOE_LAYOUTS, Layout, Row, model_rows
 
 DTYPE_FIELDS = ("dtype", "torch_dtype")
@@ -137,6 +137,6 @@ def _dense_config(config: dict, architecture: Architecture) -> dict:
     config = without_foreign_fields(config)
     if config.get("attention_bias") and not architecture.family.qkv_bias:
         config = config | {"attention_bias": False}
-    if "rope_parameters" in config or rope_of_transformers_4(config) != architecture.rope:
+    if "rope_parameters" in config or transformers_4_rope(config) != architecture.rope:
         config = with_both_rope_spellings(config, architecture)
     return config

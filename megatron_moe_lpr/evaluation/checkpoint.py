@@ -26,7 +26,7 @@ from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
 from megatron_moe_lpr.liveness import long_work
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout
-from megatron_moe_lpr.model.configuration.dtype import choose_dtype, say_dtype
+from megatron_moe_lpr.model.configuration.dtype import choose_dtype, report_dtype
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import PlatformName, select_platform
@@ -96,7 +96,7 @@ def _evaluate(options: EvaluationOptions) -> Evaluation:
     platform = select_platform(options.platform)
     initialize_parallel(platform, options.layout, timeout_minutes=options.distributed_timeout_minutes)
     dtype = choose_dtype(options.dtype, card.compute_dtype, platform)
-    say_dtype(options.dtype, card.compute_dtype, card.dtype, platform)
+    report_dtype(options.dtype, card.compute_dtype, card.dtype, platform)
     with long_work(f"loading {directory.path}"):
         compute = ComputeOptions().with_dtype(dtype)
         model = load_model(directory, options.layout, platform, compute, verified=options.verify)

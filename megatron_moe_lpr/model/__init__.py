@@ -1,6 +1,6 @@
-"""The model: built of three rooms.
+"""The model, in three packages:
 
 moe/            the MoE layer, its router and their losses, experts, statistics
-configuration/  from a Hugging Face configuration and the flags to Megatron's: sizes, kernels, FP8, recompute
+configuration/  config.json, the parameters by shape and kind, Megatron's configuration: kernels, FP8, recompute
 transformer/    parts of the dense transformer: attention, norm, rotary embedding
 """

@@ -66,9 +66,9 @@ def _build_chunk(
 
 
 def _mark_split_weights(chunk: torch.nn.Module) -> None:
-    """Say which weights differ between TP ranks. Megatron's local layers do it where they initialise a weight, which
-    they are not asked to here (tensor_parallel/layers.py), and the norm of all gradients then leaves out what other
-    TP ranks hold of an unmarked one."""
+    """Mark weights that TP ranks hold different parts of. Megatron's local layers do so when they initialise a weight
+    (tensor_parallel/layers.py), and here they initialise none; of an unmarked weight the gradient norm would count
+    one TP rank's part only."""
     dimensions = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in chunk.modules():
         dimension = dimensions.get(type(module))

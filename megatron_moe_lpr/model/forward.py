@@ -1,4 +1,4 @@
-"""One forward pass of a model at any layout, outside of training."""
+"""One forward pass at any layout, outside of training."""
 
 from collections.abc import Sequence
 

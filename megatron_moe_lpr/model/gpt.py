@@ -1,4 +1,4 @@
-"""The whole language model on one pipeline stage."""
+"""A pipeline rank's part of the language model."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
 
 
 class MoELPRModel(GPTModel):
-    """Megatron's GPT with Hugging Face's rotary frequencies, an exact padded vocabulary and tags for every token.
+    """Megatron's GPT with Hugging Face's rotary frequencies, a masked padded vocabulary and tags for every token.
 
-    Token tags ([batch, sequence, 3], `model.token_tags`) travel in Megatron's own `padding_mask` argument. As an
+    Token tags ([batch, sequence, 3], `model/moe/token_tags.py`) travel in Megatron's own `padding_mask` argument. As an
     argument they reach each router on every path, activation recompute and pipeline schedules included.
     """
 
@@ -45,7 +45,7 @@ class MoELPRModel(GPTModel):
             self._mask_padded_vocabulary(architecture.vocab_size, padded_vocab_size)
 
     def _preprocess(self, *, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> tuple:
-        """GPTModel splits the mask for sequence parallelism on the first pipeline stage only; every stage needs it."""
+        """Split the token tags for sequence parallelism on every pipeline rank; GPTModel does so on the first only."""
         prepared = super()._preprocess(padding_mask=None, **kwargs)
         if padding_mask is not None and self.config.sequence_parallel:
             sequence_first = padding_mask.transpose(0, 1).contiguous()
@@ -54,7 +54,7 @@ class MoELPRModel(GPTModel):
         return (*prepared[:5], padding_mask, *prepared[6:])
 
     def _mask_padded_vocabulary(self, vocab_size: int, padded_vocab_size: int) -> None:
-        """Keep rows that exist for divisibility alone out of the softmax, whose sum they would change."""
+        """Set the logits of padding rows to the lowest number: they would add to the sum of the softmax."""
         tp = self.pg_collection.tp
         rows = padded_vocab_size // tp.size()
         real = max(0, min(rows, vocab_size - tp.rank() * rows))
@@ -69,17 +69,20 @@ class MoELPRModel(GPTModel):
 
 
 def _needs_gradient_of_embedding(config: TransformerConfig) -> bool:
-    """Whether something would go missing without it; see `_let_gradients_through`."""
+    """Whether a gradient would be lost without one of the embedding's output; see `_let_gradients_through`."""
     on_gpu = config.transformer_impl == "transformer_engine"
     return on_gpu or bool(config.recompute_granularity) or config.pipeline_model_parallel_size > 1
 
 
 def _let_gradients_through(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-    """With frozen embeddings no input of the first layer requires a gradient, and reentrant activation recompute then
-    never runs backward below it (tensor_parallel/random.py `CheckpointFunction`), silently. A pipeline stage wants a
-    gradient to send back. Transformer Engine's fused permutation gives the routing weights a gradient only where the
-    tokens get one too (permutation.py `_moe_permute_mask_map.backward`), and the first router would lose that part.
-    Elsewhere nothing below the first router or trained weight needs one."""
+    """Let the output of a frozen embedding require a gradient, which three mechanisms need.
+
+    Reentrant activation recompute silently skips backward where no input requires a gradient
+    (tensor_parallel/random.py `CheckpointFunction`). A pipeline rank sends a gradient to the one before it. Transformer
+    Engine's fused permutation gives the routing weights a gradient only where the tokens get one too (permutation.py
+    `_moe_permute_mask_map.backward`), and the first router would lose that part. Elsewhere no gradient is needed below
+    the first router or trained weight.
+    """
     if torch.is_grad_enabled() and not output.requires_grad:
         return output.detach().requires_grad_(True)
     return output

@@ -1,4 +1,4 @@
-"""Layer specifications: Megatron's local layers on CPU, Transformer Engine's on CUDA, one set of checkpoint keys."""
+"""Layer specifications: Megatron's local layers on CPU, Transformer Engine's on CUDA, with the same checkpoint keys."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ from megatron_moe_lpr.model.moe.router import LPRRouter
 from megatron_moe_lpr.model.transformer.local_attention import LocalAttention
 from megatron_moe_lpr.model.transformer.norm import RMSNorm
 
-# TransformerLayer writes `pre_mlp_layernorm` under the key of a dense layer's fused norm in the local specification
-# only. Left out for MoE layers, both specifications write `pre_mlp_layernorm.weight`.
+# In the local specification TransformerLayer saves `pre_mlp_layernorm` under the key of a dense layer's fused norm.
+# Without this entry in MoE layers, both specifications save `pre_mlp_layernorm.weight`.
 NORM_OF_DENSE_LAYER = "pre_mlp_layernorm."
 
 
@@ -37,16 +37,16 @@ def block_spec(
     transformer_engine: bool,
     virtual_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of this rank's (virtual) pipeline stage.
+    """The layers of this pipeline rank's model or model chunk.
 
     Args:
-        shape: of the whole model, with the number of experts of every layer; 1 is a dense layer.
+        shape: shape of the whole model.
         transformer_engine: Transformer Engine's layers instead of Megatron's local ones.
-        virtual_stage: model chunk of an interleaved pipeline, else None.
+        virtual_stage: number of the model chunk in an interleaved pipeline, else None.
     """
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    first = get_transformer_layer_offset(config, virtual_stage, stage)
-    count = get_num_layers_to_build(config, virtual_stage, stage)
+    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+    first = get_transformer_layer_offset(config, virtual_stage, pipeline_rank)
+    count = get_num_layers_to_build(config, virtual_stage, pipeline_rank)
     layer = _transformer_engine_layer if transformer_engine else _local_layer
     layers = [layer(config, shape.experts_per_layer[index]) for index in range(first, first + count)]
     for index, spec in enumerate(layers, start=first):
@@ -58,7 +58,10 @@ def block_spec(
 
 
 def _keep_new_experts_in_fp8(config: TransformerConfig, layers: Sequence[ModuleSpec], first: int) -> None:
-    """In all layers but those that compute in bf16. Only here is a layer's number in the whole model known."""
+    """Keep the new experts' weights in FP8, in all layers but those that compute in bf16.
+
+    A layer itself does not know its number in the whole model, which decides that.
+    """
     for index, layer in enumerate(layers, start=first):
         mlp = layer.submodules.mlp
         if mlp.module is MoELPRLayer and not is_first_last_bf16_layer(config, index):
@@ -66,7 +69,7 @@ def _keep_new_experts_in_fp8(config: TransformerConfig, layers: Sequence[ModuleS
 
 
 def _with_groups(mlp: ModuleSpec, groups: tuple[int, ...], newest_weight: float) -> None:
-    """Experts of earlier expansions and the latest one's in grouped products of their own."""
+    """Compute the experts of earlier expansions and the latest one's by separate grouped products."""
     mlp.params |= {"groups": groups, "newest_weight": newest_weight}
     grouped = mlp.submodules.experts
     params = {"earlier": sum(groups[:-1]), "newest": groups[-1]}

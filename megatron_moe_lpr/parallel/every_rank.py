@@ -1,4 +1,4 @@
-"""What every rank does for itself and must succeed on all: the results of all ranks, or one error on all."""
+"""Work that must succeed on every rank: returns the results of all ranks, or raises on all."""
 
 import dataclasses
 import socket
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class _Failure:
-    """Why a rank could not do its part."""
+    """The error of a rank."""
 
     rank: int
     host: str
@@ -25,17 +25,18 @@ class _Failure:
 
 
 def on_every_rank(action: Callable[[], Result]) -> list[Result]:
-    """Run `action` on every rank; its results in rank order. Every rank must call it. Without a process group: alone.
+    """Run `action` on every rank and return all results in rank order. Every rank must call it; without process groups
+    the result is this process's alone.
 
     Raises:
         DamagedFile: on every rank: some rank raised it, and no rank failed otherwise.
-        UserError: on every rank: how a rank failed, with its number and host unless all failed in the same words.
-        Exception: what this rank raised, where it is a defect; the other ranks get a UserError that names this one.
+        UserError: on every rank: the error of a rank, with its number and host unless all raised the same message.
+        Exception: an error of this rank that is a defect; the other ranks raise a UserError that names this rank.
     """
     result, caught = None, None
     try:
         result = action()
-    except Exception as error:  # whatever it is, the other ranks wait for this one
+    except Exception as error:  # any error: the other ranks wait for this one
         caught = error
     outcomes = _gathered((result, caught and _Failure(_rank(), socket.gethostname(), _as_user_error(caught))))
     failures = [failure for _, failure in outcomes if failure]
@@ -47,7 +48,7 @@ def on_every_rank(action: Callable[[], Result]) -> list[Result]:
 
 
 def _common_error(failures: list[_Failure], world_size: int) -> UserError:
-    # A rank that could not read outweighs one that read damage: nothing is proven then.
+    # A rank that could not read a file outweighs one that found damage: the damage is not proven then.
     unreadable = [failure for failure in failures if not isinstance(failure.error, DamagedFile)]
     chosen = (unreadable or failures)[0]
     if not unreadable:

@@ -1,4 +1,4 @@
-"""Which numbers of experts fit which expert-parallel sizes."""
+"""The check that EP ranks can share a layer's new experts."""
 
 from megatron_moe_lpr.errors import UserError
 
@@ -6,7 +6,7 @@ from megatron_moe_lpr.errors import UserError
 def check_expert_parallel(num_new_experts: int, expert_parallel_size: int) -> None:
     """Check that EP ranks can share a layer's new experts evenly.
 
-    The original expert is present on every EP rank, so only the others count.
+    Every EP rank holds the original expert, so only the new ones count.
 
     Raises:
         UserError: naming the expert-parallel sizes and the numbers of experts that would fit.

@@ -1,4 +1,4 @@
-"""Work of rank 0 that may take longer than any collective operation: the others wait outside of collectives."""
+"""Work of rank 0 that may take longer than a collective's time-out: the others wait without a collective."""
 
 import itertools
 import time
@@ -14,16 +14,17 @@ _calls = itertools.count()
 
 
 def run_on_rank_0(action: Callable[[], object], description: str) -> None:
-    """Run `action` on rank 0, and return on every rank when it is done; alone without process groups.
+    """Run `action` on rank 0, and return on every rank when it has ended; without process groups in this process.
 
-    A barrier would fail after --distributed-timeout-minutes, however well the work goes: here the others look into the
-    store that the ranks met in. Every rank must call it.
+    A barrier would fail after --distributed-timeout-minutes although the work goes on. Here the other ranks poll the
+    store of torch.distributed's rendezvous. Every rank must call it.
 
     Args:
-        description: what rank 0 does, for the message of a rank that hangs.
+        description: the work of rank 0, for the message about a rank that hangs.
 
     Raises:
-        UserError: `action` failed, on every rank with the reason. What else it raises, rank 0 raises.
+        UserError: on every rank, with the reason, where `action` raised one. Any other error is raised on rank 0, and
+            the others raise a UserError.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         with long_work(description):

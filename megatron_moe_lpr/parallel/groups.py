@@ -1,4 +1,4 @@
-"""Process groups: the world, and Megatron's groups inside it."""
+"""Process groups: torch.distributed's world, and Megatron's groups in it."""
 
 import datetime
 import gc
@@ -22,9 +22,8 @@ MOST_PORTS = 65535
 def initialize_parallel(
     platform: Platform, layout: ParallelLayout, seed: int = 1234, timeout_minutes: int = 10
 ) -> None:
-    """Join the world that torchrun describes (or be a world of one) and make Megatron's groups for `layout`.
-
-    Calling it again with another layout replaces the groups.
+    """Join the world that torchrun's environment describes (or make a world of this process) and make Megatron's groups
+    for `layout`. Another call with another layout replaces the groups.
 
     Raises:
         UserError: the world does not split into `layout`.
@@ -48,25 +47,25 @@ def initialize_parallel(
 
 
 def _silence_dependencies() -> None:
-    """Every rank would print what Megatron-Core 0.16 does in a way that torch calls old: a user can't change it."""
+    """Ignore torch's deprecation warnings about Megatron-Core 0.16, which a user cannot change, on every rank."""
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
 
 
 def destroy_parallel() -> None:
-    """Leave Megatron's groups and the world."""
+    """Destroy Megatron's groups and the world."""
     _destroy_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _destroy_groups() -> None:
-    """Megatron forgets its groups without ending them: threads and connections would pile up with each new layout.
+    """Destroy Megatron's groups, which it only forgets: threads and connections would pile up with each new layout.
 
-    All but the gloo groups that it makes beside NCCL's: those it ends itself (parallel_state.py
-    `destroy_model_parallel`), and to end a group twice is an error.
+    Megatron itself destroys the gloo groups that it makes beside NCCL's (parallel_state.py `destroy_model_parallel`),
+    and destroying a group twice is an error.
     """
-    gc.collect()  # models of the old layout hold its groups, in reference cycles
+    gc.collect()  # models of the old layout refer to its groups, in reference cycles
     groups = parallel_state._global_process_group_list or []
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -88,7 +87,7 @@ def _join_world(platform: Platform, timeout: datetime.timedelta) -> None:
         device = platform.device if platform.on_gpus else None
         _check_world()
         try:
-            dist.init_process_group(platform.backend, timeout=timeout, device_id=device, **_restarted())
+            dist.init_process_group(platform.backend, timeout=timeout, device_id=device, **_restart_arguments())
         except dist.DistError as error:
             place = f"MASTER_ADDR {os.environ.get('MASTER_ADDR')} MASTER_PORT {os.environ.get('MASTER_PORT')}"
             raise UserError(f"{place}: the ranks cannot meet there ({str(error).splitlines()[0]})") from error
@@ -96,11 +95,12 @@ def _join_world(platform: Platform, timeout: datetime.timedelta) -> None:
         dist.init_process_group(platform.backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
 
 
-def _restarted() -> dict[str, Any]:
-    """Where torchrun has restarted the ranks of one node, which meet in the store of the start before: a part of it of
-    their own, or they would connect to the addresses of ranks that are gone.
+def _restart_arguments() -> dict[str, Any]:
+    """Arguments of `init_process_group` after torchrun has restarted the ranks of one node.
 
-    Several nodes may count restarts differently: they need torchrun's c10d rendezvous, whose store is new each time.
+    The rendezvous store is that of the start before, which holds the addresses of ranks that have ended: a prefix of
+    the restart's number keeps the new addresses apart. Several nodes may count restarts differently: they need
+    torchrun's c10d rendezvous, whose store is new each time.
     """
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if count == "0" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
@@ -110,7 +110,7 @@ def _restarted() -> dict[str, Any]:
 
 
 def _check_world() -> None:
-    """Check what a launcher other than torchrun may get wrong."""
+    """Check the environment variables that a launcher other than torchrun may set wrong."""
     numbers = {}
     if not os.environ.get("MASTER_ADDR"):
         raise UserError("environment variable MASTER_ADDR is not set; start with torchrun")

@@ -1,4 +1,4 @@
-"""The parallel layout: how many ranks along each dimension, checked against the model before anything is built."""
+"""The parallel layout: the number of ranks of each dimension, checked against the model before it is built."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Splits = Annotated[T, Free("who computes which part: rounding alone")]
 
 @dataclasses.dataclass(frozen=True)
 class ParallelLayout:
-    """Ranks along each parallel dimension. Data parallelism takes the remaining ranks."""
+    """Ranks of each parallel dimension. Data parallelism uses the remaining ranks."""
 
     tensor_model_parallel_size: Splits[PositiveInt] = 1
     """TP: ranks that share each matrix of a layer."""
@@ -39,7 +39,7 @@ class ParallelLayout:
 
     @property
     def uses_sequence_parallel(self) -> bool:
-        """Whether the activations really are split along the sequence."""
+        """Whether activations are split along the sequence, which needs TP."""
         return self.sequence_parallel and self.tensor_model_parallel_size > 1
 
     @property
@@ -48,14 +48,14 @@ class ParallelLayout:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
-        """DP: copies of the original weights, each seeing its own micro-batches."""
+        """DP: copies of the original weights, each with micro-batches of its own."""
         return world_size // self.model_parallel_size
 
     def check_world(self, world_size: int) -> None:
         """Check that the world splits into this layout.
 
         Raises:
-            UserError: naming the numbers that don't fit and what would.
+            UserError: naming the numbers that do not fit and ones that do.
         """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -132,7 +132,7 @@ LONGEST_TIMEOUT_MINUTES = 7 * 24 * 60
 
 
 def check_timeout(minutes: int) -> None:
-    """Refuse a time that no collective operation can keep, or that ends no run.
+    """Check the time-out of collectives: positive, and at most a week, after which a hanging run should have ended.
 
     Raises:
         UserError: naming the flag.

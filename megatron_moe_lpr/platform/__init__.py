@@ -1,4 +1,7 @@
-"""Where the code runs: NVIDIA GPUs with NCCL and Transformer Engine, or CPUs with gloo. The only room that knows.
+"""Where the code runs: NVIDIA GPUs with NCCL and Transformer Engine, or CPUs with gloo.
+
+Only this package names CUDA, NCCL or gloo. Others read the fields of `Platform`, among them whether layers are
+Transformer Engine's.
 
 platform = select_platform("auto")      # before anything of Megatron is built
 torch.distributed.init_process_group(platform.backend)
@@ -15,7 +18,7 @@ from megatron_moe_lpr.platform.facts import CPUFacts, GPUFacts
 if TYPE_CHECKING:
     import torch
 
-# Flags name this room's platforms, and are told before torch has been imported: it is where it is used.
+# Flags need this module before torch has been imported, which is therefore imported in functions.
 
 __all__ = ["CPUFacts", "GPUFacts", "Platform", "PlatformName", "select_platform"]
 
@@ -33,18 +36,18 @@ class Platform:
     transformer_engine: bool
     """Layers come from Transformer Engine; otherwise Megatron's local layers."""
     gpu: GPUFacts | None = None
-    """What the device can do; None on the CPU."""
+    """Capabilities of the device; None on the CPU."""
     cpu: CPUFacts = dataclasses.field(default_factory=CPUFacts)
-    """What the processor can do, where it is what computes."""
+    """Capabilities of the processor, for the CPU platform."""
 
     @property
     def on_gpus(self) -> bool:
-        """Whether devices compute and their own library communicates, with groups over gloo beside it."""
+        """Whether GPUs compute and NCCL communicates, with further groups over gloo."""
         return self.name == "cuda"
 
     @property
     def multiplies_bf16(self) -> bool:
-        """Whether what computes has instructions for bfloat16, as every supported GPU has."""
+        """Whether the GPU or processor has instructions for bfloat16; every supported GPU has."""
         return self.on_gpus or self.cpu.multiplies_bf16
 
 
@@ -54,12 +57,12 @@ _selected: Platform | None = None
 def select_platform(name: PlatformName = "auto", tensor_parallel_size: int = 1) -> Platform:
     """Choose the platform once per process; `auto` takes CUDA where a device is visible.
 
-    Choosing the CPU installs the replacements of `platform.cpu`. On CUDA nothing is replaced but the permutation of no
-    rows (`platform.no_rows`), and the environment is made to keep fp32 products fp32 and, with `tensor_parallel_size`
-    over 1, to launch kernels in order.
+    Choosing the CPU installs the replacements of `platform.cpu`. On CUDA only the permutation of no rows is replaced
+    (`platform.no_rows`), and environment variables keep fp32 products in fp32 and, with `tensor_parallel_size` over 1,
+    let kernels start in the order of their launches.
 
     Raises:
-        UserError: CUDA was asked for and is missing, or another platform was chosen before.
+        UserError: `cuda` without a CUDA device, or another platform was chosen before.
     """
     import torch
 

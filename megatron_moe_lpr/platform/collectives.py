@@ -1,4 +1,4 @@
-"""What differs between NCCL and gloo for who calls collectives."""
+"""Differences between NCCL and gloo that callers of collectives must know."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,20 +8,20 @@ import torch.distributed as dist
 
 
 def collective_device() -> torch.device:
-    """Where a tensor must lie for a collective over the world."""
+    """The device on which a tensor must lie for a collective over all ranks."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def is_collective_failure(error: BaseException | None) -> bool:
-    """Whether a collective has failed because another rank ended or took too long; gloo has no type for it."""
+    """Whether a collective failed because another rank ended or took too long; gloo raises a plain RuntimeError."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 @contextlib.contextmanager
 def world_of_one() -> Iterator[None]:
-    """A world of this process alone, where there is none, without any device."""
+    """Initialise torch.distributed for this process alone while the block runs, unless it is initialised; no device."""
     if dist.is_initialized():
         yield
         return

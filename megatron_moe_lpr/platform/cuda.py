@@ -1,4 +1,4 @@
-"""What the CUDA platform needs beside PyTorch, and what it finds: run emulated, never on a device (docs/gpu.md)."""
+"""Requirements of the CUDA platform and facts about its device: run emulated, never on a device (docs/gpu.md)."""
 
 import importlib.util
 from collections.abc import MutableMapping
@@ -20,7 +20,7 @@ def require_transformer_engine() -> None:
     """Check that Transformer Engine imports and that `apex`, where present, is NVIDIA's.
 
     Raises:
-        UserError: naming what is missing or in the way.
+        UserError: naming the package that is missing, or that hides NVIDIA's.
     """
     _refuse_foreign_apex()
     try:
@@ -30,10 +30,10 @@ def require_transformer_engine() -> None:
 
 
 def gpu_facts() -> GPUFacts:
-    """Ask the device of this rank and the installed libraries.
+    """Read capabilities of this rank's device and of the installed libraries.
 
     Raises:
-        UserError: PyTorch is built for other devices.
+        UserError: this PyTorch is not built for CUDA.
     """
     if torch.version.cuda is None:
         raise UserError(f"--platform cuda: PyTorch {torch.__version__} is not built for CUDA; {INSTALL_HINT}")
@@ -50,10 +50,10 @@ def gpu_facts() -> GPUFacts:
 def order_kernel_launches(environment: MutableMapping[str, str], tensor_parallel_size: int) -> None:
     """Set CUDA_DEVICE_MAX_CONNECTIONS=1 for tensor parallelism; call it before CUDA is initialised.
 
-    With one hardware queue kernels start in the order of their launches. Megatron's tensor-parallel layers launch the
-    collective before the matrix product that hides it (tensor_parallel/layers.py); on Hopper and older with more queues
-    the product may take every multiprocessor first, and the collective waits until it is over. Without tensor
-    parallelism nothing counts on the order and CUDA's default of 8 queues is left alone.
+    With one hardware queue kernels start in the order of their launches. Megatron's tensor-parallel layers launch a
+    collective before the matrix product that hides it (tensor_parallel/layers.py); with more queues, on Hopper and
+    older, the product may occupy every multiprocessor first, and the collective waits until the product has ended.
+    Without tensor parallelism no code relies on the order, and CUDA's default of 8 queues is kept.
     """
     if tensor_parallel_size > 1:
         environment.setdefault(MAX_CONNECTIONS, "1")
@@ -63,7 +63,7 @@ def keep_fp32_products(environment: MutableMapping[str, str]) -> None:
     """Set NVIDIA_TF32_OVERRIDE=0 unless the user has set it; call it before CUDA is initialised.
 
     Transformer Engine multiplies fp32 matrices in TF32, with 10 bits of mantissa, and has no switch of its own
-    (common/gemm/cublaslt_gemm.cu: "Use TF32 only for pure FP32 GEMM"). Products in bf16 and FP8 are not touched.
+    (common/gemm/cublaslt_gemm.cu: "Use TF32 only for pure FP32 GEMM"). Products in bf16 and FP8 are not affected.
     """
     environment.setdefault(TF32_OVERRIDE, "0")
 
@@ -71,7 +71,7 @@ def keep_fp32_products(environment: MutableMapping[str, str]) -> None:
 def check_kernel_launch_order(
     environment: MutableMapping[str, str], tensor_parallel_size: int, capability: tuple[int, int]
 ) -> None:
-    """Refuse an environment that undoes `order_kernel_launches`; Blackwell orders launches by priority instead.
+    """Refuse another value of the variable that `order_kernel_launches` sets; Blackwell orders launches by priority.
 
     Raises:
         UserError: naming the variable.
@@ -82,7 +82,7 @@ def check_kernel_launch_order(
 
 
 def _imports(module: str) -> bool:
-    """Whether a module that is there can also load its libraries."""
+    """Whether a module exists and can load its libraries."""
     if importlib.util.find_spec(module) is None:
         return False
     try:

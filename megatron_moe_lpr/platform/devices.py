@@ -1,4 +1,4 @@
-"""Questions to the device that do not wait for a platform to be chosen, or hold on both."""
+"""Devices and their memory, for code that needs no chosen platform or works on both."""
 
 import resource
 
@@ -9,7 +9,7 @@ from megatron_moe_lpr.platform import Platform
 
 
 def visible_device() -> torch.device:
-    """The first GPU that PyTorch sees, else the CPU; chooses no platform."""
+    """The first GPU that PyTorch finds, else the CPU; no platform is chosen."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -17,7 +17,7 @@ def usable_device(name: str) -> torch.device:
     """The device of a `--device` flag.
 
     Raises:
-        UserError: PyTorch knows no such device, or there is none here.
+        UserError: PyTorch does not know the device, or this machine has none.
     """
     try:
         return torch.empty(0, device=name).device
@@ -27,7 +27,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def peak_memory_gigabytes(platform: Platform) -> float:
-    """Most memory this rank has held: the device's, or on a CPU the process's."""
+    """Peak memory of this rank in GB: of the device, or on a CPU of the process."""
     if platform.on_gpus:
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

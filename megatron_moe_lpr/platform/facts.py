@@ -1,4 +1,4 @@
-"""What a device and the libraries beside it can do, as data that tests can make up."""
+"""Capabilities of a device and of the libraries for it, as data that tests can make up."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ class CPUFacts:
     """The processor of this rank."""
 
     multiplies_bf16: bool = True
-    """It has instructions for products in bfloat16; without them torch widens each number, many times slower."""
+    """The processor has instructions for products in bfloat16; without them torch is many times slower."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""Transformer Engine's permutation where the new experts of a rank get no row.
+"""Corrects Transformer Engine's permutation for a rank whose new experts get no row.
 
-Of no rows its unpermute returns no rows, in the place of zeros for every token, and its permute to no rows returns
-gradients without rows in the backward pass (transformer_engine/pytorch/permutation.py `_moe_unpermute_mask_map`,
-`_moe_permute_mask_map`). Megatron's single group of experts always has rows on a rank; beside an original expert that
-stands apart, every token may choose that one.
+Its unpermute of no rows returns no rows instead of zeros for every token, and its permute to no rows returns gradients
+without rows (transformer_engine/pytorch/permutation.py `_moe_unpermute_mask_map`, `_moe_permute_mask_map`). In Megatron
+every rank's experts get rows; here all tokens may choose the original expert, which takes no part in the permutation.
 """
 
 import functools
@@ -16,7 +15,7 @@ _installed = False
 
 
 def install() -> None:
-    """Replace what token_dispatcher.py calls before and after the experts, once per process."""
+    """Replace `permute` and `unpermute` of token_dispatcher.py, once per process."""
     global _installed
     if _installed:
         return
@@ -34,8 +33,8 @@ def _guarded_permute(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         rows, row_probs, indices = original(tokens, routing_map, probs=probs, **options)
         if len(rows) == 0:
-            # Their gradients are zeros of the whole shape. Copies: a slice would share the memory of gathered tokens,
-            # which the next layer overwrites.
+            # index_select of nothing has zeros of the whole shape as its gradient. A slice would do so too, but share
+            # the memory of gathered tokens, which the next layer overwrites.
             rows = tokens.index_select(0, _nowhere(tokens))
             row_probs = None if probs is None else probs.reshape(-1).index_select(0, _nowhere(tokens))
         return rows, row_probs, indices
@@ -50,7 +49,7 @@ def _guarded_unpermute(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> torch.Tensor:
         if len(tokens) > 0:
             return original(tokens, indices, restore_shape, **options)
-        # Zeros that depend on the rows: the backward pass, with its collectives, goes through the experts all the same.
+        # Zeros that depend on the rows, so that backward and its collectives still run through the experts.
         return tokens.new_zeros(restore_shape).index_add(0, _nowhere(tokens), tokens)
 
     return unpermute

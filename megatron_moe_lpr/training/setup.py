@@ -19,7 +19,7 @@ from megatron_moe_lpr.engine.optimizer import build_optimizer, build_schedule, w
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout, check_options, check_platform
-from megatron_moe_lpr.model.configuration.dtype import choose_dtype, say_dtype
+from megatron_moe_lpr.model.configuration.dtype import choose_dtype, report_dtype
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.groups import initialize_parallel
@@ -94,7 +94,7 @@ def prepare(config: TrainingConfig) -> Run:
 
     # From here on ranks exchange: every check that one rank can make alone has passed.
     initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
-    say_dtype(config.compute.asked_dtype(), card.compute_dtype, card.dtype, platform)
+    report_dtype(config.compute.requested_dtype(), card.compute_dtype, card.dtype, platform)
     num_microbatches = _num_microbatches(config)
     check_same_directory(config.checkpoint.save)
     resume_from = find_resume_point(config.checkpoint, describe_run(config, stage, sources, options.dtype), card)
@@ -133,7 +133,7 @@ def _choose_platform(
 ) -> tuple[Platform, ComputeOptions]:
     """Select the platform and the dtype to compute in, and check that the model can be computed so."""
     platform = select_platform(config.platform, config.layout.tensor_model_parallel_size)
-    options = config.compute.with_dtype(choose_dtype(config.compute.asked_dtype(), card.compute_dtype, platform))
+    options = config.compute.with_dtype(choose_dtype(config.compute.requested_dtype(), card.compute_dtype, platform))
     check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
     check_fp8_param_gather(options.fp8, stage)
     check_platform(shape, config.layout, options, platform)

@@ -1,10 +1,11 @@
-"""Streams of a device that may run in any order but the one they were told to: finds what was not told.
+"""A race detector for streams: finds uses of memory that no wait orders.
 
-Each stream has a vector clock. An operation may touch a tensor only if its stream is behind what wrote it, and, where
-it writes, behind all that read it. Memory that is freed goes back to the stream that it was taken on, which must be
-behind every use of it, unless `record_stream` named the other stream (torch's caching allocator).
+Each stream has a vector clock. An operation may use a tensor only if its stream has waited for the operation that wrote
+it, and may write it only if its stream has waited for all that read it. Freed memory returns to the stream that it was
+allocated on, which must have waited for every use, unless `record_stream` named the other stream (torch's caching
+allocator).
 
-Only what a forward pass launches is seen: on the CPU autograd runs every backward operation on the one stream there is.
+Only a forward pass can be checked: on the CPU autograd runs every backward operation on the one stream there is.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from megatron_moe_lpr.platform.side_stream import SideStream
 
 
 class Stream:
-    """What it is behind: for each stream, how many of its operations."""
+    """A vector clock: for each stream, how many of its operations this one has waited for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seen: Counter[Stream] = Counter()
@@ -32,17 +33,17 @@ class Stream:
         self.seen |= other.seen  # the larger of each
 
     def record_event(self) -> "Stream":
-        """What is behind the stream as it is now."""
+        """An event behind all operations of the stream so far."""
         event = Stream()
         event.wait_stream(self)
         return event
 
     def synchronize(self) -> None:
-        """The host waits. What it launches afterwards need not be told to wait too, but here it must."""
+        """The host waits, which orders all later launches; this stricter stand-in still wants a wait by each stream."""
 
 
 class _Memory:
-    """A storage: where it is from, who wrote it last, who used it up to when."""
+    """A storage: the stream that allocated it, its last writer, and each stream's last use."""
 
     def __init__(self, storage: torch.UntypedStorage, home: Stream, kept: bool) -> None:
         self.reference, self.home, self.kept = StorageWeakRef(storage), home, kept
@@ -54,7 +55,7 @@ class _Memory:
 
 
 class Watch(TorchDispatchMode):
-    """`faults`: what went wrong, in words; `beside`: operations that ran on another stream than the first."""
+    """`faults`: messages about races; `beside`: counts of operations that ran on another stream than the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class Watch(TorchDispatchMode):
         self.shared: dict[int, _Memory] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self._look_for_freed()
+        self._check_freed()
         stream = self.current
         stream.seen[stream] += 1
         if stream is not self.first:
@@ -77,7 +78,7 @@ class Watch(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self._of(tensor, kept=False)
+                self._memory_behind(tensor, kept=False)
         return result
 
     def copy_to_host(self, tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -92,10 +93,10 @@ class Watch(TorchDispatchMode):
             return tensor.clone().numpy() if as_numpy else tensor.clone()
 
     def record_stream(self, tensor: torch.Tensor, stream: Stream) -> None:
-        self._of(tensor).recorded.add(stream)
+        self._memory_behind(tensor).recorded.add(stream)
 
-    def _of(self, tensor: torch.Tensor, kept: bool = True) -> _Memory:
-        """`kept`: what was there before is not known to be from any stream."""
+    def _memory_behind(self, tensor: torch.Tensor, kept: bool = True) -> _Memory:
+        """The record of a tensor's storage; `kept`: it existed before the watch, allocated by no known stream."""
         storage = tensor.untyped_storage()
         known = self.memory.get(storage._cdata)
         if known is None or known.reference.expired():
@@ -105,7 +106,7 @@ class Watch(TorchDispatchMode):
         return known
 
     def _use(self, tensor: torch.Tensor, name: str, writes: bool) -> None:
-        memory, stream = self._of(tensor), self.current
+        memory, stream = self._memory_behind(tensor), self.current
         writer, time = memory.writer
         if stream.seen[writer] < time:
             self.faults.append(f"{name} uses what another stream may not have written")
@@ -117,7 +118,7 @@ class Watch(TorchDispatchMode):
         if stream is not memory.home:
             self.shared[id(memory)] = memory
 
-    def _look_for_freed(self) -> None:
+    def _check_freed(self) -> None:
         for key, memory in [*self.shared.items()]:
             if not memory.reference.expired():
                 continue

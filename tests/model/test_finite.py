@@ -1,9 +1,9 @@
-"""Whether weights are numbers, and what finding out costs."""
+"""`is_finite`: every kind of value, sums that overflow, and the memory it needs."""
 
 import pytest
 import torch
 
-from megatron_moe_lpr.model.finite import PIECE, is_finite
+from megatron_moe_lpr.model.finite import CHUNK, is_finite
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2)
 
@@ -19,7 +19,7 @@ def test_one_value_among_many(dtype, value):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_values_whose_sum_overflows_are_finite(dtype):
-    tensor = torch.full((PIECE + 8,), torch.finfo(dtype).max, dtype=dtype)
+    tensor = torch.full((CHUNK + 8,), torch.finfo(dtype).max, dtype=dtype)
     assert not torch.isfinite(tensor.sum()) and is_finite(tensor)
     tensor[-1] = float("inf")
     assert not is_finite(tensor)

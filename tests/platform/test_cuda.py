@@ -1,4 +1,4 @@
-"""What of the CUDA platform can be decided without a device."""
+"""Checks of the CUDA platform that need no device."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ HOPPER, BLACKWELL = (9, 0), (10, 0)
 
 
 def test_pytorch_for_other_devices_is_refused(monkeypatch):
-    """ROCm's builds answer torch.cuda too."""
+    """ROCm's builds have a working torch.cuda too."""
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(UserError, match=r"--platform cuda: PyTorch .* is not built for CUDA; use the project's Docker"):
         gpu_facts()
@@ -90,8 +90,8 @@ def test_transformer_engine_without_its_libraries_is_named(installed):
         require_transformer_engine()
 
 
-def test_the_tests_stand_in_for_transformer_engine_is_out_of_the_package_s_reach():
-    """Neither its variable nor the module it stands for is named in the package, and nothing imports the tests."""
+def test_the_package_cannot_reach_the_emulated_transformer_engine():
+    """The package names neither the emulation's variable nor its module, and imports no tests."""
     for path in (ROOT / "megatron_moe_lpr").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         for forbidden in ("NVTE_PROJECT_BUILDING", "transformer_engine_torch", "from tests", "import tests"):

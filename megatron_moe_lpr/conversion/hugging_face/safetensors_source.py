@@ -14,7 +14,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import abbreviated, read_json
 from megatron_moe_lpr.files.lfs_pointers import POINTER_START, refuse_lfs_pointer
 from megatron_moe_lpr.files.links import file_inside
-from megatron_moe_lpr.model.configuration.quantisation import WAY_OUT
+from megatron_moe_lpr.model.configuration.quantisation import REMEDY
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -145,7 +145,7 @@ def _info(path: Path, name: str, dtype: str, shape: list[int]) -> TensorInfo:
     if dtype not in DTYPES:
         raise UserError(
             f"{path}: {abbreviated(name, 200)} is stored as {abbreviated(dtype)}; plain weights in bfloat16, float16 "
-            f"or float32 are needed: {WAY_OUT}"
+            f"or float32 are needed: {REMEDY}"
         )
     # torch computes strides of an empty tensor too, and they must fit into 64 bits.
     if math.prod(max(size, 1) for size in shape) >= 2**60:

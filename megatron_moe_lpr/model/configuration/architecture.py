@@ -1,4 +1,4 @@
-"""What a dense Hugging Face `config.json` says about a model, in one checked dataclass."""
+"""A dense model's Hugging Face `config.json`, checked, as one dataclass."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from megatron_moe_lpr.model.configuration.rope_parameters import read_rope
 
 HFConfig = Mapping[str, Any]
 
-# Far above any model, and low enough that a hostile configuration takes no memory before a tensor is looked at.
+# Far above any model, and low enough that a hostile configuration allocates little before any tensor is checked.
 MAX_LAYERS = 1000
 MAX_SIZE = 1 << 24
 MAX_POSITIONS = 1 << 40
 MAX_VOCABULARY = (1 << 31) - 1
 
 MISTRAL_SLIDING_WINDOW = 4096
-"""What transformers takes where a Mistral configuration names no window; null is no window."""
+"""transformers' default where a Mistral configuration has no `sliding_window`; null means no window."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,6 @@ class Architecture:
     max_position_embeddings: int
     norm_epsilon: float
     tied_embeddings: bool
-    initializer_range: float
     rope: Mapping[str, Any]
     """`rope_type`, `rope_theta` and the type's own parameters, in transformers' names."""
     sliding_window: int | None
@@ -98,7 +97,6 @@ def read_architecture(config: HFConfig, source: str = "config.json") -> Architec
         max_position_embeddings=required_int(config, "max_position_embeddings", source, 1, MAX_POSITIONS),
         norm_epsilon=optional_float(config, "rms_norm_eps", 1e-6, source, 0.0, 1.0),
         tied_embeddings=optional_bool(config, "tie_word_embeddings", source),
-        initializer_range=optional_float(config, "initializer_range", 0.02, source, 0.0, 1e3),
         rope=read_rope(config, source),
         sliding_window=_sliding_window(config, family, source),
     )
@@ -127,7 +125,7 @@ def _refuse_unsupported(config: HFConfig, family: Family, source: str) -> None:
 
 
 def _num_query_groups(config: HFConfig, family: Family, heads: int, source: str) -> int:
-    """Null means one group per head, and so does absent for Llama; the others' defaults are numbers of their own."""
+    """Null means one group per head; so does an absent field for Llama. The other families' defaults vary: required."""
     groups = config.get("num_key_value_heads")
     if "num_key_value_heads" not in config and family.name != "llama":
         raise UserError(f"{source}: the field 'num_key_value_heads' is missing")
@@ -147,7 +145,7 @@ def _head_dim(config: HFConfig, family: Family, hidden: int, heads: int, source:
 
 
 def _sliding_window(config: HFConfig, family: Family, source: str) -> int | None:
-    """The one window of all layers; a window in some of them only is refused."""
+    """The window that all layers share; None: full attention. A window in some layers only is refused."""
     if family.name == "mistral":
         window = config.get("sliding_window", MISTRAL_SLIDING_WINDOW)
         window = None if window is None else checked_integer(window, "sliding_window", source, 1, MAX_POSITIONS)

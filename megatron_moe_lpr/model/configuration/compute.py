@@ -40,11 +40,11 @@ class ComputeOptions:
     """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
     fp8: FP8Options = dataclasses.field(default_factory=FP8Options)
 
-    def asked_dtype(self) -> "torch.dtype | None":
-        """Return the dtype that a flag names; None: no flag does. Raises UserError, see `dtype.asked_dtype`."""
-        from megatron_moe_lpr.model.configuration.dtype import asked_dtype
+    def requested_dtype(self) -> "torch.dtype | None":
+        """Return the dtype that a flag names; None: no flag does. Raises UserError, see `dtype.requested_dtype`."""
+        from megatron_moe_lpr.model.configuration.dtype import requested_dtype
 
-        return asked_dtype(self.bf16, self.fp32, self.fp16)
+        return requested_dtype(self.bf16, self.fp32, self.fp16)
 
     @property
     def dtype(self) -> "torch.dtype":

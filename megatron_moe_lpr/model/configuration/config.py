@@ -25,7 +25,7 @@ LPRLossForm = Literal["paper", "reference"]
 
 @dataclasses.dataclass
 class MoELPRConfig(TransformerConfig):
-    """Megatron's configuration and the router's losses, in the paper's units."""
+    """Megatron's configuration, with the coefficients of the router's losses in the paper's units."""
 
     load_balancing_coeff: float = 0.0
     """Weight of the load balancing loss, the mean over MoE layers of N * sum_i f_i P_i."""
@@ -34,14 +34,14 @@ class MoELPRConfig(TransformerConfig):
     lpr_loss_form: LPRLossForm = "paper"
     num_moe_layers: int = 0
     original_expert_overlap: bool = False
-    """Compute the original expert beside the all-to-all of the new ones."""
+    """Compute the original expert during the all-to-all of the new experts."""
     fp8_new_expert_parameters: bool = False
-    """Keep the new experts' weights, and only these, in FP8; Megatron's own `fp8_param` means every matrix."""
+    """Keep only the new experts' weights in FP8; Megatron's own `fp8_param` means every matrix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """Everything about the model that a checkpoint fixes."""
+    """The sizes and the routing of a model, all read from its checkpoint."""
 
     architecture: Architecture
     experts_per_layer: tuple[int, ...]
@@ -56,7 +56,7 @@ class ModelShape:
 
     @property
     def num_groups(self) -> int:
-        """Groups of languages: the original ones, and those of each expansion."""
+        """Number of language groups: the original languages, and those of each expansion."""
         return 1 + max(1, len(self.expansions))
 
     def expert_groups(self, layer: int) -> tuple[int, ...]:
@@ -64,7 +64,7 @@ class ModelShape:
         return tuple(added[layer] for added in self.expansions) or (self.experts_per_layer[layer] - 1,)
 
     def earlier_experts(self, layer: int) -> int:
-        """New experts of a layer that an expansion before the latest one added: frozen for ever."""
+        """New experts of a layer that expansions before the latest one added; they never train again."""
         return sum(self.expert_groups(layer)[:-1])
 
     @property
@@ -132,7 +132,7 @@ def check_options(
     """Check the options against model and layout, without a device.
 
     Args:
-        tokens: of a micro-batch; None: not known here.
+        tokens: tokens of a micro-batch; None: not known here.
 
     Raises:
         UserError: naming the flag.

@@ -1,4 +1,4 @@
-"""What a model computes in: chosen by a flag, or by what the checkpoint and the machine know."""
+"""The dtype that a model computes in: chosen by a flag, else by the checkpoint and the processor."""
 
 import sys
 import time
@@ -13,11 +13,11 @@ PRODUCT_ROWS, PRODUCT_COLUMNS = 256, 1024
 TRIES = 3
 
 
-def asked_dtype(bf16: bool, fp32: bool, fp16: bool = False) -> torch.dtype | None:
-    """What `--bf16`, `--fp32` and `--fp16` ask for; None: none of them is given.
+def requested_dtype(bf16: bool, fp32: bool, fp16: bool = False) -> torch.dtype | None:
+    """The dtype of `--bf16`, `--fp32` or `--fp16`; None: none of these flags is given.
 
     Raises:
-        UserError: more than one of them, or float16, which nothing here computes in.
+        UserError: more than one of these flags, or float16, which is not supported.
     """
     if bf16 + fp32 + fp16 > 1:
         given = [flag for flag, is_given in {"--bf16": bf16, "--fp32": fp32, "--fp16": fp16}.items() if is_given]
@@ -30,34 +30,34 @@ def asked_dtype(bf16: bool, fp32: bool, fp16: bool = False) -> torch.dtype | Non
     return torch.bfloat16 if bf16 else torch.float32 if fp32 else None
 
 
-def choose_dtype(asked: torch.dtype | None, default: str, platform: Platform) -> torch.dtype:
-    """What to compute in.
+def choose_dtype(requested: torch.dtype | None, default: str, platform: Platform) -> torch.dtype:
+    """The dtype to compute in: the flag's, else the checkpoint's where the processor has instructions for it.
 
     Args:
-        asked: by a flag.
-        default: of the checkpoint (`CheckpointCard.compute_dtype`).
+        requested: dtype of a flag; None: no flag is given.
+        default: dtype of the checkpoint (`CheckpointCard.compute_dtype`).
     """
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     dtype: torch.dtype = getattr(torch, default)
     return dtype if platform.multiplies_bf16 or dtype != torch.bfloat16 else torch.float32
 
 
-def say_dtype(asked: torch.dtype | None, default: str, stored: str, platform: Platform) -> None:
-    """Check that all ranks chose the same dtype; on rank 0, say in one line where it is another one than the user may
-    expect, or slow. With process groups every rank must call it.
+def report_dtype(requested: torch.dtype | None, default: str, stored: str, platform: Platform) -> None:
+    """Check that all ranks chose the same dtype; on rank 0 print one line where it may surprise the user or is slow.
+    With process groups every rank must call it.
 
     Args:
         stored: the dtype of the dense model's weights (`CheckpointCard.dtype`).
 
     Raises:
-        UserError: on every rank: some processors have instructions for bfloat16 and some have none.
+        UserError: on every rank: only some processors have instructions for bfloat16.
     """
     if dist.is_initialized():
-        _check_agreement(choose_dtype(asked, default, platform))
+        _check_agreement(choose_dtype(requested, default, platform))
         if dist.get_rank() != 0:
             return
-    for words in (_words_about_default(asked, default, stored, platform), _words_about_speed(asked, platform)):
+    for words in (_note_on_default(requested, default, stored, platform), _warning_of_slow_bf16(requested, platform)):
         if words:
             print(words, file=sys.stderr, flush=True)
 
@@ -73,31 +73,31 @@ def _check_agreement(chosen: torch.dtype) -> None:
         )
 
 
-def _words_about_default(asked: torch.dtype | None, default: str, stored: str, platform: Platform) -> str | None:
-    chosen = choose_dtype(asked, default, platform)
+def _note_on_default(requested: torch.dtype | None, default: str, stored: str, platform: Platform) -> str | None:
+    chosen = choose_dtype(requested, default, platform)
     name = str(chosen).removeprefix("torch.")
-    if asked is None and name != default:
+    if requested is None and name != default:
         return (
             f"note: computing in {name}: this processor has no instructions for bfloat16, the checkpoint's default; "
             "--bf16 computes in bfloat16 all the same, many times slower"
         )
-    if asked is None and stored == "float16":
+    if requested is None and stored == "float16":
         return f"note: a float16 model, computed in {name}; weights that do not train keep their float16 bits"
     return None
 
 
-def _words_about_speed(asked: torch.dtype | None, platform: Platform) -> str | None:
-    if asked != torch.bfloat16 or platform.multiplies_bf16:
+def _warning_of_slow_bf16(requested: torch.dtype | None, platform: Platform) -> str | None:
+    if requested != torch.bfloat16 or platform.multiplies_bf16:
         return None
-    ratio = seconds_of_product(torch.bfloat16) / seconds_of_product(torch.float32)
+    ratio = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
     return (
         f"warning: this processor has no instructions for bfloat16: a matrix product takes {ratio:.1f} times as long "
         "as in fp32, measured now; leave --bf16 out to compute in fp32"
     )
 
 
-def seconds_of_product(dtype: torch.dtype) -> float:
-    """The least time of a few products of small matrices on the CPU."""
+def product_seconds(dtype: torch.dtype) -> float:
+    """Time of a product of small matrices on the CPU, the shortest of a few."""
     left = torch.ones(PRODUCT_ROWS, PRODUCT_COLUMNS, dtype=dtype)
     right = torch.ones(PRODUCT_COLUMNS, PRODUCT_COLUMNS, dtype=dtype)
     seconds = []

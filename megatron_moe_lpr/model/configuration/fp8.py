@@ -1,4 +1,4 @@
-"""FP8 arithmetic on NVIDIA GPUs: the flags, and what they ask of model, layout and device."""
+"""FP8 arithmetic on NVIDIA GPUs: the flags, and their requirements on model, layout and device."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,16 +22,16 @@ FP8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 
 @dataclasses.dataclass(frozen=True)
 class RecipeNeeds:
-    """What a recipe asks of the machine and of the shapes of its matrices."""
+    """Requirements of a recipe on the machine and on the shapes of matrices."""
 
     capability: tuple[int, int]
-    """Lowest compute capability of the device."""
+    """Lowest compute capability of a device."""
     transformer_engine: str
     """First version of Transformer Engine that has it."""
     alignment: int
     """Every dimension of a matrix product must be a multiple of it."""
     gathered_alignment: int
-    """The same of activations that sequence parallelism gathers in FP8 (Transformer Engine `is_quantizable`)."""
+    """Alignment of activations that sequence parallelism gathers in FP8 (Transformer Engine `is_quantizable`)."""
     cuda: tuple[int, int] = (12, 1)
     """First version of CUDA that has its matrix products."""
 
@@ -44,8 +44,9 @@ RECIPES: dict[FP8Recipe, RecipeNeeds] = {
 }
 
 
-# Recipes that scale a weight by its own values. Under `delayed` a weight keeps the scale it was built with: Transformer
-# Engine makes new scale tensors when the layer is first used in FP8, and the weight goes on looking at the old ones.
+# Recipes that scale a weight by its own values. Under `delayed` a weight keeps the scale that it was built with:
+# Transformer Engine makes new scale tensors when the layer first computes in FP8, and the weight still refers to the
+# old ones.
 PARAMETERS_IN_FP8: tuple[FP8Recipe, ...] = ("tensorwise", "blockwise")
 
 
@@ -75,8 +76,8 @@ class FP8Options:
     def transformer_fields(self) -> dict[str, Any]:
         """Fields of MoELPRConfig.
 
-        `fp8_param` stays off: it would put the frozen original weights into FP8 too, and a saved checkpoint would hold
-        them rounded. `fp8_new_expert_parameters` is our own and reaches the new experts alone.
+        `fp8_param` stays off: it would keep the frozen original weights in FP8 too, and a saved checkpoint would hold
+        them rounded. `fp8_new_expert_parameters` is a field of this project for the new experts only.
         """
         if not self.enabled:
             return {}
@@ -96,7 +97,7 @@ def check_fp8_flags(options: FP8Options, dtype: "torch.dtype") -> None:
     """Check the flags against each other.
 
     Raises:
-        UserError: naming the flags that don't go together.
+        UserError: naming the flags that exclude each other.
     """
     if not options.enabled:
         for name in ("fp8_param_gather", "first_last_layers_bf16"):
@@ -125,10 +126,10 @@ def check_fp8_shapes(
     """Check that every matrix product of a rank has dimensions FP8 can compute.
 
     Args:
-        tokens: of a micro-batch, micro-batch size times sequence length; None: not known here.
+        tokens: tokens of a micro-batch, micro-batch size times sequence length; None: not known here.
 
     Raises:
-        UserError: naming the dimension and what would fit.
+        UserError: naming the dimension and the alignment.
     """
     if not options.enabled:
         return
@@ -146,7 +147,7 @@ def check_fp8_shapes(
 
 
 def row_alignment(recipe: FP8Recipe, sequence_parallel: bool) -> int:
-    """Rows of an FP8 linear layer's input come in multiples of this."""
+    """The number of rows of an FP8 linear layer's input must be a multiple of this."""
     needs = RECIPES[recipe]
     return needs.gathered_alignment if sequence_parallel else needs.alignment
 
@@ -155,7 +156,7 @@ def check_fp8_device(options: FP8Options, platform: Platform) -> None:
     """Check that the platform can compute the recipe.
 
     Raises:
-        UserError: naming what is too old and what would do.
+        UserError: naming what is too old and what is needed.
     """
     if not options.enabled:
         return
@@ -186,20 +187,20 @@ def _check_gpu(recipe: FP8Recipe, gpu: GPUFacts) -> None:
         )
 
 
-def _check_bf16_layers(options: FP8Options, layers_of_a_stage: int) -> None:
+def _check_bf16_layers(options: FP8Options, stage_layers: int) -> None:
     if not options.first_last_layers_bf16:
         return
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         count = getattr(options, name)
-        if not 0 <= count <= layers_of_a_stage:
+        if not 0 <= count <= stage_layers:
             raise UserError(
-                f"--{name.replace('_', '-')} {count}: must be between 0 and the {layers_of_a_stage} layers of a "
+                f"--{name.replace('_', '-')} {count}: must be between 0 and the {stage_layers} layers of a "
                 "pipeline stage"
             )
 
 
 def _dimensions(architecture: Architecture, layout: ParallelLayout) -> dict[str, int]:
-    """Columns and rows of a rank's matrices: of a layer with experts, whose original one is a dense layer's FFN."""
+    """Columns and rows of a rank's matrices in a layer with experts; a dense FFN has the original expert's shapes."""
     shapes = {parameter.name: parameter.rank_shape(layout) for parameter in describe_layer(architecture, experts=2)}
     return {
         "the hidden size": architecture.hidden_size,

@@ -1,4 +1,4 @@
-"""Quantised checkpoints, which cannot be upcycled: how a `config.json` says so, and what to do instead."""
+"""Refuses quantised checkpoints, which cannot be upcycled, by the fields of their `config.json`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import abbreviated
 
-# MLX writes both of the first two, the third is llm-compressor's older name.
+# MLX writes both the first and the second; the third is llm-compressor's older name.
 FIELDS = ("quantization_config", "quantization", "compression_config")
 QUANTISED = "quantised weights are not supported, since training and expert 0 need the weights themselves"
-WAY_OUT = (
+REMEDY = (
     "give the model that was quantised, in bfloat16, float16 or float32 (on the hub it has the name without the "
     "method's suffix)"
 )
@@ -19,12 +19,12 @@ def refuse_quantisation(config: Mapping[str, Any], source: str) -> None:
     """Refuse a configuration that describes quantised weights; `source` names the file in the message.
 
     Raises:
-        UserError: naming the field, the method and the way out.
+        UserError: naming the field, the method and the remedy.
     """
     for name in FIELDS:
         if config.get(name):
             raise UserError(
-                f"{source}: {name} ({_method(config[name])}): {QUANTISED}; {WAY_OUT}. If the weights were dequantised, "
+                f"{source}: {name} ({_method(config[name])}): {QUANTISED}; {REMEDY}. If the weights were dequantised, "
                 f"remove {name}"
             )
 

@@ -1,4 +1,4 @@
-"""Activation recompute: what Megatron-Core has of it, said in terms of our flags before it builds a model."""
+"""Activation recompute: Megatron-Core's rules, checked before it builds a model, with messages that name our flags."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options, FP8Recipe
 
 MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe")
-"""Megatron-Core's, without those of models that are not ours."""
+"""Megatron-Core's modules that the models of this project have."""
 NOT_DELAYED = ("moe_act", "layernorm")
-"""Megatron throws their outputs away and computes them again from operands that delayed scaling does not keep."""
+"""Modules whose discarded outputs Megatron recomputes from operands that delayed scaling does not keep."""
 
 
 def check_recompute(
@@ -17,12 +17,12 @@ def check_recompute(
     modules: Sequence[str] | None,
     fp8: FP8Options,
     method: str | None = None,
-    layers_of_a_chunk: int | None = None,
+    chunk_layers: int | None = None,
 ) -> None:
     """Check the flags of recompute against each other and against FP8 (TransformerConfig.__post_init__).
 
     Args:
-        layers_of_a_chunk: layers that a rank computes one after the other; None: not known here.
+        chunk_layers: layers of a model chunk of a pipeline rank; None: not known here.
 
     Raises:
         UserError: naming the flag.
@@ -32,10 +32,10 @@ def check_recompute(
             raise UserError("--recompute-num-layers is of --recompute-granularity full; leave it out")
     elif modules is not None:
         raise UserError("--recompute-modules needs --recompute-granularity selective")
-    if granularity == "full" and method != "block" and layers_of_a_chunk and layers_of_a_chunk % (num_layers or 1):
+    if granularity == "full" and method != "block" and chunk_layers and chunk_layers % (num_layers or 1):
         # Megatron cuts the layers into groups and would look for layers behind the last.
         raise UserError(
-            f"--recompute-num-layers {num_layers}: does not divide the {layers_of_a_chunk} layers that a pipeline rank "
+            f"--recompute-num-layers {num_layers}: does not divide the {chunk_layers} layers that a pipeline rank "
             "computes together; choose a divisor, or --recompute-method block"
         )
     unknown = [module for module in modules or () if module not in MODULES]

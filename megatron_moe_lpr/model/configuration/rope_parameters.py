@@ -1,4 +1,4 @@
-"""The rotary embedding that a `config.json` means, where several of its fields speak of one."""
+"""Reads the rotary embedding from the several fields of a `config.json` that may describe it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ ROPE_PARAMETERS = {
     "yarn": ("rope_theta", "factor", ORIGINAL_CONTEXT),
     "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", ORIGINAL_CONTEXT),
 }
-"""What each type of rotary embedding is computed from."""
+"""Parameters of each type of rotary embedding."""
 # rope_scaling comes first: where both are there, transformers 5 reads it alone.
 FIELDS = ("rope_scaling", "rope_parameters")
 
@@ -28,8 +28,8 @@ def read_rope(config: Mapping[str, Any], source: str, default_theta: float = DEF
     (`RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`).
 
     Args:
-        source: names the file in messages.
-        default_theta: where the configuration names none.
+        source: name of the file in messages.
+        default_theta: `rope_theta` where the configuration has none.
 
     Raises:
         UserError: a type that is not supported, a missing parameter, or two fields that contradict each other and that
@@ -56,19 +56,19 @@ def read_rope(config: Mapping[str, Any], source: str, default_theta: float = DEF
 
 
 def unread_rope_fields(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
-    """Names of fields that say something else than `rope`, which `read_rope` has read from the others."""
-    said = {name: config.get(name) or {} for name in FIELDS} | {
+    """Names of the fields that contradict `rope`, which `read_rope` read from other fields."""
+    stated = {name: config.get(name) or {} for name in FIELDS} | {
         "rope_theta": {"rope_theta": config.get("rope_theta") or rope["rope_theta"]}
     }
     return [
         name
-        for name, entries in said.items()
+        for name, entries in stated.items()
         if any(rope.get("rope_type" if key == "type" else key) != value for key, value in entries.items())
     ]
 
 
-def rope_of_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers 4 takes from a dense configuration: `rope_theta` of the top level and `rope_scaling`."""
+def transformers_4_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding as transformers 4 reads it: top-level `rope_theta`, and `rope_scaling`."""
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("type", None) or "default"
     return {"rope_type": kind, **scaling, "rope_theta": config.get("rope_theta", DEFAULT_THETA)}
@@ -110,7 +110,7 @@ def _join_original_context(rope: dict[str, Any], config: Mapping[str, Any], sour
 
 
 def _check_yarn(rope: Mapping[str, Any], source: str) -> None:
-    """Qwen's form: the factor and the original context, and perhaps betas and the attention factor."""
+    """Check yarn's parameters: factor and original context, optionally betas and the attention factor."""
     optional = {"attention_factor", "beta_fast", "beta_slow"}
     for name in optional & rope.keys():
         if rope[name] is not None and not is_number(rope[name], 1e-30, 1e30):

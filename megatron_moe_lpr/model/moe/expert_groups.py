@@ -1,4 +1,4 @@
-"""Experts of earlier expansions, frozen, and the latest one's, trainable, behind one token dispatcher."""
+"""Frozen experts of earlier expansions and trainable ones of the latest, behind one token dispatcher."""
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -9,8 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class ExpertGroups(MegatronModule):
-    """Two `TEGroupedMLP` in the place of one: Transformer Engine's grouped product asks its first weight alone whether
-    all of them train (grouped_linear.py), so frozen and trainable experts must not share one.
+    """Two `TEGroupedMLP` in place of one: Transformer Engine's grouped product decides by its first weight whether all
+    of its weights train (grouped_linear.py), so frozen and trainable experts must not share one.
 
     Each EP rank holds its share of both, the earlier experts first; `dispatch_order` sorts the router's columns so.
     """
@@ -34,12 +34,12 @@ class ExpertGroups(MegatronModule):
     def forward(
         self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """Compute each expert's run of rows.
+        """Compute each expert's rows.
 
         Args:
             tokens: [tokens, hidden], sorted by local expert, those of the earlier experts first.
             tokens_per_expert: [local experts].
-            weights: [tokens].
+            weights: [tokens], the router's weight of each row.
 
         Returns:
             [tokens, hidden] and no bias.
@@ -53,11 +53,11 @@ class ExpertGroups(MegatronModule):
         return torch.cat((earlier, newest)), None
 
     def backward_dw(self) -> None:
-        """Nothing: weight gradients are never delayed here."""
+        """Do nothing: weight gradients are never delayed here."""
 
 
 def dispatch_order(earlier: int, newest: int, ranks: int) -> list[int]:
-    """The new experts, counted as the router counts them, in the order in which the EP ranks hold them."""
+    """The router's numbers of the new experts (0: the first new one) in the order in which the EP ranks hold them."""
     order: list[int] = []
     for rank in range(ranks):
         for first, count in ((0, earlier // ranks), (earlier, newest // ranks)):

@@ -1,9 +1,9 @@
 """Transformer Engine's grouped linear layers, with the FP8 scales of each expert saved and loaded as that expert's.
 
 A grouped layer holds the scales of its experts in one vector, expert by expert: (input, weight, output) of the first,
-of the second, and so on (grouped_linear.py `_offsets`). Megatron-Core 0.16 cuts it as if all inputs came first
+of the second, and so on (grouped_linear.py `_offsets`). Megatron-Core 0.16 splits it as if all inputs came first
 (extensions/transformer_engine.py `_split_extra_state`): on another number of expert-parallel ranks the scales would be
-mixed up. It also joins the parts in a hook that runs after Transformer Engine has read them where weights are in FP8.
+mixed up. Where weights are in FP8 it also joins the parts too late, in a hook after Transformer Engine has read them.
 """
 
 import functools
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 EXTRA_STATE = "_extra_state"
-# Of three tensors an expert forward (input, weight, output), of two backward (gradients of output and input).
+# Per expert three tensors in forward (input, weight, output), two in backward (gradients of output and input).
 PER_EXPERT = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
 
 
 def split_state(state: dict[str, Any], experts: int) -> list[dict[str, Any]]:
-    """A grouped layer's state as one for each expert; vectors [tensors x experts], histories [steps, the same]."""
+    """Split a grouped layer's state by expert: scales [experts x tensors], histories [steps, experts x tensors]."""
     variables = state["extra_fp8_variables"] | {"num_gemms": 1}
     parts: list[dict[str, Any]] = [
         {"recipe": state["recipe"], "extra_fp8_variables": dict(variables)} for _ in range(experts)
@@ -30,7 +30,7 @@ def split_state(state: dict[str, Any], experts: int) -> list[dict[str, Any]]:
 
 
 def merge_states(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The reverse of `split_state`."""
+    """Join the states of single experts to a grouped layer's: the inverse of `split_state`."""
     first = parts[0]
     state = {
         "recipe": first["recipe"],
@@ -43,14 +43,14 @@ def merge_states(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class ExpertStates(torch.nn.Module):
-    """Beside a grouped linear layer of Megatron and Transformer Engine: its extra state by expert."""
+    """Mixin for Megatron's grouped linear layers of Transformer Engine: saves and loads extra state by expert."""
 
-    # What that layer has.
+    # Attributes of the grouped linear layer.
     num_gemms: int
     init_fp8_metadata: Callable[..., None]
     _encode_extra_state: Callable[[dict[str, Any]], torch.Tensor]
     _decode_extra_state: Callable[[torch.Tensor], dict[str, Any] | None]
-    """None of an empty tensor: without FP8 there is no such state."""
+    """Returns None for an empty tensor: without FP8 there is no such state."""
 
     def _split_extra_state(self, state: torch.Tensor) -> list[torch.Tensor]:
         whole = self._decode_extra_state(state)
@@ -75,7 +75,7 @@ class ExpertStates(torch.nn.Module):
 
 @functools.cache
 def grouped_linear_layers() -> tuple[type, type]:
-    """Column- and row-parallel grouped layers; Transformer Engine must be there."""
+    """The column- and row-parallel grouped linear layers; Transformer Engine must be installed."""
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelGroupedLinear,
         TERowParallelGroupedLinear,

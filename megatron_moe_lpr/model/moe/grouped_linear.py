@@ -61,7 +61,7 @@ class GroupedLinear(torch.nn.Module):
         return _GroupedProduct.apply(tokens, tokens_per_expert, *weights_OI), None
 
     def backward_dw(self) -> None:
-        """Nothing: weight gradients are never delayed here."""
+        """Do nothing: weight gradients are never delayed here."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -29,7 +29,7 @@ def inverse_frequencies(rope: Mapping[str, Any], head_dim: int) -> torch.Tensor:
 
 
 def _llama3(frequencies: torch.Tensor, rope: Mapping[str, Any]) -> torch.Tensor:
-    """Llama 3.1: long waves are slowed by `factor`, short ones kept, those between interpolated."""
+    """Llama 3.1: low frequencies are divided by `factor`, high ones kept, those between interpolated."""
     factor, context = float(rope["factor"]), float(rope["original_max_position_embeddings"])
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     turns = context * frequencies / (2 * math.pi)
@@ -38,7 +38,7 @@ def _llama3(frequencies: torch.Tensor, rope: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _yarn(frequencies: torch.Tensor, rope: Mapping[str, Any], head_dim: int) -> torch.Tensor:
-    """YaRN (arXiv 2309.00071, section 3.2): a ramp over the dimensions from kept to slowed by `factor`."""
+    """YaRN (arXiv 2309.00071, section 3.2): a ramp over the dimensions from kept to divided by `factor`."""
     context, theta = float(rope["original_max_position_embeddings"]), float(rope["rope_theta"])
 
     def dimension(turns: float) -> float:
@@ -52,7 +52,7 @@ def _yarn(frequencies: torch.Tensor, rope: Mapping[str, Any], head_dim: int) -> 
 
 
 def attention_factor(rope: Mapping[str, Any]) -> float:
-    """What yarn multiplies rotated queries and keys by, each; 1 for the other types.
+    """Factor that yarn multiplies rotated queries and rotated keys by; 1 for the other types.
 
     Source: YaRN, equation 22 (sqrt(1/t) = 0.1 ln(s) + 1), unless the configuration names another factor.
     """

@@ -1,13 +1,13 @@
 """megatron-core 0.16 on CPUs over gloo.
 
-Megatron assumes CUDA in places. The modules here answer those few calls on the CPU, each replacement with the
-Megatron place that needs it. Installed only when the CPU platform is chosen, once per process.
+Megatron assumes CUDA in places. Each module here replaces a few of those calls and names the Megatron file that makes
+them. They are installed when the CPU platform is chosen, once per process.
 """
 
 import os
 
-# oneDNN keeps the kernels it compiled for the last 1,024 shapes and torch their operands' layouts. Experts get another
-# number of tokens in each step, so that memory grows by gigabytes, and steps take longer.
+# By default oneDNN keeps compiled kernels for the last 1,024 shapes, and torch the layouts of their operands. Experts
+# get another number of tokens in each step, so that memory would grow by gigabytes and steps would take longer.
 CACHED_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 
 _installed = False

@@ -1,4 +1,4 @@
-"""Collectives that NCCL has and gloo lacks: averages, and pieces of unequal size. One gloo device for all groups."""
+"""Collectives that gloo lacks: averages, and chunks of unequal size. One gloo device for all groups."""
 
 import datetime
 import functools
@@ -12,7 +12,7 @@ from megatron_moe_lpr.platform.cpu.replacing import replace
 
 
 def _average_by_sum() -> None:
-    """distributed/finalize_model_grads.py, moe/moe_utils.py: all_reduce(op=AVG)."""
+    """all_reduce(op=AVG), which distributed/finalize_model_grads.py and moe/moe_utils.py call."""
     original = dist.all_reduce
 
     @functools.wraps(original)
@@ -26,45 +26,45 @@ def _average_by_sum() -> None:
     replace(dist, all_reduce=all_reduce)
 
 
-def _gather_unequal_pieces() -> None:
-    """tensor_parallel/mappings.py `_gather_along_first_dim` with output_split_sizes (expert tensor parallelism)."""
+def _gather_unequal_chunks() -> None:
+    """all_gather with unequal sizes, for tensor_parallel/mappings.py `_gather_along_first_dim` (expert TP)."""
     original = dist.all_gather
 
     @functools.wraps(original)
-    def all_gather(pieces: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
-        if len({piece.shape for piece in pieces} | {tensor.shape}) == 1:
-            return original(pieces, tensor, group, async_op)
+    def all_gather(chunks: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if len({chunk.shape for chunk in chunks} | {tensor.shape}) == 1:
+            return original(chunks, tensor, group, async_op)
         rank = dist.get_rank(group)
-        for source, piece in enumerate(pieces):
+        for source, chunk in enumerate(chunks):
             received = (
                 tensor.contiguous()
                 if source == rank
-                else torch.empty_like(piece, memory_format=torch.contiguous_format)
+                else torch.empty_like(chunk, memory_format=torch.contiguous_format)
             )
             dist.broadcast(received, group=group, group_src=source)
-            piece.copy_(received)
+            chunk.copy_(received)
         return None
 
     replace(dist, all_gather=all_gather)
 
 
-def _scatter_unequal_pieces() -> None:
-    """tensor_parallel/mappings.py `_reduce_scatter_along_first_dim` with input_split_sizes."""
+def _scatter_unequal_chunks() -> None:
+    """reduce_scatter with unequal sizes, for tensor_parallel/mappings.py `_reduce_scatter_along_first_dim`."""
     original = dist.reduce_scatter
 
     @functools.wraps(original)
     def reduce_scatter(
         output: torch.Tensor,
-        pieces: list[torch.Tensor],
+        chunks: list[torch.Tensor],
         op: Any = dist.ReduceOp.SUM,
         group: Any = None,
         async_op: bool = False,
     ) -> Any:
-        if len({piece.shape for piece in pieces}) == 1:
-            return original(output, pieces, op, group, async_op)
+        if len({chunk.shape for chunk in chunks}) == 1:
+            return original(output, chunks, op, group, async_op)
         rank = dist.get_rank(group)
-        for target, piece in enumerate(pieces):
-            reduced = piece.clone()
+        for target, chunk in enumerate(chunks):
+            reduced = chunk.clone()
             dist.reduce(reduced, group=group, group_dst=target, op=op)
             if target == rank:
                 output.copy_(reduced)
@@ -75,7 +75,7 @@ def _scatter_unequal_pieces() -> None:
 
 @functools.cache
 def _devices() -> list[dist.ProcessGroupGloo.Device]:
-    """Those of ProcessGroupGloo's own constructor."""
+    """The devices that ProcessGroupGloo's own constructor would make."""
     names = os.environ.get("GLOO_SOCKET_IFNAME")
     if not names:
         return [dist.ProcessGroupGloo.create_default_device()]
@@ -84,12 +84,12 @@ def _devices() -> list[dist.ProcessGroupGloo.Device]:
 
 @functools.cache
 def _share_devices() -> None:
-    """A gloo device is a thread that wakes a hundred times a second, and each group would make one of its own: Megatron
-    makes some twenty groups, most of a single rank."""
+    """Give all groups the same gloo devices: each is a thread that wakes a hundred times a second, and Megatron makes
+    some twenty groups, most of a single rank."""
     original = dist.ProcessGroupGloo.__init__
 
     def init(self: dist.ProcessGroupGloo, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
-        # torch's stubs leave out what its own _new_process_group_helper makes them of.
+        # torch's stubs lack the class that its own _new_process_group_helper uses.
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices, options._timeout = _devices(), timeout
         options._threads = 2 * len(options._devices)
@@ -99,8 +99,8 @@ def _share_devices() -> None:
 
 
 def install() -> None:
-    """Teach torch.distributed the missing collectives; calls that gloo knows pass through unchanged."""
+    """Add the missing collectives to torch.distributed; calls that gloo supports pass through unchanged."""
     _share_devices()
     _average_by_sum()
-    _gather_unequal_pieces()
-    _scatter_unequal_pieces()
+    _gather_unequal_chunks()
+    _scatter_unequal_chunks()

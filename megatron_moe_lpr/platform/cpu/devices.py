@@ -1,4 +1,4 @@
-"""Device names that say "cuda", answered with the CPU."""
+"""Redirects requests for the device "cuda" to the CPU."""
 
 import functools
 import sys
@@ -33,7 +33,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _redirect_tensor_to() -> None:
-    """moe/router.py, pipeline_parallel/schedules.py: `.cuda()` and `.to("cuda")`."""
+    """`.cuda()` and `.to("cuda")`, which moe/router.py and pipeline_parallel/schedules.py call."""
     original = torch.Tensor.to
 
     @functools.wraps(original)
@@ -48,21 +48,21 @@ def _redirect_tensor_to() -> None:
 
 
 def _redirect_tensor_type() -> None:
-    """optimizer.py, distrib_optimizer.py, clip_grads.py compare `.type()` with "torch.cuda.FloatTensor"."""
+    """`.type()` as of a CUDA tensor, for the comparisons in optimizer.py, distrib_optimizer.py and clip_grads.py."""
     original = torch.Tensor.type
 
     @functools.wraps(original)
     def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = original(self, *args, **kwargs)
-        if isinstance(answer, str) and "/megatron/core/" in sys._getframe(1).f_code.co_filename.replace("\\", "/"):
-            return answer.replace("torch.", "torch.cuda.", 1)
-        return answer
+        name = original(self, *args, **kwargs)
+        if isinstance(name, str) and "/megatron/core/" in sys._getframe(1).f_code.co_filename.replace("\\", "/"):
+            return name.replace("torch.", "torch.cuda.", 1)
+        return name
 
     replace(torch.Tensor, type=tensor_type)
 
 
 def install() -> None:
-    """Send every request for a CUDA tensor to the CPU."""
+    """Make every request for a CUDA tensor return one on the CPU."""
     # `with torch.device("meta")` recognises the factories by identity, in a set made on first use: it must hold the
     # originals, or transformers would fill its models with uninitialised memory.
     _device_constructors()

@@ -29,16 +29,16 @@ def _init_data(self: ShardedTensor, device: Any, init_fn: Callable[..., torch.Te
 
 
 class NoFP8:
-    """Transformer Engine's FP8 state, where there is none."""
+    """Stand-in for Transformer Engine's `FP8GlobalStateManager`: FP8 is never enabled."""
 
     @staticmethod
     def is_fp8_enabled() -> bool:
-        """Never."""
+        """Return False."""
         return False
 
     @staticmethod
     def get_fp8_recipe() -> None:
-        """There is none."""
+        """Return None."""
 
 
 def _no_context(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
@@ -46,7 +46,7 @@ def _no_context(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
 
 
 def install() -> None:
-    """Replace them in the modules that call them."""
+    """Replace the functions in the modules that call them."""
     # tensor_parallel/random.py: the tracker's states are CUDA generator states
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state

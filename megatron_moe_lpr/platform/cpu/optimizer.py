@@ -1,7 +1,7 @@
-"""torch's AdamW under Megatron's DistributedOptimizer, which counts on Transformer Engine's or apex's.
+"""torch's AdamW under Megatron's DistributedOptimizer, which expects Transformer Engine's or apex's.
 
-Where one of these is installed Megatron has chosen their kernels while it was imported, and none reaches host memory.
-torch keeps a `step` tensor per parameter and adds to it in place. distrib_optimizer.py of megatron-core 0.16 gives all
+Where one of these is installed, Megatron chooses its kernels at import, and they cannot read host memory. torch keeps a
+`step` tensor per parameter and adds to it in place. distrib_optimizer.py of megatron-core 0.16 gives all
 parameters one and the same tensor on resume, fails where there is no state yet, and copies `step` like a moment.
 """
 
@@ -20,7 +20,7 @@ from megatron.core.utils import (
 
 
 def _steps_taken(optimizer: DistributedOptimizer) -> float:
-    """Steps of the whole optimizer: a rank whose shard is empty has no state to tell it."""
+    """Steps taken, the same on all ranks: a rank whose shard is empty has no state that holds the number."""
     steps = [float(state["step"]) for state in optimizer.optimizer.state.values() if "step" in state]
     most = torch.tensor(max(steps, default=0.0))
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=optimizer.data_parallel_group)
@@ -28,7 +28,7 @@ def _steps_taken(optimizer: DistributedOptimizer) -> float:
 
 
 def _state_dict(self: DistributedOptimizer) -> dict[str, Any]:
-    """`DistributedOptimizer.state_dict`, also before the first step."""
+    """`DistributedOptimizer.state_dict` that works before the first step too."""
     if self.is_stub_optimizer:
         return {"optimizer": {"param_groups": []}}
     inner, step = self.optimizer.state_dict(), _steps_taken(self)
@@ -37,9 +37,9 @@ def _state_dict(self: DistributedOptimizer) -> dict[str, Any]:
 
 
 class FusedAdam(torch.optim.Adam):
-    """torch's Adam in one pass over parameters, gradients and moments instead of one for each operation.
+    """torch's fused Adam: one pass over parameters, gradients and moments instead of one for each operation.
 
-    Takes `adam_w_mode` as Transformer Engine's and apex's do: torch's own class Megatron would make without `fused`.
+    Takes `adam_w_mode` like Transformer Engine's and apex's: Megatron builds torch's own class without `fused`.
     """
 
     def __init__(self, params: Any, *, adam_w_mode: bool, **kwargs: Any) -> None:
@@ -47,13 +47,14 @@ class FusedAdam(torch.optim.Adam):
 
 
 def _scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
-    """`local_multi_tensor_scale` without a copy of all gradients in between."""
+    """`local_multi_tensor_scale` of megatron.core.utils without its temporary copy of all gradients."""
     for source, target in zip(*tensor_lists, strict=True):
         torch.mul(source, scale, out=target)
 
 
 def _choose_torch() -> None:
-    """optimizer/__init__.py, distrib_optimizer.py, optimizer.py, clip_grads.py: what each takes without either."""
+    """Set the names of optimizer/__init__.py, distrib_optimizer.py, optimizer.py and clip_grads.py as they are without
+    Transformer Engine and apex."""
     megatron_optimizer.Adam, megatron_optimizer.SGD = FusedAdam, torch.optim.SGD
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = torch.optim.Adam, False
@@ -65,7 +66,7 @@ def _choose_torch() -> None:
 
 
 def install() -> None:
-    """Replace the choices and the methods."""
+    """Choose torch's optimizer, and replace the methods that copy `step`."""
     _choose_torch()
     load_state_dict = DistributedOptimizer.load_state_dict
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states

@@ -1,4 +1,4 @@
-"""torch.cuda's streams, events and random states, answered for one device that works in order."""
+"""torch.cuda's streams, events and random states for one device that works in order."""
 
 import contextlib
 from typing import Any
@@ -9,7 +9,7 @@ from megatron_moe_lpr.platform.cpu.replacing import replace
 
 
 class InOrderStream:
-    """Every CUDA stream at once: work on the CPU is finished when the call returns."""
+    """Stand-in for every CUDA stream: work on the CPU is finished when the call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -38,7 +38,7 @@ class InOrderStream:
 
 
 class FinishedEvent:
-    """An event that has always happened already."""
+    """Stand-in for a CUDA event that has already happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -56,7 +56,7 @@ class FinishedEvent:
 
 
 def install() -> None:
-    """Replace the parts of torch.cuda that Megatron calls without asking for a device first."""
+    """Replace the parts of torch.cuda that Megatron calls without checking for a device."""
     stream, cpu = InOrderStream(), torch.device("cpu")
     # token_dispatcher.py, param_and_grad_buffer.py, p2p_communication.py: side streams for copies and overlap
     replace(

@@ -59,7 +59,7 @@ def test_sliding_window_is_mistrals_alone():
 
 
 def test_window_that_no_layer_has():
-    """transformers gives the layers from max_window_layers on a window; Qwen's published configs have none."""
+    """In transformers layers from max_window_layers on have a window; Qwen's published configs have no such layers."""
     config = {"model_type": "qwen2", **SIZES, "sliding_window": 32, "use_sliding_window": True}
     for layers in (2, 28):
         assert read_architecture(config | {"max_window_layers": layers}).sliding_window is None

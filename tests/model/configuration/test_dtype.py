@@ -9,7 +9,7 @@ import torch
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration import dtype as module
-from megatron_moe_lpr.model.configuration.dtype import asked_dtype, choose_dtype, say_dtype
+from megatron_moe_lpr.model.configuration.dtype import choose_dtype, report_dtype, requested_dtype
 from megatron_moe_lpr.platform import CPUFacts, Platform
 from megatron_moe_lpr.platform.cpu.processor import multiplies_bf16
 
@@ -38,16 +38,16 @@ def test_a_flag_decides():
 
 
 def test_flags():
-    assert asked_dtype(False, False) is None
-    assert asked_dtype(True, False) == torch.bfloat16 and asked_dtype(False, True) == torch.float32
+    assert requested_dtype(False, False) is None
+    assert requested_dtype(True, False) == torch.bfloat16 and requested_dtype(False, True) == torch.float32
     with pytest.raises(UserError, match=r"^--bf16 and --fp16: give one of them$"):
-        asked_dtype(True, False, True)
+        requested_dtype(True, False, True)
     with pytest.raises(UserError, match=r"^--fp16: .* give --bf16 or --fp32: .* keep their float16 bits with both$"):
-        asked_dtype(False, False, True)
+        requested_dtype(False, False, True)
 
 
 def said(capsys, *arguments) -> str:
-    say_dtype(*arguments)
+    report_dtype(*arguments)
     return capsys.readouterr().err
 
 
@@ -76,7 +76,7 @@ def test_nothing_is_said_where_there_is_nothing_to_say(arguments, capsys):
 
 
 def test_slow_bf16_is_told_with_the_measured_ratio(capsys, monkeypatch):
-    monkeypatch.setattr(module, "seconds_of_product", {torch.bfloat16: 0.5, torch.float32: 0.04}.get)
+    monkeypatch.setattr(module, "product_seconds", {torch.bfloat16: 0.5, torch.float32: 0.04}.get)
     found = said(capsys, torch.bfloat16, "bfloat16", "bfloat16", OLD_CPU)
     assert "a matrix product takes 12.5 times as long as in fp32, measured now" in found
 

@@ -51,8 +51,8 @@ def test_beside_or_behind_gives_the_same_bits(name, checkpoint):
 
 
 def launches(path, case: dict, overlap: bool) -> str:
-    """On every rank: what the first layer's first forward pass launches, a letter each: Send tokens and weights, the
-    Original expert, the New experts, Fetch."""
+    """On every rank: the launches of the first layer's first forward pass, a letter each: S all-to-all (tokens,
+    weights, and last the results), O original expert, N new experts."""
     seen: list[str] = []
     send, original, new = (
         token_dispatcher.all_to_all,

@@ -60,10 +60,10 @@ def gradient_of_attached_losses(router, hidden, tags):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_product_is_fp32_whatever_transformer_engine_would_do(dtype, make_router, hidden, monkeypatch):
-    """Megatron's own asks Transformer Engine where it is there; 2.9 would multiply fp32 weights with bf16 input."""
+    """Megatron's own calls Transformer Engine's product where installed, which in 2.9 mixes fp32 and bf16 operands."""
 
     def refuse(*arguments, **options):
-        raise AssertionError("Transformer Engine's product was asked for")
+        raise AssertionError("Transformer Engine's product was called")
 
     monkeypatch.setattr(moe_utils, "te_general_gemm", refuse, raising=False)
     router, rounded = make_router(), hidden.to(dtype)

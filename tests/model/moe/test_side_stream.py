@@ -1,4 +1,4 @@
-"""What runs beside the current stream is told to wait for all it needs, and waited for."""
+"""Work on the side stream waits for its inputs, and the current stream waits for it."""
 
 import contextlib
 from collections import Counter
@@ -33,10 +33,10 @@ FAULTS = {
         lambda self: None,
         "uses what another stream may not have written",
     ),
-    "not waited for": ("join", lambda self, made: made, "uses what another stream may not have written"),
+    "not waited for": ("join", lambda self, results: results, "uses what another stream may not have written"),
     "not recorded": (
         "join",
-        lambda self, made: torch.cuda.current_stream().wait_stream(self.stream()) or made,
+        lambda self, results: torch.cuda.current_stream().wait_stream(self.stream()) or results,
         "memory is given away that another stream may still use",
     ),
 }
@@ -47,8 +47,8 @@ def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("side-stream"))
 
 
-def faults_of(path, name: str, *replaced) -> tuple[list[str], dict[str, int]]:
-    """On every rank of a pool: what a forward pass does wrong, and the operations beside."""
+def find_faults(path, name: str, *replaced) -> tuple[list[str], dict[str, int]]:
+    """On every rank of a pool: races of a forward pass, and counts of operations on the side stream."""
     (sizes, dispatcher, gradients), platform = CASES[name], select_platform("cpu")
     layout = ParallelLayout(**sizes)
     initialize_parallel(platform, layout)
@@ -66,12 +66,12 @@ def faults_of(path, name: str, *replaced) -> tuple[list[str], dict[str, int]]:
 
 
 def planted(path, name: str):
-    return faults_of(path, "EP2", *FAULTS[name][:2])
+    return find_faults(path, "EP2", *FAULTS[name][:2])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_streams_wait_for_each_other(name, checkpoint):
-    for faults, beside in rank_pool(2).run(faults_of, checkpoint, name):
+    for faults, beside in rank_pool(2).run(find_faults, checkpoint, name):
         assert not Counter(faults)
         assert beside["aten::index_select"] and beside["aten::mm"]
 
