@@ -49,8 +49,8 @@ def hangs_on_internals(tree: ast.Module) -> bool:
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and any(_root(base) in imported for base in node.bases):
             return True
-        of_megatron = isinstance(node, ast.Attribute) and _root(node.value) in imported
-        if of_megatron and (isinstance(node.ctx, ast.Store) or re.match("_[^_]", node.attr)):
+        is_megatron = isinstance(node, ast.Attribute) and _root(node.value) in imported
+        if is_megatron and (isinstance(node.ctx, ast.Store) or re.match("_[^_]", node.attr)):
             return True
         if isinstance(node, ast.Call) and _root(node.func) == "setattr" and _root(node.args[0]) in imported:
             return True
