@@ -99,10 +99,23 @@ def test_each_variable_overrides_the_recipe_and_flags_override_both(tmp_path):
     after = config_values(parse_training_flags(run_flags(recipe, settings, ["--lr", "2e-3", "--seed", "5"])))
     changed = {name: value for name, value in after.items() if value != before[name]}
     assert changed == {
-        **{"load": "a b", "save": "s", "train_iters": 3, "seq_length": 32, "global_batch_size": 8, "lr": 2e-3},
-        **{"micro_batch_size": 2, "save_interval": 4, "log_interval": 1, "seed": 5, "platform": "cpu", "bf16": False},
-        **{"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4, "expert_model_parallel_size": 1},
-        **{"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+        "load": "a b",
+        "save": "s",
+        "train_iters": 3,
+        "seq_length": 32,
+        "global_batch_size": 8,
+        "lr": 2e-3,
+        "micro_batch_size": 2,
+        "save_interval": 4,
+        "log_interval": 1,
+        "seed": 5,
+        "platform": "cpu",
+        "bf16": False,
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 4,
+        "expert_model_parallel_size": 1,
+        "recompute_granularity": "selective",
+        "recompute_modules": ["moe"],
     }
     assert config_values(parse_training_flags(run_flags(recipe, {}, []))) == before | {"platform": "cuda"}
 
