@@ -11,6 +11,7 @@ from megatron_moe_lpr.allocation.arithmetic import AllocationOptions, allocate
 from megatron_moe_lpr.allocation.report import Measurement
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG, write_experts_per_layer
+from megatron_moe_lpr.conversion.hugging_face.hub import model_directory
 from megatron_moe_lpr.data.language_names import canonical_language, covered, split_names
 from megatron_moe_lpr.data.manifest import dataset_files
 from megatron_moe_lpr.errors import UserError, naming
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
 class Flags:
     """How many experts each layer should get."""
 
-    load: Path
-    """The dense model: a Hugging Face directory, or a checkpoint written at any layout."""
     data_path: list[str]
     """A dataset for each language, original and expanded."""
     original_languages: list[str]
     """Languages that the dense model already knows, by code or name, for example en es zh."""
+    hf: str | None = None
+    """The dense model: a Hugging Face directory, or a name on the hub such as Qwen/Qwen1.5-1.8B."""
+    revision: str | None = None
+    """For a name on the hub: branch, tag or commit. Default: its main branch."""
+    load: Path | None = None
+    """Instead of --hf: a checkpoint written at any layout, or a Hugging Face directory."""
     budget: PositiveInt | None = None
     """Most new experts in all layers together. Default: 2 for each layer, as in the published allocations."""
     multiple_of: PositiveInt = 1
@@ -66,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(flags: Flags) -> Measurement:
     """Check the flags, run the sample through the dense model and allocate. Raises UserError."""
     check_outputs(flags)
+    directory = find_model(flags)
     # torch and transformers take seconds to import.
     from megatron_moe_lpr.allocation.dense_source import open_dense_source
     from megatron_moe_lpr.allocation.ffn_inputs import ffn_inputs
@@ -74,7 +80,7 @@ def measure(flags: Flags) -> Measurement:
     from megatron_moe_lpr.platform.devices import usable_device, visible_device
 
     device = usable_device(flags.device) if flags.device else visible_device()
-    source = open_dense_source(flags.load)
+    source = open_dense_source(directory)
     options = AllocationOptions(flags.budget, flags.multiple_of, flags.uniform_count, flags.dense_layers)
     allocate([1.0] * source.architecture.num_layers, options)  # what is wrong with the flags shows before the work
     windows = read_windows(flags, source.architecture)
@@ -85,6 +91,17 @@ def measure(flags: Flags) -> Measurement:
         similarity.append(layer_similarity(means, original))
         separable.append(separability(inputs, original))
     return Measurement(similarity, separable, allocate(similarity, options))
+
+
+def find_model(flags: Flags) -> Path:
+    """Return the directory of the dense model, downloaded where --hf names one of the hub. Raises UserError."""
+    if (flags.hf is None) == (flags.load is None):
+        raise UserError("give either --hf, a dense Hugging Face model, or --load, a checkpoint")
+    if flags.load is None:
+        return model_directory(flags.hf or "", flags.revision)
+    if flags.revision is not None:
+        raise UserError("--revision: is for a name on the hub, given by --hf; leave the flag out")
+    return flags.load
 
 
 def check_outputs(flags: Flags) -> None:
