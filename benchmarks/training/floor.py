@@ -4,38 +4,60 @@ A product is (batch, rows, inner, columns). Attention's are counted over the hal
 product is counted twice, as it is where backward computes the scores again.
 """
 
+import dataclasses
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from benchmarks.training.inputs import Sizes
-from megatron_moe_lpr.model.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.architecture import Architecture, read_architecture
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameters import Parameter, describe_model
 
 Products = Counter[tuple[int, int, int, int]]
-TRAINED: dict[str, tuple[ParameterKind, ...]] = {
-    "1": ("new experts", "router"),
-    "2": ("router",),
-    "full": ("embedding", "attention", "norm", "dense FFN", "original expert", "new experts", "router"),
+TRAINED: dict[str, frozenset[ParameterKind]] = {
+    "1": frozenset({ParameterKind.NEW_EXPERTS, ParameterKind.ROUTER}),
+    "2": frozenset({ParameterKind.ROUTER}),
+    "full": frozenset(ParameterKind),
 }
 
 
 def products(sizes: Sizes, stage: str) -> Products:
     """Products of one step: forward, input gradients down to the lowest layer that needs them, and weight gradients of
     trained weights only. Every expert is counted with the same share of the tokens."""
-    trains, rows = TRAINED[stage], sizes.tokens
+    trains = TRAINED[stage]
     found: Products = Counter()
-    head = sizes.hidden_size // sizes.num_attention_heads
-    projection = head * (sizes.num_attention_heads + 2 * sizes.num_key_value_heads)
-    for layer in range(sizes.num_layers):
+    for parameter in describe_model(_architecture(sizes), [sizes.num_experts] * sizes.num_layers):
         # Below the first router nothing trains, unless everything does: no gradient goes there.
-        lowest = layer == 0 and "attention" not in trains
-        found += product(rows, sizes.hidden_size, projection, not lowest, "attention" in trains)
-        found += attention(sizes, backward=not lowest)
-        found += product(rows, head * sizes.num_attention_heads, sizes.hidden_size, not lowest, "attention" in trains)
-        found += experts(sizes, trains, of_input=not lowest)
-    return found + product(rows, sizes.hidden_size, sizes.vocab_size, True, "embedding" in trains)
+        lowest = parameter.layer == 0 and ParameterKind.ATTENTION not in trains
+        # The router's own product is too small to count.
+        if parameter.is_product and parameter.kind is not ParameterKind.ROUTER:
+            found += _linear(parameter, sizes, grad_input=not lowest, grad_weight=parameter.kind in trains)
+        if parameter.name == "self_attention.linear_qkv.weight":
+            found += attention(sizes, backward=not lowest)
+    return found
+
+
+def _architecture(sizes: Sizes) -> Architecture:
+    named = {"num_hidden_layers": sizes.num_layers, "max_position_embeddings": sizes.seq_length}
+    return read_architecture(dataclasses.asdict(sizes) | named | {"model_type": "qwen2"})
+
+
+def _linear(parameter: Parameter, sizes: Sizes, grad_input: bool, grad_weight: bool) -> Products:
+    """Products with a parameter, of each of its copies.
+
+    The down projection's input needs a gradient where the gate and up projections train; the routing weights' gradient
+    is had from the output, without a product.
+    """
+    columns, inner = parameter.shape
+    rows = sizes.tokens
+    if parameter.kind.is_expert:
+        rows = 2 * sizes.tokens // sizes.num_experts
+        grad_input |= grad_weight and parameter.name.endswith("linear_fc2.weight")
+    found = product(rows, inner, columns, grad_input, grad_weight)
+    return Counter({shape: count * parameter.copies for shape, count in found.items()})
 
 
 def attention(sizes: Sizes, backward: bool) -> Products:
@@ -48,27 +70,12 @@ def attention(sizes: Sizes, backward: bool) -> Products:
     return Counter({scores: 2, sums: 2, transposed: 2})
 
 
-def experts(sizes: Sizes, trains: Collection[ParameterKind], of_input: bool) -> Products:
-    """The FFNs of a layer, two choices a token. The router's own product is too small to count.
-
-    `of_input`: whether the layer's input needs a gradient. The down projection's input needs one then, and where the
-    gate and up projections train; the routing weights' gradient is had from the output, without a product.
-    """
-    found: Products = Counter()
-    rows = 2 * sizes.tokens // sizes.num_experts
-    for expert in range(sizes.num_experts):
-        weights = ("new experts" if expert else "original expert") in trains
-        found += product(rows, sizes.hidden_size, 2 * sizes.intermediate_size, of_input, weights)
-        found += product(rows, sizes.intermediate_size, sizes.hidden_size, of_input or weights, weights)
-    return found
-
-
-def product(rows: int, inner: int, columns: int, of_input: bool, of_weight: bool) -> Products:
+def product(rows: int, inner: int, columns: int, grad_input: bool, grad_weight: bool) -> Products:
     """A linear layer of `rows` tokens: forward, the gradient of its input and that of its weight."""
     found: Products = Counter({(1, rows, inner, columns): 1})
-    if of_input:
+    if grad_input:
         found[1, rows, columns, inner] += 1
-    if of_weight:
+    if grad_weight:
         found[1, columns, rows, inner] += 1
     return found
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from megatron_moe_lpr.allocation.arithmetic import AllocationOptions, allocate
 from megatron_moe_lpr.allocation.report import Measurement
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.conversion.experts_per_layer import FLAG, write_experts_per_layer
+from megatron_moe_lpr.conversion.experts_per_layer import FLAG, format_experts_per_layer
 from megatron_moe_lpr.conversion.hugging_face.hub import model_directory
 from megatron_moe_lpr.data.language_names import canonical_language, covered, split_names
 from megatron_moe_lpr.data.manifest import dataset_files
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parse_flags(Flags, arguments, __doc__)
     measured = measure(flags)
     Console().print(measured.table())
-    print(f"{FLAG} {write_experts_per_layer(measured.experts)}")
+    print(f"{FLAG} {format_experts_per_layer(measured.experts)}")
     if flags.output:
         write(flags.output, json.dumps(measured.record(), indent=2) + "\n")
     if flags.plot:

@@ -61,9 +61,9 @@ class Import:
         from megatron_moe_lpr.conversion.hugging_face.hub import model_directory
 
         hf = model_directory(self.hf, self.revision)
+        from megatron_moe_lpr.conversion.import_options import ImportOptions
         from megatron_moe_lpr.conversion.importer import import_hf
         from megatron_moe_lpr.conversion.notes import import_notes
-        from megatron_moe_lpr.conversion.plan import ImportOptions
 
         options = ImportOptions(
             hf=hf,

@@ -19,17 +19,18 @@ from megatron_moe_lpr.checkpoint.format.directory import (
 from megatron_moe_lpr.checkpoint.format.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
-from megatron_moe_lpr.conversion.exporter import check_model_tensors
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
 from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
+from megatron_moe_lpr.conversion.reading import check_model_tensors
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate
-from megatron_moe_lpr.conversion.tensors.upcycling import initial_router
+from megatron_moe_lpr.conversion.upcycling import initial_router
 from megatron_moe_lpr.data.language_groups import EXPANSION, learned_languages
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.files.checksums import MANIFEST, write_manifest
 from megatron_moe_lpr.files.links import tree_inside
 from megatron_moe_lpr.files.output_directory import atomic_directory
-from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, VOCABULARY_KEYS, Role, Row, model_rows
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, VOCABULARY_KEYS, Row, model_rows
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.progress import ProgressReport
 
@@ -151,7 +152,9 @@ def _card(before: CheckpointCard, options: ExpandOptions) -> CheckpointCard:
 def _sources(had: list[Row], rows: list[Row]) -> dict[str, str | None]:
     """The key before of each tensor after; of new experts that of the original one's, of a new router None."""
     keys = {row.dense_names or row.names: row.key for row in had}
-    originals = {(row.layer, _matrix(row)): keys[row.dense_names] for row in rows if row.role is Role.ORIGINAL_EXPERT}
+    originals = {
+        (row.layer, _matrix(row)): keys[row.dense_names] for row in rows if row.kind is ParameterKind.ORIGINAL_EXPERT
+    }
     return {row.key: keys.get(row.dense_names or row.names, originals.get((row.layer, _matrix(row)))) for row in rows}
 
 
@@ -161,7 +164,7 @@ def _matrix(row: Row) -> str:
 
 
 def _tensor(row: Row, source: str | None, reader: TensorReader, seed: int) -> torch.Tensor:
-    if row.role is Role.ROUTER and row.layer is not None:
+    if row.kind is ParameterKind.ROUTER and row.layer is not None:
         num_experts, hidden_size = row.shape
         weight = initial_router(num_experts, hidden_size, seed, row.layer)
         if source:

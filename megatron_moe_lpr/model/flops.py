@@ -1,9 +1,11 @@
 """Floating-point operations of one training step, counting only what is computed."""
 
+from collections import Counter
 from collections.abc import Collection
 
 from megatron_moe_lpr.model.configuration.config import ModelShape
-from megatron_moe_lpr.model.parameter_kinds import ParameterKind, trained_in_layer
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameters import Parameter
 
 
 def training_flops_per_token(shape: ModelShape, trains: Collection[ParameterKind], sequence_length: int) -> float:
@@ -13,37 +15,22 @@ def training_flops_per_token(shape: ModelShape, trains: Collection[ParameterKind
     it trains. The token's experts are counted top_k times; which of them is the original one is not known beforehand,
     so the expected share under uniform routing is used. Causal attention scores see half the sequence.
     """
-    architecture = shape.architecture
-    head = architecture.hidden_size * architecture.vocab_size
-    total = _matrix(head, "embedding" in trains)
-    for layer, experts in enumerate(shape.experts_per_layer):
-        of_layer = trained_in_layer(trains, layer in shape.inserted_blocks)
-        total += _matrix(_attention_weights(shape), "attention" in of_layer)
-        total += _ffn(shape, experts, shape.earlier_experts(layer), of_layer)
-        total += 3 * 2 * architecture.num_attention_heads * architecture.head_dim * sequence_length
-    return float(total)
-
-
-def _matrix(weights: float, trains: bool) -> float:
-    return 2 * weights * (3 if trains else 2)
-
-
-def _attention_weights(shape: ModelShape) -> int:
+    # Numerators by denominator, so that shares of experts add up without rounding.
+    operations: Counter[int] = Counter()
+    for parameter in shape.parameters:
+        if parameter.is_product:
+            passes = 3 if parameter.kind in trains else 2
+            choices, experts = _choices(parameter, shape)
+            operations[experts] += 2 * passes * parameter.size * choices
+    # Queries by keys and scores by values: half of the sequence each, forward once and backward twice.
     architecture = shape.architecture
     query = architecture.num_attention_heads * architecture.head_dim
-    key_value = architecture.num_query_groups * architecture.head_dim
-    return architecture.hidden_size * (2 * query + 2 * key_value)
+    operations[1] += architecture.num_layers * 3 * 2 * query * sequence_length
+    return float(sum(count / experts for experts, count in operations.items()))
 
 
-def _ffn(shape: ModelShape, experts: int, earlier: int, trains: Collection[ParameterKind]) -> float:
-    architecture = shape.architecture
-    ffn = 3 * architecture.hidden_size * architecture.ffn_hidden_size
-    if experts == 1:
-        return _matrix(ffn, "dense FFN" in trains)
-    original, frozen = shape.top_k / experts, shape.top_k * earlier / experts
-    return (
-        _matrix(architecture.hidden_size * experts, "router" in trains)
-        + original * _matrix(ffn, "original expert" in trains)
-        + frozen * _matrix(ffn, "earlier experts" in trains)
-        + (shape.top_k - original - frozen) * _matrix(ffn, "new experts" in trains)
-    )
+def _choices(parameter: Parameter, shape: ModelShape) -> tuple[int, int]:
+    """A token passes so many of so many experts; what is no expert it passes once."""
+    if parameter.layer is None or not parameter.kind.is_expert:
+        return 1, 1
+    return shape.top_k, shape.experts_per_layer[parameter.layer]

@@ -6,12 +6,12 @@ is a `Layout`.
 """
 
 import dataclasses
-import enum
+import itertools
 from collections.abc import Iterator, Sequence
 
 from megatron_moe_lpr.model.configuration.architecture import Architecture
-
-Shape = tuple[int, ...]
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameters import Parameter, Shape, describe_model
 
 EMBEDDING_KEY = "embedding.word_embeddings.weight"
 OUTPUT_KEY = "output_layer.weight"
@@ -22,20 +22,20 @@ OUTPUT_NAME = "lm_head.weight"
 DENSE_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MEGATRON_PROJECTIONS = ("linear_fc1.weight_w", "linear_fc1.weight_v", "linear_fc2.weight")
 
-
-class Role(enum.Enum):
-    """What a weight is for; what is not new (experts, routers, inserted blocks) is the dense model's and is frozen."""
-
-    ORIGINAL = "original"
-    ORIGINAL_EXPERT = "original expert"
-    NEW_EXPERT = "new expert"
-    ROUTER = "router"
-    INSERTED_BLOCK = "inserted block"
-
-    @property
-    def is_original(self) -> bool:
-        """The weight belongs to the dense model."""
-        return self in (Role.ORIGINAL, Role.ORIGINAL_EXPERT)
+NAMES = {
+    EMBEDDING_KEY: (EMBEDDING_NAME,),
+    "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
+    "self_attention.linear_qkv.weight": tuple(f"self_attn.{projection}_proj.weight" for projection in "qkv"),
+    "self_attention.linear_qkv.bias": tuple(f"self_attn.{projection}_proj.bias" for projection in "qkv"),
+    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
+    "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    "decoder.final_layernorm.weight": ("model.norm.weight",),
+    OUTPUT_KEY: (OUTPUT_NAME,),
+}
+"""Hugging Face's names by Megatron's, of a layer's parameters without the layer; FFN and router: see `Layout`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ MOE_LAYOUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One Megatron tensor and where it comes from."""
+    """One tensor of a checkpoint and the Hugging Face tensors that it is made of."""
 
     key: str
     """The tensor's key in the checkpoint."""
@@ -96,10 +96,10 @@ class Row:
     """One Hugging Face tensor, or query, key and value; empty: a router to initialise."""
     shapes: tuple[Shape, ...]
     """The shape of each of `names`; of the tensor itself where there are none."""
-    role: Role
+    kind: ParameterKind
     layer: int | None = None
     dense_names: tuple[str, ...] = ()
-    """What the dense checkpoint calls them; empty for new experts and routers."""
+    """Names in the dense checkpoint; empty for new experts and routers."""
 
     @property
     def shape(self) -> Shape:
@@ -118,91 +118,59 @@ def model_rows(
     Args:
         expansions: new experts of each layer by expansion; empty: one expansion added them all.
     """
-    vocabulary = (architecture.vocab_size, architecture.hidden_size)
-    rows = [_plain(EMBEDDING_KEY, EMBEDDING_NAME, vocabulary)]
-    for layer, experts in enumerate(experts_per_layer):
-        rows += _attention_rows(architecture, layer)
-        if experts == 1:
-            rows += _dense_rows(architecture, layer, layout)
+    parameters = describe_model(architecture, experts_per_layer, expansions)
+    rows: list[Row] = []
+    for layer, group in itertools.groupby(parameters, key=lambda parameter: parameter.layer):
+        if layer is None:
+            rows += [_row(parameter.name, NAMES[parameter.name], parameter) for parameter in group]
         else:
-            earlier = sum(added[layer] for added in expansions[:-1])
-            rows += _moe_rows(architecture, layer, experts, layout, earlier)
-    rows.append(_plain("decoder.final_layernorm.weight", "model.norm.weight", (architecture.hidden_size,)))
-    if not architecture.tied_embeddings:
-        rows.append(_plain(OUTPUT_KEY, OUTPUT_NAME, vocabulary))
+            rows += _layer_rows(list(group), layer, layout)
     return rows
 
 
-def _plain(key: str, name: str, shape: Shape, layer: int | None = None) -> Row:
-    return Row(key, (name,), (shape,), Role.ORIGINAL, layer, (name,))
+def _row(key: str, names: tuple[str, ...], parameter: Parameter) -> Row:
+    """A tensor of the dense model that has the same name in every Hugging Face layout."""
+    return Row(key, names, parameter.parts, parameter.kind, parameter.layer, names)
 
 
-def _attention_rows(architecture: Architecture, layer: int) -> Iterator[Row]:
-    hidden, head_dim = architecture.hidden_size, architecture.head_dim
-    query, group = architecture.num_attention_heads * head_dim, architecture.num_query_groups * head_dim
-    megatron, source = f"decoder.layers.{layer}.self_attention", f"model.layers.{layer}"
-
-    def qkv(kind: str, tail: Shape) -> Row:
-        names = tuple(f"{source}.self_attn.{projection}_proj.{kind}" for projection in "qkv")
-        shapes = ((query, *tail), (group, *tail), (group, *tail))
-        return Row(f"{megatron}.linear_qkv.{kind}", names, shapes, Role.ORIGINAL, layer, names)
-
-    yield _plain(f"{megatron}.linear_qkv.layer_norm_weight", f"{source}.input_layernorm.weight", (hidden,), layer)
-    yield qkv("weight", (hidden,))
-    if architecture.family.qkv_bias:
-        yield qkv("bias", ())
-    if architecture.family.qk_norm:
-        yield _plain(f"{megatron}.q_layernorm.weight", f"{source}.self_attn.q_norm.weight", (head_dim,), layer)
-        yield _plain(f"{megatron}.k_layernorm.weight", f"{source}.self_attn.k_norm.weight", (head_dim,), layer)
-    yield _plain(f"{megatron}.linear_proj.weight", f"{source}.self_attn.o_proj.weight", (hidden, query), layer)
+def _layer_rows(parameters: Sequence[Parameter], layer: int, layout: Layout) -> Iterator[Row]:
+    ffn = []
+    for parameter in parameters:
+        key = f"decoder.layers.{layer}.{parameter.name}"
+        if parameter.kind is ParameterKind.ROUTER:
+            names = (layout.router.format(layer=layer),) if layout.router else ()
+            yield Row(key, names, parameter.parts, parameter.kind, layer)
+        elif parameter.name in NAMES:
+            yield _row(key, tuple(f"model.layers.{layer}.{name}" for name in NAMES[parameter.name]), parameter)
+        else:
+            ffn.append(parameter)
+    yield from _ffn_rows(ffn, layer, layout)
 
 
-def projection_shapes(architecture: Architecture) -> tuple[Shape, Shape, Shape]:
-    """Shapes of gate, up and down projection."""
-    hidden, width = architecture.hidden_size, architecture.ffn_hidden_size
-    return (width, hidden), (width, hidden), (hidden, width)
+def _ffn_rows(ffn: Sequence[Parameter], layer: int, layout: Layout) -> Iterator[Row]:
+    """Tensors of a layer's FFN or experts by projection: upcycling copies one dense tensor to neighbouring rows."""
+    # Parameters come in pairs: the first product, whose parts are gate and up projection, and the second.
+    shapes = (*ffn[0].parts, *ffn[1].parts)
+    experts = [first.kind for first in ffn[::2] for _ in range(first.copies)]
+    for place, shape in enumerate(shapes):
+        dense_name = _DENSE.format(layer=layer, projection=DENSE_PROJECTIONS[place])
+        for expert, kind in enumerate(experts):
+            key = f"{_ffn_key(layer, expert, experts)}.{MEGATRON_PROJECTIONS[place]}"
+            template = layout.original if kind.is_original else layout.new
+            name = template.format(layer=layer, expert=expert, new=expert - 1, projection=layout.projections[place])
+            if kind is ParameterKind.DENSE_FFN and not layout.experts_everywhere:
+                name = dense_name
+            yield Row(key, (name,), (shape,), kind, layer, (dense_name,) if kind.is_original else ())
 
 
-def _dense_rows(architecture: Architecture, layer: int, layout: Layout) -> Iterator[Row]:
-    megatron = f"decoder.layers.{layer}.mlp"
-    norm = f"model.layers.{layer}.post_attention_layernorm.weight"
-    yield _plain(f"{megatron}.linear_fc1.layer_norm_weight", norm, (architecture.hidden_size,), layer)
-    shapes = projection_shapes(architecture)
-    projections = layout.projections if layout.experts_everywhere else DENSE_PROJECTIONS
-    template = layout.original if layout.experts_everywhere else _DENSE
-    for dense, projection, target, shape in zip(
-        DENSE_PROJECTIONS, projections, MEGATRON_PROJECTIONS, shapes, strict=True
-    ):
-        name = template.format(layer=layer, expert=0, projection=projection)
-        dense_name = _DENSE.format(layer=layer, projection=dense)
-        yield Row(f"{megatron}.{target}", (name,), (shape,), Role.ORIGINAL, layer, (dense_name,))
-
-
-def new_expert_key(layer: int, expert: int, earlier: int) -> str:
-    """Where a new expert (from 1 on) of a layer lies that has `earlier` experts of earlier expansions."""
-    mlp = f"decoder.layers.{layer}.mlp.experts"
-    if not earlier:
-        return f"{mlp}.experts.{expert - 1}"
-    if expert <= earlier:
-        return f"{mlp}.earlier.experts.{expert - 1}"
-    return f"{mlp}.newest.experts.{expert - 1 - earlier}"
-
-
-def _moe_rows(architecture: Architecture, layer: int, experts: int, layout: Layout, earlier: int) -> Iterator[Row]:
-    megatron, hidden = f"decoder.layers.{layer}", architecture.hidden_size
-    norm = f"model.layers.{layer}.post_attention_layernorm.weight"
-    yield _plain(f"{megatron}.pre_mlp_layernorm.weight", norm, (hidden,), layer)
-    router = (layout.router.format(layer=layer),) if layout.router else ()
-    yield Row(f"{megatron}.mlp.router.weight", router, ((experts, hidden),), Role.ROUTER, layer)
-    targets = zip(
-        MEGATRON_PROJECTIONS, DENSE_PROJECTIONS, layout.projections, projection_shapes(architecture), strict=True
-    )
-    for target, dense, projection, shape in targets:
-        name = layout.original.format(layer=layer, expert=0, projection=projection)
-        dense_name = _DENSE.format(layer=layer, projection=dense)
-        key = f"{megatron}.mlp.original_expert.{target}"
-        yield Row(key, (name,), (shape,), Role.ORIGINAL_EXPERT, layer, (dense_name,))
-        for expert in range(1, experts):
-            name = layout.new.format(layer=layer, expert=expert, new=expert - 1, projection=projection)
-            key = f"{new_expert_key(layer, expert, earlier)}.{target}"
-            yield Row(key, (name,), (shape,), Role.NEW_EXPERT, layer)
+def _ffn_key(layer: int, expert: int, experts: Sequence[ParameterKind]) -> str:
+    """The module that holds an expert's weights (0: the original one, or the FFN of a dense layer)."""
+    mlp, kind, earlier = f"decoder.layers.{layer}.mlp", experts[expert], experts.count(ParameterKind.EARLIER_EXPERTS)
+    if kind is ParameterKind.DENSE_FFN:
+        return mlp
+    if kind is ParameterKind.ORIGINAL_EXPERT:
+        return f"{mlp}.original_expert"
+    if kind is ParameterKind.EARLIER_EXPERTS:
+        return f"{mlp}.experts.earlier.experts.{expert - 1}"
+    # Before a second expansion the new experts are not in a module `newest`.
+    return f"{mlp}.experts.newest.experts.{expert - 1 - earlier}" if earlier else f"{mlp}.experts.experts.{expert - 1}"

@@ -29,7 +29,7 @@ from megatron_moe_lpr.model.configuration.config import (
 )
 from megatron_moe_lpr.model.configuration.dtype import choose_dtype, say_dtype
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
-from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.platform import Platform, select_platform
 from megatron_moe_lpr.training.checkpointing import RunState, load_run
@@ -250,7 +250,7 @@ def card_of(run: Run, base: Base | None = None) -> CheckpointCard:
     """
     start = run.model.card
     # What is frozen keeps the dense model's dtype.
-    trains_all = run.stage.trains >= set(KINDS)
+    trains_all = run.stage.trains >= set(ParameterKind)
     dtype = str(run.model.config.params_dtype).removeprefix("torch.") if trains_all else start.dtype
     history, openness = [*start.history, history_entry(run)], run.openness(run.state.iteration)
     return dataclasses.replace(start, dtype=dtype, history=history, openness=openness, base=base)
@@ -268,7 +268,7 @@ def print_overview(run: Run) -> None:
 
 
 def _parameter_table(run: Run) -> Table:
-    counts = dict.fromkeys(KINDS, 0)
+    counts = dict.fromkeys(ParameterKind, 0)
     for key, info in open_reader(run.model.directory).tensors.items():
         if key.startswith(("embedding.", "decoder.", "output_layer.")):
             counts[kind_of(key, run.model.shape.inserted_blocks)] += torch.Size(info.shape).numel()

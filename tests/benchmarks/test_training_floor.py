@@ -24,8 +24,8 @@ FORWARD = 2 * SIZES.tokens * (3 * (ATTENTION + 2 * EXPERT) + HEAD) + 3 * 2 * SCO
 
 
 def test_a_linear_layer():
-    assert product(5, 3, 2, of_input=True, of_weight=True) == {(1, 5, 3, 2): 1, (1, 5, 2, 3): 1, (1, 2, 5, 3): 1}
-    assert operations(product(5, 3, 2, of_input=False, of_weight=False)) == 2 * 5 * 3 * 2
+    assert product(5, 3, 2, grad_input=True, grad_weight=True) == {(1, 5, 3, 2): 1, (1, 5, 2, 3): 1, (1, 2, 5, 3): 1}
+    assert operations(product(5, 3, 2, grad_input=False, grad_weight=False)) == 2 * 5 * 3 * 2
 
 
 def test_everything_trains():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_moe_lpr.conversion.verification.verify_models import verify_checkpoint
-from megatron_moe_lpr.model.parameter_kinds import kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
 from megatron_moe_lpr.platform import select_platform
 from tests.conversion.helpers import checkpoint_tensors
 from tests.conversion.helpers import run as convert

@@ -11,7 +11,7 @@ import torch
 from megatron_moe_lpr.conversion.verification.verify_models import verify_checkpoint
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
 from megatron_moe_lpr.evaluation.results import evaluation_record
-from megatron_moe_lpr.model.parameter_kinds import kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
 from tests.conversion.helpers import checkpoint_tensors

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.conversion.importer import import_hf
-from megatron_moe_lpr.conversion.plan import ImportOptions
 from tests.conversion.tiny_models import COMMON
 from tests.data.builders import CORPUS, make_hf_tokenizer, run_plan
 from tests.distributed import free_port

@@ -15,7 +15,7 @@ from megatron_moe_lpr.engine.micro_batches import run_schedule
 from megatron_moe_lpr.engine.routing import collect_routing, reset_routing
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.configuration.config import ComputeOptions
-from megatron_moe_lpr.model.parameter_kinds import kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.model_card import NOT_ORIGINAL, ORIGINAL
-from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
 from megatron_moe_lpr.parallel.layout import ParallelLayout
+from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import assert_same_tensors, checkpoint_tensors, hf_tensors, rewrite_checkpoint, run
 from tests.distributed import rank_pool
 from tests.training.runs import make_checkpoint, make_data, metrics, rewind, train
@@ -59,7 +59,7 @@ def first(inputs, tmp_path_factory):
 
 
 def has_own_bits(path) -> bool:
-    return fingerprint_of_checkpoint(path) == resolve_checkpoint(path).card().original_fingerprint
+    return checkpoint_fingerprint(path) == resolve_checkpoint(path).card().original_fingerprint
 
 
 def exported_card(path, out) -> str:

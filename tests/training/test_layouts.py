@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe_lpr.model.parameter_kinds import kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
 from tests.conversion.helpers import perturb, rewrite_checkpoint, run
 from tests.conversion.tiny_models import COMMON, save_model
 from tests.distributed import rank_pool

@@ -13,7 +13,7 @@ from megatron_moe_lpr.checkpoint.format.reader import CheckpointReader, TensorIn
 from megatron_moe_lpr.checkpoint.format.retention import RemovedCheckpoint, being_read
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksums import checksum_of_file, read_manifest
-from megatron_moe_lpr.model.parameter_kinds import kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
 
 LOOK_UPS = 5
 """Of the latest checkpoint of a run that removes older ones meanwhile."""

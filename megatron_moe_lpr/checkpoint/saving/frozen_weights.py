@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.format.reader import is_model_key
 from megatron_moe_lpr.checkpoint.format.trainable_only import TensorReader, open_reader
-from megatron_moe_lpr.model.parameter_kinds import kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
 
 
 def frozen_weights(directory: CheckpointDirectory, dtype: torch.dtype) -> "FrozenWeights | None":

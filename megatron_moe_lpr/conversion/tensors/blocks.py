@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import MAX_LAYERS
-from megatron_moe_lpr.model.tensors import Role, Row
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.tensors import Row
 
 FLAG = "--expand-blocks"
 ZEROED = (".self_attention.linear_proj.weight", ".mlp.linear_fc2.weight")
@@ -58,7 +59,7 @@ def mark_inserted(rows: Iterable[Row], num_layers: int, inserted: Collection[int
             dense_names = tuple(_of_layer(name, sources[row.layer]) for name in row.dense_names)
             row = dataclasses.replace(row, names=names if new else row.names, dense_names=dense_names)
             if row.layer in inserted:
-                row = dataclasses.replace(row, role=Role.INSERTED_BLOCK, dense_names=())
+                row = dataclasses.replace(row, kind=ParameterKind.INSERTED_BLOCKS, dense_names=())
         marked.append(row)
     return marked
 

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from megatron_moe_lpr.model.configuration.architecture import Architecture
-from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, Layout, Shape, projection_shapes
+from megatron_moe_lpr.model.configuration.parameters import Shape, projection_shapes
+from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, Layout
 
 _SHARED_EXPERT = "a Qwen2-MoE with a real shared expert is not an upcycled dense model; give a dense one"
 _ATTENTION_BIAS = "the stock MoE architectures of this family have no place for attention biases"

@@ -1,6 +1,7 @@
 """Megatron's TransformerConfig from what the checkpoint knows and what the run chooses."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options, check_fp8_device, check_fp8_flags, check_fp8_shapes
 from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, platform_fields
+from megatron_moe_lpr.model.configuration.parameters import Parameter, describe_model
 from megatron_moe_lpr.model.configuration.recompute import check_recompute
 from megatron_moe_lpr.model.transformer.rope import attention_factor
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
@@ -73,6 +75,11 @@ class ModelShape:
     def num_moe_layers(self) -> int:
         """Layers with a router."""
         return sum(experts > 1 for experts in self.experts_per_layer)
+
+    @functools.cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """All parameters of the model; those of inserted blocks are of the kind INSERTED_BLOCKS."""
+        return tuple(describe_model(self.architecture, self.experts_per_layer, self.expansions, self.inserted_blocks))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_marks import Acceptable, Decides
 from megatron_moe_lpr.flag_ranges import NonNegativeInt
 from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.configuration.parameters import describe_layer
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import GPUFacts, Platform
 
@@ -198,16 +199,14 @@ def _check_bf16_layers(options: FP8Options, layers_of_a_stage: int) -> None:
 
 
 def _dimensions(architecture: Architecture, layout: ParallelLayout) -> dict[str, int]:
-    """Columns and rows of a rank's matrices; heads and FFN are split over the TP ranks."""
-    tp, expert_tp = layout.tensor_model_parallel_size, layout.expert_tensor_parallel_size
-    heads = architecture.num_attention_heads // tp * architecture.head_dim
-    key_value = architecture.num_query_groups // tp * architecture.head_dim
+    """Columns and rows of a rank's matrices: of a layer with experts, whose original one is a dense layer's FFN."""
+    shapes = {parameter.name: parameter.rank_shape(layout) for parameter in describe_layer(architecture, experts=2)}
     return {
         "the hidden size": architecture.hidden_size,
-        "attention heads x head dimension of a rank": heads,
-        "query, key and value rows of a rank": heads + 2 * key_value,
-        "FFN columns of a rank": architecture.ffn_hidden_size // tp,
-        "FFN columns of a new expert on a rank": architecture.ffn_hidden_size // expert_tp,
+        "attention heads x head dimension of a rank": shapes["self_attention.linear_proj.weight"][1],
+        "query, key and value rows of a rank": shapes["self_attention.linear_qkv.weight"][0],
+        "FFN columns of a rank": shapes["mlp.original_expert.linear_fc2.weight"][1],
+        "FFN columns of a new expert on a rank": shapes["mlp.experts.linear_fc2.weight"][1],
     }
 
 

@@ -10,7 +10,7 @@ from megatron_moe_lpr.data.reading.config import DataSources
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_marks import Acceptable, Decides, Free
 from megatron_moe_lpr.flag_ranges import NonNegativeFloat, PositiveInt
-from megatron_moe_lpr.model.parameter_kinds import KINDS, ParameterKind, kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, kind_of
 from megatron_moe_lpr.program import command
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ STAGES: dict[StageName, Stage] = {
     "1": Stage(
         "1",
         "post-pretraining",
-        frozenset({"router", "new experts"}),
+        frozenset({ParameterKind.ROUTER, ParameterKind.NEW_EXPERTS}),
         load_balancing_coeff=0.01,
         lpr_loss_coeff=0.0,
         original_languages="refused",
@@ -54,7 +54,7 @@ STAGES: dict[StageName, Stage] = {
     "2": Stage(
         "2",
         "review",
-        frozenset({"router"}),
+        frozenset({ParameterKind.ROUTER}),
         load_balancing_coeff=0.0,
         lpr_loss_coeff=0.1,
         original_languages="required",
@@ -63,7 +63,7 @@ STAGES: dict[StageName, Stage] = {
     "full": Stage(
         "full",
         "continued pre-training of every parameter",
-        frozenset(KINDS),
+        frozenset(ParameterKind),
         load_balancing_coeff=0.01,
         lpr_loss_coeff=0.0,
         original_languages="allowed",
@@ -72,7 +72,7 @@ STAGES: dict[StageName, Stage] = {
     "blocks": Stage(
         "blocks",
         "training of inserted blocks (LLaMA-Pro)",
-        frozenset({"inserted blocks"}),
+        frozenset({ParameterKind.INSERTED_BLOCKS}),
         load_balancing_coeff=0.0,
         lpr_loss_coeff=0.0,
         original_languages="allowed",
@@ -116,7 +116,7 @@ class StageOptions:
         coefficients |= {name: _given(getattr(self, name), default) for name, default in coefficients.items()}
         return dataclasses.replace(
             stage,
-            trains=stage.trains | {"embedding"} if self.train_embeddings else stage.trains,
+            trains=stage.trains | {ParameterKind.EMBEDDING} if self.train_embeddings else stage.trains,
             **coefficients,
         )
 

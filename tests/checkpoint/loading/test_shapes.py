@@ -44,7 +44,7 @@ def test_what_was_converted_fits(converted):
     [
         ({"hidden_size": HUGE}, "word_embeddings"),
         ({"vocab_size": HUGE}, "word_embeddings"),
-        ({"intermediate_size": HUGE}, "linear_fc2"),
+        ({"intermediate_size": HUGE}, "linear_fc1"),
         ({"num_key_value_heads": 1}, "linear_qkv"),
         # transformers 5 writes a type for each layer, which then differ in number.
         ({"num_hidden_layers": 10, "layer_types": ["full_attention"] * 10}, "layers"),

@@ -7,7 +7,7 @@ import torch
 
 from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
@@ -40,7 +40,7 @@ def inputs(tmp_path_factory):
 
 def test_every_parameter_has_a_kind(inputs):
     kinds = {kind_of(key) for key in checkpoint_tensors(inputs[0])}
-    assert kinds == set(KINDS) - {"dense FFN", "earlier experts", "inserted blocks"}
+    assert kinds == set(ParameterKind) - {"dense FFN", "earlier experts", "inserted blocks"}
     with pytest.raises(ValueError, match="no kind"):
         kind_of("decoder.layers.0.surprise.weight")
 

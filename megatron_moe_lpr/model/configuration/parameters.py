@@ -1,0 +1,141 @@
+"""The one description of the model's parameters: shape, kind, how parallel ranks split it.
+
+Operations of a step, FP8 dimensions, checkpoint shapes, the planner's sizes and the table of tensor names
+(`model/tensors.py`) derive from it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Sequence
+
+from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter of the model, or the equal ones of several experts of a layer."""
+
+    name: str
+    """Megatron's name, in a layer without `decoder.layers.N.`; of experts without the expert's number."""
+    kind: ParameterKind
+    parts: tuple[Shape, ...]
+    """Shapes that Hugging Face keeps apart and Megatron one below the other: query, key, value; gate, up."""
+    layer: int | None = None
+    split: int | None = None
+    """The dimension that TP splits (of experts expert TP); None: every rank holds it whole."""
+    is_product: bool = False
+    """The weight of a matrix product."""
+    copies: int = 1
+    """Parameters of this shape: one for each expert of the kind."""
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of one copy on a single rank, [output, input] of a matrix."""
+        return (sum(part[0] for part in self.parts), *self.parts[0][1:])
+
+    @property
+    def size(self) -> int:
+        """Elements of all copies."""
+        return self.copies * math.prod(self.shape)
+
+    def rank_shape(self, layout: ParallelLayout) -> Shape:
+        """Shape of one copy on a rank of `layout`, without the rows that pad a vocabulary."""
+        if self.split is None:
+            return self.shape
+        expert = self.kind.is_expert_parallel
+        ranks = layout.expert_tensor_parallel_size if expert else layout.tensor_model_parallel_size
+        return tuple(size // ranks if dim == self.split else size for dim, size in enumerate(self.shape))
+
+    def rank_size(self, layout: ParallelLayout) -> int:
+        """Elements of the copies that a rank of `layout` holds."""
+        copies = self.copies // layout.expert_model_parallel_size if self.kind.is_expert_parallel else self.copies
+        return copies * math.prod(self.rank_shape(layout))
+
+
+def describe_model(
+    architecture: Architecture,
+    experts_per_layer: Sequence[int],
+    expansions: Sequence[Sequence[int]] = (),
+    inserted_blocks: Collection[int] = (),
+) -> Iterator[Parameter]:
+    """All parameters of a model, in the order of its forward pass.
+
+    Args:
+        experts_per_layer: experts of each layer, the original one counted; 1 is a dense layer.
+        expansions: new experts of each layer by expansion; empty: one expansion added them all.
+        inserted_blocks: dense layers that block expansion inserted.
+    """
+    vocabulary = ((architecture.vocab_size, architecture.hidden_size),)
+    # A tied embedding is the weight of the output layer's product too; looking up rows is no product.
+    tied, kind = architecture.tied_embeddings, ParameterKind.EMBEDDING
+    yield Parameter("embedding.word_embeddings.weight", kind, vocabulary, split=0, is_product=tied)
+    for layer, experts in enumerate(experts_per_layer):
+        earlier = sum(added[layer] for added in expansions[:-1])
+        for parameter in describe_layer(architecture, experts, earlier, layer):
+            inserted = layer in inserted_blocks
+            yield dataclasses.replace(parameter, kind=ParameterKind.INSERTED_BLOCKS) if inserted else parameter
+    yield Parameter("decoder.final_layernorm.weight", ParameterKind.NORM, ((architecture.hidden_size,),))
+    if not tied:
+        yield Parameter("output_layer.weight", kind, vocabulary, split=0, is_product=True)
+
+
+def describe_layer(
+    architecture: Architecture, experts: int, earlier: int = 0, layer: int | None = None
+) -> Iterator[Parameter]:
+    """Parameters of one transformer layer.
+
+    Args:
+        experts: of the layer, the original one counted; 1 is a dense layer.
+        earlier: of the new experts those of expansions before the latest one.
+    """
+    hidden = architecture.hidden_size
+    yield from _attention(architecture, layer)
+    if experts == 1:
+        yield _norm("mlp.linear_fc1.layer_norm_weight", hidden, layer)
+        yield from _ffn("mlp", ParameterKind.DENSE_FFN, architecture, layer)
+        return
+    yield _norm("pre_mlp_layernorm.weight", hidden, layer)
+    yield Parameter("mlp.router.weight", ParameterKind.ROUTER, ((experts, hidden),), layer, is_product=True)
+    yield from _ffn("mlp.original_expert", ParameterKind.ORIGINAL_EXPERT, architecture, layer)
+    if earlier:
+        yield from _ffn("mlp.experts.earlier", ParameterKind.EARLIER_EXPERTS, architecture, layer, earlier)
+    newest = experts - 1 - earlier
+    if newest:
+        yield from _ffn("mlp.experts", ParameterKind.NEW_EXPERTS, architecture, layer, newest)
+
+
+def projection_shapes(architecture: Architecture) -> tuple[Shape, Shape, Shape]:
+    """Shapes of gate, up and down projection."""
+    hidden, width = architecture.hidden_size, architecture.ffn_hidden_size
+    return (width, hidden), (width, hidden), (hidden, width)
+
+
+def _norm(name: str, size: int, layer: int | None) -> Parameter:
+    return Parameter(name, ParameterKind.NORM, ((size,),), layer)
+
+
+def _attention(architecture: Architecture, layer: int | None) -> Iterator[Parameter]:
+    hidden, head_dim = architecture.hidden_size, architecture.head_dim
+    query, key = architecture.num_attention_heads * head_dim, architecture.num_query_groups * head_dim
+    kind, attention = ParameterKind.ATTENTION, "self_attention"
+    weights = ((query, hidden), (key, hidden), (key, hidden))
+    yield _norm(f"{attention}.linear_qkv.layer_norm_weight", hidden, layer)
+    yield Parameter(f"{attention}.linear_qkv.weight", kind, weights, layer, split=0, is_product=True)
+    if architecture.family.qkv_bias:
+        yield Parameter(f"{attention}.linear_qkv.bias", kind, ((query,), (key,), (key,)), layer, split=0)
+    if architecture.family.qk_norm:
+        yield _norm(f"{attention}.q_layernorm.weight", head_dim, layer)
+        yield _norm(f"{attention}.k_layernorm.weight", head_dim, layer)
+    yield Parameter(f"{attention}.linear_proj.weight", kind, ((hidden, query),), layer, split=1, is_product=True)
+
+
+def _ffn(
+    module: str, kind: ParameterKind, architecture: Architecture, layer: int | None, copies: int = 1
+) -> Iterator[Parameter]:
+    gate, up, down = projection_shapes(architecture)
+    yield Parameter(f"{module}.linear_fc1.weight", kind, (gate, up), layer, 0, True, copies)
+    yield Parameter(f"{module}.linear_fc2.weight", kind, (down,), layer, 1, True, copies)

@@ -1,0 +1,88 @@
+"""The description of the model's parameters against closed forms, and what derives from it."""
+
+import pytest
+
+from megatron_moe_lpr.model.configuration.architecture import read_architecture
+from megatron_moe_lpr.model.configuration.config import ModelShape
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, kind_of
+from megatron_moe_lpr.model.flops import training_flops_per_token
+from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, model_rows
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from tests.model.sizes import SMALL
+
+D, F, Q, KV, V = 32, 48, 32, 16, 200
+"""Hidden size, FFN, query and key widths, vocabulary of SMALL."""
+ATTENTION, FFN = D * (Q + 2 * KV) + Q * D, 3 * D * F
+EXPANDED = ((2, 0, 4), (4, 0, 1))
+"""New experts of three layers by expansion."""
+
+
+def shape(experts, top_k=2, family="qwen2", expansions=(), inserted=(), **changes) -> ModelShape:
+    fields = SMALL | {"model_type": family, "num_hidden_layers": len(experts), "head_dim": 8} | changes
+    return ModelShape(read_architecture(fields), experts, top_k, expansions=expansions, inserted_blocks=inserted)
+
+
+@pytest.mark.parametrize(("family", "extra"), [("qwen2", Q + 2 * KV), ("qwen3", 2 * 8), ("llama", 0)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_of_each_kind(family, extra, tied):
+    """`extra`: biases of queries, keys and values, or norms of queries and keys."""
+    model = shape((7, 1, 6), family=family, expansions=EXPANDED, tie_word_embeddings=tied)
+    found = dict.fromkeys(ParameterKind, 0)
+    for parameter in model.parameters:
+        found[parameter.kind] += parameter.size
+    norms = 3 * 2 * D + D
+    assert found == {
+        "router": (7 + 6) * D,
+        "new experts": (4 + 1) * FFN,
+        "earlier experts": (2 + 4) * FFN,
+        "original expert": 2 * FFN,
+        "inserted blocks": 0,
+        "dense FFN": FFN,
+        "attention": 3 * (ATTENTION + (extra if family == "qwen2" else 0)),
+        "norm": norms + (3 * extra if family == "qwen3" else 0),
+        "embedding": (1 if tied else 2) * V * D,
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops(tied):
+    """A product costs 2 operations a weight in the forward pass, for its input's gradient, and for its own."""
+    scores = 3 * 2 * Q * 128
+    always = 3 * (4 * ATTENTION + scores) + 4 * D * V + 4 * D * (7 + 6)
+    ffn = 4 * FFN + 2 * 4 * 2 * FFN
+    model = shape((7, 1, 6), expansions=EXPANDED, tie_word_embeddings=tied)
+    assert training_flops_per_token(model, (), 128) == always + ffn
+    trained = 2 * D * (7 + 6) + 2 * 2 * FFN * (4 / 7 + 1 / 6)
+    assert training_flops_per_token(model, {"router", "new experts"}, 128) == pytest.approx(always + ffn + trained)
+    assert training_flops_per_token(model, frozenset(ParameterKind), 128) == (
+        3 * (6 * ATTENTION + scores) + 6 * D * V + 6 * D * (7 + 6) + 6 * FFN * 5
+    )
+
+
+def test_flops_of_an_inserted_block():
+    found = training_flops_per_token(shape((1, 1), inserted=(1,)), {"inserted blocks"}, 16)
+    assert found == 2 * (4 * (ATTENTION + FFN) + 3 * 2 * Q * 16) + 2 * (ATTENTION + FFN) + 4 * D * V
+
+
+def test_rows_are_the_described_parameters():
+    """Every tensor of the table of names, whose kind is the one that training reads from the name."""
+    model = shape((7, 1, 6), expansions=EXPANDED)
+    rows = model_rows(model.architecture, model.experts_per_layer, DENSE_LAYOUT, EXPANDED)
+    assert [row.kind for row in rows] == [kind_of(row.key) for row in rows]
+    assert len({row.key for row in rows}) == len(rows)
+    for kind in ParameterKind:
+        described = sum(parameter.size for parameter in model.parameters if parameter.kind is kind)
+        elements = [row.shape[0] * (row.shape[1] if len(row.shape) > 1 else 1) for row in rows if row.kind is kind]
+        assert sum(elements) == described
+
+
+def test_parts_of_ranks():
+    layout = ParallelLayout(2, expert_model_parallel_size=3, expert_tensor_parallel_size=4)
+    shapes = {parameter.name: parameter.rank_shape(layout) for parameter in shape((7,)).parameters}
+    sizes = {parameter.name: parameter.rank_size(layout) for parameter in shape((7,)).parameters}
+    assert shapes["self_attention.linear_qkv.weight"] == ((Q + 2 * KV) // 2, D)
+    assert shapes["self_attention.linear_proj.weight"] == (D, Q // 2)
+    assert shapes["mlp.original_expert.linear_fc1.weight"] == (2 * F // 2, D)
+    assert shapes["mlp.experts.linear_fc2.weight"] == (D, F // 4)
+    assert sizes["mlp.experts.linear_fc2.weight"] == 2 * D * F // 4
+    assert sizes["mlp.router.weight"] == 7 * D
