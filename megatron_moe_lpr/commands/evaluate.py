@@ -19,7 +19,7 @@ from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import PlatformName
 
 if TYPE_CHECKING:
-    from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan
+    from megatron_moe_lpr.evaluation.checkpoint import EvaluationOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +93,14 @@ def evaluate(flags: Flags, show: bool = False) -> dict[str, Any]:
     return record
 
 
-def plan(flags: Flags) -> "EvaluationPlan":
+def plan(flags: Flags) -> "EvaluationOptions":
     """Flags as the evaluation takes them. Raises UserError where they contradict each other."""
-    from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan
+    from megatron_moe_lpr.evaluation.checkpoint import EvaluationOptions
     from megatron_moe_lpr.model.configuration.dtype import asked_dtype
 
     dtype = asked_dtype(flags.bf16, flags.fp32, flags.fp16)
-    fields = {field.name for field in dataclasses.fields(EvaluationPlan)} - {"dtype"}
-    return EvaluationPlan(dtype=dtype, **{name: getattr(flags, name) for name in fields})
+    fields = {field.name for field in dataclasses.fields(EvaluationOptions)} - {"dtype"}
+    return EvaluationOptions(dtype=dtype, **{name: getattr(flags, name) for name in fields})
 
 
 def write(record: dict, path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_moe_lpr.conversion.verification.verify_models import verify_checkpoint
-from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
+from megatron_moe_lpr.evaluation.checkpoint import EvaluationOptions, evaluate_checkpoint
 from megatron_moe_lpr.evaluation.results import evaluation_record
 from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -162,7 +162,7 @@ def test_resume_at_another_expert_parallel_size(recipe, trained, inputs, tmp_pat
 def losses_by_language(load: Path, data: dict[str, str], platform: str, **changes) -> dict[str, float]:
     """On every rank: what tools/evaluate.py finds."""
     fields = {"seq_length": 64, "micro_batch_size": 4, "dtype": None, "layout": ParallelLayout(), "platform": platform}
-    evaluation = evaluate_checkpoint(EvaluationPlan(load, [data["el"], data["en"]], ["en"], **(fields | changes)))
+    evaluation = evaluate_checkpoint(EvaluationOptions(load, [data["el"], data["en"]], ["en"], **(fields | changes)))
     return {entry["language"]: entry["loss"] for entry in evaluation_record(evaluation)["datasets"]}
 
 

@@ -77,7 +77,7 @@ def test_evaluation(dtype, platform, flags, expected, checkpoint, inputs, monkey
     monkeypatch.setattr(evaluation, "initialize_parallel", lambda *arguments, **more: None)
     monkeypatch.setattr(evaluation, "load_model", load_model)
     asked = torch.bfloat16 if flags else None
-    plan = evaluation.EvaluationPlan(
+    plan = evaluation.EvaluationOptions(
         checkpoint(dtype), [inputs[1]["el"]], [], 32, 2, asked, ParallelLayout(), platform="cpu"
     )
     with pytest.raises(Reached):
