@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import tyro
 from rich.console import Console
 
 from megatron_moe_lpr.allocation.arithmetic import AllocationOptions, allocate
@@ -16,7 +17,7 @@ from megatron_moe_lpr.data.language_names import canonical_language, covered, sp
 from megatron_moe_lpr.data.manifest import dataset_files
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file, real_target
-from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
+from megatron_moe_lpr.flag_ranges import PositiveInt
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +37,7 @@ class Flags:
     """For a name on the hub: branch, tag or commit. Default: its main branch."""
     load: Path | None = None
     """Instead of --hf: a checkpoint written at any layout, or a Hugging Face directory."""
-    budget: PositiveInt | None = None
-    """Most new experts in all layers together. Default: 2 for each layer, as in the published allocations."""
-    multiple_of: PositiveInt = 1
-    """New experts of a layer come in multiples of this: the --expert-model-parallel-size of the run."""
-    uniform_count: PositiveInt | None = None
-    """Give each layer this many experts, the original one included, or none. Needed for an export."""
-    dense_layers: tuple[NonNegativeInt, ...] = ()
-    """Numbers of layers that get no experts, for example those marked poor."""
+    allocation: tyro.conf.OmitArgPrefixes[AllocationOptions] = dataclasses.field(default_factory=AllocationOptions)
     tokens_per_language: PositiveInt = 20_000
     """Tokens of each language to measure with."""
     seq_length: PositiveInt = 256
@@ -81,8 +75,8 @@ def measure(flags: Flags) -> Measurement:
 
     device = usable_device(flags.device) if flags.device else visible_device()
     source = open_dense_source(directory)
-    options = AllocationOptions(flags.budget, flags.multiple_of, flags.uniform_count, flags.dense_layers)
-    allocate([1.0] * source.architecture.num_layers, options)  # what is wrong with the flags shows before the work
+    # Errors in the flags must show before the work.
+    allocate([1.0] * source.architecture.num_layers, flags.allocation)
     windows = read_windows(flags, source.architecture)
     original = sorted(covered(windows, map(canonical_language, split_names(flags.original_languages))))
     similarity, separable = [], []
@@ -90,7 +84,7 @@ def measure(flags: Flags) -> Measurement:
         means = {name: mean_unit_vector(part) for name, part in inputs.items()}
         similarity.append(layer_similarity(means, original))
         separable.append(separability(inputs, original))
-    return Measurement(similarity, separable, allocate(similarity, options))
+    return Measurement(similarity, separable, allocate(similarity, flags.allocation))
 
 
 def find_model(flags: Flags) -> Path:
