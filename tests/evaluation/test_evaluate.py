@@ -64,7 +64,7 @@ def evaluate(load: Path, data: dict[str, str], layout: dict, original: tuple[str
         original_languages=list(original),
         seq_length=SEQUENCE,
         micro_batch_size=2,
-        dtype=torch.float32,
+        fp32=True,
         layout=ParallelLayout(**layout),
         platform="cpu",
     )

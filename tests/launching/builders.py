@@ -59,6 +59,16 @@ def environment(work: Path, **settings: object) -> dict[str, str]:
     return {**os.environ, **{name: str(value) for name, value in own.items()}}
 
 
+def fake_python(directory: Path, text: str = 'echo "$@"') -> Path:
+    """A program in place of Python: runs examples/train.py by the real one, and shell code for everything else."""
+    path = directory / "python"
+    path.write_text(
+        f'#!/usr/bin/env bash\n[[ "${{1:-}}" != */examples/train.py ]] || exec {sys.executable} "$@"\n{text}\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
 def run_script(
     name: str, work: Path, *arguments: str, timeout: int = 300, **settings: object
 ) -> subprocess.CompletedProcess:

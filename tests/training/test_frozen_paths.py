@@ -108,7 +108,7 @@ def test_the_commands_read_a_checkpoint_of_several_dtypes(first, inputs, tmp_pat
 @pytest.mark.parametrize("dtype", [None, SINGLE, BRAIN])
 def test_it_evaluates_as_what_it_computes(dtype, first, inputs):
     """The same loss at another layout, and near the last one of training."""
-    plan = EvaluationOptions(first, [inputs[1]["el"]], [], 32, 2, dtype, ParallelLayout(), "cpu")
+    plan = EvaluationOptions(first, [inputs[1]["el"]], [], 32, 2, dtype == BRAIN, dtype == SINGLE, platform="cpu")
     alone = rank_pool(1).run(evaluated, plan)[0]
     split = rank_pool(2).run(evaluated, dataclasses.replace(plan, layout=ParallelLayout(tensor_model_parallel_size=2)))[
         0
