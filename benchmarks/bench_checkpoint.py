@@ -65,8 +65,8 @@ def make_checkpoint(flags: Flags, work: Path) -> None:
     import torch
 
     from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec, write_safetensors
+    from megatron_moe_lpr.conversion.import_options import ImportOptions
     from megatron_moe_lpr.conversion.importer import import_hf
-    from megatron_moe_lpr.conversion.plan import ImportOptions
     from megatron_moe_lpr.model.configuration.architecture import read_architecture
     from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, model_rows
 

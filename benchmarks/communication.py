@@ -17,7 +17,8 @@ from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.communication import busiest_rank
 from megatron_moe_lpr.planning.interconnect import Hardware, StepTimes, step_times
-from megatron_moe_lpr.planning.report import layout_sides
+from megatron_moe_lpr.planning.planned_run import PlannedRun
+from megatron_moe_lpr.planning.report import parallel_sizes
 from megatron_moe_lpr.planning.routing import Routing, read_routing
 from megatron_moe_lpr.planning.search import Candidate, Choice, Machine, find_layouts
 from megatron_moe_lpr.planning.sizes import RunSizes
@@ -124,9 +125,10 @@ def _rows(shape: ModelShape, gpus: int, stage: StageName, routing: Routing) -> I
         except UserError:
             continue
         for candidate in candidates:
-            case = (shape, candidate.layout, sizes, candidate.recompute, routing)
-            traffic = tuple(busiest_rank(*case, inside) for inside in (False, True))
-            yield Row(sizes, candidate, traffic, tuple(step_times(*case, hardware, inside) for inside in (False, True)))
+            run = PlannedRun(shape, candidate.layout, sizes, candidate.recompute)
+            traffic = tuple(busiest_rank(run, routing, inside) for inside in (False, True))
+            times = tuple(step_times(run, routing, hardware, inside) for inside in (False, True))
+            yield Row(sizes, candidate, traffic, times)
 
 
 def _two_of(rows: list[Row]) -> list[Row]:
@@ -148,7 +150,7 @@ def _cells(row: Row, stage: str) -> list[str]:
     return [
         str(row.sizes.gpus),
         stage,
-        " ".join(layout_sides(row.candidate, row.sizes.gpus)),
+        " ".join(parallel_sizes(row.candidate, row.sizes.gpus)),
         str(row.sizes.micro_batch_size),
         *(_gigabytes(size) for size in sent),
         f"{here.total:.3f}",

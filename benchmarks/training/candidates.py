@@ -21,7 +21,7 @@ from benchmarks.training.profile import shares
 from megatron_moe_lpr.processes import end_with_parent
 
 ROUTER = r"\.mlp\.gate\.weight$"
-BALANCE, LPR = 0.01, 0.1
+LPR_COEFF = 0.1
 
 
 def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, int]) -> Callable[[], float]:
@@ -92,7 +92,7 @@ def stock(
             loss = output.loss
             if stage == "2":
                 loss = loss - output.aux_loss.to(loss) * model.router_aux_loss_coef
-                loss = loss + LPR * lpr_loss(output.router_logits)
+                loss = loss + LPR_COEFF * lpr_loss(output.router_logits)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from megatron_moe_lpr.conversion.exporter import export_hf
+from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.conversion.importer import import_hf
-from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.data.indexed import IndexedWriter
 from megatron_moe_lpr.data.manifest import Manifest
 from megatron_moe_lpr.data.preparation.publishing import publish

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 NEW_EXPERTS_A_LAYER = 2
 """On average, where no budget is given: the published allocations have 56 in 28 layers and 48 in 24."""
@@ -13,16 +14,16 @@ HALVINGS = 100
 
 @dataclasses.dataclass(frozen=True)
 class AllocationOptions:
-    """What the user asks of an allocation."""
+    """How many experts an allocation may give, and where: flags of `moe-lpr allocate`."""
 
-    budget: int | None = None
-    """New experts in all layers together, at most."""
-    multiple_of: int = 1
-    """Each layer's new experts are a multiple of this."""
-    uniform_count: int | None = None
-    """Each layer has this many experts, the original one included, or none."""
-    dense_layers: tuple[int, ...] = ()
-    """Layers that get none."""
+    budget: PositiveInt | None = None
+    """Most new experts in all layers together. Default: 2 for each layer, as in the published allocations."""
+    multiple_of: PositiveInt = 1
+    """New experts of a layer come in multiples of this: the --expert-model-parallel-size of the run."""
+    uniform_count: PositiveInt | None = None
+    """Give each layer this many experts, the original one included, or none. Needed for an export."""
+    dense_layers: tuple[NonNegativeInt, ...] = ()
+    """Numbers of layers that get no experts, for example those marked poor."""
 
 
 def published_allocation(similarity: Sequence[float], total: float) -> list[int]:

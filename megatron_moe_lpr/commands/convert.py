@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.conversion.expand_options import ExpandOptions
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
+from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.errors import UserError, run_command
-from megatron_moe_lpr.flag_ranges import NonNegativeFloat, PositiveInt, Seed
+from megatron_moe_lpr.flag_ranges import NonNegativeFloat, PositiveInt
 from megatron_moe_lpr.platform import PlatformName, select_platform
 
 # torch, and for some of the sub-commands Megatron and transformers, take seconds: each imports what it needs.
@@ -19,66 +21,28 @@ from megatron_moe_lpr.platform import PlatformName, select_platform
 class Import:
     """Hugging Face -> Megatron: a dense model (upcycled unless --num-experts 1), or an exported MoE."""
 
-    hf: str
-    """Directory with config.json and safetensors weights, or a name on the hub such as Qwen/Qwen1.5-1.8B."""
+    upcycling: tyro.conf.OmitArgPrefixes[ImportOptions]
     save: Path
     """Checkpoint directory to write."""
     revision: str | None = None
     """For a name on the hub: branch, tag or commit. Default: its main branch."""
-    num_experts: PositiveInt | None = None
-    """Experts per layer, with the original one; 1: stay dense. Default: 6 (paper), or what a MoE or adapter has."""
-    top_k: PositiveInt | None = None
-    """Experts per token. Default: the paper's 2."""
-    moe_layer_freq: str | None = None
-    """Layers with experts: N for every N-th from layer 0 on, or a pattern: "[0]+[1]*31". Default: 1, every layer."""
-    experts_per_layer: str | None = None
-    """Instead: experts of each layer (1: dense), as 5,4,3,... or as the JSON file of tools/allocate_experts.py."""
-    expand_blocks: PositiveInt | None = None
-    """Stay dense and insert N copied blocks, one after each of N groups, for --stage blocks (LLaMA-Pro)."""
-    seed: Seed = 1234
-    """Seed of the routers' initial values."""
-    adapter: Path | None = None
-    """Take experts and routers from an adapter of the authors' implementation (peft_type MOE); --hf is its base."""
-    original_languages: list[str] = dataclasses.field(default_factory=list)
-    """For experts that were trained elsewhere (--adapter, a stock MoE): the dense model's languages, as in en es zh."""
-    expanded_languages: list[str] = dataclasses.field(default_factory=list)
-    """For experts that were trained elsewhere: languages that they were trained on, as in el hu tr."""
-    allow_top_1: bool = False
-    """Accept --top-k 1, although the upcycled model then differs from the dense one."""
-    expert_model_parallel_size: PositiveInt = 1
-    """Only a check: does this EP size divide the number of new experts?"""
     overwrite: bool = False
     """Replace what is at --save."""
 
     def run(self) -> None:
-        """Convert, then print what came out."""
+        """Convert, then print a summary of the checkpoint."""
         for note in self.convert():
             print(f"note: {note}")
         show(self.save)
 
     def convert(self) -> list[str]:
-        """Convert. Returns what the person should know of the model, a line each. Raises UserError."""
+        """Convert. Return notes about the model, a line each. Raises UserError."""
         from megatron_moe_lpr.conversion.hugging_face.hub import model_directory
 
-        hf = model_directory(self.hf, self.revision)
+        options = dataclasses.replace(self.upcycling, hf=model_directory(self.upcycling.hf, self.revision))
         from megatron_moe_lpr.conversion.importer import import_hf
         from megatron_moe_lpr.conversion.notes import import_notes
-        from megatron_moe_lpr.conversion.plan import ImportOptions
 
-        options = ImportOptions(
-            hf=hf,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            moe_layer_freq=self.moe_layer_freq,
-            experts_per_layer=self.experts_per_layer,
-            expand_blocks=self.expand_blocks,
-            seed=self.seed,
-            adapter=self.adapter,
-            allow_top_1=self.allow_top_1,
-            expert_parallel_size=self.expert_model_parallel_size,
-            original_languages=self.original_languages,
-            expanded_languages=self.expanded_languages,
-        )
         card = import_hf(options, self.save, self.overwrite)
         return list(import_notes(options, card))
 
@@ -87,32 +51,17 @@ class Import:
 class Expand:
     """Add experts for a second group of languages; the experts that the checkpoint has stay frozen."""
 
-    load: Path
-    """Checkpoint directory after stage 2, or one iteration in it."""
+    expansion: tyro.conf.OmitArgPrefixes[ExpandOptions]
     save: Path
     """Checkpoint directory to write."""
-    add_experts: str
-    """New experts: one number for every layer that has experts, or one for each layer (0: none), as in 0,2,2,1."""
-    seed: Seed = 1234
-    """Seed of the routers' new rows."""
-    expert_model_parallel_size: PositiveInt = 1
-    """Only a check: does this EP size divide the number of experts of each expansion?"""
-    base_checkpoint: Path | None = None
-    """For a --load of --save-trainable-only: directory of the checkpoint that its run started from, if it has moved."""
     overwrite: bool = False
     """Replace what is at --save."""
-    verify: bool = True
-    """Compare the checkpoint's files with their checksums before use."""
 
     def run(self) -> None:
-        """Expand, then print what came out."""
-        from megatron_moe_lpr.conversion.expand import ExpandOptions, expand, read_added
+        """Expand, then print a summary of the checkpoint."""
+        from megatron_moe_lpr.conversion.expand import expand
 
-        added = read_added(self.add_experts, self.load)
-        options = ExpandOptions(
-            self.load, added, self.seed, self.expert_model_parallel_size, self.base_checkpoint, self.verify
-        )
-        expand(options, self.save, self.overwrite)
+        expand(self.expansion, self.save, self.overwrite)
         show(self.save)
 
 

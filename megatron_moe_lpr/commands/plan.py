@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.conversion.hugging_face.hub import model_config_file
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_ranges import PositiveFloat, PositiveInt, Range
 
 if TYPE_CHECKING:
     from megatron_moe_lpr.model.configuration.config import ModelShape
-    from megatron_moe_lpr.planning.memory import RunSizes
     from megatron_moe_lpr.planning.search import Candidate
+    from megatron_moe_lpr.planning.sizes import RunSizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +28,15 @@ class Flags:
     """GiB of one GPU."""
     gpus_per_node: PositiveInt = 8
     """GPUs of one node. TP stays inside a node."""
-    hf: Path | None = None
-    """A dense Hugging Face directory (or its config.json), upcycled as the next four flags say."""
+    hf: str | None = None
+    """A dense model, upcycled as the flags from --num-experts to --experts-per-layer say: a Hugging Face directory, its
+    config.json, or a name on the hub such as Qwen/Qwen1.5-1.8B, of which only the config.json is downloaded."""
+    revision: str | None = None
+    """For a name on the hub: branch, tag or commit. Default: its main branch."""
     num_experts: PositiveInt = 6
     """Experts per layer, the original one included."""
-    top_k: PositiveInt = 2
-    """Experts per token."""
+    top_k: PositiveInt | None = None
+    """Experts per token. Default: the paper's 2."""
     moe_layer_freq: str = "1"
     """Which layers have experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31"."""
     experts_per_layer: str | None = None
@@ -86,6 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     shape, sizes, candidates = find(flags)
     from megatron_moe_lpr.planning.checkpoint_size import describe_needs
     from megatron_moe_lpr.planning.interconnect import Hardware
+    from megatron_moe_lpr.planning.planned_run import PlannedRun
     from megatron_moe_lpr.planning.report import print_communication, print_plan
     from megatron_moe_lpr.planning.routing import Routing, read_routing
     from megatron_moe_lpr.planning.search import Machine
@@ -96,7 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.gpus > 1:
         speeds = (flags.peak_tflops, flags.utilization, flags.node_bandwidth, flags.network_bandwidth)
         print_communication(shape, sizes, candidates[: flags.show], routing, Hardware(flags.gpus_per_node, *speeds))
-    print(describe_needs(shape, candidates[0].layout, sizes, flags.gpus_per_node))
+    best = PlannedRun(shape, candidates[0].layout, sizes, candidates[0].recompute)
+    print(describe_needs(best, flags.gpus_per_node))
     if flags.experts_per_layer is not None:
         from megatron_moe_lpr.planning.allocation_savings import saving_against_uniform
 
@@ -106,6 +112,9 @@ def main(arguments: list[str] | None = None) -> None:
 def find(flags: Flags) -> tuple["ModelShape", "RunSizes", list["Candidate"]]:
     """The model, the run, and the layouts that fit, best first. Raises UserError."""
     _check(flags)
+    if flags.hf is not None:
+        # A name on the hub becomes the file in the cache, which is then read twice.
+        flags = dataclasses.replace(flags, hf=str(model_config_file(flags.hf, flags.revision)), revision=None)
     # Late, because Megatron takes seconds to import and the checks above do without.
     from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
 
@@ -122,10 +131,18 @@ def find(flags: Flags) -> tuple["ModelShape", "RunSizes", list["Candidate"]]:
 
 
 def _check(flags: Flags) -> None:
+    if (flags.hf is None) == (flags.load is None):
+        raise UserError("give either --hf, a dense Hugging Face model, or --load, a converted checkpoint")
+    if flags.revision is not None and flags.hf is None:
+        raise UserError("--revision: is for a name on the hub, given by --hf; leave the flag out")
     if flags.fp8_param_gather and flags.precision != "fp8":
         raise UserError("--fp8-param-gather needs --precision fp8")
-    if flags.fp8_param_gather and flags.fp8_recipe == "delayed":
-        raise UserError("--fp8-param-gather is not supported with --fp8-recipe delayed; choose tensorwise or blockwise")
+    if flags.fp8_param_gather:
+        import torch
+
+        from megatron_moe_lpr.model.configuration.fp8 import FP8Options, check_fp8_flags
+
+        check_fp8_flags(FP8Options("hybrid", flags.fp8_recipe, fp8_param_gather=True), torch.bfloat16)
     if flags.original_share is not None and flags.routing is None:
         raise UserError("--original-share needs --routing")
 
@@ -135,8 +152,7 @@ def read_shape(flags: Flags):
     from megatron_moe_lpr.checkpoint.format.card import read_json
     from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
     from megatron_moe_lpr.checkpoint.loading.model import model_shape
-    from megatron_moe_lpr.conversion.experts_per_layer import read_experts_per_layer
-    from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
+    from megatron_moe_lpr.conversion.import_options import ImportOptions, upcycled_experts
     from megatron_moe_lpr.model.configuration.architecture import read_architecture
     from megatron_moe_lpr.model.configuration.config import ModelShape
 
@@ -144,25 +160,18 @@ def read_shape(flags: Flags):
         if flags.experts_per_layer is not None:
             raise UserError("--experts-per-layer: the checkpoint given by --load knows its experts; leave the flag out")
         return model_shape(resolve_checkpoint(flags.load))
-    if flags.hf is None or flags.load is not None:
-        raise UserError("give either --hf, a dense Hugging Face model, or --load, a converted checkpoint")
-    if not 1 <= flags.top_k <= max(flags.num_experts, 1):
-        raise UserError("--num-experts and --top-k: at least 1, and no more top-k than experts")
-    path = flags.hf / "config.json" if flags.hf.is_dir() else flags.hf
+    path = Path(flags.hf or "")
     architecture = read_architecture(read_json(path), str(path))
+    options = ImportOptions(path, flags.num_experts, flags.top_k, flags.moe_layer_freq)
     if flags.experts_per_layer is not None:
-        experts = tuple(read_experts_per_layer(flags.experts_per_layer, architecture.num_layers))
-        if flags.top_k > min({count for count in experts if count > 1}, default=flags.top_k):
-            raise UserError(f"--top-k {flags.top_k}: a layer has fewer experts")
-        return ModelShape(architecture, experts, flags.top_k)
-    chosen = layers_with_experts(flags.moe_layer_freq, architecture.num_layers)
-    experts = tuple(flags.num_experts if has_experts else 1 for has_experts in chosen)
-    return ModelShape(architecture, experts, flags.top_k)
+        options = ImportOptions(path, top_k=flags.top_k, experts_per_layer=flags.experts_per_layer)
+    experts, top_k = upcycled_experts(options, architecture.num_layers)
+    return ModelShape(architecture, tuple(experts), top_k)
 
 
 def read_sizes(flags: Flags):
     """What of the run decides its memory."""
-    from megatron_moe_lpr.planning.memory import RunSizes
+    from megatron_moe_lpr.planning.sizes import RunSizes
     from megatron_moe_lpr.training.configuration.stages import STAGES
 
     return RunSizes(
@@ -188,7 +197,7 @@ def _stored_dtype(flags: Flags):
         return resolve_checkpoint(flags.load).card().dtype
     if flags.hf is None:
         return None
-    config = read_json(flags.hf / "config.json" if flags.hf.is_dir() else flags.hf)
+    config = read_json(Path(flags.hf))
     named = (config.get(name) for name in ("dtype", "torch_dtype"))
     return next((dtype for dtype in named if dtype in MODEL_DTYPES), None)
 

@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints <-> Megatron checkpoints, tensor by tensor: import, upcycling, export, more experts.
+"""Hugging Face checkpoints <-> Megatron checkpoints, tensor by tensor: import, upcycling, export, expansion.
 
-tensors/        names and shapes on both sides, and what new tensors begin with
+tensors/        query, key and value; inserted blocks; tensors that only stock architectures have; the fingerprint
 hugging_face/   files in Hugging Face's forms: configuration, safetensors, model card, adapter
-verification/   whether two models are the same, and what a checkpoint holds
+verification/   whether two models compute the same, and what a checkpoint holds
 """

@@ -29,7 +29,7 @@ def read_experts_per_layer(text: str, num_layers: int) -> list[int]:
     return values
 
 
-def write_experts_per_layer(experts: list[int]) -> str:
+def format_experts_per_layer(experts: list[int]) -> str:
     """The flag's form."""
     return ",".join(map(str, experts))
 

@@ -10,8 +10,8 @@ from megatron_moe_lpr.conversion.hugging_face.adapter import CONFIG_FILE as ADAP
 from megatron_moe_lpr.conversion.hugging_face.base_model import find_base_model
 from megatron_moe_lpr.conversion.hugging_face.hf_config import CODE_FIELDS
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
+from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
-from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.conversion.tensors.extra_tensors import equal_expert_bytes
 from megatron_moe_lpr.data.language_groups import learned_languages
 from megatron_moe_lpr.data.original_languages import parse_languages

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,34 +22,13 @@ from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.finite import check_finite_losses, check_finite_weights
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
+from megatron_moe_lpr.evaluation.options import EvaluationOptions
 from megatron_moe_lpr.liveness import long_work
 from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, check_layout
 from megatron_moe_lpr.model.configuration.dtype import choose_dtype, say_dtype
 from megatron_moe_lpr.parallel.groups import initialize_parallel
-from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
-from megatron_moe_lpr.platform import PlatformName, select_platform
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationOptions:
-    """What to evaluate, on what, and how."""
-
-    load: Path
-    valid_data_path: list[str]
-    original_languages: list[str]
-    """Beside those that the checkpoint's history knows."""
-    seq_length: int
-    micro_batch_size: int
-    dtype: torch.dtype | None
-    """What to compute in; None: see `CheckpointCard.compute_dtype`, and fp32 on CPUs without bf16 instructions."""
-    layout: ParallelLayout
-    platform: PlatformName
-    base_checkpoint: Path | None = None
-    """Where the weights are that `load` does not hold; None: where it says, or it holds all."""
-    verify: bool = True
-    """Compare the checkpoint's files with their checksums first."""
-    distributed_timeout_minutes: int = 10
-    """After which a collective operation fails."""
+from megatron_moe_lpr.parallel.layout import check_timeout
+from megatron_moe_lpr.platform import select_platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +55,12 @@ def evaluate_checkpoint(options: EvaluationOptions) -> Evaluation:
         UserError: the checkpoint is damaged, or a dataset, language or layout does not fit it.
     """
     check_timeout(options.distributed_timeout_minutes)
+    asked = options.dtype  # flags that contradict each other fail before the checkpoint is read
     with kept_for_reading(options.load, options.base_checkpoint) as iteration:
-        return _evaluate(dataclasses.replace(options, load=iteration))
+        return _evaluate(dataclasses.replace(options, load=iteration), asked)
 
 
-def _evaluate(options: EvaluationOptions) -> Evaluation:
+def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluation:
     directory = open_checkpoint(options.load, options.verify, options.base_checkpoint)
     shape, card = model_shape(directory), directory.card()
     _check_sizes(options, shape)
@@ -94,8 +73,8 @@ def _evaluate(options: EvaluationOptions) -> Evaluation:
 
     platform = select_platform(options.platform)
     initialize_parallel(platform, options.layout, timeout_minutes=options.distributed_timeout_minutes)
-    dtype = choose_dtype(options.dtype, card.compute_dtype, platform)
-    say_dtype(options.dtype, card.compute_dtype, card.dtype, platform)
+    dtype = choose_dtype(asked, card.compute_dtype, platform)
+    say_dtype(asked, card.compute_dtype, card.dtype, platform)
     with long_work(f"loading {directory.path}"):
         model = load_model(directory, options.layout, platform, ComputeOptions(dtype=dtype), verified=options.verify)
         check_finite_weights(model.chunks, directory.path)

@@ -1,6 +1,6 @@
-"""What a checkpoint needs: bytes on the disk, and bytes that a rank writes, which an asynchronous save holds once more
-in host memory. No save needs memory of the GPU, unless new experts' weights are in FP8 (--fp8-param-gather): those are
-there in bf16 as well until they are copied out.
+"""Size of a checkpoint: bytes on the disk, and bytes that a rank writes, which an asynchronous save holds once more in
+host memory. No save needs GPU memory, unless new experts' weights are in FP8 (--fp8-param-gather): these are converted
+to bf16 on the GPU until they are copied to the host.
 """
 
 import dataclasses
@@ -8,11 +8,13 @@ import math
 from collections import Counter
 from collections.abc import Collection
 
-from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.parameter_counts import ParameterCounts
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.memory import FP32, GIB, RunSizes
-from megatron_moe_lpr.planning.parameters import ParameterCounts, stage_parameters
+from megatron_moe_lpr.planning.memory import GIB
+from megatron_moe_lpr.planning.parameters import rank_parameters
+from megatron_moe_lpr.planning.planned_run import PlannedRun
+from megatron_moe_lpr.planning.sizes import FP32, RunSizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,29 +29,29 @@ class SaveNeeds:
     """Frozen weights that a rank keeps in host memory for the whole run, in the dtype of the checkpoint."""
 
 
-def save_needs(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, trainable_only: bool = False) -> SaveNeeds:
-    """What a checkpoint of a run needs; `trainable_only`: one of --save-trainable-only."""
-    kinds = sizes.trains if trainable_only else frozenset(ParameterKind)
-    stages = range(layout.pipeline_model_parallel_size)
-    counts = [stage_parameters(shape, layout, stage) for stage in stages]
+def save_needs(run: PlannedRun, trainable_only: bool = False) -> SaveNeeds:
+    """What a checkpoint of a run needs; `trainable_only`: a checkpoint of --save-trainable-only."""
+    sizes, layout = run.sizes, run.layout
+    saved = sizes.trains if trainable_only else frozenset(ParameterKind)
+    counts = [rank_parameters(run.shape, layout, pipeline_rank) for pipeline_rank in run.pipeline_ranks]
     whole = sum(
-        count * _positions(kind, layout) * _bytes(kind, kinds, sizes)
-        for stage in counts
-        for kind, count in stage.items()
+        count * _parts(kind, layout) * _bytes(kind, saved, sizes)
+        for pipeline_rank in counts
+        for kind, count in pipeline_rank.items()
     )
     kept = 0.0
     if sizes.keeps_frozen and not trainable_only:
-        frozen = [Counter({kind: stage[kind] for kind in stage if kind not in sizes.trains}) for stage in counts]
-        kept = max(_rank_bytes(stage, layout, sizes, kinds) for stage in frozen)
-    return SaveNeeds(whole, max(_rank_bytes(stage, layout, sizes, kinds) for stage in counts), kept)
+        frozen = [Counter({kind: part[kind] for kind in part if kind not in sizes.trains}) for part in counts]
+        kept = max(_rank_bytes(part, layout, sizes, saved) for part in frozen)
+    return SaveNeeds(whole, max(_rank_bytes(part, layout, sizes, saved) for part in counts), kept)
 
 
-def describe_needs(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, gpus_per_node: int) -> str:
+def describe_needs(run: PlannedRun, gpus_per_node: int) -> str:
     """One line for people."""
-    full, part = (save_needs(shape, layout, sizes, only) for only in (False, True))
-    ranks = min(gpus_per_node, sizes.gpus)
-    node = full.largest_rank * ranks
-    kept = f" Frozen weights in {sizes.stored_dtype} take up to {full.largest_kept * ranks / GIB:,.1f} GiB more of it."
+    full, part = save_needs(run), save_needs(run, trainable_only=True)
+    ranks = min(gpus_per_node, run.sizes.gpus)
+    node, dtype = full.largest_rank * ranks, run.sizes.stored_dtype
+    kept = f" Frozen weights in {dtype} take up to {full.largest_kept * ranks / GIB:,.1f} GiB more of it."
     return (
         f"A checkpoint of the first layout: {full.whole / GIB:,.1f} GiB on the disk ({part.whole / GIB:,.1f} with "
         f"--save-trainable-only), at most {full.largest_rank / GIB:,.2f} written by a rank. Saving takes no memory of "
@@ -58,42 +60,44 @@ def describe_needs(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, g
     )
 
 
-def _bytes(kind: ParameterKind, kinds: Collection[ParameterKind], sizes: RunSizes) -> int:
+def _bytes(kind: ParameterKind, saved: Collection[ParameterKind], sizes: RunSizes) -> int:
+    """Bytes of one parameter in a checkpoint that has the weights of the kinds `saved`, optimizer state included."""
     weight = sizes.element_bytes if kind in sizes.trains else sizes.frozen_bytes
-    weight = FP32 if kind == ParameterKind.ROUTER else weight
-    return weight * (kind in kinds) + _state_bytes(kind, sizes)
+    weight = FP32 if kind is ParameterKind.ROUTER else weight
+    return weight * (kind in saved) + _state_bytes(kind, sizes)
 
 
 def _state_bytes(kind: ParameterKind, sizes: RunSizes) -> int:
-    """AdamW's moments and, under the distributed optimizer, its own copy of the weight, also where that is fp32."""
+    """Bytes of one parameter's AdamW moments and, under the distributed optimizer, of its own copy of the weight,
+    which it saves even where the weight is fp32 itself."""
     if kind not in sizes.trains:
         return 0
     # bf16 always trains under the distributed optimizer.
     return FP32 * (3 if sizes.distributed_optimizer or sizes.precision != "fp32" else 2)
 
 
-def _positions(kind: ParameterKind, layout: ParallelLayout) -> int:
-    """Ranks of a pipeline stage that hold different parts of the parameters of a kind."""
-    if kind in (ParameterKind.NEW_EXPERTS, ParameterKind.EARLIER_EXPERTS):
+def _parts(kind: ParameterKind, layout: ParallelLayout) -> int:
+    """Ranks of a pipeline rank that hold different parts of the parameters of a kind."""
+    if kind.is_expert_parallel:
         return layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
     return 1 if kind in (ParameterKind.ROUTER, ParameterKind.NORM) else layout.tensor_model_parallel_size
 
 
 def _rank_bytes(
-    counts: ParameterCounts, layout: ParallelLayout, sizes: RunSizes, kinds: Collection[ParameterKind]
+    counts: ParameterCounts, layout: ParallelLayout, sizes: RunSizes, saved: Collection[ParameterKind]
 ) -> float:
-    """Weights are shared among the ranks of a data-parallel group that hold the same ones, and each rank of the group
-    writes its part of the optimizer's state."""
+    """Bytes that a rank writes: each of the ranks that hold the same weights writes an equal part of them, and its own
+    part of the optimizer's state."""
     ranks = sizes.gpus // layout.pipeline_model_parallel_size
     expert_ranks = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
     total = 0.0
     for kind, count in counts.items():
-        holders = owners = ranks // layout.tensor_model_parallel_size
-        if kind in (ParameterKind.NEW_EXPERTS, ParameterKind.EARLIER_EXPERTS):
-            # Of one data-parallel group; ranks that differ in TP only hold the same experts, and write nothing.
-            holders = ranks // math.lcm(layout.tensor_model_parallel_size, expert_ranks)
-            owners = ranks // expert_ranks
+        weight_writers = state_writers = ranks // layout.tensor_model_parallel_size
+        if kind.is_expert_parallel:
+            # Only one data-parallel group writes: ranks that differ in TP alone hold the same experts.
+            weight_writers = ranks // math.lcm(layout.tensor_model_parallel_size, expert_ranks)
+            state_writers = ranks // expert_ranks
         state = _state_bytes(kind, sizes)
-        total += count * (_bytes(kind, kinds, sizes) - state) / holders
-        total += count * state / (owners if sizes.distributed_optimizer else holders)
+        total += count * (_bytes(kind, saved, sizes) - state) / weight_writers
+        total += count * state / (state_writers if sizes.distributed_optimizer else weight_writers)
     return total

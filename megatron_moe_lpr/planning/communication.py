@@ -7,128 +7,106 @@ step) and the rows by which the original expert's tokens are padded for FP8. The
 
 import dataclasses
 
-from megatron_moe_lpr.model.configuration.config import ModelShape
-from megatron_moe_lpr.model.configuration.parameter_kinds import trained_in_layer
-from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.activations import Recompute
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.planning.gradient_traffic import gradient_traffic
-from megatron_moe_lpr.planning.moe_traffic import moe_layer
-from megatron_moe_lpr.planning.parameters import stage_layers
+from megatron_moe_lpr.planning.moe_traffic import moe_layer_traffic
+from megatron_moe_lpr.planning.planned_run import PlannedLayer, PlannedRun
 from megatron_moe_lpr.planning.routing import Routing
-from megatron_moe_lpr.planning.sizes import FP32, RunSizes
-from megatron_moe_lpr.planning.traffic import GPU, Habits, Passes, Traffic, tensor_pair, tensor_unit
+from megatron_moe_lpr.planning.sizes import FP32
+from megatron_moe_lpr.planning.traffic import GPU, Passes, PlatformBehaviour, Traffic, tensor_pair, tensor_unit
 
 
 def rank_traffic(
-    shape: ModelShape,
-    layout: ParallelLayout,
-    sizes: RunSizes,
-    recompute: Recompute,
+    run: PlannedRun,
     routing: Routing,
-    stage: int = 0,
+    pipeline_rank: int = 0,
     expert_rank: int = 0,
-    inside: bool = False,
-    habits: Habits = GPU,
+    original_in_ep_group: bool = False,
+    behaviour: PlatformBehaviour = GPU,
 ) -> Traffic:
-    """What one rank sends in a step.
+    """Bytes that one rank sends in a step.
 
     Args:
-        routing: the same on every rank.
-        stage: pipeline stage of the rank.
-        expert_rank: its place among the EP ranks.
-        inside: the original expert, frozen, is one of rank 0's experts and its tokens are dispatched like the others',
-            as in a stock MoE layer; else each rank has it, as here.
+        routing: how often tokens choose each expert, the same on every rank.
+        original_in_ep_group: the original expert, frozen, is one of the experts of EP rank 0 and its tokens are
+            dispatched like the others', as in a stock MoE layer; False: every rank has it, as in this project.
     """
-    per_batch = _beside_layers(shape, layout, sizes, stage)
-    for layer in stage_layers(shape, layout, stage):
-        passes = _passes(shape, layout, sizes, recompute, layer, habits)
-        trains = trained_in_layer(sizes.trains, layer in shape.inserted_blocks)
-        per_batch += _attention(shape, layout, dataclasses.replace(sizes, trains=trains), passes)
-        if shape.experts_per_layer[layer] == 1:
-            per_batch += _dense_ffn(shape, layout, dataclasses.replace(sizes, trains=trains), passes)
+    micro_batch = _outside_layers(run, pipeline_rank)
+    for layer in run.layers(pipeline_rank):
+        passes = _passes(layer, behaviour)
+        micro_batch += _pair_traffic(layer, passes.attention, passes.backward, ParameterKind.ATTENTION in layer.trains)
+        if layer.is_moe:
+            micro_batch += moe_layer_traffic(layer, passes, routing, expert_rank, original_in_ep_group)
         else:
-            per_batch += moe_layer(shape, layout, sizes, passes, routing, layer, expert_rank, inside)
-    batches = Traffic(*(sizes.num_microbatches(layout) * part for part in dataclasses.astuple(per_batch)))
-    return batches + gradient_traffic(shape, layout, sizes, stage, habits)
+            micro_batch += _pair_traffic(layer, passes.ffn, passes.backward, ParameterKind.DENSE_FFN in layer.trains)
+    step = Traffic(*(run.num_microbatches * part for part in dataclasses.astuple(micro_batch)))
+    return step + gradient_traffic(run, pipeline_rank, behaviour)
 
 
-def busiest_rank(
-    shape: ModelShape,
-    layout: ParallelLayout,
-    sizes: RunSizes,
-    recompute: Recompute,
-    routing: Routing,
-    inside: bool = False,
-) -> Traffic:
-    """On GPUs, of the pipeline stage that sends most; of each layer the EP rank that does, since all wait for it."""
+def busiest_rank(run: PlannedRun, routing: Routing, original_in_ep_group: bool = False) -> Traffic:
+    """Bytes of the pipeline rank that sends most, on GPUs; in each layer of the EP rank that sends most there, since
+    all others wait for it."""
     most = Traffic()
-    for stage in range(layout.pipeline_model_parallel_size):
-        traffic = rank_traffic(shape, layout, sizes, recompute, routing, stage, inside=inside)
+    for pipeline_rank in run.pipeline_ranks:
+        traffic = rank_traffic(run, routing, pipeline_rank, original_in_ep_group=original_in_ep_group)
         expert = expert_tensor = 0.0
-        for layer in stage_layers(shape, layout, stage):
-            if shape.experts_per_layer[layer] > 1:
-                passes = _passes(shape, layout, sizes, recompute, layer, GPU)
-                ranks = range(layout.expert_model_parallel_size)
-                each = [moe_layer(shape, layout, sizes, passes, routing, layer, rank, inside) for rank in ranks]
-                expert += max(one.expert for one in each)
-                expert_tensor += max(one.expert_tensor for one in each)
-        batches = sizes.num_microbatches(layout)
+        for layer in (layer for layer in run.layers(pipeline_rank) if layer.is_moe):
+            passes, ranks = _passes(layer, GPU), range(run.layout.expert_model_parallel_size)
+            each = [moe_layer_traffic(layer, passes, routing, rank, original_in_ep_group) for rank in ranks]
+            expert += max(one.expert for one in each)
+            expert_tensor += max(one.expert_tensor for one in each)
+        batches = run.num_microbatches
         traffic = dataclasses.replace(traffic, expert=expert * batches, expert_tensor=expert_tensor * batches)
         most = max(most, traffic, key=lambda one: one.total)
     return most
 
 
-def _passes(
-    shape: ModelShape,
-    layout: ParallelLayout,
-    sizes: RunSizes,
-    recompute: Recompute,
-    layer: int,
-    habits: Habits,
-) -> Passes:
-    is_moe = shape.experts_per_layer[layer] > 1
-    again = recompute == "full" or recompute == ("moe" if is_moe else "mlp")
+def _passes(layer: PlannedLayer, behaviour: PlatformBehaviour) -> Passes:
+    run, shape, trains = layer.run, layer.run.shape, layer.run.sizes.trains
+    ffn_recomputed = run.recompute == "full" or run.recompute == ("moe" if layer.is_moe else "mlp")
     everywhere = (
-        habits.gradient_of_embedding
-        or recompute != "none"
-        or layout.pipeline_model_parallel_size > 1
-        or "embedding" in sizes.trains
+        behaviour.gradient_of_embedding
+        or run.recompute != "none"
+        or run.layout.pipeline_model_parallel_size > 1
+        or ParameterKind.EMBEDDING in trains
     )
-    # Below the lowest weight that trains nothing needs a gradient. Of a layer with a router that is the router, its
-    # attention needs none; an inserted block begins with a norm.
-    router_below = any(experts > 1 for experts in shape.experts_per_layer[:layer])
-    inserted = "inserted blocks" in sizes.trains and any(block <= layer for block in shape.inserted_blocks)
-    return Passes(2 if recompute == "full" else 1, 2 if again else 1, everywhere or router_below or inserted)
+    # Below the lowest weight that trains nothing needs a gradient. In a layer with a router that weight is the router,
+    # so that the layer's own attention needs none; an inserted block begins with a norm, which trains.
+    router_below = any(experts > 1 for experts in shape.experts_per_layer[: layer.index])
+    inserted = ParameterKind.INSERTED_BLOCKS in trains and any(block <= layer.index for block in shape.inserted_blocks)
+    return Passes(
+        attention=2 if run.recompute == "full" else 1,
+        ffn=2 if ffn_recomputed else 1,
+        backward=everywhere or router_below or inserted,
+    )
 
 
-def _attention(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, passes: Passes) -> Traffic:
-    pair = tensor_pair(layout, sizes, passes.attention, passes.backward, "attention" in sizes.trains)
-    return Traffic(tensor=tensor_unit(layout, sizes, shape.architecture.hidden_size * pair))
+def _pair_traffic(layer: PlannedLayer, forward: int, backward: bool, trains: bool) -> Traffic:
+    """Attention or a dense FFN: a matrix split by columns and one split by rows after it."""
+    pair = tensor_pair(layer.run, forward, backward, trains)
+    return Traffic(tensor=tensor_unit(layer.run, layer.architecture.hidden_size * pair))
 
 
-def _dense_ffn(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, passes: Passes) -> Traffic:
-    pair = tensor_pair(layout, sizes, passes.ffn, passes.backward, "dense FFN" in sizes.trains)
-    return Traffic(tensor=tensor_unit(layout, sizes, shape.architecture.hidden_size * pair))
-
-
-def _beside_layers(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, stage: int) -> Traffic:
-    """Embedding, output matrix and loss over the TP ranks; what a micro-batch sends to the next and previous stages."""
-    stages, chunks = layout.pipeline_model_parallel_size, layout.num_virtual_stages_per_pipeline_rank
-    width = shape.architecture.hidden_size * sizes.element_bytes
-    sequence, trains = layout.uses_sequence_parallel, "embedding" in sizes.trains
+def _outside_layers(run: PlannedRun, pipeline_rank: int) -> Traffic:
+    """Embedding, output matrix and loss over the TP ranks; what a micro-batch sends to the next and previous ranks of
+    the pipeline."""
+    ranks, chunks = run.layout.pipeline_model_parallel_size, run.layout.num_virtual_stages_per_pipeline_rank
+    sequence_parallel, trains = run.layout.uses_sequence_parallel, ParameterKind.EMBEDDING in run.sizes.trains
+    first, last = pipeline_rank == 0, run.is_last(pipeline_rank)
     units = 0
     tensor = 0.0
-    if stage == 0:
-        units += 2 if not sequence else 1 + int(trains)
-    if stage == stages - 1:
-        units += 2 + int(trains and sequence)
-        # Largest logit, the target's, and the sum of exponentials, each in fp32.
-        tensor = 3 * 2 * tensor_unit(layout, sizes, FP32)
-    tensor += units * tensor_unit(layout, sizes, width)
-    if stages == 1:
+    if first:
+        # Of the embedding's output an all-reduce; under SP a reduce-scatter, and a gather for the gradient.
+        units += 2 if not sequence_parallel else 1 + int(trains)
+    if last:
+        units += 2 + int(trains and sequence_parallel)
+        # The cross entropy's all-reduces in fp32: largest logit, the target's logit, the sum of exponentials.
+        tensor = 3 * 2 * tensor_unit(run, FP32)
+    tensor += units * tensor_unit(run, run.hidden_bytes)
+    if ranks == 1:
         return Traffic(tensor=tensor)
-    tokens = sizes.micro_batch_size * sizes.seq_length
-    if sequence:
-        tokens //= layout.tensor_model_parallel_size
-    messages = 2 * chunks - int(stage == 0) - int(stage == stages - 1)
-    return Traffic(tensor=tensor, pipeline=messages * tokens * width)
+    tokens = run.sizes.micro_batch_size * run.sizes.seq_length
+    if sequence_parallel:
+        tokens //= run.layout.tensor_model_parallel_size
+    messages = 2 * chunks - int(first) - int(last)
+    return Traffic(tensor=tensor, pipeline=messages * tokens * run.hidden_bytes)

@@ -7,16 +7,17 @@ Weights in FP8, activations and logits are checked on Transformer Engine's emula
 import dataclasses
 from collections.abc import Collection
 
-from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.parameter_counts import ParameterCounts
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.activations import Recompute, activation_bytes, logit_bytes
-from megatron_moe_lpr.planning.parameters import ParameterCounts, stage_parameters
+from megatron_moe_lpr.planning.activations import activation_bytes, logit_bytes
+from megatron_moe_lpr.planning.parameters import rank_parameters
+from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import FP32, RunSizes
 
 GIB = 2**30
 RESERVED_BYTES = 2 * GIB
-"""CUDA context, NCCL's buffers and workspaces of the libraries: judgement, not measured."""
+"""CUDA context, NCCL's buffers and workspaces of the libraries: an assumption, not measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,64 +28,58 @@ class RankMemory:
     gradients: float
     optimizer: float
     activations: float
-    """What is kept, and what a layer's backward pass needs beyond the logits' memory."""
+    """Kept activations, and what a layer's backward pass needs beyond the logits' memory."""
     logits: float
     reserved: float = RESERVED_BYTES
 
     @property
     def total(self) -> float:
-        """All parts: the peak of a step, without what the allocator loses to fragmentation."""
+        """Peak of a step, without what the allocator loses to fragmentation."""
         return sum(dataclasses.astuple(self))
 
 
-def largest_rank(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute) -> RankMemory:
-    """Memory of a rank of the pipeline stage that needs most."""
-    stages = range(layout.pipeline_model_parallel_size)
-    return max((rank_memory(shape, layout, sizes, recompute, stage) for stage in stages), key=lambda rank: rank.total)
+def largest_rank(run: PlannedRun) -> RankMemory:
+    """Memory of a rank of the pipeline rank that needs most."""
+    return max((rank_memory(run, pipeline_rank) for pipeline_rank in run.pipeline_ranks), key=lambda rank: rank.total)
 
 
-def rank_memory(
-    shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute, stage: int
-) -> RankMemory:
-    """Memory of a rank of one pipeline stage."""
-    counts = stage_parameters(shape, layout, stage)
+def rank_memory(run: PlannedRun, pipeline_rank: int) -> RankMemory:
+    """Memory of one rank, under balanced or worst-case routing as `run.sizes` has it."""
+    counts = rank_parameters(run.shape, run.layout, pipeline_rank)
     return RankMemory(
-        weights=weight_bytes(counts, sizes),
-        gradients=gradient_bytes(counts, sizes.trains),
-        optimizer=optimizer_bytes(counts, layout, sizes),
-        activations=activation_bytes(shape, layout, sizes, recompute, stage),
-        logits=logit_bytes(shape, layout, sizes, stage),
+        weights=weight_bytes(counts, run.sizes),
+        gradients=gradient_bytes(counts, run.sizes.trains),
+        optimizer=optimizer_bytes(counts, run.layout, run.sizes),
+        activations=activation_bytes(run, pipeline_rank),
+        logits=logit_bytes(run, pipeline_rank),
     )
 
 
-def worst_total(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, recompute: Recompute) -> float:
-    """Bytes of the fullest rank should every token of its EP group choose its experts: routing is learned, and nothing
-    but a loss holds it in balance."""
-    worst = dataclasses.replace(sizes, routing="worst")
-    return max(largest_rank(shape, layout, way, recompute).total for way in (sizes, worst))
+def worst_total(run: PlannedRun) -> float:
+    """Bytes of the fullest rank should every token of its EP group choose its experts: routing is learned, and only
+    the load balancing loss keeps it even."""
+    worst = dataclasses.replace(run, sizes=dataclasses.replace(run.sizes, routing="worst"))
+    return max(largest_rank(run).total, largest_rank(worst).total)
 
 
 def weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
-    """Routers are fp32 whatever the rest is."""
+    """Bytes of a rank's weights and of their FP8 copies; routers are always fp32."""
     in_fp8 = counts[ParameterKind.NEW_EXPERTS] if sizes.fp8_param_gather else 0
     wide = sum(count * _weight_size(kind, sizes) for kind, count in counts.items())
     return wide - in_fp8 * sizes.element_bytes + fp8_weight_bytes(counts, sizes)
 
 
 def fp8_weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
-    """FP8 keeps each layer's matrices twice more, as they are and transposed, since Hopper multiplies FP8 rows by rows
-    alone. With --fp8-param-gather these two are all that the new experts have."""
+    """Bytes of the FP8 copies of a rank's matrices: one as it is and one transposed, since Hopper multiplies FP8 rows
+    only by rows. With --fp8-param-gather the new experts have these two and no bf16 weight."""
     if sizes.precision != "fp8":
         return 0
-    return 2 * sum(
-        count
-        for kind, count in counts.items()
-        if kind not in (ParameterKind.ROUTER, ParameterKind.NORM, ParameterKind.EMBEDDING)
-    )
+    without = (ParameterKind.ROUTER, ParameterKind.NORM, ParameterKind.EMBEDDING)
+    return 2 * sum(count for kind, count in counts.items() if kind not in without)
 
 
 def gradient_bytes(counts: ParameterCounts, trains: Collection[ParameterKind]) -> int:
-    """An fp32 buffer for what trains, nothing for the rest."""
+    """Bytes of the fp32 gradient buffer, which has a place for each parameter that trains."""
     return FP32 * sum(count for kind, count in counts.items() if kind in trains)
 
 
@@ -99,12 +94,13 @@ def optimizer_bytes(counts: ParameterCounts, layout: ParallelLayout, sizes: RunS
 
 
 def _weight_size(kind: ParameterKind, sizes: RunSizes) -> int:
-    return FP32 if kind == ParameterKind.ROUTER else sizes.element_bytes
+    return FP32 if kind is ParameterKind.ROUTER else sizes.element_bytes
 
 
 def _holders(kind: ParameterKind, layout: ParallelLayout, sizes: RunSizes) -> int:
+    """Ranks that hold the same parameters of a kind."""
     ranks = layout.model_parallel_size
-    if kind in (ParameterKind.NEW_EXPERTS, ParameterKind.EARLIER_EXPERTS):
+    if kind.is_expert_parallel:
         ranks = layout.pipeline_model_parallel_size * layout.expert_model_parallel_size
         ranks *= layout.expert_tensor_parallel_size
     return sizes.gpus // ranks

@@ -1,74 +1,76 @@
-"""What a micro-batch sends in a MoE layer, with the original expert outside or inside the EP group."""
+"""What a micro-batch sends in a MoE layer, with the original expert on every rank or inside the EP group."""
 
 import dataclasses
 
-from megatron_moe_lpr.model.configuration.config import ModelShape
-from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.planning.planned_run import PlannedLayer, PlannedRun
 from megatron_moe_lpr.planning.routing import Routing
-from megatron_moe_lpr.planning.sizes import FP32, RunSizes
+from megatron_moe_lpr.planning.sizes import FP32
 from megatron_moe_lpr.planning.traffic import Passes, Traffic, tensor_pair, tensor_unit
 
 COUNT = 8
-"""Bytes of a number of tokens."""
+"""Bytes of a token count (int64)."""
 
 
-def moe_layer(
-    shape: ModelShape,
-    layout: ParallelLayout,
-    sizes: RunSizes,
-    passes: Passes,
-    routing: Routing,
-    layer: int,
-    expert_rank: int,
-    inside: bool,
+def moe_layer_traffic(
+    layer: PlannedLayer, passes: Passes, routing: Routing, expert_rank: int, original_in_ep_group: bool
 ) -> Traffic:
-    """A micro-batch in a MoE layer."""
-    experts, shares = shape.experts_per_layer[layer], routing.shares(shape, layer)
-    tp, width = layout.tensor_model_parallel_size, shape.architecture.hidden_size * sizes.element_bytes
-    reduced = 2 * (tp - 1) / tp
-    dispatched = experts if inside else experts - 1
-    others = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size - 1
-    metadata = passes.ffn * COUNT * dispatched * others + FP32 * (experts + 1) * reduced
+    """Bytes that the EP rank `expert_rank` sends for a micro-batch in a MoE layer.
+
+    Args:
+        original_in_ep_group: as in a stock MoE layer; see `communication.rank_traffic`.
+    """
+    run = layer.run
+    E, TP, shares = layer.num_experts, run.layout.tensor_model_parallel_size, routing.shares(run.shape, layer.index)
+    all_reduce = 2 * (TP - 1) / TP
+    dispatched = E if original_in_ep_group else E - 1
+    other_ranks = run.layout.expert_model_parallel_size * run.layout.expert_tensor_parallel_size - 1
+    # The router adds up its tokens by expert over the TP ranks, and the dispatcher gathers the tokens of each expert.
+    metadata = passes.ffn * COUNT * dispatched * other_ranks + FP32 * (E + 1) * all_reduce
     tensor = 0.0
-    if not inside:
-        pair = tensor_pair(layout, sizes, passes.ffn, passes.backward, "original expert" in sizes.trains)
-        tensor = tensor_unit(layout, sizes, shares[0] * shape.architecture.hidden_size * pair)
-        metadata += passes.ffn * COUNT * reduced
-    held = [sum(shares[expert] for expert in placed) for placed in placement(shape, layout, layer, inside)]
+    if not original_in_ep_group:
+        pair = tensor_pair(run, passes.ffn, passes.backward, ParameterKind.ORIGINAL_EXPERT in layer.trains)
+        tensor = tensor_unit(run, shares[0] * layer.architecture.hidden_size * pair)
+        metadata += passes.ffn * COUNT * all_reduce
+    held = [sum(shares[expert] for expert in experts) for experts in placement(layer, original_in_ep_group)]
     away = sum(held[:expert_rank]) + sum(held[expert_rank + 1 :])
-    exchange = _exchange(layout, sizes, passes, width, held[expert_rank], away)
+    exchange = _exchange(run, passes, held[expert_rank], away)
     return dataclasses.replace(exchange, tensor=tensor, metadata=metadata)
 
 
-def placement(shape: ModelShape, layout: ParallelLayout, layer: int, inside: bool = False) -> list[list[int]]:
-    """Experts of a layer that each EP rank holds: an equal share of every expansion's, and inside the EP group rank 0
-    the original one too."""
-    ranks = layout.expert_model_parallel_size
-    placed: list[list[int]] = [[0] if inside and rank == 0 else [] for rank in range(ranks)]
+def placement(layer: PlannedLayer, original_in_ep_group: bool = False) -> list[list[int]]:
+    """Experts that each EP rank holds: an equal part of every expansion's, and inside the EP group rank 0 the original
+    one too."""
+    EP = layer.run.layout.expert_model_parallel_size
+    placed: list[list[int]] = [[0] if original_in_ep_group and rank == 0 else [] for rank in range(EP)]
     first = 1
-    for count in shape.expert_groups(layer):
-        for rank in range(ranks):
-            placed[rank] += range(first + rank * count // ranks, first + (rank + 1) * count // ranks)
+    for count in layer.run.shape.expert_groups(layer.index):
+        for rank in range(EP):
+            placed[rank] += range(first + rank * count // EP, first + (rank + 1) * count // EP)
         first += count
     return placed
 
 
-def _exchange(
-    layout: ParallelLayout, sizes: RunSizes, passes: Passes, width: float, own: float, away: float
-) -> Traffic:
-    """Dispatch and combine of a rank whose experts are in `own` of the tokens' choices, other ranks' in `away`."""
-    ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
-    tokens: float = sizes.micro_batch_size * sizes.seq_length
-    if layout.uses_sequence_parallel:
-        tokens /= layout.tensor_model_parallel_size
-    sent, received = tokens * away, tokens * own * (ep - 1)
+def _exchange(run: PlannedRun, passes: Passes, own: float, away: float) -> Traffic:
+    """Dispatch and combine.
+
+    Args:
+        own: choices of a token, on average, that fall on the rank's own experts.
+        away: choices of a token that fall on other ranks' experts.
+    """
+    EP, ETP = run.layout.expert_model_parallel_size, run.layout.expert_tensor_parallel_size
+    width = run.hidden_bytes
+    tokens: float = run.sizes.micro_batch_size * run.sizes.seq_length
+    if run.layout.uses_sequence_parallel:
+        tokens /= run.layout.tensor_model_parallel_size
+    sent, received = tokens * away, tokens * own * (EP - 1)
     gradients = width if passes.backward else 0.0
-    # There and back, and the gradients there and back; weights travel with the tokens.
+    # Tokens with their weights go out and outputs come back; so do their gradients, in the opposite direction.
     forward = sent * (width + FP32) + received * width
     backward = sent * width + received * (gradients + FP32)
-    # What expert TP ranks add up Megatron has in fp32, as the weights are (token_dispatcher.py `combine_preprocess`).
-    wide = width / sizes.element_bytes * FP32
-    rows = tokens * own * ep * (etp - 1)
+    # ETP ranks add up outputs in fp32, as Megatron has the weights (token_dispatcher.py `combine_preprocess`).
+    wide = width / run.sizes.element_bytes * FP32
+    rows = tokens * own * EP * (ETP - 1)
     return Traffic(
         expert=passes.ffn * forward + backward,
         expert_tensor=rows * (passes.ffn * (width + FP32 + wide) + wide + gradients + FP32),

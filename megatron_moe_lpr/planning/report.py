@@ -1,4 +1,4 @@
-"""A plan, for people."""
+"""The tables that `moe-lpr plan` prints."""
 
 from collections.abc import Sequence
 
@@ -7,21 +7,24 @@ from rich.table import Table
 
 from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.flops import training_flops_per_token
+from megatron_moe_lpr.model.parameter_counts import active_parameters, count_parameters
 from megatron_moe_lpr.planning.communication import busiest_rank
 from megatron_moe_lpr.planning.interconnect import Hardware, step_times
-from megatron_moe_lpr.planning.memory import GIB, RunSizes, worst_total
-from megatron_moe_lpr.planning.parameters import active_parameters, model_parameters, trainable
+from megatron_moe_lpr.planning.memory import GIB, worst_total
+from megatron_moe_lpr.planning.parameters import trainable
+from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.search import Candidate, Machine
+from megatron_moe_lpr.planning.sizes import RunSizes
 
 
 def print_plan(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates: Sequence[Candidate]) -> None:
-    """Model, operations and layouts."""
-    counts = model_parameters(shape)
+    """Print the model's parameters and operations, and a table of layouts."""
+    counts = count_parameters(shape.parameters)
     flops = training_flops_per_token(shape, sizes.trains, sizes.seq_length)
     console = Console(width=160)
     console.print(
-        f"Parameters: {sum(counts.values()):,} in all, {active_parameters(shape):,} active in a token, "
+        f"Parameters: {sum(counts.values()):,} in all, {active_parameters(counts, shape.top_k):,} active in a token, "
         f"{trainable(counts, sizes.trains):,} trained\n"
         f"Operations: {flops / 1e9:,.2f} GFLOP a token to train at {sizes.seq_length:,} tokens a sequence "
         "(no weight gradients where frozen)"
@@ -37,7 +40,7 @@ def print_plan(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates:
 def print_communication(
     shape: ModelShape, sizes: RunSizes, candidates: Sequence[Candidate], routing: Routing, hardware: Hardware
 ) -> None:
-    """What a rank of each layout sends in a step, and the estimated time of the step."""
+    """Print what a rank of each layout sends in a step, and the estimated time of the step."""
     title = (
         f"GB that the busiest rank sends in a step of {sizes.global_batch_size:,} x {sizes.seq_length:,} tokens, and "
         "estimated step time (never measured)"
@@ -62,35 +65,34 @@ def print_communication(
 def _communication_row(
     shape: ModelShape, sizes: RunSizes, candidate: Candidate, routing: Routing, hardware: Hardware
 ) -> list[str]:
-    layout, kind = candidate.layout, candidate.recompute
-    traffic = [busiest_rank(shape, layout, sizes, kind, routing, inside) for inside in (False, True)]
-    times = [step_times(shape, layout, sizes, kind, routing, hardware, inside) for inside in (False, True)]
-    sent, of = traffic[0], times[0]
+    run = PlannedRun(shape, candidate.layout, sizes, candidate.recompute)
+    sent, sent_in_group = (busiest_rank(run, routing, in_group) for in_group in (False, True))
+    time, time_in_group = (step_times(run, routing, hardware, in_group) for in_group in (False, True))
     numbers = (sent.data + sent.expert_data, sent.tensor, sent.expert + sent.expert_tensor, sent.pipeline)
-    inside = ""
-    if layout.expert_model_parallel_size > 1:
-        exchanged = traffic[1].expert + traffic[1].expert_tensor
-        inside = f"EP {exchanged / 1e9:,.2f} GB, step {times[1].total:,.3f} s: {times[1].bound}"
+    in_ep_group = ""
+    if run.layout.expert_model_parallel_size > 1:
+        exchanged = sent_in_group.expert + sent_in_group.expert_tensor
+        in_ep_group = f"EP {exchanged / 1e9:,.2f} GB, step {time_in_group.total:,.3f} s: {time_in_group.bound}"
     return [
-        *layout_sides(candidate, sizes.gpus),
+        *parallel_sizes(candidate, sizes.gpus),
         *(f"{number / 1e9:,.2f}" for number in numbers),
-        f"{of.total:,.3f}",
-        f"{of.compute:,.3f}",
-        of.bound,
-        inside,
+        f"{time.total:,.3f}",
+        f"{time.compute:,.3f}",
+        time.bound,
+        in_ep_group,
     ]
 
 
-def layout_sides(candidate: Candidate, gpus: int) -> list[str]:
+def parallel_sizes(candidate: Candidate, gpus: int) -> list[str]:
     """TP, PP, EP and DP of a layout."""
     layout = candidate.layout
-    sides = (
+    sizes = (
         layout.tensor_model_parallel_size,
         layout.pipeline_model_parallel_size,
         layout.expert_model_parallel_size,
         layout.data_parallel_size(gpus),
     )
-    return [str(side) for side in sides]
+    return [str(size) for size in sizes]
 
 
 def _routing_words(routing: Routing) -> str:
@@ -116,8 +118,9 @@ def _layouts(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates: S
     table.add_column("why", overflow="fold")
     for candidate in candidates:
         memory = (f"{getattr(candidate.memory, part) / GIB:.1f}" for part in parts)
-        worst = f"{worst_total(shape, candidate.layout, sizes, candidate.recompute) / GIB:.1f}"
+        run = PlannedRun(shape, candidate.layout, sizes, candidate.recompute)
+        worst = f"{worst_total(run) / GIB:.1f}"
         table.add_row(
-            *layout_sides(candidate, machine.gpus), candidate.recompute, *memory, worst, ", ".join(candidate.reasons)
+            *parallel_sizes(candidate, machine.gpus), candidate.recompute, *memory, worst, ", ".join(candidate.reasons)
         )
     return table

@@ -7,16 +7,21 @@ from collections.abc import Iterator, Sequence
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout
-from megatron_moe_lpr.model.configuration.recompute import NOT_DELAYED
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.recompute import NOT_DELAYED, check_recompute_in_fp8
 from megatron_moe_lpr.model.flops import training_flops_per_token
+from megatron_moe_lpr.model.parameter_counts import count_parameters
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.activations import Recompute
-from megatron_moe_lpr.planning.memory import GIB, RankMemory, RunSizes, largest_rank
+from megatron_moe_lpr.planning.memory import GIB, RankMemory, largest_rank
+from megatron_moe_lpr.planning.planned_run import PlannedRun, Recompute
+from megatron_moe_lpr.planning.sizes import RunSizes
 
-# Rules of thumb for the order, not measurements: what one doubling of a dimension costs inside a node and across nodes.
+# Rules of thumb for the order, not measurements: what doubling a dimension costs inside a node, and across nodes.
 COST_OF_TP, COST_OF_EP, ACROSS_NODES = 0.08, 0.05, 4.0
 USABLE = 0.95
-"""Share of a GPU's memory that may be planned with; the rest goes to fragmentation."""
+"""Share of a GPU's memory that a plan may use; the rest is for fragmentation."""
+
+DENSE_FFN_PRODUCTS = ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,25 +35,25 @@ class Machine:
 
     @property
     def usable_bytes(self) -> float:
-        """Memory of one GPU to plan with."""
+        """Bytes of one GPU that a plan may use."""
         return self.gpu_memory * GIB * USABLE
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A layout that the model and the batch split into."""
+    """A layout that the model and the batch split into, with a recompute mode."""
 
     layout: ParallelLayout
     recompute: Recompute
     memory: RankMemory
     cost: float
-    """Expected time of a step, relative; 1 is one with nothing recomputed, communicated or waited for."""
+    """Expected time of a step; 1: nothing is recomputed, communicated or waited for."""
     reasons: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Values to try for each dimension; empty: all that make sense."""
+    """Values to try for each parallel dimension and for recompute; empty: all that make sense."""
 
     tensor: Sequence[int] = ()
     pipeline: Sequence[int] = ()
@@ -73,116 +78,98 @@ def find_layouts(shape: ModelShape, sizes: RunSizes, machine: Machine, choice: C
     """
     candidates: list[Candidate] = []
     refused: list[UserError] = []
-    kinds = choice.recompute or _worth_trying(shape, sizes)
-    for kind in kinds:
-        check_recompute(sizes, kind)
+    modes = choice.recompute or _modes_to_try(shape, sizes)
+    if sizes.precision == "fp8":
+        check_recompute_in_fp8(modes, sizes.fp8_recipe, "--recompute")
     for layout in choice.layouts(shape, machine):
         try:
-            check(shape, layout, sizes)
+            check_splits(shape, layout, sizes)
         except UserError as error:
             refused.append(error)
             continue
-        candidates += [evaluate(shape, layout, sizes, machine, kind) for kind in kinds]
+        candidates += [evaluate(PlannedRun(shape, layout, sizes, recompute), machine) for recompute in modes]
     if not candidates:
         raise refused[0]
     fitting = [candidate for candidate in candidates if candidate.memory.total <= machine.usable_bytes]
     if not fitting:
         raise UserError(_nothing_fits(candidates, machine))
-    return sorted(_first_that_fit(fitting), key=lambda candidate: (candidate.cost, candidate.memory.total))
+    return sorted(_cheapest(fitting), key=lambda candidate: (candidate.cost, candidate.memory.total))
 
 
-def check(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes) -> None:
+def check_splits(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes) -> None:
     """Check that ranks, model, sequence and batch split into a layout.
 
     Raises:
-        UserError: naming what does not.
+        UserError: naming the numbers that do not.
     """
     layout.check_world(sizes.gpus)
     check_layout(shape, layout)
     layout.check_sequence(sizes.seq_length)
-    together = sizes.micro_batch_size * layout.data_parallel_size(sizes.gpus)
-    if sizes.global_batch_size % together:
-        raise UserError(
-            f"--global-batch-size {sizes.global_batch_size} is not a multiple of --micro-batch-size "
-            f"{sizes.micro_batch_size} x {together // sizes.micro_batch_size} data-parallel ranks = {together}"
-        )
+    sizes.num_microbatches(layout)
 
 
-def check_recompute(sizes: RunSizes, recompute: Recompute) -> None:
-    """Check that Megatron has the mode for the numbers computed with.
-
-    Raises:
-        UserError: it has not.
-    """
-    if sizes.precision == "fp8" and sizes.fp8_recipe == "delayed" and recompute in NOT_DELAYED:
-        raise UserError(
-            f"--recompute {recompute} does not go with --fp8-recipe delayed; choose tensorwise or blockwise"
-        )
-
-
-def _worth_trying(shape: ModelShape, sizes: RunSizes) -> Sequence[Recompute]:
-    """Without `core_attn`, which saves nothing with fused attention, and `layernorm`, which saves little."""
+def _modes_to_try(shape: ModelShape, sizes: RunSizes) -> Sequence[Recompute]:
+    """Recompute modes without `core_attn`, which saves nothing with fused attention, and `layernorm`, which saves
+    little."""
     if shape.num_moe_layers == 0:
         return ("none", "mlp", "full")
+    modes: tuple[Recompute, ...] = ("none", "moe_act", "moe", "full")
     delayed = sizes.precision == "fp8" and sizes.fp8_recipe == "delayed"
-    return ("none", "moe", "full") if delayed else ("none", "moe_act", "moe", "full")
+    return tuple(mode for mode in modes if not (delayed and mode in NOT_DELAYED))
 
 
-def evaluate(
-    shape: ModelShape, layout: ParallelLayout, sizes: RunSizes, machine: Machine, recompute: Recompute
-) -> Candidate:
+def evaluate(run: PlannedRun, machine: Machine) -> Candidate:
     """Memory and expected cost of one layout."""
-    memory = largest_rank(shape, layout, sizes, recompute)
-    tp, ep = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
-    waiting = waiting_share(shape, layout, sizes)
-    again = recomputed_share(shape, sizes, recompute)
-    tp_cost = COST_OF_TP * math.log2(tp)
-    ep_cost = COST_OF_EP * math.log2(ep) * (ACROSS_NODES if max(tp, ep) > machine.gpus_per_node else 1)
-    cost = (1 + again) * (1 + waiting) * (1 + tp_cost + ep_cost)
+    memory = largest_rank(run)
+    TP, EP = run.layout.tensor_model_parallel_size, run.layout.expert_model_parallel_size
+    waiting, recomputed = waiting_share(run), recomputed_share(run)
+    tp_cost = COST_OF_TP * math.log2(TP)
+    ep_cost = COST_OF_EP * math.log2(EP) * (ACROSS_NODES if max(TP, EP) > machine.gpus_per_node else 1)
+    cost = (1 + recomputed) * (1 + waiting) * (1 + tp_cost + ep_cost)
     reasons = [f"{(machine.usable_bytes - memory.total) / GIB:.0f} GiB free"]
-    reasons += ["nothing recomputed"] if recompute == "none" else [f"recompute {recompute} +{again:.0%}"]
+    nothing, recompute = run.recompute == "none", f"recompute {run.recompute} +{recomputed:.0%}"
+    reasons += ["nothing recomputed" if nothing else recompute]
     reasons += [f"pipeline bubble +{waiting:.0%}"] if waiting else []
     reasons += [f"TP communication +{tp_cost:.0%}"] if tp_cost else []
     reasons += [f"EP communication +{ep_cost:.0%}"] if ep_cost else []
-    return Candidate(layout, recompute, memory, cost, tuple(reasons))
+    return Candidate(run.layout, run.recompute, memory, cost, tuple(reasons))
 
 
-def waiting_share(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes) -> float:
-    """Time that pipeline stages wait for each other, against a step without."""
-    stages = layout.pipeline_model_parallel_size
-    return (stages - 1) / sizes.num_microbatches(layout) + _excess_of_last_stage(shape, sizes, stages)
+def waiting_share(run: PlannedRun) -> float:
+    """Time that pipeline ranks wait for each other, as a share of a step without: the bubble of 1F1B,
+    (PP - 1) / micro-batches, and the excess of the last pipeline rank, which has the output matrix as well."""
+    PP = run.layout.pipeline_model_parallel_size
+    flops = training_flops_per_token(run.shape, run.sizes.trains, run.sizes.seq_length)
+    # Forward, for the input's gradient, and for the weight's.
+    products = 3 if ParameterKind.EMBEDDING in run.sizes.trains else 2
+    (output,) = (parameter for parameter in run.shape.parameters if parameter.layer is None and parameter.is_product)
+    return (PP - 1) / run.num_microbatches + 2 * products * output.size / flops * (PP - 1)
 
 
-def _excess_of_last_stage(shape: ModelShape, sizes: RunSizes, stages: int) -> float:
-    """How much longer than the average pipeline stage the last one takes, which has the output matrix as well."""
-    flops = training_flops_per_token(shape, sizes.trains, sizes.seq_length)
-    passes = 3 if "embedding" in sizes.trains else 2
-    head = 2 * passes * shape.architecture.hidden_size * shape.architecture.vocab_size
-    return head / flops * (stages - 1)
-
-
-def recomputed_share(shape: ModelShape, sizes: RunSizes, recompute: Recompute) -> float:
-    """Extra operations of recomputing, against a step without."""
+def recomputed_share(run: PlannedRun) -> float:
+    """Operations of recomputing, as a share of a step without."""
+    shape, S = run.shape, run.sizes.seq_length
     architecture = shape.architecture
-    ffn = 6.0 * architecture.hidden_size * architecture.ffn_hidden_size
-    dense_layers = architecture.num_layers - shape.num_moe_layers
     query = architecture.num_attention_heads * architecture.head_dim
-    forward = {
+    dense_ffns = sum(parameter.size for parameter in shape.parameters if parameter.name in DENSE_FFN_PRODUCTS)
+    original_experts = count_parameters(shape.parameters)[ParameterKind.ORIGINAL_EXPERT]
+    forward: dict[Recompute, float] = {
         "none": 0.0,
-        "layernorm": 0.0,
         # Without a matrix product.
+        "layernorm": 0.0,
         "moe_act": 0.0,
-        "core_attn": 2.0 * architecture.num_layers * query * sizes.seq_length,
-        "mlp": dense_layers * ffn,
-        "moe": shape.num_moe_layers * shape.top_k * ffn,
+        # Q K^T and its product with V: 2 * 2 * S * H d, half of it under the causal mask.
+        "core_attn": 2.0 * architecture.num_layers * query * S,
+        "mlp": 2.0 * dense_ffns,
+        "moe": 2.0 * shape.top_k * original_experts,
         # With nothing trained each matrix is counted forward and for its input's gradient: half is the forward pass.
-        "full": training_flops_per_token(shape, (), sizes.seq_length) / 2,
+        "full": training_flops_per_token(shape, (), S) / 2,
     }
-    return forward[recompute] / training_flops_per_token(shape, sizes.trains, sizes.seq_length)
+    return forward[run.recompute] / training_flops_per_token(shape, run.sizes.trains, S)
 
 
-def _first_that_fit(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Of each layout the cheapest recompute choice."""
+def _cheapest(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The cheapest recompute mode of each layout."""
     best: dict[ParallelLayout, Candidate] = {}
     for candidate in sorted(candidates, key=lambda candidate: candidate.cost):
         best.setdefault(candidate.layout, candidate)

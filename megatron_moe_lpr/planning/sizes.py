@@ -1,4 +1,4 @@
-"""What of a run decides its memory, beside model and layout."""
+"""Batch, precision and what trains: what decides a run's memory beside its model and layout."""
 
 import dataclasses
 from typing import Literal
@@ -6,13 +6,17 @@ from typing import Literal
 from megatron_moe_lpr.model.configuration.fp8 import FP8Recipe
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.parallel.micro_batches import num_microbatches
 
 FP32 = 4
+"""Bytes."""
+FP8_BLOCK = 128
+"""Values that share an fp32 scale under the recipe blockwise."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSizes:
-    """What of a run decides its memory, beside model and layout."""
+    """Batch, precision and what trains."""
 
     trains: frozenset[ParameterKind]
     gpus: int
@@ -28,9 +32,13 @@ class RunSizes:
     routing: Literal["balanced", "worst"] = "balanced"
     """balanced: every expert gets as many tokens as every other. worst: all tokens of an EP group choose experts of
     one rank, as many of them as a token may."""
-
     stored_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the dense model, which frozen weights keep in every checkpoint; None: what is computed in."""
+    """The dense model's dtype, which frozen weights keep in every checkpoint; None: the dtype of the computation."""
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a weight or an activation."""
+        return FP32 if self.precision == "fp32" else 2
 
     @property
     def frozen_bytes(self) -> int:
@@ -45,11 +53,7 @@ class RunSizes:
         computed = "float32" if self.precision == "fp32" else "bfloat16"
         return self.stored_dtype is not None and self.stored_dtype != computed
 
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of a weight or an activation."""
-        return FP32 if self.precision == "fp32" else 2
-
     def num_microbatches(self, layout: ParallelLayout) -> int:
-        """Micro-batches that a rank accumulates in one step."""
-        return self.global_batch_size // (self.micro_batch_size * layout.data_parallel_size(self.gpus))
+        """Micro-batches of a rank in one step. Raises UserError where the global batch does not divide."""
+        data_parallel_size = layout.data_parallel_size(self.gpus)
+        return num_microbatches(self.global_batch_size, self.micro_batch_size, data_parallel_size)

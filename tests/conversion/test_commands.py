@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, resolve_checkpoint
-from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
-from megatron_moe_lpr.conversion.verification.inspection import count_parameters
+from megatron_moe_lpr.model.configuration.parameters import describe_model
+from megatron_moe_lpr.model.parameter_counts import active_parameters, count_parameters
+from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import perturb, rewrite_checkpoint, run
 from tests.conversion.tiny_models import MODELS, load_model, save_model
 
@@ -52,15 +53,15 @@ def test_parameter_counts_are_transformers_own(name: str, dense_directory: Dense
     dense = load_model(dense_directory(name)).num_parameters()
     run("import", "--hf", dense_directory(name), "--save", tmp_path / "checkpoint", "--num-experts", 4)
     checkpoint = resolve_checkpoint(tmp_path / "checkpoint")
-    counts = count_parameters(checkpoint.architecture(), checkpoint.card().experts_per_layer, 2)
+    counts = count_parameters(describe_model(checkpoint.architecture(), checkpoint.card().experts_per_layer))
     ffn, routers = 3 * 3 * 32 * 48, 3 * 4 * 32
-    assert counts.original == dense
-    assert (counts.new_experts, counts.routers) == (3 * ffn, routers)
-    assert counts.total == dense + 3 * ffn + routers
-    assert counts.active == dense + ffn + routers
+    assert sum(count for kind, count in counts.items() if kind.is_original) == dense
+    assert (counts["new experts"], counts["router"]) == (3 * ffn, routers)
+    assert counts.total() == dense + 3 * ffn + routers
+    assert active_parameters(counts, 2) == dense + ffn + routers
     if checkpoint.architecture().family.moe_model_type != "qwen2_moe":  # which has zero shared experts on top
         run("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "moe")
-        assert load_model(tmp_path / "moe").num_parameters() == counts.total
+        assert load_model(tmp_path / "moe").num_parameters() == counts.total()
 
 
 def test_inspect_shows_one_screen(dense_directory: Dense, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,13 +98,13 @@ def test_fingerprint_changes_with_frozen_weights_alone(tmp_path: Path) -> None:
     for experts in (1, 3):
         save = tmp_path / f"checkpoint-{experts}"
         run("import", "--hf", dense, "--save", save, "--num-experts", experts)
-        fingerprints |= {resolve_checkpoint(save).card().original_fingerprint, fingerprint_of_checkpoint(save)}
+        fingerprints |= {resolve_checkpoint(save).card().original_fingerprint, checkpoint_fingerprint(save)}
         rewrite_checkpoint(save, perturb)
-        fingerprints.add(fingerprint_of_checkpoint(save))
+        fingerprints.add(checkpoint_fingerprint(save))
     assert len(fingerprints) == 1
 
     def nudge(tensors: dict[str, torch.Tensor]) -> None:
         tensors["decoder.layers.2.mlp.original_expert.linear_fc2.weight"][0, 0] += 1
 
     rewrite_checkpoint(save, nudge)
-    assert fingerprint_of_checkpoint(save) not in fingerprints
+    assert checkpoint_fingerprint(save) not in fingerprints

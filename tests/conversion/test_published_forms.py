@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
-from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
+from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import (
     assert_same_tensors,
     change_hf,
@@ -100,7 +100,7 @@ def test_norms_of_another_dtype_keep_it(tmp_path: Path, capsys: pytest.CaptureFi
     assert_same_tensors(hf_tensors(tmp_path / "back"), hf_tensors(dense))
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
     card = json.loads((tmp_path / "save" / "release" / "moe_lpr" / "card.json").read_text())
-    assert card["original_fingerprint"] == fingerprint_of_checkpoint(tmp_path / "save")
+    assert card["original_fingerprint"] == checkpoint_fingerprint(tmp_path / "save")
     first, second = (load_model(tmp_path / part, torch.bfloat16) for part in ("dense", "back"))
     assert torch.equal(logits(first), logits(second))
 
@@ -120,7 +120,7 @@ def test_biases_of_several_dtypes_keep_their_values(tmp_path: Path) -> None:
     found = hf_tensors(tmp_path / "back")
     for name, tensor in hf_tensors(dense).items():
         assert torch.equal(found[name].float(), tensor.float()), name
-    assert resolve_checkpoint(tmp_path / "save").card().original_fingerprint == fingerprint_of_checkpoint(
+    assert resolve_checkpoint(tmp_path / "save").card().original_fingerprint == checkpoint_fingerprint(
         tmp_path / "save"
     )
 

@@ -19,9 +19,11 @@ from megatron_moe_lpr.model.configuration.config import ModelShape, transformer_
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.activations import activation_bytes, kept_bytes, kept_logit_bytes, logit_bytes
-from megatron_moe_lpr.planning.memory import RunSizes, weight_bytes
-from megatron_moe_lpr.planning.parameters import stage_parameters
+from megatron_moe_lpr.planning.activations import activation_bytes, kept_bytes, logit_bytes
+from megatron_moe_lpr.planning.memory import weight_bytes
+from megatron_moe_lpr.planning.parameters import rank_parameters
+from megatron_moe_lpr.planning.planned_run import PlannedRun
+from megatron_moe_lpr.planning.sizes import FP32, RunSizes
 from megatron_moe_lpr.platform import Platform, select_platform
 from megatron_moe_lpr.training.configuration.config import OptimizerOptions, PrecisionOptions
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
@@ -141,7 +143,7 @@ def measure(model: Model, case: Case, micro_batches: int = 4) -> tuple[Bytes, By
 def plan(model: Model, case: Case, layout: ParallelLayout, micro_batches: int) -> Bytes:
     """What the planner says of this rank."""
     shape = model.shape
-    stage = parallel_state.get_pipeline_model_parallel_rank()
+    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     precision = case.number if case.number in ("fp32", "bf16") else "fp8"
     sizes = RunSizes(
         STAGES[case.stage].trains,
@@ -153,10 +155,12 @@ def plan(model: Model, case: Case, layout: ParallelLayout, micro_batches: int) -
         fp8_recipe=case.number if precision == "fp8" else "delayed",
         fp8_param_gather=case.fp8_parameters,
     )
-    counts = stage_parameters(shape, layout, stage)
-    kept = kept_bytes(shape, layout, sizes, case.recompute, stage)
-    peak = activation_bytes(shape, layout, sizes, case.recompute, stage) + logit_bytes(shape, layout, sizes, stage)
-    return Bytes(kept, kept_logit_bytes(shape, layout, sizes, stage), peak, weight_bytes(counts, sizes))
+    run = PlannedRun(shape, layout, sizes, case.recompute)
+    counts, logits = rank_parameters(shape, layout, pipeline_rank), logit_bytes(run, pipeline_rank)
+    peak = activation_bytes(run, pipeline_rank) + logits
+    # Of logits and softmax only the softmax, in fp32, is there when the backward pass begins.
+    kept_logits = logits * FP32 / (sizes.element_bytes + FP32)
+    return Bytes(kept_bytes(run, pipeline_rank), kept_logits, peak, weight_bytes(counts, sizes))
 
 
 def _build(model: Model, case: Case, layout: ParallelLayout, platform: Platform) -> tuple[list, Any]:

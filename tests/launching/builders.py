@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.conversion.importer import import_hf
-from megatron_moe_lpr.conversion.plan import ImportOptions
 from tests.conversion.tiny_models import COMMON
 from tests.data.builders import CORPUS, make_hf_tokenizer, run_plan
 from tests.distributed import free_port
@@ -57,6 +57,16 @@ def environment(work: Path, **settings: object) -> dict[str, str]:
         **settings,
     }
     return {**os.environ, **{name: str(value) for name, value in own.items()}}
+
+
+def fake_python(directory: Path, text: str = 'echo "$@"') -> Path:
+    """A program in place of Python: runs examples/train.py by the real one, and shell code for everything else."""
+    path = directory / "python"
+    path.write_text(
+        f'#!/usr/bin/env bash\n[[ "${{1:-}}" != */examples/train.py ]] || exec {sys.executable} "$@"\n{text}\n'
+    )
+    path.chmod(0o755)
+    return path
 
 
 def run_script(

@@ -17,6 +17,7 @@ from megatron_moe_lpr.model.moe.router import LPRRouter
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.communication import rank_traffic
+from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.planning.traffic import CPU, GPU
@@ -162,17 +163,13 @@ def planned(case: Case, layout: ParallelLayout, options: OptimizerOptions, platf
         fp8_recipe=case.fp8.get("fp8_recipe", "delayed"),
         fp8_param_gather=case.fp8.get("fp8_param_gather", False),
     )
+    behaviour = GPU if platform.name == "cuda" else CPU
     traffic = rank_traffic(
-        case.shape,
-        layout,
-        sizes,
-        case.recompute,
+        PlannedRun(case.shape, layout, sizes, case.recompute),
         Routing((SHARES,)),
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_expert_model_parallel_rank(),
-        habits=dataclasses.replace(
-            GPU if platform.name == "cuda" else CPU, overlap_param_gather=options.overlap_param_gather
-        ),
+        behaviour=dataclasses.replace(behaviour, overlap_param_gather=options.overlap_param_gather),
     )
     kinds = dataclasses.asdict(traffic) | {"control": _control(case, layout, options.use_distributed_optimizer)}
     return {kind: size for kind, size in kinds.items() if size}

@@ -12,7 +12,8 @@ from megatron_moe_lpr.model.moe.grouped_linear import ColumnParallelGroupedLinea
 from megatron_moe_lpr.model.moe.router import LPRRouter
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.moe_traffic import moe_layer
+from megatron_moe_lpr.planning.moe_traffic import moe_layer_traffic
+from megatron_moe_lpr.planning.planned_run import PlannedLayer, PlannedRun
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.planning.traffic import Passes
@@ -44,5 +45,6 @@ def sent_and_planned(layout_fields: dict[str, int]) -> tuple[dict[str, float], d
     sizes = RunSizes(STAGES["1"].trains, 2, SEQUENCE, MICRO_BATCH, precision="fp32")
     routing = Routing((tuple(FEWER.flatten().bincount().div(len(FEWER)).tolist()),))
     rank = parallel_state.get_expert_model_parallel_rank()
-    planned = moe_layer(shape, layout, sizes, Passes(), routing, 0, rank, inside=True)
+    planned_layer = PlannedLayer(PlannedRun(shape, layout, sizes), 0)
+    planned = moe_layer_traffic(planned_layer, Passes(), routing, rank, original_in_ep_group=True)
     return dict(sent), {name: size for name, size in vars(planned).items() if size}

@@ -9,6 +9,7 @@ from megatron_moe_lpr.model.configuration.architecture import read_architecture
 from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import kept_bytes, working_bytes
+from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.training.configuration.stages import STAGES
 from tests.fuzzing.targets import DENSE
@@ -24,7 +25,7 @@ def planned(
     shape: ModelShape, stage: str, routing="balanced", needs=kept_bytes, layout=ONE_RANK, rank=0, tokens=TOKENS
 ) -> float:
     sizes = RunSizes(STAGES[stage].trains, layout.model_parallel_size, tokens, global_batch_size=1, routing=routing)
-    return needs(shape, layout, sizes, "none", rank)
+    return needs(PlannedRun(shape, layout, sizes), rank)
 
 
 def test_rows_of_earlier_experts_keep_no_input():

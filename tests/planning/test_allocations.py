@@ -8,12 +8,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading.model import load_model, model_shape
+from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.conversion.importer import import_hf
-from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.model.configuration.config import ComputeOptions
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.memory import RunSizes, rank_memory
+from megatron_moe_lpr.planning.memory import rank_memory
+from megatron_moe_lpr.planning.planned_run import PlannedRun
+from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.platform import select_platform
 from megatron_moe_lpr.training.configuration.config import OptimizerOptions
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
@@ -100,8 +102,8 @@ def test_allocations(checkpoints, case):
     precision = "bf16" if case.dtype == "bfloat16" else "fp32"
     sizes = RunSizes(STAGES[case.stage].trains, 2, precision=precision, distributed_optimizer=case.distributed)
     for rank, real in enumerate(rank_pool(2).run(allocated, checkpoint, case)):
-        stage = rank if layout.pipeline_model_parallel_size > 1 else 0
-        planned = rank_memory(shape, layout, sizes, "none", stage)
+        pipeline_rank = rank if layout.pipeline_model_parallel_size > 1 else 0
+        planned = rank_memory(PlannedRun(shape, layout, sizes), pipeline_rank)
         for part, size in real.items():
             plan = getattr(planned, part)
             print(f"{part}: planned {plan:,.0f}, real {size:,}, error {plan / size - 1:.2%}")

@@ -11,7 +11,8 @@ from megatron_moe_lpr.checkpoint.loading.model import model_shape
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, kind_of
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.checkpoint_size import save_needs
-from megatron_moe_lpr.planning.memory import RunSizes
+from megatron_moe_lpr.planning.planned_run import PlannedRun
+from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.training.configuration.stages import STAGES
 from tests.conversion.helpers import run
 from tests.distributed import rank_pool
@@ -70,8 +71,8 @@ def test_bytes(layout, stage, options, inputs, tmp_path):
         distributed_optimizer=options.get("use_distributed_optimizer", True),
         stored_dtype="float32",
     )
-    shape = model_shape(resolve_checkpoint(checkpoint))
-    plan = save_needs(shape, ParallelLayout(**layout), sizes, options.get("save_trainable_only", False))
+    planned_run = PlannedRun(model_shape(resolve_checkpoint(checkpoint)), ParallelLayout(**layout), sizes)
+    plan = save_needs(planned_run, options.get("save_trainable_only", False))
     print(f"planned {plan.whole:,.0f}, largest rank {plan.largest_rank:,.0f}; written {dict(found)}")
     assert plan.whole == pytest.approx(found.total(), rel=LARGEST_ERROR)
     if options.get("bf16"):

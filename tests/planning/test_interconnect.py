@@ -12,6 +12,7 @@ from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.communication import busiest_rank, rank_traffic
 from megatron_moe_lpr.planning.interconnect import Hardware, step_times
 from megatron_moe_lpr.planning.moe_traffic import placement
+from megatron_moe_lpr.planning.planned_run import PlannedLayer, PlannedRun
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.training.configuration.stages import STAGES
@@ -23,6 +24,7 @@ HARDWARE = Hardware(gpus_per_node=8, peak_tflops=1000.0, utilization=0.5, node_b
 SHAPE = Case().shape
 SIZES = RunSizes(STAGES["1"].trains, 16, 128, 1, 64)
 EP4 = ParallelLayout(expert_model_parallel_size=4)
+RUN = PlannedRun(SHAPE, EP4, SIZES)
 
 
 @pytest.mark.parametrize(
@@ -53,34 +55,33 @@ def test_neighbours_of_a_pipeline():
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_every_expert_lies_on_one_rank(inside):
-    placed = placement(Case(experts=(9,)).shape, EP4, 0, inside)
+    placed = placement(PlannedLayer(PlannedRun(Case(experts=(9,)).shape, EP4, SIZES), 0), inside)
     assert sorted(expert for experts in placed for expert in experts) == list(range(0 if inside else 1, 9))
     assert [len(experts) for experts in placed] == [3 if inside else 2, 2, 2, 2]
 
 
 def test_an_expert_group_whose_size_divides_all_experts_holds_them_as_megatron_does():
-    assert placement(Case(experts=(8,)).shape, EP4, 0, inside=True) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    layer = PlannedLayer(PlannedRun(Case(experts=(8,)).shape, EP4, SIZES), 0)
+    assert placement(layer, original_in_ep_group=True) == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_balanced_routing_waits_for_nobody_and_one_rank_sends_nothing():
-    times = step_times(SHAPE, EP4, SIZES, "none", Routing(), HARDWARE)
+    times = step_times(RUN, Routing(), HARDWARE)
     assert times.imbalance == pytest.approx(0.0, abs=1e-18)
-    alone = dataclasses.replace(SIZES, gpus=1)
-    assert busiest_rank(SHAPE, ParallelLayout(), alone, "none", Routing()).total == 0
-    assert step_times(SHAPE, ParallelLayout(), alone, "none", Routing(), HARDWARE).bound == "compute 100%"
+    alone = PlannedRun(SHAPE, ParallelLayout(), dataclasses.replace(SIZES, gpus=1))
+    assert busiest_rank(alone, Routing()).total == 0
+    assert step_times(alone, Routing(), HARDWARE).bound == "compute 100%"
 
 
 def test_computation_takes_its_operations():
-    times = step_times(SHAPE, EP4, SIZES, "none", Routing(), HARDWARE)
+    times = step_times(RUN, Routing(), HARDWARE)
     flops = training_flops_per_token(SHAPE, STAGES["1"].trains, 128) * 64 * 128 / 16
     assert times.compute == pytest.approx(flops / 500e12)
 
 
 def test_the_busiest_rank_is_waited_for():
     """Of four EP ranks the one with expert 1, in three of four tokens; inside, expert 0 lies there too, frozen."""
-    outside, inside = (
-        step_times(SHAPE, EP4, SIZES, "none", Routing((SHARES,)), HARDWARE, way) for way in (False, True)
-    )
+    outside, inside = (step_times(RUN, Routing((SHARES,)), HARDWARE, way) for way in (False, True))
     rate, product = 500e12, 2 * 3 * 64 * 96
     average = 2 * SHARES[0] + 3 * (2 - SHARES[0])
     for times, most in ((outside, 2 * SHARES[0] + 4 * 3 * SHARES[1]), (inside, 4 * (2 * SHARES[0] + 3 * SHARES[1]))):
@@ -90,8 +91,8 @@ def test_the_busiest_rank_is_waited_for():
 def test_gradients_overlap_with_one_micro_batch():
     """64 sequences on 16 ranks, of which one of four micro-batches hides what is sent."""
     slow = dataclasses.replace(HARDWARE, network_bandwidth=0.001)
-    times = step_times(SHAPE, EP4, SIZES, "none", Routing(), slow)
-    sent = busiest_rank(SHAPE, EP4, SIZES, "none", Routing())
+    times = step_times(RUN, Routing(), slow)
+    sent = busiest_rank(RUN, Routing())
     seconds = sent.data / 8e6 + sent.expert_data / 2e6
     assert seconds > times.compute / 4
     assert times.data == pytest.approx(seconds - times.compute / 4)
@@ -100,8 +101,8 @@ def test_gradients_overlap_with_one_micro_batch():
 def test_the_busiest_rank_sends_at_least_what_each_rank_does():
     routing = Routing((SHARES, SHARES[::-1]))
     for inside in (False, True):
-        most = busiest_rank(SHAPE, EP4, SIZES, "none", routing, inside)
-        each = [rank_traffic(SHAPE, EP4, SIZES, "none", routing, 0, rank, inside) for rank in range(4)]
+        most = busiest_rank(RUN, routing, inside)
+        each = [rank_traffic(RUN, routing, 0, rank, inside) for rank in range(4)]
         assert most.expert > max(one.expert for one in each)
         assert most.expert_data == each[0].expert_data
 
@@ -109,7 +110,7 @@ def test_the_busiest_rank_sends_at_least_what_each_rank_does():
 def test_tokens_of_the_original_expert_are_sent_only_inside_the_group():
     """All of them: each rank gives away 3/4 of its tokens, and rank 0's experts answer the three others."""
     only = Routing(((1.0, 0.25, 0.25, 0.25, 0.25),))
-    outside, inside = (rank_traffic(SHAPE, EP4, SIZES, "none", only, 0, 0, way).expert for way in (False, True))
+    outside, inside = (rank_traffic(RUN, only, 0, 0, way).expert for way in (False, True))
     batches, tokens, layers = 4, 128, 2
     row = 2 * (2 * 64) + 2 * 4 + 2 * (2 * 64)
     assert outside == pytest.approx(layers * batches * tokens * (0.75 + 3 * 0.25) * (row / 2))

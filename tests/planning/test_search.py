@@ -10,8 +10,10 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
 from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.memory import RunSizes, largest_rank, worst_total
+from megatron_moe_lpr.planning.memory import largest_rank, worst_total
+from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
+from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.training.configuration.stages import STAGES
 
 CONFIG = {
@@ -34,7 +36,7 @@ def shape(experts: int = 5) -> ModelShape:
 
 
 def total(recompute: str, sizes: RunSizes = SIZES, layout: ParallelLayout | None = None) -> float:
-    return largest_rank(shape(), layout or ParallelLayout(), sizes, recompute).total
+    return largest_rank(PlannedRun(shape(), layout or ParallelLayout(), sizes, recompute)).total
 
 
 def test_modes_save_in_this_order():
@@ -81,7 +83,7 @@ def test_weights_in_fp8_save_their_bf16_copies():
 
 def test_worst_routing_grows_with_the_expert_parallel_group():
     layouts = [ParallelLayout(expert_model_parallel_size=size) for size in (1, 2, 4)]
-    more = [worst_total(shape(), layout, SIZES, "none") - total("none", layout=layout) for layout in layouts]
+    more = [worst_total(PlannedRun(shape(), layout, SIZES)) - total("none", layout=layout) for layout in layouts]
     assert more[0] < more[1]
     # On two ranks a token finds two experts of the chosen rank, on four ranks only one: twice 2 and four times 1.
     assert more[1] == pytest.approx(more[2])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.model_card import ORIGINAL
-from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
+from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import checkpoint_tensors, hf_tensors, run
 from tests.distributed import rank_pool
 from tests.training.runs import make_checkpoint, make_data, rewind, train
@@ -87,7 +87,7 @@ def test_every_checkpoint_has_the_dense_models_bits(part, chain):
     card = resolve_checkpoint(root / part).card()
     assert card.dtype == str(case.matrices).removeprefix("torch.")
     assert card.original_fingerprint == resolve_checkpoint(root / "checkpoint").card().original_fingerprint
-    assert fingerprint_of_checkpoint(root / part) == card.original_fingerprint
+    assert checkpoint_fingerprint(root / part) == card.original_fingerprint
     dtypes = {
         kind: {
             tensor.dtype
@@ -135,5 +135,5 @@ def test_an_export_comes_back_with_every_bit(chain, tmp_path):
     for key, tensor in found.items():
         assert tensor.dtype == expected[key].dtype and torch.equal(tensor, expected[key][: len(tensor)]), key
     card = resolve_checkpoint(tmp_path / "back").card()
-    assert card.original_fingerprint == fingerprint_of_checkpoint(root / "2")
+    assert card.original_fingerprint == checkpoint_fingerprint(root / "2")
     assert card.dtype == resolve_checkpoint(root / "2").card().dtype

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.model_card import NOT_ORIGINAL, ORIGINAL
-from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.checkpoint import EvaluationOptions, evaluate_checkpoint
+from megatron_moe_lpr.evaluation.checkpoint import evaluate_checkpoint
+from megatron_moe_lpr.evaluation.options import EvaluationOptions
 from megatron_moe_lpr.parallel.layout import ParallelLayout
+from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import assert_same_tensors, checkpoint_tensors, hf_tensors, rewrite_checkpoint, run
 from tests.distributed import rank_pool
 from tests.training.runs import make_checkpoint, make_data, metrics, rewind, train
@@ -59,7 +60,7 @@ def first(inputs, tmp_path_factory):
 
 
 def has_own_bits(path) -> bool:
-    return fingerprint_of_checkpoint(path) == resolve_checkpoint(path).card().original_fingerprint
+    return checkpoint_fingerprint(path) == resolve_checkpoint(path).card().original_fingerprint
 
 
 def exported_card(path, out) -> str:
@@ -106,7 +107,7 @@ def test_the_commands_read_a_checkpoint_of_several_dtypes(first, inputs, tmp_pat
 @pytest.mark.parametrize("dtype", [None, SINGLE, BRAIN])
 def test_it_evaluates_as_what_it_computes(dtype, first, inputs):
     """The same loss at another layout, and near the last one of training."""
-    plan = EvaluationOptions(first, [inputs[1]["el"]], [], 32, 2, dtype, ParallelLayout(), "cpu")
+    plan = EvaluationOptions(first, [inputs[1]["el"]], [], 32, 2, dtype == BRAIN, dtype == SINGLE, platform="cpu")
     alone = rank_pool(1).run(evaluated, plan)[0]
     split = rank_pool(2).run(evaluated, dataclasses.replace(plan, layout=ParallelLayout(tensor_model_parallel_size=2)))[
         0

@@ -10,11 +10,11 @@ import torch
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.format.reader import is_model_key
 from megatron_moe_lpr.checkpoint.loading.model import model_shape
-from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
 from megatron_moe_lpr.model.flops import training_flops_per_token
-from megatron_moe_lpr.planning.parameters import model_parameters
+from megatron_moe_lpr.model.parameter_counts import count_parameters
+from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import assert_same_tensors, checkpoint_tensors, hf_tensors, run
 from tests.conversion.tiny_models import COMMON, MODELS, load_model, logits, save_model
 from tests.distributed import RankFailure, rank_pool
@@ -65,7 +65,7 @@ def test_computes_what_the_dense_model_does(model, tmp_path):
     run("import", "--hf", hf, "--save", tmp_path / "dense", "--num-experts", 1)
     grown, dense = (resolve_checkpoint(tmp_path / name).card() for name in ("grown", "dense"))
     assert grown.inserted_blocks == INSERTED and grown.experts_per_layer == [1] * 6
-    assert grown.original_fingerprint == dense.original_fingerprint == fingerprint_of_checkpoint(tmp_path / "grown")
+    assert grown.original_fingerprint == dense.original_fingerprint == checkpoint_fingerprint(tmp_path / "grown")
     run("verify", "--load", tmp_path / "grown", "--hf", hf)
     run("export", "--load", tmp_path / "grown", "--hf", tmp_path / "out")
     exported = load_model(tmp_path / "out")
@@ -123,7 +123,7 @@ def test_only_inserted_blocks_train(inputs, trained):
         assert same == (kind_of(key, INSERTED) != "inserted blocks"), key
     card = resolve_checkpoint(trained).card()
     assert card.inserted_blocks == INSERTED and card.history[-1]["stage"] == "blocks"
-    assert fingerprint_of_checkpoint(trained) == card.original_fingerprint
+    assert checkpoint_fingerprint(trained) == card.original_fingerprint
     losses = [record["lm_loss"] for record in metrics(trained).values()]
     assert losses[-1] < losses[0]
 
@@ -204,17 +204,19 @@ def test_only_trained_weights_saved_and_resumed(inputs, tmp_path, trained):
 
 def test_planned_parameters_are_the_checkpoints(inputs):
     shape = model_shape(resolve_checkpoint(inputs[0] / "checkpoint"))
-    counted = dict.fromkeys(model_parameters(shape), 0)
+    counted = dict.fromkeys(count_parameters(shape.parameters), 0)
     for key, tensor in checkpoint_tensors(inputs[0] / "checkpoint").items():
         counted[kind_of(key, INSERTED)] += tensor.numel()
-    assert counted["inserted blocks"] and counted == {kind: model_parameters(shape)[kind] for kind in counted}
+    assert counted["inserted blocks"] and counted == {
+        kind: count_parameters(shape.parameters)[kind] for kind in counted
+    }
 
 
 def test_the_plan_takes_a_grown_checkpoint(inputs, monkeypatch, capsys):
     tool, flags = load_tool("plan"), ["plan.py", "--stage", "blocks", "--gpus", "1", "--global-batch-size", "8"]
     monkeypatch.setattr("sys.argv", [*flags, "--load", str(inputs[0] / "checkpoint")])
     tool.main()
-    inserted = model_parameters(model_shape(resolve_checkpoint(inputs[0] / "checkpoint")))["inserted blocks"]
+    inserted = count_parameters(model_shape(resolve_checkpoint(inputs[0] / "checkpoint")).parameters)["inserted blocks"]
     assert f" {inserted:,} trained" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*flags, "--hf", str(inputs[0] / "hf")])
     with pytest.raises(UserError, match="--stage blocks trains inserted blocks: give a checkpoint"):

@@ -11,7 +11,6 @@ import torch
 from megatron_moe_lpr.checkpoint.format.card import read_card
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading.model import load_model
-from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.conversion.verification.verify import random_tokens
 from megatron_moe_lpr.files.checksums import write_manifest
 from megatron_moe_lpr.model.configuration.config import ComputeOptions
@@ -21,6 +20,7 @@ from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
 from megatron_moe_lpr.training.setup import Run
+from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import checkpoint_tensors, perturb, rewrite_checkpoint, run
 from tests.distributed import rank_pool
 from tests.training.one_step import StepCase, run_step
@@ -100,7 +100,7 @@ def test_what_is_copied(inputs):
     assert {kind_of(key) for key in after} == set(ParameterKind) - {"dense FFN", "inserted blocks"}
     assert "decoder.layers.2.mlp.experts.earlier.experts.3.linear_fc2.weight" in after
     assert "decoder.layers.1.mlp.experts.experts.1.linear_fc2.weight" in after  # was dense: one group
-    assert fingerprint_of_checkpoint(root / "second") == resolve_checkpoint(root / "first").card().original_fingerprint
+    assert checkpoint_fingerprint(root / "second") == resolve_checkpoint(root / "first").card().original_fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import torch
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.format.trainable_only import open_reader
 from megatron_moe_lpr.checkpoint.loading.model import load_model
-from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
+from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import (
     assert_same_tensors,
     checkpoint_tensors,
@@ -96,7 +96,7 @@ def test_commands_take_both(runs, tmp_path, capsys):
     run("inspect", root / "only" / "2")
     assert "only what was trained" in capsys.readouterr().out
     card = resolve_checkpoint(checkpoint).card()
-    assert fingerprint_of_checkpoint(root / "only" / "2") == card.original_fingerprint
+    assert checkpoint_fingerprint(root / "only" / "2") == card.original_fingerprint
 
 
 def weights(path) -> dict[str, torch.Tensor]:

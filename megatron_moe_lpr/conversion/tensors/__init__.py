@@ -1,1 +1,1 @@
-"""Names and shapes of tensors on both sides, how they are rearranged, and what new ones begin with."""
+"""How tensors are rearranged, inserted, added for a stock architecture, and summed up in a fingerprint."""

@@ -1,1 +1,1 @@
-"""Whether two models are the same, whether frozen weights still are, and what a checkpoint holds."""
+"""Whether two models compute the same, and what a checkpoint holds."""

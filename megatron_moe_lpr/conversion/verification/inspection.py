@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,10 @@ from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_direct
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.configuration.parameters import describe_model
+from megatron_moe_lpr.model.parameter_counts import active_parameters, count_parameters
 
 # Of an entry in a card's history: for programs, not for a screen.
 LONG_FIELDS = ("data",)
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterCounts:
-    """Numbers of parameters."""
-
-    total: int
-    active: int
-    """Used for one token."""
-    original: int
-    """Of the dense model."""
-    new_experts: int
-    routers: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,22 +68,6 @@ def _dtypes(card: CheckpointCard) -> str:
     return card.dtype + (f"; trained weights {', '.join(trained)}" if trained else "")
 
 
-def count_parameters(architecture: Architecture, experts_per_layer: Sequence[int], top_k: int) -> ParameterCounts:
-    """Count a model's parameters by what they are for."""
-    sizes: Counter[ParameterKind] = Counter()
-    for parameter in describe_model(architecture, experts_per_layer):
-        sizes[parameter.kind] += parameter.size
-    original, total = sum(size for kind, size in sizes.items() if kind.is_original), sum(sizes.values())
-    one_choice = sizes[ParameterKind.ORIGINAL_EXPERT]  # one expert in each layer that has experts
-    return ParameterCounts(
-        total=total,
-        active=original - one_choice + sizes[ParameterKind.ROUTER] + top_k * one_choice,
-        original=original,
-        new_experts=sizes[ParameterKind.NEW_EXPERTS],
-        routers=sizes[ParameterKind.ROUTER],
-    )
-
-
 def print_inspection(path: Path, inspection: Inspection, console: Console | None = None) -> None:
     """Print one screen."""
     table = Table(title=str(path), show_header=False, title_justify="left")
@@ -109,7 +80,8 @@ def print_inspection(path: Path, inspection: Inspection, console: Console | None
 
 def _model_lines(inspection: Inspection) -> list[tuple[str, str]]:
     model = inspection.architecture
-    counts = count_parameters(model, inspection.experts_per_layer, inspection.top_k)
+    counts = count_parameters(describe_model(model, inspection.experts_per_layer))
+    active = active_parameters(counts, inspection.top_k)
     is_moe = max(inspection.experts_per_layer) > 1
     lines = [
         ("form", inspection.form),
@@ -122,7 +94,7 @@ def _model_lines(inspection: Inspection) -> list[tuple[str, str]]:
         ),
         ("experts per layer", _runs(inspection.experts_per_layer) if is_moe else "dense"),
         ("dtype", inspection.dtype),
-        ("parameters", f"{_amount(counts.total)} in all, {_amount(counts.active)} active per token"),
+        ("parameters", f"{_amount(counts.total())} in all, {_amount(active)} active per token"),
     ]
     if inspection.card and inspection.card.inserted_blocks:
         lines.insert(4, ("inserted blocks", "layers " + " ".join(map(str, inspection.card.inserted_blocks))))
@@ -130,7 +102,9 @@ def _model_lines(inspection: Inspection) -> list[tuple[str, str]]:
         if inspection.card and inspection.card.expansions:
             lines.insert(4, ("expansions", "; ".join(_runs(added) for added in inspection.card.expansions)))
             lines.insert(5, ("latest experts", f"weigh {inspection.card.openness:.0%} in the routers"))
-        parts = {"original": counts.original, "new experts": counts.new_experts, "routers": counts.routers}
+        original = sum(count for kind, count in counts.items() if kind.is_original)
+        new_experts, routers = counts[ParameterKind.NEW_EXPERTS], counts[ParameterKind.ROUTER]
+        parts = {"original": original, "new experts": new_experts, "routers": routers}
         lines.insert(4, ("top-k", str(inspection.top_k)))
         lines.append(("of which", ", ".join(f"{name} {_amount(count)}" for name, count in parts.items())))
     return lines

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.configuration.fp8 import FP8Options
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options, FP8Recipe
 
 MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe")
 """Megatron-Core's, without those of models that are not ours."""
@@ -41,9 +41,19 @@ def check_recompute(
     unknown = [module for module in modules or () if module not in MODULES]
     if unknown:
         raise UserError(f"--recompute-modules {unknown[0]} is not one of {', '.join(MODULES)}")
-    refused = [module for module in modules or () if module in NOT_DELAYED]
-    if refused and fp8.enabled and fp8.fp8_recipe == "delayed":
+    if fp8.enabled:
+        check_recompute_in_fp8(modules or (), fp8.fp8_recipe, "--recompute-modules")
+
+
+def check_recompute_in_fp8(modules: Sequence[str], recipe: FP8Recipe, flag: str) -> None:
+    """Check that the recipe keeps what recomputing the modules needs; `flag` names them in the message.
+
+    Raises:
+        UserError: naming the first module that does not go with the recipe.
+    """
+    refused = [module for module in modules if module in NOT_DELAYED]
+    if refused and recipe == "delayed":
         raise UserError(
-            f"--recompute-modules {refused[0]} does not go with --fp8-recipe delayed; choose tensorwise or blockwise, "
+            f"{flag} {refused[0]} does not go with --fp8-recipe delayed; choose tensorwise or blockwise, "
             "or recompute core_attn, mlp or moe"
         )

@@ -16,6 +16,7 @@ from megatron_moe_lpr.flag_marks import Acceptable, Decides, Free, RecordedAs, S
 from megatron_moe_lpr.flag_ranges import INT_MAX, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check_ranges
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
+from megatron_moe_lpr.parallel.micro_batches import num_microbatches
 from megatron_moe_lpr.platform import Platform, PlatformName
 from megatron_moe_lpr.training.configuration.stages import StageOptions
 
@@ -54,13 +55,7 @@ class BatchOptions:
         Raises:
             UserError: the global batch does not divide.
         """
-        together = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size % together:
-            raise UserError(
-                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
-                f"{self.micro_batch_size} x {data_parallel_size} data-parallel ranks = {together}"
-            )
-        return self.global_batch_size // together
+        return num_microbatches(self.global_batch_size, self.micro_batch_size, data_parallel_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,11 @@ from megatron_moe_lpr.checkpoint.format.card import read_card
 from megatron_moe_lpr.checkpoint.format.directory import finish_iteration, resolve_checkpoint, write_latest
 from megatron_moe_lpr.checkpoint.format.retention import RemovedCheckpoint, hide
 from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading, record_base
-from megatron_moe_lpr.conversion.expand import ExpandOptions, expand
-from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
+from megatron_moe_lpr.conversion.expand import expand
+from megatron_moe_lpr.conversion.expand_options import ExpandOptions
 from megatron_moe_lpr.files.checksums import write_manifest
 from tests.checkpoint.format.test_directory import CARD, make_iteration
+from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import run
 from tests.distributed import rank_pool
 from tests.training.outcomes import evaluation_outcome, train_outcome
@@ -72,7 +73,7 @@ COMMANDS = {
     "export": lambda load, out: run("export", "--load", load, "--hf", out),
     "verify": lambda load, out: run("verify", "--load", load, "--hf", load.parent / "hf", "--platform", "cpu"),
     "inspect": lambda load, out: run("inspect", load, "--verify"),
-    "fingerprint": lambda load, out: fingerprint_of_checkpoint(load),
+    "fingerprint": lambda load, out: checkpoint_fingerprint(load),
     "dense source": lambda load, out: open_dense_source(load).layer(0),
 }
 
@@ -89,8 +90,7 @@ def test_commands_lock_before_they_read(name, inputs, tmp_path):
 
 
 def test_expand_locks_before_it_writes(inputs, tmp_path):
-    """Its flag --add-experts is read from a card before, of which nothing else depends."""
-    options = ExpandOptions(inputs[0], [1] * 4)
+    options = ExpandOptions(inputs[0], "1,1,1,1")
     assert unlocked_cards(expand, options, tmp_path / "out") == []
 
 

@@ -1,0 +1,90 @@
+"""Upcycling (paper, section 3.1): the tensors of a MoE model made from those of a dense one.
+
+`megatron_moe_lpr.upcycle` (api.py) is the whole import, with its flags and files; `upcycle` below is the step in it
+that gives the method its name.
+"""
+
+import hashlib
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
+from megatron_moe_lpr.conversion.tensor_sources import TensorSources
+from megatron_moe_lpr.conversion.tensors.blocks import ZEROED
+from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
+from megatron_moe_lpr.conversion.tensors.qkv import interleave_qkv
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.finite import is_finite
+from megatron_moe_lpr.progress import ProgressReport
+
+
+def upcycle(sources: TensorSources, writer: CheckpointWriter, progress: ProgressReport) -> str:
+    """Read every tensor of the source once and write what the MoE model makes of it; one is in memory at a time.
+
+    Attention, norms, embedding and the original expert of each layer are the dense model's own weights, and so at
+    first are all new experts, copies of the layer's FFN. Routers are drawn. Where the source has trained experts (an
+    adapter or a stock MoE), these and their routers are read from it instead, each from its own name.
+
+    Returns:
+        The fingerprint of the dense model's weights.
+
+    Raises:
+        UserError: a weight that is NaN or infinite, or a model of which a tensor was not written.
+    """
+    fingerprint = OriginalFingerprint()
+    # Hashing beside writing costs no time where a second core is free.
+    with ThreadPoolExecutor(1) as pool:
+        # Neighbouring rows that read the same names: the FFN matrix of the original expert and all its copies.
+        for _, same_source in itertools.groupby(sources.rows, key=lambda row: row.names or row.key):
+            rows = list(same_source)
+            row = rows[0]
+            parts = [_read_finite(sources, name).to(sources.stored_dtype(row)) for name in row.names]
+            hashing = [pool.submit(fingerprint.add, *pair) for pair in zip(row.dense_names, parts, strict=False)]
+            if row.kind is ParameterKind.ROUTER and row.layer is not None and not parts:
+                num_experts, hidden_size = row.shape
+                tensor = initial_router(num_experts, hidden_size, sources.seed, row.layer)
+            elif len(parts) > 1:
+                tensor = interleave_qkv(parts, sources.model.architecture)
+            elif sources.inserts and row.kind is ParameterKind.INSERTED_BLOCKS and row.key.endswith(ZEROED):
+                # Block expansion (LLaMA-Pro), with which the model stays dense.
+                tensor = torch.zeros_like(parts[0])
+            else:
+                tensor = parts[0]
+            for row in rows:
+                writer.write(row.key, tensor)
+                progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
+            for future in hashing:
+                future.result()
+    _check_complete(sources, writer)
+    return fingerprint.hexdigest()
+
+
+def initial_router(num_experts: int, hidden_size: int, seed: int, layer: int) -> torch.Tensor:
+    """Draw a router's initial weight, Xavier-normal, [experts, hidden] float32.
+
+    It depends on the seed and the layer alone, so it is the same whatever the parallel layout or the other layers are.
+    """
+    digest = hashlib.sha256(f"moe-lpr router, seed {seed}, layer {layer}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    weight = torch.empty(num_experts, hidden_size, dtype=torch.float32)
+    return torch.nn.init.xavier_normal_(weight, generator=generator)
+
+
+def _read_finite(sources: TensorSources, name: str) -> torch.Tensor:
+    tensor = sources.files.read(name)
+    if not is_finite(tensor):
+        raise UserError(
+            f"{sources.files.file(name)}: {name} holds NaN or infinite values; copy the file again, "
+            "or use a model without them"
+        )
+    return tensor
+
+
+def _check_complete(sources: TensorSources, writer: CheckpointWriter) -> None:
+    """The checkpoint has exactly the model's tensors: none is missing, none is left over."""
+    different = {row.key for row in sources.rows} ^ set(writer.tensors)
+    if different:
+        raise UserError(f"{writer.directory}: not written as planned: {', '.join(sorted(different)[:3])}")

@@ -1,0 +1,152 @@
+"""Activations of one layer: bytes that a token keeps between forward and backward pass, and gradients of the FFN."""
+
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.planning.planned_run import PlannedLayer, Recompute
+from megatron_moe_lpr.planning.sizes import FP8_BLOCK, FP32
+
+
+def kept_bytes_per_token(layer: PlannedLayer, recompute: Recompute) -> float:
+    """Bytes that a token keeps in a layer between its forward and its backward pass, the layer's output included."""
+    hidden = layer.run.hidden_bytes
+    if recompute == "full":
+        return hidden
+    attention = _attention_bytes(layer, recompute)
+    if not layer.is_moe:
+        return 2 * hidden + attention + (0 if recompute == "mlp" else _dense_ffn_bytes(layer))
+    norm_output = 0 if recompute == "layernorm" else hidden
+    return 2 * hidden + attention + norm_output + (0 if recompute == "moe" else _moe_bytes(layer, recompute))
+
+
+def recomputed_bytes_per_token(layer: PlannedLayer) -> float:
+    """Activations recomputed before a layer's backward pass, in bytes per token."""
+    recompute = layer.run.recompute
+    if recompute == "full":
+        return kept_bytes_per_token(layer, "none")
+    if not layer.is_moe:
+        return _dense_ffn_bytes(layer) if recompute == "mlp" else 0.0
+    everything = _moe_bytes(layer, "none")
+    kept = {"moe": 0.0, "moe_act": _moe_bytes(layer, "moe_act")}
+    return everything - kept.get(recompute, everything)
+
+
+def gradient_bytes(layer: PlannedLayer) -> float:
+    """Bytes of a rank's gradients at the fullest moment of the FFN's backward pass, less what is freed by then.
+
+    Weight gradients of all the rank's experts appear in the weights' format and are then added to the fp32 buffer. A
+    rank that holds experts of several expansions computes them in one product; frozen ones have no weight gradient.
+    """
+    run, sizes = layer.run, layer.run.sizes
+    D, F, element = layer.architecture.hidden_size, layer.architecture.ffn_hidden_size, sizes.element_bytes
+    rows, ranks, experts, trains = (
+        run.rank_tokens,
+        run.layout.tensor_model_parallel_size,
+        1,
+        ParameterKind.DENSE_FFN in layer.trains,
+    )
+    if layer.is_moe:
+        rows *= rows_per_token(layer)[1]
+        trained = layer.num_experts - 1 if ParameterKind.EARLIER_EXPERTS in layer.trains else layer.newest_experts
+        ranks, experts = run.layout.expert_tensor_parallel_size, trained // run.layout.expert_model_parallel_size
+        trains = ParameterKind.NEW_EXPERTS in layer.trains and trained > 0
+    # FP8 copies of an operand: one by rows for the input's gradient, one by columns for the weight's.
+    fp8_copies = (2 if trains else 1) if sizes.precision == "fp8" else 0
+    outer, inner = rows * D * ranks, rows * F  # values of the products' wide and narrow operands
+    matrix = experts * D * F / ranks * element if trains else 0.0
+    freed = inner * _trained_share(layer) * _input_bytes(layer) if trains else 0.0
+    # Of the down projection, of SwiGLU, of gate and up projection.
+    down = outer * (element + fp8_copies) + inner * element + matrix
+    activation = 3 * inner * element - freed
+    gate_and_up = 2 * inner * fp8_copies + outer * element + 2 * matrix - freed
+    return max(down, activation, gate_and_up) + run.rank_tokens * D * element
+
+
+def rows_per_token(layer: PlannedLayer) -> tuple[float, float]:
+    """Rows of the original expert and of the new experts on a rank, for each token of the rank."""
+    E, K, EP = layer.num_experts, layer.run.shape.top_k, layer.run.layout.expert_model_parallel_size
+    if layer.run.sizes.routing == "balanced":
+        return K / E, K - K / E
+    # Worst case: tokens of all EP ranks choose new experts of this one.
+    return 0.0, EP * min(K, (E - 1) // EP)
+
+
+def original_expert_bytes(layer: PlannedLayer) -> float:
+    """Bytes of a row of the original expert: gate and up, output and weighted output; inputs where it trains."""
+    D, F = layer.architecture.hidden_size, layer.architecture.ffn_hidden_size
+    inputs = (D + F) * _input_bytes(layer) if ParameterKind.ORIGINAL_EXPERT in layer.trains else 0
+    return (2 * F + 2 * D) * layer.run.sizes.element_bytes + inputs
+
+
+def _attention_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
+    """Input of the QKV matrix where it trains, queries and keys before their norm, and what fused attention keeps;
+    in fp32, without fused attention, the softmax."""
+    architecture, sizes = layer.architecture, layer.run.sizes
+    element, S, H = sizes.element_bytes, sizes.seq_length, architecture.num_attention_heads
+    query = output = H * architecture.head_dim
+    key = value = architecture.num_query_groups * architecture.head_dim
+    trains = ParameterKind.ATTENTION in layer.trains
+    before = architecture.hidden_size * _input_bytes(layer) if trains else 0
+    if architecture.family.qk_norm:
+        before += element * (query + key)
+    if sizes.precision == "fp32":
+        softmax, mask = H * S, S
+        return before + element * (3 * query + softmax) + mask
+    statistics = FP32 * H
+    # Delayed scaling keeps the output projection's input in FP8 as well.
+    fp8_output = output if trains and sizes.precision == "fp8" and sizes.fp8_recipe == "delayed" else 0
+    if recompute == "core_attn":
+        # The values are a view of the whole QKV product, which therefore stays in memory as well.
+        return before + element * (2 * (query + key) + value + (output if trains else 0)) + fp8_output
+    return before + element * (query + key + value + output) + statistics + fp8_output
+
+
+def _dense_ffn_bytes(layer: PlannedLayer) -> float:
+    """Outputs of gate and up projection, and the inputs of all three matrices where they train."""
+    D, F = layer.architecture.hidden_size, layer.architecture.ffn_hidden_size
+    inputs = (D + F) * _input_bytes(layer) if ParameterKind.DENSE_FFN in layer.trains else 0
+    return 2 * F * layer.run.sizes.element_bytes + inputs
+
+
+def _moe_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
+    """Router, dispatcher, and what the experts of a token keep."""
+    original, new = rows_per_token(layer)
+    routing = _routing_bytes(layer.num_experts, original, new)
+    return routing + original * original_expert_bytes(layer) + new * _new_expert_bytes(layer, recompute)
+
+
+def _routing_bytes(num_experts: int, original: float, new: float) -> float:
+    """Logits and probabilities in fp32 and choices of the router; weights and rows of each copy of a token."""
+    router = 2 * FP32 * num_experts + num_experts
+    # The dispatcher holds these until the next micro-batch, recomputed or not: rows, weights and choices.
+    dispatcher = FP32 * (2 * (num_experts - 1) + 1) + (FP32 + 1) * (num_experts - 1)
+    return router + dispatcher + 2 * FP32 * new + 8 * original
+
+
+def _new_expert_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
+    """Bytes of a row of a new expert: gate and up; where experts train, for their share of the rows, the token, whole
+    on each ETP rank, and the down projection's input."""
+    D, F, ETP = (
+        layer.architecture.hidden_size,
+        layer.architecture.ffn_hidden_size,
+        layer.run.layout.expert_tensor_parallel_size,
+    )
+    product = 2 * F * layer.run.sizes.element_bytes
+    if ParameterKind.NEW_EXPERTS not in layer.trains:
+        return product
+    activation = 0 if recompute == "moe_act" else F
+    return product + _trained_share(layer) * (D * ETP + activation) * _input_bytes(layer)
+
+
+def _trained_share(layer: PlannedLayer) -> float:
+    """Share of the new experts' rows whose experts train; in the worst case all, where there are such experts."""
+    at_worst = layer.run.sizes.routing == "worst" and layer.newest_experts > 0
+    if not layer.is_moe or ParameterKind.EARLIER_EXPERTS in layer.trains or at_worst:
+        return 1.0
+    return layer.newest_experts / (layer.num_experts - 1)
+
+
+def _input_bytes(layer: PlannedLayer) -> float:
+    """Bytes of a value in a matrix's input that is kept for the weight's gradient."""
+    sizes = layer.run.sizes
+    if sizes.precision != "fp8":
+        return sizes.element_bytes
+    return 1 + FP32 / FP8_BLOCK if sizes.fp8_recipe == "blockwise" else 1

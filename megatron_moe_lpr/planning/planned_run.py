@@ -1,0 +1,86 @@
+"""A run on paper, and one of its layers: the context of every formula of this package."""
+
+import dataclasses
+from typing import Literal
+
+from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.configuration.config import ModelShape
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, trained_in_layer
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.planning.parameters import pipeline_rank_layers
+from megatron_moe_lpr.planning.sizes import RunSizes
+
+Recompute = Literal["none", "core_attn", "layernorm", "moe_act", "mlp", "moe", "full"]
+"""none: every activation is kept; full: whole layers are recomputed (`--recompute-granularity full`); the others: one
+module of `--recompute-granularity selective --recompute-modules ...`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """Model, layout, batch and precision of a run, and what its backward passes recompute."""
+
+    shape: ModelShape
+    layout: ParallelLayout
+    sizes: RunSizes
+    recompute: Recompute = "none"
+
+    @property
+    def rank_tokens(self) -> float:
+        """Tokens of a micro-batch over the TP ranks, B S / TP: a rank's part under SP, its share of split features."""
+        return self.sizes.micro_batch_size * self.sizes.seq_length / self.layout.tensor_model_parallel_size
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the residual stream of one token."""
+        return self.shape.architecture.hidden_size * self.sizes.element_bytes
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches that a rank accumulates in one step."""
+        return self.sizes.num_microbatches(self.layout)
+
+    @property
+    def pipeline_ranks(self) -> range:
+        """All ranks of a pipeline."""
+        return range(self.layout.pipeline_model_parallel_size)
+
+    def is_last(self, pipeline_rank: int) -> bool:
+        """The pipeline rank has the output matrix and the loss."""
+        return pipeline_rank == self.layout.pipeline_model_parallel_size - 1
+
+    def layers(self, pipeline_rank: int) -> "list[PlannedLayer]":
+        """Layers of a pipeline rank."""
+        return [PlannedLayer(self, layer) for layer in pipeline_rank_layers(self.shape, self.layout, pipeline_rank)]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedLayer:
+    """One transformer layer of a run."""
+
+    run: PlannedRun
+    index: int
+
+    @property
+    def architecture(self) -> Architecture:
+        """Dimensions, the same in all layers."""
+        return self.run.shape.architecture
+
+    @property
+    def num_experts(self) -> int:
+        """E, the original expert included; 1: a dense layer."""
+        return self.run.shape.experts_per_layer[self.index]
+
+    @property
+    def is_moe(self) -> bool:
+        """The layer has a router and new experts."""
+        return self.num_experts > 1
+
+    @property
+    def newest_experts(self) -> int:
+        """New experts of the latest expansion; those of earlier ones are frozen."""
+        return self.num_experts - 1 - self.run.shape.earlier_experts(self.index)
+
+    @property
+    def trains(self) -> frozenset[ParameterKind]:
+        """Kinds of parameters that train in this layer."""
+        return trained_in_layer(self.run.sizes.trains, self.index in self.run.shape.inserted_blocks)
