@@ -49,7 +49,7 @@ def evaluate_dataset(
     config: MoELPRConfig,
     shape: ModelShape,
     dataset: ValidationDataset,
-    group_table: torch.Tensor,
+    language_group: torch.Tensor,
     device: torch.device,
     micro_batch_size: int,
     after_pass: Callable[[], bool] | None = None,
@@ -58,7 +58,7 @@ def evaluate_dataset(
 
     Args:
         chunks: this rank's chunks of the model; set to evaluation mode.
-        group_table: int64 [languages + 1], see `LanguageRegistry.group_table`.
+        language_group: int64 [languages + 1], see `LanguageRegistry.group_table`.
         after_pass: called on every rank after each pass through the schedule; true if this rank has to stop.
 
     Returns:
@@ -75,7 +75,7 @@ def evaluate_dataset(
     with counted_apart(chunks):
         for _ in range(passes):
             part = [to_device(batch, device) for batch in itertools.islice(batches, pass_size)]
-            rank_sums = run_micro_batches(chunks, config, part, group_table, forward_only=True)
+            rank_sums = run_micro_batches(chunks, config, part, language_group, forward_only=True)
             sums = rank_sums.over_ranks_that_stay(after_pass is not None and after_pass())
             if sums is None:  # a rank has to stop
                 return None
