@@ -59,7 +59,7 @@ def setting(tmp_path_factory):
 
 def evaluate(load: Path, data: dict[str, str], layout: dict, original: tuple[str, ...] = ("en",)) -> dict:
     """Evaluate on this rank of a pool."""
-    plan = EvaluationOptions(
+    options = EvaluationOptions(
         load=load,
         valid_data_path=list(data.values()),
         original_languages=list(original),
@@ -69,7 +69,7 @@ def evaluate(load: Path, data: dict[str, str], layout: dict, original: tuple[str
         layout=ParallelLayout(**layout),
         platform="cpu",
     )
-    return evaluation_record(evaluate_checkpoint(plan))
+    return evaluation_record(evaluate_checkpoint(options))
 
 
 @pytest.fixture(scope="module")
