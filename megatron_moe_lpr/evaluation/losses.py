@@ -81,7 +81,10 @@ def evaluate_dataset(
                 return None
             total = sums if total is None else total + sums
         assert total is not None  # every dataset has a token to predict
-        routing = collect_routing(chunks, shape) if config.num_moe_experts else None
+        return _result(dataset, total, collect_routing(chunks, shape) if config.num_moe_experts else None)
+
+
+def _result(dataset: ValidationDataset, total: LossSums, routing: RoutingReport | None) -> DatasetLoss:
     bits = float(total.text_loss.sum()) / math.log(2) if total.text_loss is not None else None
     return DatasetLoss(
         name=dataset.name,

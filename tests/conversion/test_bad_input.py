@@ -386,16 +386,3 @@ def test_a_billion_experts_in_a_card_take_no_memory(
     card.write_text(json.dumps(json.loads(card.read_text()) | {"experts_per_layer": [10**9] * 3}))
     line = refuse("export", "--load", checkpoint, "--hf", tmp_path / "out")
     assert "card.json: experts_per_layer: a layer has 1 to 1,024 experts, not 1000000000" in line
-
-
-def test_overlapping_tensors(dense: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
-    path = dense / "model.safetensors"
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    first, second = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.k_proj.weight"
-    header[first]["data_offsets"] = header[second]["data_offsets"]
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    line = refuse("import", "--hf", dense, "--save", tmp_path / "out")
-    assert "model.safetensors" in line and "invalid offset for tensor" in line

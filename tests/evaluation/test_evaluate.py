@@ -1,4 +1,4 @@
-"""Evaluation's numbers: against transformers on the exported model, and the same at every layout."""
+"""Evaluation: numbers equal to those of transformers on the exported model, and the same at every layout."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """An MoE checkpoint whose experts differ, its export, and a dataset of two languages; token ids by language."""
+    """Directory with the export, an MoE checkpoint with different experts, datasets and token ids by language."""
     root = tmp_path_factory.mktemp("evaluation")
     checkpoint = make_checkpoint(root)
     run("export", "--load", checkpoint, "--hf", root / "exported")
@@ -57,8 +57,8 @@ def setting(tmp_path_factory):
 
 
 def evaluate(load: Path, data: dict[str, str], layout: dict, original: tuple[str, ...] = ("en",)) -> dict:
-    """On every rank of a pool."""
-    plan = EvaluationOptions(
+    """Evaluate on this rank of a pool."""
+    options = EvaluationOptions(
         load=load,
         valid_data_path=list(data.values()),
         original_languages=list(original),
@@ -68,12 +68,12 @@ def evaluate(load: Path, data: dict[str, str], layout: dict, original: tuple[str
         layout=ParallelLayout(**layout),
         platform="cpu",
     )
-    return evaluation_record(evaluate_checkpoint(plan))
+    return evaluation_record(evaluate_checkpoint(options))
 
 
 @pytest.fixture(scope="module")
 def alone(setting):
-    """The record of one process."""
+    """The evaluation of one process."""
     _, checkpoint, data, _ = setting
     return rank_pool(1).run(evaluate, checkpoint, data, {})[0]
 
@@ -84,13 +84,13 @@ def exported(directory: Path):
 
 
 def keeper(states: list[torch.Tensor]):
-    """A hook that keeps what goes into a layer."""
+    """A hook that appends the input of a layer to `states`."""
     return lambda module, inputs: states.append(inputs[0][0])
 
 
 @torch.no_grad()
 def by_transformers(directory: Path, tokens: list[int]) -> dict:
-    """Summed loss, and per layer the share of tokens with expert 0 in the top k and its mean probability."""
+    """Compute by transformers: summed loss; for each layer how often experts are chosen, and expert 0's probability."""
     model = exported(directory)
     loss, routed = 0.0, []
     for start in range(0, len(tokens) - 1, SEQUENCE):
@@ -153,7 +153,7 @@ def test_languages_that_nothing_is_known_of_are_named():
 
 
 def test_original_languages_are_those_of_the_history(setting, alone, tmp_path):
-    """Also those that the run which recorded them had no data of."""
+    """Also languages of which the run that recorded them had no data."""
     _, checkpoint, data, _ = setting
     shutil.copytree(checkpoint, tmp_path / "trained")
     entry = {"stage": "1", "languages": ["el"], "original_languages": ["English", "es"]}
@@ -197,7 +197,6 @@ def test_bad_input_is_one_line(setting, change, message):
 
 
 def test_weight_that_is_not_a_number(setting, tmp_path):
-    """Not null in a file and exit code 0, as it was once."""
     _, _, data, _ = setting
     make_checkpoint(tmp_path)
     rewrite_checkpoint(tmp_path / "checkpoint", spoil)

@@ -1,4 +1,4 @@
-"""The report from tiny inputs: what it says is what the files say, and it needs nothing from outside."""
+"""The report of tiny inputs: its figures are those of the files, and it refers to no other file."""
 
 import json
 import re
@@ -17,7 +17,7 @@ report = load_tool("report")
 
 
 def evaluation(bits: dict[str, float], share: float | None) -> dict:
-    """A file of tools/evaluate.py, reduced to what the report reads."""
+    """The content of an evaluation file, as far as the report reads it."""
     groups = {"en": "original", "el": "expanded"}
     routing = None if share is None else {"expert0_top_k_share": [share, None]}
     datasets = [
@@ -65,7 +65,7 @@ def write_report(files: Path, evaluations=("Base=base", "One=one", "Two=two"), *
 
 
 class Balance(HTMLParser):
-    """Every tag that opens closes."""
+    """Checks that every tag is closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def test_runs_of_one_title_become_mean_and_spread(files):
 
 
 def test_two_datasets_of_a_language_are_two_columns(files):
-    """Each with its own figure; the mean of both stood in two columns of one name, as if they were two seeds."""
+    """Each column has the figure of its dataset, not the mean of both."""
     record = evaluation({"en": 2.0, "el": 4.0}, 0.4)
     record["datasets"].append({**record["datasets"][1], "name": "books", "bits_per_byte": 3.25, "tokens": 11})
     record["datasets"][1]["name"] = "news"
@@ -138,7 +138,7 @@ def test_costs_are_columns(files):
     (files / "costs.json").write_text(json.dumps(costs))
     page = write_report(files, **{"--costs": str(files / "costs.json")})
     assert "<td>4.00M</td><td>3.00M</td><td>50 (0.50x)</td>" in page and "<td>100</td>" in page
-    assert "<td>–</td><td>–</td><td>–</td>" in page  # the one without costs
+    assert "<td>–</td><td>–</td><td>–</td>" in page  # the model without costs
     (files / "costs.json").write_text(json.dumps({"Nobody": sizes}))
     with pytest.raises(UserError, match="no evaluation is called 'Nobody'"):
         write_report(files, **{"--costs": str(files / "costs.json")})

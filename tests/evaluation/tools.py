@@ -1,4 +1,4 @@
-"""Command lines as modules, to call them in this process."""
+"""Modules of command lines, to be called in the test's process."""
 
 import importlib
 from pathlib import Path
@@ -11,9 +11,9 @@ MODULES = {
     "allocate_experts": "allocate",
     "download_data": "download",
 }
-"""Scripts whose module has another name."""
+"""Modules with another name than the script."""
 
 
 def load_tool(name: str) -> ModuleType:
-    """The module behind tools/NAME.py, or of a subcommand of `moe-lpr`."""
+    """Return the module of tools/NAME.py, or of a subcommand of `moe-lpr`."""
     return importlib.import_module(f"megatron_moe_lpr.commands.{MODULES.get(name, name)}")

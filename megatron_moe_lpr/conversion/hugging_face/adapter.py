@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' Hugging Face implementation: a PEFT-like adapter with experts and routers."""
+"""Adapters of the authors' Hugging Face implementation: experts and routers beside a base model, as in PEFT."""
 
 import dataclasses
 from pathlib import Path
@@ -15,22 +15,22 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What adapter_config.json says."""
+    """Configuration of an adapter, from adapter_config.json."""
 
     path: Path
     num_experts: int
-    """The original expert included."""
+    """Number of experts in a layer, the original expert included."""
     top_k: int
     layers: frozenset[int] | None
-    """The layers that have experts; None: all."""
+    """Layers with experts; None: all."""
 
     @property
     def weights(self) -> Path:
-        """The file with the experts and routers."""
+        """File with the experts and routers."""
         return self.path / WEIGHTS_FILE
 
     def experts_per_layer(self, num_layers: int) -> list[int]:
-        """Number of experts of each layer; 1: the adapter does not touch it.
+        """Return the number of experts of each layer; 1: a layer without experts in the adapter.
 
         Raises:
             UserError: the adapter names a layer that the base model does not have.
@@ -48,7 +48,7 @@ def open_adapter(path: Path) -> Adapter:
     """Read an adapter's configuration.
 
     Raises:
-        UserError: not an adapter of this kind, or only pickled weights.
+        UserError: the directory holds no adapter of this kind, or only pickled weights.
     """
     path = Path(path)
     file = path / CONFIG_FILE

@@ -1,4 +1,4 @@
-"""Which model on the Hugging Face hub an imported directory is, for the card of an export."""
+"""Name of the base model on the Hugging Face hub, for the model card of an export."""
 
 import dataclasses
 import re
@@ -23,22 +23,22 @@ class BaseModel:
     """The dense model whose weights are the original ones of a checkpoint."""
 
     directory: str
-    """The name of the directory it was imported from."""
+    """Name of the directory that the model was imported from."""
     name: str | None = None
-    """On the hub; None: unknown. Never a configuration's `_name_or_path`: of a fine-tuned model that is its parent."""
+    """Name on the hub; None: unknown. Not `_name_or_path` of config.json: in a fine-tuned model that is its parent."""
     revision: str | None = None
-    """The commit on the hub."""
+    """Commit on the hub."""
 
     def as_json(self) -> dict[str, Any]:
-        """What `BASE_MODEL_FILE` holds."""
+        """Return the content of `BASE_MODEL_FILE`."""
         return dataclasses.asdict(self)
 
 
 def find_base_model(path: Path, exported: bool) -> BaseModel:
-    """The base model of what lies in `path`.
+    """Find the base model of a Hugging Face directory.
 
     Args:
-        exported: this project's export has written the directory, so its base is the one that was recorded then.
+        exported: whether this project's export has written the directory; then its record names the base model.
 
     Raises:
         UserError: the record is damaged.
@@ -53,7 +53,7 @@ def find_base_model(path: Path, exported: bool) -> BaseModel:
 
 
 def read_base_model(side_directory: Path) -> BaseModel | None:
-    """What an import recorded; None: one of an earlier version.
+    """Read the base model that an import recorded; None: imported by a version without the record.
 
     Raises:
         UserError: the record is damaged.
@@ -68,7 +68,7 @@ def read_base_model(side_directory: Path) -> BaseModel | None:
 
 
 def named_by_card(directory: Path) -> str | None:
-    """The base model that an export's README.md names; None of another model's README.md."""
+    """Return the base model that the model card of an export names; None for the card of another model."""
     metadata = card_metadata(directory)
     tags = metadata.get("tags")
     name = metadata.get("base_model") if isinstance(tags, list) and OUR_TAG in tags else None
@@ -76,20 +76,20 @@ def named_by_card(directory: Path) -> str | None:
 
 
 def card_metadata(directory: Path) -> dict[str, Any]:
-    """The metadata of README.md; empty where there is none or it is damaged, which is no reason to fail."""
+    """Return the metadata of a model card; empty if there is no card or it is damaged, which is not an error."""
     try:
         return metadata_load(directory / MODEL_CARD_FILE) or {} if (directory / MODEL_CARD_FILE).is_file() else {}
-    except Exception:  # whatever yaml finds wrong in a file of the base model's
+    except Exception:  # errors of yaml about a foreign file
         return {}
 
 
 def hub_name(folder: str) -> str | None:
-    """`org/name` of a hub cache's folder `models--org--name`; None: not such a folder."""
+    """Return `org/name` for the folder `models--org--name` of a hub cache; None for another folder."""
     parts = folder.removeprefix(CACHE_PREFIX).split("--")
     return "/".join(parts) if folder.startswith(CACHE_PREFIX) and len(parts) <= 2 and all(parts) else None
 
 
 def _in_hub_cache(path: Path) -> BaseModel:
-    """`.../models--org--name/snapshots/COMMIT` says all; another directory its own name alone."""
+    """Read name and commit from a path `.../models--org--name/snapshots/COMMIT`; of another path only the last part."""
     name = hub_name(path.parent.parent.name) if path.parent.name == SNAPSHOTS else None
     return BaseModel(name.split("/")[-1], name, path.name) if name else BaseModel(path.name)

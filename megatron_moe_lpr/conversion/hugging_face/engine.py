@@ -1,4 +1,4 @@
-"""What reads an export, as flags name it. Imports nothing: flags are told before torch has been imported."""
+"""The programs that an export is written for. Imports no torch, so that --help is fast."""
 
 from typing import Literal
 

@@ -45,7 +45,8 @@ def settle_tokenizer(directory: Path) -> list[str]:
     try:
         ours = load_tokenizer(directory)
     except UserError as error:
-        return [f"{error}; the tokenizer is not compared with transformers'"] if _has_tokenizer(directory) else []
+        has_tokenizer = (directory / TOKENIZER).is_file() or any(directory.glob("*.model"))
+        return [f"{error}; the tokenizer is not compared with transformers'"] if has_tokenizer else []
     config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
     texts, is_sentencepiece = sample_texts(ours), isinstance(ours, SentencePieceTokenizer)
     theirs = load_with_transformers(directory, texts)
@@ -82,10 +83,6 @@ def _remedy(ours: Tokenizer, directory: Path) -> str:
     if generic is not None and not differences(ours, generic):
         return f"load the export's tokenizer by {GENERIC_CLASS}.from_pretrained"
     return f"encode text for the export as {command('preprocess')} does"
-
-
-def _has_tokenizer(directory: Path) -> bool:
-    return (directory / TOKENIZER).is_file() or any(directory.glob("*.model"))
 
 
 def _same_pipeline(ours: Tokenizer, theirs: TransformersTokenizer) -> bool:

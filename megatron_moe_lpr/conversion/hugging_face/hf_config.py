@@ -1,7 +1,7 @@
-"""`config.json` of the stock MoE architecture from the dense model's, and back.
+"""Convert config.json of a dense model to config.json of the stock MoE architecture, and the inverse.
 
-Fields stay as the source had them wherever both architectures read them alike. Written out are the fields whose default
-differs between the two architectures, and the rotary embedding in the spellings of transformers 4 and 5.
+Fields that both architectures read alike are copied. Fields whose defaults differ are written explicitly, and the
+rotary embedding in the spellings of transformers 4 and 5.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,9 +30,9 @@ MOE_FIELDS = (
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
 )
-# They have a reader run code that comes with the model; an export carries none.
+# Fields that make a reader run code of the model; an export has no code.
 CODE_FIELDS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
-# True of the base model's files alone; `_name_or_path` is often the parent that it was fine-tuned from.
+# Fields that are true only of the base model's files; `_name_or_path` is often the model it was fine-tuned from.
 BASE_FIELDS = (
     "quantization_config",
     "quantization",
@@ -42,7 +42,7 @@ BASE_FIELDS = (
     "_attn_implementation_autoset",
     "attn_implementation",
 )
-# What an absent field means in the MoE architecture, where the dense one means something else by its absence.
+# Defaults of the MoE architecture that differ from those of the dense architecture.
 MOE_DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {"num_key_value_heads": 16, "num_experts_per_tok": 4},
@@ -53,7 +53,7 @@ MOE_DEFAULTS: Mapping[str, Mapping[str, float]] = {
 def moe_config(
     dense: Mapping[str, Any], architecture: Architecture, experts_per_layer: Sequence[int], top_k: int
 ) -> dict[str, Any]:
-    """The stock MoE architecture's configuration.
+    """Return the configuration of the stock MoE architecture.
 
     Raises:
         UserError: the stock architecture cannot hold this model; the message says why.
@@ -80,20 +80,19 @@ def moe_config(
 
 
 def without_foreign_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without references to code and without what is true of the base model's directory alone."""
+    """Return the configuration without references to code and without `BASE_FIELDS`."""
     return {name: value for name, value in config.items() if name not in (*CODE_FIELDS, *BASE_FIELDS)}
 
 
 def without_dtype(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration but for the dtype of the weights, which training may change."""
+    """Return the configuration without the dtype of the weights, which training may change."""
     return {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
 
 
 def with_both_rope_spellings(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """The configuration with `rope_theta` and `rope_scaling`, which transformers 4 reads, beside `rope_parameters`.
+    """Return the configuration with `architecture.rope` in `rope_parameters`, `rope_theta` and `rope_scaling`.
 
-    A reader that does not know `rope_parameters` takes its own defaults without a word. All of them say what
-    `architecture.rope` does, whichever of them that was read from.
+    Transformers 4 reads the latter two, and ignores `rope_parameters` without an error.
     """
     rope = architecture.rope
     config = {**config, "rope_theta": rope["rope_theta"]}
@@ -117,10 +116,10 @@ def _common_number_of_experts(experts_per_layer: Sequence[int], architecture: Ar
 
 
 def mixtral_fields(architecture: Architecture, num_experts: int, top_k: int) -> dict[str, Any]:
-    """What MixtralForCausalLM reads beside the fields of every family.
+    """Return the fields that MixtralForCausalLM reads beside those of every family.
 
     Raises:
-        UserError: top-k 1, which it cannot hold.
+        UserError: top-k 1, which MixtralForCausalLM computes in another way.
     """
     if top_k == 1:
         raise UserError(
@@ -156,14 +155,14 @@ def _qwen_fields(
 
 
 def dense_config(moe: Mapping[str, Any], source: str, family_name: str | None = None) -> dict[str, Any]:
-    """The dense configuration behind a stock MoE one that this project's export, or a like-minded tool, has written.
+    """Return the configuration of the dense model that a stock MoE model was upcycled from.
 
     Args:
-        source: names the file in messages.
-        family_name: the dense family, where it is known; a Mixtral may be a Llama.
+        source: file name for messages.
+        family_name: name of the dense family, if known; a Mixtral may have been a Llama.
 
     Raises:
-        UserError: the configuration holds something that the upcycled model cannot be.
+        UserError: the configuration is not that of an upcycled model.
     """
     model_type = moe["model_type"]
     family = FAMILIES[family_name or DENSE_FAMILY_OF_MOE[model_type]]
@@ -224,10 +223,10 @@ def _qwen_intermediate_size(moe: Mapping[str, Any], source: str) -> int:
 
 
 def stock_top_k(moe: Mapping[str, Any], source: str) -> int:
-    """Experts per token of a stock MoE configuration.
+    """Return the number of experts per token of a stock MoE configuration.
 
     Raises:
-        UserError: no such number.
+        UserError: the field is not such a number.
     """
     given = moe.get("num_experts_per_tok")
     value = MOE_DEFAULTS[moe["model_type"]]["num_experts_per_tok"] if given is None else given
@@ -235,10 +234,10 @@ def stock_top_k(moe: Mapping[str, Any], source: str) -> int:
 
 
 def stock_experts_per_layer(moe: Mapping[str, Any], source: str) -> list[int]:
-    """Number of experts of each layer of a stock MoE configuration; 1 for a dense layer.
+    """Return the number of experts of each layer of a stock MoE configuration; 1 for a dense layer.
 
     Raises:
-        UserError: a field is missing, or is no such number or list.
+        UserError: a field is missing, or not such a number or list.
     """
     given = {name: moe[name] for name in EXPERT_COUNTS if moe.get(name) is not None}
     if len(set(map(abbreviated, given.values()))) > 1:

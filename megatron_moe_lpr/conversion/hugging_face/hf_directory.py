@@ -1,4 +1,4 @@
-"""A Hugging Face directory: what its files say, before any tensor is read."""
+"""A Hugging Face directory: its configuration files, names and shapes of its tensors, and files that are copied."""
 
 import contextlib
 import dataclasses
@@ -54,7 +54,7 @@ TOKENIZER_PATTERNS = (
     "tekken.json",
 )
 CHAT_TEMPLATES = "additional_chat_templates"
-# README.md is the base model's card: export takes the licence from it. Licences want their files shipped.
+# README.md is the base model's model card, which names the licence for the export. Licences demand their files.
 CARRIED_PATTERNS = (
     *TOKENIZER_PATTERNS,
     CHAT_TEMPLATES,
@@ -65,39 +65,39 @@ CARRIED_PATTERNS = (
     "USE_POLICY*",
 )
 TRAINING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Old checkpoints store these buffers; every reader computes them.
+# Buffers that old checkpoints store and every reader computes.
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
 @dataclasses.dataclass(frozen=True)
 class HFDirectory:
-    """A dense or stock MoE checkpoint in Hugging Face's form."""
+    """A dense or stock MoE model in a Hugging Face directory."""
 
     path: Path
     config: dict[str, Any]
-    """The dense model's configuration, even where the directory holds the MoE."""
+    """The dense model's configuration, also for a directory of an MoE."""
     architecture: Architecture
     layout: Layout
     experts_per_layer: list[int]
     top_k: int
     shared_expert_width: int
     card: CheckpointCard | None
-    """Of a directory that this project's export has written."""
+    """Checkpoint card; None: the directory was not written by this project's export."""
 
     @property
     def is_moe(self) -> bool:
-        """The directory holds a stock MoE."""
+        """Whether the directory holds a stock MoE."""
         return self.layout is not DENSE_LAYOUT
 
     def extra(self) -> list[ExtraTensor]:
-        """Tensors that belong to the architecture and not to the model."""
+        """Return the tensors that the stock architecture has and the upcycled model does not."""
         extra = extra_tensors(self.architecture, self.experts_per_layer, self.layout, self.shared_expert_width)
         if self.config.get("attention_bias") and not self.is_moe and not self.architecture.family.qkv_bias:
             extra += zero_attention_biases(self.architecture)
         return extra
 
     def source(self) -> SafetensorsSource:
-        """The weights. Raises UserError where a file is missing or damaged."""
+        """Open the weights. Raises UserError if a file is missing or damaged."""
         return SafetensorsSource(weight_files(self.path))
 
 
@@ -105,7 +105,7 @@ def open_hf_directory(path: Path) -> HFDirectory:
     """Read the configuration files of a Hugging Face directory.
 
     Raises:
-        UserError: not such a directory, an unsupported architecture, or a MoE that is not an upcycled one.
+        UserError: not such a directory, an unsupported architecture, or an MoE that was not upcycled.
     """
     path = Path(path)
     refuse_other_directories(path)
@@ -125,7 +125,7 @@ def open_hf_directory(path: Path) -> HFDirectory:
 def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
     source = str(path / CONFIG_FILE)
     experts, card = stock_experts_per_layer(moe, source), _card(path)
-    config = _dense_behind(path, moe, card)
+    config = _dense_configuration(path, moe, card)
     architecture = read_architecture(config, source)
     layout = MOE_LAYOUTS[moe["model_type"]]
     if card and experts != card.experts_per_layer and experts == [card.num_experts] * len(card.experts_per_layer):
@@ -137,11 +137,11 @@ def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
     return HFDirectory(path, config, architecture, layout, experts, stock_top_k(moe, source), width, card)
 
 
-def _dense_behind(path: Path, moe: dict[str, Any], card: CheckpointCard | None) -> dict[str, Any]:
-    """The dense configuration: as the export kept it, unless `config.json`, which transformers reads, was edited since.
+def _dense_configuration(path: Path, moe: dict[str, Any], card: CheckpointCard | None) -> dict[str, Any]:
+    """Return the dense configuration: the one kept by the export, unless `config.json` was edited since the export.
 
     Raises:
-        UserError: the configuration holds something that the upcycled model cannot be.
+        UserError: the configuration is not that of an upcycled model.
     """
     if not card:
         return dense_config(moe, str(path / CONFIG_FILE))
@@ -161,10 +161,13 @@ def _card(path: Path) -> CheckpointCard | None:
 
 
 def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: SafetensorsSource, place: Path) -> None:
-    """Check that `source` holds exactly the tensors that `rows` and `extra` name, in their shapes.
+    """Check that `source` holds exactly the tensors of `rows` and `extra`, in their shapes.
+
+    Args:
+        place: directory for messages.
 
     Raises:
-        UserError: naming the tensors that are missing, unexpected or of the wrong shape.
+        UserError: a tensor is missing, unexpected or of the wrong shape; the message names it.
     """
     expected = {name: shape for row in rows for name, shape in zip(row.names, row.shapes, strict=False)}
     expected |= {tensor.name: tensor.shape for tensor in extra}
@@ -187,7 +190,7 @@ def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: Safetensors
 
 
 def _refuse_output_layer(missing: list[str], unexpected: list[str], source: SafetensorsSource, place: Path) -> None:
-    """Refuse weights that have an output layer where config.json says that it is the embedding, or the reverse."""
+    """Refuse weights with an output layer if config.json ties it to the embedding, and weights without if not."""
     if missing == [OUTPUT_NAME]:
         raise UserError(
             f"{place}: the weights lack {OUTPUT_NAME}, and config.json does not say tie_word_embeddings=true: set it "
@@ -203,12 +206,12 @@ def _refuse_output_layer(missing: list[str], unexpected: list[str], source: Safe
 
 
 def common_dtype(infos: list[TensorInfo], place: Path) -> torch.dtype:
-    """The one dtype of all original matrices.
+    """Return the dtype that all original matrices have.
 
-    Norms and biases (one dimension) may have another floating-point dtype, and keep it.
+    Norms and biases, which have one dimension, may have other floating-point dtypes, which are kept.
 
     Raises:
-        UserError: several dtypes, or one that is no training dtype.
+        UserError: the matrices have several dtypes, or one that is not in `TRAINING_DTYPES`.
     """
     dtypes = {info.dtype for info in infos if len(info.shape) > 1 or info.dtype not in TRAINING_DTYPES}
     if len(dtypes) > 1:
@@ -221,10 +224,10 @@ def common_dtype(infos: list[TensorInfo], place: Path) -> torch.dtype:
 
 
 def check_trained_dtypes(names: Iterable[str], source: SafetensorsSource) -> None:
-    """Check that weights beside the dense model's, which keep their dtype, have one that training knows.
+    """Check that tensors, which keep their dtypes in a checkpoint, have dtypes of `TRAINING_DTYPES`.
 
     Raises:
-        UserError: naming the tensor.
+        UserError: a tensor has another dtype; the message names it.
     """
     for name in names:
         dtype = source.tensors[name].dtype
@@ -235,7 +238,7 @@ def check_trained_dtypes(names: Iterable[str], source: SafetensorsSource) -> Non
 def _harmless(name: str, source: SafetensorsSource) -> bool:
     if name.endswith(HARMLESS_SUFFIXES):
         return True
-    # Some tools write the tied output layer out; a different one would mean that it is not tied.
+    # Some tools save the tied output layer too; different values would mean that it is not tied.
     has_both = name == OUTPUT_NAME and EMBEDDING_NAME in source.tensors
     return has_both and torch.equal(source.read(name), source.read(EMBEDDING_NAME))
 
@@ -246,11 +249,11 @@ def _listed(names: list[str]) -> str:
 
 
 def carried_files(directory: Path) -> dict[str, Path]:
-    """Tokenizer, chat templates, generation settings, licences and model card, by their paths in the directory.
+    """Return tokenizer, chat templates, generation settings, licences and model card, by relative path.
 
     Raises:
-        UserError: one is a symbolic link that leads out of the directory.
-        OSError: one cannot be read.
+        UserError: a file is a symbolic link that leads out of the directory.
+        OSError: a file cannot be read.
     """
     files: dict[str, Path] = {}
     for pattern in CARRIED_PATTERNS:
@@ -267,13 +270,13 @@ def carried_files(directory: Path) -> dict[str, Path]:
 
 
 def carry_files(files: Mapping[str, Path], target: Path) -> None:
-    """Copy what `carried_files` found into the directory `target`."""
+    """Copy the files of `carried_files` into the directory `target`."""
     for name, file in files.items():
         copy_private(file, target / name)
 
 
 def tokenizer_files(directory: Path) -> dict[str, str]:
-    """SHA-256 of each tokenizer file, by name."""
+    """Return the SHA-256 of each tokenizer file, by name."""
     names = {path.name for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern)}
     files = {name: file for name, file in carried_files(directory).items() if name in names}
     return {name: sha256_of_file(file) for name, file in sorted(files.items())}

@@ -27,7 +27,7 @@ NOT_NEEDED = ("*/*", "consolidated*")
 
 @dataclasses.dataclass(frozen=True)
 class _Download:
-    """What a download would fetch."""
+    """Size of a download."""
 
     commit: str
     missing_bytes: int
@@ -103,7 +103,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
 
 
 def _look_up(name: str, revision: str | None) -> _Download | None:
-    """What is to be downloaded; None where the hub cannot be asked, and the cache may have the model."""
+    """Return what is to be downloaded; None if the hub cannot be reached, since the cache may hold the model."""
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
     try:
@@ -130,7 +130,7 @@ def _is_needed(file: str) -> bool:
 
 
 def _announce(name: str, download: _Download) -> None:
-    """Say what will be downloaded, and refuse it where the disk is too small."""
+    """Print what will be downloaded. Raises UserError if the disk is too small."""
     from huggingface_hub import constants
 
     if not download.missing_bytes:

@@ -1,4 +1,4 @@
-"""The export for llama.cpp's converter, where the stock form converts into something else or not at all.
+"""The export for llama.cpp's converter, which converts the stock form wrongly or not at all.
 
 llama.cpp's Qwen2-MoE divides by the gate of the shared expert, which is zero here, and does not renormalise the chosen
 experts' weights; its converter knows no dense layers in a Qwen-MoE and no sliding window in a Mixtral. Its Mixtral has
@@ -32,10 +32,13 @@ QWEN_FIELDS = ("qkv_bias", "layer_types", "max_window_layers", "use_sliding_wind
 def llama_cpp_form(
     config: Mapping[str, Any], architecture: Architecture, layout: Layout, card: CheckpointCard
 ) -> tuple[dict[str, Any], Layout, tuple[str, ...]]:
-    """Configuration and layout for llama.cpp from the stock ones, and what is not the same there.
+    """Convert the stock configuration and layout to those for llama.cpp.
+
+    Returns:
+        Configuration, layout, and warnings about what llama.cpp computes differently.
 
     Raises:
-        UserError: llama.cpp would compute something else without a word.
+        UserError: llama.cpp would compute something else without an error.
     """
     config, warnings = _without_window(_without_attention_factor(config, architecture), architecture)
     if not card.is_moe:
@@ -70,7 +73,7 @@ def _without_window(config: Mapping[str, Any], architecture: Architecture) -> tu
 
 
 def _without_attention_factor(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """llama.cpp multiplies yarn's attention factor by its own formula, which is the usual one."""
+    """Leave out yarn's attention factor, which llama.cpp computes by the usual formula."""
     factor = architecture.rope.get(ATTENTION_FACTOR)
     if factor is None:
         return dict(config)

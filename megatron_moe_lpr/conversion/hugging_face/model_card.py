@@ -61,20 +61,9 @@ def model_card(
     trained = {language for entry in card.history for language in trained_languages(entry)}
     original = sorted(original_languages(card.history))
     expanded = sorted(trained - covered(trained, original))
-    metadata = ModelCardData(
-        language=sorted(code for code in (*original, *expanded) if ISO_639.fullmatch(code)) or None,
-        base_model=base_model,
-        base_model_relation="finetune" if base_model else None,
-        library_name="transformers" if engine == "transformers" else None,
-        pipeline_tag="text-generation",
-        tags=[OUR_TAG, *(["moe"] if card.is_moe else [])],
-        license=licence["license"],
-        license_name=licence.get("license_name"),
-        license_link=licence.get("license_link"),
-    )
     text = render(
         Path(__file__).with_name("model_card.md"),
-        metadata=metadata.to_yaml(),
+        metadata=_metadata(card, licence, base_model, [*original, *expanded], engine).to_yaml(),
         name=base_model.split("/")[-1] if base_model else source.directory or card.family,
         base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a dense base model",
         origin=_origin(base_model, source),
@@ -88,6 +77,22 @@ def model_card(
         is_original=is_original,
     )
     return text.rstrip() + "\n"
+
+
+def _metadata(
+    card: CheckpointCard, licence: Mapping[str, str], base_model: str | None, languages: list[str], engine: str
+) -> ModelCardData:
+    return ModelCardData(
+        language=sorted(filter(ISO_639.fullmatch, languages)) or None,
+        base_model=base_model,
+        base_model_relation="finetune" if base_model else None,
+        library_name="transformers" if engine == "transformers" else None,
+        pipeline_tag="text-generation",
+        tags=[OUR_TAG, *(["moe"] if card.is_moe else [])],
+        license=licence["license"],
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
+    )
 
 
 def _licence(directory: Path, options: ModelCardOptions) -> dict[str, str]:

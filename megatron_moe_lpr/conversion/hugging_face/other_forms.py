@@ -1,4 +1,4 @@
-"""Directories that are not a Hugging Face model to import, though they belong to one: named, with the way out."""
+"""Messages for directories that belong to a Hugging Face model but are not one that can be imported."""
 
 import os
 from pathlib import Path
@@ -18,10 +18,10 @@ MERGE = (
 
 
 def refuse_other_directories(path: Path) -> None:
-    """Refuse a path at which no `config.json` and weights lie side by side, but perhaps something near to that.
+    """Refuse a path that is not the directory of a whole model.
 
     Raises:
-        UserError: naming what is there and what to give or to do instead.
+        UserError: the message says what the path is, and which path to give or what to do instead.
     """
     if path.is_file():
         raise UserError(f"{path}: is a file; give the directory that holds config.json and the safetensors weights")
@@ -38,7 +38,7 @@ def refuse_other_directories(path: Path) -> None:
 
 
 def other_weights(path: Path) -> str:
-    """What lies in a directory without readable weights, and the way out, as the end of a message."""
+    """Return the end of a message about a directory without readable weights: what it holds, and what to do."""
 
     def has(*patterns: str) -> bool:
         return any(file for pattern in patterns for file in path.glob(pattern))
@@ -63,7 +63,7 @@ def other_weights(path: Path) -> str:
         return ": the shards are here and their index, model.safetensors.index.json, is not; copy it too"
     if has("*.h5", "*.msgpack", "*.npz"):
         return ": only weights for TensorFlow, JAX or MLX here; save them as safetensors with transformers"
-    if download := _rest_of_download(path):
+    if download := _complete_download(path):
         return f": no weights here yet, {download}"
     others = sorted(file.name for file in path.glob("*.safetensors"))
     named = f"; {', '.join(others[:MOST_NAMED])} is not read: rename it if it is the whole model" if others else ""
@@ -74,15 +74,15 @@ def _without_config(path: Path) -> str:
     if any(path.glob("adapter_model*")):
         return f", and adapter_model is an adapter's: {MERGE}; a whole model's directory is expected"
     if any(path.glob("*.safetensors")) and not any(path.glob("consolidated*")):
-        return f", but weights are there; {_rest_of_download(path) or 'copy it from where they come from'}"
+        return f", but weights are there; {_complete_download(path) or 'copy it from where they come from'}"
     inside = sorted(child for child in path.iterdir() if (child / CONFIG_FILE).is_file())
     if inside:
         return f" there; give the directory that has one: {_named(inside)}"
     return other_weights(path)
 
 
-def _rest_of_download(path: Path) -> str:
-    """How to complete a snapshot of the hub's cache; empty of another directory."""
+def _complete_download(path: Path) -> str:
+    """Return how to complete a snapshot in the hub's cache; empty for another directory."""
     absolute = Path(os.path.abspath(path))
     name = hub_name(absolute.parent.parent.name) if absolute.parent.name == SNAPSHOTS else None
     if name is None:
@@ -110,7 +110,7 @@ def _refuse_adapter(path: Path) -> None:
 
 
 def _refuse_hub_cache(path: Path) -> None:
-    """Refuse the hub's cache (`~/.cache/huggingface` and `hub` in it), a model's folder there, and its folders."""
+    """Refuse the hub's cache (`~/.cache/huggingface` or its `hub`), and folders of a model in it."""
     for root in (path, path.parent):
         if (root / SNAPSHOTS).is_dir() and (root == path or hub_name(root.name)):
             raise UserError(
@@ -124,7 +124,7 @@ def _refuse_hub_cache(path: Path) -> None:
 
 
 def _snapshots(root: Path) -> list[Path]:
-    """Downloaded snapshots of a model's folder, that of the branch main first."""
+    """Return the snapshots in a model's folder of the hub's cache, the one of the branch main first."""
     found = sorted(file.parent for file in (root / SNAPSHOTS).glob(f"*/{CONFIG_FILE}"))
     main = root / "refs" / "main"
     commit = main.read_text(errors="replace").strip() if main.is_file() and main.stat().st_size < 100 else ""

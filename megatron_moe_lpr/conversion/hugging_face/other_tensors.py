@@ -1,4 +1,4 @@
-"""Sets of tensors that are not a model's plain weights: recognised by their names and dtypes, with the way out."""
+"""Messages for sets of tensors that are not the plain weights of a model, recognised by names and dtypes."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ FLOATS_OF_8_BITS = tuple(
     for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
     if hasattr(torch, name)
 )
-# The first method fits of which all parts occur in names of tensors.
+# Quantisation methods with the parts that all occur in names of tensors; the first that fits is taken.
 QUANTISED_PARTS = (
     ("GPTQ", (".qweight", ".g_idx")),
     ("AWQ or GPTQ", (".qweight",)),
@@ -47,7 +47,7 @@ FOREIGN_STARTS = {
 
 
 def foreign_form(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """What these tensors are instead of a model's plain weights, with the way out; None: nothing known."""
+    """Return what the tensors are instead of plain weights, and what to do; None: no known other form."""
     return _quantised(tensors) or _fused(tensors) or _adapter(tensors) or _other_names(tensors)
 
 

@@ -26,7 +26,7 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the values."""
+        """Size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -42,11 +42,11 @@ def write_safetensors(
 
     Args:
         directory: an existing directory.
-        produce: called once for each spec as it is written; gives a contiguous CPU tensor of that shape and dtype.
-        max_shard_bytes: a shard is larger only where a single tensor is.
+        produce: called once for each spec, in the order of writing; returns a CPU tensor of that shape and dtype.
+        max_shard_bytes: largest size of a shard in bytes, unless a single tensor is larger.
 
     Raises:
-        UserError: `produce` gave another shape or dtype than announced.
+        UserError: `produce` returned another shape or dtype than that of the spec.
     """
     shards = _split(specs, max_shard_bytes)
     names = _file_names(len(shards))
@@ -71,10 +71,10 @@ def _write_file(path: Path, specs: Sequence[TensorSpec], produce: Callable[[Tens
 
 
 def parse_size(text: str) -> int:
-    """Bytes of, for example, `5GB`, `500MB` or `2GiB`.
+    """Return the bytes of a size such as `5GB`, `500MB` or `2GiB`.
 
     Raises:
-        UserError: not a size.
+        UserError: `text` is not a size.
     """
     number = text.strip().rstrip("BbGgIiKkMm ")
     unit = text.strip()[len(number) :].strip().upper()
@@ -117,6 +117,6 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    # Readers that map the file into memory want the values at a multiple of 8.
+    # For readers that map the file into memory: values begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -1,4 +1,4 @@
-"""At import: would training data and the export have the same token ids, and is it clear which one ends a document?"""
+"""Checks of a model's tokenizer at import: same token ids in training data and in the export, end of document."""
 
 import json
 import tempfile
@@ -21,14 +21,14 @@ from megatron_moe_lpr.files.json_files import read_json
 
 
 def check_tokenizer(model: Path, exported_type: str) -> list[str]:
-    """Try the export of a model's tokenizer, and return what the user should know of it.
+    """Export a model's tokenizer to a temporary directory, and return warnings for the user.
 
     Args:
         model: a Hugging Face directory.
-        exported_type: `model_type` of the export, which has a part in the choice of the tokenizer's class.
+        exported_type: `model_type` of the export, by which transformers chooses the tokenizer's class.
 
     Raises:
-        UserError: the files that are carried into the checkpoint make another tokenizer.
+        UserError: the files that are copied into the checkpoint make another tokenizer.
     """
     with tempfile.TemporaryDirectory() as name:
         trial = Path(name)
@@ -39,7 +39,7 @@ def check_tokenizer(model: Path, exported_type: str) -> list[str]:
         try:
             source = load_tokenizer(model)
         except UserError as error:
-            # Without any of the tokenizer's files there is nothing to say: text may be prepared elsewhere.
+            # No warning for a model without tokenizer files: its token ids are made by another program.
             return found or [str(error)] if tokenizer_files(model) else found
         if load_tokenizer(trial).fingerprint != source.fingerprint:
             raise UserError(f"{source.path}: the checkpoint would hold another tokenizer; move other tokenizers away")
@@ -55,7 +55,7 @@ def _end_of_document(tokenizer: Tokenizer) -> list[str]:
 
 
 def _space_before_text(tokenizer: Tokenizer) -> list[str]:
-    """transformers lets tokenizer_config.json overrule what a SentencePiece model says of the space before a text."""
+    """Warn of add_prefix_space=false in tokenizer_config.json, which transformers alone lets override the model."""
     config = tokenizer.path.with_name(CONFIG)
     if not isinstance(tokenizer, SentencePieceTokenizer) or not config.is_file():
         return []
@@ -72,7 +72,7 @@ def _space_before_text(tokenizer: Tokenizer) -> list[str]:
 
 
 def _two_tokenizers(tokenizer: Tokenizer) -> list[str]:
-    """Some models have a tokenizer.json and a SentencePiece model that split texts differently."""
+    """Warn of a tokenizer.json and a SentencePiece model that encode texts differently."""
     model = tokenizer.path.with_name("tokenizer.model")
     if not isinstance(tokenizer, HuggingFaceTokenizer) or not model.is_file():
         return []

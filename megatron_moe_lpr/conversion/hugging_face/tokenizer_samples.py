@@ -1,4 +1,4 @@
-"""Texts in which tokenizers that are nearly the same differ: scripts, digits, white space, special tokens."""
+"""Sample texts that tell similar tokenizers apart: scripts, digits, white space, special tokens."""
 
 from megatron_moe_lpr.data.tokenizer import Tokenizer
 
@@ -37,10 +37,10 @@ TEXTS = (
     "!?...---***",
     "«quotes» “quotes” 'quotes'",
 )
-"""In NFC and not, with letters of one byte to four."""
+"""Normalised (NFC) and not, with characters of one to four bytes."""
 
 
 def sample_texts(tokenizer: Tokenizer) -> list[str]:
-    """The texts, and some that mention the tokenizer's special tokens."""
+    """Return `TEXTS`, and texts that contain special tokens of the tokenizer."""
     tokens = sorted(tokenizer.special_tokens)[:4]
     return [*TEXTS, *(text for token in tokens for text in (token, f"see {token} here", f"x{token}y"))]

@@ -4,6 +4,7 @@ The paper evaluates on ARC-Challenge, MMLU and HellaSwag in multilingual version
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Sequence
 
 from megatron_moe_lpr.errors import UserError
@@ -106,14 +107,11 @@ def choose_tasks(names: Sequence[str], languages: Sequence[str], known: Collecti
 def _choose(name: str, languages: Sequence[str], known: frozenset[str]) -> ChosenTasks:
     benchmark = BENCHMARKS[name]
     if benchmark.translation:
-        names = {f"{one}{PAIR}{other}": f"{two_letters(one)}-{two_letters(other)}" for one, other in _pairs(languages)}
+        pairs = itertools.permutations(languages, 2)
+        names = {f"{one}{PAIR}{other}": f"{two_letters(one)}-{two_letters(other)}" for one, other in pairs}
     else:
         names = {language: two_letters(language) for language in languages}
     found = {key: [task for task in benchmark.candidates(short) if task in known] for key, short in names.items()}
     tasks = {key: options[0] for key, options in found.items() if options}
     covered = {language for key in tasks for language in (key.split(PAIR) if benchmark.translation else [key])}
     return ChosenTasks(name, tasks, [language for language in languages if language not in covered])
-
-
-def _pairs(languages: Sequence[str]) -> list[tuple[str, str]]:
-    return [(one, other) for one in languages for other in languages if one != other]

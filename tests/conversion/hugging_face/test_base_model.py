@@ -1,4 +1,4 @@
-"""The base model that an export's card names, and references to code and places that an export leaves out."""
+"""The base model that a model card names, and references to code and paths that an export leaves out."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def change_json(path: Path, **fields: object) -> None:
 
 
 def convert(dense: Path, place: Path, *flags: object, experts: int = 3) -> tuple[dict, str]:
-    """Import and export; the card's metadata and its text."""
+    """Import and export; return the metadata and the text of the model card."""
     run("import", "--hf", dense, "--save", place / "save", "--num-experts", experts, "--overwrite")
     run("export", "--load", place / "save", "--hf", place / "out", "--overwrite", *flags)
     _, front, text = (place / "out" / "README.md").read_text().split("---\n", 2)
@@ -34,7 +34,7 @@ def convert(dense: Path, place: Path, *flags: object, experts: int = 3) -> tuple
 
 @pytest.fixture
 def fine_tuned(dense_directory: Dense, tmp_path: Path) -> Path:
-    """A fine-tuned model: its configuration and its card name the parent, as transformers and the hub have it."""
+    """A fine-tuned model whose configuration and model card name its parent, as transformers and the hub write them."""
     dense = Path(shutil.copytree(dense_directory("qwen2"), tmp_path / "my-fine-tune"))
     change_json(dense / "config.json", _name_or_path=PARENT)
     (dense / "README.md").write_text(f"---\nbase_model: {PARENT}\nlicense: mit\n---\n")

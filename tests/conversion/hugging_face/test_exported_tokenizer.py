@@ -1,4 +1,4 @@
-"""Ids of training data against those that transformers reads from the export: 5 here, 4 where its environment is."""
+"""Token ids of training data equal those of transformers 5 on the export, and of 4 if .venv-transformers4 exists."""
 
 import json
 import os
@@ -54,7 +54,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def settled(request, tmp_path_factory):
-    """A directory before and after, and what was said."""
+    """A directory before and after `settle_tokenizer`, and its warnings."""
     root = tmp_path_factory.mktemp("tokenizer")
     model_type, files, token = CASES[request.param]
     source = root / "source"
@@ -72,7 +72,7 @@ def settled(request, tmp_path_factory):
 
 
 def reference_ids(directory: Path, texts: list[str]) -> list[list[int]]:
-    """By the libraries themselves, which a tokenizer of training data is compared with elsewhere."""
+    """Encode by the sentencepiece library; other tokenizers by `load_tokenizer`, which has tests of its own."""
     if (directory / "tokenizer.model").is_file():
         return sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).encode(texts)
     return load_tokenizer(directory).encode_batch(texts)
@@ -167,7 +167,7 @@ def test_import_says_that_the_space_before_a_text_is_not_as_in_transformers(tmp_
     ours = load_tokenizer(tmp_path).encode_batch(["a text"])[0]
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs("a text", add_special_tokens=False).input_ids != ours
-    # The way out that the note names.
+    # The remedy that the note names.
     theirs.save_pretrained(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").encode_batch(["a text"])[0] == (
         theirs("a text", add_special_tokens=False).input_ids

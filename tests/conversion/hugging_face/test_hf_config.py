@@ -1,4 +1,4 @@
-"""Configurations of exports: what the stock class would read otherwise is written."""
+"""Configurations of exports: fields are written where the stock class has another default."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from megatron_moe_lpr.model.configuration.architecture import read_architecture
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_a_head_dimension_that_the_family_has_by_default_is_written(model_type: str) -> None:
-    """As Seed-OSS has it, whose stock form is Qwen2-MoE; found when that family was added by docs/architecture.md."""
+    """As in Seed-OSS, whose stock form is Qwen2-MoE."""
     dense = {"model_type": model_type, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     dense |= {"num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64, "max_position_embeddings": 64}
     architecture = read_architecture(dense)

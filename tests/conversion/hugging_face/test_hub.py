@@ -1,4 +1,4 @@
-"""A model by its name on the hub: the real client against a stand-in on the loopback interface."""
+"""A model by its name on the hub: the real client with a local server in place of the hub."""
 
 import os
 import subprocess
@@ -23,14 +23,14 @@ def dense(tmp_path_factory) -> Path:
 
 
 def model_hub(dense: Path) -> Hub:
-    """The model, and what an import has no use for."""
+    """A hub with the model, and files that an import does not need."""
     files = {path.name: path.read_bytes() for path in dense.iterdir()}
     others = ("pytorch_model.bin", "model.gguf", "onnx/model.onnx", "original/consolidated.safetensors")
     return Hub({NAME: {**files, **dict.fromkeys(others, b"x" * 1000)}, "someone/pickles": {"pytorch_model.bin": b"x"}})
 
 
 def start(endpoint: str, work: Path, *words: object, **settings: str) -> subprocess.CompletedProcess:
-    """`moe-lpr WORDS` with a cache of its own."""
+    """Run `moe-lpr WORDS` with a cache of its own."""
     hub = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(work / "home")}
     hub |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", "HF_TOKEN": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "megatron_moe_lpr.cli", *map(str, words)]
@@ -52,7 +52,7 @@ def test_import_by_name_offline_and_from_the_cache(tmp_path, dense):
         hub.sent.clear()
         again = start(endpoint, tmp_path, *import_words, tmp_path / "second", "--revision", "main")
         assert again.returncode == 0 and hub.sent == [] and "downloading" not in again.stderr
-        # The stand-in has gone, and the client is told not to ask.
+    # Without the server: the client finds the files in its cache.
     for number, offline in enumerate("01"):
         target = tmp_path / f"offline-{number}"
         done = start(endpoint, tmp_path, *import_words, target, HF_HUB_OFFLINE=offline)

@@ -1,4 +1,4 @@
-"""The export for llama.cpp against the stock one, in transformers: `make test-serving` runs llama.cpp itself."""
+"""The export for llama.cpp computes what the stock export does, in transformers; `make test-serving` runs llama.cpp."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def test_computes_what_the_stock_form_does(name: str, frequency: str, dense_dire
 @pytest.mark.parametrize("frequency", FREQUENCIES)
 @pytest.mark.parametrize("name", ["qwen2", "qwen2-tied"])
 def test_qwen2_as_a_mixtral_with_biases(name: str, frequency: str, dense_directory: Dense, tmp_path: Path) -> None:
-    """transformers' Mixtral, given the biases that llama.cpp's has."""
+    """In transformers' Mixtral with the biases that llama.cpp's Mixtral has."""
     stock, form = export_both(dense_directory(name), tmp_path, frequency)
     config = json.loads((form / "config.json").read_text())
     assert config["architectures"] == ["MixtralForCausalLM"]
@@ -57,7 +57,7 @@ def test_qwen2_as_a_mixtral_with_biases(name: str, frequency: str, dense_directo
 
 
 def _load(model: nn.Module, tensors: dict[str, torch.Tensor]) -> tuple[set[str], set[str]]:
-    """Load by hand: from_pretrained would build the layers without biases."""
+    """Load tensors one by one: from_pretrained would build layers without biases."""
     names = dict(model.named_parameters())
     given = {}
     for name, tensor in tensors.items():
@@ -88,7 +88,7 @@ def test_transformers_refuses_the_form_whose_biases_it_would_leave_out(dense_dir
 
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
 def test_tokenizer_of_a_qwen2_with_yarn_loads(spelling: str, dense_directory: Dense, tmp_path: Path) -> None:
-    """As llama.cpp's converter has it read: transformers takes another way for a model type that it does not know."""
+    """Loaded as llama.cpp's converter does: transformers runs other code for an unknown model type."""
     dense = shutil.copytree(dense_directory("qwen2"), tmp_path / "dense")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO / name, dense / name)

@@ -1,4 +1,4 @@
-"""The export's README.md, generation settings, licences and templates."""
+"""Model card, generation settings, licences and chat templates of an export."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ HISTORY = [
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A base model with a card, licences and templates."""
+    """A base model with a model card, licences and chat templates."""
     dense = save_model("llama", tmp_path / "dense")
     card = "---\nlicense: llama3.2\nlanguage: [en, de]\nlicense_link: LICENSE.txt\n---\n# Base\n"
     (dense / "README.md").write_text(card)
@@ -35,7 +35,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def export(base: Path, tmp_path: Path) -> Export:
-    """Import, pretend to train, export with these flags; gives the card's metadata and its text."""
+    """Import, record a training history, export with these flags; return metadata and text of the model card."""
 
     def call(*flags: object) -> tuple[dict, str]:
         run("import", "--hf", base, "--save", tmp_path / "save", "--num-experts", 3, "--overwrite")

@@ -1,7 +1,7 @@
-"""The benchmarks' data sets in their own format, names and configurations, a few questions each, in a directory.
+"""Local data sets with the names, configurations and fields of the benchmarks', a few questions each.
 
-`datasets` takes a local directory `facebook/belebele` of the working directory before the hub's, so that lm_eval's own
-tasks run on these without a change.
+`datasets` prefers a directory `facebook/belebele` in the working directory to the hub, so that the tasks of lm_eval run
+on them unchanged.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ WORDS = ["red", "green", "blue", "white"]
 
 
 def write_local_sets(directory: Path) -> None:
-    """Everything that lm_eval 0.4.13 reads for English, Hungarian and Greek."""
+    """Write all data sets that lm_eval 0.4.13 reads for English, Hungarian and Greek."""
     arc = {"train": _arc, "validation": _arc, "test": _arc}
     _write(directory, "allenai/ai2_arc", {"ARC-Challenge": arc})
     _write(directory, "LumiOpen/arc_challenge_mt", {"el": arc})
@@ -29,14 +29,14 @@ def write_local_sets(directory: Path) -> None:
 
 
 def subjects(language: str) -> list[str]:
-    """Of Global-MMLU, as the installed lm_eval's tasks name them."""
+    """Return the subjects of Global-MMLU, from the names of lm_eval's tasks."""
     tasks = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks" / "global_mmlu" / "full" / language
     start = f"global_mmlu_full_{language}_"
     return sorted(path.stem.removeprefix(start) for path in tasks.glob(f"{start}*.yaml"))
 
 
 def _write(directory: Path, name: str, configurations: dict, numbers: Sequence = range(QUESTIONS)) -> None:
-    """A data set with its configurations and splits as JSON lines, described in README.md as on the hub."""
+    """Write the configurations and splits of a data set as JSON lines, and the README.md that describes them."""
     lines = ["---", "configs:"]
     for configuration, splits in configurations.items():
         lines += [f"- config_name: {configuration}", "  data_files:"]
@@ -67,14 +67,14 @@ def _arc(where: str, number: int) -> dict:
 
 
 def _options(where: str, number: int) -> dict:
-    """Of m_arc and m_mmlu."""
+    """A question of m_arc and m_mmlu."""
     options = {f"option_{letter.lower()}": word for letter, word in zip(LETTERS, WORDS, strict=True)}
     answer = {"answer": LETTERS[number % 4], "option_e": ""}
     return {"id": str(number), "instruction": _question(where, number), **options, **answer}
 
 
 def _global_mmlu(where: str, subject: str) -> dict:
-    """One question of a subject."""
+    """A question of a subject of Global-MMLU."""
     options = {f"option_{letter.lower()}": word for letter, word in zip(LETTERS, WORDS, strict=True)}
     return {"subject": subject, "question": _question(where, 0), **options, "answer": LETTERS[len(subject) % 4]}
 

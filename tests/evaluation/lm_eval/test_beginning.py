@@ -1,4 +1,4 @@
-"""BOS in lm_eval: what it puts before prompts on the base model and on the export, said and recorded."""
+"""The BOS that lm_eval puts before prompts of the base model and of the export."""
 
 import importlib.util
 import shutil
@@ -17,7 +17,7 @@ needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """A model whose tokenizer adds a BOS, as Llama's, and the same without."""
+    """A model whose tokenizer adds a BOS, as Llama's does, and the same model without."""
     root = tmp_path_factory.mktemp("models")
     save_dense_model(root / "qwen")
     with_bos(make_hf_tokenizer(root / "tokenizer"), root / "begins")
@@ -46,7 +46,7 @@ def test_models_that_begin_differently_are_not_compared(models, tmp_path):
 @needs_harness
 @pytest.mark.parametrize(("name", "argument", "begins"), [("llama", None, 1), ("llama", False, 0), ("qwen", None, 0)])
 def test_lm_eval_does_so(name, argument, begins, models):
-    """Prompts as HFLM encodes them, and the prefix of a text without a context, as in perplexity tasks."""
+    """HFLM encodes prompts so, and prefixes a text without context, as in perplexity tasks, by the same token."""
     from lm_eval.models.huggingface import HFLM
 
     harness = HFLM(str(models[name]), device="cpu", add_bos_token=argument)

@@ -1,4 +1,4 @@
-"""What a run of lm_eval may replace."""
+"""Which directories a run of lm_eval may replace."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""From lm_eval's results, as it writes them, to means and table."""
+"""Means and table from results files of lm_eval."""
 
 import io
 import json
@@ -17,7 +17,7 @@ MMLU, FLORES = choose_tasks(["mmlu", "flores"], ["en", "es", "hu", "el"], KNOWN)
 
 
 def write_results(directory, scores, metric="acc", name="results_2026-01-01.json"):
-    """A results file as lm_eval 0.4.13 writes it, as far as it is read."""
+    """Write a results file of lm_eval 0.4.13, as far as it is read."""
     found = {
         task: {"alias": task, f"{metric},none": value, f"{metric}_stderr,none": 0.1} for task, value in scores.items()
     }
@@ -58,7 +58,7 @@ def test_no_results(tmp_path):
 
 
 def test_means_and_table():
-    """Languages that a benchmark lacks count in no mean; a translation is original where both its languages are."""
+    """Means leave out languages without a task; a translation between two original languages is original."""
     base = {language: {"value": value, "stderr": None} for language, value in (("en", 0.5), ("hu", 0.25), ("el", 0.5))}
     final = {
         language: {"value": value, "stderr": None} for language, value in (("en", 0.375), ("hu", 0.5), ("el", 0.5))

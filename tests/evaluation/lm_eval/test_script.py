@@ -1,4 +1,4 @@
-"""examples/evaluate.sh with the installed lm_eval, on tiny data sets in the benchmarks' own format, on the CPU."""
+"""examples/evaluate.sh with the installed lm_eval, on tiny local data sets, on the CPU."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A dense model, another one in the place of the export, and the data sets."""
+    """Directory with a dense model, another model as the export, and the data sets."""
     work = tmp_path_factory.mktemp("benchmarks")
     save_dense_model(work / "dense")
     shutil.copytree(work / "dense", work / "export")
@@ -35,7 +35,7 @@ def work(tmp_path_factory) -> Path:
 
 
 def _flip_weights(path: Path) -> None:
-    """Another model, so that its answers differ."""
+    """Make another model of it, with other answers."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(path)
@@ -43,7 +43,7 @@ def _flip_weights(path: Path) -> None:
 
 
 def evaluate(work: Path, *arguments: str, **settings: object):
-    """The script as a user would call it."""
+    """Run the script."""
     cache = {**OFFLINE, "HF_HOME": work / "cache", "HF_DATASETS_CACHE": work / "cache"}
     names = {"ORIGINAL": "en", "EXPANDED": "hu el", "HF_OUT": work / "export", "OUT": work / "out", "BATCH_SIZE": 8}
     benchmarks = {"BENCHMARKS": " ".join(TASKS), "timeout": 1200}
@@ -52,7 +52,7 @@ def evaluate(work: Path, *arguments: str, **settings: object):
 
 @needs_harness
 def test_table_and_record(work):
-    """The record's scores against lm_eval's own files, its means by hand; started again, nothing is done twice."""
+    """Scores equal those in lm_eval's files, means are computed by hand; a second start repeats no run."""
     done = evaluate(work, "--num-fewshot", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "HellaSwag: lm_eval has no task for el; left out there" in done.stdout
@@ -79,7 +79,7 @@ def test_table_and_record(work):
 
 
 def results(directory: Path) -> dict:
-    """lm_eval's, of a run over every question of its tasks."""
+    """Read the results of a run of lm_eval over all questions of its tasks."""
     (path,) = directory.rglob("results_*.json")
     found = json.loads(path.read_text())
     counts = {number["effective"] for number in found["n-samples"].values()}
@@ -89,7 +89,7 @@ def results(directory: Path) -> dict:
 
 @needs_harness
 def test_a_failed_benchmark_is_told_and_nothing_is_taken_for_it(work, tmp_path):
-    """A data set that cannot be had: lm_eval's own error, then one line; the next start does that benchmark."""
+    """A data set is missing: lm_eval's error, then one line, and no results, so that the next start runs it again."""
     done = evaluate(work, BENCHMARKS="mmlu", ORIGINAL="de", OUT=tmp_path / "out")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: lm_eval ended with code 1 on m_mmlu_de,")

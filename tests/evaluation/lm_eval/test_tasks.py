@@ -1,4 +1,4 @@
-"""Which tasks a language gets: against the names of lm_eval 0.4.13, recorded here; equal to those installed."""
+"""Tasks of each language among the names of lm_eval 0.4.13, which are recorded beside this file."""
 
 import importlib.metadata
 import importlib.util
@@ -17,7 +17,7 @@ PAPER = ["en", "es", "zh", "el", "hu", "tr"]
 
 
 def chosen(name: str, *languages: str, known=RECORDED):
-    """The one benchmark."""
+    """Choose the tasks of one benchmark."""
     return choose_tasks([name], languages or PAPER, known)[0]
 
 
@@ -79,7 +79,7 @@ def test_mistakes(names, languages, message):
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval: make test-eval")
 def test_the_recorded_names_are_the_installed_harness_s():
-    """Both ways: nothing recorded that is not there, and no language absent that has become available."""
+    """Every recorded name is installed, and no task for a language was added since."""
     assert importlib.metadata.version("lm_eval") == VERSION
     installed = known_tasks()
     assert installed >= RECORDED and len(RECORDED) > 300
