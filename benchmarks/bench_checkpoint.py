@@ -256,7 +256,10 @@ def gathered(state: Any, root: Path) -> dict[str, float]:
     if dist.get_rank() == 0:
         root.mkdir(parents=True)
     dist.barrier()
-    keep_shares_apart, checkpointing.keep_shares_apart = checkpointing.keep_shares_apart, lambda optimizer: None
+    install_local_shard_state, checkpointing.install_local_shard_state = (
+        checkpointing.install_local_shard_state,
+        lambda optimizer: None,
+    )
 
     def save() -> float:
         start = time.monotonic()
@@ -265,7 +268,7 @@ def gathered(state: Any, root: Path) -> dict[str, float]:
         return time.monotonic() - start
 
     seconds, rise = with_peak(save)
-    checkpointing.keep_shares_apart = keep_shares_apart
+    checkpointing.install_local_shard_state = install_local_shard_state
     written = sum(file.stat().st_size for file in root.glob(f"__{dist.get_rank()}_*.distcp"))
     return {"seconds": seconds, "stalled": seconds, "rise": rise, "written": written, "writer": 0}
 

@@ -59,7 +59,7 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 @contextlib.contextmanager
-def naming(path: Path | str) -> Iterator[None]:
+def name_file_in_oserror(path: Path | str) -> Iterator[None]:
     """Give an OSError from within the name of what was being written, where it names nothing itself."""
     try:
         yield

@@ -31,7 +31,7 @@ def pretrain(config: "TrainingConfig", callbacks: "Sequence[Callback]" = ()) -> 
     Args:
         callbacks: called by this rank, see `training.callbacks`.
     """
-    from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading
+    from megatron_moe_lpr.checkpoint.format.chain import resolve_and_hold
     from megatron_moe_lpr.training.run_directory.run_lock import run_lock
     from megatron_moe_lpr.training.run_directory.run_start import readable_load
     from megatron_moe_lpr.training.run_directory.start_marker import mark_start, refuse_lost_directory
@@ -43,7 +43,7 @@ def pretrain(config: "TrainingConfig", callbacks: "Sequence[Callback]" = ()) -> 
         refuse_lost_directory(options.save, options.load)
         with (
             run_lock(options.save, options.take_over) as lock,
-            kept_for_reading(readable_load(options), options.base_checkpoint, to_the_end=False) as load,
+            resolve_and_hold(readable_load(options), options.base_checkpoint, check_at_end=False) as load,
         ):
             heartbeat.before_end = lock.release
             mark_start(options.save)

@@ -7,7 +7,7 @@ import sys
 import pytest
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_moe_lpr.errors import UserError, explain, naming, run_command
+from megatron_moe_lpr.errors import UserError, explain, name_file_in_oserror, run_command
 
 
 def raising(error):
@@ -51,7 +51,7 @@ def test_interrupts_have_their_code(capsys):
 
 
 def test_a_write_gets_the_name_of_its_file():
-    with pytest.raises(OSError) as caught, naming("out.json"):
+    with pytest.raises(OSError) as caught, name_file_in_oserror("out.json"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert explain(caught.value).startswith("out.json: No space left on device")
 

@@ -4,7 +4,6 @@ python examples/demo/costs.py --hf "Base model=data/base_model" "MoE-LPR=runs/pa
 """
 
 import dataclasses
-import json
 import os
 import statistics
 import time
@@ -17,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
-from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
+from megatron_moe_lpr.files.atomic_file import check_output_file
+from megatron_moe_lpr.files.json_files import write_json
 
 
 @dataclasses.dataclass
@@ -64,8 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         for title, model in models.items()
     }
     show(costs)
-    with atomic_file(flags.output) as partial:
-        partial.write_text(json.dumps(costs, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(costs, flags.output)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
-from megatron_moe_lpr.files.filesystem import atomic_file
+from megatron_moe_lpr.files.json_files import write_json
 
 
 @dataclasses.dataclass
@@ -28,8 +28,7 @@ class Flags:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     flags = parse_flags(Flags, arguments, __doc__)
-    with atomic_file(flags.output) as partial:
-        partial.write_text(json.dumps(curves(flags), indent=2) + "\n", encoding="utf-8")
+    write_json(curves(flags), flags.output)
 
 
 def curves(flags: Flags) -> list[dict]:

@@ -1,7 +1,6 @@
 """A sentence in each language from an exported model, by transformers alone: none of this project's model code."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.files.json_files import write_json
 
 
 @dataclasses.dataclass
@@ -42,7 +42,7 @@ def main() -> None:
         text = continue_text(model, tokenizer, prompt, flags.new_tokens)
         samples.append({"language": language, "prompt": prompt, "text": text})
         print(f"{language}: {prompt} [...] {text}")
-    flags.output.write_text(json.dumps(samples, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(samples, flags.output)
 
 
 def load(directory: Path) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.files.json_files import write_json
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
@@ -53,7 +54,7 @@ def _name_class_of_transformers_4(path: Path) -> None:
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.pop("backend", None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(config, path, sort_keys=True)
 
 
 def train_tokenizer(inputs: list[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_moe_lpr.checkpoint.format.chain import open_reader, resolve_and_hold
 from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
-from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading, open_reader
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import check_tensors, open_hf_directory
 from megatron_moe_lpr.conversion.reading import check_model_tensors, read_row
@@ -68,7 +68,7 @@ def open_dense_source(path: Path) -> DenseSource:
 
 def _checkpoint_source(path: Path) -> DenseSource:
     with contextlib.ExitStack() as locks:
-        checkpoint = open_checkpoint(locks.enter_context(kept_for_reading(path)))
+        checkpoint = open_checkpoint(locks.enter_context(resolve_and_hold(path)))
         card, architecture = checkpoint.card(), checkpoint.architecture()
         rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)
         reader = open_reader(checkpoint)

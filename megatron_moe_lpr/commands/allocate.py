@@ -1,7 +1,6 @@
 """Find how many experts each layer should get: more where the dense model treats the languages differently."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,9 @@ from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG, format_experts_per_layer
 from megatron_moe_lpr.data.language_names import canonical_language, covered, split_names
 from megatron_moe_lpr.data.manifest import dataset_files
-from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file, real_target
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.atomic_file import atomic_file, check_output_file, real_target
+from megatron_moe_lpr.files.json_files import write_json
 from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
@@ -58,9 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
     Console().print(measured.table())
     print(f"{FLAG} {format_experts_per_layer(measured.experts)}")
     if flags.output:
-        write(flags.output, json.dumps(measured.record(), indent=2) + "\n")
+        with name_file_in_oserror(flags.output):
+            write_json(measured.record(), flags.output)
     if flags.plot:
-        write(flags.plot, measured.plot())
+        with name_file_in_oserror(flags.plot), atomic_file(flags.plot) as partial:
+            partial.write_text(measured.plot(), encoding="utf-8")
 
 
 def measure(flags: Flags) -> Measurement:
@@ -121,9 +123,3 @@ def read_windows(flags: Flags, architecture) -> "dict[str, torch.Tensor]":
     if largest >= architecture.vocab_size:
         raise UserError(f"--data-path: has token {largest}, the model {architecture.vocab_size}; is it its tokenizer?")
     return windows
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    with naming(path), atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")

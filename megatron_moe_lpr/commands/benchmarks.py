@@ -4,7 +4,6 @@ Needs the package's extra `eval`. Started again with the same --output, it goes 
 """
 
 import dataclasses
-import json
 import shlex
 import shutil
 import sys
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.original_languages import parse_languages
-from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.evaluation.lm_eval.beginning import describe_beginning, prompt_beginning
 from megatron_moe_lpr.evaluation.lm_eval.harness import (
     check_replaceable,
@@ -27,8 +26,9 @@ from megatron_moe_lpr.evaluation.lm_eval.harness import (
 from megatron_moe_lpr.evaluation.lm_eval.scores import MODELS, benchmark_record, read_scores
 from megatron_moe_lpr.evaluation.lm_eval.tables import benchmarks_table
 from megatron_moe_lpr.evaluation.lm_eval.tasks import ChosenTasks, choose_tasks
+from megatron_moe_lpr.files.atomic_file import check_output_file
 from megatron_moe_lpr.files.file_lock import directory_lock
-from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
+from megatron_moe_lpr.files.json_files import write_json
 from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 RECORD_FILE = "benchmarks.json"
@@ -89,8 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     with directory_lock(flags.output, "--output"):
         evaluate(flags, [one for one in chosen if one.tasks])
         record = make_record(flags, chosen) | {"prompts_begin_with": beginning}
-        with naming(flags.output / RECORD_FILE), atomic_file(flags.output / RECORD_FILE) as partial:
-            partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with name_file_in_oserror(flags.output / RECORD_FILE):
+            write_json(record, flags.output / RECORD_FILE)
     Console(width=None if sys.stdout.isatty() else 160).print(benchmarks_table(record))
     print(f"by language: {flags.output / RECORD_FILE}")
 

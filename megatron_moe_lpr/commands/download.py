@@ -5,7 +5,6 @@ on where it stopped; a file in its place is complete and was compared with its c
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -17,9 +16,10 @@ from megatron_moe_lpr.data.language_names import canonical_language, split_names
 from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.data.preparation.corpora import CORPORA, corpus_of
 from megatron_moe_lpr.data.preparation.hub import Shard, disk_need, download, find_shards, remove_staging
-from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.atomic_file import check_output_file
 from megatron_moe_lpr.files.file_lock import directory_lock
-from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
+from megatron_moe_lpr.files.json_files import write_json
 from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 RECORD_FILE = "corpus.json"
@@ -138,5 +138,5 @@ def write_record(names: dict[str, str], shards: dict[str, list[Shard]], output: 
         }
         for language, some in shards.items()
     }
-    with naming(output / RECORD_FILE), atomic_file(output / RECORD_FILE) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with name_file_in_oserror(output / RECORD_FILE):
+        write_json(record, output / RECORD_FILE)

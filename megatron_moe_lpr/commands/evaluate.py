@@ -4,7 +4,6 @@ Runs alone or under torchrun at any layout: `torchrun --nproc-per-node 2 tools/e
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +11,9 @@ import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.manifest import dataset_files
-from megatron_moe_lpr.errors import naming, run_command
-from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
+from megatron_moe_lpr.errors import name_file_in_oserror, run_command
+from megatron_moe_lpr.files.atomic_file import check_output_file
+from megatron_moe_lpr.files.json_files import write_json
 from megatron_moe_lpr.flag_ranges import PositiveInt
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import PlatformName
@@ -104,9 +104,9 @@ def plan(flags: Flags) -> "EvaluationPlan":
 
 
 def write(record: dict, path: Path) -> None:
-    """The JSON file, whole or not at all."""
-    with naming(path), atomic_file(path) as partial:
-        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write the evaluation's JSON file, whole or not at all."""
+    with name_file_in_oserror(path):
+        write_json(record, path)
 
 
 if __name__ == "__main__":  # torchrun -m, as `moe-lpr launch` starts its ranks

@@ -7,11 +7,11 @@ import dataclasses
 from pathlib import Path
 
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.errors import naming
+from megatron_moe_lpr.errors import name_file_in_oserror
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
 from megatron_moe_lpr.evaluation.report.tables import print_table
-from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
+from megatron_moe_lpr.files.atomic_file import atomic_file, check_output_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,5 +43,5 @@ def main(arguments: list[str] | None = None) -> None:
     inputs = read_inputs(flags.evaluation, flags.metrics, flags.samples, flags.subject, flags.costs, flags.curves)
     page = build_page(inputs)
     print_table(inputs)
-    with naming(flags.output), atomic_file(flags.output) as partial:
+    with name_file_in_oserror(flags.output), atomic_file(flags.output) as partial:
         partial.write_text(page, encoding="utf-8")

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, read_json
+from megatron_moe_lpr.checkpoint.format.chain import TensorReader, checkpoint_chain, open_reader
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, CONFIG_FILE, CheckpointDirectory
-from megatron_moe_lpr.checkpoint.format.trainable_only import TensorReader, layers_of, open_reader
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.conversion.hugging_face.hf_config import (
@@ -85,8 +85,8 @@ def check_export(
     """
     checkpoint = open_checkpoint(load, verified, base)
     if verified:
-        for layer in layers_of(checkpoint):
-            verify_all(layer.path)
+        for one in checkpoint_chain(checkpoint):
+            verify_all(one.path)
     card, architecture = checkpoint.card(), checkpoint.architecture()
     config = read_json(checkpoint.side_directory / CONFIG_FILE)
     warnings: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, check_experts
+from megatron_moe_lpr.checkpoint.format.chain import TensorReader, checkpoint_chain, open_reader, resolve_and_hold
 from megatron_moe_lpr.checkpoint.format.directory import (
     CARD_FILE,
     LATEST_FILE,
@@ -16,7 +17,6 @@ from megatron_moe_lpr.checkpoint.format.directory import (
     resolve_checkpoint,
     write_latest,
 )
-from megatron_moe_lpr.checkpoint.format.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
@@ -25,10 +25,10 @@ from megatron_moe_lpr.conversion.reading import check_model_tensors
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate
 from megatron_moe_lpr.conversion.upcycling import initial_router
 from megatron_moe_lpr.data.language_groups import EXPANSION, learned_languages
-from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.files.checksums import MANIFEST, write_manifest
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.atomic_directory import atomic_directory
+from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE, write_checksums
 from megatron_moe_lpr.files.links import tree_inside
-from megatron_moe_lpr.files.output_directory import atomic_directory
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, VOCABULARY_KEYS, Row, model_rows
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
@@ -66,7 +66,7 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
     """
     check_separate(options.load, "--load", save, "--save")
     with contextlib.ExitStack() as lock:
-        iteration = lock.enter_context(kept_for_reading(options.load, options.base))
+        iteration = lock.enter_context(resolve_and_hold(options.load, options.base))
         return _write_expanded(dataclasses.replace(options, load=iteration), save, overwrite, lock)
 
 
@@ -74,8 +74,8 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
     """Check and write. Releasing `lock` raises if a file was deleted while it was read, so it is released before the
     output gets its name."""
     checkpoint = open_checkpoint(options.load, options.verified, options.base)
-    for layer in layers_of(checkpoint):
-        check_separate(layer.path, "the checkpoint", save, "--save")
+    for one in checkpoint_chain(checkpoint):
+        check_separate(one.path, "the checkpoint", save, "--save")
     before, architecture = checkpoint.card(), checkpoint.architecture()
     after = _card(before, options)
     reader = open_reader(checkpoint)
@@ -84,10 +84,10 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
     rows = model_rows(architecture, after.experts_per_layer, NAMES, after.expansions)
     sources = _sources(had, rows)
     total = sum(math.prod(row.shape) * reader.tensors[sources[row.key] or had[0].key].dtype.itemsize for row in rows)
-    for layer in layers_of(checkpoint) if options.verified else ():
-        verify_all(layer.path)
+    for one in checkpoint_chain(checkpoint) if options.verified else ():
+        verify_all(one.path)
     files = tree_inside(checkpoint.side_directory, checkpoint.path)
-    with naming(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
+    with name_file_in_oserror(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
         check_disk_space(partial, total, save)
         iteration = partial / RELEASE
         with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("expanding", total) as progress:
@@ -95,9 +95,11 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
                 tensor = _tensor(row, sources[row.key], reader, options.seed)
                 writer.write(row.key, tensor)
                 progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
-        carry_files({name: file for name, file in files.items() if name != MANIFEST.name}, iteration / SIDE_DIRECTORY)
+        carry_files(
+            {name: file for name, file in files.items() if name != CHECKSUM_FILE.name}, iteration / SIDE_DIRECTORY
+        )
         after.write(iteration / SIDE_DIRECTORY / CARD_FILE)
-        write_manifest(iteration, writer.checksums)
+        write_checksums(iteration, writer.checksums)
         write_latest(partial, None)
         lock.close()
     return after
@@ -142,7 +144,7 @@ def _card(before: CheckpointCard, options: ExpandOptions) -> CheckpointCard:
     return dataclasses.replace(
         before,
         format_version=CheckpointCard.format_version,
-        base=None,
+        parent=None,
         experts_per_layer=experts,
         expansions=[*(before.expansions or [earlier]), options.added],
         openness=0.0,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from megatron_moe_lpr.checkpoint.format.card import read_json
+from megatron_moe_lpr.checkpoint.format.chain import checkpoint_chain, resolve_and_hold
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, CONFIG_FILE, SIDE_DIRECTORY
-from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading, layers_of
 from megatron_moe_lpr.checkpoint.loading.verification import warn
 from megatron_moe_lpr.conversion.checked_export import CheckedExport, check_export
 from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, MODEL_CARD, read_base_model
@@ -24,9 +24,9 @@ from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSp
 from megatron_moe_lpr.conversion.reading import read_row
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
-from megatron_moe_lpr.errors import naming
+from megatron_moe_lpr.errors import name_file_in_oserror
+from megatron_moe_lpr.files.atomic_directory import atomic_directory
 from megatron_moe_lpr.files.links import copy_private
-from megatron_moe_lpr.files.output_directory import atomic_directory
 from megatron_moe_lpr.model.tensors import Row
 from megatron_moe_lpr.progress import ProgressReport
 
@@ -60,13 +60,13 @@ def export_hf(
     if options.evaluation:
         check_separate(options.evaluation, "--evaluation", hf, "--hf")
     with contextlib.ExitStack() as lock:
-        iteration = lock.enter_context(kept_for_reading(load, base))
+        iteration = lock.enter_context(resolve_and_hold(load, base))
         export = check_export(iteration, engine, verified, base)
-        for layer in layers_of(export.checkpoint):
-            check_separate(layer.path, "the checkpoint", hf, "--hf")
+        for one in checkpoint_chain(export.checkpoint):
+            check_separate(one.path, "the checkpoint", hf, "--hf")
         files = carried_files(export.checkpoint.side_directory)
         _card_text(export, options)  # reads its inputs before anything is written
-        with naming(hf), atomic_directory(hf, overwrite, (CONFIG_FILE,)) as partial:
+        with name_file_in_oserror(hf), atomic_directory(hf, overwrite, (CONFIG_FILE,)) as partial:
             export = _write_weights(export, partial, max_shard_bytes, hf)
             _write_side_files(export, partial, files, _card_text(export, options))
             # Releasing raises if a file was deleted while it was read: before the output gets its name.
@@ -169,7 +169,7 @@ def _write_side_files(export: CheckedExport, directory: Path, files: Mapping[str
     if base_model := read_base_model(side):
         write_json(base_model.as_json(), target / BASE_MODEL_FILE)
     # An exported model is complete.
-    dataclasses.replace(export.card, base=None).write(target / CARD_FILE)
+    dataclasses.replace(export.card, parent=None).write(target / CARD_FILE)
 
 
 def _drop_code_references(path: Path) -> None:

@@ -26,10 +26,10 @@ from megatron_moe_lpr.conversion.tensor_sources import TensorSources, find_tenso
 from megatron_moe_lpr.conversion.tensors.blocks import grown_config
 from megatron_moe_lpr.conversion.upcycling import upcycle
 from megatron_moe_lpr.data.language_groups import IMPORTED_ADAPTER, IMPORTED_MIXTURE
-from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.atomic_directory import atomic_directory
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.files.links import copy_private
-from megatron_moe_lpr.files.output_directory import atomic_directory
 from megatron_moe_lpr.progress import ProgressReport
 
 
@@ -50,7 +50,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
     config = _changed_config(sources)
     base_model = base_model_of(sources.model.path, exported=sources.model.card is not None)
     total = sum(math.prod(row.shape) * sources.stored_dtype(row).itemsize for row in sources.rows)
-    with naming(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
+    with name_file_in_oserror(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
         check_disk_space(partial, total, save)
         iteration = partial / RELEASE
         with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("importing", total) as progress:
@@ -58,7 +58,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
         card = _card(sources, fingerprint, tokenizer)
         _write_side_files(sources, card, files, config, iteration / SIDE_DIRECTORY)
         write_json(base_model.as_json(), iteration / SIDE_DIRECTORY / BASE_MODEL_FILE)
-        write_manifest(iteration, writer.checksums)
+        write_checksums(iteration, writer.checksums)
         write_latest(partial, None)
     return card
 

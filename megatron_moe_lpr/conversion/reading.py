@@ -2,8 +2,8 @@
 
 import torch
 
+from megatron_moe_lpr.checkpoint.format.chain import TensorReader
 from megatron_moe_lpr.checkpoint.format.reader import is_model_key
-from megatron_moe_lpr.checkpoint.format.trainable_only import TensorReader
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import TRAINING_DTYPES
 from megatron_moe_lpr.conversion.tensors.qkv import split_qkv
 from megatron_moe_lpr.errors import UserError

@@ -1,12 +1,12 @@
 """Checks of the directory that a conversion writes, and JSON files in Hugging Face's style."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files import json_files
 
 
 def check_separate(source: Path, source_flag: str, target: Path, target_flag: str) -> None:
@@ -50,4 +50,4 @@ def check_disk_space(directory: Path, num_bytes: int, target: Path) -> None:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a JSON object as Hugging Face does: sorted, indented."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    json_files.write_json(content, path, sort_keys=True)

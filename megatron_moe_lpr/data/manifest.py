@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,8 @@ import numpy as np
 import megatron_moe_lpr
 from megatron_moe_lpr.data.language_names import canonical_language
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import checksum_of_file
-from megatron_moe_lpr.files.filesystem import atomic_file, sha256_of_file
-from megatron_moe_lpr.files.json_files import is_integer, parse_json_object, shown
+from megatron_moe_lpr.files.checksums import checksum_of_file, sha256_of_file
+from megatron_moe_lpr.files.json_files import abbreviated, is_integer, parse_json_object, write_json
 from megatron_moe_lpr.program import command
 
 LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
@@ -68,9 +66,7 @@ class Manifest:
 
     def write(self, prefix: str) -> None:
         """Write `PREFIX.json`, the last of the three files, whole or not at all."""
-        with atomic_file(manifest_path(prefix)) as partial:
-            content = {"format": FORMAT, **dataclasses.asdict(self)}
-            partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json({"format": FORMAT, **dataclasses.asdict(self)}, manifest_path(prefix))
 
 
 def manifest_path(prefix: str) -> Path:
@@ -186,7 +182,8 @@ def _parse(path: Path) -> Manifest:
     for name, is_valid in _FIELD_CHECKS.items():
         if not is_valid(getattr(manifest, name)):
             raise UserError(
-                f"{path}: {name} cannot be {shown(getattr(manifest, name))}; copy the file again or preprocess again"
+                f"{path}: {name} cannot be {abbreviated(getattr(manifest, name))}; copy the file again or preprocess "
+                "again"
             )
     return dataclasses.replace(manifest, language=canonical_language(manifest.language))
 

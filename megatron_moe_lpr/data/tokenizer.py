@@ -17,7 +17,7 @@ from megatron_moe_lpr.data.other_tokenizers import other_model_file, other_token
 from megatron_moe_lpr.data.sentencepiece_conversion import convert_sentencepiece
 from megatron_moe_lpr.data.tokenizer_settings import CONFIG, AddedToken, added_tokens, eos_ids, eos_token
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.json_files import integer, read_json
+from megatron_moe_lpr.files.json_files import read_json, required_int
 from megatron_moe_lpr.files.lfs_pointers import refuse_lfs_pointers
 
 if TYPE_CHECKING:
@@ -318,4 +318,4 @@ def model_vocabulary(path: Path) -> int | None:
     if not file.is_file():
         return None
     fields = read_json(file)
-    return integer(fields, "vocab_size", str(file), 1, 2**31 - 1) if "vocab_size" in fields else None
+    return required_int(fields, "vocab_size", str(file), 1, 2**31 - 1) if "vocab_size" in fields else None

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.json_files import is_integer, read_json, shown
+from megatron_moe_lpr.files.json_files import abbreviated, is_integer, read_json
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
@@ -42,7 +42,7 @@ def added_tokens(directory: Path) -> list[AddedToken]:
     file = directory / ADDED_TOKENS
     for content, number in (read_json(file) if file.is_file() else {}).items():
         if not is_integer(number, 0, 2**31 - 1):
-            raise UserError(f"{file}: the id of {content!r} cannot be {shown(number)}; copy the file again")
+            raise UserError(f"{file}: the id of {content!r} cannot be {abbreviated(number)}; copy the file again")
         tokens[number] = AddedToken(number, content, content in roles)
     config = directory / CONFIG
     decoder = _table(config).get("added_tokens_decoder") or {}
@@ -53,7 +53,9 @@ def added_tokens(directory: Path) -> list[AddedToken]:
             and isinstance(fields, dict)
             and isinstance(fields.get("content"), str)
         ):
-            raise UserError(f"{config}: added_tokens_decoder holds {shown(number)}, no token; copy the file again")
+            raise UserError(
+                f"{config}: added_tokens_decoder holds {abbreviated(number)}, no token; copy the file again"
+            )
         flags = {name: fields.get(name) is True for name in FLAGS}
         token = AddedToken(int(number), fields["content"], **flags)
         tokens[token.id] = dataclasses.replace(token, special=token.special or token.content in roles)
@@ -80,7 +82,7 @@ def eos_token(directory: Path) -> tuple[str, Path] | None:
         file = directory / name
         token = _content(_table(file).get("eos_token"))
         if token is not None and not isinstance(token, str):
-            raise UserError(f"{file}: eos_token must be text, not {shown(token)}; correct it or pass --eod-token")
+            raise UserError(f"{file}: eos_token must be text, not {abbreviated(token)}; correct it or pass --eod-token")
         if token is not None:
             return token, file
     return None

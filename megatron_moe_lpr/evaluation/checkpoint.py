@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.format.chain import resolve_and_hold
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
-from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading
 from megatron_moe_lpr.checkpoint.loading.model import load_model, model_shape
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages, trained_languages
@@ -77,7 +77,7 @@ def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
         UserError: a checkpoint, dataset, language or layout that does not fit.
     """
     check_timeout(plan.distributed_timeout_minutes)
-    with kept_for_reading(plan.load, plan.base_checkpoint) as iteration:
+    with resolve_and_hold(plan.load, plan.base_checkpoint) as iteration:
         return _evaluate(dataclasses.replace(plan, load=iteration))
 
 

@@ -1,8 +1,8 @@
-"""A hidden directory in which output grows until it is complete; what a killed run left in one is put in order.
+"""Hidden directories in which output is built until it is complete, and recovery of those that killed runs left.
 
-WORK/lock      held while the run lives
+WORK/lock      held while the run is alive
 WORK/content/  the output
-WORK/old/      what it replaces, while the two change places
+WORK/old/      what the output replaces, during the exchange
 """
 
 import contextlib
@@ -15,8 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files.entry_exchange import (
+    CONTENT,
+    OLD,
+    RECORD,
+    finish_exchange,
+    is_exchange_complete,
+    undo_exchange,
+)
 from megatron_moe_lpr.files.file_lock import LockedError, file_lock
-from megatron_moe_lpr.files.moving_in import CONTENT, OLD, RECORD, forget, is_complete, put_back
 from megatron_moe_lpr.files.renaming import rename_without_replacing
 
 LOCK = "lock"
@@ -24,13 +31,13 @@ LOCK = "lock"
 
 @contextlib.contextmanager
 def work_directory(path: Path, target: Path) -> Iterator[Path]:
-    """Hold the hidden directory `path` until the block ends; it is gone then, and so is all that is in it.
+    """Create and lock the hidden directory `path`; it is removed with its content when the block ends.
 
     Args:
-        target: what the output is for. If a killed run left it without its old content, that is put back first.
+        target: where the output will go. If a killed run left `target` without its old content, that is restored first.
 
     Raises:
-        UserError: another run is in such a block, or may be and the file system has no locks to tell.
+        UserError: another run holds the directory, or may hold it on a file system without locks.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -40,61 +47,66 @@ def work_directory(path: Path, target: Path) -> Iterator[Path]:
                 f"{target}: another run writes it now ({owner}); wait for it, or choose another place"
             ) from None
         if set(os.listdir(path)) - {LOCK}:
-            settle(path, target)
-            _say(f"note: {path}: left by a run that was killed; removed")
-        stack.callback(_settle_at_the_end, path, target)
+            recover(path, target)
+            _print_line(f"note: {path}: left by a run that was killed; removed")
+        stack.callback(_recover_at_exit, path, target)
         yield path
 
 
 @contextlib.contextmanager
 def unique_work_directory(parent: Path, name: str) -> Iterator[Path]:
-    """As `work_directory`, in `parent`, for output that several runs may write side by side under names of their own.
+    """Like `work_directory`, with a unique path in `parent`, for outputs that several runs write side by side.
 
-    What killed runs with this `name` left is put in order, where the file system's locks show that they have ended.
+    What killed runs of this `name` left is recovered first, where locks show that these runs have ended.
     """
-    clear_left(parent, name)
+    recover_killed_runs(parent, name)
     with contextlib.ExitStack() as stack:
         while True:
             path = parent / f".{name}.partial-{secrets.token_hex(4)}"
-            # A run that starts at the same moment may hold it while it finds out that nothing was left.
+            # A run that starts at the same moment may hold it for a moment, in `recover_killed_runs`.
             with contextlib.suppress(LockedError):
                 _enter(path, stack)
                 break
-        stack.callback(_settle_at_the_end, path, parent)
+        stack.callback(_recover_at_exit, path, parent)
         yield path
 
 
-def clear_left(parent: Path, name: str) -> None:
-    """Put in order what killed runs left of their `unique_work_directory` of this `name`."""
+def recover_killed_runs(parent: Path, name: str) -> None:
+    """Recover what killed runs left in a `unique_work_directory` of this `name`, and remove it."""
     for path in sorted(parent.glob(f".{glob.escape(name)}.partial-*")):
-        _clear(path, parent)
+        with contextlib.suppress(LockedError, OSError), file_lock(path / LOCK) as is_certain:
+            if is_certain:
+                recover(path, parent)
+                _print_line(f"note: {path}: left by a run that was killed; removed")
+        _remove_empty(path)
 
 
-def give_back(work: Path, target: Path) -> None:
-    """End an exchange that was begun: where it is not complete, `target` gets its old content.
+def restore_target(work: Path, target: Path) -> None:
+    """Finish or undo an exchange that was begun: `target` has its new content, all of it, or its old content.
 
     Raises:
-        OSError: that cannot be; `work` keeps it.
+        OSError: the old content cannot be put back; `work` keeps it.
     """
     if (work / RECORD).exists():
-        if is_complete(work):
-            forget(work)
+        if is_exchange_complete(work):
+            finish_exchange(work)
         else:
-            put_back(work, target)
-            _say(f"note: {target}: its content was being exchanged; the old one was put back")
+            undo_exchange(work, target)
+            _print_line(f"note: {target}: its content was being exchanged; the old one was put back")
     elif (work / OLD).exists() and ((work / CONTENT).exists() or not os.path.lexists(target)):
-        _return_old(work / OLD, target)
+        # Killed after the first of two renames.
+        place = target if not os.path.lexists(target) else free_name(target.with_name(f"{target.name}.old"))
+        rename_without_replacing(work / OLD, place)
+        _print_line(f"note: {target}: was being replaced; what was there before is at {place}")
 
 
-def content_of_killed(target: Path) -> str:
-    """For a message about a missing directory: where its content is, if a run was killed while it replaced it."""
-    old = target.absolute().with_name(f".{target.name}.partial") / OLD
-    return f"; a run was killed while it replaced it, and what was there is in {old}" if old.is_dir() else ""
+def recover(work: Path, target: Path) -> None:
+    """`restore_target`, then remove everything in `work` but its lock.
 
-
-def settle(work: Path, target: Path) -> None:
-    """`give_back`, then remove the rest. Raises what it raises, and removes nothing then."""
-    give_back(work, target)
+    Raises:
+        OSError: the old content cannot be put back; nothing is removed then.
+    """
+    restore_target(work, target)
     for path in work.iterdir():
         if path.name == LOCK:
             continue
@@ -104,17 +116,16 @@ def settle(work: Path, target: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def killed_run_hint(target: Path) -> str:
+    """For a message about a missing directory: where its content is, if a run was killed while replacing it."""
+    old = target.absolute().with_name(f".{target.name}.partial") / OLD
+    return f"; a run was killed while it replaced it, and what was there is in {old}" if old.is_dir() else ""
+
+
 def free_name(path: Path) -> Path:
-    """`path`, or with a number behind it where the name is taken."""
+    """`path`, with the first number appended that makes it a free name where it is taken."""
     names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in range(1, 1000))
     return next(name for name in names if not os.path.lexists(name))
-
-
-def _return_old(old: Path, target: Path) -> None:
-    """After the first of two renames."""
-    place = target if not os.path.lexists(target) else free_name(target.with_name(f"{target.name}.old"))
-    rename_without_replacing(old, place)
-    _say(f"note: {target}: was being replaced; what was there before is at {place}")
 
 
 def _enter(path: Path, stack: contextlib.ExitStack) -> None:
@@ -139,22 +150,16 @@ def _enter(path: Path, stack: contextlib.ExitStack) -> None:
         return
 
 
-def _clear(path: Path, target: Path) -> None:
-    with contextlib.suppress(LockedError, OSError), file_lock(path / LOCK) as is_certain:
-        if is_certain:
-            settle(path, target)
-            _say(f"note: {path}: left by a run that was killed; removed")
-    _remove_empty(path)
-
-
-def _settle_at_the_end(path: Path, target: Path) -> None:
+def _recover_at_exit(path: Path, target: Path) -> None:
     try:
-        settle(path, target)
+        recover(path, target)
     except OSError as error:
-        _say(f"warning: {path / OLD}: was at {target} before and cannot be put back ({error}); move it back by hand")
+        _print_line(
+            f"warning: {path / OLD}: was at {target} before and cannot be put back ({error}); move it back by hand"
+        )
     else:
         if set(os.listdir(path)) - {LOCK}:
-            _say(f"warning: {path}: cannot be removed whole; remove it by hand")
+            _print_line(f"warning: {path}: cannot be removed whole; remove it by hand")
 
 
 def _remove_empty(path: Path) -> None:
@@ -162,5 +167,5 @@ def _remove_empty(path: Path) -> None:
         os.rmdir(path)
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -15,27 +15,27 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.format.chain import find_parent
 from megatron_moe_lpr.checkpoint.format.directory import (
     CARD_FILE,
     SIDE_DIRECTORY,
     CheckpointDirectory,
 )
-from megatron_moe_lpr.checkpoint.format.retention import being_read
+from megatron_moe_lpr.checkpoint.format.retention import hold_checkpoint
 from megatron_moe_lpr.checkpoint.format.sharded_parts import trained_part
-from megatron_moe_lpr.checkpoint.format.trainable_only import base_of
 from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA
 from megatron_moe_lpr.checkpoint.loading.distributed_loading import load_distributed
-from megatron_moe_lpr.checkpoint.loading.model_state import fill_model, sharded_model_state, shared_reading
+from megatron_moe_lpr.checkpoint.loading.model_state import fill_model, parallel_load_strategy, sharded_model_state
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
-from megatron_moe_lpr.checkpoint.saving.optimizer_state import keep_shares_apart
+from megatron_moe_lpr.checkpoint.saving.optimizer_state import install_local_shard_state
 from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, Saved
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import MANIFEST
+from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE
 from megatron_moe_lpr.files.json_files import is_integer
 from megatron_moe_lpr.model.build import unwrap
 
 # Optimizer state in the parameters' own shapes, so that TP, PP, EP and DP may all change between save and resume.
-# `keep_shares_apart` writes them without gathering.
+# `install_local_shard_state` writes them without gathering.
 STATE_METADATA = CONTENT_METADATA | {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -88,7 +88,7 @@ def start_save(
     _finish_parameter_gather(state.chunks)
 
     def add_side_files(directory: Path) -> None:
-        ignored = shutil.ignore_patterns(MANIFEST.name)
+        ignored = shutil.ignore_patterns(CHECKSUM_FILE.name)
         shutil.copytree(source.side_directory, directory / SIDE_DIRECTORY, dirs_exist_ok=True, ignore=ignored)
         card.write(directory / SIDE_DIRECTORY / CARD_FILE)
 
@@ -132,12 +132,12 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
         UserError: `start` is not the base of `directory`.
     """
     settings = _optimizer_settings(state.optimizer)
-    trainable_only = directory.card().base is not None
+    trainable_only = directory.card().parent is not None
     if trainable_only:
-        base_of(dataclasses.replace(directory, base_path=start.path))
+        find_parent(dataclasses.replace(directory, parent_path=start.path))
     content = sharded_state(state, is_loading=True, trainable_only=trainable_only)
-    with being_read(directory.path):
-        loaded = load_distributed(content, directory.path, shared_reading(directory.path))
+    with hold_checkpoint(directory.path):
+        loaded = load_distributed(content, directory.path, parallel_load_strategy(directory.path))
     for name, chunk in zip(_model_names(loaded), state.chunks, strict=True):
         fill_model(chunk, loaded[name], is_complete=not trainable_only)
     state.optimizer.load_state_dict(loaded["optimizer"])
@@ -182,7 +182,7 @@ def _model_names(state: dict[str, Any]) -> list[str]:
 def sharded_state(state: RunState, is_loading: bool = False, trainable_only: bool = False) -> dict[str, Any]:
     """What a checkpoint of this run holds, as Megatron's dist_checkpointing takes it."""
     model = sharded_model_state(state.chunks)
-    keep_shares_apart(state.optimizer)
+    install_local_shard_state(state.optimizer)
     with _nothing_to_collect():
         optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(STATE_METADATA))
     if trainable_only:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
+from megatron_moe_lpr.checkpoint.format.chain import checkpoint_chain, hold_chain, record_parent
 from megatron_moe_lpr.checkpoint.format.retention import remove_superfluous
-from megatron_moe_lpr.checkpoint.format.trainable_only import layers_of, reading, record_base
 from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, Saved, remove_partial
 from megatron_moe_lpr.training.checkpointing import expect_saves, start_save
 from megatron_moe_lpr.training.run_directory.run_lock import RunLock
@@ -28,7 +28,7 @@ class RunSaver:
         self.saver = self._saver()
         # Only rank 0 writes cards.
         is_partial = run.config.checkpoint.save_trainable_only and dist.get_rank() == 0
-        self.base = record_base(run.model.directory) if is_partial else None
+        self.parent = record_parent(run.model.directory) if is_partial else None
         self.saved_iteration = run.state.iteration if run.state.iteration else None
 
     @contextlib.contextmanager
@@ -36,7 +36,7 @@ class RunSaver:
         """Keep the files that a save needs; after the block no process is left, and a save under way is given up."""
         try:
             # Each checkpoint takes files of the one that the run started from.
-            with reading(self.run.model.directory):
+            with hold_chain(self.run.model.directory):
                 yield
         finally:
             self.saver.close()
@@ -66,7 +66,7 @@ class RunSaver:
     def start(self) -> Saved | None:
         """Begin to save this step; return the checkpoint where it is complete already."""
         run = self.run
-        card, trainable_only = card_of(run, self.base), run.config.checkpoint.save_trainable_only
+        card, trainable_only = card_of(run, self.parent), run.config.checkpoint.save_trainable_only
         saved = start_save(self.saver, run.state, run.model.directory, card, trainable_only)
         self.saved_iteration = run.state.iteration
         return saved
@@ -77,7 +77,7 @@ class RunSaver:
             remove_partial(options.save)
 
         def tidy(newest: int) -> None:
-            kept = [layer.path for layer in layers_of(self.run.model.directory)]
+            kept = [checkpoint.path for checkpoint in checkpoint_chain(self.run.model.directory)]
             for note in remove_superfluous(options.save, newest, options.retention, kept):
                 self.say(note)
 

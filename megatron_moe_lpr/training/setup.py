@@ -9,9 +9,9 @@ from megatron.core import parallel_state
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe_lpr.checkpoint.format.card import Base, CheckpointCard
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, ParentCheckpoint
+from megatron_moe_lpr.checkpoint.format.chain import open_reader
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
-from megatron_moe_lpr.checkpoint.format.trainable_only import open_reader
 from megatron_moe_lpr.checkpoint.loading.model import LoadedModel, load_model, model_shape
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import frozen_weights
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
@@ -151,7 +151,7 @@ def _build(
         calculate_per_token_loss=True,
         # Where the run goes on from its own complete checkpoint, nothing of these tensors is left, and that one is
         # verified.
-        verified=config.checkpoint.verify and (own is None or own.card.base is not None),
+        verified=config.checkpoint.verify and (own is None or own.card.parent is not None),
     )
     freeze(model.chunks, stage, model.shape.inserted_blocks)
     # Megatron's plain bf16 optimizer cannot save what is fp32 beside bf16, as the routers are.
@@ -164,7 +164,7 @@ def _build(
         load_run(state, own.directory, start)
     if not config.checkpoint.save_trainable_only:
         # In a run that goes on these are its own checkpoint's: what --load means may have moved since.
-        complete = own is not None and own.directory.card().base is None
+        complete = own is not None and own.directory.card().parent is None
         state.frozen = frozen_weights(own.directory if own and complete else start, options.dtype)
     return dataclasses.replace(model, chunks=chunks), state
 
@@ -242,18 +242,18 @@ def history_entry(run: Run) -> dict[str, Any]:
     }
 
 
-def card_of(run: Run, base: Base | None = None) -> CheckpointCard:
+def card_of(run: Run, parent: ParentCheckpoint | None = None) -> CheckpointCard:
     """The card of a checkpoint of this run: the starting one's, one stage further.
 
     Args:
-        base: where the weights are that the checkpoint does not hold; None: it holds all.
+        parent: the checkpoint that holds the weights this one leaves out; None: it holds all.
     """
     start = run.model.card
     # What is frozen keeps the dense model's dtype.
     trains_all = run.stage.trains >= set(ParameterKind)
     dtype = str(run.model.config.params_dtype).removeprefix("torch.") if trains_all else start.dtype
     history, openness = [*start.history, history_entry(run)], run.openness(run.state.iteration)
-    return dataclasses.replace(start, dtype=dtype, history=history, openness=openness, base=base)
+    return dataclasses.replace(start, dtype=dtype, history=history, openness=openness, parent=parent)
 
 
 def print_overview(run: Run) -> None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from megatron_moe_lpr.checkpoint.format.chain import open_reader, resolve_and_hold
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading, open_reader
 from megatron_moe_lpr.conversion.reading import check_model_tensors, read_row
 from megatron_moe_lpr.conversion.tensors.blocks import mark_inserted
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
@@ -17,7 +17,7 @@ def checkpoint_fingerprint(load: Path, base: Path | None = None) -> str:
         UserError: no complete checkpoint at `load`, or a tensor that is missing or damaged.
     """
     fingerprint = OriginalFingerprint()
-    with kept_for_reading(load, base) as iteration:
+    with resolve_and_hold(load, base) as iteration:
         checkpoint = resolve_checkpoint(iteration, base)
         card, architecture = checkpoint.card(), checkpoint.architecture()
         rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)

@@ -11,7 +11,7 @@ from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.format.reader import CheckpointReader
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.commands import convert
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_hf.py"
 
@@ -52,7 +52,7 @@ def rewrite_checkpoint(directory: Path, change: Callable[[dict[str, torch.Tensor
     with CheckpointWriter(path, {}) as writer:
         for key, tensor in tensors.items():
             writer.write(key, tensor.contiguous())
-    write_manifest(path, writer.checksums)
+    write_checksums(path, writer.checksums)
 
 
 def perturb(tensors: dict[str, torch.Tensor]) -> None:

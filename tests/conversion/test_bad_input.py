@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from megatron_moe_lpr.checkpoint.format import writer
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.conversion.hugging_face import safetensors_writer
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from tests.conversion.helpers import TOOL, change_config, change_hf, rewrite_checkpoint, run
 from tests.conversion.tiny_models import save_model
 
@@ -270,7 +270,7 @@ def test_dense_layer_whose_experts_were_changed(
 def test_card_of_a_newer_version(checkpoint: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
     card = checkpoint / "release" / "moe_lpr" / "card.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"format_version": 99}))
-    write_manifest(card.parents[1], {})
+    write_checksums(card.parents[1], {})
     assert "install a newer" in refuse("export", "--load", checkpoint, "--hf", tmp_path / "out")
 
 

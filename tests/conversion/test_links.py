@@ -10,7 +10,7 @@ from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.adapter import open_adapter
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from tests.conversion.helpers import assert_same_tensors, checkpoint_tensors, run
 
 SECRET = "root:secret:"
@@ -109,7 +109,7 @@ def test_checkpoints(dense: Path, tmp_path: Path, refuse: Callable[..., str]) ->
     run("import", "--hf", dense, "--save", tmp_path / "checkpoint", "--num-experts", 3)
     checkpoint = resolve_checkpoint(tmp_path / "checkpoint")
     lead_out(checkpoint.side_directory / "NOTICE", tmp_path)
-    write_manifest(checkpoint.path, {})
+    write_checksums(checkpoint.path, {})
     for verified in (True, False):
         with pytest.raises(UserError, match="NOTICE: a symbolic link that leads out of"):
             open_checkpoint(checkpoint.path, verified)

@@ -16,7 +16,7 @@ from megatron_moe_lpr.data.reading.blend import read_blend
 from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
 from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import MANIFEST, write_manifest
+from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE, write_checksums
 from tests.data.builders import make_hf_tokenizer, numbered_dataset, run_plan, write_jsonl
 
 INSPECT = Path(__file__).parents[2] / "tools" / "inspect_data.py"
@@ -82,7 +82,7 @@ def test_damaged_index_maps_are_built_again(tmp_path: Path, capsys: pytest.Captu
         flip(path)
         assert build(prefix, cache) == expected
         assert f"warning: {path}: damaged" in capsys.readouterr().err
-    (directory / MANIFEST).unlink()
+    (directory / CHECKSUM_FILE).unlink()
     assert build(prefix, cache) == expected
     assert "without checksums" in capsys.readouterr().err
     assert build(prefix, cache) == expected and not capsys.readouterr().err
@@ -97,7 +97,7 @@ def test_a_pickle_among_index_maps_does_not_run(tmp_path: Path, capsys: pytest.C
             path.write_bytes(pickle.dumps(Payload(tmp_path / "mark")))
         else:
             np.save(path, np.array([Payload(tmp_path / "mark")], dtype=object), allow_pickle=True)
-        write_manifest(directory, {})
+        write_checksums(directory, {})
         assert build(prefix, cache) == expected
         assert f"{path}: not an index map" in capsys.readouterr().err
     assert not (tmp_path / "mark").exists()

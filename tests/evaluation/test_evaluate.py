@@ -20,7 +20,7 @@ from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, resolve_chec
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint, unknown_languages
 from megatron_moe_lpr.evaluation.results import evaluation_record
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from tests.conversion.helpers import rewrite_checkpoint, run
 from tests.conversion.tiny_models import load_model
@@ -160,7 +160,7 @@ def test_original_languages_are_those_of_the_history(setting, alone, tmp_path):
     directory = resolve_checkpoint(tmp_path / "trained")
     path = directory.side_directory / CARD_FILE
     dataclasses.replace(read_card(path), history=[entry]).write(path)
-    write_manifest(directory.path, {})
+    write_checksums(directory.path, {})
     record = rank_pool(1).run(evaluate, tmp_path / "trained", data, {}, ())[0]
     assert record["original_languages"] == ["en", "es"] and record["averages"] == alone["averages"]
     unknown = rank_pool(1).run(evaluate, checkpoint, data, {}, ())[0]

@@ -9,15 +9,8 @@ import torch
 import xxhash
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import (
-    MANIFEST,
-    ChecksumStream,
-    FileChecksum,
-    checksum_of_file,
-    read_manifest,
-    verify,
-    write_manifest,
-)
+from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE, read_checksums, verify, write_checksums
+from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum, checksum_of_file
 
 
 def make_files(directory: Path) -> dict[str, bytes]:
@@ -49,11 +42,11 @@ def test_a_stream_sums_what_torch_writes(tmp_path: Path) -> None:
     assert torch.equal(torch.load(io.BytesIO(content[begin:]))["b"], torch.ones(7))
 
 
-def test_manifest_lists_every_file(tmp_path: Path) -> None:
+def test_the_checksum_file_lists_every_file(tmp_path: Path) -> None:
     contents = make_files(tmp_path)
     summed = {name: checksum_of_file(tmp_path / name) for name in contents if name.endswith(".distcp")}
-    write_manifest(tmp_path, summed)
-    content = json.loads((tmp_path / MANIFEST).read_text())
+    write_checksums(tmp_path, summed)
+    content = json.loads((tmp_path / CHECKSUM_FILE).read_text())
     assert content["algorithm"] == "xxh3_128"
     assert content["files"] == {
         name: {"bytes": len(text), "checksum": xxhash.xxh3_128_hexdigest(text)} for name, text in contents.items()
@@ -64,15 +57,15 @@ def test_manifest_lists_every_file(tmp_path: Path) -> None:
 def test_an_entry_without_its_file_is_refused(tmp_path: Path) -> None:
     make_files(tmp_path)
     with pytest.raises(UserError, match=r"lost\.distcp"):
-        write_manifest(tmp_path, {"lost.distcp": FileChecksum(3, "0")})
+        write_checksums(tmp_path, {"lost.distcp": FileChecksum(3, "0")})
     with pytest.raises(UserError, match=r"common\.pt: 7 bytes were written"):
-        write_manifest(tmp_path, {"common.pt": FileChecksum(7, "0")})
+        write_checksums(tmp_path, {"common.pt": FileChecksum(7, "0")})
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_each_damage_is_found_by_one_rank(world_size: int, tmp_path: Path) -> None:
     contents = make_files(tmp_path)
-    write_manifest(tmp_path, {})
+    write_checksums(tmp_path, {})
     for name in contents:
         flip(tmp_path / name, -1)
         errors = []
@@ -88,7 +81,7 @@ def test_each_damage_is_found_by_one_rank(world_size: int, tmp_path: Path) -> No
 
 def test_cut_missing_and_added_files(tmp_path: Path) -> None:
     contents = make_files(tmp_path)
-    write_manifest(tmp_path, {})
+    write_checksums(tmp_path, {})
     (tmp_path / "__2_0.distcp").write_bytes(contents["__2_0.distcp"][:-1])
     with pytest.raises(UserError, match=r"__2_0\.distcp: damaged: 2,000 bytes, 2,001"):
         verify(tmp_path, small_only=True)
@@ -101,21 +94,21 @@ def test_cut_missing_and_added_files(tmp_path: Path) -> None:
         verify(tmp_path)
 
 
-def test_every_flip_in_the_manifest_is_found_or_harmless(tmp_path: Path) -> None:
+def test_every_flip_in_the_checksum_file_is_found_or_harmless(tmp_path: Path) -> None:
     make_files(tmp_path)
-    write_manifest(tmp_path, {})
-    right = read_manifest(tmp_path)
-    for place in range(0, (tmp_path / MANIFEST).stat().st_size, 3):
-        flip(tmp_path / MANIFEST, place)
+    write_checksums(tmp_path, {})
+    right = read_checksums(tmp_path)
+    for place in range(0, (tmp_path / CHECKSUM_FILE).stat().st_size, 3):
+        flip(tmp_path / CHECKSUM_FILE, place)
         try:
             verify(tmp_path)
         except UserError:
             pass
         else:
-            assert read_manifest(tmp_path) == right  # spaces between words
-        flip(tmp_path / MANIFEST, place)
+            assert read_checksums(tmp_path) == right  # spaces between words
+        flip(tmp_path / CHECKSUM_FILE, place)
 
 
-def test_a_checkpoint_without_a_manifest_is_not_verified(tmp_path: Path) -> None:
+def test_a_checkpoint_without_checksums_is_not_verified(tmp_path: Path) -> None:
     make_files(tmp_path)
-    assert read_manifest(tmp_path) is None and not verify(tmp_path)
+    assert read_checksums(tmp_path) is None and not verify(tmp_path)

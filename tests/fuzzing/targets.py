@@ -1,4 +1,4 @@
-"""Every reader of our own with a valid file to start from; a target reads what a hostile one would be."""
+"""Every reader of this project, each with a valid file to corrupt."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ from megatron_moe_lpr.data.tokenizer import load_tokenizer, model_vocabulary
 from megatron_moe_lpr.data.tokenizer_settings import added_tokens
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
-from megatron_moe_lpr.files import checksums as integrity
+from megatron_moe_lpr.files import checksum_file
 from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
 from megatron_moe_lpr.training.logs.metrics_file import MetricsFile
 from tests.data.builders import write_dataset
@@ -68,12 +68,12 @@ METRICS = b'{"kind": "train", "iteration": 1, "consumed_tokens": 8, "lm_loss/el"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A reader: `prepare` writes a valid file and its neighbours, `read` reads whatever the file has become."""
+    """A reader: `prepare` writes a valid file and the files beside it, `read` reads the corrupted file."""
 
     prepare: Callable[[Path], Path]
     read: Callable[[Path], object]
     hostile: Callable[[bytes], SearchStrategy[bytes]] = hostile_files
-    """From the valid file's bytes to those that are to be read."""
+    """From the bytes of the valid file to a strategy of hostile ones."""
 
 
 def _json_file(name: str, content: object) -> Callable[[Path], Path]:
@@ -92,7 +92,7 @@ def _safetensors(root: Path) -> Path:
 
 
 def _weight_map(root: Path) -> Path:
-    # Under another name than a single file's, which would be read instead.
+    # Not under the name of a single file, which would be read instead.
     _safetensors(root).rename(root / "shard.safetensors")
     return _json_file("model.safetensors.index.json", {"weight_map": {"a": "shard.safetensors"}})(root)
 
@@ -159,7 +159,7 @@ def _checkpoint(root: Path) -> Path:
 
 
 def _old_checkpoint(root: Path) -> Path:
-    """Protocol 2, whose opcodes differ: the index of another tool."""
+    """An index in protocol 2, whose opcodes differ, as another tool may write it."""
     path = _checkpoint(root)
     # Written by the line above; to write it in another protocol it has to be read whole.
     path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()), protocol=2))
@@ -184,8 +184,8 @@ def _latest(root: Path) -> Path:
 
 def _checksums(root: Path) -> Path:
     directory = _checkpoint(root).parent
-    integrity.write_manifest(directory, {})
-    return directory / integrity.MANIFEST
+    checksum_file.write_checksums(directory, {})
+    return directory / checksum_file.CHECKSUM_FILE
 
 
 def _tokenizer(root: Path) -> Path:
@@ -237,7 +237,7 @@ TARGETS = {
     "objects, opcodes": Target(pickles.torch_file, pickles.read_torch_file, pickles.torch_file_programs),
     "tensors": Target(_tensors, _read_checkpoint),
     "latest": Target(_latest, lambda path: resolve_checkpoint(path.parent)),
-    "checksums": Target(_checksums, lambda path: integrity.verify(path.parents[1])),
+    "checksums": Target(_checksums, lambda path: checksum_file.verify(path.parents[1])),
     "tokenizer config": Target(_tokenizer, _read_tokenizer),
     "added tokens": Target(_json_file("added_tokens.json", {"<|a|>": 5}), lambda path: added_tokens(path.parent)),
     "added tokens of the configuration": Target(

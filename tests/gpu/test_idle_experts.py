@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from megatron_moe_lpr.files.checksums import MANIFEST
+from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE
 from tests.conversion.helpers import rewrite_checkpoint
 from tests.gpu import device
 from tests.gpu.compute import Step, compute
@@ -55,8 +55,8 @@ def top_1(checkpoint, tmp_path_factory):
     shutil.copytree(checkpoint, path)
     (card,) = path.rglob("card.json")
     card.write_text(json.dumps(json.loads(card.read_text()) | {"top_k": 1}))
-    for manifest in path.rglob(MANIFEST.name):
-        manifest.unlink()
+    for checksums in path.rglob(CHECKSUM_FILE.name):
+        checksums.unlink()
     return path
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_lpr.files.checksums import MANIFEST
+from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE
 from tests.conversion.helpers import checkpoint_tensors, run
 from tests.distributed import rank_pool
 from tests.training.outcomes import evaluation_outcome, train_outcome
@@ -56,11 +56,11 @@ def resume(setting, save: Path, **options) -> list[str | None]:
     return rank_pool(2).run(functools.partial(train_outcome, load, save, data, **(changes | options)))
 
 
-def test_every_file_is_in_the_manifest(setting):
+def test_every_file_is_in_the_checksum_file(setting):
     iteration = setting[2] / "iter_0000004"
-    listed = json.loads((iteration / MANIFEST).read_text())["files"]
+    listed = json.loads((iteration / CHECKSUM_FILE).read_text())["files"]
     there = {path.relative_to(iteration).as_posix() for path in iteration.rglob("*") if path.is_file()}
-    assert there == listed.keys() | {MANIFEST.as_posix()}
+    assert there == listed.keys() | {CHECKSUM_FILE.as_posix()}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -109,7 +109,7 @@ def test_no_verify_and_checkpoints_without_checksums(setting, tmp_path, capfd):
     _, data, save, _ = setting
     old = tmp_path / "run"
     shutil.copytree(save, old)
-    (old / "iter_0000004" / MANIFEST).unlink()
+    (old / "iter_0000004" / CHECKSUM_FILE).unlink()
     run("inspect", old, "--verify")
     assert "used without verification" in capfd.readouterr().err
     assert resume(setting, old, train_iters=4) == [None, None]

@@ -10,7 +10,7 @@ from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.conversion.verification import verify_models
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation import checkpoint as evaluation
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.model.configuration.dtype import say_dtype
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import CPUFacts, Platform
@@ -48,7 +48,7 @@ def checkpoint(inputs):
         directory = resolve_checkpoint(inputs[0])
         card = directory.side_directory / "card.json"
         card.write_text(json.dumps(json.loads(card.read_text()) | {"dtype": dtype}))
-        write_manifest(directory.path, {})
+        write_checksums(directory.path, {})
         return inputs[0]
 
     return saying

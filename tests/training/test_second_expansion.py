@@ -12,7 +12,7 @@ from megatron_moe_lpr.checkpoint.format.card import read_card
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.conversion.verification.verify import random_tokens
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.model.configuration.config import ComputeOptions
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, kind_of
 from megatron_moe_lpr.model.forward import compute_logits
@@ -45,7 +45,7 @@ def change_card(checkpoint: Path, **changes) -> None:
     directory = resolve_checkpoint(checkpoint)
     path = directory.side_directory / CARD_FILE
     dataclasses.replace(read_card(path), **changes).write(path)
-    write_manifest(directory.path, {})
+    write_checksums(directory.path, {})
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_a_run_that_saves_what_trains_can_be_expanded_again(inputs, tmp_path):
             found = third[f"{experts}.earlier.experts.{index}.{matrix}"]
             assert torch.equal(found, tensors[f"{experts}.{key}.{matrix}"])
     card = resolve_checkpoint(tmp_path / "third").card()
-    assert card.base is None and card.expansions == [[2, 0, 4, 2], [2, 2, 0, 4], [0, 0, 2, 2]]
+    assert card.parent is None and card.expansions == [[2, 0, 4, 2], [2, 2, 0, 4], [0, 0, 2, 2]]
     before, after = (rank_pool(1).run(logits, path, {})[0] for path in (save, tmp_path / "third"))
     assert (after - before).abs().max() < 1e-5
 

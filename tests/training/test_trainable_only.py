@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
+from megatron_moe_lpr.checkpoint.format.chain import open_reader
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.format.trainable_only import open_reader
 from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.parallel.groups import initialize_parallel

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_moe_lpr.checkpoint.format.reader import read_index
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from tests.conversion.helpers import run
 from tests.distributed import rank_pool
 from tests.fuzzing.opcodes import name, text
@@ -74,7 +74,7 @@ def test_a_planted_pickle_does_not_run(place, setting, tmp_path, capsys):
     shutil.copytree(root / "run", planted)
     iteration = planted / "iter_0000002"
     PLACES[place](iteration, mark)
-    write_manifest(iteration, {})  # whoever plants can sum
+    write_checksums(iteration, {})  # whoever plants can sum
     expected = f"{os.mkdir.__module__}.mkdir"
     commands = {
         "load": functools.partial(train_outcome, planted, tmp_path / "new", data),
@@ -122,7 +122,7 @@ def test_counters_set_nothing_but_the_run_s_counters(setting, tmp_path):
         ({"iteration": "many"}, "counter iteration is no"),
     ):
         torch.save(common | {"counters": common["counters"] | counters}, iteration / "common.pt")
-        write_manifest(iteration, {})
+        write_checksums(iteration, {})
         for outcome in rank_pool(2).run(resume):
             assert outcome == expected or expected in outcome
 
@@ -136,7 +136,7 @@ def test_an_index_that_changes_a_class_of_the_process(setting, tmp_path, capsys)
     iteration = planted / "iter_0000002"
     raw, state = (iteration / ".metadata").read_bytes(), b"}" + text("_str") + text(str(victim)) + b"s"
     (iteration / ".metadata").write_bytes(raw[:2] + name("pathlib", "PosixPath") + b"(N" + state + b"tb0" + raw[2:])
-    write_manifest(iteration, {})
+    write_checksums(iteration, {})
     for command in ("export", "verify"):
         _converter(command, iteration, root / "exported", tmp_path)
     outcomes = rank_pool(2).run(functools.partial(train_outcome, planted, tmp_path / "new", data))
@@ -162,7 +162,7 @@ def test_sizes_that_no_tensor_has_take_no_memory(file, change, words, setting, t
     (iteration,) = planted.glob("*/")
     path = iteration / "moe_lpr" / file
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    write_manifest(iteration, {})
+    write_checksums(iteration, {})
     outcomes = [
         *rank_pool(2).run(functools.partial(train_outcome, planted, tmp_path / "new", data, **changes)),
         *rank_pool(2).run(evaluation_outcome, planted, data),

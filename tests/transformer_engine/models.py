@@ -20,7 +20,7 @@ from megatron_moe_lpr.checkpoint.loading.model import LoadedModel, load_model, m
 from megatron_moe_lpr.checkpoint.loading.model_state import CONTENT_METADATA, EXTRA_STATE, sharded_model_state
 from megatron_moe_lpr.checkpoint.untrusted.extra_state import check_extra_states
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.model.build import build_model, unwrap
 from megatron_moe_lpr.model.configuration.config import ComputeOptions, transformer_config
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
@@ -84,7 +84,7 @@ def save_again(path: Path, target: Path, expert_parallel: int = 1) -> None:
     state = sharded_model_state(model.chunks)
     dist_checkpointing.save(state, str(partial), content_metadata=dict(CONTENT_METADATA))
     if torch.distributed.get_rank() == 0:
-        write_manifest(partial, {})
+        write_checksums(partial, {})
 
 
 def differing_keys(path: Path) -> list[str]:

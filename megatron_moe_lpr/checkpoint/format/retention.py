@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept, and removing the others without disturbing who reads them."""
+"""Which checkpoints of a run are kept, and removal of the others without disturbing processes that read them."""
 
 import contextlib
 import dataclasses
@@ -10,28 +10,28 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_moe_lpr.checkpoint.format.directory import is_iteration_directory, iteration_of
+from megatron_moe_lpr.checkpoint.format.directory import is_iteration_directory, parse_iteration
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.processes import start_thread
 
 REMOVED_SUFFIX = ".removed"
 LOCKED_FILE = "metadata.json"
-"""Readers hold a shared lock (flock) on this file, and who removes the directory an exclusive one."""
+"""Readers of a checkpoint hold a shared lock (flock) on this file; its removal takes an exclusive lock."""
 KEEP_LAST = 2
-"""With --save-retain-interval alone: the latest, and one to fall back to where that is damaged."""
+"""Used with --save-retain-interval alone: the latest, and one to fall back to if the latest is damaged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """What is kept when a newer checkpoint is complete; by default everything."""
+    """Which older checkpoints are kept when a newer one is complete; by default all."""
 
     interval: int | None = None
-    """Keep the checkpoints of every so many steps for good."""
+    """Always keep checkpoints whose step is a multiple of this."""
     last: int | None = None
-    """Keep this many of the newest."""
+    """Keep this many of the newest checkpoints."""
 
     def check(self, save_interval: int | None) -> None:
-        """Refuse what would keep too little or nothing.
+        """Check the settings against the interval between saves.
 
         Raises:
             UserError: naming the flag.
@@ -49,7 +49,7 @@ class Retention:
             )
 
     def superfluous(self, iterations: Collection[int], newest: int) -> list[int]:
-        """Those of the iterations that may go now that `newest` is complete, oldest first."""
+        """The iterations to remove now that `newest` is complete, oldest first."""
         if self.interval is None and self.last is None:
             return []
         older = sorted(iteration for iteration in iterations if iteration < newest)
@@ -63,15 +63,15 @@ class RemovedCheckpoint(UserError):
 
 
 @contextlib.contextmanager
-def being_read(directory: Path, to_the_end: bool = False) -> Iterator[None]:
-    """While the block runs, no run removes this iteration directory (where its file system knows locks).
+def hold_checkpoint(directory: Path, check_at_end: bool = False) -> Iterator[None]:
+    """Keep runs from removing this iteration directory while the block runs, if its file system supports locks.
 
     Args:
-        to_the_end: at the end of the block, check that the same directory is still there: a run that repeats its steps
-            puts a new checkpoint of the same step in its place, whoever reads.
+        check_at_end: check at the end of the block that the same directory is still there: a run that repeats its
+            steps replaces the checkpoint of a step even while it is read.
 
     Raises:
-        RemovedCheckpoint: it was removed before the lock was there, or replaced while it was read.
+        RemovedCheckpoint: it was removed before it was locked, or replaced while it was read.
     """
     try:
         stream = open(directory / LOCKED_FILE, "rb")  # noqa: SIM115 - closed below
@@ -83,7 +83,7 @@ def being_read(directory: Path, to_the_end: bool = False) -> Iterator[None]:
         if not (is_iteration_directory(directory) and _is_in_place(stream, directory)):
             raise _vanished(directory)
         yield
-        if to_the_end and not _is_in_place(stream, directory):
+        if check_at_end and not _is_in_place(stream, directory):
             raise RemovedCheckpoint(f"{directory}: was replaced while it was read; start again")
 
 
@@ -102,24 +102,24 @@ def _vanished(directory: Path) -> RemovedCheckpoint:
 
 
 def remove_superfluous(root: Path, newest: int, retention: Retention, kept: Collection[Path] = ()) -> list[str]:
-    """Remove what `retention` does not keep. Only for who owns the directory, on one rank.
+    """Remove the checkpoints that `retention` does not keep. Only one rank of the run that owns `root` may call it.
 
     A directory is first renamed to a hidden name, so that no half of it ever looks like a checkpoint, then deleted
     by a thread.
 
     Args:
         newest: the iteration whose checkpoint has just been completed.
-        kept: iteration directories that stay whatever the rule says.
+        kept: iteration directories that always stay.
 
     Returns:
-        A line for each that could not be removed and why; one that is being read goes the next time.
+        A line for each that could not be removed and why; one that is being read is removed after a later save.
     """
-    stay = {path.resolve() for path in kept}
-    present = {iteration_of(path): path for path in Path(root).glob("iter_*") if is_iteration_directory(path)}
+    always_kept = {path.resolve() for path in kept}
+    present = {parse_iteration(path): path for path in Path(root).glob("iter_*") if is_iteration_directory(path)}
     notes = []
     for iteration in retention.superfluous([number for number in present if number is not None], newest):
         path = present[iteration]
-        if path.resolve() in stay:
+        if path.resolve() in always_kept:
             continue
         try:
             hide(path)
@@ -132,7 +132,7 @@ def remove_superfluous(root: Path, newest: int, retention: Retention, kept: Coll
 
 
 def hide(path: Path) -> None:
-    """Rename an iteration directory so that it is none any more.
+    """Rename an iteration directory to a hidden name, under which it is no checkpoint any more.
 
     Raises:
         OSError: it is being read, or cannot be locked or renamed.
@@ -145,6 +145,6 @@ def hide(path: Path) -> None:
 
 
 def remove_hidden(root: Path) -> None:
-    """Delete what was hidden, also by a run that was killed before it could."""
+    """Delete hidden directories, including those of a run that was killed before it deleted them."""
     for path in Path(root).glob(f".iter_*{REMOVED_SUFFIX}"):
         shutil.rmtree(path, ignore_errors=True)

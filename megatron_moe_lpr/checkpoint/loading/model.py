@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a filled model on this rank."""
+"""Builds this rank's part of a model and loads its weights from a checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.format.chain import hold_chain
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
-from megatron_moe_lpr.checkpoint.format.trainable_only import reading
 from megatron_moe_lpr.checkpoint.loading.model_state import load_weights
 from megatron_moe_lpr.checkpoint.loading.shapes import check_sizes
 from megatron_moe_lpr.checkpoint.loading.verification import check_same_on_all_ranks, open_checkpoint, verify_all
@@ -21,7 +21,7 @@ from megatron_moe_lpr.platform import Platform
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """This rank's part of a model, filled from a checkpoint."""
+    """This rank's part of a model, with weights loaded from a checkpoint."""
 
     chunks: list[torch.nn.Module]
     config: MoELPRConfig
@@ -31,10 +31,10 @@ class LoadedModel:
 
 
 def model_shape(directory: CheckpointDirectory) -> ModelShape:
-    """The model's sizes and experts, from the files beside its tensors.
+    """Read the model's sizes and experts from the files beside its tensors.
 
     Raises:
-        UserError: a file is missing or invalid, or they are of two models.
+        UserError: a file is missing or invalid, or the files belong to different models.
     """
     card, architecture = directory.card(), directory.architecture()
     layers = architecture.num_layers
@@ -59,17 +59,18 @@ def load_model(
     verified: bool = True,
     **overrides: Any,
 ) -> LoadedModel:
-    """Build this rank's part of the model in `layout` and fill it. Megatron's groups must exist.
+    """Build this rank's part of the model in `layout` and load its weights. Megatron's groups must exist.
 
     Args:
-        path: a checkpoint directory or one iteration in it.
-        options: how to compute; by default in the card's `compute_dtype`.
+        path: a checkpoint directory, or one iteration in it.
+        options: precision and kernels; by default the card's `compute_dtype`.
         build_arguments: further arguments of GPTModel.
-        verified: compare every file with its checksum first, each rank a share of them.
+        verified: first compare every file with its checksum, divided among the ranks.
         overrides: further fields of MoELPRConfig.
 
     Raises:
-        UserError: no checkpoint, a damaged one, an unfit layout, or tensors missing, too many or of other sizes.
+        UserError: there is no checkpoint, it is damaged, the layout does not fit, or tensors are missing, superfluous
+            or of other sizes.
     """
     directory = path if isinstance(path, CheckpointDirectory) else open_checkpoint(path, verified)
     shape, card = model_shape(directory), directory.card()
@@ -77,10 +78,10 @@ def load_model(
     check_sizes(directory, shape)
     config = transformer_config(shape, layout, platform, options, **overrides)
     chunks = build_model(shape, config, platform, **(build_arguments or {}))
-    with reading(directory) as layers:
-        for layer in layers:
-            check_same_on_all_ranks(layer.path)
+    with hold_chain(directory) as chain:
+        for checkpoint in chain:
+            check_same_on_all_ranks(checkpoint.path)
             if verified:
-                verify_all(layer.path)
+                verify_all(checkpoint.path)
         load_weights(chunks, directory)
     return LoadedModel(chunks, config, shape, card, directory)

@@ -1,4 +1,4 @@
-"""Weights between a built model and a Megatron distributed checkpoint, at any parallel layout."""
+"""Loads the weights of a built model from a distributed checkpoint, at any parallel layout."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,10 +13,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.fp8_utils import is_float8tensor
 
+from megatron_moe_lpr.checkpoint.format.chain import checkpoint_chain
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.format.reader import read_index
 from megatron_moe_lpr.checkpoint.format.sharded_parts import part_with_keys
-from megatron_moe_lpr.checkpoint.format.trainable_only import layers_of
 from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA
 from megatron_moe_lpr.checkpoint.loading.distributed_loading import load_distributed
 from megatron_moe_lpr.errors import UserError
@@ -25,7 +25,7 @@ from megatron_moe_lpr.model.moe.expert_states import EXTRA_STATE
 
 
 def sharded_model_state(chunks: Sequence[torch.nn.Module]) -> ShardedStateDict:
-    """Sharded tensors of this rank's chunks, under `model` or, for several chunks, `model0`, `model1`, ..."""
+    """Sharded state of this rank's model chunks, under `model` or, for several chunks, `model0`, `model1`, ..."""
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     return {
         name: unwrap(chunk).sharded_state_dict(metadata=dict(CONTENT_METADATA))
@@ -34,39 +34,45 @@ def sharded_model_state(chunks: Sequence[torch.nn.Module]) -> ShardedStateDict:
 
 
 def load_weights(chunks: Sequence[torch.nn.Module], directory: CheckpointDirectory) -> None:
-    """Fill the chunks from a checkpoint written at any layout, and from its base where it has only trained weights.
+    """Load weights from a checkpoint written at any layout, and from its parents if it holds only trained weights.
 
     Only Transformer Engine's `_extra_state` entries may be missing.
 
     Raises:
-        UserError: a damaged file; the checkpoint lacks a tensor of the model, or holds one it has no place for.
+        UserError: a file is damaged, or the checkpoint lacks a tensor of the model or holds one that the model lacks.
     """
     loaded: dict[str, Any] = {}
-    for layer in layers_of(directory):
-        part = _load_layer(chunks, layer, is_complete=not loaded)
+    for checkpoint in checkpoint_chain(directory):
+        part = _load_tensors(chunks, checkpoint, is_complete=not loaded)
         loaded = {name: loaded.get(name, {}) | part[name] for name in part}
     for name, chunk in zip(sorted(loaded), chunks, strict=True):
         fill_model(chunk, loaded[name])
         _keep_unrounded(chunk, loaded[name])
 
 
-def _load_layer(chunks: Sequence[torch.nn.Module], layer: CheckpointDirectory, is_complete: bool) -> dict[str, Any]:
-    """Tensors by name, by chunk; all that the model has, or all that the checkpoint has."""
+def _load_tensors(
+    chunks: Sequence[torch.nn.Module], checkpoint: CheckpointDirectory, is_complete: bool
+) -> dict[str, Any]:
+    """Load one checkpoint of a chain: by chunk, its tensors by name.
+
+    Args:
+        is_complete: the checkpoint must hold every tensor of the model, as the oldest one of a chain does.
+    """
     state = sharded_model_state(chunks)
     names = list(state)
     if not is_complete:
-        keys = read_index(layer.path / ".metadata").state_dict_metadata
+        keys = read_index(checkpoint.path / ".metadata").state_dict_metadata
         state = {name: part_with_keys(part, keys) for name, part in state.items()}
     # Megatron's words: "missing" keys are the checkpoint's that the model did not ask for, "unexpected" the reverse.
     loaded, surplus, lacking = load_distributed(
-        state, layer.path, shared_reading(layer.path), strict=StrictHandling.RETURN_ALL
+        state, checkpoint.path, parallel_load_strategy(checkpoint.path), strict=StrictHandling.RETURN_ALL
     )
-    _refuse_differences(layer.path, lacking, surplus)
+    _refuse_differences(checkpoint.path, lacking, surplus)
     return {name: loaded.get(name, {}) for name in names}
 
 
-def shared_reading(directory: Path) -> FullyParallelLoadStrategyWrapper:
-    """Each rank of a data-parallel group reads a part of what all of them need, and sends it to the others."""
+def parallel_load_strategy(directory: Path) -> FullyParallelLoadStrategyWrapper:
+    """A load strategy in which each rank of a data-parallel group reads a part and sends it to the others."""
     strategy = get_default_load_sharded_strategy(str(directory))
     return FullyParallelLoadStrategyWrapper(
         strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -74,10 +80,10 @@ def shared_reading(directory: Path) -> FullyParallelLoadStrategyWrapper:
 
 
 def _keep_unrounded(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Weights in FP8 keep what the checkpoint says until the optimizer has its fp32 copies from it.
+    """Keep the loaded values of weights in FP8 until the optimizer has made its fp32 copies from them.
 
-    distrib_optimizer.py `_build_model_and_main_param_groups` asks for it by these names. Copies of the rounded weights
-    would lie on FP8's grid, and the first small steps away from it would be rounded back.
+    distrib_optimizer.py `_build_model_and_main_param_groups` calls methods of these names. Copies of the rounded
+    weights would lie on FP8's grid, and small first steps away from the grid would be rounded back.
     """
     for name, parameter in unwrap(chunk).named_parameters():
         if is_float8tensor(parameter):
@@ -86,10 +92,13 @@ def _keep_unrounded(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
 
 
 def fill_model(chunk: torch.nn.Module, state: dict[str, Any], is_complete: bool = True) -> None:
-    """Copy loaded tensors into a chunk; with `is_complete` off, parameters without one stay as they are.
+    """Copy loaded tensors into a chunk.
+
+    Args:
+        is_complete: every parameter must have a loaded tensor; otherwise those without one keep their values.
 
     Raises:
-        UserError: other than `_extra_state` is missing, or something is left over.
+        UserError: a tensor other than an `_extra_state` is missing, or one is left over.
     """
     result = unwrap(chunk).load_state_dict(state, strict=False)
     missing = [key for key in result.missing_keys if EXTRA_STATE not in key]

@@ -1,7 +1,7 @@
 """Checks tensor shapes in the index against config.json and card.json before allocating the model."""
 
+from megatron_moe_lpr.checkpoint.format.chain import open_reader
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
-from megatron_moe_lpr.checkpoint.format.trainable_only import open_reader
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, VOCABULARY_KEYS, model_rows

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint before anything in it is used, by one process or shared among all ranks."""
+"""Checks of a checkpoint before its content is used, by one process or divided among all ranks."""
 
 import socket
 import sys
@@ -6,36 +6,39 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_moe_lpr.checkpoint.format.chain import checkpoint_chain
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory, resolve_checkpoint
-from megatron_moe_lpr.checkpoint.format.trainable_only import layers_of
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import MANIFEST, checksum_of_file, verify
-from megatron_moe_lpr.files.filesystem import sha256_of_file
+from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE, verify
+from megatron_moe_lpr.files.checksums import checksum_of_file, sha256_of_file
 from megatron_moe_lpr.files.links import tree_inside
 from megatron_moe_lpr.parallel.every_rank import on_every_rank
 
 
-def open_checkpoint(path: Path, verified: bool = True, base: Path | None = None) -> CheckpointDirectory:
-    """Find the checkpoint that `path` means and compare its small files: index, card, configuration, tokenizer.
+def open_checkpoint(path: Path, verified: bool = True, parent: Path | None = None) -> CheckpointDirectory:
+    """Find the checkpoint that `path` means and verify its small files: index, card, configuration, tokenizer.
 
     Args:
         verified: False: only find it (`--no-verify`).
-        base: for a checkpoint with only trained weights, where the others are (`--base-checkpoint`).
+        parent: for a checkpoint with only trained weights, where the others are (`--base-checkpoint`).
 
     Raises:
         UserError: there is no checkpoint, an incomplete one, a damaged file, or a symbolic link among the small files
             that leads out of the checkpoint.
     """
-    directory = resolve_checkpoint(path, base)
-    for layer in layers_of(directory):
-        tree_inside(layer.side_directory, layer.path)
+    directory = resolve_checkpoint(path, parent)
+    for checkpoint in checkpoint_chain(directory):
+        tree_inside(checkpoint.side_directory, checkpoint.path)
         if verified:
-            verify_small_files(layer)
+            verify_small_files(checkpoint)
     return directory
 
 
 def verify_small_files(directory: CheckpointDirectory) -> bool:
-    """Compare all but the tensors with the manifest, and the tokenizer with the card. False: there is no manifest.
+    """Compare all but the tensor files with the checksum file, and the tokenizer with the card.
+
+    Returns:
+        False: there is no checksum file.
 
     Raises:
         UserError: naming the damaged file.
@@ -50,34 +53,38 @@ def verify_small_files(directory: CheckpointDirectory) -> bool:
 
 
 def verify_all(directory: Path) -> None:
-    """Compare every file; with process groups each rank takes a share and every rank must call it.
+    """Compare every file with the checksum file. Without a checksum file: print a warning.
 
-    A checkpoint without a manifest passes with a warning.
+    With process groups the files are divided among the ranks, and every rank must call it.
 
     Raises:
         DamagedFile: on every rank, naming a damaged file.
-        UserError: on every rank: a rank cannot read its share, or has other files before it.
+        UserError: on every rank: a rank cannot read its files, or sees other files than the rest.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    has_manifest = on_every_rank(lambda: verify(directory, rank, world_size))[rank]
-    if not has_manifest and rank == 0:
-        warn(f"{directory}: no {MANIFEST}: an older version wrote this checkpoint; it is used without verification")
+    has_checksums = on_every_rank(lambda: verify(directory, rank, world_size))[rank]
+    if not has_checksums and rank == 0:
+        warn(
+            f"{directory}: no {CHECKSUM_FILE}: an older version wrote this checkpoint; it is used without verification"
+        )
 
 
 def check_same_on_all_ranks(directory: Path) -> None:
-    """Check that every rank has the same checkpoint before it. Every rank must call it.
+    """Check that every rank sees the same checkpoint. Every rank must call it.
 
-    Ranks that each looked up the latest of a run that goes on may have found two; a node may lack the file system.
+    Ranks that each looked up the latest checkpoint of a run in progress may have found two different ones, and a node
+    may have another file system mounted.
 
     Raises:
-        UserError: on every rank, naming the rank that has another one.
+        UserError: on every rank, naming the rank that sees another checkpoint.
     """
-    found = on_every_rank(lambda: (socket.gethostname(), directory, _manifest_checksum(directory)))
+    found = on_every_rank(lambda: (socket.gethostname(), directory, _hash_checksum_file(directory)))
     reference_host, reference, expected = found[0]
     for rank, (host, path, checksum) in enumerate(found):
+        # Another directory name: the run that is being read has saved a newer checkpoint meanwhile.
         moved_on = path.name != reference.name
         if checksum != expected or (checksum is None and moved_on):
-            state = "differs from" if checksum else f"has no {MANIFEST.name}, unlike"
+            state = "differs from" if checksum else f"has no {CHECKSUM_FILE.name}, unlike"
             advice = (
                 "its run goes on: name one iteration directory" if moved_on else "all nodes must see the same files"
             )
@@ -87,11 +94,11 @@ def check_same_on_all_ranks(directory: Path) -> None:
             )
 
 
-def _manifest_checksum(directory: Path) -> str | None:
-    path = directory / MANIFEST
+def _hash_checksum_file(directory: Path) -> str | None:
+    path = directory / CHECKSUM_FILE
     return checksum_of_file(path).checksum if path.is_file() else None
 
 
 def warn(message: str) -> None:
-    """One line on standard error."""
+    """Print a warning, one line on standard error."""
     print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,19 @@
-"""Checkpoints of a run: shared among all ranks, written beside training, in place only when complete on every rank."""
+"""Save the checkpoints of a run: every rank writes its shard, and the checkpoint appears when all ranks have written.
+
+A save from top to bottom. Everything is written in the hidden directory SAVE/.iter_N.partial.
+
+1. `training/checkpointing.py` `start_save` collects the sharded state: which slice of which tensor this rank holds, the
+   optimizer's by `optimizer_state.py`.
+2. `CheckpointSaver.start`, on all ranks: Megatron-Core chooses one rank for each tensor that several ranks hold, and
+   `shard_writer.py` plans the files of this rank's shard. Rank 0 writes common.pt, which is the same for all ranks.
+3. The shard is written: `background.py` copies it into shared memory, and a process of its own (`writer_process.py`)
+   writes it while training continues. Without a background writer `ShardWriter.write_here` writes it at once.
+4. `poll` or `wait`, on all ranks: when every rank has written, Megatron-Core gathers what lies where, rank 0 writes the
+   index (`ShardWriter.finish`), and Megatron-Core calls `_complete`: rank 0 writes the remaining files and the
+   checksums, renames the directory and names it in latest_checkpointed_iteration.txt.
+
+A failure on any rank raises UserError on every rank and removes the hidden directory; the latest checkpoint stays.
+"""
 
 import dataclasses
 import json
@@ -6,7 +21,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -21,31 +36,35 @@ from megatron_moe_lpr.checkpoint.format.retention import remove_hidden
 from megatron_moe_lpr.checkpoint.format.writer import TORCH_DIST_CONFIG, save_blob
 from megatron_moe_lpr.checkpoint.saving.background import BackgroundWriter
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
-from megatron_moe_lpr.checkpoint.saving.share_writer import ShareStrategy, ShareWriter, writer_of
+from megatron_moe_lpr.checkpoint.saving.shard_writer import ShardStrategy, ShardWriter, request_writer
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum, write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
+from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum
 from megatron_moe_lpr.liveness import long_work
+from megatron_moe_lpr.parallel.every_rank import on_every_rank
 
 PARTIAL_SUFFIX = ".partial"
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is complete."""
+    """A complete checkpoint."""
 
     iteration: int
     path: Path
     seconds: float
-    """From the call of `start` on, or from when its caller began to wait."""
+    """From the call of `start`, or from `began` of that call, to completion."""
     stalled: float
-    """Seconds of these in which the caller could not go on."""
+    """Seconds of these in which training waited."""
 
 
 @dataclasses.dataclass
 class _Pending:
+    """A save in progress."""
+
     iteration: int
     partial: Path
-    writer: ShareWriter
+    writer: ShardWriter
     add_side_files: Callable[[Path], None]
     started: float
     stalled: float = 0.0
@@ -65,14 +84,15 @@ class CheckpointSaver:
 
         Args:
             root: directory of the iteration directories.
-            asynchronous: write from a process beside this one, started now.
-            on_complete: called on rank 0 with each iteration whose checkpoint has become the latest.
-            frozen: what announces weights in the states that are saved; None: all have their values.
+            asynchronous: write from a background process, which is started now.
+            on_complete: called on rank 0 with the iteration of each checkpoint that has become the latest.
+            frozen: has announced frozen weights in the states to save and gives them their values; None: all tensors
+                have their values.
         """
         self.root, self.on_complete = Path(root), on_complete
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.frozen = frozen
-        self.strategy = FullyParallelSaveStrategyWrapper(ShareStrategy(frozen), group, do_cache_distribution=True)
+        self.strategy = FullyParallelSaveStrategyWrapper(ShardStrategy(frozen), group, do_cache_distribution=True)
         self.queue = AsyncCallsQueue(persistent=True)
         self.background = BackgroundWriter() if asynchronous else None
         self.queue.persistent_caller = self.background
@@ -80,22 +100,28 @@ class CheckpointSaver:
         self.validated = False
 
     def expect(self, state: ShardedStateDict, metadata: dict[str, Any]) -> None:
-        """Plan for states like this one and read the frozen weights that `frozen` announces. With a background writer,
-        take the memory that a save needs, beside training: the first save then takes no longer than later ones.
+        """Prepare for saves of states like this one: plan the files and read the frozen weights.
+
+        With a background writer, also reserve the memory of a save while training continues, so that the first save
+        takes no longer than later ones.
 
         Raises:
             UserError: on every rank: a frozen weight cannot be read.
         """
         if self.background is None and self.frozen is None:
             return
-        writer = writer_of(self.strategy.async_save(self._checked(state, metadata)[0], self.root))
+        sharded, _ = self._split(state, metadata)
+        writer = request_writer(self.strategy.async_save(sharded, self.root))
         if self.frozen:
-            _raise_first(writer.error)
+            on_every_rank(writer.raise_error)
         if self.background:
             self.background.expect(writer)
 
-    def _checked(self, state: ShardedStateDict, metadata: dict[str, Any]) -> tuple[ShardedStateDict, dict[str, Any]]:
-        """Sharded and common part of a state; that all ranks' parts fit together is looked at once."""
+    def _split(self, state: ShardedStateDict, metadata: dict[str, Any]) -> tuple[ShardedStateDict, dict[str, Any]]:
+        """Split a state into its sharded tensors and what is the same on all ranks.
+
+        The first call also checks that the ranks' slices make up whole tensors.
+        """
         parts = save_preprocess(state | {"content_metadata": metadata}, not self.validated)
         self.validated = True
         return parts
@@ -110,50 +136,41 @@ class CheckpointSaver:
     ) -> Saved | None:
         """Begin to save; without a background writer, save. The state may change as soon as this returns.
 
-        Waits for the save before it, whose result `wait` gives to who asks in time.
+        Completes the save before first; call `wait` earlier to get its result.
 
         Args:
             state: as Megatron's dist_checkpointing.save takes it.
-            metadata: what the checkpoint's content is (its `content_metadata`).
-            add_side_files: writes the files beside the tensors into the directory it is given, on rank 0.
-            began: time.monotonic() when the caller began to wait, to gather `state` for one; by default now.
+            metadata: the checkpoint's `content_metadata`, which says how its keys are formed.
+            add_side_files: writes the files beside the tensors into a given directory; called on rank 0.
+            began: time.monotonic() when the caller began to prepare the save; by default now.
 
         Returns:
-            The checkpoint, where it is complete already.
+            The checkpoint, if it is complete already.
 
         Raises:
-            UserError: it can't be written, on every rank with the reason; the latest checkpoint stays as it was.
+            UserError: on every rank, with the reason: it cannot be written. The latest checkpoint stays as it was.
         """
         started = time.monotonic() if began is None else began
         self.wait()
         with long_work(f"saving step {iteration:,} to {self.root}"):
-            return self._start(iteration, state, metadata, add_side_files, started)
-
-    def _start(
-        self,
-        iteration: int,
-        state: ShardedStateDict,
-        metadata: dict[str, Any],
-        add_side_files: Callable[[Path], None],
-        started: float,
-    ) -> Saved | None:
-        partial = self.root / f".{iteration_directory_name(iteration)}{PARTIAL_SUFFIX}"
-        self._together(iteration, lambda: _make_empty(partial))
-        sharded, common = self._checked(state, metadata)
-        request = self.strategy.async_save(sharded, partial)
-        pending = _Pending(iteration, partial, writer_of(request), add_side_files, started)
-        request.add_finalize_fn(lambda: self._finish(pending))
-        self.pending = pending
-        if dist.get_rank() == 0:
-            _write_common(common, pending)
-        if self.background:
-            self.queue.schedule_async_request(request)
+            partial = self._partial_directory(iteration)
+            self._on_rank_0(iteration, lambda: _make_empty(partial))
+            sharded, common = self._split(state, metadata)
+            # Which rank writes which tensors, and into which files. Nothing is written yet.
+            request = self.strategy.async_save(sharded, partial)
+            pending = self.pending = _Pending(iteration, partial, request_writer(request), add_side_files, started)
+            # Megatron-Core calls it on every rank when all have written.
+            request.add_finalize_fn(lambda: self._complete(pending))
+            if dist.get_rank() == 0:
+                _write_common(common, pending)
+            if self.background is None:
+                return self._finalize(pending, request.execute_sync)
+            self.queue.schedule_async_request(request)  # calls BackgroundWriter.schedule_async_call
             pending.stalled = time.monotonic() - started
             return None
-        return self._finalize(pending, request.execute_sync)
 
     def poll(self) -> Saved | None:
-        """Complete the save under way if all ranks have written. Cheap where there is none.
+        """Complete the save in progress if all ranks have written. Costs nothing without a save in progress.
 
         Raises:
             UserError: on every rank: a rank could not write.
@@ -163,13 +180,17 @@ class CheckpointSaver:
         return self._finalize(self.pending, self.queue.maybe_finalize_async_calls)
 
     def wait(self) -> Saved | None:
-        """Complete the save under way, waiting for the writers. Raises what `poll` raises."""
+        """Wait for the writers of all ranks and complete the save in progress.
+
+        Raises:
+            UserError: on every rank: a rank could not write.
+        """
         if self.pending is None:
             return None
         return self._finalize(self.pending, lambda: self.queue.maybe_finalize_async_calls(blocking=True))
 
     def close(self) -> None:
-        """End the background writer; a save still under way is given up, and leaves nothing behind."""
+        """End the background writer; a save in progress is abandoned and its files are removed."""
         if self.background:
             self.background.close(abort=self.pending is not None)
             self.background = None
@@ -178,16 +199,16 @@ class CheckpointSaver:
         self.pending = None
 
     def _finalize(self, pending: _Pending, action: Callable[[], object]) -> Saved | None:
-        """Let Megatron finalize; `_finish` clears `pending` where it gets as far."""
+        """Let Megatron-Core complete the save by `action`, if all ranks have written; None: they have not."""
         begin = time.monotonic()
         try:
             with long_work(f"saving step {pending.iteration:,} to {self.root}"):
                 action()
         except CheckpointException as error:
-            # It derives from BaseException, and only rank 0 knows the reasons.
-            reasons = [_reason(failure[0]) for failure in error.failures.values()]
-            self._give_up(_from_rank_0("; ".join(sorted(set(reasons)))), pending.iteration)
-        if self.pending is not None:
+            # A BaseException, raised on every rank; only rank 0's holds the reasons.
+            reasons = sorted({_reason(failure[0]) for failure in error.failures.values()})
+            self._abandon("; ".join(on_every_rank(lambda: reasons)[0]), pending.iteration)
+        if self.pending is not None:  # `_complete` was not called
             pending.stalled += time.monotonic() - begin
             return None
         now = time.monotonic()
@@ -195,54 +216,52 @@ class CheckpointSaver:
         path = self.root / iteration_directory_name(pending.iteration)
         return Saved(pending.iteration, path, now - pending.started, stalled)
 
-    def _finish(self, pending: _Pending) -> None:
-        """After every rank has written its share and rank 0 the index of all: name the directory."""
-        written = _gathered(pending.writer.written)
+    def _complete(self, pending: _Pending) -> None:
+        """Make the directory a checkpoint: every rank has written its shard and rank 0 the index of all tensors."""
+        written = on_every_rank(lambda: pending.writer.written)
 
-        def finish() -> None:
+        def complete() -> None:
             pending.writer.raise_index_error()
-            _write_format(pending)
+            entries = {name: entry for part in written for name, entry in part.items()}
+            entries["metadata.json"] = _write_format(pending.partial)
             pending.add_side_files(pending.partial)
-            entries = {name: entry for part in (*written, pending.writer.written) for name, entry in part.items()}
-            write_manifest(pending.partial, entries)
+            write_checksums(pending.partial, entries)
             finish_iteration(pending.partial, self.root, pending.iteration)
             if self.on_complete:
                 self.on_complete(pending.iteration)
 
-        self._together(pending.iteration, finish)
+        self._on_rank_0(pending.iteration, complete)
         self.pending = None
 
-    def _together(self, iteration: int, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0; where it fails, fail on every rank."""
-        reason = None
-        if dist.get_rank() == 0:
-            try:
-                action()
-            except OSError as error:
-                reason = _reason(error)
-            except UserError as error:
-                reason = str(error)
-        reason = _from_rank_0(reason)
-        if reason:
-            self._give_up(reason, iteration)
+    def _on_rank_0(self, iteration: int, action: Callable[[], object]) -> None:
+        """Run `action` on rank 0; if it fails, abandon the save on every rank."""
+        try:
+            on_every_rank(lambda: action() if dist.get_rank() == 0 else None)
+        except UserError as error:
+            self._abandon(str(error), iteration)
 
-    def _give_up(self, reason: str, iteration: int) -> None:
+    def _abandon(self, reason: str, iteration: int) -> NoReturn:
         if dist.get_rank() == 0:
-            partial = self.root / f".{iteration_directory_name(iteration)}{PARTIAL_SUFFIX}"
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(self._partial_directory(iteration), ignore_errors=True)
         self.pending = None
         raise UserError(f"--save {self.root}: checkpoint of step {iteration} was not written: {reason}")
 
+    def _partial_directory(self, iteration: int) -> Path:
+        return self.root / f".{iteration_directory_name(iteration)}{PARTIAL_SUFFIX}"
+
 
 def remove_partial(root: Path) -> None:
-    """Remove what a run that was killed while it saved or removed has left in `root`. Only for who owns it."""
+    """Remove what a run left in `root` that was killed during a save or removal. Only its owner may call it."""
     remove_hidden(root)
     for path in Path(root).glob(f".iter_*{PARTIAL_SUFFIX}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_common(common: dict[str, Any], pending: _Pending) -> None:
-    """What is the same on all ranks, as Megatron's TorchCommonSaveStrategy writes it."""
+    """Write what is the same on all ranks, like Megatron's TorchCommonSaveStrategy.
+
+    An error is kept in the writer, which reports it to all ranks at the end of the save.
+    """
     try:
         with ChecksumStream(open(pending.partial / "common.pt", "wb")) as stream:
             save_blob(common, stream)
@@ -251,11 +270,11 @@ def _write_common(common: dict[str, Any], pending: _Pending) -> None:
         pending.writer.error = error
 
 
-def _write_format(pending: _Pending) -> None:
-    """What Megatron's `save_config` writes, last of all files: with it the directory is a checkpoint."""
-    with ChecksumStream(open(pending.partial / "metadata.json", "wb")) as stream:
+def _write_format(directory: Path) -> FileChecksum:
+    """Write metadata.json as Megatron's `save_config` does: with this file the directory is a checkpoint."""
+    with ChecksumStream(open(directory / "metadata.json", "wb")) as stream:
         stream.write(json.dumps(TORCH_DIST_CONFIG).encode())
-    pending.writer.written["metadata.json"] = stream.entry()
+    return stream.entry()
 
 
 def _make_empty(directory: Path) -> None:
@@ -267,27 +286,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     return str(error) or type(error).__name__
-
-
-def _gathered(written: dict[str, FileChecksum]) -> list[dict[str, FileChecksum]]:
-    """On rank 0 what each rank has, elsewhere nothing."""
-    if dist.get_rank() != 0:
-        dist.gather_object(written)
-        return []
-    parts: list[dict[str, FileChecksum]] = [{} for _ in range(dist.get_world_size())]
-    dist.gather_object(written, parts)
-    return parts
-
-
-def _raise_first(error: Exception | None) -> None:
-    """Raise on every rank what one of them met."""
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, _reason(error) if error else None)
-    for reason in filter(None, reasons):
-        raise UserError(reason)
-
-
-def _from_rank_0(value: Any) -> Any:
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.format.card import MAX_EXPERTS
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.json_files import is_integer, read_json, shown
+from megatron_moe_lpr.files.json_files import abbreviated, is_integer, read_json
 from megatron_moe_lpr.files.links import file_inside
 from megatron_moe_lpr.model.configuration.architecture import MAX_LAYERS
 
@@ -60,7 +60,7 @@ def open_adapter(path: Path) -> Adapter:
     config = read_json(file_inside(file, path))
     if config.get("peft_type") != "MOE":
         raise UserError(
-            f"{file}: peft_type {shown(config.get('peft_type'))}; only the authors' 'MOE' can be imported as "
+            f"{file}: peft_type {abbreviated(config.get('peft_type'))}; only the authors' 'MOE' can be imported as "
             "experts; merge another adapter into its base with peft's merge_and_unload() and give the result by --hf"
         )
     if not file_inside(path / WEIGHTS_FILE, path).is_file():
@@ -70,7 +70,8 @@ def open_adapter(path: Path) -> Adapter:
     num_experts, top_k = config.get("num_experts"), config.get("topk")
     if not is_integer(num_experts, 1, MAX_EXPERTS) or not is_integer(top_k, 1, num_experts):
         raise UserError(
-            f"{file}: num_experts={shown(num_experts)} and topk={shown(top_k)} are not a number of experts and a choice"
+            f"{file}: num_experts={abbreviated(num_experts)} and topk={abbreviated(top_k)} are not a number of "
+            "experts and a choice"
         )
     return Adapter(path, num_experts, top_k, _layers(config.get("layers_to_transform"), file))
 
@@ -80,5 +81,7 @@ def _layers(value: object, file: Path) -> frozenset[int] | None:
         return None
     layers = value if isinstance(value, list) else [value]
     if not layers or not all(is_integer(layer, 0, MAX_LAYERS - 1) for layer in layers):
-        raise UserError(f"{file}: layers_to_transform must be a layer number or a list of them, not {shown(value)}")
+        raise UserError(
+            f"{file}: layers_to_transform must be a layer number or a list of them, not {abbreviated(value)}"
+        )
     return frozenset(layers)

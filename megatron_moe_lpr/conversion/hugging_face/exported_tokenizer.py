@@ -15,7 +15,7 @@ from megatron_moe_lpr.data.tokenizer import (
 )
 from megatron_moe_lpr.data.tokenizer_settings import CONFIG
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.json_files import read_json
+from megatron_moe_lpr.files.json_files import read_json, write_json
 from megatron_moe_lpr.program import command
 
 TOKENIZER = "tokenizer.json"
@@ -108,7 +108,7 @@ def _write(ours: Tokenizer, config: dict[str, Any], reading: Reading | None, dir
     origin = {"tokenizer_json": fingerprint_of_json(json.loads(text)), "source": ours.fingerprint}
     kept = {name: value for name, value in config.items() if name not in _OF_OTHER_CLASSES}
     changed = {**_end_tokens(ours), **kept, "tokenizer_class": GENERIC_CLASS, ORIGIN: origin}
-    (directory / CONFIG).write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(changed, directory / CONFIG)
 
 
 def _end_tokens(ours: Tokenizer) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_moe_lpr.checkpoint.format.card import MAX_EXPERTS, check_experts
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.json_files import checked_integer, integer, is_integer, shown
+from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, is_integer, required_int
 from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS, MAX_SIZE, Architecture
 from megatron_moe_lpr.model.configuration.rope_parameters import DEFAULT_THETA, read_rope
 from megatron_moe_lpr.program import command
@@ -181,15 +181,15 @@ def dense_config(moe: Mapping[str, Any], source: str, family_name: str | None = 
         dense["sliding_window"] = moe.get("sliding_window")
         if family.name == "llama" and dense["sliding_window"] is not None:
             raise UserError(
-                f"{source}: sliding_window {shown(dense['sliding_window'])}, but the model was a Llama, which has "
-                "none; set it to null, or remove moe_lpr/ to read the MoE as a Mistral"
+                f"{source}: sliding_window {abbreviated(dense['sliding_window'])}, but the model was a Llama, which "
+                "has none; set it to null, or remove moe_lpr/ to read the MoE as a Mistral"
             )
     else:
         dense["intermediate_size"] = _qwen_intermediate_size(moe, source)
     if model_type == "qwen3_moe" and not moe.get("head_dim"):
         # Qwen3 reads an absent head_dim as 128.
-        heads = integer(moe, "num_attention_heads", source, 1, MAX_SIZE)
-        dense["head_dim"] = integer(moe, "hidden_size", source, 1, MAX_SIZE) // heads
+        heads = required_int(moe, "num_attention_heads", source, 1, MAX_SIZE)
+        dense["head_dim"] = required_int(moe, "hidden_size", source, 1, MAX_SIZE) // heads
     return dense
 
 
@@ -215,10 +215,10 @@ def _refuse_foreign_moe(moe: Mapping[str, Any], model_type: str, source: str) ->
 
 
 def _qwen_intermediate_size(moe: Mapping[str, Any], source: str) -> int:
-    expert, dense = integer(moe, "moe_intermediate_size", source, 1, MAX_SIZE), moe.get("intermediate_size")
+    expert, dense = required_int(moe, "moe_intermediate_size", source, 1, MAX_SIZE), moe.get("intermediate_size")
     if moe.get("mlp_only_layers") and dense != expert:
         raise UserError(
-            f"{source}: experts ({expert}) and dense layers ({shown(dense)}) must have the same intermediate size"
+            f"{source}: experts ({expert}) and dense layers ({abbreviated(dense)}) must have the same intermediate size"
         )
     return expert
 
@@ -241,15 +241,15 @@ def experts_per_layer_of(moe: Mapping[str, Any], source: str) -> list[int]:
         UserError: a field is missing, or is no such number or list.
     """
     given = {name: moe[name] for name in EXPERT_COUNTS if moe.get(name) is not None}
-    if len(set(map(shown, given.values()))) > 1:
+    if len(set(map(abbreviated, given.values()))) > 1:
         raise UserError(
-            f"{source}: num_local_experts is {shown(given[EXPERT_COUNTS[0]])} and num_experts is "
-            f"{shown(given[EXPERT_COUNTS[1]])}, and versions of transformers differ in which of them they read; remove "
-            "the wrong one"
+            f"{source}: num_local_experts is {abbreviated(given[EXPERT_COUNTS[0]])} and num_experts is "
+            f"{abbreviated(given[EXPERT_COUNTS[1]])}, and versions of transformers differ in which of them they read; "
+            "remove the wrong one"
         )
     name = next(iter(given), "num_experts")
-    experts = integer(moe, name, source, 1, MAX_EXPERTS)
-    layers = integer(moe, "num_hidden_layers", source, 1, MAX_LAYERS)
+    experts = required_int(moe, name, source, 1, MAX_EXPERTS)
+    layers = required_int(moe, "num_hidden_layers", source, 1, MAX_LAYERS)
     dense = moe.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(is_integer(layer, 0, layers - 1) for layer in dense):
         raise UserError(f"{source}: mlp_only_layers must be a list of layers from 0 to {layers - 1}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from megatron_moe_lpr.conversion.hugging_face.other_tensors import foreign_form
 from megatron_moe_lpr.conversion.hugging_face.safetensors_source import INDEX_FILE, SafetensorsSource, weight_files
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors, zero_attention_biases
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files.checksums import sha256_of_file
 from megatron_moe_lpr.files.json_files import checked_integer
 from megatron_moe_lpr.files.lfs_pointers import refuse_lfs_pointers
 from megatron_moe_lpr.files.links import copy_private, file_inside, tree_inside
@@ -278,4 +278,4 @@ def tokenizer_files(directory: Path) -> dict[str, str]:
     """SHA-256 of each tokenizer file, by name."""
     names = {path.name for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern)}
     files = {name: file for name, file in carried_files(directory).items() if name in names}
-    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in sorted(files.items())}
+    return {name: sha256_of_file(file) for name, file in sorted(files.items())}

@@ -7,8 +7,8 @@ from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE, LATEST_FIL
 from megatron_moe_lpr.conversion.hugging_face.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from megatron_moe_lpr.conversion.hugging_face.base_model import CACHE_PREFIX, SNAPSHOTS, hub_name
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.json_files import read_json, shown
-from megatron_moe_lpr.files.work_directory import content_of_killed
+from megatron_moe_lpr.files.json_files import abbreviated, read_json
+from megatron_moe_lpr.files.work_directory import killed_run_hint
 
 MOST_NAMED = 3
 MERGE = (
@@ -26,7 +26,7 @@ def refuse_other_directories(path: Path) -> None:
     if path.is_file():
         raise UserError(f"{path}: is a file; give the directory that holds config.json and the safetensors weights")
     if not path.is_dir():
-        hint = content_of_killed(path)
+        hint = killed_run_hint(path)
         raise UserError(f"{path}: no such directory; a Hugging Face model directory is expected{hint}")
     _refuse_adapter(path)
     if (path / CONFIG_FILE).is_file():
@@ -96,17 +96,17 @@ def _refuse_adapter(path: Path) -> None:
         return
     config = read_json(file)
     base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
-    of = f" over {shown(base, 100)}" if isinstance(base, str) and base else ""
+    of = f" over {abbreviated(base, 100)}" if isinstance(base, str) and base else ""
     if kind == "MOE":
         raise UserError(
             f"{path}: is an adapter of the authors' implementation{of}: give it by --adapter, its base by --hf"
         )
     if (path / CONFIG_FILE).is_file() and any(path.glob("model*.safetensors")):
         raise UserError(
-            f"{path}: holds a whole model and an adapter ({file.name}, {shown(kind)}{of}), and transformers reads the "
-            f"adapter and its base: move {file.name} away to import the model, or {MERGE}"
+            f"{path}: holds a whole model and an adapter ({file.name}, {abbreviated(kind)}{of}), and transformers "
+            f"reads the adapter and its base: move {file.name} away to import the model, or {MERGE}"
         )
-    raise UserError(f"{path}: is an adapter ({shown(kind)}{of}), not a model: {MERGE}")
+    raise UserError(f"{path}: is an adapter ({abbreviated(kind)}{of}), not a model: {MERGE}")
 
 
 def _refuse_hub_cache(path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from megatron_moe_lpr.checkpoint.format.reader import TensorInfo
 from megatron_moe_lpr.conversion.hugging_face.other_forms import other_weights
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.json_files import is_integer, parse_json_object, read_json, shown
+from megatron_moe_lpr.files.json_files import abbreviated, is_integer, parse_json_object, read_json
 from megatron_moe_lpr.files.lfs_pointers import POINTER_START, refuse_lfs_pointer
 from megatron_moe_lpr.files.links import file_inside
 from megatron_moe_lpr.model.configuration.quantisation import WAY_OUT
@@ -112,7 +112,7 @@ def _indexed_files(index: Path) -> list[Path]:
         raise UserError(f"{index}: no weight_map in it")
     for name in weight_map.values():
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
-            raise UserError(f"{index}: weight_map must name files of this directory, not {shown(name)}")
+            raise UserError(f"{index}: weight_map must name files of this directory, not {abbreviated(name)}")
     names = sorted(set(weight_map.values()))
     for name in names:
         file_inside(index.parent / name, index.parent)
@@ -156,21 +156,23 @@ def _place(path: Path, name: str, entry: object, start: int, file_size: int) -> 
     name_of_dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if isinstance(name_of_dtype, str) and name_of_dtype not in DTYPES:
         raise UserError(
-            f"{path}: {shown(name, 200)} is stored as {shown(name_of_dtype)}; plain weights in bfloat16, float16 or "
-            f"float32 are needed: {WAY_OUT}"
+            f"{path}: {abbreviated(name, 200)} is stored as {abbreviated(name_of_dtype)}; plain weights in bfloat16, "
+            f"float16 or float32 are needed: {WAY_OUT}"
         )
     if (
         not isinstance(name_of_dtype, str)
         or not _are_integers(shape, range(MAX_DIMENSIONS + 1))
         or not _are_integers(offsets, range(2, 3))
     ):
-        raise UserError(f"{path}: the header's entry for {shown(name, 200)} is not understood: {shown(entry)}")
+        raise UserError(
+            f"{path}: the header's entry for {abbreviated(name, 200)} is not understood: {abbreviated(entry)}"
+        )
     dtype, (begin, end) = DTYPES[name_of_dtype], offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise UserError(f"{path}: the header gives {shown(name, 200)} a length that is not the one of its shape")
+        raise UserError(f"{path}: the header gives {abbreviated(name, 200)} a length that is not the one of its shape")
     if start + end > file_size:
         raise UserError(
-            f"{path}: cut short: {shown(name, 200)} ends at byte {start + end:,}, the file has {file_size:,}; "
+            f"{path}: cut short: {abbreviated(name, 200)} ends at byte {start + end:,}, the file has {file_size:,}; "
             "copy it again"
         )
     return _Place(path, start + begin, TensorInfo(tuple(shape), dtype))
@@ -185,7 +187,9 @@ def _refuse_overlaps(path: Path, places: Mapping[str, _Place]) -> None:
     end, before = 0, ""
     for name, place in sorted(places.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
         if place.num_bytes and place.offset < end:
-            raise UserError(f"{path}: {shown(name, 200)} lies over {shown(before, 200)}; save the model again")
+            raise UserError(
+                f"{path}: {abbreviated(name, 200)} lies over {abbreviated(before, 200)}; save the model again"
+            )
         end, before = max(end, place.offset + place.num_bytes), name
 
 

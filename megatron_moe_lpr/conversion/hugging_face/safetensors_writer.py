@@ -10,6 +10,7 @@ import torch
 
 from megatron_moe_lpr.conversion.hugging_face.safetensors_source import DTYPES, INDEX_FILE, SINGLE_FILE
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files.json_files import write_json
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -55,7 +56,7 @@ def write_safetensors(
         weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
         total = sum(spec.num_bytes for spec in specs)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(index, directory / INDEX_FILE)
 
 
 def _write_file(path: Path, specs: Sequence[TensorSpec], produce: Callable[[TensorSpec], torch.Tensor]) -> None:

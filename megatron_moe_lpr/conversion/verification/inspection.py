@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe_lpr.checkpoint.format.card import MODEL_DTYPES, CheckpointCard
+from megatron_moe_lpr.checkpoint.format.chain import resolve_and_hold
 from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
-from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.model.configuration.architecture import Architecture
@@ -51,7 +51,7 @@ def inspect_directory(path: Path, verified: bool = False) -> Inspection:
         dtype = str(model.config.get("dtype") or model.config.get("torch_dtype") or "not said")
         form = f"Hugging Face, {model.layout.name}"
         return Inspection(form, model.architecture, model.experts_per_layer, model.top_k, dtype, model.card)
-    with kept_for_reading(path) as iteration:
+    with resolve_and_hold(path) as iteration:
         checkpoint = open_checkpoint(iteration)
         if verified:
             verify_all(checkpoint.path)
@@ -114,8 +114,8 @@ def _history_lines(card: CheckpointCard | None) -> list[tuple[str, str]]:
     if card is None:
         return []
     lines = [("fingerprint", card.original_fingerprint)]
-    if card.base:
-        lines.append(("holds", f"only what was trained; the other weights are in {card.base.path}"))
+    if card.parent:
+        lines.append(("holds", f"only what was trained; the other weights are in {card.parent.path}"))
     for entry in card.history or [{"stage": "none yet"}]:
         shown = {name: value for name, value in entry.items() if value not in (None, []) and name not in LONG_FIELDS}
         lines.append(("trained", ", ".join(_field(name, value) for name, value in shown.items())))

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_moe_lpr.checkpoint.format.chain import resolve_and_hold
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
-from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading
 from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
@@ -38,7 +38,7 @@ def verify_checkpoint(
     Raises:
         UserError: one of them cannot be loaded, or `sequence_length` is more than its positions.
     """
-    with kept_for_reading(load, base) as iteration:
+    with resolve_and_hold(load, base) as iteration:
         checkpoint = open_checkpoint(iteration, verified, base)
         return _compare(checkpoint, hf, dtype, platform, (batch, sequence_length), verified)
 

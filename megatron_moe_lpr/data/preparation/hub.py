@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megatron_moe_lpr.data.preparation.corpora import Corpus
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.filesystem import atomic_file, sha256_of_file
+from megatron_moe_lpr.files.atomic_file import atomic_file
+from megatron_moe_lpr.files.checksums import sha256_of_file
 from megatron_moe_lpr.hub_errors import explain_hub_errors
 
 STAGING = ".incomplete"

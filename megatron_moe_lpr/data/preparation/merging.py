@@ -20,8 +20,8 @@ from megatron_moe_lpr.data.manifest import (
 )
 from megatron_moe_lpr.data.preparation.output_lock import output_lock
 from megatron_moe_lpr.data.preparation.publishing import partial_directory, publish, refuse_existing
-from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.files.filesystem import is_same_file
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.atomic_file import is_same_file
 from megatron_moe_lpr.progress import ProgressReport
 
 _MUST_AGREE = ("language", "tokenizer", "eod", "append_eod", "dtype", "vocab_size")
@@ -53,7 +53,7 @@ def merge(
     prefixes = _in_partition_order(manifests, allow_missing_partitions)
     if any(is_same_file(bin_path(prefix), bin_path(output_prefix)) for prefix in prefixes):
         raise UserError(f"--output-prefix {output_prefix}: is an input too")
-    with output_lock(output_prefix), naming(output_prefix):
+    with output_lock(output_prefix), name_file_in_oserror(output_prefix):
         refuse_existing(output_prefix, overwrite)
         manifest = _merged([manifests[prefix] for prefix in prefixes], shuffle_seed)
         return _write(prefixes, manifests, manifest, output_prefix, overwrite)

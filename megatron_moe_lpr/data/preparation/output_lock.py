@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.file_lock import LockedError, file_lock
-from megatron_moe_lpr.files.work_directory import clear_left
+from megatron_moe_lpr.files.work_directory import recover_killed_runs
 
 
 @contextlib.contextmanager
@@ -28,5 +28,5 @@ def output_lock(prefix: str) -> Iterator[None]:
             raise UserError(
                 f"--output-prefix {prefix}: another run writes it now ({owner}); wait for it, or choose another prefix"
             ) from None
-        clear_left(path.parent, Path(prefix).name)
+        recover_killed_runs(path.parent, Path(prefix).name)
         yield

@@ -31,8 +31,8 @@ from megatron_moe_lpr.data.preparation.sources import (
     read_blocks,
 )
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer, model_vocabulary
-from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.files.filesystem import is_same_file
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.atomic_file import is_same_file
 from megatron_moe_lpr.progress import ProgressReport
 
 MAX_LANGUAGES = 500
@@ -133,7 +133,7 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
     if note := tokenizer.eod_note():
         print(f"note: {note}", file=sys.stderr)
     language = plan.encoder.documents.language
-    with naming(plan.output_prefix), partial_directory(plan.output_prefix) as directory:
+    with name_file_in_oserror(plan.output_prefix), partial_directory(plan.output_prefix) as directory:
         datasets = PartialDatasets(directory, plan, tokenizer.dtype)
         try:
             if language:

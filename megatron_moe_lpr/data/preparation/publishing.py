@@ -8,9 +8,10 @@ from pathlib import Path
 
 from megatron_moe_lpr.data.manifest import Manifest, bin_path, idx_path, manifest_path
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.filesystem import real_target, sha256_of_file
+from megatron_moe_lpr.files.atomic_file import real_target
+from megatron_moe_lpr.files.checksums import sha256_of_file
+from megatron_moe_lpr.files.entry_exchange import CONTENT, exchange_entries
 from megatron_moe_lpr.files.mounts import is_mount_point
-from megatron_moe_lpr.files.moving_in import CONTENT, move_in
 from megatron_moe_lpr.files.work_directory import unique_work_directory
 
 
@@ -56,5 +57,5 @@ def publish(partial: str, prefix: str, manifest: Manifest) -> Manifest:
         for place in (bin_path, idx_path):
             os.rename(place(partial), place(complete))
         manifest.write(complete)
-        move_in(work, target, present, [manifest_path(prefix).name])
+        exchange_entries(work, target, present, [manifest_path(prefix).name])
     return manifest

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moe_lpr.data.reading.index_maps import are_intact
-from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.files.checksums import MANIFEST
-from megatron_moe_lpr.files.filesystem import sync_directory, sync_tree
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE
+from megatron_moe_lpr.files.fsync import sync_directory, sync_tree
 
 LOCK, MAPS = "lock", "maps"
 YOUNG_SECONDS = 60.0
@@ -41,7 +41,7 @@ def build_directory(directory: Path) -> Iterator[Path]:
     parent = directory.parent
     parent.mkdir(parents=True, exist_ok=True)
     partial = parent / f".{directory.name}.partial-{os.getpid()}-{secrets.token_hex(6)}"
-    with naming(parent):
+    with name_file_in_oserror(parent):
         (partial / MAPS).mkdir(parents=True)
         try:
             with _held(partial / LOCK) as now:
@@ -86,7 +86,7 @@ def _publish(maps: Path, directory: Path) -> None:
 def _replace_files(maps: Path, directory: Path) -> None:
     """Each at once, the manifest of the checksums last; what is not of these maps goes."""
     names = sorted(
-        (path.relative_to(maps) for path in maps.rglob("*") if path.is_file()), key=lambda name: name == MANIFEST
+        (path.relative_to(maps) for path in maps.rglob("*") if path.is_file()), key=lambda name: name == CHECKSUM_FILE
     )
     for path in [path for path in directory.rglob("*") if path.is_file()]:
         if path.relative_to(directory) not in names:

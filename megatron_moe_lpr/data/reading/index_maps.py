@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import verify
+from megatron_moe_lpr.files.checksum_file import verify
 
 
 def are_intact(directory: Path) -> bool:

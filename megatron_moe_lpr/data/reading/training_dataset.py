@@ -23,7 +23,7 @@ from megatron_moe_lpr.data.reading.config import DataConfig, DataSources, cache_
 from megatron_moe_lpr.data.reading.index_cache import build_directory
 from megatron_moe_lpr.data.reading.index_maps import are_intact, refuse_pickles
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.parallel.first_rank import run_on_rank_0
 from megatron_moe_lpr.platform.collectives import world_of_one
 
@@ -168,7 +168,7 @@ def _build_unless_intact(directory: Path, build) -> None:
         # BlendedDataset asks for its rank before it writes its maps.
         with build_directory(directory) as partial, world_of_one():
             build(partial)
-            write_manifest(partial, {})
+            write_checksums(partial, {})
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         raise UserError(

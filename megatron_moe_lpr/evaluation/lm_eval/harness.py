@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.json_files import write_json
 
 SETTINGS_FILE = "settings.json"
 """Written when a run is complete: what it was, so that another one with the same settings need not be."""
@@ -70,8 +71,8 @@ def run_harness(launcher: Sequence[str], settings: dict[str, Any], output: Path)
         raise UserError(f"--launcher: there is no command {command[0]}") from None
     if code:
         raise UserError(f"lm_eval ended with code {code} on {settings['tasks']}; the reason is above")
-    with naming(output):
-        (output / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    with name_file_in_oserror(output):
+        write_json(settings, output / SETTINGS_FILE)
 
 
 def check_replaceable(output: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.json_files import checked_integer, integer, number, shown, switch
+from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, optional_bool, optional_float, required_int
 from megatron_moe_lpr.model.configuration.quantisation import refuse_quantisation
 from megatron_moe_lpr.model.configuration.rope_parameters import read_rope
 
@@ -84,21 +84,21 @@ def read_architecture(config: HFConfig, source: str = "config.json") -> Architec
     """
     family = _family(config, source)
     _refuse_unsupported(config, family, source)
-    hidden = integer(config, "hidden_size", source, 1, MAX_SIZE)
-    heads = integer(config, "num_attention_heads", source, 1, MAX_SIZE)
+    hidden = required_int(config, "hidden_size", source, 1, MAX_SIZE)
+    heads = required_int(config, "num_attention_heads", source, 1, MAX_SIZE)
     return Architecture(
         family=family,
-        num_layers=integer(config, "num_hidden_layers", source, 1, MAX_LAYERS),
+        num_layers=required_int(config, "num_hidden_layers", source, 1, MAX_LAYERS),
         hidden_size=hidden,
-        ffn_hidden_size=integer(config, "intermediate_size", source, 1, MAX_SIZE),
+        ffn_hidden_size=required_int(config, "intermediate_size", source, 1, MAX_SIZE),
         num_attention_heads=heads,
         num_query_groups=_num_query_groups(config, family, heads, source),
         head_dim=_head_dim(config, family, hidden, heads, source),
-        vocab_size=integer(config, "vocab_size", source, 1, MAX_VOCABULARY),
-        max_position_embeddings=integer(config, "max_position_embeddings", source, 1, MAX_POSITIONS),
-        norm_epsilon=number(config, "rms_norm_eps", 1e-6, source, 0.0, 1.0),
-        tied_embeddings=switch(config, "tie_word_embeddings", source),
-        initializer_range=number(config, "initializer_range", 0.02, source, 0.0, 1e3),
+        vocab_size=required_int(config, "vocab_size", source, 1, MAX_VOCABULARY),
+        max_position_embeddings=required_int(config, "max_position_embeddings", source, 1, MAX_POSITIONS),
+        norm_epsilon=optional_float(config, "rms_norm_eps", 1e-6, source, 0.0, 1.0),
+        tied_embeddings=optional_bool(config, "tie_word_embeddings", source),
+        initializer_range=optional_float(config, "initializer_range", 0.02, source, 0.0, 1e3),
         rope=read_rope(config, source),
         sliding_window=_sliding_window(config, family, source),
     )
@@ -108,17 +108,19 @@ def _family(config: HFConfig, source: str) -> Family:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
-        raise UserError(f"{source}: architecture {shown(model_type)} is not supported; supported are {supported}")
+        raise UserError(f"{source}: architecture {abbreviated(model_type)} is not supported; supported are {supported}")
     return FAMILIES[model_type]
 
 
 def _refuse_unsupported(config: HFConfig, family: Family, source: str) -> None:
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{source}: hidden_act={shown(config['hidden_act'])} is not supported, only 'silu'")
+        raise UserError(f"{source}: hidden_act={abbreviated(config['hidden_act'])} is not supported, only 'silu'")
     if family.name != "qwen2" and config.get("mlp_bias"):
         raise UserError(f"{source}: mlp_bias=true is not supported for {family.architecture}")
     if config.get("is_causal", True) is not True:
-        raise UserError(f"{source}: is_causal={shown(config['is_causal'])} is not supported: attention is causal here")
+        raise UserError(
+            f"{source}: is_causal={abbreviated(config['is_causal'])} is not supported: attention is causal here"
+        )
     if config.get("per_layer_config"):
         raise UserError(f"{source}: per_layer_config is not supported: all layers must be alike")
     refuse_quantisation(config, source)
@@ -163,7 +165,7 @@ def _sliding_window(config: HFConfig, family: Family, source: str) -> int | None
 def _check_layer_types(config: HFConfig, window: int | None, source: str) -> None:
     kinds = config.get("layer_types") or ()
     if not isinstance(kinds, list | tuple):
-        raise UserError(f"{source}: layer_types must be a list, not {shown(kinds)}")
+        raise UserError(f"{source}: layer_types must be a list, not {abbreviated(kinds)}")
     if kinds and len(kinds) != config["num_hidden_layers"]:
         raise UserError(
             f"{source}: layer_types names {len(kinds)} layers, and num_hidden_layers is {config['num_hidden_layers']}"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.json_files import shown
+from megatron_moe_lpr.files.json_files import abbreviated
 
 # MLX writes both of the first two, the third is llm-compressor's older name.
 FIELDS = ("quantization_config", "quantization", "compression_config")
@@ -32,5 +32,5 @@ def refuse_quantisation(config: Mapping[str, Any], source: str) -> None:
 def _method(value: object) -> str:
     fields = value if isinstance(value, Mapping) else {}
     said = [fields.get("quant_method") or ("MLX" if "group_size" in fields else None), fields.get("fmt")]
-    said += [f"{shown(fields['bits'])} bits" if "bits" in fields else None]
-    return ", ".join(one if isinstance(one, str) else shown(one) for one in said if one) or "an unnamed method"
+    said += [f"{abbreviated(fields['bits'])} bits" if "bits" in fields else None]
+    return ", ".join(one if isinstance(one, str) else abbreviated(one) for one in said if one) or "an unnamed method"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.json_files import is_number, shown
+from megatron_moe_lpr.files.json_files import abbreviated, is_number
 
 DEFAULT_THETA = 10000.0
 """transformers' `default_theta` of the dense families, and of the stock MoE ones but Mixtral."""
@@ -41,11 +41,11 @@ def read_rope(config: Mapping[str, Any], source: str, default_theta: float = DEF
     rope.setdefault("rope_theta", config.get("rope_theta", default_theta))
     if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in ROPE_PARAMETERS:
         known = "default, linear, llama3 and yarn"
-        raise UserError(f"{source}: rope_type {shown(rope['rope_type'])} is not supported; {known} are")
+        raise UserError(f"{source}: rope_type {abbreviated(rope['rope_type'])} is not supported; {known} are")
     for name in ROPE_PARAMETERS[rope["rope_type"]]:
         # Megatron and transformers compute with them in fp32, and divide by them.
         if not is_number(rope.get(name), 1e-30, 1e30):
-            raise UserError(f"{source}: rope's {name} must be a number above 0, not {shown(rope.get(name))}")
+            raise UserError(f"{source}: rope's {name} must be a number above 0, not {abbreviated(rope.get(name))}")
     if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise UserError(f"{source}: rope's high_freq_factor must be above its low_freq_factor")
     if rope["rope_type"] == "yarn":
@@ -79,7 +79,7 @@ def _chosen(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     for name in FIELDS:
         value = config.get(name) or {}
         if not isinstance(value, Mapping):
-            raise UserError(f"{source}: {name} must be a JSON object or null, not {shown(value)}")
+            raise UserError(f"{source}: {name} must be a JSON object or null, not {abbreviated(value)}")
         if any(isinstance(entry, Mapping) for entry in value.values()):
             raise UserError(f"{source}: {name} has an entry for each kind of layer; all layers must be alike")
         chosen = chosen or dict(value)
@@ -92,8 +92,8 @@ def _join_type(rope: dict[str, Any], source: str) -> None:
     kind = rope.setdefault("rope_type", "default" if older is None else older)
     if older not in (None, kind):
         raise UserError(
-            f"{source}: rope_type is {shown(kind)} and type is {shown(older)}, and versions of transformers differ in "
-            "which of them they read; remove the wrong one"
+            f"{source}: rope_type is {abbreviated(kind)} and type is {abbreviated(older)}, and versions of "
+            "transformers differ in which of them they read; remove the wrong one"
         )
 
 
@@ -104,8 +104,8 @@ def _join_original_context(rope: dict[str, Any], config: Mapping[str, Any], sour
         return
     if rope.setdefault(ORIGINAL_CONTEXT, outside) != outside:
         raise UserError(
-            f"{source}: {ORIGINAL_CONTEXT} is {shown(outside)}, and within rope_scaling or rope_parameters it is "
-            f"{shown(rope[ORIGINAL_CONTEXT])}; remove the wrong one"
+            f"{source}: {ORIGINAL_CONTEXT} is {abbreviated(outside)}, and within rope_scaling or rope_parameters it is "
+            f"{abbreviated(rope[ORIGINAL_CONTEXT])}; remove the wrong one"
         )
 
 
@@ -114,7 +114,7 @@ def _check_yarn(rope: Mapping[str, Any], source: str) -> None:
     optional = {"attention_factor", "beta_fast", "beta_slow"}
     for name in optional & rope.keys():
         if rope[name] is not None and not is_number(rope[name], 1e-30, 1e30):
-            raise UserError(f"{source}: rope's {name} must be a number above 0, not {shown(rope[name])}")
+            raise UserError(f"{source}: rope's {name} must be a number above 0, not {abbreviated(rope[name])}")
     unknown = {name for name, value in rope.items() if value is not None} - {"rope_type", *optional}
     unknown -= {*ROPE_PARAMETERS["yarn"], "partial_rotary_factor"}
     if unknown:

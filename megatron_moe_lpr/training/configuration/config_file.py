@@ -11,7 +11,7 @@ from megatron_moe_lpr import __version__
 from megatron_moe_lpr.checkpoint.format.card import tool_versions
 from megatron_moe_lpr.command_line import flag_words, parse_flags, read_flags
 from megatron_moe_lpr.errors import UserError, fail
-from megatron_moe_lpr.files.filesystem import atomic_file
+from megatron_moe_lpr.files.json_files import write_json
 from megatron_moe_lpr.training.configuration.config import TrainingConfig
 
 CONFIG_FILE = "config.json"
@@ -103,8 +103,7 @@ def write_run_config(config: TrainingConfig, world_size: int, data_parallel_size
         "command_line": sys.argv,
         "directory": str(Path.cwd()),
     }
-    with atomic_file(config.checkpoint.save / CONFIG_FILE) as partial:
-        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(record, config.checkpoint.save / CONFIG_FILE)
 
 
 def versions() -> dict[str, str]:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_lpr.errors import naming
-from megatron_moe_lpr.files.filesystem import append_whole
+from megatron_moe_lpr.errors import name_file_in_oserror
+from megatron_moe_lpr.files.atomic_file import append_whole
 
 NAME = "events.out.tfevents"
 
@@ -38,7 +38,7 @@ class EventFile:
         self._event, self._summary, self._records = event_pb2.Event, summary_pb2.Summary, RecordWriter
         self._text = text_pb
         directory = Path(directory)
-        with naming(directory):
+        with name_file_in_oserror(directory):
             directory.mkdir(parents=True, exist_ok=True)
             stamp = max([int(time.time()), *(found + 1 for found in _stamps(directory))])
         self.path = directory / f"{NAME}.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"

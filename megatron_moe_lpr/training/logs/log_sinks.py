@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_moe_lpr.files.filesystem import atomic_file
+from megatron_moe_lpr.files.atomic_file import atomic_file
 from megatron_moe_lpr.processes import start_thread
 from megatron_moe_lpr.training.logs.event_file import EventFile
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_lpr.errors import naming
-from megatron_moe_lpr.files.filesystem import append_whole, atomic_file
+from megatron_moe_lpr.errors import name_file_in_oserror
+from megatron_moe_lpr.files.atomic_file import append_whole, atomic_file
 
 Key = tuple[str, int, str | None]
 """Kind, iteration and, of a validation, its dataset: what a record is of."""
@@ -59,7 +59,7 @@ class MetricsFile:
             self._rewrite(lambda key: key[1] <= iteration)
 
     def _rewrite(self, is_kept) -> None:
-        with naming(self.path), atomic_file(self.path) as partial, open(partial, "wb") as target:
+        with name_file_in_oserror(self.path), atomic_file(self.path) as partial, open(partial, "wb") as target:
             target.writelines(line for key, line in self._records() if is_kept(key))
 
     def _records(self) -> Iterator[tuple[Key, bytes]]:

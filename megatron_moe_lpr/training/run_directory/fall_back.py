@@ -13,8 +13,8 @@ from megatron_moe_lpr.checkpoint.format.directory import (
     write_latest,
 )
 from megatron_moe_lpr.checkpoint.loading.verification import warn
-from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.files.filesystem import sync_directory
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.fsync import sync_directory
 from megatron_moe_lpr.training.configuration.config import CheckpointOptions
 
 ASIDE = "damaged-"
@@ -42,7 +42,7 @@ def latest_iteration(save: Path, fall_back_to: int | None = None) -> int | None:
         UserError: the file is missing beside several checkpoints, cannot be right, or is of a converted model.
     """
     numbers, path = iterations_in(save), save / LATEST_FILE
-    with naming(path):
+    with name_file_in_oserror(path):
         text = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else None
     complete = [number for number in numbers if is_iteration_directory(save / iteration_directory_name(number))]
     if text is None and not numbers:

@@ -19,7 +19,7 @@ from megatron_moe_lpr.checkpoint.format.directory import (
 from megatron_moe_lpr.checkpoint.loading.damage import prove_damage
 from megatron_moe_lpr.checkpoint.loading.verification import check_same_on_all_ranks, verify_all, verify_small_files
 from megatron_moe_lpr.errors import DamagedFile, UserError
-from megatron_moe_lpr.files.checksums import MANIFEST
+from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE
 from megatron_moe_lpr.parallel.every_rank import on_every_rank
 from megatron_moe_lpr.training.configuration.config import CheckpointOptions
 from megatron_moe_lpr.training.configuration.description import (
@@ -110,7 +110,7 @@ def _open_own(
 
 def _check_small_files(found: CheckpointDirectory, verified: bool) -> CheckpointCard:
     refuse_newer_format(found.side_directory / CARD_FILE)
-    is_listed = verified and (found.path / MANIFEST).is_file()
+    is_listed = verified and (found.path / CHECKSUM_FILE).is_file()
     if not is_listed and not is_iteration_directory(found.path):
         raise UserError(
             f"{found.path}: .metadata or metadata.json is missing, which proves no damage, and nothing was changed; "

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.filesystem import atomic_file
+from megatron_moe_lpr.files.atomic_file import atomic_file
 from megatron_moe_lpr.training.run_directory.lock_file import LockFile, is_locked, last_refreshed
 from megatron_moe_lpr.training.run_directory.lock_holder import (
     Holder,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.format.chain import find_parent
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory, iteration_directory_name
-from megatron_moe_lpr.checkpoint.format.trainable_only import base_of
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.errors import DamagedFile, UserError
 from megatron_moe_lpr.parallel.every_rank import on_every_rank
@@ -67,7 +67,7 @@ def open_start(options: CheckpointOptions, stage: str) -> tuple[CheckpointDirect
         or not {"iterations", "train_iters"} <= set(last)
     ):
         return start, card
-    base = base_of(start)
+    base = find_parent(start)
     return (start, card_at_start(card)) if base is None else (base, base.card())
 
 
@@ -80,7 +80,7 @@ def start_of(
         UserError: on every rank: what `own` does not hold is neither in `start` nor where it was.
     """
     card = card_at_start(own.card, card)
-    if own.card.base is not None:
+    if own.card.parent is not None:
         return on_every_rank(lambda: _base(own, start))[dist.get_rank()], card
     # The one that --load named may have been set aside.
     return own.directory if _lies_in(start, save) else start, card
@@ -118,9 +118,9 @@ def opened(start: float, iteration: int, steps: int) -> float:
 def _base(own: "OwnCheckpoint", start: CheckpointDirectory) -> CheckpointDirectory:
     """`start` where it is the base of a checkpoint that holds only what trains, else the one that its card names."""
     reasons = []
-    for path in (start.path, Path(own.card.base.path if own.card.base else "")):
+    for path in (start.path, Path(own.card.parent.path if own.card.parent else "")):
         try:
-            base = base_of(dataclasses.replace(own.directory, base_path=path))
+            base = find_parent(dataclasses.replace(own.directory, parent_path=path))
         except UserError as error:
             reasons.append(str(error))
             continue

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_moe_lpr.checkpoint.format.directory import LATEST_FILE
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.filesystem import atomic_file
+from megatron_moe_lpr.files.json_files import write_json
 from megatron_moe_lpr.parallel.every_rank import on_every_rank
 from megatron_moe_lpr.training.run_directory.run_lock import LOCK_FILE
 
@@ -75,8 +75,7 @@ def mark_start(save: Path) -> None:
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     content: dict[str, str | None] = {"start": uuid.uuid4().hex, "host": socket.gethostname(), "since": since}
     content["job"] = os.environ.get("SLURM_JOB_ID")
-    with atomic_file(save / MARKER) as partial:
-        partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    write_json(content, save / MARKER)
 
 
 def check_same_directory(save: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe_lpr.checkpoint.format.card import Base, CheckpointCard, read_card, tool_versions
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, ParentCheckpoint, read_card, tool_versions
 from megatron_moe_lpr.checkpoint.format.directory import finish_iteration, resolve_checkpoint, write_latest
 from megatron_moe_lpr.errors import UserError
 
@@ -103,7 +103,7 @@ def test_card_of_a_second_expansion(tmp_path: Path) -> None:
 
 
 def test_card_of_trained_weights_names_its_base(tmp_path: Path) -> None:
-    card = dataclasses.replace(CARD, base=Base("/runs/stage1/iter_0000100", "0a"))
+    card = dataclasses.replace(CARD, parent=ParentCheckpoint("/runs/stage1/iter_0000100", "0a"))
     card.write(tmp_path / "card.json")
     assert read_card(tmp_path / "card.json") == card
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_moe_lpr.checkpoint.format import retention
 from megatron_moe_lpr.checkpoint.format.directory import finish_iteration
-from megatron_moe_lpr.checkpoint.format.retention import Retention, being_read, remove_hidden, remove_superfluous
+from megatron_moe_lpr.checkpoint.format.retention import Retention, hold_checkpoint, remove_hidden, remove_superfluous
 from megatron_moe_lpr.errors import UserError
 from tests.checkpoint.format.test_directory import make_iteration
 
@@ -65,8 +65,9 @@ def test_one_that_is_read_goes_later(tmp_path):
     """The reader is another process, as an evaluation is."""
     save(tmp_path, 10, Retention())
     code = (
-        "import sys; from pathlib import Path; from megatron_moe_lpr.checkpoint.format.retention import being_read\n"
-        "with being_read(Path(sys.argv[1])): print('reading', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path\n"
+        "from megatron_moe_lpr.checkpoint.format.retention import hold_checkpoint\n"
+        "with hold_checkpoint(Path(sys.argv[1])): print('reading', flush=True); sys.stdin.read()"
     )
     reader = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path / "iter_0000010"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -83,7 +84,7 @@ def test_one_that_is_read_goes_later(tmp_path):
 def test_a_reader_that_comes_too_late_is_told(tmp_path):
     with (
         pytest.raises(UserError, match="iter_0000010: was removed by the run that wrote it"),
-        being_read(tmp_path / "iter_0000010"),
+        hold_checkpoint(tmp_path / "iter_0000010"),
     ):
         raise AssertionError
 

@@ -9,7 +9,7 @@ from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.checkpoint.loading.model import load_model, model_shape
 from megatron_moe_lpr.checkpoint.loading.shapes import check_sizes
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from tests.conversion.helpers import run
 from tests.conversion.tiny_models import save_model
@@ -31,7 +31,7 @@ def restored(converted):
     before = config.read_text()
     yield config
     config.write_text(before)
-    write_manifest(converted, {})
+    write_checksums(converted, {})
 
 
 def test_what_was_converted_fits(converted):
@@ -53,6 +53,6 @@ def test_what_was_converted_fits(converted):
 )
 def test_config_of_another_model(converted, restored, cpu_platform, values, words):
     restored.write_text(json.dumps(json.loads(restored.read_text()) | values))
-    write_manifest(converted, {})
+    write_checksums(converted, {})
     with pytest.raises(UserError, match=rf"{words}.*(these files belong to another model|copy both again)"):
         load_model(converted, ParallelLayout(), cpu_platform)

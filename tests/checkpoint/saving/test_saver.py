@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_moe_lpr.checkpoint.format.reader import CheckpointReader
 from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, remove_partial
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.checksums import read_manifest, verify
+from megatron_moe_lpr.files.checksum_file import read_checksums, verify
 from tests.distributed import rank_pool
 
 RANKS = 2
@@ -86,11 +86,11 @@ def test_every_file_has_its_checksum(asynchronous, tmp_path):
     path = found[0]["path"]
     assert path == tmp_path / "iter_0000007"
     expect(path)
-    manifest = read_manifest(path)
+    checksums = read_checksums(path)
     on_disk = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-    assert set(manifest) == on_disk - {"moe_lpr/checksums.json"}
-    assert {"common.pt", ".metadata", "metadata.json"} <= manifest.keys()
-    assert {name[:4] for name in manifest if name.endswith(".distcp")} == {"__0_", "__1_"}
+    assert set(checksums) == on_disk - {"moe_lpr/checksums.json"}
+    assert {"common.pt", ".metadata", "metadata.json"} <= checksums.keys()
+    assert {name[:4] for name in checksums if name.endswith(".distcp")} == {"__0_", "__1_"}
     assert verify(path)
     assert all(0 <= result["stalled"] <= result["seconds"] for result in found)
 
@@ -218,6 +218,38 @@ def test_a_writer_that_fails_leaves_the_former_checkpoint(harm, words, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"iter_0000001", "latest_checkpointed_iteration.txt"}
     expect(tmp_path / "iter_0000001")
     assert verify(tmp_path / "iter_0000001")
+
+
+def save_with_a_failing_completion(root, error: Exception) -> str:
+    """What this rank raises where rank 0 cannot write the files beside the tensors."""
+    with scene(root, asynchronous=False) as made:
+        made.start(1)
+
+        def fail(directory) -> None:
+            raise error
+
+        try:
+            made.saver.start(2, sharded(made.values, made.shared), {}, fail)
+        except Exception as raised:
+            return f"{type(raised).__name__}: {raised}"
+        return "no error"
+
+
+@pytest.mark.parametrize(
+    "error, first, others",
+    [
+        (OSError(28, "No space left on device"), "UserError", "No space left on device"),
+        (RuntimeError("a defect"), "RuntimeError: a defect", "RuntimeError: a defect"),
+    ],
+)
+def test_a_failure_of_rank_0_at_the_end_is_raised_on_every_rank(error, first, others, tmp_path):
+    """Of a defect too: the other ranks would wait for rank 0 for ever."""
+    found = rank_pool(RANKS).run(save_with_a_failing_completion, tmp_path, error)
+    assert found[0].startswith(first)
+    for message in found[1:]:
+        assert message.startswith(f"UserError: --save {tmp_path}: checkpoint of step 2 was not written: ")
+        assert "rank 0 on " in message and others in message
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
 
 
 def signal_the_writers(process: psutil.Process) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from tests.conversion.helpers import run
 from tests.conversion.tiny_models import save_model
 
@@ -41,7 +41,7 @@ def export(base: Path, tmp_path: Path) -> Export:
         run("import", "--hf", base, "--save", tmp_path / "save", "--num-experts", 3, "--overwrite")
         card = resolve_checkpoint(tmp_path / "save").side_directory / "card.json"
         card.write_text(json.dumps(json.loads(card.read_text()) | {"history": HISTORY}))
-        write_manifest(card.parents[1], {})
+        write_checksums(card.parents[1], {})
         run("export", "--load", tmp_path / "save", "--hf", tmp_path / "moe", "--overwrite", *flags)
         _, front, text = (tmp_path / "moe" / "README.md").read_text().split("---\n", 2)
         return yaml.safe_load(front), text

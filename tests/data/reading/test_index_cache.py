@@ -37,14 +37,14 @@ def damage(path: Path) -> None:
 
 def while_building(config: DataConfig, monkeypatch: pytest.MonkeyPatch, action) -> list[list[int]]:
     """Build, and do something between the last map and the publication."""
-    write_manifest = training_dataset.write_manifest
+    write_checksums = training_dataset.write_checksums
 
     def write_and_act(*arguments: object) -> None:
-        write_manifest(*arguments)
-        monkeypatch.setattr(training_dataset, "write_manifest", write_manifest)
+        write_checksums(*arguments)
+        monkeypatch.setattr(training_dataset, "write_checksums", write_checksums)
         action()
 
-    monkeypatch.setattr(training_dataset, "write_manifest", write_and_act)
+    monkeypatch.setattr(training_dataset, "write_checksums", write_and_act)
     return build(config)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_moe_lpr.checkpoint.format.directory import LATEST_FILE, write_latest
-from megatron_moe_lpr.files.checksums import MANIFEST, write_manifest
+from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE, write_checksums
 from tests.distributed import rank_pool
 from tests.training.outcomes import train_outcome
 from tests.training.runs import make_checkpoint, make_data, metrics, rewind
@@ -97,7 +97,12 @@ ALWAYS = sys.maxsize
 NOT_FOUND = FileNotFoundError(errno.ENOENT, "No such file or directory")
 FAILURES = {
     "card, EIO": ("iter_0000008/moe_lpr/card.json", OSError(errno.EIO, "Input/output error"), ALWAYS, False),
-    "manifest, EACCES": (f"iter_0000008/{MANIFEST}", PermissionError(errno.EACCES, "Permission denied"), ALWAYS, False),
+    "checksum file, EACCES": (
+        f"iter_0000008/{CHECKSUM_FILE}",
+        PermissionError(errno.EACCES, "Permission denied"),
+        ALWAYS,
+        False,
+    ),
     "tensors, EIO": ("iter_0000008/__0_0.distcp", OSError(errno.EIO, "Input/output error"), ALWAYS, False),
     "tensors, EIO once": ("iter_0000008/__1_0.distcp", OSError(errno.EIO, "Input/output error"), 1, False),
     "index, ESTALE": ("iter_0000008/.metadata", OSError(errno.ESTALE, "Stale file handle"), ALWAYS, False),
@@ -110,12 +115,12 @@ FAILURES = {
     ),
     "a directory that one rank does not see": ("iter_0000008", NOT_FOUND, ALWAYS, True),
     "a file that one rank does not see": ("iter_0000008/common.pt", NOT_FOUND, ALWAYS, True),
-    "a manifest that one rank does not see": (f"iter_0000008/{MANIFEST}", NOT_FOUND, ALWAYS, True),
+    "a checksum file that one rank does not see": (f"iter_0000008/{CHECKSUM_FILE}", NOT_FOUND, ALWAYS, True),
     "a defect": ("iter_0000008/common.pt", RuntimeError("a defect"), ALWAYS, False),
     "memory": ("iter_0000008/common.pt", MemoryError(), ALWAYS, False),
     "other bytes": ("iter_0000008/common.pt", None, ALWAYS, False),
     "other bytes once": ("iter_0000008/common.pt", None, 1, False),
-    "another manifest": (f"iter_0000008/{MANIFEST}", None, ALWAYS, False),
+    "another checksum file": (f"iter_0000008/{CHECKSUM_FILE}", None, ALWAYS, False),
 }
 
 
@@ -151,7 +156,7 @@ def change_card(save: Path, iteration: int, summed: bool, **fields) -> None:
     card = json.loads((directory / CARD).read_text())
     (directory / CARD).write_text(json.dumps(card | fields))
     if summed:
-        write_manifest(directory, {})
+        write_checksums(directory, {})
 
 
 @pytest.mark.parametrize("summed", [True, False])
@@ -173,14 +178,14 @@ def test_a_newer_format_behind_a_damaged_checkpoint_is_refused(setting, save):
 
 
 def other_form(iteration: Path) -> None:
-    manifest = json.loads((iteration / MANIFEST).read_text())
-    (iteration / MANIFEST).write_text(json.dumps(manifest | {"algorithm": "xxh4"}))
+    content = json.loads((iteration / CHECKSUM_FILE).read_text())
+    (iteration / CHECKSUM_FILE).write_text(json.dumps(content | {"algorithm": "xxh4"}))
 
 
 def more_in_entries(iteration: Path) -> None:
-    manifest = json.loads((iteration / MANIFEST).read_text())
-    manifest["files"] = {name: entry | {"owner": 0} for name, entry in manifest["files"].items()}
-    (iteration / MANIFEST).write_text(json.dumps(manifest))
+    content = json.loads((iteration / CHECKSUM_FILE).read_text())
+    content["files"] = {name: entry | {"owner": 0} for name, entry in content["files"].items()}
+    (iteration / CHECKSUM_FILE).write_text(json.dumps(content))
 
 
 UNPROVEN = {
@@ -189,8 +194,8 @@ UNPROVEN = {
         "not a valid card",
     ),
     "a value that no card has": (lambda iteration: change_card(iteration.parent, 8, True, top_k=99), "top_k"),
-    "a manifest of another algorithm": (other_form, "install the version"),
-    "a manifest with more in its entries": (more_in_entries, "install the version"),
+    "a checksum file of another algorithm": (other_form, "install the version"),
+    "a checksum file with more in its entries": (more_in_entries, "install the version"),
     "a file beside the card": (lambda iteration: (iteration / "moe_lpr" / ".nfs01").touch(), ".nfs01: not in"),
     "an empty directory, as a mount point is": (
         lambda iteration: (shutil.rmtree(iteration), iteration.mkdir()),
@@ -213,9 +218,9 @@ def test_what_proves_no_damage_is_refused(name, setting, save):
     assert content(save) == before and (save / LATEST_FILE).read_text() == "8"
 
 
-@pytest.mark.parametrize("name", [".metadata", "metadata.json", "__0_0.distcp", str(MANIFEST)])
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", "__0_0.distcp", str(CHECKSUM_FILE)])
 def test_damage_that_all_ranks_see_sets_one_aside(name, setting, save):
-    """Cut short; the manifest then parses no more."""
+    """Cut short; the checksum file then cannot be parsed."""
     path = save / "iter_0000008" / name
     path.write_bytes(path.read_bytes()[:-5])
     assert go(setting, save) is None
@@ -230,8 +235,8 @@ def test_a_file_that_all_ranks_miss_sets_one_aside(name, setting, save):
     assert (save / "damaged-iter_0000008").is_dir()
 
 
-def test_a_card_without_a_manifest_that_is_no_json_sets_one_aside(setting, save):
-    (save / "iter_0000008" / MANIFEST).unlink()
+def test_a_card_without_checksums_that_is_no_json_sets_one_aside(setting, save):
+    (save / "iter_0000008" / CHECKSUM_FILE).unlink()
     (save / "iter_0000008" / CARD).write_text("{")
     assert go(setting, save) is None
     assert (save / "damaged-iter_0000008").is_dir()

@@ -53,8 +53,8 @@ def test_a_resumed_review_is_what_it_was(name, extra, habit, runs, tmp_path):
     assert_same_tensors(checkpoint_tensors(save), checkpoint_tensors(root / name))
     found, expected = metrics(save), metrics(root / name)
     assert all(found[step]["lm_loss"] == expected[step]["lm_loss"] for step in (4, 5, 6))
-    recorded = resolve_checkpoint(save).card().base
-    assert recorded == resolve_checkpoint(root / name).card().base
+    recorded = resolve_checkpoint(save).card().parent
+    assert recorded == resolve_checkpoint(root / name).card().parent
 
 
 def test_a_run_may_load_itself_again_and_again(runs, tmp_path):

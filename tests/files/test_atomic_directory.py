@@ -14,8 +14,9 @@ import pytest
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files import moving_in, output_directory, renaming, work_directory
-from megatron_moe_lpr.files.output_directory import atomic_directory
+from megatron_moe_lpr.files import atomic_directory as atomic_directory_module
+from megatron_moe_lpr.files import entry_exchange, renaming, work_directory
+from megatron_moe_lpr.files.atomic_directory import atomic_directory
 
 LAST = ("config.json",)
 
@@ -71,7 +72,7 @@ def mounted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A directory of which the system says that it is a mount point."""
     volume = tmp_path / "volume"
     volume.mkdir()
-    monkeypatch.setattr(output_directory, "is_mount_point", lambda path: path == volume)
+    monkeypatch.setattr(atomic_directory_module, "is_mount_point", lambda path: path == volume)
     return volume
 
 
@@ -233,7 +234,7 @@ class TestMeanwhile:
             (second / "theirs").write_text("theirs") if not (second / "theirs").exists() else None
             return exchange(first, second)
 
-        monkeypatch.setattr(output_directory, "exchange", late)
+        monkeypatch.setattr(atomic_directory_module, "exchange", late)
         with pytest.raises(UserError, match="changed while this ran, as theirs in it"):
             write(old, overwrite=True)
         assert tree(old) == OLD | {"theirs": "theirs"}
@@ -391,7 +392,7 @@ class TestInPlace:
         assert tree(tmp_path) == {"file": "mine"}
 
     def test_a_volume_inside_is_refused(self, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(output_directory, "mount_points_below", lambda path: [path / "sub"])
+        monkeypatch.setattr(atomic_directory_module, "mount_points_below", lambda path: [path / "sub"])
         with pytest.raises(UserError, match=r"a file system is mounted in it, at .*out/sub"):
             write(old, overwrite=True)
 
@@ -426,13 +427,13 @@ def test_real_mount(tmp_path: Path, kind: str) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megatron_moe_lpr.files import moving_in
-from megatron_moe_lpr.files import output_directory
+from megatron_moe_lpr.files import entry_exchange
+from megatron_moe_lpr.files import atomic_directory
 from megatron_moe_lpr.files import renaming
 
 target, step, in_place, without = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True", sys.argv[4] == "True"
 if in_place:
-    output_directory.is_mount_point = lambda path: path == target
+    atomic_directory.is_mount_point = lambda path: path == target
 count = [0]
 
 def counting(function):
@@ -444,7 +445,7 @@ def counting(function):
         return result
     return call
 
-with output_directory.atomic_directory(target, True, ("config.json",)) as partial:
+with atomic_directory.atomic_directory(target, True, ("config.json",)) as partial:
     for name in ("config.json", "weights"):
         (partial / name).write_text("new")
     (partial / "sub").mkdir()
@@ -452,10 +453,9 @@ with output_directory.atomic_directory(target, True, ("config.json",)) as partia
     if without:
         renaming._system_call = lambda: None
     os.rename = counting(os.rename)
-    output_directory.exchange = counting(output_directory.exchange)
-    moving_in.rename_without_replacing = counting(moving_in.rename_without_replacing)
-    output_directory.rename_without_replacing = counting(output_directory.rename_without_replacing)
-    moving_in.forget = counting(moving_in.forget)
+    atomic_directory.exchange = counting(atomic_directory.exchange)
+    entry_exchange.rename_without_replacing = counting(entry_exchange.rename_without_replacing)
+    atomic_directory.rename_without_replacing = counting(atomic_directory.rename_without_replacing)
     import shutil
     shutil.rmtree = counting(shutil.rmtree)
 """
@@ -476,7 +476,7 @@ def test_killed_before_each_step(in_place: bool, without: bool, steps: int, tmp_
         code = subprocess.run(words, check=False, timeout=60, env=os.environ).returncode
         assert code in (-signal.SIGKILL, 0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(output_directory, "is_mount_point", lambda path, out=target: in_place and path == out)
+            patch.setattr(atomic_directory_module, "is_mount_point", lambda path, out=target: in_place and path == out)
             with pytest.raises(UserError, match="not empty"):
                 write(target)
         assert tree(target) in (OLD, NEW), step
@@ -501,7 +501,7 @@ def test_what_a_kill_while_writing_left_is_removed_and_named(
 def test_a_damaged_record_is_not_followed(tmp_path: Path, text: str) -> None:
     work = tmp_path / ".out.partial"
     (work / "old").mkdir(parents=True)
-    (work / moving_in.RECORD).write_text(text)
+    (work / entry_exchange.RECORD).write_text(text)
     with pytest.raises(UserError, match=r"moves\.json: "):
         write(tmp_path / "out")
     assert (work / "old").is_dir()

@@ -1,4 +1,4 @@
-"""A directory as output: it appears whole or not at all, and nothing that was not there at the start is replaced."""
+"""Output directories that appear whole or not at all, and never replace what appeared after the start."""
 
 import contextlib
 import dataclasses
@@ -9,79 +9,83 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.filesystem import real_target, sync_directory, sync_tree
+from megatron_moe_lpr.files.atomic_file import real_target
+from megatron_moe_lpr.files.entry_exchange import CONTENT, OLD, exchange_entries
+from megatron_moe_lpr.files.fsync import sync_directory, sync_tree
 from megatron_moe_lpr.files.mounts import is_mount_point, mount_points_below
-from megatron_moe_lpr.files.moving_in import CONTENT, OLD, move_in
 from megatron_moe_lpr.files.renaming import exchange, rename_without_replacing
-from megatron_moe_lpr.files.work_directory import free_name, give_back, work_directory
+from megatron_moe_lpr.files.work_directory import free_name, restore_target, work_directory
 
-# The file system's own, at the root of a volume.
+# Made by the file system at the root of a volume.
 NOT_CONTENT = ("lost+found",)
-# What a rename says of a directory that has to stay where it is.
+# Errors of a rename of a directory that cannot be renamed.
 _MUST_STAY = (errno.EBUSY, errno.EXDEV)
 
 Entries = dict[str, tuple[int, int, int]]
-"""Path below a directory to kind and mode, size and time of change in nanoseconds."""
+"""By path below a directory: kind and mode, size, and time of change in nanoseconds."""
 
 
 @contextlib.contextmanager
 def atomic_directory(target: Path, overwrite: bool = False, last: Sequence[str] = ()) -> Iterator[Path]:
     """Yield an empty directory on the disk of `target` that becomes `target` when the block ends without an error.
 
-    An existing `target` stays untouched until then; the two change places in one step where the system can do that, and
-    otherwise the old one is put back if anything fails. A symbolic link stays, what it leads to is the target. A
-    directory that cannot be renamed (a mount point, the working directory, one whose parent cannot be written to) is
-    filled in place, which is said at the start. On any error, Ctrl-C included, what was written is removed; but if all
-    was written and only the target cannot be had, it is kept beside the target under a name that the error says.
-    What is in the directory is on the disk before it gets its name (fsync), and so is the name when this returns.
+    An existing `target` is untouched until then. The two are exchanged in one step where the system supports that;
+    otherwise the old directory is put back if anything fails. A symbolic link is kept, and the directory that it points
+    to is the target. A directory that cannot be renamed (a mount point, the working directory, one whose parent is not
+    writable) is filled in place, which is reported at the start. On any error, Ctrl-C included, the new content is
+    removed; but if it is complete and only the target cannot be replaced, it is kept beside the target and the error
+    names it. The content is on the disk before it gets its name (fsync), and so is the name when this returns.
 
     Args:
-        overwrite: replace what is in `target` now. What appears or changes there during the block is never replaced.
-        last: names of entries by which a reader knows that the directory is complete.
+        overwrite: replace the present content of `target`. What appears or changes in it later is never replaced.
+        last: entries that tell a reader that the directory is complete; filled in last.
 
     Raises:
-        UserError: `target` exists, is not an empty directory, and `overwrite` is off; another run is writing it; it has
-            changed during the block.
-        OSError: naming `target`: it cannot be made.
+        UserError: `target` is not an empty directory and `overwrite` is off, another run writes it, or it changed
+            during the block.
+        OSError: `target`, which the error names, cannot be made.
     """
     with contextlib.ExitStack() as stack:
         output = _open(Path(target), overwrite, stack)
         if output.in_place:
-            _say_in_place(output, last)
+            _print_in_place(output, last)
         output.content.mkdir()
         yield output.content
         sync_tree(output.content)
         try:
             output.publish(last)
         except (OSError, UserError) as error:
-            raise output.kept(error) from error
+            raise output.keep_elsewhere(error) from error
         sync_directory(output.path.parent)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Output:
+    """An output directory in the making, and what its target was at the start."""
+
     target: Path
-    """As the user wrote it."""
+    """The path as the user wrote it."""
     path: Path
     """The directory itself: absolute, without symbolic links."""
     work: Path
+    """The hidden directory in which the content is built."""
     in_place: str | None
-    """Why the directory cannot be renamed."""
+    """Why the directory cannot be renamed; None: it can."""
     status: os.stat_result | None
-    """Of the directory at the start; None: there was none."""
+    """Status of the directory at the start; None: it did not exist."""
     entries: Entries
-    """Everything in it at the start."""
+    """Everything in the directory at the start."""
 
     @property
     def content(self) -> Path:
         return self.work / CONTENT
 
     def publish(self, last: Sequence[str]) -> None:
-        """Give the content its name. Raises UserError or OSError, and nothing has changed then."""
+        """Put the content at the target. On an error (UserError, OSError) nothing has changed."""
         if self.status is None:
             rename_without_replacing(self.content, self.path)
         elif self.in_place:
-            self._move_in(last)
+            self._exchange_entries(last)
         else:
             self._check_unchanged(self.path)
             try:
@@ -89,17 +93,17 @@ class _Output:
             except OSError as error:
                 if error.errno not in _MUST_STAY:
                     raise
-                self._move_in(last)
+                self._exchange_entries(last)
             self._restore_owner(self.status)
 
     def _replace(self) -> None:
         if not self.entries:
-            # Of itself this replaces nothing but an empty directory.
+            # A rename of a directory replaces nothing but an empty one.
             os.rename(self.content, self.path)
         elif exchange(self.content, self.path):
             self._check_or_undo()
         else:
-            # A kill between the two leaves `old`, which the next run puts back (`work_directory.settle`).
+            # A kill between the two leaves `old`, which the next run puts back (`work_directory.recover`).
             os.rename(self.path, self.work / OLD)
             try:
                 self._check_unchanged(self.work / OLD)
@@ -115,12 +119,12 @@ class _Output:
             exchange(self.content, self.path)
             raise
 
-    def _move_in(self, last: Sequence[str]) -> None:
+    def _exchange_entries(self, last: Sequence[str]) -> None:
         self._check_unchanged(self.path)
-        move_in(self.work, self.path, _names(self.path, self.work), last)
+        exchange_entries(self.work, self.path, _names(self.path, self.work), last)
 
     def _check_unchanged(self, place: Path) -> None:
-        """Compare what is at `place` with what was at the target when this began."""
+        """Check that `place` holds the directory that was at the target at the start, with the same entries."""
         try:
             is_same = self.status is not None and os.path.samestat(os.stat(place), self.status)
         except FileNotFoundError:
@@ -128,7 +132,8 @@ class _Output:
         if not is_same:
             raise UserError(f"{self.target}: has become another directory while this ran")
         entries = _entries(place, self.work)
-        changed = sorted(name for name in entries.keys() | self.entries.keys() if _differ(name, entries, self.entries))
+        names = entries.keys() | self.entries.keys()
+        changed = sorted(name for name in names if entries.get(name) != self.entries.get(name))
         if changed:
             raise UserError(f"{self.target}: changed while this ran, as {changed[0]} in it did")
 
@@ -138,14 +143,14 @@ class _Output:
         with contextlib.suppress(OSError):
             os.chmod(self.path, status.st_mode & 0o7777)
 
-    def kept(self, error: OSError | UserError) -> UserError:
-        """The error of an output that is complete and could not get its name: it keeps one that is free."""
+    def keep_elsewhere(self, error: OSError | UserError) -> UserError:
+        """Give a complete output, for which `publish` raised `error`, a free name; return an error that says both."""
         if isinstance(error, FileExistsError):
             reason = f"{self.target}: appeared while this ran"
         else:
             reason = str(error) if isinstance(error, UserError) else f"{self.target}: {error.strerror or error}"
         try:
-            give_back(self.work, self.path)
+            restore_target(self.work, self.path)
             place = free_name(self.work.parent / f"{self.path.name or 'output'}.finished")
             rename_without_replacing(self.content, place)
         except OSError:
@@ -155,7 +160,7 @@ class _Output:
 
 
 def _open(target: Path, overwrite: bool, stack: contextlib.ExitStack) -> _Output:
-    """Decide how the target can be written and take it. Raises UserError."""
+    """Decide how the target can be replaced, and lock it until `stack` ends. Raises UserError."""
     path = real_target(target)
     if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"{target}: exists and is not a directory")
@@ -168,7 +173,7 @@ def _open(target: Path, overwrite: bool, stack: contextlib.ExitStack) -> _Output
         _make_parents(parent, stack)
         stack.enter_context(work_directory(work, path))
     except OSError as error:
-        # The user knows the target, not the hidden directory.
+        # Name the target, which the user knows, not the hidden directory.
         raise OSError(error.errno, error.strerror, str(target)) from None
     _check_empty(target, path, work, overwrite)
     status = os.stat(path) if path.is_dir() else None
@@ -194,7 +199,7 @@ def _why_in_place(target: Path, path: Path) -> str | None:
 
 
 def _make_parents(directory: Path, stack: contextlib.ExitStack) -> None:
-    """Make a directory and those above it; what is empty at the end goes again."""
+    """Make a directory and those above it; remove those that are still empty when `stack` ends."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
@@ -206,7 +211,7 @@ def _remove_empty(path: Path) -> None:
         os.rmdir(path)
 
 
-def _say_in_place(output: _Output, last: Sequence[str]) -> None:
+def _print_in_place(output: _Output, last: Sequence[str]) -> None:
     order = f", {' and '.join(last)} last" if last else ""
     print(f"note: {output.target}: {output.in_place}; it will be filled in place{order}", file=sys.stderr, flush=True)
 
@@ -226,11 +231,7 @@ def _entries(directory: Path, work: Path) -> Entries:
         for name in (*directories, *names):
             path = Path(parent, name)
             found = path.lstat()
-            # A directory's own time changes with its entries, which are here themselves.
+            # A directory's time changes with its entries, and those are compared themselves.
             rest = (0, 0) if name in directories else (found.st_size, found.st_mtime_ns)
             entries[path.relative_to(directory).as_posix()] = (found.st_mode, *rest)
     return entries
-
-
-def _differ(name: str, first: Entries, second: Entries) -> bool:
-    return first.get(name) != second.get(name)

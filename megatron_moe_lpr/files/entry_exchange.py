@@ -1,41 +1,39 @@
-"""New entries for a directory that itself must stay, because a file system is mounted at it, for example.
+"""Exchange the entries of a directory that itself must stay, because a file system is mounted at it, for example.
 
-The old entries move aside, the new ones in, each by a rename. A record says which, so that whoever finds it after a
-kill can put the old ones back. It lies in a hidden directory on the same file system:
+The old entries are renamed out of the directory and the new ones into it. A record lists both, so that a later process
+can put the old entries back after a kill. All of it lies in a hidden directory WORK on the same file system:
 
 WORK/content/     the new entries, complete and on the disk
-WORK/old/         the old ones, as far as they have been moved
-WORK/moves.json   {"old": [names], "new": [names]}, there from before the first rename until all is over
+WORK/old/         the old entries that have been moved out
+WORK/moves.json   {"old": [names], "new": [names]}, from before the first rename until the exchange is finished
 """
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.filesystem import atomic_file, sync_directory
-from megatron_moe_lpr.files.json_files import read_json
+from megatron_moe_lpr.files.fsync import sync_directory
+from megatron_moe_lpr.files.json_files import read_json, write_json
 from megatron_moe_lpr.files.renaming import rename_without_replacing
 
 CONTENT, OLD, RECORD = "content", "old", "moves.json"
 
 
-def move_in(work: Path, target: Path, old: Sequence[str], last: Sequence[str]) -> None:
-    """Give `target` the entries of WORK/content in the place of those named by `old`.
+def exchange_entries(work: Path, target: Path, old: Sequence[str], last: Sequence[str]) -> None:
+    """Replace the entries of `target` named by `old` with those of WORK/content.
 
     Args:
-        last: names by which a reader knows that the directory is complete: of the old entries they go first, of the
-            new ones they come last, so that no half of it can be taken for a whole.
+        last: names that tell a reader that the directory is complete: removed first and added last, so that an
+            incomplete directory is never taken for a complete one.
 
     Raises:
-        OSError: a rename failed, or something has taken a new entry's name meanwhile. The old entries are back.
+        OSError: a rename failed, or the name of a new entry was taken meanwhile. The old entries are back.
     """
     new = sorted(os.listdir(work / CONTENT), key=lambda name: (name in last, name))
     old = sorted(old, key=lambda name: (name not in last, name))
-    with atomic_file(work / RECORD) as partial:
-        partial.write_text(json.dumps({"old": old, "new": new}), encoding="utf-8")
+    write_json({"old": old, "new": new}, work / RECORD)
     try:
         (work / OLD).mkdir()
         for name in old:
@@ -47,20 +45,20 @@ def move_in(work: Path, target: Path, old: Sequence[str], last: Sequence[str]) -
             rename_without_replacing(work / CONTENT / name, target / name)
         sync_directory(target)
     except BaseException:
-        put_back(work, target)
+        undo_exchange(work, target)
         raise
 
 
-def is_complete(work: Path) -> bool:
+def is_exchange_complete(work: Path) -> bool:
     """Whether every new entry has reached the target."""
     return not any(os.path.lexists(work / CONTENT / name) for name in _names(work)["new"])
 
 
-def put_back(work: Path, target: Path) -> None:
-    """Undo what `move_in` did so far, here or in a process that was killed: new entries out, old ones in.
+def undo_exchange(work: Path, target: Path) -> None:
+    """Move new entries out and old ones back in, after an exchange that failed here or in a process that was killed.
 
     Raises:
-        OSError: something else is in the way; WORK/old keeps what could not be put back.
+        OSError: something else has taken a name; WORK/old keeps what could not be moved back.
     """
     names = _names(work)
     for name in reversed(names["new"]):
@@ -75,8 +73,8 @@ def put_back(work: Path, target: Path) -> None:
     (work / RECORD).unlink()
 
 
-def forget(work: Path) -> None:
-    """Remove the old entries after `move_in`, and the record last."""
+def finish_exchange(work: Path) -> None:
+    """Remove the old entries after a complete exchange, and then the record."""
     shutil.rmtree(work / CONTENT, ignore_errors=True)
     shutil.rmtree(work / OLD, ignore_errors=True)
     (work / RECORD).unlink(missing_ok=True)

@@ -1,9 +1,7 @@
-"""Files that appear whole or not at all, and what is on the disk for certain."""
+"""Output files that appear whole or not at all, and checks of an output path before the work begins."""
 
 import contextlib
-import errno
 import glob
-import hashlib
 import os
 import shutil
 import sys
@@ -11,20 +9,20 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.errors import UserError, name_file_in_oserror
+from megatron_moe_lpr.files.fsync import sync_directory, sync_file
 from megatron_moe_lpr.files.mounts import is_mount_point
-from megatron_moe_lpr.liveness import advance
 
 OPEN_FILES = ("/dev/std", "/dev/fd/", "/proc/")
 
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a sibling path that replaces `target` when the block ends without an error, and is removed otherwise.
+    """Yield a path beside `target` that replaces it when the block ends without an error, and is removed otherwise.
 
-    The content is on the disk before the rename, and the rename when this returns (fsync). A symbolic link stays, what
-    it leads to is replaced. What cannot be replaced (a pipe, a file that is mounted, one whose directory cannot be
-    written to) is written at the end instead.
+    The content is on the disk before the rename, and so is the rename when this returns (fsync). A symbolic link is
+    kept and the file that it points to is replaced. A target that cannot be replaced (a pipe, a mounted file, a file
+    whose directory is not writable) is written over at the end instead.
     """
     path = Path(target)
     in_place = _must_stay(path)
@@ -47,9 +45,9 @@ def append_whole(path: Path, data: bytes) -> None:
     """Append to a file, all or nothing.
 
     Raises:
-        OSError: naming the file, for example because the disk is full; the file stays as it was.
+        OSError: naming the file, for example because the disk is full; the file is as it was before.
     """
-    with naming(path), open(path, "ab", buffering=0) as stream:
+    with name_file_in_oserror(path), open(path, "ab", buffering=0) as stream:
         size = stream.seek(0, os.SEEK_END)
         try:
             view = memoryview(data)
@@ -61,13 +59,13 @@ def append_whole(path: Path, data: bytes) -> None:
 
 
 def check_output_file(path: Path, flag: str, inputs: Iterable[Path] = ()) -> None:
-    """Refuse before the work begins what `atomic_file` could not write at its end; name what killed runs left.
+    """Check before the work begins that `atomic_file` will be able to write; report what killed runs left.
 
     Args:
         inputs: files that the command reads.
 
     Raises:
-        UserError: a directory is in the way, there is no directory for it, it cannot be written to, or it is an input.
+        UserError: the path is a directory or an input, its directory is missing, or it is not writable.
     """
     path = Path(path)
     for one in inputs:
@@ -88,13 +86,13 @@ def check_output_file(path: Path, flag: str, inputs: Iterable[Path] = ()) -> Non
 
 
 def real_target(path: Path, may_be_missing: bool = False) -> Path:
-    """What an output path means: absolute, every symbolic link on the way followed.
+    """The absolute path that an output path means, with every symbolic link followed.
 
     Args:
-        may_be_missing: the last link may lead to a file that is still to be written.
+        may_be_missing: the last link may point to a file that does not exist yet.
 
     Raises:
-        UserError: a link leads to nothing, as when its disk is not mounted, or links lead in a circle.
+        UserError: a link points to nothing, for example because its disk is not mounted, or links form a circle.
     """
     absolute = Path(path).absolute()
     for place in (absolute, *absolute.parents):
@@ -110,12 +108,12 @@ def real_target(path: Path, may_be_missing: bool = False) -> Path:
 
 
 def is_same_file(first: Path, second: Path) -> bool:
-    """Whether two names are those of one file; a file that is not there is the same as none."""
+    """Whether two paths are the same file; False where one of them does not exist."""
     return os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)
 
 
 def _must_stay(path: Path) -> bool:
-    """Whether a file can be written but not replaced by another."""
+    """Whether a file can be written to, but not replaced by another file."""
     if _is_special(path):
         return True
     real = Path(os.path.realpath(path))
@@ -123,18 +121,18 @@ def _must_stay(path: Path) -> bool:
 
 
 def _is_special(path: Path) -> bool:
-    """A pipe, a device, or an open file of this process such as /dev/stdout, be it a regular one."""
+    """Whether a path is a pipe, a device, or an open file of this process such as /dev/stdout."""
     if str(path).startswith(OPEN_FILES):
         return True
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _write_over(source: Path, target: Path) -> None:
+    """Copy the content of `source` into `target`, whose old content is put back if that fails."""
     if _is_special(target):
         with open(source, "rb") as content, open(target, "ab", buffering=0) as stream:
             shutil.copyfileobj(content, stream)
         return
-    # Not in one step, but a full disk costs nothing that was there.
     before = target.read_bytes()
     try:
         target.write_bytes(source.read_bytes())
@@ -142,44 +140,3 @@ def _write_over(source: Path, target: Path) -> None:
     except OSError:
         target.write_bytes(before)
         raise
-
-
-def sync_file(path: Path) -> None:
-    """Wait until a file's content is on the disk; a power failure then cannot leave it empty under its name."""
-    _sync(path, os.O_RDONLY)
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on the disk: call it after a rename that must last."""
-    _sync(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-
-
-def sync_tree(directory: Path) -> None:
-    """`sync_file` for every file below a directory, and `sync_directory` for it and every directory in it."""
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            sync_file(Path(parent, name))
-            advance()
-        sync_directory(Path(parent))
-
-
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(16 << 20), b""):
-            digest.update(chunk)
-            advance()
-    return digest.hexdigest()
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some file systems (FUSE, old NFS) know no fsync of directories.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

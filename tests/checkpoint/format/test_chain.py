@@ -12,11 +12,11 @@ import pytest
 from megatron_moe_lpr.allocation.dense_source import open_dense_source
 from megatron_moe_lpr.checkpoint.format import directory
 from megatron_moe_lpr.checkpoint.format.card import read_card
+from megatron_moe_lpr.checkpoint.format.chain import record_parent, resolve_and_hold
 from megatron_moe_lpr.checkpoint.format.directory import finish_iteration, resolve_checkpoint, write_latest
 from megatron_moe_lpr.checkpoint.format.retention import RemovedCheckpoint, hide
-from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading, record_base
 from megatron_moe_lpr.conversion.expand import ExpandOptions, expand
-from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from tests.checkpoint.format.test_directory import CARD, make_iteration
 from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import run
@@ -30,7 +30,7 @@ def iteration(root: Path, number: int, **changes) -> Path:
     path = make_iteration(root / "partial")
     (path / "moe_lpr").mkdir()
     dataclasses.replace(CARD, **changes).write(path / "moe_lpr" / "card.json")
-    write_manifest(path, {})
+    write_checksums(path, {})
     return finish_iteration(path, root, number)
 
 
@@ -107,16 +107,16 @@ def test_the_next_latest_is_taken_where_the_first_was_removed(tmp_path):
     write_latest(tmp_path, 10)
     resolve, found = resolve_checkpoint, []
 
-    def removed_afterwards(path, base=None):
-        found.append(resolve(path, base))
+    def removed_afterwards(path, parent=None):
+        found.append(resolve(path, parent))
         if len(found) == 1:
             hide(first)
             write_latest(tmp_path, 20)
         return found[-1]
 
     with (
-        mock.patch("megatron_moe_lpr.checkpoint.format.trainable_only.resolve_checkpoint", removed_afterwards),
-        kept_for_reading(tmp_path) as path,
+        mock.patch("megatron_moe_lpr.checkpoint.format.chain.resolve_checkpoint", removed_afterwards),
+        resolve_and_hold(tmp_path) as path,
     ):
         assert path == second and is_locked(second)
     assert not is_locked(second)
@@ -124,9 +124,9 @@ def test_the_next_latest_is_taken_where_the_first_was_removed(tmp_path):
 
 def test_what_it_builds_on_is_kept_too(tmp_path):
     base = iteration(tmp_path / "base", 10)
-    top = iteration(tmp_path / "top", 5, base=record_base(resolve_checkpoint(base)))
+    top = iteration(tmp_path / "top", 5, parent=record_parent(resolve_checkpoint(base)))
     assert json.loads((top / "moe_lpr" / "card.json").read_text())["base"]["path"] == str(base)
-    with kept_for_reading(tmp_path / "top") as path:
+    with resolve_and_hold(tmp_path / "top") as path:
         assert path == top and is_locked(top) and is_locked(base)
     assert not is_locked(base)
 
@@ -134,8 +134,8 @@ def test_what_it_builds_on_is_kept_too(tmp_path):
 def test_one_that_is_replaced_while_it_is_read_is_told(tmp_path):
     """A run that repeats its steps after a fall-back saves the same step again."""
     iteration(tmp_path, 10)
-    with pytest.raises(RemovedCheckpoint, match="replaced while it was read"), kept_for_reading(tmp_path):
+    with pytest.raises(RemovedCheckpoint, match="replaced while it was read"), resolve_and_hold(tmp_path):
         iteration(tmp_path, 10)
-    with kept_for_reading(tmp_path, to_the_end=False) as path:
+    with resolve_and_hold(tmp_path, check_at_end=False) as path:
         iteration(tmp_path, 10)
     assert path.is_dir()

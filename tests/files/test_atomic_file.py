@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files import filesystem
-from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
+from megatron_moe_lpr.files import atomic_file as atomic_file_module
+from megatron_moe_lpr.files.atomic_file import atomic_file, check_output_file
 
 
 def write(target: Path, text: str = "new") -> None:
@@ -48,7 +48,7 @@ def test_a_link_stays(tmp_path: Path, exists: bool) -> None:
 def test_a_file_that_cannot_be_replaced_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").write_text("something longer")
     inode = (tmp_path / "x").stat().st_ino
-    monkeypatch.setattr(filesystem, "is_mount_point", lambda path: path == tmp_path / "x")
+    monkeypatch.setattr(atomic_file_module, "is_mount_point", lambda path: path == tmp_path / "x")
     with atomic_file(tmp_path / "x") as partial:
         partial.write_text("new")
         assert (tmp_path / "x").read_text() == "something longer"
@@ -58,13 +58,13 @@ def test_a_file_that_cannot_be_replaced_is_written_over(tmp_path: Path, monkeypa
 
 def test_what_is_written_over_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").write_text("old")
-    monkeypatch.setattr(filesystem, "is_mount_point", lambda path: path == tmp_path / "x")
+    monkeypatch.setattr(atomic_file_module, "is_mount_point", lambda path: path == tmp_path / "x")
 
     def full(path: Path) -> None:
         if path.name == "x":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(filesystem, "sync_file", full)
+    monkeypatch.setattr(atomic_file_module, "sync_file", full)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path / "x")
     assert (tmp_path / "x").read_text() == "old"
@@ -85,7 +85,7 @@ def test_a_file_that_is_mounted(tmp_path: Path) -> None:
 
 WRITER = """
 from pathlib import Path
-from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
+from megatron_moe_lpr.files.atomic_file import atomic_file, check_output_file
 
 print("before", flush=True)
 check_output_file(Path("/dev/stdout"), "--output")

@@ -1,4 +1,4 @@
-"""One rank's share of a checkpoint as files: planned by Megatron-Core, then written here or by the writer process."""
+"""The files of one rank's shard: planned by Megatron-Core, written by this process or by the writer process."""
 
 import dataclasses
 import pickle
@@ -10,7 +10,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync,
-    WriteBucket,
     _split_by_size_and_type,
 )
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
@@ -36,24 +35,24 @@ from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum, Outpu
 
 FILES_PER_RANK = 2
 BLOB_BYTES = 4096
-"""More than torch.save needs beside a tensor's values."""
+"""Upper bound of what torch.save writes beside a tensor's values."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ShareFile:
-    """A file of this rank's share, before it is written."""
+class ShardFile:
+    """A file of this rank's shard, before it is written."""
 
     name: str
     items: list[tuple[WriteItem, Any]]
-    """Tensors on any device, or io.BytesIO."""
+    """With their values: tensors on any device, or io.BytesIO."""
 
     @property
     def most_bytes(self) -> int:
-        """No fewer than the file will have."""
+        """Upper bound of the file's size."""
         return sum(BLOB_BYTES + _nbytes(data) for _, data in self.items)
 
     def write(self, stream: OutputStream) -> list[WriteResult]:
-        """Write all items, one at a time in host memory, to a stream at its beginning."""
+        """Write all items to `stream` from its position on; one at a time is copied into host memory."""
         results, begin = [], stream.tell()
         for item, data in self.items:
             offset = stream.tell() - begin
@@ -61,41 +60,40 @@ class ShareFile:
                 stream.write(data.getbuffer())
             else:
                 with without_crc():
-                    save_blob(_alone_in_its_storage(data), stream)
+                    save_blob(_with_own_storage(data), stream)
             length = stream.tell() - begin - offset
             results.append(WriteResult(item.index, length, _StorageInfo(self.name, offset, length)))
         return results
 
 
-class ShareWriter(FileSystemWriterAsync):
-    """Megatron-Core's writer without its processes: it would fork a trainer full of threads for each file."""
+class ShardWriter(FileSystemWriterAsync):
+    """Megatron-Core's writer without its processes, for each of which it would fork a trainer full of threads."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, thread_count=FILES_PER_RANK)
-        self.files: list[ShareFile] = []
+        self.files: list[ShardFile] = []
         self.results: list[WriteResult] = []
         self.written: dict[str, FileChecksum] = {}
         self.error: Exception | None = None
-        """What went wrong on this rank; told to all in `retrieve_write_results`."""
+        """What failed on this rank; `retrieve_write_results` reports it to all ranks."""
         self.index_error: OSError | None = None
+        """Why rank 0 could not write the index (`finish`)."""
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         """Decide what goes into which file."""
-        # What the base class looks at when it is asked for results.
-        self.write_buckets: list[WriteBucket] = []
         for index, items in enumerate(_split_by_size_and_type(self.thread_count, plan.items)):
             if items:
                 name = f"{plan.storage_data.prefix}{index}.distcp"
-                self.files.append(ShareFile(name, [(item, planner.resolve_data(item)) for item in items]))
+                self.files.append(ShardFile(name, [(item, planner.resolve_data(item)) for item in items]))
 
     def write_here(self) -> None:
-        """Write the files from this process; an error waits until all ranks can hear of it."""
+        """Write the files from this process. An error is kept in `error` until all ranks can be told."""
         if self.error is not None:
             return
         try:
             for file in self.files:
                 with ChecksumStream(open(Path(self.checkpoint_dir, file.name), "wb")) as stream:
-                    self.results += _telling_os_errors(file, stream)
+                    self.results += _write_file(file, stream)
                 self.written[file.name] = stream.entry()
         except Exception as error:
             self.error = error
@@ -103,11 +101,11 @@ class ShareWriter(FileSystemWriterAsync):
             self.release()
 
     def release(self) -> None:
-        """Let go of the tensors."""
+        """Drop the references to the tensors."""
         self.files = []
 
     def retrieve_write_results(self) -> list[WriteResult] | WRAPPED_EXCEPTION:
-        """What was written where, or this rank's error."""
+        """Where each item was written, or this rank's error. Megatron-Core gathers it on rank 0."""
         if self.error is None:
             return self.results
         try:
@@ -116,7 +114,7 @@ class ShareWriter(FileSystemWriterAsync):
             return _wrap_exception(error)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0: the index of all ranks' tensors, without the plans of all ranks, which nothing here reads."""
+        """On rank 0: write the index of all ranks' tensors, without the ranks' plans, which nothing here reads."""
         vars(metadata).pop("all_local_plans", None)
         metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
         metadata.storage_meta = self.storage_meta()
@@ -127,33 +125,38 @@ class ShareWriter(FileSystemWriterAsync):
         except OSError as error:
             self.index_error = error
 
+    def raise_error(self) -> None:
+        """Raise what went wrong while this rank planned its shard."""
+        if self.error is not None:
+            raise self.error
+
     def raise_index_error(self) -> None:
-        """What `finish` met. Raised there, it would leave the other ranks waiting inside Megatron."""
+        """Raise the error of `finish`. Raised there, it would leave the other ranks waiting inside Megatron."""
         if self.index_error is not None:
             raise self.index_error
 
 
-class ShareStrategy(TorchDistSaveShardedStrategy):
-    """Megatron-Core's strategy with ShareWriter in the place of its own writer."""
+class ShardStrategy(TorchDistSaveShardedStrategy):
+    """Megatron-Core's save strategy with ShardWriter in place of its own writer."""
 
     def __init__(self, frozen: FrozenWeights | None = None) -> None:
-        """`frozen` gives values to the weights that it has announced in the state."""
+        """`frozen` gives the frozen weights that it announced in the state their values; None: all have values."""
         super().__init__("torch_dist", 1, thread_count=FILES_PER_RANK)
         self.frozen = frozen
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
-        """Plan this rank's share. Every rank must call it.
+        """Plan this rank's shard. Every rank must call it.
 
         Returns:
-            A request whose function has the ShareWriter as its only argument, see `writer_of`.
+            A request whose function has the ShardWriter as its only argument, see `request_writer`.
         """
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        writer = ShareWriter(checkpoint_dir)
+        writer = ShardWriter(checkpoint_dir)
         if self.frozen:
             try:
                 self.frozen.fill(part for parts in by_key.values() for part in parts if isinstance(part, ShardedTensor))
             except Exception as error:
-                # The other ranks are on their way into the planning: they hear of it afterwards.
+                # The other ranks are already in the collectives of the planning: report it afterwards.
                 writer.error = error
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner)
@@ -161,17 +164,17 @@ class ShareStrategy(TorchDistSaveShardedStrategy):
         def finalize() -> None:
             save_state_dict_async_finalize(*planned)
 
-        return AsyncRequest(ShareWriter.write_here, [writer], [finalize])
+        return AsyncRequest(ShardWriter.write_here, [writer], [finalize])
 
 
-def writer_of(request: AsyncRequest) -> ShareWriter:
-    """The ShareWriter of a request that `ShareStrategy.async_save` made."""
+def request_writer(request: AsyncRequest) -> ShardWriter:
+    """The ShardWriter of a request that `ShardStrategy.async_save` made."""
     (writer,) = request.async_fn_args
     return writer
 
 
-def _telling_os_errors(file: ShareFile, stream: ChecksumStream) -> list[WriteResult]:
-    """torch.save turns an OSError of the stream into a RuntimeError that does not say what happened."""
+def _write_file(file: ShardFile, stream: ChecksumStream) -> list[WriteResult]:
+    """Write a file and raise the stream's OSError, which torch.save turns into a RuntimeError without the reason."""
     try:
         return file.write(stream)
     except RuntimeError:
@@ -180,8 +183,8 @@ def _telling_os_errors(file: ShareFile, stream: ChecksumStream) -> list[WriteRes
         raise
 
 
-def _alone_in_its_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The values on the CPU as a tensor of its own: torch.save writes the whole storage that a view looks into."""
+def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor with these values and no others in its storage: torch.save writes the whole storage of a view."""
     tensor = tensor.detach()
     if is_float8tensor(tensor):
         tensor = dequantize_fp8_tensor(tensor)
@@ -195,6 +198,6 @@ def _alone_in_its_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 def _nbytes(data: Any) -> int:
     if isinstance(data, torch.Tensor):
-        # Weights in FP8 are written in the precision they stand for.
+        # Weights in FP8 are written dequantised, in the dtype that the tensor reports.
         return data.numel() * data.element_size()
     return data.getbuffer().nbytes
