@@ -28,7 +28,7 @@ if __name__ == "__main__":
 def child(kernel: bool) -> None:
     """Says when it is ready, by a change of its working directory, and waits for its end."""
     if not kernel:
-        processes._ask_kernel = lambda number: False
+        processes._request_death_signal = lambda number: False
     processes.end_with_parent()
     os.chdir("/")
     time.sleep(300)
