@@ -1,4 +1,4 @@
-"""Operations of a step by kind."""
+"""Kinds of a step's operations, and their shares of its time."""
 
 import pytest
 import torch
