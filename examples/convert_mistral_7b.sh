@@ -1,4 +1,11 @@
 #!/usr/bin/env bash
-# Converts the dense Mistral-7B to a Megatron checkpoint with experts. Settings: 7b_to_8b/convert.sh.
+# Converts the dense Mistral-7B to a Megatron checkpoint with experts.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/7b_to_8b/convert.sh" mistral-7b "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+: "${HF:=}"                                # directory with the model's config.json, safetensors and tokenizer
+: "${SAVE:=checkpoints/mistral-7b-5experts}"  # the checkpoint to write
+: "${NUM_EXPERTS:=5}"                      # with the original one. EP can then be 1, 2 or 4
+: "${TOP_K:=2}"                            # experts per token
+
+convert "$@"

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Llama-3-8B, stage 1 (post-pretraining) after the paper's settings: new experts learn the expanded languages.
-# For one node of 8 GPUs of 80 GB. Settings: 7b_to_8b/stage1.sh.
-set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/7b_to_8b/stage1.sh" llama3-8b "$@"
+# Settings: recipes/llama3-8b-stage1.yaml. Environment variables and flags that override them: train.sh.
+exec bash "$(dirname "${BASH_SOURCE[0]}")/train.sh" llama3-8b-stage1 "$@"

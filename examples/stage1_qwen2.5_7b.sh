@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # Qwen2.5-7B, stage 1 (post-pretraining) after the paper's settings: new experts learn the expanded languages.
-# For one node of 8 GPUs of 80 GB. Settings: 7b_to_8b/stage1.sh.
-set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/7b_to_8b/stage1.sh" qwen2.5-7b "$@"
+# Settings: recipes/qwen2.5-7b-stage1.yaml. Environment variables and flags that override them: train.sh.
+exec bash "$(dirname "${BASH_SOURCE[0]}")/train.sh" qwen2.5-7b-stage1 "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Mistral-7B, stage 2 (review) after the paper's settings: routers learn to keep the original languages.
-# For one node of 8 GPUs of 80 GB. Settings: 7b_to_8b/stage2.sh.
-set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/7b_to_8b/stage2.sh" mistral-7b "$@"
+# Settings: recipes/mistral-7b-stage2.yaml. Environment variables and flags that override them: train.sh.
+export TRAIN_ITERS="${TRAIN_ITERS:-epoch}" # each token of the review data once
+exec bash "$(dirname "${BASH_SOURCE[0]}")/train.sh" mistral-7b-stage2 "$@"

@@ -3,14 +3,15 @@
 import ast
 import importlib.util
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.slowest_first import SLOWEST
-from tests.test_makefile import ROOT, targets
 
+ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PACKAGE = ROOT / "megatron_moe_lpr"
 CODE = re.compile(r"`([^`\n]+)`")
@@ -18,13 +19,13 @@ EXAMPLE = re.compile(r"From\s`(tests/\S+\.py)`:\n\n```python\n(.*?)```", re.DOTA
 
 
 def rows() -> list[tuple[list[str], list[str]]]:
-    """Of each row about megatron-core: files here, and files there with the names that follow them."""
+    """Return for each row of the table our files, and Megatron-Core's files with the names that follow them."""
     cells = [re.split(r" ?\| ?", line) for line in PAGE.splitlines() if line.startswith("| `") and ".py`" in line]
     return [(CODE.findall(cell[1]), CODE.findall(cell[2])) for cell in cells]
 
 
 def expected() -> set[tuple[str, str]]:
-    """(file, name) of megatron-core that something here depends on."""
+    """Return (file, name) of everything in Megatron-Core that the table names."""
     found, path = set(), ""
     for _, words in rows():
         for word in words:
@@ -42,15 +43,15 @@ def test_what_is_depended_on_is_there(path, name):
 
 
 def hangs_on_internals(tree: ast.Module) -> bool:
-    """Whether a file imports private names of megatron-core, extends its classes or replaces what is in it."""
+    """Return whether a file imports private names of Megatron-Core, extends its classes or replaces names in it."""
     imported = set(_imported(tree))
     if any(name.startswith("_") for name in imported):
         return True
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and any(_root(base) in imported for base in node.bases):
             return True
-        of_megatron = isinstance(node, ast.Attribute) and _root(node.value) in imported
-        if of_megatron and (isinstance(node.ctx, ast.Store) or re.match("_[^_]", node.attr)):
+        is_megatron = isinstance(node, ast.Attribute) and _root(node.value) in imported
+        if is_megatron and (isinstance(node.ctx, ast.Store) or re.match("_[^_]", node.attr)):
             return True
         if isinstance(node, ast.Call) and _root(node.func) == "setattr" and _root(node.args[0]) in imported:
             return True
@@ -58,7 +59,7 @@ def hangs_on_internals(tree: ast.Module) -> bool:
 
 
 def _imported(tree: ast.Module) -> Iterator[str]:
-    """Local names of what comes from megatron-core."""
+    """Yield the local names of everything imported from Megatron-Core."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron.core"):
             yield from (alias.asname or alias.name for alias in node.names)
@@ -73,7 +74,7 @@ def _root(node: ast.AST) -> str | None:
 
 
 def needing_a_row() -> set[str]:
-    """Files of the package that an upgrade of megatron-core may break without a word."""
+    """Return files of the package that an upgrade of Megatron-Core may break without an error."""
     found = set()
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
@@ -114,9 +115,11 @@ def test_an_example_is_a_test_of_this_repository(path, example):
     assert all(part.strip() in text for part in example.split("\n\n\n"))
 
 
-def test_there_are_examples_of_both_kinds():
-    assert {path.split("/")[1] for path, _ in EXAMPLE.findall(PAGE)} == {"platform", "gpu"}
-    assert PAGE.count("```python") == len(EXAMPLE.findall(PAGE))
+def targets() -> set[str]:
+    """Return the targets that `make help` lists."""
+    command = ["make", "--no-print-directory", "help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    return {line.split()[1] for line in shown.splitlines()}
 
 
 def test_targets_and_paths_exist():

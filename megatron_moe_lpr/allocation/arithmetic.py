@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 NEW_EXPERTS_A_LAYER = 2
 """Average where no budget is given: the published allocations have 56 new experts in 28 layers and 48 in 24."""
@@ -13,16 +14,16 @@ BISECTION_STEPS = 100
 
 @dataclasses.dataclass(frozen=True)
 class AllocationOptions:
-    """Limits that the user sets to an allocation."""
+    """How many experts an allocation may give, and where: flags of `moe-lpr allocate`."""
 
-    budget: int | None = None
-    """Most new experts in all layers together; None: 2 for each layer."""
-    multiple_of: int = 1
-    """Each layer's new experts are a multiple of this."""
-    uniform_count: int | None = None
-    """Experts of every layer that gets new ones, the original expert included."""
-    dense_layers: tuple[int, ...] = ()
-    """Layers that get no new experts."""
+    budget: PositiveInt | None = None
+    """Most new experts in all layers together. Default: 2 for each layer, as in the published allocations."""
+    multiple_of: PositiveInt = 1
+    """New experts of a layer come in multiples of this: the --expert-model-parallel-size of the run."""
+    uniform_count: PositiveInt | None = None
+    """Give each layer this many experts, the original one included, or none. Needed for an export."""
+    dense_layers: tuple[NonNegativeInt, ...] = ()
+    """Numbers of layers that get no experts, for example those marked poor."""
 
 
 def published_allocation(similarity: Sequence[float], total: float) -> list[int]:

@@ -1,21 +1,23 @@
-"""Find how many experts each layer should get: more where the dense model treats the languages differently."""
+"""Measure how many experts each layer should get: more where the dense model treats the languages differently."""
 
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import tyro
 from rich.console import Console
 
 from megatron_moe_lpr.allocation.arithmetic import AllocationOptions, allocate
 from megatron_moe_lpr.allocation.report import Measurement
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG, format_experts_per_layer
+from megatron_moe_lpr.conversion.hugging_face.hub import model_directory
 from megatron_moe_lpr.data.language_names import canonical_language, covered, split_names
 from megatron_moe_lpr.data.manifest import dataset_files
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.atomic_file import atomic_file, check_output_file, real_target
 from megatron_moe_lpr.files.json_files import write_json
-from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
+from megatron_moe_lpr.flag_ranges import PositiveInt
 
 if TYPE_CHECKING:
     import torch
@@ -23,28 +25,25 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """How many experts each layer should get."""
+    """Measure how many experts each layer should get."""
 
-    load: Path
-    """The dense model: a Hugging Face directory, or a checkpoint written at any layout."""
     data_path: list[str]
     """A dataset for each language, original and expanded."""
     original_languages: list[str]
     """Languages that the dense model already knows, by code or name, for example en es zh."""
-    budget: PositiveInt | None = None
-    """Most new experts in all layers together. Default: 2 for each layer, as in the published allocations."""
-    multiple_of: PositiveInt = 1
-    """New experts of a layer come in multiples of this: the --expert-model-parallel-size of the run."""
-    uniform_count: PositiveInt | None = None
-    """Give each layer this many experts, the original one included, or none. Needed for an export."""
-    dense_layers: tuple[NonNegativeInt, ...] = ()
-    """Numbers of layers that get no experts, for example those marked poor."""
+    hf: str | None = None
+    """The dense model: a Hugging Face directory, or a name on the hub such as Qwen/Qwen1.5-1.8B."""
+    revision: str | None = None
+    """For a name on the hub: branch, tag or commit. Default: its main branch."""
+    load: Path | None = None
+    """Instead of --hf: a checkpoint written at any layout, or a Hugging Face directory."""
+    allocation: tyro.conf.OmitArgPrefixes[AllocationOptions] = dataclasses.field(default_factory=AllocationOptions)
     tokens_per_language: PositiveInt = 20_000
     """Tokens of each language to measure with."""
     seq_length: PositiveInt = 256
     """Tokens of a sequence in that sample."""
     output: Path | None = None
-    """JSON file to write, for --experts-per-layer of convert_hf.py and plan.py."""
+    """JSON file to write, for --experts-per-layer of import and plan."""
     plot: Path | None = None
     """SVG file to draw."""
     device: str | None = None
@@ -66,8 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(flags: Flags) -> Measurement:
-    """Check the flags, run the sample through the dense model and allocate. Raises UserError."""
+    """Check the flags, run a sample of the data through the dense model and allocate. Raises UserError."""
     check_outputs(flags)
+    directory = find_model(flags)
     # torch and transformers take seconds to import.
     from megatron_moe_lpr.allocation.dense_source import open_dense_source
     from megatron_moe_lpr.allocation.ffn_inputs import ffn_inputs
@@ -76,9 +76,9 @@ def measure(flags: Flags) -> Measurement:
     from megatron_moe_lpr.platform.devices import usable_device, visible_device
 
     device = usable_device(flags.device) if flags.device else visible_device()
-    source = open_dense_source(flags.load)
-    options = AllocationOptions(flags.budget, flags.multiple_of, flags.uniform_count, flags.dense_layers)
-    allocate([1.0] * source.architecture.num_layers, options)  # what is wrong with the flags shows before the work
+    source = open_dense_source(directory)
+    # Errors in the flags must show before the work.
+    allocate([1.0] * source.architecture.num_layers, flags.allocation)
     windows = read_windows(flags, source.architecture)
     original = sorted(covered(windows, map(canonical_language, split_names(flags.original_languages))))
     similarity, separable = [], []
@@ -86,11 +86,22 @@ def measure(flags: Flags) -> Measurement:
         means = {name: mean_unit_vector(part) for name, part in inputs.items()}
         similarity.append(layer_similarity(means, original))
         separable.append(separability(inputs, original))
-    return Measurement(similarity, separable, allocate(similarity, options))
+    return Measurement(similarity, separable, allocate(similarity, flags.allocation))
+
+
+def find_model(flags: Flags) -> Path:
+    """Return the directory of the dense model, downloaded where --hf names one of the hub. Raises UserError."""
+    if (flags.hf is None) == (flags.load is None):
+        raise UserError("give either --hf, a dense Hugging Face model, or --load, a checkpoint")
+    if flags.load is None:
+        return model_directory(flags.hf or "", flags.revision)
+    if flags.revision is not None:
+        raise UserError("--revision: is for a name on the hub, given by --hf; leave the flag out")
+    return flags.load
 
 
 def check_outputs(flags: Flags) -> None:
-    """Before the work. Raises UserError where a file could not be written, or both would be the same one."""
+    """Check the output files before the work. Raises UserError: one cannot be written, or both are the same file."""
     files = {"--output": flags.output, "--plot": flags.plot}
     for flag, path in files.items():
         if path:
@@ -100,7 +111,10 @@ def check_outputs(flags: Flags) -> None:
 
 
 def read_windows(flags: Flags, architecture) -> "dict[str, torch.Tensor]":
-    """The sample, with languages of both groups in it. Raises UserError."""
+    """Return the sample of each language, [sequences, tokens] token ids. Raises UserError.
+
+    Original and expanded languages must both be in it.
+    """
     from megatron_moe_lpr.allocation.samples import sample_windows
     from megatron_moe_lpr.data.original_languages import read_original_languages
     from megatron_moe_lpr.data.reading.blend import read_blend

@@ -1,4 +1,4 @@
-"""Plan a run: parameters, operations, the layouts that fit into GPU memory, best first, and what each of them sends.
+"""Plan a run: parameters, operations, the layouts that fit into GPU memory, best first, and their communication.
 
 Layout flags that you give are kept; the others are searched.
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.conversion.hugging_face.hub import model_config_file
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_ranges import PositiveFloat, PositiveInt, Range
 
@@ -27,8 +28,11 @@ class Flags:
     """GiB of one GPU."""
     gpus_per_node: PositiveInt = 8
     """GPUs of one node. TP stays inside a node."""
-    hf: Path | None = None
-    """A dense Hugging Face directory (or its config.json), upcycled as the next four flags say."""
+    hf: str | None = None
+    """A dense model, upcycled as the flags from --num-experts to --experts-per-layer say: a Hugging Face directory, its
+    config.json, or a name on the hub such as Qwen/Qwen1.5-1.8B, of which only the config.json is downloaded."""
+    revision: str | None = None
+    """For a name on the hub: branch, tag or commit. Default: its main branch."""
     num_experts: PositiveInt = 6
     """Experts per layer, the original one included."""
     top_k: PositiveInt | None = None
@@ -67,7 +71,7 @@ class Flags:
     show: PositiveInt = 8
     """Layouts to show."""
     routing: Path | None = None
-    """JSON file of tools/evaluate.py --output, whose routing the communication is computed with. Default: balanced."""
+    """JSON file of evaluate --output, whose routing the communication is computed with. Default: balanced."""
     original_share: Annotated[float, Range(0, 1)] | None = None
     """With --routing: share of original-language tokens. Default: as in the checkpoint's last training data."""
     peak_tflops: PositiveFloat = 989.0
@@ -106,9 +110,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def find(flags: Flags) -> tuple["ModelShape", "RunSizes", list["Candidate"]]:
-    """The model, the run, and the layouts that fit, best first. Raises UserError."""
+    """Return the model, the run, and the layouts that fit, best first. Raises UserError."""
     _check(flags)
-    # Late, because Megatron takes seconds to import and the checks above do without.
+    if flags.hf is not None:
+        # A name on the hub becomes the file in the cache, which is then read twice.
+        flags = dataclasses.replace(flags, hf=str(model_config_file(flags.hf, flags.revision)), revision=None)
+    # Megatron takes seconds to import, which the checks above do not need.
     from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
 
     shape, sizes = read_shape(flags), read_sizes(flags)
@@ -124,6 +131,10 @@ def find(flags: Flags) -> tuple["ModelShape", "RunSizes", list["Candidate"]]:
 
 
 def _check(flags: Flags) -> None:
+    if (flags.hf is None) == (flags.load is None):
+        raise UserError("give either --hf, a dense Hugging Face model, or --load, a converted checkpoint")
+    if flags.revision is not None and flags.hf is None:
+        raise UserError("--revision: is for a name on the hub, given by --hf; leave the flag out")
     if flags.fp8_param_gather and flags.precision != "fp8":
         raise UserError("--fp8-param-gather needs --precision fp8")
     if flags.fp8_param_gather:
@@ -137,7 +148,7 @@ def _check(flags: Flags) -> None:
 
 
 def read_shape(flags: Flags):
-    """The model of the checkpoint, or what upcycling the dense one would give."""
+    """Return the shape of the checkpoint's model, or of the model that upcycling --hf would make. Raises UserError."""
     from megatron_moe_lpr.checkpoint.format.card import read_json
     from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
     from megatron_moe_lpr.checkpoint.loading.model import model_shape
@@ -149,19 +160,17 @@ def read_shape(flags: Flags):
         if flags.experts_per_layer is not None:
             raise UserError("--experts-per-layer: the checkpoint given by --load knows its experts; leave the flag out")
         return model_shape(resolve_checkpoint(flags.load))
-    if flags.hf is None or flags.load is not None:
-        raise UserError("give either --hf, a dense Hugging Face model, or --load, a converted checkpoint")
-    path = flags.hf / "config.json" if flags.hf.is_dir() else flags.hf
+    path = Path(flags.hf or "")
     architecture = read_architecture(read_json(path), str(path))
-    options = ImportOptions(flags.hf, flags.num_experts, flags.top_k, flags.moe_layer_freq)
+    options = ImportOptions(path, flags.num_experts, flags.top_k, flags.moe_layer_freq)
     if flags.experts_per_layer is not None:
-        options = ImportOptions(flags.hf, top_k=flags.top_k, experts_per_layer=flags.experts_per_layer)
+        options = ImportOptions(path, top_k=flags.top_k, experts_per_layer=flags.experts_per_layer)
     experts, top_k = upcycled_experts(options, architecture.num_layers)
     return ModelShape(architecture, tuple(experts), top_k)
 
 
 def read_sizes(flags: Flags):
-    """What of the run decides its memory."""
+    """Return the sizes and formats of a run that decide its memory."""
     from megatron_moe_lpr.planning.sizes import RunSizes
     from megatron_moe_lpr.training.configuration.stages import STAGES
 
@@ -180,7 +189,7 @@ def read_sizes(flags: Flags):
 
 
 def _stored_dtype(flags: Flags):
-    """The dense model's dtype, as the checkpoint's card or config.json says it."""
+    """Return the dtype of the dense model's weights, read from the checkpoint's card or from config.json."""
     from megatron_moe_lpr.checkpoint.format.card import MODEL_DTYPES, read_json
     from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 
@@ -188,7 +197,7 @@ def _stored_dtype(flags: Flags):
         return resolve_checkpoint(flags.load).card().dtype
     if flags.hf is None:
         return None
-    config = read_json(flags.hf / "config.json" if flags.hf.is_dir() else flags.hf)
+    config = read_json(Path(flags.hf))
     named = (config.get(name) for name in ("dtype", "torch_dtype"))
     return next((dtype for dtype in named if dtype in MODEL_DTYPES), None)
 

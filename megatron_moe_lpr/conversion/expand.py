@@ -14,11 +14,11 @@ from megatron_moe_lpr.checkpoint.format.directory import (
     LATEST_FILE,
     RELEASE,
     SIDE_DIRECTORY,
-    resolve_checkpoint,
     write_latest,
 )
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
+from megatron_moe_lpr.conversion.expand_options import ExpandOptions, added_experts
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
 from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
 from megatron_moe_lpr.conversion.reading import check_model_tensors
@@ -38,22 +38,6 @@ from megatron_moe_lpr.progress import ProgressReport
 NAMES = MOE_LAYOUTS["qwen3_moe"]
 
 
-@dataclasses.dataclass(frozen=True)
-class ExpandOptions:
-    """What the user chose."""
-
-    load: Path
-    added: list[int]
-    """New experts of each layer."""
-    seed: int = 1234
-    expert_parallel_size: int = 1
-    """Only checked: EP must divide the new experts of every expansion."""
-    base: Path | None = None
-    """For a checkpoint of --save-trainable-only: its parent checkpoint; None: the one that it names."""
-    verified: bool = True
-    """Compare the checkpoint's files with their checksums first."""
-
-
 def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> CheckpointCard:
     """Write the checkpoint `save`, which is `load` with new experts, and return its card.
 
@@ -66,25 +50,26 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
     """
     check_separate(options.load, "--load", save, "--save")
     with contextlib.ExitStack() as lock:
-        iteration = lock.enter_context(resolve_and_hold(options.load, options.base))
+        iteration = lock.enter_context(resolve_and_hold(options.load, options.base_checkpoint))
         return _write_expanded(dataclasses.replace(options, load=iteration), save, overwrite, lock)
 
 
 def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: contextlib.ExitStack) -> CheckpointCard:
     """Check and write. Releasing `lock` raises if a file was deleted while it was read, so it is released before the
     output gets its name."""
-    checkpoint = open_checkpoint(options.load, options.verified, options.base)
+    checkpoint = open_checkpoint(options.load, options.verify, options.base_checkpoint)
     for one in checkpoint_chain(checkpoint):
         check_separate(one.path, "the checkpoint", save, "--save")
     before, architecture = checkpoint.card(), checkpoint.architecture()
-    after = _card(before, options)
+    added = added_experts(options.add_experts, before.experts_per_layer)
+    after = _card(before, options, added)
     reader = open_reader(checkpoint)
     had = model_rows(architecture, before.experts_per_layer, NAMES, before.expansions)
     check_model_tensors(had, reader)
     rows = model_rows(architecture, after.experts_per_layer, NAMES, after.expansions)
     sources = _sources(had, rows)
     total = sum(math.prod(row.shape) * reader.tensors[sources[row.key] or had[0].key].dtype.itemsize for row in rows)
-    for one in checkpoint_chain(checkpoint) if options.verified else ():
+    for one in checkpoint_chain(checkpoint) if options.verify else ():
         verify_all(one.path)
     files = tree_inside(checkpoint.side_directory, checkpoint.path)
     with name_file_in_oserror(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
@@ -105,24 +90,8 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
     return after
 
 
-def read_added(text: str, load: Path) -> list[int]:
-    """Read `--add-experts`: one number for every layer that has experts, or a number for each layer.
-
-    Raises:
-        UserError: neither of these.
-    """
-    card = resolve_checkpoint(load).card()
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and len(part) < 10 for part in parts):
-        raise UserError(f"--add-experts {text}: a number, or one for each layer as in 0,2,2,1")
-    numbers = [int(part) for part in parts]
-    if len(numbers) == 1:
-        return [numbers[0] if experts > 1 else 0 for experts in card.experts_per_layer]
-    return numbers
-
-
-def _card(before: CheckpointCard, options: ExpandOptions) -> CheckpointCard:
-    """The card of the expanded checkpoint. Raises UserError where it cannot be expanded with these options."""
+def _card(before: CheckpointCard, options: ExpandOptions, added: list[int]) -> CheckpointCard:
+    """The card of the expanded checkpoint. Raises UserError where it cannot be expanded so."""
     if not before.is_moe:
         raise UserError(f"--load {options.load}: is dense; export it, then upcycle what export wrote by import")
     if before.openness < 1:
@@ -132,23 +101,23 @@ def _card(before: CheckpointCard, options: ExpandOptions) -> CheckpointCard:
             f"--load {options.load}: no stage 1 in its history, so the languages of its experts are not known: train "
             f"it first, or, if they were trained elsewhere, import it again with {ORIGINAL_FLAG} and {EXPANDED_FLAG}"
         )
-    if len(options.added) != len(before.experts_per_layer) or min(options.added) < 0 or not any(options.added):
+    if len(added) != len(before.experts_per_layer) or min(added) < 0 or not any(added):
         raise UserError(
             f"--add-experts: numbers of 0 or more for {len(before.experts_per_layer)} layers are expected, not all 0"
         )
     earlier = [experts - 1 for experts in before.experts_per_layer]
-    for count in sorted({*earlier, *options.added} - {0}):
-        check_expert_parallel(count, options.expert_parallel_size)
-    experts = [one + more for one, more in zip(before.experts_per_layer, options.added, strict=True)]
+    for count in sorted({*earlier, *added} - {0}):
+        check_expert_parallel(count, options.expert_model_parallel_size)
+    experts = [one + more for one, more in zip(before.experts_per_layer, added, strict=True)]
     check_experts(experts, "--add-experts")
     return dataclasses.replace(
         before,
         format_version=CheckpointCard.format_version,
         parent=None,
         experts_per_layer=experts,
-        expansions=[*(before.expansions or [earlier]), options.added],
+        expansions=[*(before.expansions or [earlier]), added],
         openness=0.0,
-        history=[*before.history, {"stage": EXPANSION, "new_experts": options.added, "router_seed": options.seed}],
+        history=[*before.history, {"stage": EXPANSION, "new_experts": added, "router_seed": options.seed}],
     )
 
 

@@ -1,7 +1,6 @@
 """Options of an import, and how many experts each layer gets by them."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.format.card import MAX_EXPERTS, check_experts
@@ -9,6 +8,7 @@ from megatron_moe_lpr.conversion.experts_per_layer import FLAG as EXPERTS_FLAG
 from megatron_moe_lpr.conversion.experts_per_layer import read_experts_per_layer
 from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_ranges import PositiveInt, Seed
 
 PAPER_NUM_EXPERTS = 6
 PAPER_TOP_K = 2
@@ -16,25 +16,32 @@ PAPER_TOP_K = 2
 
 @dataclasses.dataclass(frozen=True)
 class ImportOptions:
-    """What the user chose; None: not given."""
+    """What an import makes of a model: flags of `moe-lpr import`; None: not given."""
 
     hf: Path
-    num_experts: int | None = None
-    top_k: int | None = None
+    """Directory with config.json and safetensors weights, or a name on the hub such as Qwen/Qwen1.5-1.8B."""
+    num_experts: PositiveInt | None = None
+    """Experts per layer, with the original one; 1: stay dense. Default: 6 (paper), or what a MoE or adapter has."""
+    top_k: PositiveInt | None = None
+    """Experts per token. Default: the paper's 2."""
     moe_layer_freq: str | None = None
+    """Layers with experts: N for every N-th from layer 0 on, or a pattern: "[0]+[1]*31". Default: 1, every layer."""
     experts_per_layer: str | None = None
-    """Numbers by layer, or the JSON file of tools/allocate_experts.py."""
-    expand_blocks: int | None = None
-    """Blocks to insert; the model stays dense."""
-    seed: int = 1234
+    """Instead: experts of each layer (1: dense), as 5,4,3,... or as the JSON file of `moe-lpr allocate`."""
+    expand_blocks: PositiveInt | None = None
+    """Stay dense and insert N copied blocks, one after each of N groups, for --stage blocks (LLaMA-Pro)."""
+    seed: Seed = 1234
+    """Seed of the routers' initial values."""
     adapter: Path | None = None
+    """Take experts and routers from an adapter of the authors' implementation (peft_type MOE); --hf is its base."""
     allow_top_1: bool = False
-    expert_parallel_size: int = 1
-    """Only checked: EP must divide the new experts of every layer."""
-    original_languages: Sequence[str] = ()
-    """Where the source has trained experts: languages of its dense model."""
-    expanded_languages: Sequence[str] = ()
-    """Where the source has trained experts: languages that they were trained on."""
+    """Accept --top-k 1, although the upcycled model then differs from the dense one."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Only a check: does this EP size divide the number of new experts?"""
+    original_languages: list[str] = dataclasses.field(default_factory=list)
+    """For experts that were trained elsewhere (--adapter, a stock MoE): the dense model's languages, as in en es zh."""
+    expanded_languages: list[str] = dataclasses.field(default_factory=list)
+    """For experts that were trained elsewhere: languages that they were trained on, as in el hu tr."""
 
 
 def upcycled_experts(options: ImportOptions, num_layers: int) -> tuple[list[int], int]:

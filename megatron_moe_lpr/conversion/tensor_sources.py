@@ -75,7 +75,7 @@ def find_tensor_sources(options: ImportOptions) -> TensorSources:
     experts, top_k = _experts(options, model, adapter)
     _check_top_1(options, model, experts, top_k)
     for count in sorted(set(experts) - {1}):
-        check_expert_parallel(count - 1, options.expert_parallel_size)
+        check_expert_parallel(count - 1, options.expert_model_parallel_size)
     inserted, inserts = _inserted_blocks(options, model, experts), options.expand_blocks is not None
     if inserts:
         experts = [1] * (len(experts) + len(inserted))

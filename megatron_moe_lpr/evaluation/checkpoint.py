@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,34 +22,13 @@ from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.finite import check_finite_losses, check_finite_weights
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
+from megatron_moe_lpr.evaluation.options import EvaluationOptions
 from megatron_moe_lpr.liveness import long_work
 from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, check_layout
 from megatron_moe_lpr.model.configuration.dtype import choose_dtype, say_dtype
 from megatron_moe_lpr.parallel.groups import initialize_parallel
-from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
-from megatron_moe_lpr.platform import PlatformName, select_platform
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationPlan:
-    """What to evaluate, on what, and how."""
-
-    load: Path
-    valid_data_path: list[str]
-    original_languages: list[str]
-    """Beside those that the checkpoint's history knows."""
-    seq_length: int
-    micro_batch_size: int
-    dtype: torch.dtype | None
-    """What to compute in; None: see `CheckpointCard.compute_dtype`, and fp32 on CPUs without bf16 instructions."""
-    layout: ParallelLayout
-    platform: PlatformName
-    base_checkpoint: Path | None = None
-    """Where the weights are that `load` does not hold; None: where it says, or it holds all."""
-    verify: bool = True
-    """Compare the checkpoint's files with their checksums first."""
-    distributed_timeout_minutes: int = 10
-    """After which a collective operation fails."""
+from megatron_moe_lpr.parallel.layout import check_timeout
+from megatron_moe_lpr.platform import select_platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,47 +48,48 @@ class Evaluation:
     datasets: list[DatasetLoss]
 
 
-def evaluate_checkpoint(plan: EvaluationPlan) -> Evaluation:
+def evaluate_checkpoint(options: EvaluationOptions) -> Evaluation:
     """Check, build, load and run. Every rank must call it.
 
     Raises:
         UserError: a checkpoint, dataset, language or layout that does not fit.
     """
-    check_timeout(plan.distributed_timeout_minutes)
-    with resolve_and_hold(plan.load, plan.base_checkpoint) as iteration:
-        return _evaluate(dataclasses.replace(plan, load=iteration))
+    check_timeout(options.distributed_timeout_minutes)
+    asked = options.dtype  # flags that contradict each other fail before the checkpoint is read
+    with resolve_and_hold(options.load, options.base_checkpoint) as iteration:
+        return _evaluate(dataclasses.replace(options, load=iteration), asked)
 
 
-def _evaluate(plan: EvaluationPlan) -> Evaluation:
-    directory = open_checkpoint(plan.load, plan.verify, plan.base_checkpoint)
+def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluation:
+    directory = open_checkpoint(options.load, options.verify, options.base_checkpoint)
     shape, card = model_shape(directory), directory.card()
-    _check_sizes(plan, shape)
+    _check_sizes(options, shape)
     fingerprint = load_tokenizer(directory.side_directory).fingerprint if card.tokenizer_files else None
-    entries = read_blend(plan.valid_data_path, "--valid-data-path", tokenizer_fingerprint=fingerprint)
+    entries = read_blend(options.valid_data_path, "--valid-data-path", tokenizer_fingerprint=fingerprint)
     languages = LanguageRegistry(entry.language for entry in entries)
     check_token_ids(entries, shape.architecture.vocab_size, str(directory.path))
-    original = read_original_languages(plan.original_languages, languages.names, original_languages(card.history))
-    check_layout(shape, plan.layout)
+    original = read_original_languages(options.original_languages, languages.names, original_languages(card.history))
+    check_layout(shape, options.layout)
 
-    platform = select_platform(plan.platform)
-    initialize_parallel(platform, plan.layout, timeout_minutes=plan.distributed_timeout_minutes)
-    dtype = choose_dtype(plan.dtype, card.compute_dtype, platform)
-    say_dtype(plan.dtype, card.compute_dtype, card.dtype, platform)
+    platform = select_platform(options.platform)
+    initialize_parallel(platform, options.layout, timeout_minutes=options.distributed_timeout_minutes)
+    dtype = choose_dtype(asked, card.compute_dtype, platform)
+    say_dtype(asked, card.compute_dtype, card.dtype, platform)
     with long_work(f"loading {directory.path}"):
-        model = load_model(directory, plan.layout, platform, ComputeOptions(dtype=dtype), verified=plan.verify)
+        model = load_model(directory, options.layout, platform, ComputeOptions(dtype=dtype), verified=options.verify)
         check_finite_weights(model.chunks, directory.path)
     groups = groups_with_prior(card.history, original.names, shape.num_groups)
     table = languages.group_table(groups).to(platform.device)
-    datasets = _datasets(entries, languages, plan.seq_length)
+    datasets = _datasets(entries, languages, options.seq_length)
     found = (
-        evaluate_dataset(model.chunks, model.config, shape, dataset, table, platform.device, plan.micro_batch_size)
+        evaluate_dataset(model.chunks, model.config, shape, dataset, table, platform.device, options.micro_batch_size)
         for dataset in datasets
     )
     results = [result for result in found if result is not None]
     check_finite_losses(results, directory.path, dtype)
     precision = str(dtype).removeprefix("torch.")
     notes = (*original.notes, *unknown_languages(languages.names, original.names, card.history))
-    return Evaluation(directory, card, precision, plan.seq_length, original.names, notes, groups, results)
+    return Evaluation(directory, card, precision, options.seq_length, original.names, notes, groups, results)
 
 
 def unknown_languages(names: Sequence[str], original: Sequence[str], history: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -131,14 +110,14 @@ def unknown_languages(names: Sequence[str], original: Sequence[str], history: Se
     ]
 
 
-def _check_sizes(plan: EvaluationPlan, shape: ModelShape) -> None:
+def _check_sizes(options: EvaluationOptions, shape: ModelShape) -> None:
     longest = shape.architecture.max_position_embeddings
-    if not 1 <= plan.seq_length <= longest:
-        raise UserError(f"--seq-length {plan.seq_length}: from 1 to the model's {longest} positions")
-    if plan.micro_batch_size < 1:
-        raise UserError(f"--micro-batch-size {plan.micro_batch_size}: must be at least 1")
-    plan.layout.check_sequence(plan.seq_length)
-    if not plan.valid_data_path:
+    if not 1 <= options.seq_length <= longest:
+        raise UserError(f"--seq-length {options.seq_length}: from 1 to the model's {longest} positions")
+    if options.micro_batch_size < 1:
+        raise UserError(f"--micro-batch-size {options.micro_batch_size}: must be at least 1")
+    options.layout.check_sequence(options.seq_length)
+    if not options.valid_data_path:
         raise UserError("--valid-data-path: give the datasets to evaluate on")
 
 

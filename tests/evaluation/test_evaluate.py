@@ -18,7 +18,8 @@ from torch.nn import functional
 from megatron_moe_lpr.checkpoint.format.card import read_card
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, resolve_checkpoint
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint, unknown_languages
+from megatron_moe_lpr.evaluation.checkpoint import evaluate_checkpoint, unknown_languages
+from megatron_moe_lpr.evaluation.options import EvaluationOptions
 from megatron_moe_lpr.evaluation.results import evaluation_record
 from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -58,13 +59,13 @@ def setting(tmp_path_factory):
 
 def evaluate(load: Path, data: dict[str, str], layout: dict, original: tuple[str, ...] = ("en",)) -> dict:
     """On every rank of a pool."""
-    plan = EvaluationPlan(
+    plan = EvaluationOptions(
         load=load,
         valid_data_path=list(data.values()),
         original_languages=list(original),
         seq_length=SEQUENCE,
         micro_batch_size=2,
-        dtype=torch.float32,
+        fp32=True,
         layout=ParallelLayout(**layout),
         platform="cpu",
     )

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_moe_lpr.conversion.verification.verify_models import verify_checkpoint
-from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
+from megatron_moe_lpr.evaluation.checkpoint import evaluate_checkpoint
+from megatron_moe_lpr.evaluation.options import EvaluationOptions
 from megatron_moe_lpr.evaluation.results import evaluation_record
 from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -161,8 +162,8 @@ def test_resume_at_another_expert_parallel_size(recipe, trained, inputs, tmp_pat
 
 def losses_by_language(load: Path, data: dict[str, str], platform: str, **changes) -> dict[str, float]:
     """On every rank: what tools/evaluate.py finds."""
-    fields = {"seq_length": 64, "micro_batch_size": 4, "dtype": None, "layout": ParallelLayout(), "platform": platform}
-    evaluation = evaluate_checkpoint(EvaluationPlan(load, [data["el"], data["en"]], ["en"], **(fields | changes)))
+    fields = {"seq_length": 64, "micro_batch_size": 4, "layout": ParallelLayout(), "platform": platform}
+    evaluation = evaluate_checkpoint(EvaluationOptions(load, [data["el"], data["en"]], ["en"], **(fields | changes)))
     return {entry["language"]: entry["loss"] for entry in evaluation_record(evaluation)["datasets"]}
 
 
@@ -176,7 +177,7 @@ def test_evaluation_and_export_of_what_fp8_trained(name, trained, inputs, tmp_pa
     """A checkpoint with FP8 states is evaluated as the CPU platform does, at another layout too, and exported to a
     stock architecture that transformers computes alike."""
     save, data = trained(name)[0], inputs[1]
-    exact = {"dtype": torch.float32}
+    exact = {"fp32": True}
     expected = run(1, partial(losses_by_language, **exact), save, data, "cpu", platform="cpu")[0]
     assert expected["el"] < 0.9 * expected["en"]
     split = name == "fp8 delayed" and device.count() > 1  # the recipe that saves most states

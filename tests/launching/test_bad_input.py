@@ -1,8 +1,8 @@
-"""Example scripts with bad settings: one reason, before anything is launched."""
+"""Example scripts with bad settings end in one error line before anything is launched."""
 
 import pytest
 
-from tests.launching.builders import ROOT, prepare_inputs, run_script
+from tests.launching.builders import ROOT, fake_python, prepare_inputs, run_script
 
 LAUNCH = "-m megatron_moe_lpr.launch"
 
@@ -29,6 +29,9 @@ def inputs(tmp_path_factory):
         ("stage1_qwen.sh", {"PLATFORM": "cuda", "PATH": "/usr/bin:/bin"}, "no GPU: nvidia-smi does not answer"),
         ("stage1_qwen.sh", {"PLATFORM": "tpu"}, "PLATFORM=tpu: cuda or cpu"),
         ("stage1_qwen.sh", {"RECOMPUTE": "some"}, "RECOMPUTE=some: none, moe or full"),
+        ("stage1_qwen.sh", {"NUM_NODES": "two"}, "NUM_NODES=two: a whole number of 1 or more is expected"),
+        ("stage1_qwen.sh", {"TRAIN_ITERS": "0"}, "--train-iters 0: must be at least 1"),
+        ("train.sh", {}, "give a recipe: a file, or one of llama3-8b-stage1, "),
         ("stage1_qwen.sh", {"GPUS_PER_NODE": 3, "TP": 2}, "3 ranks cannot hold TP 2 x PP 1 = 2 ranks per model copy"),
         ("stage1_qwen.sh", {"GPU_MEMORY": 1}, "1 x 1 GiB: no layout fits"),
         ("export.sh", {"LOAD": "none"}, "LOAD: none does not exist; it is SAVE of stage2_*.sh"),
@@ -42,16 +45,16 @@ def test_stops_before_launching(inputs, script, settings, message):
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("stage*.sh")))
-def test_dry_run_shows_the_command(inputs, script):
-    settings = {"LOAD": inputs / "moe", "SAVE": inputs / "run", "DRY_RUN": 1, "PYTHON": "echo"}
+def test_dry_run_shows_the_command(inputs, script, tmp_path):
+    settings = {"LOAD": inputs / "moe", "SAVE": inputs / "run", "DRY_RUN": 1, "PYTHON": fake_python(tmp_path)}
     result = run_script(script, inputs, **settings, TRAIN_ITERS=7, FP8=1, PP=1, EP=1)
     assert result.returncode == 0, result.stderr
     assert LAUNCH in result.stdout and "--train-iters 7" in result.stdout and "tools/plan.py" in result.stdout
     assert "--fp8-format hybrid --fp8-recipe delayed" in result.stdout and not (inputs / "run").exists()
 
 
-def test_blockwise_scaling_has_the_format_that_its_tests_have(inputs):
-    settings = {"LOAD": inputs / "moe", "SAVE": inputs / "run", "DRY_RUN": 1, "PYTHON": "echo"}
+def test_blockwise_scaling_has_the_format_that_its_tests_have(inputs, tmp_path):
+    settings = {"LOAD": inputs / "moe", "SAVE": inputs / "run", "DRY_RUN": 1, "PYTHON": fake_python(tmp_path)}
     result = run_script("stage1_qwen.sh", inputs, **settings, TRAIN_ITERS=7, FP8=1, FP8_RECIPE="blockwise", PP=1, EP=1)
     assert result.returncode == 0, result.stderr
     assert "--fp8-format e4m3 --fp8-recipe blockwise" in result.stdout

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching.builders import ROOT, environment
+from tests.launching.builders import ROOT, environment, fake_python
 
 NAMES = ["my run", 'it\'s "so"', "*[a]?", "$HOME `x` \\", "a\nb\n", "  both ends  ", "äöü & ;|<>", "plain"]
 
@@ -14,18 +14,18 @@ FAKES = {
     "scontrol": 'echo "NodeName=n1 NodeAddr=127.0.0.1 Arch=x"',
     # The step and, on each node, what looks for the launcher.
     "srun": 'printf "%s\\0" "$SAVE" "$LOG_DIR" "${@: -1}" >"$RECORD"',
-    "python": 'printf "%s\\0" "$@" >>"$RECORD.python"',
 }
 
 
 @pytest.fixture
 def work(tmp_path):
-    """Programs that note what they get, and files that a stage asks for."""
+    """Directory with programs that record their arguments."""
     (tmp_path / "bin").mkdir()
     for name, text in FAKES.items():
         path = tmp_path / "bin" / name
         path.write_text(f"#!/usr/bin/env bash\n{text}\n")
         path.chmod(0o755)
+    fake_python(tmp_path / "bin", 'printf "%s\\0" "$@" >>"$RECORD.python"')
     return tmp_path
 
 

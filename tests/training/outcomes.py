@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
-from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.evaluation.checkpoint import evaluate_checkpoint
+from megatron_moe_lpr.evaluation.options import EvaluationOptions
 from tests.training.runs import train
 
 
@@ -19,7 +19,7 @@ def train_outcome(*arguments, **changes) -> str | None:
 
 def evaluation_outcome(load: Path, data: dict[str, str], verify: bool = True) -> str | None:
     """On every rank: the error that an evaluation ends in, None where it ends well."""
-    plan = EvaluationPlan(load, list(data.values()), ["en"], 32, 2, None, ParallelLayout(), "cpu", verify=verify)
+    plan = EvaluationOptions(load, list(data.values()), ["en"], 32, 2, platform="cpu", verify=verify)
     try:
         evaluate_checkpoint(plan)
     except UserError as error:

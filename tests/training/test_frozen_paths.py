@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.model_card import NOT_ORIGINAL, ORIGINAL
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint
+from megatron_moe_lpr.evaluation.checkpoint import evaluate_checkpoint
+from megatron_moe_lpr.evaluation.options import EvaluationOptions
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import assert_same_tensors, checkpoint_tensors, hf_tensors, rewrite_checkpoint, run
@@ -106,7 +107,7 @@ def test_the_commands_read_a_checkpoint_of_several_dtypes(first, inputs, tmp_pat
 @pytest.mark.parametrize("dtype", [None, SINGLE, BRAIN])
 def test_it_evaluates_as_what_it_computes(dtype, first, inputs):
     """The same loss at another layout, and near the last one of training."""
-    plan = EvaluationPlan(first, [inputs[1]["el"]], [], 32, 2, dtype, ParallelLayout(), "cpu")
+    plan = EvaluationOptions(first, [inputs[1]["el"]], [], 32, 2, dtype == BRAIN, dtype == SINGLE, platform="cpu")
     alone = rank_pool(1).run(evaluated, plan)[0]
     split = rank_pool(2).run(evaluated, dataclasses.replace(plan, layout=ParallelLayout(tensor_model_parallel_size=2)))[
         0

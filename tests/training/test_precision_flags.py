@@ -10,9 +10,9 @@ from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.conversion.verification import verify_models
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation import checkpoint as evaluation
+from megatron_moe_lpr.evaluation.options import EvaluationOptions
 from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.model.configuration.dtype import say_dtype
-from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import CPUFacts, Platform
 from megatron_moe_lpr.training import setup
 from tests.distributed import rank_pool
@@ -76,10 +76,7 @@ def test_evaluation(dtype, platform, flags, expected, checkpoint, inputs, monkey
     monkeypatch.setattr(evaluation, "select_platform", lambda *arguments: platform)
     monkeypatch.setattr(evaluation, "initialize_parallel", lambda *arguments, **more: None)
     monkeypatch.setattr(evaluation, "load_model", load_model)
-    asked = torch.bfloat16 if flags else None
-    plan = evaluation.EvaluationPlan(
-        checkpoint(dtype), [inputs[1]["el"]], [], 32, 2, asked, ParallelLayout(), platform="cpu"
-    )
+    plan = EvaluationOptions(checkpoint(dtype), [inputs[1]["el"]], [], 32, 2, bf16=bool(flags), platform="cpu")
     with pytest.raises(Reached):
         evaluation.evaluate_checkpoint(plan)
 

@@ -1,18 +1,22 @@
 """A model by its name on the Hugging Face hub, downloaded into the cache that all programs of Hugging Face share."""
 
+import contextlib
 import dataclasses
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.hub_errors import explain_hub_errors, is_client_error
 
+CONFIG_FILE = "config.json"
+REVISION_HINT = "is --revision right?"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (
-    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *(CONFIG_FILE, "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
     *("tokenizer*", "*.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
     *("chat_template*", "LICENSE*", "README.md"),
 )
@@ -42,13 +46,44 @@ def model_directory(model: Path | str, revision: str | None = None) -> Path:
         UserError: the hub does not answer, refuses access, or has no safetensors weights under that name; or
             `revision` is given for a directory.
     """
-    path = Path(model)
-    if path.exists() or not NAME.fullmatch(str(model)):
-        if revision is not None:
-            raise UserError(f"--revision {revision}: --hf {model} is no name on the hub; leave the flag out")
-        return path
-    try:
+    if _is_local(model, revision):
+        return Path(model)
+    with _as_hub_name(model):
         return _snapshot(str(model), revision)
+
+
+def model_config_file(model: Path | str, revision: str | None = None) -> Path:
+    """Return the config.json of a model; of one on the hub nothing else is downloaded.
+
+    Args:
+        model: a directory, its config.json, or ORGANIZATION/NAME where there is no such directory.
+        revision: branch, tag or commit on the hub. Default: its main branch.
+
+    Raises:
+        UserError: the hub does not answer, refuses access, or has no such model; or `revision` is given for a path.
+    """
+    if _is_local(model, revision):
+        return Path(model) / CONFIG_FILE if Path(model).is_dir() else Path(model)
+    from huggingface_hub import constants, hf_hub_download
+
+    name = str(model)
+    with _as_hub_name(name), explain_hub_errors(name, f"{constants.ENDPOINT}/{name}", REVISION_HINT):
+        return Path(hf_hub_download(name, CONFIG_FILE, revision=revision))
+
+
+def _is_local(model: Path | str, revision: str | None) -> bool:
+    """Whether `model` is a path, and no name on the hub; a revision is then refused."""
+    is_local = Path(model).exists() or not NAME.fullmatch(str(model))
+    if is_local and revision is not None:
+        raise UserError(f"--revision {revision}: --hf {model} is no name on the hub; leave the flag out")
+    return is_local
+
+
+@contextlib.contextmanager
+def _as_hub_name(model: Path | str) -> Iterator[None]:
+    """Say in front of a UserError that there is no such directory either."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"--hf {model}: no such directory, and as a name on the Hugging Face hub: {error}") from None
 
@@ -58,7 +93,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub.utils import disable_progress_bars
 
     page = f"{constants.ENDPOINT}/{name}"
-    with explain_hub_errors(name, page, "is --revision right?", "start again to go on"):
+    with explain_hub_errors(name, page, REVISION_HINT):
         if not constants.HF_HUB_OFFLINE and (download := _look_up(name, revision)):
             _announce(name, download)
         if not sys.stderr.isatty():

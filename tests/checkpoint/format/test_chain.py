@@ -89,8 +89,7 @@ def test_commands_lock_before_they_read(name, inputs, tmp_path):
 
 
 def test_expand_locks_before_it_writes(inputs, tmp_path):
-    """Its flag --add-experts is read from a card before, of which nothing else depends."""
-    options = ExpandOptions(inputs[0], [1] * 4)
+    options = ExpandOptions(inputs[0], "1,1,1,1")
     assert unlocked_cards(expand, options, tmp_path / "out") == []
 
 

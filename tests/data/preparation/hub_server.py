@@ -76,6 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.gated:
             self._send(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}, b"")
             return
+        if path not in self.hub.files.get(name, {}):
+            self._send(404, {"X-Error-Code": "EntryNotFound" if name in self.hub.files else "RepoNotFound"}, b"")
+            return
         content = self.hub.files[name][path]
         etag = hashlib.sha256(content).hexdigest()
         if path in self.hub.damaged:
