@@ -3,10 +3,10 @@
 
 An upcycled model of random weights in bf16, set up as stage 1 trains it (new experts and routers, distributed
 optimizer), is saved asynchronously, synchronously, and as Megatron-Core's own `fully_reshardable` form does it, which
-gathers the optimizer's state. `stall` is what training waits: from the end of a step on for the state to be gathered,
-planned and copied, then for what each step does while the writers write. `rise` is how far a rank's largest resident
-memory during the save lies above what it held before, `writer` what its writer process holds beside the memory they
-share, which training takes after its first step.
+gathers the optimizer's state. `stall` is the time that training waits: after a step until the state is gathered,
+planned and copied, plus the checks in later steps while the writers write. `rise` is a rank's largest resident memory
+during the save less that before it. `writer` is the memory of its writer process without the memory that both share,
+which training takes after its first step.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from megatron_moe_lpr.command_line import parse_flags
 
 MB = 1e6
 POLL_SECONDS = 0.1
-"""A step."""
+"""Time between polls for a complete checkpoint, like that of a training step."""
 REPEATS = 7
-"""Saves of a kind; the median counts, because other programs on the machine disturb one or the other."""
+"""Saves of each kind; the median counts, because other programs on the machine disturb single ones."""
 STEPS_SECONDS = 2.0
 RANK = "rank"
-"""First argument of the processes that this program starts."""
+"""First argument of the rank processes, by which this file knows that it runs as one."""
 VARIANTS = ("asynchronous", "asynchronous, later", "synchronous", "gathered")
 
 
@@ -50,7 +50,7 @@ class Flags:
     num_experts: int = 5
     """Experts per layer, the original one included."""
     directory: Path = Path(tempfile.gettempdir())
-    """Where the files go; removed afterwards."""
+    """Directory of temporary files, which are removed at the end."""
 
 
 def main(flags: Flags) -> None:
@@ -61,7 +61,7 @@ def main(flags: Flags) -> None:
 
 
 def make_checkpoint(flags: Flags, work: Path) -> None:
-    """A dense model of random weights, upcycled."""
+    """Write a dense model of random weights and upcycle it."""
     import torch
 
     from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec, write_safetensors
@@ -95,7 +95,7 @@ def make_checkpoint(flags: Flags, work: Path) -> None:
 
 
 def run_ranks(flags: Flags, checkpoint: Path) -> list[dict[str, Any]]:
-    """What each rank measured."""
+    """Start the ranks and return the measurements of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -116,7 +116,7 @@ def run_ranks(flags: Flags, checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def print_table(ranks: list[dict[str, Any]]) -> None:
-    """One line for each save and rank."""
+    """Print a line for each kind of save and rank."""
     table = Table("save", "rank", title="Saving a checkpoint", title_justify="left")
     for name in (
         "optimizer share MB",
@@ -138,7 +138,7 @@ def print_table(ranks: list[dict[str, Any]]) -> None:
 
 
 def rank_main(load: Path) -> None:
-    """One rank: measure every way of saving and print it as one line."""
+    """Run as one rank: measure every kind of save and print the results as one line of JSON."""
     import torch
     import torch.distributed as dist
 
@@ -157,7 +157,7 @@ def rank_main(load: Path) -> None:
 
 
 def build(load: Path) -> Any:
-    """The state of a run of stage 1 after a step."""
+    """Return the state of a run of stage 1 after one step."""
 
     from megatron_moe_lpr.checkpoint.loading.model import load_model
     from megatron_moe_lpr.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
@@ -182,7 +182,7 @@ def build(load: Path) -> Any:
 
 
 def optimizer_bytes(state: Any) -> int:
-    """What this rank holds of the optimizer's state: moments and its copy of the weights."""
+    """Return the bytes of optimizer state on this rank: moments and fp32 weights."""
     import torch
 
     total = 0
@@ -194,7 +194,7 @@ def optimizer_bytes(state: Any) -> int:
 
 
 def measure(state: Any, root: Path) -> dict[str, dict[str, float]]:
-    """All variants."""
+    """Measure every kind of save."""
     from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver
     from megatron_moe_lpr.training.checkpointing import expect_saves
 
@@ -203,7 +203,7 @@ def measure(state: Any, root: Path) -> dict[str, dict[str, float]]:
     results["synchronous"] = median_save(saver, state)
     saver.close()
     saver = CheckpointSaver(root / "asynchronous", asynchronous=True)
-    # As training does after its first step; the steps until the first save leave time enough.
+    # As training does after its first step, long before its first save.
     _, taken = with_peak(lambda: (expect_saves(saver, state), time.sleep(STEPS_SECONDS)))
     first = measured_save(saver, state)
     results[VARIANTS[0]] = first | {"rise": first["rise"] + taken}
@@ -213,7 +213,7 @@ def measure(state: Any, root: Path) -> dict[str, dict[str, float]]:
 
 
 def median_save(saver: Any, state: Any) -> dict[str, float]:
-    """Of several saves the median in time, and the most memory."""
+    """Return the median time and the largest memory of several saves."""
     found = []
     for _ in range(REPEATS):
         state.iteration += 1
@@ -223,7 +223,7 @@ def median_save(saver: Any, state: Any) -> dict[str, float]:
 
 
 def measured_save(saver: Any, state: Any) -> dict[str, float]:
-    """Save once, looking now and then, as after each step, whether the checkpoint is complete."""
+    """Save once, and poll whether the checkpoint is complete, as training does after each step."""
     import torch.distributed as dist
 
     from megatron_moe_lpr.training.checkpointing import STATE_METADATA, sharded_state
@@ -246,7 +246,7 @@ def measured_save(saver: Any, state: Any) -> dict[str, float]:
 
 
 def gathered(state: Any, root: Path) -> dict[str, float]:
-    """Megatron-Core's own save of the same state."""
+    """Save the same state by Megatron-Core's own `fully_reshardable` form."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
@@ -273,23 +273,23 @@ def gathered(state: Any, root: Path) -> dict[str, float]:
 
 
 def with_peak(action: Callable[[], Any]) -> tuple[Any, int]:
-    """What `action` returns, and how far resident memory rose above what it was, at most."""
+    """Return the result of `action` and the largest rise of resident memory during it."""
     import gc
 
     import torch.distributed as dist
 
     gc.collect()
-    # 5: forget the peak so far (proc(5), clear_refs).
+    # 5 resets the peak of resident memory (proc(5), clear_refs).
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    # All begin together, as after a step: who collected longer would be waited for.
+    # All ranks begin together, as after a step; otherwise one would wait for another's garbage collection.
     dist.barrier()
     result = action()
     return result, max(0, memory("VmHWM") - before)
 
 
 def memory(name: str, process: int | str = "self") -> int:
-    """Bytes that a line of /proc/PID/status says."""
+    """Return the bytes in a line of /proc/PID/status."""
     return int(re.search(rf"{name}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) * 1024
 
 

@@ -1,8 +1,8 @@
 """Measure the checksums of checkpoints on one core: verifying a file against only reading it, and writing with and
 without. Then the index of a checkpoint, which the restricted unpickler reads, against pickle's own.
 
-The file lies in the page cache, so that the disk is not what is measured. CPU seconds count, not those on the clock:
-other programs on the machine do not change them. Runs alternate, the best of each counts.
+The file lies in the page cache, so that the disk is not measured. CPU seconds count, not wall-clock time, because other
+programs on the machine do not change them. Runs alternate, and the best of each kind counts.
 """
 
 import dataclasses
@@ -38,11 +38,11 @@ class Flags:
     megabytes: int = 512
     """Size of the file."""
     repeats: int = 5
-    """Runs of each."""
+    """Runs of each kind."""
     index_tensors: int = 100_000
     """Tensors in the index. With 128 experts in each of 48 layers, weights and optimizer state are some 75,000."""
     directory: Path | None = None
-    """Where the file goes. Default: the temporary directory."""
+    """Directory of the file. Default: the temporary directory."""
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
                 best[name] = min(best[name], cpu_seconds(action))
         index = write_index(Path(directory, ".metadata"), flags.index_tensors)
         restricted = min(cpu_seconds(lambda: read_index(index)) for _ in range(3))
-        # Without restriction: the file is the one written two lines above, and the comparison is the point.
+        # The unrestricted unpickler is safe here: this function wrote the file.
         unrestricted = min(cpu_seconds(lambda: pickle.loads(index.read_bytes())) for _ in range(3))
         megabytes = index.stat().st_size / 1e6
     Console().print(table(best, size))
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def write_index(path: Path, tensors: int) -> Path:
-    """An index as torch writes it, of tensors in one piece each."""
+    """Write an index as torch does, of tensors that are not split."""
     size = torch.Size([2048, 1024])
     properties = TensorProperties(dtype=torch.bfloat16)
     chunk = ChunkStorageMetadata(offsets=torch.Size([0, 0]), sizes=size)
@@ -97,7 +97,7 @@ def cpu_seconds(action: Callable[[], object]) -> float:
 
 
 def read(path: Path) -> None:
-    """As `checksum_of_file` does, without the checksum."""
+    """Read a file as `checksum_of_file` does, without computing a checksum."""
     block = memoryview(bytearray(BLOCK_BYTES))
     with open(path, "rb", buffering=0) as stream:
         while stream.readinto(block):
@@ -105,7 +105,7 @@ def read(path: Path) -> None:
 
 
 def write(path: Path, block: bytes, size: int, with_checksum: bool) -> None:
-    """`size` bytes in blocks, as the checkpoint writers do; without fsync, which waits and does not compute."""
+    """Write `size` bytes in blocks, as the checkpoint writers do, without fsync, which takes no CPU time."""
     with open(path, "wb", buffering=0) as raw:
         stream = ChecksumStream(raw) if with_checksum else raw
         for _ in range(size // len(block)):
@@ -113,7 +113,7 @@ def write(path: Path, block: bytes, size: int, with_checksum: bool) -> None:
 
 
 def table(best: dict[str, float], size: int) -> Table:
-    """GB/s of a core, and the ratio to the same without a checksum."""
+    """Return a table of GB/s of one core, and the ratio to the run without a checksum."""
     result = Table("", "GB/s of a core", "of the speed without", title=f"{size / 1e6:,.0f} MB")
     alone = {"verifying": "reading alone", "writing with checksum": "writing alone"}
     for name, seconds in best.items():

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Memory and time of tools/convert_hf.py on a synthetic checkpoint of some gigabytes, beside `cp -r` of its output.
+"""Memory and time of import and export of a synthetic model of some gigabytes, compared with `cp -r` of the output.
 
-Each command runs in a fresh process. The peak is that process's resident memory; what counts is how far it lies above
-the two largest tensors. Time is compared with copying the same bytes in the same run, because disks differ.
+Each command runs in a fresh process. The peak is that process's resident memory, to be compared with the two largest
+tensors. Time is compared with copying the same bytes in the same run, because disks differ.
 """
 
 import dataclasses
@@ -63,22 +63,22 @@ class Options:
     repeats: int = 3
     """Times are medians of this many runs."""
     directory: Path = Path(tempfile.gettempdir())
-    """Where the files go; removed afterwards."""
+    """Directory of temporary files, which are removed at the end."""
     threads: int = 2
     """OMP_NUM_THREADS of the conversions."""
 
 
 class Cost(NamedTuple):
-    """What a process took."""
+    """Time and memory of a process."""
 
     seconds: float
     cpu_seconds: float
     peak: float
-    """Resident memory, in gigabytes."""
+    """Largest resident memory, in gigabytes."""
 
 
 def timed(command: list[str | Path], threads: int) -> Cost:
-    """Run a fresh process."""
+    """Run a command in a fresh process and return its cost."""
     os.sync()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     start = time.monotonic()
@@ -94,7 +94,7 @@ def timed(command: list[str | Path], threads: int) -> Cost:
 
 
 def measure(name: str, command: list[str | Path], output: Path, options: Options, largest_two: float) -> None:
-    """Run `command` and `cp -r` of what it wrote in turns, and print one line of the table."""
+    """Run `command` and `cp -r` of its output alternately, and print one line of the table."""
     conversions, copies = [], []
     for _ in range(options.repeats):
         shutil.rmtree(output, ignore_errors=True)
@@ -114,7 +114,7 @@ def measure(name: str, command: list[str | Path], output: Path, options: Options
 
 
 def main(options: Options) -> None:
-    """Synthesise, convert there and back, dense and upcycled."""
+    """Write a synthetic model, then measure import and export, dense and upcycled."""
     work = Path(tempfile.mkdtemp(prefix="bench-conversion-", dir=options.directory))
     try:
         dense = work / "dense"

@@ -1,8 +1,8 @@
 """Measure preprocessing against its limit, the tokenizer's own batch encoding, and its memory against its input.
 
 The limit is `encode_batch` of the Rust tokenizer on texts already in memory, with as many of its own threads as the
-pipeline has workers. The pipeline reads and parses files, encodes, appends EOD and writes. Runs alternate, the best of
-each counts. Memory is the largest resident set of the main process and of any worker, in a fresh process each.
+pipeline has workers. The pipeline reads and parses files, encodes, appends EOD and writes. Runs alternate, and the best
+of each kind counts. Memory is the largest resident set of the main process and of any worker, each in a fresh process.
 
 With --megatron-lm, whole commands are timed too, from their start to their end: Megatron-LM's tools/preprocess_data.py
 and ours, on the same file; their tokens must be the same bytes.
@@ -44,12 +44,12 @@ start = time.perf_counter()
 plan = PreprocessingOptions([source], output, encoder, workers=int(workers), overwrite=True)
 (manifest,) = preprocess(plan).values()
 rate = (manifest.tokens - manifest.documents) / (time.perf_counter() - start)
-# Not ru_maxrss, which a process takes over from the one that started it.
+# Not ru_maxrss, which a child process inherits from its parent.
 main = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 print(json.dumps([rate, main, worker]))
 """
-"""A run in a process of its own; prints its tokens/s and the peak MB of that process and of its largest worker."""
+"""Program of one run in its own process; prints tokens/s and peak MB of that process and of its largest worker."""
 
 
 @dataclasses.dataclass
@@ -65,18 +65,18 @@ class Flags:
     workers: int = len(os.sched_getaffinity(0))
     """Worker processes, and threads of the tokenizer."""
     repeats: int = 5
-    """Runs of each."""
+    """Runs of each kind."""
     copies: int = 10
-    """The larger input of the memory measurement, in copies of the smaller."""
+    """Size of the larger input of the memory measurement, in copies of the smaller one."""
     eod_token: str = ""
-    """The end-of-document token, where the tokenizer names none."""
+    """End-of-document token for a tokenizer that names none."""
 
 
 def main() -> None:
     flags = parse_flags(Flags, description=__doc__)
     if not flags.input:
         raise UserError("--input: no files")
-    # Before the Rust library starts its threads.
+    # Must be set before the Rust library starts its threads.
     os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(flags.workers))
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory) / "once.jsonl"
@@ -93,7 +93,7 @@ def read(path: Path) -> bytes:
 
 
 def speed(flags: Flags, source: Path, directory: Path) -> None:
-    """Best tokens/s of the pipeline, of both batch encoders, and of the design with threads."""
+    """Return the best tokens/s of the pipeline, of both batch encoders, and of the design with threads."""
     texts = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
     library = RustTokenizer.from_file(str(load_tokenizer(flags.tokenizer).path))
     best: dict[str, float] = {}
@@ -112,7 +112,7 @@ def speed(flags: Flags, source: Path, directory: Path) -> None:
 
 
 def commands(flags: Flags, source: Path, directory: Path) -> None:
-    """Best seconds of whole commands, Megatron-LM's and ours."""
+    """Return the best seconds of whole commands, Megatron-LM's and ours."""
     theirs, ours = directory / "theirs", directory / "ours"
     workers = ["--workers", str(flags.workers)]
     megatron = [flags.megatron_lm / "tools" / "preprocess_data.py", "--input", source, "--output-prefix", theirs]
@@ -135,7 +135,7 @@ def commands(flags: Flags, source: Path, directory: Path) -> None:
 
 
 def plain_tokenizer(flags: Flags, directory: Path) -> Path:
-    """The tokenizer without its model: for a model_type of qwen2, transformers 5 splits text by Qwen2's own rules."""
+    """Copy the tokenizer without config.json: for model_type qwen2, transformers 5 splits text by Qwen2's rules."""
     loaded = load_tokenizer(flags.tokenizer, flags.eod_token or None)
     end = RustTokenizer.from_file(str(loaded.path)).id_to_token(loaded.eod)
     directory.mkdir()
@@ -146,7 +146,7 @@ def plain_tokenizer(flags: Flags, directory: Path) -> Path:
 
 
 def run_command_line(command: list[object], first_on_path: Path) -> float:
-    """Seconds of a command, with one directory in front of the modules' path. Raises UserError where it fails."""
+    """Return the seconds of a command that runs with a directory first in PYTHONPATH. Raises UserError: it fails."""
     path = os.pathsep.join([str(first_on_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     start = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": path}
@@ -157,7 +157,7 @@ def run_command_line(command: list[object], first_on_path: Path) -> float:
 
 
 def encode(encoder: Callable, texts: list[str]) -> float:
-    """Tokens/s of one call."""
+    """Return tokens/s of one call of the batch encoder."""
     start = time.perf_counter()
     encodings = encoder(texts, add_special_tokens=False)
     elapsed = time.perf_counter() - start
@@ -165,7 +165,7 @@ def encode(encoder: Callable, texts: list[str]) -> float:
 
 
 def encode_blocks(flags: Flags, source: Path) -> float:
-    """Tokens/s of the other design: one process reads, parses and collects, the tokenizer's threads encode."""
+    """Return tokens/s of the design with threads: one process reads and parses, the tokenizer's threads encode."""
     options = EncoderOptions(flags.tokenizer, flags.eod_token or None, True, DocumentOptions(language="xx"))
     encoder = BlockEncoder(load_tokenizer(flags.tokenizer, flags.eod_token or None), options)
     start, tokens = time.perf_counter(), 0
@@ -176,7 +176,7 @@ def encode_blocks(flags: Flags, source: Path) -> float:
 
 
 def run_pipeline(flags: Flags, source: Path, directory: Path) -> tuple[float, float, float]:
-    """Tokens/s of one whole run (start of the workers to manifest), peak MB of the main process and of a worker."""
+    """Return tokens/s of one run (start of workers to manifest), and peak MB of the main process and of a worker."""
     arguments = [str(source), str(directory / "out"), flags.tokenizer, flags.eod_token, str(flags.workers)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", CHILD, *arguments], env=environment, capture_output=True, text=True)
@@ -187,7 +187,7 @@ def run_pipeline(flags: Flags, source: Path, directory: Path) -> tuple[float, fl
 
 
 def memory(flags: Flags, source: Path, directory: Path) -> None:
-    """Peak resident memory at once and at `copies` times the input."""
+    """Return the peak resident memory for the input and for `copies` times the input."""
     table = Table(title="the pipeline at two sizes of input")
     for column in ("input MB", "tokens/s", "main process, peak MB", "largest worker, peak MB"):
         table.add_column(column, justify="right")

@@ -3,11 +3,10 @@
 One model of random weights, upcycled, is trained in stages 1, 2 and full, in fp32 and bf16:
 - ours: as `megatron_moe_lpr.pretrain` steps it, in one process with two threads and in two data-parallel ranks of one;
 - peer: the same weights in transformers' stock Qwen2-MoE with the same parameters trainable, an ordinary PyTorch loop
-  with SDPA attention, bf16 by autocast; of its implementations of the experts the one that was faster before the
-  measurement;
+  with SDPA attention, bf16 by autocast; its implementation of experts is the one that is faster in a short trial;
 - floor: the matrix products of a step and nothing else (benchmarks/training/floor.py).
 
-All candidates of a stage take turns, so that what else the machine does falls on all of them; medians count.
+All candidates of a stage alternate, so that other load on the machine falls on all of them alike; medians count.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ from megatron_moe_lpr.errors import UserError, run_command
 
 PRECISIONS = ("fp32", "bf16")
 EXPERTS = ("eager", "grouped_mm")
-"""What transformers offers; its third form copies the weights of every token's experts."""
+"""Implementations of experts in transformers; the third one copies the weights of every token's experts."""
 WARM_UP = 2
 
 
@@ -39,19 +38,19 @@ class Flags:
     stages: tuple[Literal["1", "2", "full"], ...] = ("1", "2", "full")
     precisions: tuple[Literal["fp32", "bf16"], ...] = PRECISIONS
     rounds: int = 6
-    """Turns of each candidate."""
+    """Rounds, in each of which every candidate is measured once."""
     steps: int = 2
-    """Steps of a turn."""
+    """Steps of a candidate in a round."""
     quick: bool = False
-    """Two turns of one step, without the two ranks: whether it runs, not a measurement."""
+    """Two rounds of one step, without the two ranks: checks that the benchmark runs, and measures nothing."""
     directory: Path | None = None
-    """Where the model and the data go. Default: the temporary directory."""
+    """Directory of model and data. Default: the temporary directory."""
     json: Path | None = None
     """Write the figures to this file too."""
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the tables and write the figures."""
     flags = parse_flags(Flags, description=__doc__)
     if flags.rounds < 1 or flags.steps < 1:
         raise UserError("--rounds and --steps: at least 1")
@@ -70,7 +69,7 @@ def main() -> None:
 
 
 def prepare(work: Path) -> tuple[dict[str, str], dict[str, int]]:
-    """The model in both formats and its data."""
+    """Write the model in both formats and its data; return their paths and the sizes."""
     from benchmarks.training.inputs import Sizes, make_inputs
 
     inputs = dataclasses.asdict(make_inputs(work, Sizes()))
@@ -78,7 +77,7 @@ def prepare(work: Path) -> tuple[dict[str, str], dict[str, int]]:
 
 
 def measure(flags: Flags, stage: str, inputs: dict, sizes: dict, work: Path) -> list[dict[str, Any]]:
-    """All candidates of a stage, by turns."""
+    """Measure all candidates of a stage alternately; return a row of figures for each."""
     from benchmarks.training.processes import Candidate
 
     def candidate(name: str, precision: str, kind: str, ranks: int = 1, **more: str) -> Candidate:
@@ -103,7 +102,7 @@ def measure(flags: Flags, stage: str, inputs: dict, sizes: dict, work: Path) -> 
 
 
 def faster(peers: list) -> Any:
-    """The one with the shorter step; the others end."""
+    """Return the candidate with the shortest step and end the others."""
     times = [[step.seconds for step in peer.steps(1)] for _ in range(2) for peer in peers]
     best = min(range(len(peers)), key=lambda index: min(times[index], times[index + len(peers)]))
     for index, peer in enumerate(peers):
@@ -113,10 +112,10 @@ def faster(peers: list) -> Any:
 
 
 def figures(stage: str, candidate: Any, running: list, sizes: dict[str, int]) -> dict[str, Any]:
-    """One row: its ratios are to the candidates of the same stage, measured by turns with it."""
+    """Return the row of a candidate, with its speed relative to other candidates of the same stage."""
 
     def ratio(name: str, precision: str) -> float | None:
-        """How much faster than that one: the median over the turns."""
+        """Return the speed relative to the candidate of that name, as the median over the rounds."""
         others = [other for other in running if other.name.startswith(name) and other.precision == precision]
         if not others or others[0] is candidate:
             return None
@@ -137,7 +136,7 @@ def figures(stage: str, candidate: Any, running: list, sizes: dict[str, int]) ->
 
 
 def print_table(rows: list[dict[str, Any]], stage: str) -> None:
-    """The rows of one stage."""
+    """Print the rows of one stage."""
     table = Table(title=f"stage {stage}")
     columns = ("", "tokens/s", "CPU s / step", "peak MB", "share of floor", "x peer", "x ours fp32")
     for column in columns:
@@ -155,7 +154,7 @@ def print_table(rows: list[dict[str, Any]], stage: str) -> None:
 
 
 def print_kinds(rows: list[dict[str, Any]], stage: str) -> None:
-    """Where the time of one profiled step goes."""
+    """Print the shares of a profiled step's time by kind of operation."""
     table = Table(title=f"stage {stage}: share of a step's time")
     table.add_column("")
     chosen = [row for row in rows if row["stage"] == stage and not row["candidate"].startswith("floor")]
@@ -168,7 +167,7 @@ def print_kinds(rows: list[dict[str, Any]], stage: str) -> None:
 
 
 def format_ratio(value: float | None) -> str:
-    """Two places, or nothing."""
+    """Return a ratio with two decimals; empty for None."""
     return "" if value is None else f"{value:.2f}"
 
 

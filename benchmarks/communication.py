@@ -1,8 +1,8 @@
-"""What two models send in a training step on 8, 64 and 512 H100, and what would bound the step: on paper, never run.
+"""Communication of two models in a training step on 8, 64 and 512 H100, and its estimated time: computed, never run.
 
-For every number of GPUs and each stage the layout that is fastest on paper of those that fit into 80 GiB, and the
-fastest that differs from it in whether experts are spread over ranks (where the experts don't allow that, in what else
-is split). Bytes are those of planning/communication.py, the routing that of two evaluations (tools/evaluate.py).
+For every number of GPUs and each stage the tables show the layout with the shortest estimated step of those that fit
+into 80 GiB, and the best one that differs in whether experts are spread over ranks (or, where they cannot be, in what
+else is split). planning/communication.py computes the bytes, with the routing of two evaluations.
 """
 
 import dataclasses
@@ -46,10 +46,10 @@ LLAMA = {
     "max_position_embeddings": 8192,
 }
 MODELS = {"Qwen1.5-1.8B": (QWEN, 6), "Llama-3-8B": (LLAMA, 5)}
-"""Configuration of the dense model, and experts a layer."""
+"""Configuration of the dense model, and experts per layer."""
 GPUS = (8, 64, 512)
 SEQUENCES, LENGTHS = 512, {"1": 1024, "2": 512}
-"""The paper's batch, and its sequences by stage."""
+"""The paper's global batch size, and sequence length by stage."""
 MICRO_BATCHES = (1, 2, 4, 8)
 COLUMNS = (
     *("GPUs", "stage", "TP PP EP DP", "micro-batch", "GB: DP", "TP", "TP, inside", "EP", "EP, inside", "PP"),
@@ -60,12 +60,12 @@ WORDS = ("of the step", "of the step, inside")
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """What two models send in a training step, and the step on paper."""
+    """Compute the communication of two models in a training step, and the step's time."""
 
     stage1: Path
-    """Evaluation of a checkpoint of stage 1, JSON: its routing is that of stage 1."""
+    """JSON file of an evaluation after stage 1, whose routing stage 1 is computed with."""
     stage2: Path
-    """The same of stage 2."""
+    """JSON file of an evaluation after stage 2, whose routing stage 2 is computed with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Row:
 
     @property
     def splits(self) -> tuple[bool, bool, bool]:
-        """Whether experts, matrices and layers are spread over ranks."""
+        """Return whether experts, matrices and layers are spread over ranks."""
         sides = (
             self.layout.expert_model_parallel_size,
             self.layout.tensor_model_parallel_size,
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def _table(rows: list[list[str]]) -> str:
-    """Without the columns in which there is nothing."""
+    """Return a Markdown table without its empty columns."""
     columns = [column for column in zip(COLUMNS, *rows, strict=True) if any(column[1:])]
     lines = ["|" + "|".join("---" if column[0] in WORDS else "---:" for column in columns) + "|"]
     names, *bodies = ("| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True))
@@ -115,7 +115,7 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def _rows(shape: ModelShape, gpus: int, stage: StageName, routing: Routing) -> Iterator[Row]:
-    """Every layout that fits, with every size of micro-batches."""
+    """Return every layout that fits, with every micro-batch size."""
     hardware = Hardware()
     choice = Choice(tensor=(1, 2, 4, 8), pipeline=(1, 2, 4), expert=(1, 2, 4) if shape.max_experts == 5 else (1,))
     for micro_batch in MICRO_BATCHES:

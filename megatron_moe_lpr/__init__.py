@@ -10,14 +10,13 @@ if TYPE_CHECKING:
 __all__ = ["Callback", "UserError", "evaluate", "export", "plan", "preprocess", "train", "upcycle"]
 __version__ = "0.1.0"
 
-# megatron-core says at every import what it does without NVIDIA's libraries. Where they are needed, the CUDA platform
-# checks for them by name.
+# megatron-core warns at every import that NVIDIA's libraries are missing. The CUDA platform checks for those it needs.
 for _message in (".*Apex.*not installed", ".*Transformer Engine.*not installed", "`load_state_dict` is deprecated"):
     warnings.filterwarnings("ignore", message=_message)
 
 
 def __getattr__(name: str) -> Any:
-    """The Python API, imported when it is first asked for: the package itself must import at once."""
+    """Import the Python API when one of its names is first used, so that `import megatron_moe_lpr` takes no time."""
     if name in __all__:
         return getattr(importlib.import_module("megatron_moe_lpr.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""Six functions, one for each step from a dense model to an exported MoE; docs/python.md shows them in use.
+"""The Python API: six functions, one for each step from a dense model to an exported MoE (docs/python.md).
 
-Each takes the most important flags of a `moe-lpr` command as arguments and all others by keyword under the flag's
-name, with underscores. A mistake raises `UserError`, whose text is the command's `error:` line.
+Each function takes the most important flags of a `moe-lpr` command as arguments and its other flags as keywords, with
+underscores. Bad input raises `UserError`, whose text is the command's `error:` line.
 """
 
 import warnings
@@ -36,7 +36,7 @@ def upcycle(hf: str | Path, save: str | Path, num_experts: int = 6, **flags: Any
         `save`.
 
     Raises:
-        UserError: a model, a flag or a directory that does not fit.
+        UserError: the model, a flag or a directory does not fit.
     """
     from megatron_moe_lpr.commands.convert import Import
 
@@ -59,7 +59,7 @@ def preprocess(
         input: files or globs: .jsonl, .jsonl.gz, .jsonl.zst, .txt or .parquet.
         output_prefix: where to write: PREFIX.bin, PREFIX.idx and PREFIX.json.
         tokenizer: a directory with a tokenizer, such as the dense model's.
-        language: of the whole input; None: `language_key` names the field that says it.
+        language: language of the whole input; None: `language_key` names the field that holds it.
         flags: further flags of `moe-lpr preprocess`.
 
     Returns:
@@ -83,7 +83,7 @@ def train(config: "TrainingConfig | Mapping[str, Any] | str | Path", callbacks: 
         callbacks: called at the start, each step, evaluation and save, and the end, on every rank that passes them.
 
     Returns:
-        False: the run was asked to stop by a signal and has saved; started again it goes on.
+        True: the run is finished; False: a signal stopped it and it has saved; called again it resumes.
 
     Raises:
         UserError: a flag, checkpoint, dataset or layout that does not fit.
@@ -110,7 +110,7 @@ def evaluate(load: str | Path, valid_data_path: Sequence[str | Path], **flags: A
         flags: further flags of `moe-lpr evaluate`.
 
     Returns:
-        What `moe-lpr evaluate --output` writes: `datasets` and `averages` among others.
+        The record that `moe-lpr evaluate --output` writes, with `datasets` and `averages` among its keys.
 
     Raises:
         UserError: a checkpoint, dataset or layout that does not fit.
@@ -146,7 +146,7 @@ def plan(gpus: int, hf: str | Path | None = None, load: str | Path | None = None
 
     Args:
         gpus: GPUs of the run.
-        hf: a dense Hugging Face directory that would be upcycled; or
+        hf: the dense model that would be upcycled: a directory, its config.json, or a name on the hub; or
         load: a converted checkpoint.
         flags: further flags of `moe-lpr plan`.
 

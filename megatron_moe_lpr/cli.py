@@ -10,7 +10,7 @@ from megatron_moe_lpr import __version__
 from megatron_moe_lpr.errors import fail, run_command
 from megatron_moe_lpr.program import NAME
 
-# Subcommands are imported when they are called: --help and mistakes must not wait for torch.
+# A subcommand's module is imported only when it runs, so that --help and wrong flags do not wait for torch.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,9 @@ COMMANDS = (
     Command("benchmarks", "commands.benchmarks", "run the paper's benchmarks by lm_eval on exported models"),
     Command("report", "commands.report", "compare evaluations in one HTML file"),
 )
-"""In the order of use."""
+"""Subcommands in the order in which a user needs them."""
 OWN_WRAPPER = ("pretrain", "launch")
-"""Modules whose `main` turns errors into exit codes itself."""
+"""Modules whose `main` itself turns errors into exit codes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def help_page() -> str:
-    """Return one screen: every subcommand in the order of use."""
+    """Return the text of --help, one screen with every subcommand."""
     width = max(len(command.name) for command in COMMANDS)
     lines = [f"  {command.name:{width}}  {command.summary}" for command in COMMANDS]
     return "\n".join(
@@ -81,7 +81,7 @@ def help_page() -> str:
 
 def _run(command: Command, arguments: list[str]) -> None:
     module = importlib.import_module(f"megatron_moe_lpr.{command.module}")
-    # The flags' parser takes the program's name for its usage line from here, as from a script's.
+    # tyro reads the program's name for its usage line from sys.argv[0].
     if command.module == "commands.convert":
         sys.argv = [NAME, command.name, *arguments]
     else:

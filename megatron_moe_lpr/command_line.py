@@ -1,4 +1,4 @@
-"""Flags from dataclasses, and what is wrong with them in one line."""
+"""Parse command lines into dataclasses, and report a wrong one in a single line."""
 
 import contextlib
 import io
@@ -18,14 +18,19 @@ HELP_TEXTS = ("Argument helptext", "For full helptext", "Perhaps you meant")
 
 
 class FlagError(UserError):
-    """A command line that its parser does not accept."""
+    """A command line that tyro rejects."""
 
 
 def parse_flags(kind: Any, arguments: Sequence[str] | None = None, description: str | None = None) -> Any:
-    """Parse a command line into a dataclass, or a union of them as sub-commands.
+    """Parse a command line into a dataclass, or into one of a union of dataclasses as sub-commands.
 
-    tyro explains a mistake in a box of many lines; here it ends in one `error:` line and exit code 2, and so does a
-    value that the dataclass itself refuses (UserError) and a number out of its range (`flag_ranges`).
+    tyro reports a wrong flag in a box of many lines. Here a wrong flag, a value that the dataclass itself refuses
+    (UserError) and a number out of its range (`flag_ranges`) each end in one `error:` line and exit code 2.
+
+    Args:
+        kind: the dataclass, or the union.
+        arguments: words of the command line; None: those of this process.
+        description: text for --help.
     """
     try:
         return read_flags(kind, arguments, description)
@@ -36,36 +41,36 @@ def parse_flags(kind: Any, arguments: Sequence[str] | None = None, description: 
 
 
 def read_flags(kind: Any, arguments: Sequence[str] | None = None, description: str | None = None) -> Any:
-    """Parse a command line as `parse_flags` does, and leave it to the caller what a mistake ends.
+    """Parse a command line as `parse_flags` does, but raise an error instead of ending the process.
 
     Raises:
-        FlagError: a flag that is unknown, missing or no value of its type.
-        UserError: a value that the dataclass itself refuses.
+        FlagError: a flag is unknown or missing, or a value is not of its flag's type.
+        UserError: the dataclass itself refuses a value, or a number is out of its range.
     """
-    complaint = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(printed):
             flags = tyro.cli(kind, args=arguments, description=description)
         check_ranges(flags)
         return flags
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise FlagError(_one_line(complaint.getvalue())) from None
+        raise FlagError(_one_line(printed.getvalue())) from None
     finally:
         if sys.exc_info()[0] is None:
-            sys.stderr.write(complaint.getvalue())
+            sys.stderr.write(printed.getvalue())
 
 
 def flag_words(values: Mapping[str, Any], place: str) -> list[str]:
-    """Return values by flag as the words of a command line.
+    """Return the words of a command line that gives these values to these flags.
 
     Args:
-        values: by flag, with underscores or hyphens; None and empty lists are left to the flag's default.
-        place: names the values in an error, such as a file.
+        values: value by name of the flag, with underscores or hyphens; for None and empty lists the flag is left out.
+        place: where the values are from, such as a file; for error messages.
 
     Raises:
-        UserError: a value of a type that no flag has, or a truth value in a list.
+        UserError: a value is of a type that no flag has, or a list holds a truth value.
     """
     words: list[str] = []
     for name, value in values.items():
@@ -83,7 +88,7 @@ def flag_words(values: Mapping[str, Any], place: str) -> list[str]:
 
 def _word(value: Any, place: str) -> str:
     if isinstance(value, bool):
-        # YAML's `no` is Norwegian here.
+        # YAML reads the language code `no` (Norwegian) as False.
         raise UserError(f"{place} holds a truth value; put quotes around words such as 'no' and 'on'")
     if isinstance(value, dict | list | tuple):
         raise UserError(f"{place} holds a {type(value).__name__} where one value is expected")
@@ -91,7 +96,7 @@ def _word(value: Any, place: str) -> str:
 
 
 def _one_line(box: str) -> str:
-    """The complaints in a box, without the help texts that tyro adds, on one line."""
+    """Return the error messages in tyro's box as one line, without the help texts that tyro adds."""
     paragraphs: list[list[str]] = [[]]
     for line in box.splitlines()[1:]:
         text = line.strip().strip(SIDES).strip()
@@ -99,12 +104,12 @@ def _one_line(box: str) -> str:
             paragraphs[-1].append(text)
         else:
             paragraphs.append([])
-    complaints = []
+    messages = []
     for lines in paragraphs:
         text = re.sub(r"\s+", " ", " ".join(lines))
         missing = [line.split()[0] for line in lines if line.startswith("--") or line.isupper()]
         if text.startswith("Missing") and missing:
-            complaints.append("missing " + ", ".join(missing))
+            messages.append("missing " + ", ".join(missing))
         elif text and not text.startswith(HELP_TEXTS):
-            complaints.append(text.rstrip("."))
-    return "; ".join(complaints)
+            messages.append(text.rstrip("."))
+    return "; ".join(messages)

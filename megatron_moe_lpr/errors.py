@@ -1,9 +1,9 @@
-"""The one exception for bad input, and the wrapper that turns it into one line and an exit code.
+"""UserError, the one exception for bad input, and `run_command`, which turns it into one line and an exit code.
 
-The rule: what the user or the machine did ends in one `error:` line; what this project did wrong keeps its traceback.
-The user's and the machine's are `UserError`, Ctrl-C, a reader of our output that has gone, an `OSError` that names a
-file or says that the disk, a limit or a permission is in the way, and torch's `CheckpointException` (a `BaseException`)
-where each of its causes is one of these. Everything else is a defect of ours, and nothing here hides it.
+Errors of the user and of the machine end in one `error:` line: `UserError`, Ctrl-C, a closed standard output, an
+`OSError` that names a file or reports a full disk, a limit or a permission, and torch's `CheckpointException` (a
+`BaseException`) if each of its causes is one of these. Every other exception is a defect of this project and keeps its
+traceback.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-# Of the machine, whether or not the error names a file: a write to an open file never does.
+# Errors of the machine also where they name no file: a failed write to an open file never names it.
 MACHINE_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -37,11 +37,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 
 
 class UserError(Exception):
-    """Something the user gave is wrong: the message names the file or flag and says what to do."""
+    """Bad input: the message names the file or flag and says what to do."""
 
 
 class DamagedFile(UserError):
-    """A file does not hold what was written to it, as far as this process can see. `path` names the file."""
+    """A file is not as it was written. `path` is the file, where one is known."""
 
     def __init__(self, message: str, path: Path | None = None) -> None:
         super().__init__(message)
@@ -49,10 +49,10 @@ class DamagedFile(UserError):
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
-    """Print one `error:` line on standard error and exit. Names out of hostile files can neither break nor fill it."""
+    """Print one `error:` line on standard error and exit. Control characters are removed and long text is cut."""
     line = _CONTROL.sub(" ", message)
     line = line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..."
-    # Standard error may be gone too; the exit code still tells.
+    # Standard error may be closed; the exit code still reports the failure.
     with contextlib.suppress(OSError):
         print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
@@ -60,7 +60,7 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 @contextlib.contextmanager
 def name_file_in_oserror(path: Path | str) -> Iterator[None]:
-    """Give an OSError from within the name of what was being written, where it names nothing itself."""
+    """Add the name of a file to an OSError that is raised inside the block and names none."""
     try:
         yield
     except OSError as error:
@@ -70,7 +70,7 @@ def name_file_in_oserror(path: Path | str) -> Iterator[None]:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command line's `main` by the rule above: exit codes 1, 130 (Ctrl-C) or 141 (nobody reads our output)."""
+    """Run a command's `main` and turn expected errors into exit codes: 1, 130 (Ctrl-C) or 141 (closed output)."""
     try:
         main()
         sys.stdout.flush()
@@ -90,7 +90,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for what is the user's or the machine's; None: a defect of ours."""
+    """Return one line about an error of the user or the machine; None: it is a defect of this project."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
@@ -108,7 +108,7 @@ def _explain_os_error(error: OSError) -> str | None:
 
 
 def _checkpoint_failures(error: BaseException) -> list[BaseException]:
-    """The causes in a CheckpointException of torch, which need not be imported here to be known."""
+    """Return the causes of torch's CheckpointException, without importing torch for it; else nothing."""
     module = sys.modules.get("torch.distributed.checkpoint.api")
     if module is None or not isinstance(error, module.CheckpointException):
         return []
@@ -116,7 +116,7 @@ def _checkpoint_failures(error: BaseException) -> list[BaseException]:
 
 
 def _output_is_broken() -> bool:
-    """Whether standard output is a pipe that nobody reads; a broken pipe of another kind is no business of ours."""
+    """Return whether standard output is a pipe whose reading end is closed."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), select.POLLOUT)
@@ -126,6 +126,6 @@ def _output_is_broken() -> bool:
 
 
 def _discard_output() -> None:
-    """Let Python's last flush of standard output go nowhere, instead of complaining."""
+    """Redirect standard output to /dev/null, so that Python's last flush of it cannot fail."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

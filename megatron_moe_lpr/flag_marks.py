@@ -1,7 +1,7 @@
-"""What a changed flag means for a run that goes on, said in its type: `lr: Scheduled[NonNegativeFloat]`.
+"""Marks in a flag's type that say whether a resumed run may change it: `lr: Scheduled[NonNegativeFloat]`.
 
-Every field of a run's dataclasses carries one mark, outermost in its type. From the marks follow what a checkpoint
-records of its run and what --accept-changes takes (`training/configuration/description.py`). tyro and `flag_ranges`
+Every field of a run's dataclasses has one mark, outermost in its type. `training/configuration/description.py` derives
+from the marks what a checkpoint records of its run and which flags --accept-changes takes. tyro and `flag_ranges`
 ignore them.
 """
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Change(enum.Enum):
-    """What another value in a resumed run is, of a flag that decides numbers and is recorded under its own name."""
+    """Mark of a flag that decides numbers and is recorded under its own name: what a change of it means."""
 
     ANOTHER_RUN = "another run: the optimizer's state or the place in the data would mean nothing"
     ACCEPTABLE = "refused, unless --accept-changes names the flag"
@@ -24,19 +24,19 @@ class Change(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Free:
-    """Of a flag that decides no number of the run and may change without a word."""
+    """Mark of a flag that decides no number of the run and may change without notice."""
 
     reason: str
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordedAs:
-    """Of a flag that decides numbers through what the run makes of it, which is recorded instead."""
+    """Mark of a flag that decides numbers through a value derived from it, which is recorded instead."""
 
     name: str
-    """Of the record, see `describe_run`."""
+    """Name of the recorded value, see `describe_run`."""
     acceptable: bool = False
-    """Whether --accept-changes takes this name."""
+    """Whether --accept-changes accepts this name."""
 
 
 Mark = Change | Free | RecordedAs
@@ -60,14 +60,14 @@ class MarkedFlag(typing.NamedTuple):
 
     @property
     def recorded_as(self) -> str | None:
-        """Name in the description of a run; None: it is free."""
+        """Name under which the description of a run records it; None: it is free."""
         if isinstance(self.mark, Free):
             return None
         return self.mark.name if isinstance(self.mark, RecordedAs) else self.name
 
     @property
     def acceptable(self) -> bool:
-        """Whether --accept-changes takes it."""
+        """Whether --accept-changes accepts it."""
         if isinstance(self.mark, RecordedAs):
             return self.mark.acceptable
         return self.mark in (Change.ACCEPTABLE, Change.SCHEDULE)
@@ -78,10 +78,10 @@ def marked_flags(kind: type, path: str = "") -> Iterator[MarkedFlag]:
 
     Args:
         kind: a dataclass.
-        path: from the whole configuration to it, with a dot behind.
+        path: fields from the whole configuration to this dataclass, with a dot at the end.
 
     Raises:
-        TypeError: naming a field whose type has no mark, or several.
+        TypeError: a field's type has no mark, or several.
     """
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
@@ -98,7 +98,7 @@ def marked_flags(kind: type, path: str = "") -> Iterator[MarkedFlag]:
 
 
 def _marks(annotation: Any) -> tuple[Any, list[Mark]]:
-    """The type within an Annotated, and the marks on it."""
+    """Return the type inside an Annotated, and its marks."""
     if get_origin(annotation) is not Annotated:
         return annotation, []
     inner, *metadata = get_args(annotation)

@@ -1,6 +1,6 @@
-"""Which numbers a flag takes, said in its type: `lr: NonNegativeFloat`. The names are pydantic's.
+"""Types that bound the numbers of a flag: `lr: NonNegativeFloat`. The names are pydantic's.
 
-Imports nothing heavy, so that a number out of its range is told before torch is loaded.
+The module imports nothing slow, so that a number out of its range is reported before torch is imported.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ from megatron_moe_lpr.errors import UserError
 
 INT_MAX = 2**31 - 1
 FLOAT_MAX = 3.4e38
-"""Of float32, in which most numbers end."""
+"""Largest float32, rounded down: most numbers end in that dtype."""
 LONGEST_SHOWN = 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """From `low` to `high`; `above` and `below` say that these themselves are not in it."""
+    """Numbers from `low` to `high`; with `above` without `low` itself, with `below` without `high`."""
 
     low: float
     high: float
@@ -25,13 +25,13 @@ class Range:
     below: bool = False
 
     def has(self, number: float) -> bool:
-        """Whether a number lies in it; NaN lies in none."""
+        """Return whether a number lies in the range; NaN lies in none."""
         return (self.low < number if self.above else self.low <= number) and (
             number < self.high if self.below else number <= self.high
         )
 
     def words(self, number: float) -> str:
-        """What is asked of a number that is not in it; how large it may be is said of large ones only."""
+        """Return the requirement that `number` fails, such as `at least 1`; the upper bound only for large numbers."""
         low = f"{'above' if self.above else 'at least'} {self.low:g}"
         if self.high >= INT_MAX and number < self.high:
             return low
@@ -44,7 +44,7 @@ NonNegativeInt = Annotated[int, Range(0, INT_MAX)]
 PositiveFloat = Annotated[float, Range(0, FLOAT_MAX, above=True)]
 NonNegativeFloat = Annotated[float, Range(0, FLOAT_MAX)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
-"""What NumPy's generators take."""
+"""Seeds that NumPy's generators accept."""
 
 ANY_INT = Range(-(2**63), 2**63 - 1)
 ANY_FLOAT = Range(-FLOAT_MAX, FLOAT_MAX)
@@ -54,7 +54,7 @@ def check_ranges(flags: Any) -> None:
     """Check every number in a dataclass of flags, and in the dataclasses and lists that it holds.
 
     Raises:
-        UserError: naming the flag, its value and what it takes.
+        UserError: a number is out of its flag's range.
     """
     for field in dataclasses.fields(flags):
         value = getattr(flags, field.name)
@@ -79,9 +79,9 @@ def _check(flag: str, number: float, allowed: Range) -> None:
 
 
 def number_type(annotation: Any) -> tuple[type | None, Range | None]:
-    """What a field's annotation says of numbers: int or float, and their range; (None, None): it holds no numbers.
+    """Return int or float and the range for the numbers of a field; (None, None) where it holds no numbers.
 
-    Looks into unions, lists and tuples. bool and Literal are no numbers.
+    Unions, lists and tuples are searched. bool and Literal are no numbers.
     """
     if annotation in (int, float):
         return annotation, None

@@ -1,4 +1,4 @@
-"""Failures of the Hugging Face hub, in one line that says what to do."""
+"""Turn errors of the Hugging Face hub's client into one line that says what to do."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from megatron_moe_lpr.errors import UserError
 
 CLIENT_PACKAGES = ("huggingface_hub", "httpx", "httpx2", "requests")
-"""Packages whose errors are the client's: its HTTP library is another one in each of its versions."""
+"""Packages that raise the client's errors: its HTTP library differs between its versions."""
 
 
 @contextlib.contextmanager
@@ -16,8 +16,8 @@ def explain_hub_errors(repository: str, page: str, missing: str, again: str = "s
     Args:
         repository: name on the hub, such as `Qwen/Qwen1.5-1.8B`.
         page: address where a person reads and accepts the repository's conditions.
-        missing: what may be wrong where a file or revision is not there.
-        again: what a person does where the connection failed.
+        missing: hint for a file or revision that does not exist.
+        again: hint for a failed connection.
     """
     from huggingface_hub import errors
 
@@ -40,5 +40,5 @@ def explain_hub_errors(repository: str, page: str, missing: str, again: str = "s
 
 
 def is_client_error(error: Exception) -> bool:
-    """Whether the hub's client or its HTTP library raised it, as where there is no connection."""
+    """Return whether the hub's client or its HTTP library raised an error, for example without a connection."""
     return type(error).__module__.partition(".")[0] in CLIENT_PACKAGES or isinstance(error, ConnectionError)

@@ -1,4 +1,4 @@
-"""Standard output and error that a process outlives: a run of weeks shall not end because nobody reads its lines."""
+"""Standard output and error whose failures do not end the process: a run of weeks must survive a closed terminal."""
 
 import atexit
 import contextlib
@@ -8,14 +8,14 @@ from typing import Any, TextIO
 
 
 class LastingStream:
-    """A text stream whose failures are told once, elsewhere, and then passed over."""
+    """A text stream that ignores write errors, after one warning on another stream."""
 
-    def __init__(self, stream: TextIO, name: str, elsewhere: TextIO | None) -> None:
-        self._stream, self._name, self._elsewhere = stream, name, elsewhere
-        self._told = False
+    def __init__(self, stream: TextIO, name: str, warnings: TextIO | None) -> None:
+        self._stream, self._name, self._warnings = stream, name, warnings
+        self._warned = False
 
     def write(self, text: str) -> int:
-        """Write, or give the text up."""
+        """Write; text that cannot be written is dropped."""
         try:
             return self._stream.write(text)
         except (OSError, ValueError) as error:
@@ -23,14 +23,14 @@ class LastingStream:
             return len(text)
 
     def flush(self) -> None:
-        """Flush; what cannot be written now is tried again with the next text."""
+        """Flush; text that cannot be written now stays in the buffer."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
             self._fail(error)
 
     def finish(self) -> None:
-        """Let Python's last flush succeed: where the stream still fails, the rest goes nowhere."""
+        """Flush for the last time; where that fails, redirect to /dev/null, so that Python's own flush succeeds."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
@@ -39,13 +39,13 @@ class LastingStream:
     def _fail(self, error: Exception) -> None:
         if isinstance(error, BrokenPipeError):
             self._discard()
-        if self._told or self._elsewhere is None:
+        if self._warned or self._warnings is None:
             return
-        self._told = True
+        self._warned = True
         with contextlib.suppress(OSError, ValueError):
             print(
                 f"warning: {self._name}: {error}; the run goes on without it, metrics.jsonl has its numbers",
-                file=self._elsewhere,
+                file=self._warnings,
                 flush=True,
             )
 
@@ -58,11 +58,11 @@ class LastingStream:
 
 
 def outlast_readers() -> None:
-    """From now on this process does not end because its standard output or error is closed or on a full disk."""
+    """Replace this process's standard output and error by streams that survive a closed reader and a full disk."""
     output, errors = sys.stdout, sys.stderr
-    for name, words, elsewhere in (("stdout", "standard output", errors), ("stderr", "standard error", output)):
+    for name, words, other in (("stdout", "standard output", errors), ("stderr", "standard error", output)):
         stream = getattr(sys, name)
-        if stream is not None:  # closed before Python started: print passes over it
-            lasting = LastingStream(stream, words, elsewhere)
+        if stream is not None:  # None: closed before Python started, and print ignores it
+            lasting = LastingStream(stream, words, other)
             setattr(sys, name, lasting)
             atexit.register(lasting.finish)

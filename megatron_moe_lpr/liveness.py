@@ -1,8 +1,8 @@
-"""Progress of this process: counted where work gets done, read by whoever watches for a process that hangs.
+"""Progress of this process: a counter that working code advances and the watchdog reads to detect a hang.
 
 Progress is a micro-batch read, computed or evaluated, an optimizer step, a block of a file read, written or compared
-with its checksum, a dataset or index map built, and what another process writes for this one. Waiting is none, whether
-in a collective, for a loader process or for a disk. Inside `long_work`, where libraries do most of the work, the
+with its checksum, a dataset or index map built, and bytes that another process writes for this one. Waiting for a
+collective, a loader process or a disk is no progress. Inside `long_work`, where libraries do most of the work, the
 process's own processor time and bytes read and written count too.
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 
 @dataclasses.dataclass(frozen=True)
 class Wait:
-    """What the main thread is busy with."""
+    """An operation that the main thread is inside of."""
 
     description: str
     """For an error message, for example `reading a batch`."""
     on_peers: bool
-    """Whether it waits for other ranks, so that the reason for a delay lies with one of them."""
+    """Whether it waits for other ranks, so that one of them causes a delay."""
 
 
 @dataclasses.dataclass
@@ -33,18 +33,18 @@ _state = _State()
 
 
 def advance() -> None:
-    """Count a piece of work that is done."""
+    """Count one finished piece of work."""
     _state.count += 1
 
 
 def progress() -> tuple[int, ...]:
-    """Numbers that change with every piece of work, of this process and of those that work for it."""
+    """Return numbers that change with every piece of work of this process and of its helper processes."""
     return (_state.count, *(source() for source in list(_state.sources)))
 
 
 @contextlib.contextmanager
 def waiting_for(description: str, on_peers: bool = False) -> Iterator[None]:
-    """Name what the block does; both ends of the block count as progress, unless it waits for other ranks."""
+    """Name the operation in the block; its start and end count as progress, unless it waits for other ranks."""
     wait = Wait(description, on_peers)
     _state.waits.append(wait)
     if not on_peers:
@@ -58,14 +58,14 @@ def waiting_for(description: str, on_peers: bool = False) -> Iterator[None]:
 
 
 def current_wait() -> Wait | None:
-    """The innermost block of `waiting_for` that the process is in."""
+    """Return the innermost block of `waiting_for` that the process is in; None outside of all."""
     waits = list(_state.waits)
     return waits[-1] if waits else None
 
 
 @contextlib.contextmanager
 def long_work(description: str) -> Iterator[None]:
-    """A block in which processor time and bytes read and written count as progress: loading, building indexes."""
+    """In the block, processor time and bytes read and written count as progress: loading, building indexes."""
     _state.depth_of_long_work += 1
     try:
         with waiting_for(description):
@@ -75,13 +75,13 @@ def long_work(description: str) -> Iterator[None]:
 
 
 def in_long_work() -> bool:
-    """Whether the process is inside `long_work`."""
+    """Return whether the process is inside `long_work`."""
     return _state.depth_of_long_work > 0
 
 
 @contextlib.contextmanager
 def counting(source: Callable[[], int]) -> Iterator[None]:
-    """Inside the block `source`, a number that grows with work done elsewhere, counts as progress too."""
+    """In the block, count `source()` as progress too: a number that grows with another process's work."""
     _state.sources.append(source)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Processes that don't outlive the one that started them, and a name for a process that no other ever has."""
+"""Child processes that end with their parent, threads that may fail to start, and identity of a process."""
 
 import contextlib
 import ctypes
@@ -14,34 +14,34 @@ from collections.abc import Callable, Iterable, Iterator
 import psutil
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What a batch system sends to ask for an end."""
+"""Signals by which a batch system asks a job to end."""
 
 PR_SET_PDEATHSIG = 1
-"""<linux/prctl.h>"""
+"""Constant of <linux/prctl.h>."""
 POLL_SECONDS = 1.0
 
 
 def end_with_parent(
     number: signal.Signals = signal.SIGKILL, parent: int | None = None, grace: float | None = None
 ) -> None:
-    """Let this process get `number` when its parent ends, however that ends. Call it first thing in a child.
+    """Let this process get the signal `number` when its parent ends in any way. Call it first in a child process.
 
     On Linux the kernel sends the signal, so it also reaches a process that hangs in a collective or a system call.
-    It sends it when the *thread* that forked this process ends: start children from the main thread, or from one that
-    lives as long as they shall. Elsewhere a thread looks at the parent's number every second. Children of this process
-    don't inherit it: each calls this function itself.
+    It sends it when the *thread* that forked this process ends: start children from the main thread, or from a thread
+    that lives as long as they must. On other systems a thread checks the parent's number every second. Children of
+    this process do not inherit this: each calls the function itself.
 
     Args:
-        number: SIGKILL for what holds nothing worth finishing.
-        parent: process number of the parent, as the parent knows it; where it is another one by now, this process gets
-            the signal at once. Default: what multiprocessing says, else whatever is the parent now.
-        grace: seconds that a gentler signal leaves this process; then SIGKILL.
+        number: the signal; SIGKILL for a process that has nothing to finish.
+        parent: process number of the parent, as the parent knows it; if the parent has already changed, this process
+            gets the signal at once. Default: the parent that multiprocessing reports, else the current one.
+        grace: seconds from a gentler signal to SIGKILL; None: no SIGKILL.
     """
     if parent is None:
         started_by = multiprocessing.parent_process()
         parent = (started_by.pid if started_by else None) or os.getppid()
-    watched = _ask_kernel(number)
-    # The parent may have ended before the kernel was asked; then there is nobody left whose end would be told.
+    watched = _request_death_signal(number)
+    # If the parent ended before prctl was called, the kernel will never send the signal.
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
     if not watched or grace is not None:
@@ -50,13 +50,15 @@ def end_with_parent(
 
 
 def start_thread(target: Callable[[], object], purpose: str, daemon: bool = True) -> threading.Thread | None:
-    """Start a thread; where the machine gives none, warn on standard error with its reason.
+    """Start a thread; if the system refuses one, warn on standard error with the reason.
 
     Args:
-        purpose: what goes without it, for the warning.
+        target: function that the thread runs.
+        purpose: the work that the thread does, for the warning.
+        daemon: whether the process may end while the thread runs.
 
     Returns:
-        The thread that runs, or None: the caller does the work itself, or leaves it out.
+        The running thread, or None: the caller does the work itself, or leaves it out.
     """
     thread = threading.Thread(target=target, daemon=daemon)
     try:
@@ -68,8 +70,8 @@ def start_thread(target: Callable[[], object], purpose: str, daemon: bool = True
     return thread
 
 
-def _ask_kernel(number: signal.Signals) -> bool:
-    """Whether the kernel will send the signal: Linux only."""
+def _request_death_signal(number: signal.Signals) -> bool:
+    """Return whether the kernel will send the signal at the parent's end: on Linux only."""
     if sys.platform != "linux":
         return False
     return ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0) == 0
@@ -87,7 +89,7 @@ def _poll_parent(parent: int, number: signal.Signals | None, grace: float | None
 
 @contextlib.contextmanager
 def shielded_from(numbers: Iterable[signal.Signals]) -> Iterator[None]:
-    """Processes and threads that are started inside the block never get these signals; this one gets them after it."""
+    """Block these signals in processes and threads started inside the block; this one gets them after the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
@@ -96,26 +98,26 @@ def shielded_from(numbers: Iterable[signal.Signals]) -> Iterator[None]:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of this number runs on this machine, also where /proc hides it (`hidepid`, other users').
+    """Return whether a process of this number runs on this machine, also if /proc hides it (`hidepid`, other users).
 
-    A number is used again after its process has ended: see `start_time`.
+    A number is reused after its process has ended: see `start_time`.
     """
-    if process < 1:  # kill would mean a group of processes
+    if process < 1:  # os.kill would signal a process group
         return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's
+        pass  # it belongs to another user
     return not _is_zombie(process)
 
 
 def start_time(process: int) -> float | None:
-    """When a process of this machine started, in a unit of the machine's own; None: it has ended, or is hidden.
+    """Return when a process of this machine started, to tell apart processes of one number; None: ended, or hidden.
 
-    A number is used again after its process has ended. Number and start together are one process only. On Linux the
-    start is in clock ticks since boot, which, unlike the time of day, nobody adjusts.
+    A number is reused after its process has ended; number and start time together name one process. On Linux the unit
+    is clock ticks since boot, which nobody adjusts, unlike the time of day; elsewhere seconds since 1970.
     """
     if sys.platform == "linux":
         fields = _stat_fields(process)
@@ -138,7 +140,7 @@ def _is_zombie(process: int) -> bool:
 
 
 def _stat_fields(process: int) -> list[str] | None:
-    """/proc/PID/stat from the state on; None: no such process, or one that this user may not see."""
+    """Return the fields of /proc/PID/stat from the state on; None: no such process, or this user may not see it."""
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()

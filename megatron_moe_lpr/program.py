@@ -1,4 +1,4 @@
-"""How this process was started, and how the person who started it would start another command."""
+"""The name of a command in messages, in the form in which the user started this process."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ SCRIPTS = {
     "allocate": "allocate_experts.py",
     "download": "download_data.py",
 }
-"""Command to the script in tools/ that does the same, for those who work in a clone."""
+"""Subcommand of `moe-lpr` to the script in tools/ that does the same in a clone."""
 
 
 def command(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a log file."""
+"""Progress of long work: a bar on a terminal, a line every 30 seconds in a log file."""
 
 import sys
 import time
@@ -12,12 +12,12 @@ LOG_INTERVAL_SECONDS = 30.0
 
 
 class ProgressReport:
-    """Counts work done and shows it with rates and the time left.
+    """Counts finished work and shows it with rates and the remaining time.
 
     Args:
-        description: what is being done, for example `converting`.
-        total: units of work in all, or None where nobody can know.
-        enabled: off on every rank but one.
+        description: name of the work, for example `converting`.
+        total: units of work in all; None: unknown.
+        enabled: whether this process prints; true on one rank.
     """
 
     def __init__(self, description: str, total: float | None = None, enabled: bool = True) -> None:
@@ -41,7 +41,7 @@ class ProgressReport:
             print(f"{self.description}: done in {self.elapsed:.1f} s {self.rates()}".rstrip(), file=sys.stderr)
 
     def advance(self, amount: float, counts: Mapping[str, float] | None = None) -> None:
-        """Add `amount` units of work and, by name, whatever has a rate worth showing (documents, tokens, MB)."""
+        """Add finished units of work, and counts by name whose rates are shown (documents, tokens, MB)."""
         self.done += amount
         for name, count in (counts or {}).items():
             self.counts[name] = self.counts.get(name, 0.0) + count
@@ -57,13 +57,13 @@ class ProgressReport:
         return max(time.monotonic() - self.start, 1e-9)
 
     def rates(self) -> str:
-        """For example `12,345 tokens/s 1.2 MB/s`."""
+        """Return the rates as text, for example `12,345 tokens/s 1.2 MB/s`."""
         return " ".join(
             f"{count / self.elapsed:,.{0 if count >= 100 else 1}f} {name}/s" for name, count in self.counts.items()
         )
 
     def line(self) -> str:
-        """One log line: percentage, rates, time left."""
+        """Return a line for a log file: percentage, rates, remaining time."""
         if not self.total:
             return f"{self.description}: {self.rates()}, {self.elapsed:.0f} s"
         share = min(self.done / self.total, 1.0)

@@ -1,4 +1,4 @@
-"""The Python API: the page that shows it runs as it stands."""
+"""The Python API: the code of docs/python.md runs as it is."""
 
 import os
 import re
@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "python.md"
 
 
 def blocks() -> list[str]:
-    """The page's code, in its order."""
+    """Return the code blocks of the page, in order."""
     return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""Mistakes on the command line end in one line."""
+"""A wrong command line ends in one line."""
 
 import ast
 import dataclasses
@@ -81,7 +81,7 @@ DEMO = sorted(path for path in (ROOT / "examples" / "demo").glob("*.py") if "def
 
 @pytest.mark.parametrize("tool", [*TOOLS, *DEMO], ids=lambda path: path.stem)
 def test_every_tool_says_mistakes_this_way(tool):
-    """Without a start of each, some of which import for seconds: all call `parse_flags`, none tyro's own parser."""
+    """Checked in the source, since some tools take seconds to start: all call `parse_flags`, none tyro's own parser."""
     calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(tool.read_text())) if isinstance(node, ast.Call)]
     assert "parse_flags" in calls and "tyro.cli" not in calls
 

@@ -19,13 +19,13 @@ EXAMPLE = re.compile(r"From\s`(tests/\S+\.py)`:\n\n```python\n(.*?)```", re.DOTA
 
 
 def rows() -> list[tuple[list[str], list[str]]]:
-    """Of each row about megatron-core: files here, and files there with the names that follow them."""
+    """Return for each row of the table our files, and Megatron-Core's files with the names that follow them."""
     cells = [re.split(r" ?\| ?", line) for line in PAGE.splitlines() if line.startswith("| `") and ".py`" in line]
     return [(CODE.findall(cell[1]), CODE.findall(cell[2])) for cell in cells]
 
 
 def expected() -> set[tuple[str, str]]:
-    """(file, name) of megatron-core that something here depends on."""
+    """Return (file, name) of everything in Megatron-Core that the table names."""
     found, path = set(), ""
     for _, words in rows():
         for word in words:
@@ -43,7 +43,7 @@ def test_what_is_depended_on_is_there(path, name):
 
 
 def hangs_on_internals(tree: ast.Module) -> bool:
-    """Whether a file imports private names of megatron-core, extends its classes or replaces what is in it."""
+    """Return whether a file imports private names of Megatron-Core, extends its classes or replaces names in it."""
     imported = set(_imported(tree))
     if any(name.startswith("_") for name in imported):
         return True
@@ -59,7 +59,7 @@ def hangs_on_internals(tree: ast.Module) -> bool:
 
 
 def _imported(tree: ast.Module) -> Iterator[str]:
-    """Local names of what comes from megatron-core."""
+    """Yield the local names of everything imported from Megatron-Core."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron.core"):
             yield from (alias.asname or alias.name for alias in node.names)
@@ -74,7 +74,7 @@ def _root(node: ast.AST) -> str | None:
 
 
 def needing_a_row() -> set[str]:
-    """Files of the package that an upgrade of megatron-core may break without a word."""
+    """Return files of the package that an upgrade of Megatron-Core may break without an error."""
     found = set()
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
@@ -116,7 +116,7 @@ def test_an_example_is_a_test_of_this_repository(path, example):
 
 
 def targets() -> set[str]:
-    """Targets that `make help` lists."""
+    """Return the targets that `make help` lists."""
     command = ["make", "--no-print-directory", "help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
     return {line.split()[1] for line in shown.splitlines()}

@@ -1,4 +1,4 @@
-"""What ends in one line and what keeps its traceback."""
+"""Which errors end in one line, and which keep their traceback."""
 
 import errno
 import subprocess
@@ -57,7 +57,7 @@ def test_a_write_gets_the_name_of_its_file():
 
 
 def test_nobody_reads_the_output():
-    """As `tool | head -1` does, with more output than a pipe holds."""
+    """The command prints more than a pipe holds, and the reader closes it, as in `tool | head -1`."""
     code = "from megatron_moe_lpr.errors import run_command\nrun_command(lambda: print('x' * 10_000_000))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()

@@ -1,4 +1,4 @@
-"""Every flag of a run says in its type what a change of it means; one that does not is an error that names it."""
+"""Every flag of a run has one mark in its type; a flag without one is an error that names it."""
 
 import dataclasses
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_marked_flags_are_parsed_and_in_their_ranges(capsys):
 )
 @pytest.mark.parametrize("part", [field.name for field in dataclasses.fields(TrainingConfig)])
 def test_a_planted_field_without_its_one_mark_is_named(part, annotation, number):
-    """In every dataclass of a run, and in the run itself."""
+    """The field is planted in every dataclass of a run."""
     kinds = {field.name: getattr(field.type, "__origin__", field.type) for field in dataclasses.fields(TrainingConfig)}
     kind = kinds[part]
     is_part = dataclasses.is_dataclass(kind)

@@ -1,4 +1,4 @@
-"""Every number that a flag takes is in the range that its type says, or refused in a line that names the flag."""
+"""A number outside of the range in its flag's type is refused in a line that names the flag."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ BAD = (-1, 0, 1, 2**31, 2**63, 10**40, -(10**40), math.nan, math.inf, -math.inf,
 
 
 def numeric_fields(kind: type, path: str = "") -> list[tuple[str, type, Range | None]]:
-    """Flag, kind and range of every number in a dataclass of flags and in those that it holds."""
+    """Return flag, kind and range of every number in a dataclass of flags and in the dataclasses that it holds."""
     found = []
     for field in dataclasses.fields(kind):
         inner = getattr(field.type, "__origin__", field.type)
@@ -51,7 +51,7 @@ def test_there_are_numbers_in_every_part_of_a_training():
 
 @pytest.mark.parametrize(("command", "name", "kind", "allowed"), FIELDS, ids=lambda value: str(value)[:40])
 def test_every_number_says_its_range(command, name, kind, allowed):
-    """A new flag fails here until its type says what it takes, in place of `int` or `float`."""
+    """A new flag fails here until its type has a range, in place of `int` or `float`."""
     assert allowed is not None, f"{command} --{name.replace('_', '-')}"
     assert allowed.low > -math.inf and allowed.high < math.inf
     assert kind is float or allowed.high < 2**63  # what tensors and arrays hold

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_commit_is_checked_by_make_lint_as_ci_is():
-    """The command itself: another list of checks, or other versions of them, could differ from it one day."""
+    """The hook runs the command itself, since a second list of checks could come to differ from it."""
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     (hook,) = repository["hooks"]
     assert repository["repo"] == "local" and (hook["entry"], hook["language"]) == ("make lint", "system")

@@ -1,4 +1,4 @@
-"""Children that end with their parent, however it ends."""
+"""Child processes end with their parent, in whatever way it ends."""
 
 import multiprocessing
 import os
@@ -26,9 +26,9 @@ if __name__ == "__main__":
 
 
 def child(kernel: bool) -> None:
-    """Says when it is ready, by a change of its working directory, and waits for its end."""
+    """Run as the child: change the working directory when ready, and wait to be ended."""
     if not kernel:
-        processes._ask_kernel = lambda number: False
+        processes._request_death_signal = lambda number: False
     processes.end_with_parent()
     os.chdir("/")
     time.sleep(300)

@@ -1,4 +1,4 @@
-"""The commands that README and docs show: their flags are the commands' own."""
+"""The commands in README and docs have flags that the commands accept."""
 
 import importlib
 import re
@@ -17,11 +17,11 @@ TRAINING = "megatron_moe_lpr.pretrain"
 
 
 class Parsed(Exception):
-    """The flags are right, and that is all that is asked."""
+    """Raised once the flags are parsed, to end the command there."""
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(subcommand of moe-lpr, its arguments) of every command in a code block, lines put together."""
+    """Return (subcommand of moe-lpr, its arguments) of every command in a code block, continued lines joined."""
     found = []
     for page in PAGES:
         for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
@@ -35,7 +35,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 def shown_command(words: list[str]) -> tuple[str, list[str]]:
-    """What `launch` starts on its ranks stands for itself."""
+    """Return subcommand and arguments of a shown command; of `launch` those that its ranks run."""
     if words[0] == "launch":
         place = next(place for place, word in enumerate(words) if word in RANK_COMMANDS)
         words = words[place:]
@@ -44,7 +44,7 @@ def shown_command(words: list[str]) -> tuple[str, list[str]]:
 
 @pytest.mark.parametrize(("name", "arguments"), [shown for shown in commands() if shown[0] != "COMMAND"])
 def test_flags_of_a_shown_command(name, arguments, monkeypatch):
-    """Parsed as the command parses them, and no further."""
+    """The command's own parser accepts them."""
     if name == "train":
         # Its main installs handlers of signals.
         assert parse_training_flags(arguments).stage

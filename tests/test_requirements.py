@@ -1,4 +1,4 @@
-"""constraints.txt pins what setup.py asks for, within its ranges; setup.py alone says what that is."""
+"""constraints.txt pins every requirement of setup.py within its range."""
 
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +12,7 @@ INSTALLED_BY_CI = ("", "test", "eval")
 
 
 def pins() -> dict[str, list[Requirement]]:
-    """By package; some are pinned for each Python apart."""
+    """Return the pins by package; some packages have one for each Python version."""
     found = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         if line and not line.startswith("#"):
@@ -22,7 +22,7 @@ def pins() -> dict[str, list[Requirement]]:
 
 
 def wanted() -> list[Requirement]:
-    """What the package's metadata, made by setup.py, asks for in the environments that CI makes."""
+    """Return the requirements in the package's metadata that apply to the environments of CI."""
     needs = map(Requirement, metadata.requires("megatron-moe-lpr"))
     return [
         need for need in needs if any(not need.marker or need.marker.evaluate({"extra": e}) for e in INSTALLED_BY_CI)

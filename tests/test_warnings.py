@@ -1,4 +1,4 @@
-"""A warning given in the name of a module of ours is an error, here and on ranks."""
+"""A warning attributed to a module of this repository is an error, in tests and on ranks."""
 
 import warnings
 

@@ -1,9 +1,9 @@
-"""Programs that train: ours, and an ordinary PyTorch loop over transformers' stock class; and the products alone.
+"""Training programs to compare: ours, a PyTorch loop over transformers' stock class, and the matrix products alone.
 
     python -m benchmarks.training.candidates JSON       one candidate; a line of standard input steps it
 
-Each runs in a process of its own. Reads a number of steps a line, answers each step with a JSON line; to the word
-`profile` with where a step's time goes.
+Each candidate runs in its own process. It reads a number of steps from each line of standard input and prints a JSON
+line for each step; for the word `profile` it prints the shares of a step's time.
 """
 
 import json
@@ -25,7 +25,7 @@ LPR_COEFF = 0.1
 
 
 def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, int]) -> Callable[[], float]:
-    """A step of this package, as `megatron_moe_lpr.pretrain` makes it."""
+    """Return a function that takes one step of this package, as `megatron_moe_lpr.pretrain` does."""
     from megatron_moe_lpr.data.reading.config import DataConfig
     from megatron_moe_lpr.engine.options import BatchOptions
     from megatron_moe_lpr.model.configuration.compute import ComputeOptions
@@ -73,7 +73,7 @@ def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, in
 def stock(
     stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, int], experts: str = "eager"
 ) -> Callable[[], float]:
-    """A step of transformers' Qwen2-MoE with SDPA attention, torch's AdamW and, for bf16, autocast."""
+    """Return a step of transformers' Qwen2-MoE with SDPA attention, torch's AdamW and, for bf16, autocast."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -103,7 +103,7 @@ def stock(
 
 
 def floor(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, int]) -> Callable[[], float]:
-    """The matrix products of a step, and nothing else."""
+    """Return a function that computes the matrix products of a step and nothing else."""
     from benchmarks.training.floor import Floor, products
     from benchmarks.training.inputs import Sizes
 
@@ -111,7 +111,7 @@ def floor(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, i
 
 
 def freeze(model: Any, stage: str) -> None:
-    """Train what our stage trains. Stock experts are one tensor: the original one's gradient is thrown away."""
+    """Freeze what our stage freezes. Stock experts are one tensor, so the original one's gradient is set to zero."""
     if stage == "full":
         return
     for name, weight in model.named_parameters():
@@ -128,7 +128,7 @@ def _without_original(gradient: Any) -> Any:
 
 
 def lpr_loss(router_logits: tuple) -> Any:
-    """-log of the probability of expert 0, over half of the tokens."""
+    """Return the mean of -log of the probability of expert 0, over half of the tokens."""
     import torch
 
     losses = [-torch.log_softmax(logits.float(), -1)[: len(logits) // 2, 0].mean() for logits in router_logits]
@@ -136,7 +136,7 @@ def lpr_loss(router_logits: tuple) -> Any:
 
 
 def random_batches(sizes: dict[str, int]) -> Iterator[Any]:
-    """Batches of random tokens, [batch, sequence]."""
+    """Yield batches of random tokens, [batch, sequence]."""
     import torch
 
     generator = torch.Generator().manual_seed(7)
@@ -145,7 +145,7 @@ def random_batches(sizes: dict[str, int]) -> Iterator[Any]:
 
 
 def peak_megabytes() -> float:
-    """Largest resident set of this process so far."""
+    """Return the largest resident set of this process so far, in MiB."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
@@ -153,16 +153,16 @@ CANDIDATES = {"ours": ours, "stock": stock, "floor": floor}
 
 
 def main() -> None:
-    """Serve one candidate."""
+    """Run one candidate."""
     end_with_parent()
     task = json.loads(sys.argv[1])
-    # What libraries print goes to standard error: standard output is for the answers alone.
-    answer = os.fdopen(os.dup(1), "w")
+    # Output of libraries is redirected to standard error: standard output has the JSON lines alone.
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     step = CANDIDATES[task.pop("candidate")](**task)
     for line in sys.stdin:
         if line.strip() == PROFILE:
-            print(json.dumps(shares(step)), file=answer, flush=True)
+            print(json.dumps(shares(step)), file=output, flush=True)
             continue
         for _ in range(int(line)):
             wall, cpu = time.perf_counter(), time.process_time()
@@ -173,7 +173,7 @@ def main() -> None:
                 "loss": loss,
                 "peak_megabytes": peak_megabytes(),
             }
-            print(json.dumps(result), file=answer, flush=True)
+            print(json.dumps(result), file=output, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What both candidates train on: one model in both formats, and random tokens."""
+"""Inputs of all candidates: one model in both formats, and random tokens."""
 
 import dataclasses
 from pathlib import Path
@@ -39,9 +39,9 @@ class Inputs:
     """Paths of one benchmark."""
 
     checkpoint: Path
-    """Ours: the upcycled model."""
+    """Checkpoint of the upcycled model."""
     dense: Path
-    """Ours: the dense model."""
+    """Checkpoint of the dense model."""
     moe_hf: Path
     """The upcycled model as a stock Qwen2-MoE."""
     dense_hf: Path

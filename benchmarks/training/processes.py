@@ -1,4 +1,4 @@
-"""A candidate in processes of its own, stepped when it is its turn."""
+"""A candidate in its own processes, which rest between its steps."""
 
 import dataclasses
 import json
@@ -16,12 +16,12 @@ from megatron_moe_lpr.errors import UserError
 ROOT = Path(__file__).parents[2]
 PROFILE = "profile"
 CORES = 2
-"""Threads of one process, or ranks of one thread each."""
+"""Cores of a candidate: threads of one process, or ranks of one thread each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step: of several ranks the longest time, and the sums of the rest."""
+    """A step: the longest time of all ranks, and the sums of their CPU time and memory."""
 
     seconds: float
     cpu_seconds: float
@@ -30,7 +30,7 @@ class Step:
 
 
 class Candidate:
-    """Starts at once; `steps` waits for it."""
+    """Starts its processes at once; `steps` waits for them."""
 
     def __init__(self, name: str, task: dict[str, Any], work: Path, ranks: int = 1) -> None:
         self.name, self.precision, self.ranks = name, task["precision"], ranks
@@ -49,36 +49,36 @@ class Candidate:
             process.communicate()
 
     def steps(self, count: int) -> list[Step]:
-        """Take steps while everything else rests.
+        """Take steps while all other candidates rest.
 
         Raises:
-            UserError: with the last line of what the program said, where it ended.
+            UserError: the program has ended; with the last line that it printed.
         """
         self._ask(str(count))
         return [self._answer() for _ in range(count)]
 
     def profile(self) -> dict[str, float]:
-        """Where a step's time goes, of the first rank."""
+        """Return the shares of a step's time by kind of operation, on rank 0."""
         self._ask(PROFILE)
         return json.loads(self._lines()[0])
 
     def measure(self, count: int) -> None:
-        """Take steps that count."""
+        """Take steps and keep their measurements."""
         self.measured += self.steps(count)
 
     @property
     def seconds(self) -> float:
-        """Median time of a step."""
+        """Median seconds of a step."""
         return statistics.median(step.seconds for step in self.measured)
 
     @property
     def cpu_seconds(self) -> float:
-        """Median CPU time of a step."""
+        """Median CPU seconds of a step."""
         return statistics.median(step.cpu_seconds for step in self.measured)
 
     @property
     def peak_megabytes(self) -> float:
-        """Largest resident memory, the ranks' together."""
+        """Largest resident memory of all ranks together."""
         return max(step.peak_megabytes for step in self.measured)
 
     def _start(self, task: dict[str, Any], rank: int, port: int, log: Any) -> subprocess.Popen:
@@ -129,7 +129,7 @@ class Candidate:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

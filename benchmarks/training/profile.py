@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by kind of operation."""
+"""Shares of a step's time by kind of operation."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,21 +10,21 @@ KINDS = {
     "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::scatter", "aten::gather", "aten::fill_"),
     "elementwise": ("aten::",),
 }
-"""Beginnings or parts of names, the first that fits; all else is Python and dispatch."""
+"""Kind of operation to parts of their names; the first match counts. All other time is Python and dispatch."""
 
 
 def shares(step: Callable[[], float]) -> dict[str, float]:
-    """Parts of one step's time by kind, adding up to one."""
+    """Return the shares of one step's time by kind; they add up to 1."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
     times: Counter[str] = Counter()
     for event in profiler.key_averages():
-        times[kind_of(event.key)] += event.self_cpu_time_total
+        times[operation_kind(event.key)] += event.self_cpu_time_total
     return {kind: times[kind] / times.total() for kind in (*KINDS, "other")}
 
 
-def kind_of(name: str) -> str:
-    """The kind of an operation by its name."""
+def operation_kind(name: str) -> str:
+    """Return the kind of an operation with this name."""
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")

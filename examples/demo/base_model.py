@@ -1,4 +1,4 @@
-"""How data/base_model was made."""
+"""Makes data/base_model, the dense model that the demo starts from."""
 
 import shutil
 from pathlib import Path
@@ -8,9 +8,9 @@ from workflow import Workflow
 
 
 def base_model() -> None:
-    """Make data/base_model anew: a tokenizer, random weights, then full training on en, es and zh.
+    """Make data/base_model again: a tokenizer, random weights, then full training on en, es and zh.
 
-    1% each of el, hu and tr is mixed in, since a real model has seen some of every language.
+    1% of each of el, hu and tr is mixed in, because a real model has seen some text of every language.
     """
     flow = Workflow(read_settings(runs=Path("runs/base_model")))
     settings, runs = flow.settings, flow.settings.runs

@@ -1,4 +1,4 @@
-"""The table of lm_eval's results for several models: accuracy by language."""
+"""Print a table of lm_eval's results for several models: accuracy by language."""
 
 import dataclasses
 import json
@@ -14,12 +14,12 @@ from megatron_moe_lpr.errors import UserError, run_command
 
 @dataclasses.dataclass
 class Flags:
-    """Accuracy by language of several models."""
+    """Print the accuracy by language of several models."""
 
     results: list[str]
-    """NAME=DIRECTORY that lm_eval's --output_path named, one for each model."""
+    """NAME=DIRECTORY for each model, with the directory of lm_eval's --output_path."""
     languages: list[str]
-    """Columns."""
+    """Languages, the columns of the table."""
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def read_scores(directory: Path) -> dict[str, str]:
-    """Accuracy and its standard error by task, from the newest results below a directory. Raises UserError."""
+    """Return accuracy and its standard error by task, from the newest results below a directory. Raises UserError."""
     files = sorted(directory.rglob("results_*.json"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise UserError(f"--results {directory}: no results_*.json of lm_eval there")

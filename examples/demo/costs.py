@@ -1,4 +1,4 @@
-"""What exported models cost: parameters, parameters a token uses, and tokens/s of transformers, all models in turns.
+"""Measure the cost of exported models: parameters, parameters that a token uses, and tokens/s in transformers.
 
 python examples/demo/costs.py --hf "Base model=data/base_model" "MoE-LPR=runs/paper/hf/moe_lpr" --output costs.json
 """
@@ -22,19 +22,19 @@ from megatron_moe_lpr.files.json_files import write_json
 
 @dataclasses.dataclass
 class Flags:
-    """What exported models cost."""
+    """Measure the cost of exported models."""
 
     hf: list[str]
-    """TITLE=DIRECTORY of each Hugging Face model; the first is what the others are compared with."""
+    """TITLE=DIRECTORY of each Hugging Face model; the others are compared with the first."""
     output: Path
     """JSON file to write: for each title parameters, active_parameters, prompt_tokens_per_second and
     generated_tokens_per_second."""
     prompt_tokens: int = 256
-    """Length of the prompt."""
+    """Tokens of the prompt."""
     new_tokens: int = 64
     """Tokens to generate, one at a time."""
     rounds: int = 5
-    """Each model's turns; the median counts."""
+    """Rounds, in each of which every model is measured once; the median counts."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     # The first round only compiles kernels and fills caches.
     for turn in range(flags.rounds + 1):
         for title, model in models.items():
-            for seconds, taken in zip(times[title], turn_of(model.eval(), flags), strict=True):
+            for seconds, taken in zip(times[title], prompt_and_generation_seconds(model.eval(), flags), strict=True):
                 seconds += [taken] if turn else []
     costs = {
         title: {
@@ -68,8 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 @torch.no_grad()
-def turn_of(model: PreTrainedModel, flags: Flags) -> tuple[float, float]:
-    """Seconds for the prompt and for the tokens after it, one sequence, greedy."""
+def prompt_and_generation_seconds(model: PreTrainedModel, flags: Flags) -> tuple[float, float]:
+    """Return the seconds for the prompt and for the generated tokens: one sequence, greedy."""
     prompt = torch.arange(flags.prompt_tokens).remainder(model.config.vocab_size).unsqueeze(0)
     start = time.perf_counter()
     output = model(prompt, use_cache=True, logits_to_keep=1)
@@ -81,7 +81,7 @@ def turn_of(model: PreTrainedModel, flags: Flags) -> tuple[float, float]:
 
 
 def active_parameters(model: PreTrainedModel) -> int:
-    """Parameters that one token uses: of a layer's routed experts only as many as it chooses."""
+    """Return the parameters that one token uses: of a layer's routed experts only the top-k."""
     config = model.config
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
     chosen = getattr(config, "num_experts_per_tok", None) or 1
@@ -90,7 +90,7 @@ def active_parameters(model: PreTrainedModel) -> int:
 
 
 def show(costs: dict[str, dict[str, float]]) -> None:
-    """A line for each model, speeds also as a multiple of the first one's."""
+    """Print a line for each model, with its speeds also as multiples of the first model's."""
     table = Table("model", "parameters", "active", "prompt tokens/s", "generated tokens/s")
     first = next(iter(costs.values()))
     for title, one in costs.items():

@@ -1,4 +1,4 @@
-"""What the target `scaling` has evaluated, as curves for tools/report.py --curves."""
+"""Write the evaluations of the target `scaling` as curves for `moe-lpr report --curves`."""
 
 import dataclasses
 import json
@@ -11,16 +11,16 @@ from megatron_moe_lpr.files.json_files import write_json
 
 @dataclasses.dataclass
 class Flags:
-    """What the target `scaling` has evaluated, as curves."""
+    """Write the evaluations of the target `scaling` as curves."""
 
     table: Path
     """Directory of `paper-table`, with the results of `scaling` in its directory scaling."""
     full: Path
-    """Directory of `full`, whose stage 1 the reviews with more and less replay go on from."""
+    """Directory of `full`, from whose stage 1 the reviews with more and less replay start."""
     replays: list[int]
-    """Documents of each original language in these reviews."""
+    """Documents of each original language in the reviews with more and less replay."""
     seed: int
-    """Which of the table's runs stands for the demo's own settings."""
+    """Seed of the table's run that has the demo's own settings."""
     output: Path
     """JSON file to write."""
 
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def curves(flags: Flags) -> list[dict]:
-    """The three of them."""
+    """Return all three curves."""
     own = f"{flags.table}/seed-{flags.seed}/evaluation/stage2.json"
 
     def scaled(name: str) -> str:
@@ -64,22 +64,22 @@ def curves(flags: Flags) -> list[dict]:
 
 
 def listed(numbers: list[int]) -> str:
-    """In words: 1, 3 or 11."""
+    """Return numbers as text: 1, 3 or 11."""
     *first, last = map(str, numbers)
     return f"{', '.join(first)} or {last}" if first else last
 
 
 def replay_share(flags: Flags, documents: int) -> str:
-    """Tokens of so many documents of each original language, as a share of what stage 1 reads."""
+    """Return the tokens of so many documents of each original language, as a fraction of the tokens of stage 1."""
     replay = tokens(flags.table / "data", f"replay-{documents}-*.json")
     return f"{100 * replay / tokens(flags.full / 'data', 'train-*.json'):.2g}%"
 
 
 def tokens(directory: Path, datasets: str) -> int:
-    """Of all datasets whose manifests have such names.
+    """Return the tokens of all datasets whose manifests match a glob pattern.
 
     Raises:
-        UserError: there are none.
+        UserError: no manifest matches.
     """
     manifests = sorted(directory.glob(datasets))
     if not manifests:
@@ -88,7 +88,7 @@ def tokens(directory: Path, datasets: str) -> int:
 
 
 def curve(title: str, setting: str, caption: str, points: dict[str, str]) -> dict:
-    """One curve, from values of the setting to evaluations."""
+    """Return one curve, from evaluations by value of the setting."""
     return {
         "title": title,
         "setting": setting,

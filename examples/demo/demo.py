@@ -2,8 +2,8 @@
 
     python examples/demo/demo.py TARGET
 
-Interrupt it whenever you like: the same command goes on from there. To start over, remove the target's directory, for
-example runs/demo. Settings are environment variables (examples/demo/settings.py), as in STAGE1_ITERS=1000.
+It may be interrupted at any time: the same command continues. To start over, remove the target's directory, for example
+runs/demo. Settings are environment variables (examples/demo/settings.py), as in STAGE1_ITERS=1000.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Flags:
     """Run a target of the demo."""
 
     target: tyro.conf.Positional[Literal[tuple(TARGETS)]]
-    """What to run."""
+    """Target to run."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A sentence in each language from an exported model, by transformers alone: none of this project's model code."""
+"""Generate a sentence in each language with an exported model, in transformers, without this project's model code."""
 
 import dataclasses
 from pathlib import Path
@@ -14,18 +14,18 @@ from megatron_moe_lpr.files.json_files import write_json
 
 @dataclasses.dataclass
 class Flags:
-    """A sentence in each language from an exported model."""
+    """Generate a sentence in each language with an exported model."""
 
     hf: Path
     """Hugging Face directory."""
     corpus: Path
-    """Directory with LANGUAGE.jsonl.zst, whose first document's beginning is the prompt."""
+    """Directory with LANGUAGE.jsonl.zst; the beginning of its first document is the prompt."""
     languages: list[str]
-    """Which ones."""
+    """Languages to generate in."""
     output: Path
     """JSON file to write: a list of language, prompt, text."""
     prompt_characters: int = 60
-    """Length of the prompt, up to the end of a word."""
+    """Characters of the prompt, up to the end of a word."""
     new_tokens: int = 40
     """Tokens to generate."""
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def load(directory: Path) -> PreTrainedModel:
-    """The stock class, with nothing missing and nothing left over."""
+    """Load a model by transformers' stock class, and check that no tensor is missing or left over."""
     model, information = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
@@ -58,7 +58,7 @@ def load(directory: Path) -> PreTrainedModel:
 
 
 def first_words(path: Path, characters: int) -> str:
-    """The beginning of a file's first long document, cut after a word."""
+    """Return the beginning of a file's first long document, cut after a word."""
     text = next(text for text in texts([str(path)]) if len(text) > 4 * characters)
     start = text.index("\n") + 1 if "\n" in text[: 2 * characters] else 0  # behind the heading
     words = text[start : start + characters].replace("\n", " ")
@@ -67,7 +67,7 @@ def first_words(path: Path, characters: int) -> str:
 
 @torch.no_grad()
 def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
-    """The most likely continuation, without the loops that small models fall into."""
+    """Return the greedy continuation of a prompt, with a penalty against the repetitions of small models."""
     inputs = tokenizer(prompt, return_tensors="pt")
     output = model.generate(
         input_ids=inputs["input_ids"],

@@ -1,4 +1,4 @@
-"""The pages of GNOME's desktop help as JSON lines: text of another program by other writers, to test the demo on."""
+"""Convert GNOME's desktop help to JSON lines: text of another source than the corpus, to test the demo on."""
 
 import dataclasses
 import hashlib
@@ -16,12 +16,12 @@ NAMESPACE = "{http://projectmallard.org/1.0/}"
 
 @dataclasses.dataclass
 class Flags:
-    """The pages of GNOME's desktop help as JSON lines."""
+    """Convert GNOME's desktop help to JSON lines."""
 
     pages: Path
     """Directory share/help of the unpacked Debian package gnome-user-docs."""
     languages: list[str]
-    """Which ones. A paragraph that stands there in English is not translated and is left out."""
+    """Languages to convert. Paragraphs that are not translated are left out."""
     output: Path
     """Directory to write LANGUAGE.jsonl to."""
 
@@ -29,7 +29,7 @@ class Flags:
 def main() -> None:
     """Command line."""
     flags = parse_flags(Flags, description=__doc__)
-    english = {path.name: paragraphs(path) for path in pages_of(flags.pages, "en")}
+    english = {path.name: paragraphs(path) for path in language_pages(flags.pages, "en")}
     documents = {language: translated(flags.pages, language, english) for language in flags.languages}
     flags.output.mkdir(parents=True, exist_ok=True)
     for language, texts in documents.items():
@@ -39,9 +39,9 @@ def main() -> None:
 
 
 def translated(directory: Path, language: str, english: dict[str, list[str]]) -> dict[str, str]:
-    """Text of each page by the page's name, without paragraphs that are the English ones. Raises UserError."""
+    """Return the text of each page by its name, without paragraphs that are still English. Raises UserError."""
     texts = {}
-    for path in pages_of(directory, language):
+    for path in language_pages(directory, language):
         untranslated = set(english.get(path.name, ())) if language != "en" else ()
         text = "\n".join(text for text in paragraphs(path) if text not in untranslated)
         if text:
@@ -49,8 +49,8 @@ def translated(directory: Path, language: str, english: dict[str, list[str]]) ->
     return texts
 
 
-def pages_of(directory: Path, language: str) -> list[Path]:
-    """A language's pages in the order of their names' hash. Raises UserError where there are none."""
+def language_pages(directory: Path, language: str) -> list[Path]:
+    """Return the pages of a language in the order of their names' hash. Raises UserError: there are none."""
     place = directory / DIRECTORY.get(language, language) / "gnome-help"
     found = sorted(place.glob("*.page"), key=lambda path: hashlib.sha256(path.name.encode()).hexdigest())
     if not found:
@@ -59,7 +59,7 @@ def pages_of(directory: Path, language: str) -> list[Path]:
 
 
 def paragraphs(page: Path) -> list[str]:
-    """Titles and paragraphs of a Mallard page in their order, white space made single. Raises UserError."""
+    """Return titles and paragraphs of a Mallard page in order, with single spaces. Raises UserError."""
     try:
         root = ElementTree.parse(page).getroot()
     except (OSError, ElementTree.ParseError) as error:

@@ -1,4 +1,4 @@
-"""Fewer experts, allocated by layer, and languages added later by a second expansion."""
+"""The target `growing`: fewer experts, allocated by layer, and languages added later by a second expansion."""
 
 from pathlib import Path
 
@@ -56,6 +56,6 @@ def growing() -> None:
 
 
 def both_stages(flow: Workflow, name: str, title: str) -> None:
-    """Stage 1 from the checkpoint NAME, then stage 2."""
+    """Train stage 1 from the checkpoint NAME, then stage 2."""
     flow.train(Training(f"{name}-stage1", f"{title}: stage 1", "1", name))
     flow.train(Training(f"{name}-stage2", f"{title}: stage 2", "2", f"{name}-stage1"))

@@ -1,7 +1,7 @@
 """LoRA on a dense Hugging Face model, by peft, on the windows that megatron_moe_lpr.pretrain would draw.
 
-A row of `make paper-table`: every linear layer of the blocks gets an adapter, nothing else trains. What is written is
-the model with the adapters added to its weights, a stock dense model.
+A row of `make paper-table`: every linear layer of the transformer layers gets an adapter, and nothing else trains. The
+output is a stock dense model, with the adapters added to its weights.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 @dataclasses.dataclass
 class Flags:
-    """LoRA on a dense Hugging Face model."""
+    """Train LoRA on a dense Hugging Face model."""
 
     hf: Path
     """Dense Hugging Face directory to start from."""
@@ -37,7 +37,7 @@ class Flags:
     train_iters: int
     """Steps."""
     global_batch_size: int
-    """Windows a step."""
+    """Windows of a step."""
     seq_length: int
     """Tokens of a window."""
     lr: float
@@ -45,15 +45,15 @@ class Flags:
     lr_warmup_iters: int = 0
     """Steps of linear warm-up from 0."""
     rank: int = 8
-    """Of each adapter."""
+    """Rank of each adapter."""
     seed: int = 1234
-    """Decides the order of the windows and the adapters' initial values."""
+    """Seed of the order of the windows and of the adapters' initial values."""
     bf16: bool = False
-    """Multiply in bfloat16 (autocast)."""
+    """Compute matrix products in bfloat16 (autocast)."""
     fp32: bool = False
-    """Multiply in fp32, the default."""
+    """Compute matrix products in fp32, the default."""
     log_interval: int = 20
-    """Steps between lines."""
+    """Steps between lines of output."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def windows(flags: Flags) -> Iterator[Batch]:
-    """Global batches in the order of a training run with the same flags."""
+    """Yield global batches in the order of a training run with the same flags."""
     config = DataConfig(data_path=flags.data_path, seed=flags.seed, num_workers=0)
     samples = flags.train_iters * flags.global_batch_size
     dataset = build_training_dataset(read_data_sources(config), config, flags.seq_length, samples)
@@ -84,7 +84,7 @@ def windows(flags: Flags) -> Iterator[Batch]:
 
 
 def train(model: PreTrainedModel, batches: Iterator[Batch], flags: Flags) -> None:
-    """AdamW, cosine schedule and clipping as `megatron_moe_lpr.pretrain` has them by default."""
+    """Train with AdamW, cosine schedule and clipping as `moe-lpr train` has them by default."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=flags.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, flags.lr_warmup_iters, flags.train_iters)
@@ -105,7 +105,7 @@ def train(model: PreTrainedModel, batches: Iterator[Batch], flags: Flags) -> Non
 
 
 def lm_loss(model: PreTrainedModel, batch: Batch, bf16: bool) -> torch.Tensor:
-    """Mean cross-entropy over the tokens of `loss_mask`; batch entries [batch, sequence]."""
+    """Return the mean cross-entropy over the tokens of `loss_mask`; entries of `batch` are [batch, sequence]."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = model(input_ids=batch["tokens"], position_ids=batch["position_ids"], use_cache=False).logits
     losses = torch.nn.functional.cross_entropy(

@@ -1,4 +1,4 @@
-"""A multiple-choice task for lm_eval out of a corpus: which of four endings continues the passage?
+"""Make a multiple-choice task for lm_eval from a corpus: which of four endings continues the passage?
 
 The right ending is the passage's own; the three wrong ones continue passages of other documents of the same language.
 """
@@ -20,22 +20,22 @@ PREFIX = "continuation"
 
 @dataclasses.dataclass
 class Flags:
-    """Which of four endings continues the passage: a task for lm_eval."""
+    """Make a task for lm_eval: which of four endings continues the passage?"""
 
     corpus: Path
     """Directory with LANGUAGE.jsonl.zst."""
     languages: list[str]
-    """One task for each."""
+    """Languages; each becomes a task."""
     output: Path
     """Directory to write: LANGUAGE.jsonl and continuation_LANGUAGE.yaml, for lm_eval's --include_path."""
     questions: int = 200
-    """For each language."""
+    """Questions of each language."""
     context_characters: int = 200
-    """Length of the passage."""
+    """Characters of a passage."""
     choice_characters: int = 40
-    """Length of an ending."""
+    """Characters of an ending."""
     seed: int = 1234
-    """Decides the passages and the order of the endings."""
+    """Seed of the passages and of the order of the endings."""
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def make_questions(documents: list[str], flags: Flags) -> list[dict[str, str | list[str] | int]]:
-    """Passages spread over the documents, each with its own ending and those of three other documents.
+    """Return questions spread over the documents: a passage, its own ending, and endings of three other documents.
 
     Raises:
         UserError: fewer than four documents are long enough.
@@ -74,7 +74,7 @@ def make_questions(documents: list[str], flags: Flags) -> list[dict[str, str | l
 
 
 def passage(document: str, flags: Flags, generator: random.Random) -> tuple[str, str]:
-    """A passage from anywhere in a document and what follows; between words where the language has spaces."""
+    """Return a random passage of a document and the text after it; cut between words if the language has spaces."""
     length = flags.context_characters + flags.choice_characters
     start = generator.randrange(len(document) - length)
     text = document[start : start + length]
@@ -84,7 +84,7 @@ def passage(document: str, flags: Flags, generator: random.Random) -> tuple[str,
 
 
 def task_text(language: str, data: Path) -> str:
-    """The task as lm_eval reads it; the ending begins with the space that separates it."""
+    """Return the task file for lm_eval. An ending begins with the space that separates it from the passage."""
     return f"""\
 task: {PREFIX}_{language}
 dataset_path: json

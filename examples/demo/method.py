@@ -1,4 +1,4 @@
-"""The demo itself, its baselines, and the demo at the paper's proportions."""
+"""The targets `demo`, `baselines` and `full`: the method, other methods, and the method at the paper's proportions."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ DEMO_ROWS = {
 
 
 def demo(**defaults: object) -> Workflow:
-    """data/base_model (a small model that knows en, es and zh) learns el, hu and tr, then reviews."""
+    """Teach data/base_model, a small model that knows en, es and zh, el, hu and tr, then review."""
     flow = Workflow(read_settings(**defaults))
     runs, settings = flow.settings.runs, flow.settings
     if runs.is_dir():
@@ -54,7 +54,7 @@ def demo(**defaults: object) -> Workflow:
 
 
 def report(flow: Workflow | None = None) -> None:
-    """Write the report from all evaluations that are there, and print the table."""
+    """Write the report from all evaluations that exist, and print the table."""
     flow = flow or Workflow(read_settings())
     runs = flow.settings.runs
     found = {title: flow.evaluation(name) for title, name in DEMO_ROWS.items()}
@@ -65,14 +65,14 @@ def report(flow: Workflow | None = None) -> None:
 
 
 def finished_demo() -> Workflow:
-    """The demo's workflow, which is run first where it is not complete."""
+    """Return the demo's workflow; run the demo first if it is not complete."""
     flow = Workflow(read_settings())
     done = (flow.settings.runs / "stage2" / ".done", flow.settings.runs / "hf" / "config.json")
     return flow if all(path.exists() for path in done) else demo()
 
 
 def baselines() -> None:
-    """The demo's baselines on the same tokens. (The mixture without review is the demo's own stage 1.)"""
+    """Train the demo's baselines on the same tokens. (The mixture without review is the demo's own stage 1.)"""
     flow = finished_demo()
     flow.train(DENSE_FULL)
     flow.train(MOE_FULL)
@@ -84,13 +84,13 @@ def baselines() -> None:
 
 
 def full() -> None:
-    """The demo at the paper's proportions: stage 1 reads the whole corpus once, the replay is less than 1% of it."""
+    """Run the demo at the paper's proportions: stage 1 reads the corpus once, the replay is less than 1% of it."""
     defaults = {
         "runs": Path("runs/full"),
         # 10,070 windows of 256 tokens, 8 a step.
         "stage1_iters": 1258,
-        # The top layer alone: its router tells the languages apart best, and what a token loses by a wrong choice is
-        # lost once.
+        # Experts in the top layer alone: its router separates the languages best, and a wrong choice costs a token only
+        # one layer.
         "moe_layers": "[0]*3+[1]",
         # With 600 steps the original languages ended at +1.06% of the base model, with 800 at +0.97%.
         "stage2_iters": 1000,

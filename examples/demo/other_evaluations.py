@@ -1,11 +1,11 @@
-"""The demo's models on text of another program, and on multiple-choice questions by lm_eval."""
+"""Evaluates the demo's models on text of another source, and on multiple-choice questions by lm_eval."""
 
 from method import DEMO_ROWS, finished_demo
 from scaling import gnome_text
 
 
 def other_text() -> None:
-    """The demo's models on GNOME's desktop help, fetched as a Debian package. It has hardly any Turkish."""
+    """Evaluate the demo's models on GNOME's desktop help, downloaded as a Debian package. It has hardly any Turkish."""
     flow = finished_demo()
     settings, models = flow.settings, flow.settings.runs
     other = models / "other_text"
@@ -21,7 +21,7 @@ def other_text() -> None:
 
 
 def choices() -> None:
-    """lm_eval on the base model and the exported one: which of four endings continues a held-out passage?"""
+    """Run lm_eval on the base model and the exported one: which of four endings continues a held-out passage?"""
     flow = finished_demo()
     settings, output = flow.settings, flow.settings.runs / "choices"
     flags = ("--corpus", settings.corpus / "valid", "--languages", *settings.languages, "--output", output)

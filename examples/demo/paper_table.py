@@ -22,13 +22,13 @@ TABLE = (
     ("- review without LPR", NO_LPR),
     ("- review, first implementation's LPR", REFERENCE_LPR),
 )
-"""The paper's Table 1 in small: title and training of each row. LoRA is no stage: lora.py trains it."""
+"""Title and training of each row of the paper's Table 1 in small. LoRA is no stage: lora.py trains it."""
 TABLE_TRAININGS = (STAGE1, STAGE2, NO_LPR, REFERENCE_LPR, MOE_FULL, DENSE_FULL, BLOCKS)
-"""In an order in which each finds what it starts from."""
+"""Order of the trainings: each comes after the one that it starts from."""
 
 
 def paper_table() -> None:
-    """The paper's Table 1 in small: means over the seeds, which run at the same time."""
+    """Train the paper's Table 1 in small and print means over the seeds, which run at the same time."""
     flow = Workflow(read_settings(runs=Path("runs/paper"), ranks=1, replay_documents=4))
     settings, table = flow.settings, flow.settings.runs
     flow.demo_tokens()
@@ -68,7 +68,7 @@ def paper_table() -> None:
 
 
 def train_rows(flow: Workflow, seed: int, table: Path) -> None:
-    """All trainings of one seed, then their evaluations."""
+    """Run all trainings of one seed, then their evaluations."""
     flow = flow.change(seed=seed, data=flow.settings.datasets, runs=table / f"seed-{seed}")
     flow.mixture("--seed", seed)
     for training in TABLE_TRAININGS:
@@ -80,7 +80,7 @@ def train_rows(flow: Workflow, seed: int, table: Path) -> None:
 
 
 def train_lora(flow: Workflow) -> None:
-    """LoRA's model comes back from Hugging Face as any dense one."""
+    """Train LoRA, then import its merged model like any dense one."""
     settings, hf = flow.settings, flow.settings.runs / "lora_hf"
     flags = (
         *("--hf", settings.base, "--save", hf, "--data-path", *flow.prefixes("train", settings.expanded)),

@@ -1,4 +1,4 @@
-"""The base model before its training: a tokenizer over the demo corpus and a small Qwen2 with random weights."""
+"""Make the untrained base model: a tokenizer of the demo corpus and a small Qwen2 with random weights."""
 
 import dataclasses
 import json
@@ -18,22 +18,22 @@ END_OF_DOCUMENT = "<|endoftext|>"
 
 @dataclasses.dataclass
 class Flags:
-    """A tokenizer and a small Qwen2 with random weights."""
+    """Make a tokenizer and a small Qwen2 with random weights."""
 
     input: list[str]
-    """JSON lines to train the tokenizer on, as tools/preprocess_data.py reads them."""
+    """JSON lines to train the tokenizer on, in the form that preprocess reads."""
     hf: Path
     """Hugging Face directory to write."""
     vocab_size: int = 1024
-    """Tokens, the 256 bytes and the end of document included."""
+    """Size of the vocabulary, the 256 bytes and the end of document included."""
     hidden_size: int = 256
-    """Width of the residual stream."""
+    """Hidden size."""
     intermediate_size: int = 1024
-    """Width of the FFN."""
+    """FFN size."""
     num_layers: int = 4
     """Transformer layers."""
     seed: int = 1234
-    """Decides the weights."""
+    """Seed of the weights."""
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _name_class_of_transformers_4(path: Path) -> None:
-    """transformers 5 writes TokenizersBackend, which 4 does not know; both know this name for a bare tokenizer.json."""
+    """Write a tokenizer class that transformers 4 knows too; transformers 5 writes TokenizersBackend."""
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.pop("backend", None)
@@ -58,7 +58,7 @@ def _name_class_of_transformers_4(path: Path) -> None:
 
 
 def train_tokenizer(inputs: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: it can write every text of every language."""
+    """Train a byte-level BPE tokenizer, which can encode every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -73,7 +73,7 @@ def train_tokenizer(inputs: list[str], vocab_size: int) -> PreTrainedTokenizerFa
 
 
 def random_model(flags: Flags) -> Qwen2ForCausalLM:
-    """Qwen2 as transformers initialises it: grouped-query attention, QKV bias, tied embeddings."""
+    """Return a Qwen2 as transformers initialises it: grouped-query attention, QKV bias, tied embeddings."""
     torch.manual_seed(flags.seed)
     config = Qwen2Config(
         vocab_size=flags.vocab_size,

@@ -1,4 +1,4 @@
-"""What the outcome depends on: the number of experts, the length of the replay, a fourth new language."""
+"""The target `scaling`: other numbers of experts, lengths of the replay, and a fourth new language."""
 
 import shutil
 from collections.abc import Iterable
@@ -12,9 +12,9 @@ VALIDATION_PAGES = 40
 
 
 def scaling() -> None:
-    """3, 5 or 9 experts; a replay of 0.03% to 3% of stage 1; Czech beside el, hu and tr.
+    """Train with 3, 5 or 9 experts, with a replay of 0.03% to 3% of stage 1, and with Czech beside el, hu and tr.
 
-    Goes on from the runs of `paper-table` and `full`, and adds its curves to the report of the former.
+    It starts from the runs of `paper-table` and `full`, and adds its curves to the report of `paper-table`.
     """
     flow = Workflow(read_settings(runs=Path("runs/paper"), ranks=1, replay_documents=4))
     settings, table = flow.settings, flow.settings.runs
@@ -38,7 +38,7 @@ def scaling() -> None:
 
 
 def _both_stages(flow: Workflow, name: str, experts: int) -> None:
-    """The two stages with so many experts a layer."""
+    """Train both stages with so many experts per layer."""
     seed = ("--seed", flow.settings.seed)
     flags = ("--num-experts", experts, "--moe-layer-freq", flow.settings.moe_layers, *seed)
     flow.checkpoint(name, f"{name}: a mixture of {experts} experts", *flags)
@@ -53,7 +53,7 @@ def _experts(flow: Workflow) -> None:
 
 
 def _replays(flow: Workflow) -> None:
-    """After stage 1 over the whole corpus, a review with so many documents of each original language."""
+    """Train reviews, each with another number of documents of each original language, after stage 1 of `full`."""
     for documents in flow.settings.replays:
         one = flow.change(replay=f"replay-{documents}", replay_documents=int(documents))
         one.replay_tokens()
@@ -63,7 +63,7 @@ def _replays(flow: Workflow) -> None:
 
 
 def _czech(flow: Workflow) -> None:
-    """A third more tokens in both stages, so that each language has as many as before."""
+    """Train with Czech and a third more tokens in both stages, so that each language has as many as before."""
     settings, gnome = flow.settings, flow.settings.runs / "gnome"
     gnome_text(flow, gnome, ("cs", "en"))
     pages = (gnome / "text" / "cs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -77,9 +77,9 @@ def _czech(flow: Workflow) -> None:
 
 
 def gnome_text(flow: Workflow, directory: Path, languages: Iterable[str]) -> None:
-    """GNOME's desktop help as DIRECTORY/text/LANGUAGE.jsonl: text of another program by other writers.
+    """Write GNOME's desktop help as DIRECTORY/text/LANGUAGE.jsonl.
 
-    From Debian's or Ubuntu's package gnome-user-docs (8 MB, CC BY-SA 3.0), which is fetched.
+    It is downloaded as Debian's or Ubuntu's package gnome-user-docs (8 MB, CC BY-SA 3.0).
     """
     for program in ("apt-get", "dpkg"):
         if shutil.which(program) is None:

@@ -1,6 +1,6 @@
-"""How well could a router tell the original languages from the expanded ones, layer by layer?
+"""Measure how well a router could separate the original languages from the expanded ones, layer by layer.
 
-The probe of megatron_moe_lpr/allocation/probe.py, fitted on training text and counted on validation text, by language.
+The probe of megatron_moe_lpr/allocation/probe.py is fitted on training text and counted on validation text.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
 
 FIRST = 8
-"""Tokens of a window that have nearly no context."""
+"""First tokens of a window, which have nearly no context and are not counted."""
 
 
 @dataclasses.dataclass
 class Flags:
-    """How well could a router tell the original languages from the expanded ones, layer by layer?"""
+    """Measure how well a router could separate the original languages from the expanded ones, layer by layer."""
 
     hf: Path
     """Dense Hugging Face directory."""
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def windows(flags: Flags, tokenizer: PreTrainedTokenizerBase, split: str, language: str) -> torch.Tensor:
-    """Token ids [windows, length] of a language's first documents, one after the other. Raises UserError."""
+    """Return token ids [windows, length] of a language's first documents, joined. Raises UserError."""
     ids: list[int] = []
     for text in texts([str(flags.corpus / split / f"{language}.jsonl.zst")]):
         ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]

@@ -11,7 +11,7 @@ BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
 
 
 def _has_bf16() -> bool:
-    """Whether the processor multiplies bf16 itself: then bf16 is several times faster than fp32, elsewhere slower."""
+    """Return whether the processor has bf16 instructions: with them bf16 is faster than fp32, without them slower."""
     try:
         return bool(BF16_INSTRUCTIONS & set(Path("/proc/cpuinfo").read_text().split()))
     except OSError:
@@ -20,10 +20,10 @@ def _has_bf16() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a target of the demo runs with. docs/experiments.md says what was tried."""
+    """Settings of a target of the demo. docs/experiments.md lists other values that were tried."""
 
     runs: Path = Path("runs/demo")
-    """Directory for everything that is written."""
+    """Directory of all output."""
     data: Path | None = None
     """Directory for datasets. Default: RUNS/data."""
     base: Path = Path("data/base_model")
@@ -33,17 +33,17 @@ class Settings:
     expanded: tuple[str, ...] = ("el", "hu", "tr")
     seed: int = 1234
     seeds: tuple[str, ...] = ("1234", "1235")
-    """Of the paper's table, each a run of its own."""
+    """Seeds of the paper's table, each with its own runs."""
     ranks: int = min(CORES, 2)
     precision: str = "--bf16" if _has_bf16() else "--fp32"
 
     experts: int = 5
     moe_layers: str = "[0]+[1]*3"
-    """Layer 0 stays dense: its router cannot tell the languages apart."""
+    """Layers with experts. Layer 0 stays dense: its router cannot separate the languages."""
     inserted_blocks: int = 2
-    """Of block expansion (LLaMA-Pro)."""
+    """Inserted blocks of block expansion (LLaMA-Pro)."""
     length: int = 256
-    """Tokens of a sequence. A step takes batch x length tokens."""
+    """Tokens of a sequence. A step has batch x length tokens."""
     stage1_iters: int = 280
     stage1_batch: int = 8
     stage1_lr: str = "3e-3"
@@ -61,7 +61,7 @@ class Settings:
     over the whole corpus; the documents are of very different lengths."""
     validation_documents: int = 40
     full: Path = Path("runs/full")
-    """Directory of the target `full`, which `scaling` goes on from."""
+    """Directory of the target `full`, from which `scaling` starts."""
 
     @property
     def datasets(self) -> Path:
@@ -70,12 +70,12 @@ class Settings:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """All languages, the original ones first."""
+        """All languages, original ones first."""
         return (*self.original, *self.expanded)
 
 
 def read_settings(**defaults: object) -> Settings:
-    """Return the settings: a target's own defaults, and over them what the environment says.
+    """Return the settings: the environment's values, else the target's own defaults.
 
     Args:
         defaults: fields of Settings in which the target differs.

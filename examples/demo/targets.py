@@ -1,4 +1,4 @@
-"""Which of the demo's targets a run has reached, from the evaluations that its steps wrote."""
+"""Check which of the demo's targets a run of the demo has reached, by its evaluations."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ NAMES = ("base", "stage1", "stage2", "dense_full")
 
 @dataclasses.dataclass
 class Flags:
-    """Which of the demo's targets a run has reached."""
+    """Check which of the demo's targets a run of the demo has reached."""
 
     evaluations: Path
     """Directory with base.json, stage1.json, stage2.json and dense_full.json."""
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
 def targets(
     base: NamedEvaluation, stage1: NamedEvaluation, stage2: NamedEvaluation, dense_full: NamedEvaluation
 ) -> list[tuple[str, str, bool]]:
-    """Target, figure, and whether it is reached."""
+    """Return each target, its figure, and whether it is reached."""
     expanded, original = (stage2.change(group, base).mean for group in ("expanded", "original"))
     forgotten = dense_full.change("original", base).mean
     cost = stage2.change("expanded", stage1).mean

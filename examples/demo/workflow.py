@@ -1,4 +1,4 @@
-"""Steps that run once: a target of the demo calls them in order, and a second start goes on where the first stopped."""
+"""Steps of the demo, which run once: a second start of a target skips the steps that are done."""
 
 import concurrent.futures
 import os
@@ -24,7 +24,7 @@ _printing = threading.Lock()
 
 
 class Failed(Exception):
-    """A step failed; what went wrong is on the screen."""
+    """A step failed; its command has printed the reason."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -33,31 +33,31 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Training:
-    """A training of one of the methods."""
+    """A training run of one of the compared methods."""
 
     name: str
-    """Its directory below RUNS, and its evaluation."""
+    """Name of its directory below RUNS, and of its evaluation."""
     title: str
-    """Of the step that trains it."""
+    """Title of the step that trains it."""
     stage: str
     load: str
     """Directory of the checkpoint that it starts from."""
     flags: tuple[str, ...] = ()
     share_experts: bool = False
-    """Spread the new experts over the ranks. In a review only routers train: ranks that hold all experts have hardly a
-    gradient to exchange, and no tokens."""
+    """Spread the new experts over the ranks (EP). In a review only routers train, so ranks that hold all experts
+    exchange hardly any gradient and no tokens."""
 
 
 @dataclass(frozen=True)
 class Workflow:
-    """Commands of the project with a target's settings."""
+    """Runs commands of the project with a target's settings."""
 
     settings: Settings
     label: str = ""
-    """Stands before each printed line, where several workflows run beside each other."""
+    """Prefix of each printed line, where several workflows run at the same time."""
 
     def change(self, **fields: Any) -> "Workflow":
-        """Return the same with other settings."""
+        """Return this workflow with other settings."""
         return replace(self, settings=replace(self.settings, **fields))
 
     # Running
@@ -67,7 +67,7 @@ class Workflow:
             print(f"{self.label}{text}", flush=True)
 
     def step(self, done: Path, title: str, action: Callable[[], object]) -> None:
-        """Run `action` unless the file `done` exists; it is made when the action succeeds."""
+        """Run `action` unless the file `done` exists, which is written after `action` succeeds."""
         if done.exists():
             self.say(f"== {title}: done before, reusing it")
             return
@@ -77,7 +77,7 @@ class Workflow:
         done.touch()
 
     def run(self, *words: object, **environment: str) -> None:
-        """Run a command, its lines behind the label. Raises Failed."""
+        """Run a command and print its lines after the label. Raises Failed."""
         command = [str(word) for word in words]
         variables = os.environ | ENVIRONMENT | environment
         if not self.label:
@@ -106,7 +106,7 @@ class Workflow:
         self.python("-m", "torch.distributed.run", *local, *words)
 
     def beside(self, actions: dict[str, Callable[["Workflow"], None]]) -> None:
-        """Run several at the same time, each line marked with its name, and wait for all. Raises Failed."""
+        """Run actions at the same time, mark each line with the action's name, and wait for all. Raises Failed."""
         with concurrent.futures.ThreadPoolExecutor(len(actions)) as pool:
             started = [pool.submit(action, replace(self, label=f"{name} | ")) for name, action in actions.items()]
         for one in started:
@@ -115,7 +115,7 @@ class Workflow:
     # Data
 
     def tokens(self, name: str, split: str, language: str, *words: object, tokenizer: Path | None = None) -> None:
-        """The dataset NAME-LANGUAGE, of the corpus' text."""
+        """Make the dataset NAME-LANGUAGE from the corpus."""
         source = self.settings.corpus / split / f"{language}.jsonl.zst"
         self.dataset(name, language, source, f"tokens of {name} {language}", *words, tokenizer=tokenizer)
 
@@ -139,7 +139,7 @@ class Workflow:
             self.tokens(self.settings.replay, "train", language, *documents)
 
     def demo_tokens(self) -> None:
-        """Training text of the expanded languages, the replay, and validation text."""
+        """Make the datasets: training text of the expanded languages, the replay, and validation text."""
         for language in self.settings.expanded:
             self.tokens("train", "train", language)
         self.replay_tokens()
@@ -162,7 +162,7 @@ class Workflow:
         self.checkpoint("moe", f"dense model to a mixture of {self.settings.experts} experts", *experts, *flags)
 
     def train(self, training: Training) -> None:
-        """Run a stage; it goes on where an earlier start was interrupted."""
+        """Run a stage; an interrupted run resumes."""
         settings, save = self.settings, self.settings.runs / training.name
         learns = training.stage != "2"
         batch = settings.stage1_batch if learns else settings.stage2_batch
@@ -178,19 +178,19 @@ class Workflow:
         self.step(save / ".done", training.title, lambda: self.on_ranks("-m", "megatron_moe_lpr.pretrain", *flags))
 
     def start(self, training: Training) -> Path:
-        """Directory of the checkpoint that a training starts from."""
+        """Return the directory of the checkpoint that a training starts from."""
         load = Path(training.load)
         return load if len(load.parts) > 1 else self.settings.runs / load
 
     def _learning(self) -> tuple[object, ...]:
-        """The expanded languages, as stage 1 learns them."""
+        """Return the flags of stage 1's data: the expanded languages with equal weights."""
         iters = self.settings.stage1_iters
         data = self.prefixes("train", self.settings.expanded)
         rate = ("--lr", self.settings.stage1_lr, "--lr-warmup-iters", iters // 20)
         return "--train-iters", iters, *rate, "--data-path", *data
 
     def _review(self) -> tuple[object, ...]:
-        """A third replay of a few documents of the original languages, two thirds expanded languages."""
+        """Return the flags of a review's data: a third replay of the original languages, two thirds expanded ones."""
         replay = self.prefixes(self.settings.replay, self.settings.original)
         expanded = self.prefixes("train", self.settings.expanded)
         blend = [
@@ -200,7 +200,7 @@ class Workflow:
         return "--train-iters", self.settings.stage2_iters, *rate, "--data-path", *blend
 
     def evaluate(self, name: str, checkpoint: Path | None = None, share_experts: bool = False) -> None:
-        """The validation sets of all languages, to RUNS/evaluation/NAME.json."""
+        """Evaluate on the validation sets of all languages, to RUNS/evaluation/NAME.json."""
         output = self.evaluation(name)
         output.parent.mkdir(parents=True, exist_ok=True)
         flags = (
@@ -219,7 +219,7 @@ class Workflow:
         self.step(hf / "config.json", title, lambda: self.tool("export", "--load", load, "--hf", hf))
 
     def report(self, output: Path, evaluations: dict[str, Path | list[Path]], *flags: object) -> None:
-        """Print the table of evaluations, by title, and write the page."""
+        """Print the table of evaluations by title, and write the report."""
         files = [f"{title}={file}" for title, some in evaluations.items() for file in _listed(some)]
         self.tool("report", "--evaluation", *files, *flags, "--output", output)
 

@@ -1,4 +1,4 @@
-"""Find how many experts each layer should get: more where the dense model treats the languages differently."""
+"""Measure how many experts each layer should get: more where the dense model treats the languages differently."""
 
 import dataclasses
 from pathlib import Path
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """How many experts each layer should get."""
+    """Measure how many experts each layer should get."""
 
     data_path: list[str]
     """A dataset for each language, original and expanded."""
@@ -43,7 +43,7 @@ class Flags:
     seq_length: PositiveInt = 256
     """Tokens of a sequence in that sample."""
     output: Path | None = None
-    """JSON file to write, for --experts-per-layer of convert_hf.py and plan.py."""
+    """JSON file to write, for --experts-per-layer of import and plan."""
     plot: Path | None = None
     """SVG file to draw."""
     device: str | None = None
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(flags: Flags) -> Measurement:
-    """Check the flags, run the sample through the dense model and allocate. Raises UserError."""
+    """Check the flags, run a sample of the data through the dense model and allocate. Raises UserError."""
     check_outputs(flags)
     directory = find_model(flags)
     # torch and transformers take seconds to import.
@@ -101,7 +101,7 @@ def find_model(flags: Flags) -> Path:
 
 
 def check_outputs(flags: Flags) -> None:
-    """Before the work. Raises UserError where a file could not be written, or both would be the same one."""
+    """Check the output files before the work. Raises UserError: one cannot be written, or both are the same file."""
     files = {"--output": flags.output, "--plot": flags.plot}
     for flag, path in files.items():
         if path:
@@ -111,7 +111,10 @@ def check_outputs(flags: Flags) -> None:
 
 
 def read_windows(flags: Flags, architecture) -> "dict[str, torch.Tensor]":
-    """The sample, with languages of both groups in it. Raises UserError."""
+    """Return the sample of each language, [sequences, tokens] token ids. Raises UserError.
+
+    Original and expanded languages must both be in it.
+    """
     from megatron_moe_lpr.allocation.samples import sample_windows
     from megatron_moe_lpr.data.original_languages import read_original_languages
     from megatron_moe_lpr.data.reading.blend import read_blend

@@ -1,6 +1,6 @@
 """Run the paper's benchmarks by lm_eval, on the base model and the exported one, in all languages.
 
-Needs the package's extra `eval`. Started again with the same --output, it goes on where it stopped.
+Needs the package's extra `eval`. Started again with the same --output, it continues where it stopped.
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ RECORD_FILE = "benchmarks.json"
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """lm_eval on the base model and the exported one."""
+    """Run lm_eval on the base model and the exported one."""
 
     base: Path
     """Hugging Face directory of the dense model."""
     final: Path
-    """Hugging Face directory that tools/convert_hf.py export wrote."""
+    """Hugging Face directory that export wrote."""
     original_languages: list[str]
     """Languages that the dense model already knows, for example en es zh."""
     expanded_languages: list[str]
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def with_one_spelling(flags: Flags) -> Flags:
-    """The flags with their languages as `canonical_language` spells them. Raises UserError."""
+    """Return the flags with their languages as `canonical_language` spells them. Raises UserError."""
     original, notes = parse_languages(flags.original_languages, "--original-languages")
     expanded, more = parse_languages(flags.expanded_languages, "--expanded-languages")
     for note in (*notes, *more):
@@ -105,7 +105,7 @@ def with_one_spelling(flags: Flags) -> Flags:
 
 
 def check_places(flags: Flags) -> None:
-    """What else lm_eval, or the end of this program, would find only after hours. Raises UserError."""
+    """Check paths and launcher now, which would otherwise fail after hours of lm_eval. Raises UserError."""
     if flags.include_path is not None and not flags.include_path.is_dir():
         raise UserError(f"--include-path {flags.include_path}: no such directory")
     launcher = shlex.split(flags.launcher)
@@ -118,7 +118,7 @@ def check_places(flags: Flags) -> None:
 
 
 def evaluate(flags: Flags, chosen: list[ChosenTasks]) -> None:
-    """Every benchmark of both models, one call of lm_eval each. Raises UserError."""
+    """Run every benchmark of both models, by one call of lm_eval each. Raises UserError."""
     launcher = shlex.split(flags.launcher)
     for model in MODELS:
         for one in chosen:
@@ -132,12 +132,12 @@ def evaluate(flags: Flags, chosen: list[ChosenTasks]) -> None:
 
 
 def harness_settings(flags: Flags, model: str, chosen: ChosenTasks) -> dict[str, Any]:
-    """lm_eval's flags for one benchmark of one model."""
+    """Return lm_eval's flags for one benchmark of one model."""
     return {
         "model": flags.model,
         "model_args": ",".join(filter(None, [f"pretrained={getattr(flags, model)}", flags.model_args])),
         "tasks": ",".join(chosen.tasks.values()),
-        "num_fewshot": shots_of(flags, chosen),
+        "num_fewshot": num_shots(flags, chosen),
         "batch_size": flags.batch_size,
         "device": flags.device,
         "limit": flags.limit,
@@ -145,18 +145,18 @@ def harness_settings(flags: Flags, model: str, chosen: ChosenTasks) -> dict[str,
     }
 
 
-def shots_of(flags: Flags, chosen: ChosenTasks) -> int:
-    """Examples in the prompt."""
+def num_shots(flags: Flags, chosen: ChosenTasks) -> int:
+    """Return the number of examples in the prompt of a benchmark."""
     return chosen.benchmark.shots if flags.num_fewshot is None else flags.num_fewshot
 
 
 def make_record(flags: Flags, chosen: list[ChosenTasks]) -> dict[str, Any]:
-    """All that was found, as a JSON object. Raises UserError."""
+    """Return all scores as a JSON object. Raises UserError."""
     benchmarks = []
     for one in chosen:
         places = {model: flags.output / model / one.name for model in MODELS}
         scores = {model: read_scores(place, one) if one.tasks else {} for model, place in places.items()}
-        benchmarks.append(benchmark_record(one, flags.original_languages, shots_of(flags, one), scores))
+        benchmarks.append(benchmark_record(one, flags.original_languages, num_shots(flags, one), scores))
     return {
         "lm_eval": harness_version(),
         "models": {model: str(getattr(flags, model)) for model in MODELS},

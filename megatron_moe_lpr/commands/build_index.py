@@ -1,7 +1,7 @@
 """Build the index maps of a training run beforehand, on a machine without GPUs.
 
-Pass the same --data-path, --split, --data-cache-path, --seed, sequence length and number of samples as to the training;
-it then finds them and starts at once.
+Pass the flags of the training: --data-path, --split, --data-cache-path, --seed, sequence length and number of samples.
+The training then finds the index maps and starts at once.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{one.language} ({kind}): {one.fraction:.2%} of the samples, {one.tokens:,} tokens in the data, "
             f"{one.tokens_drawn:,.0f} drawn, {one.epochs:.2f} epochs"
         )
-    # Late, because megatron-core takes seconds to import and the checks above do without.
+    # megatron-core takes seconds to import, which the checks above do not need.
     from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
 
     dataset = build_training_dataset(sources, flags.data, flags.seq_length, flags.train_samples)

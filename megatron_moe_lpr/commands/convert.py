@@ -14,7 +14,7 @@ from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.flag_ranges import NonNegativeFloat, PositiveInt
 from megatron_moe_lpr.platform import PlatformName, select_platform
 
-# torch, and for some of the sub-commands Megatron and transformers, take seconds: each imports what it needs.
+# torch, Megatron and transformers take seconds to import: each sub-command imports those that it needs.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,25 +80,25 @@ class Export:
     engine: Annotated[Engine, tyro.conf.arg(name="for")] = "transformers"
     """Program that will load it. transformers: also for vLLM; llama.cpp needs a form of its own."""
     base_model: str | None = None
-    """For the model card: the base model's name on the hub. Default: what import read from the path of a hub cache."""
+    """For the model card: the base model's name on the hub. Default: read from the path, if import read a hub cache."""
     licence: str | None = None
-    """For the model card: the base model's licence in the hub's spelling. Default: what its README.md says."""
+    """For the model card: the base model's licence in the hub's spelling. Default: read from its README.md."""
     evaluation: Path | None = None
-    """For the model card: the file that tools/evaluate.py --output wrote."""
+    """For the model card: the file that evaluate --output wrote."""
     overwrite: bool = False
     """Replace what is at --hf."""
     verify: bool = True
     """Compare the checkpoint's files with their checksums before use."""
 
     def run(self) -> None:
-        """Convert, then print what came out."""
+        """Convert, then print a summary of the export."""
         for warning in self.convert():
             print(f"warning: {warning}")
-        # Not every form for llama.cpp is a Hugging Face model.
+        # Some forms for llama.cpp are no Hugging Face model and cannot be inspected.
         show(self.hf, self.hf if self.engine == "transformers" else self.load)
 
     def convert(self) -> list[str]:
-        """Convert. Returns warnings, a line each. Raises UserError."""
+        """Convert. Return warnings, a line each. Raises UserError."""
         from megatron_moe_lpr.conversion.exporter import export_hf
         from megatron_moe_lpr.conversion.hugging_face.model_card import ModelCardOptions
         from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import parse_size
@@ -133,7 +133,7 @@ class Verify:
     tolerance: NonNegativeFloat = 1e-3
     """Largest difference of any logit that still counts as equal."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What both models compute in; bfloat16 halves the memory and needs a tolerance of some tenths."""
+    """Dtype in which both models compute; bfloat16 halves the memory and needs a tolerance of some tenths."""
     seq_length: PositiveInt = 64
     """Tokens in each of the two sequences."""
     platform: PlatformName = "auto"
@@ -175,12 +175,12 @@ class Inspect:
     """Compare every file of a checkpoint with its checksum. Default: only the small ones."""
 
     def run(self) -> None:
-        """Print it."""
+        """Print the summary."""
         show(self.directory, verified=self.verify)
 
 
 def show(path: Path, read_from: Path | None = None, verified: bool = False) -> None:
-    """One screen about `path`, as `read_from` (default: the same) tells it. Raises UserError."""
+    """Print one screen about `path`, read from `read_from` (default: `path` itself). Raises UserError."""
     from megatron_moe_lpr.conversion.verification.inspection import inspect_directory, print_inspection
 
     print_inspection(path, inspect_directory(read_from or path, verified))

@@ -1,7 +1,7 @@
 """Download the paper's corpora from the Hugging Face hub: CulturaX, SlimPajama for en, SkyPile for zh.
 
-Writes OUTPUT/train/LANGUAGE/ and OUTPUT/valid/LANGUAGE/, which tools/preprocess_data.py reads. Started again, it goes
-on where it stopped; a file in its place is complete and was compared with its checksum.
+Writes OUTPUT/train/LANGUAGE/ and OUTPUT/valid/LANGUAGE/, which preprocess reads. Started again, it continues where it
+stopped: a file at its final path is complete and was compared with its checksum.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ RECORD_FILE = "corpus.json"
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Fetch the paper's corpora."""
+    """Download the paper's corpora."""
 
     languages: list[str]
     """LANGUAGE, or LANGUAGE=N for N files instead of --shards, for example el=30 hu=30 en=8."""
@@ -42,7 +42,7 @@ class Flags:
     revision: str = "main"
     """Branch, tag or commit of the data sets."""
     dry_run: bool = False
-    """Print what would be fetched, its size and its terms, and fetch nothing."""
+    """Print files, their sizes and their terms of use, and download nothing."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def check_choices(choices: dict[str, str], counts: dict[str, int]) -> None:
-    """Before the hub is asked for anything. Raises UserError."""
+    """Check --corpus before any request to the hub. Raises UserError."""
     for language in choices:
         if language not in counts:
             raise UserError(f"--corpus {language}={choices[language]}: --languages does not ask for {language}")
@@ -88,7 +88,7 @@ def check_choices(choices: dict[str, str], counts: dict[str, int]) -> None:
 
 
 def shard_count(text: str, default: int) -> tuple[str, int]:
-    """`el=30` to ("el", 30)."""
+    """Parse one value of --languages: `el=30` to ("el", 30). Raises UserError."""
     language, _, number = text.partition("=")
     count = default if not number else int(number) if number.isdecimal() and len(number) < 10 else 0
     if not language or count < 1:
@@ -100,7 +100,7 @@ def shard_count(text: str, default: int) -> tuple[str, int]:
 
 
 def show(names: dict[str, str], shards: dict[str, list[CorpusFile]], with_files: bool) -> None:
-    """Sizes and terms by language; with every file where asked."""
+    """Print sizes and terms by language, and with `with_files` every file."""
     table = Table("language", "data set", "files", "GB", "to fetch, GB", title="corpora")
     for language, some in shards.items():
         sizes = [sum(one.num_bytes for one in some), sum(one.num_bytes for one in some if not one.is_complete)]
@@ -116,7 +116,7 @@ def show(names: dict[str, str], shards: dict[str, list[CorpusFile]], with_files:
 
 
 def fetch(shards: list[CorpusFile], output: Path) -> None:
-    """What is not there, one file after the other. Raises UserError."""
+    """Download the missing files, one after the other. Raises UserError."""
     for number, shard in enumerate(shards, 1):
         if not shard.is_complete:
             print(f"{number} of {len(shards)}: {shard.target}", flush=True)
@@ -125,7 +125,7 @@ def fetch(shards: list[CorpusFile], output: Path) -> None:
 
 
 def write_record(names: dict[str, str], shards: dict[str, list[CorpusFile]], output: Path) -> None:
-    """Where each file came from, for whoever asks later."""
+    """Write corpus.json: data set, revision, terms and checksums of every file."""
     record = {
         language: {
             "data_set": some[0].repository,

@@ -1,6 +1,6 @@
 """Evaluate a checkpoint: loss, perplexity and bits per byte of each validation dataset, and where tokens are routed.
 
-Runs alone or under torchrun at any layout: `torchrun --nproc-per-node 2 tools/evaluate.py --load DIR ...`.
+Runs alone or on several ranks at any layout: `moe-lpr launch --nproc-per-node 2 evaluate --load DIR ...`.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def evaluate(flags: Flags, show: bool = False) -> dict[str, Any]:
-    """Return what was found, as JSON has it, on every rank. Raises UserError.
+    """Evaluate and return the record of the results, on every rank. Raises UserError.
 
     Args:
-        show: print it on rank 0.
+        show: print the results on rank 0.
     """
-    # torch and Megatron take seconds to import, and the checks of flags do without.
+    # torch and Megatron take seconds to import, which checking the flags does not need.
     import torch.distributed as dist
 
     from megatron_moe_lpr.evaluation.checkpoint import evaluate_checkpoint
@@ -65,10 +65,10 @@ def evaluate(flags: Flags, show: bool = False) -> dict[str, Any]:
 
 
 def write(record: dict, path: Path) -> None:
-    """Write the evaluation's JSON file, whole or not at all."""
+    """Write a JSON file, which appears whole or not at all."""
     with name_file_in_oserror(path):
         write_json(record, path)
 
 
-if __name__ == "__main__":  # torchrun -m, as `moe-lpr launch` starts its ranks
+if __name__ == "__main__":  # `moe-lpr launch` starts its ranks by torchrun -m
     run_command(main)

@@ -1,4 +1,4 @@
-"""Show what is in indexed datasets: counts, and some documents decoded."""
+"""Print counts of indexed datasets and some of their documents, decoded."""
 
 import dataclasses
 import sys
@@ -16,7 +16,7 @@ from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 @dataclasses.dataclass
 class Flags:
-    """Show what is in indexed datasets."""
+    """Print counts of indexed datasets and some of their documents."""
 
     input: list[str]
     """Dataset prefixes, or a quoted glob."""
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def verify(manifests: dict[str, Manifest]) -> None:
-    """Index and text of each dataset; raises UserError naming the first damaged file."""
+    """Compare index and tokens of each dataset with their checksums. Raises UserError: a file is damaged."""
     for prefix, manifest in manifests.items():
         verify_index(prefix, manifest)
         size = f"{(manifest.bin_bytes + manifest.idx_bytes) / 1e6:,.1f} MB"

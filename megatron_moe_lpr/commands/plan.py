@@ -1,4 +1,4 @@
-"""Plan a run: parameters, operations, the layouts that fit into GPU memory, best first, and what each of them sends.
+"""Plan a run: parameters, operations, the layouts that fit into GPU memory, best first, and their communication.
 
 Layout flags that you give are kept; the others are searched.
 """
@@ -71,7 +71,7 @@ class Flags:
     show: PositiveInt = 8
     """Layouts to show."""
     routing: Path | None = None
-    """JSON file of tools/evaluate.py --output, whose routing the communication is computed with. Default: balanced."""
+    """JSON file of evaluate --output, whose routing the communication is computed with. Default: balanced."""
     original_share: Annotated[float, Range(0, 1)] | None = None
     """With --routing: share of original-language tokens. Default: as in the checkpoint's last training data."""
     peak_tflops: PositiveFloat = 989.0
@@ -110,12 +110,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def find(flags: Flags) -> tuple["ModelShape", "RunSizes", list["Candidate"]]:
-    """The model, the run, and the layouts that fit, best first. Raises UserError."""
+    """Return the model, the run, and the layouts that fit, best first. Raises UserError."""
     _check(flags)
     if flags.hf is not None:
         # A name on the hub becomes the file in the cache, which is then read twice.
         flags = dataclasses.replace(flags, hf=str(model_config_file(flags.hf, flags.revision)), revision=None)
-    # Late, because Megatron takes seconds to import and the checks above do without.
+    # Megatron takes seconds to import, which the checks above do not need.
     from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
 
     shape, sizes = read_shape(flags), read_sizes(flags)
@@ -148,7 +148,7 @@ def _check(flags: Flags) -> None:
 
 
 def read_shape(flags: Flags):
-    """The model of the checkpoint, or what upcycling the dense one would give."""
+    """Return the shape of the checkpoint's model, or of the model that upcycling --hf would make. Raises UserError."""
     from megatron_moe_lpr.checkpoint.format.card import read_json
     from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
     from megatron_moe_lpr.checkpoint.loading.model import model_shape
@@ -170,7 +170,7 @@ def read_shape(flags: Flags):
 
 
 def read_sizes(flags: Flags):
-    """What of the run decides its memory."""
+    """Return the sizes and formats of a run that decide its memory."""
     from megatron_moe_lpr.planning.sizes import RunSizes
     from megatron_moe_lpr.training.configuration.stages import STAGES
 
@@ -189,7 +189,7 @@ def read_sizes(flags: Flags):
 
 
 def _stored_dtype(flags: Flags):
-    """The dense model's dtype, as the checkpoint's card or config.json says it."""
+    """Return the dtype of the dense model's weights, read from the checkpoint's card or from config.json."""
     from megatron_moe_lpr.checkpoint.format.card import MODEL_DTYPES, read_json
     from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 

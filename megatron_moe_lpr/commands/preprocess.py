@@ -51,7 +51,7 @@ class Flags:
     shuffle_seed: Seed | None = None
     """Shuffle the documents at the end, deterministically; needs disk space for a second copy."""
     partitions: Annotated[str, tyro.conf.arg(metavar="I/N")] = "1/1"
-    """Convert only partition I (from 1) of N, to PREFIX-0000I-of-0000N; tools/merge_datasets.py joins them."""
+    """Convert only partition I (from 1) of N, to PREFIX-0000I-of-0000N; merge-datasets joins them."""
     append_eod: bool = True
     """End each document with the end-of-document token."""
     eod_token: str | None = None
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def plan(flags: Flags) -> PreprocessingOptions:
-    """Check the flags against each other."""
+    """Check the flags against each other and return the options of the preprocessing. Raises UserError."""
     if (flags.language is None) == (flags.language_key is None):
         raise UserError("give either --language, for a whole input, or --language-key, to split it by a field")
     language = None if flags.language is None else parse_language(flags.language)
@@ -114,7 +114,7 @@ def plan(flags: Flags) -> PreprocessingOptions:
 
 
 def parse_language(text: str) -> str:
-    """`el` for `el`, `EL`, `ell` or `Greek`; another tag as it is. Raises UserError."""
+    """Return `el` for `el`, `EL`, `ell` or `Greek`, and an unknown tag unchanged. Raises UserError."""
     name = canonical_language(text)
     if not LANGUAGE_PATTERN.fullmatch(name):
         raise UserError(f"--language {text!r}: one language; letters and digits, perhaps joined by _ or -")
@@ -124,7 +124,7 @@ def parse_language(text: str) -> str:
 
 
 def parse_partition(text: str) -> tuple[int, int]:
-    """`2/8` to (2, 8)."""
+    """Parse --partitions: `2/8` to (2, 8). Raises UserError."""
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     index, count = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= index <= count:

@@ -1,6 +1,6 @@
 """Compare evaluations in one self-contained HTML file: the table, expert 0's share by layer and language, loss curves.
 
-tools/report.py --evaluation "Base model=base.json" "Stage 1=stage1.json" "Stage 2=stage2.json" --output report.html
+moe-lpr report --evaluation "Base model=base.json" "Stage 1=stage1.json" "Stage 2=stage2.json" --output report.html
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class Flags:
     """Compare evaluations in one HTML file."""
 
     evaluation: list[str]
-    """TITLE=FILE of tools/evaluate.py --output; the first is the base of comparison. Same TITLE again: another seed."""
+    """TITLE=FILE of evaluate --output; the first is the base of comparison. Same TITLE again: another seed."""
     output: Path
     """HTML file to write."""
     metrics: list[str] = dataclasses.field(default_factory=list)

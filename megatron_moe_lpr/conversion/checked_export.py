@@ -85,8 +85,8 @@ def check_export(
     """
     checkpoint = open_checkpoint(load, verified, base)
     if verified:
-        for layer in checkpoint_chain(checkpoint):
-            verify_all(layer.path)
+        for one in checkpoint_chain(checkpoint):
+            verify_all(one.path)
     card, architecture = checkpoint.card(), checkpoint.architecture()
     config = read_json(checkpoint.side_directory / CONFIG_FILE)
     warnings: tuple[str, ...] = ()

@@ -62,8 +62,8 @@ def export_hf(
     with contextlib.ExitStack() as lock:
         iteration = lock.enter_context(resolve_and_hold(load, base))
         export = check_export(iteration, engine, verified, base)
-        for layer in checkpoint_chain(export.checkpoint):
-            check_separate(layer.path, "the checkpoint", hf, "--hf")
+        for one in checkpoint_chain(export.checkpoint):
+            check_separate(one.path, "the checkpoint", hf, "--hf")
         files = carried_files(export.checkpoint.side_directory)
         _card_text(export, options)  # reads its inputs before anything is written
         with name_file_in_oserror(hf), atomic_directory(hf, overwrite, (CONFIG_FILE,)) as partial:

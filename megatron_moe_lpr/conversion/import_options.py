@@ -76,7 +76,7 @@ def given_experts(options: ImportOptions, experts: list[int], top_k: int, place:
         place: the source, for messages.
 
     Raises:
-        UserError: naming the flag that says something else.
+        UserError: naming the flag that contradicts it.
     """
     if options.num_experts not in (None, max(experts)):
         raise UserError(f"--num-experts {options.num_experts}: {place} has {max(experts)} experts; leave the flag out")

@@ -54,11 +54,11 @@ def _adapter_base(options: ImportOptions, hf: Path) -> list[str]:
     """A note where the adapter names another base model: shapes would fit and the result would be wrong."""
     if not options.adapter:
         return []
-    said = read_json(options.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    named = read_json(options.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     base = find_base_model(hf, exported=False)
-    if not isinstance(said, str) or said.rstrip("/").split("/")[-1].lower() in ("", base.directory.lower()):
+    if not isinstance(named, str) or named.rstrip("/").split("/")[-1].lower() in ("", base.directory.lower()):
         return []
-    return [f"the adapter names {said} as its base, and --hf is {base.name or base.directory}; they must be one model"]
+    return [f"the adapter names {named} as its base, and --hf is {base.name or base.directory}; they must be one model"]
 
 
 def _unread_fields(hf: Path) -> list[str]:

@@ -1,1 +1,1 @@
-"""Files and directories that appear whole or not at all: checksums, locks, links, JSON."""
+"""Atomic output files and directories, checksums, locks, symbolic links and JSON files."""

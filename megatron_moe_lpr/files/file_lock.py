@@ -1,4 +1,8 @@
-"""Locks on files that the system frees when their process dies."""
+"""File locks that the system releases when their process dies.
+
+Not the library filelock: it falls back to a lock that a killed process leaves behind where there is no flock, leaves
+its file in directories that are to become empty, and does not record which process holds the lock.
+"""
 
 import contextlib
 import errno
@@ -10,40 +14,40 @@ from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
 
-# Of file systems that know no such lock.
+# Errors of file systems without such locks.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class LockedError(Exception):
-    """Another process has the lock; the message says which."""
+    """Another process holds the lock; the message names it."""
 
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock of the file `path`, which is made for it and removed at the end of the block.
+    """Hold an exclusive lock on `path`, a file that is created for it and removed at the end of the block.
 
     Yields:
-        False: the file system has no locks, so that another process may be in its block too.
+        False: the file system has no locks, so another process may be in such a block too.
 
     Raises:
-        LockedError: another process holds it.
-        OSError: the file cannot be made.
+        LockedError: another process holds the lock.
+        OSError: the file cannot be created.
     """
     descriptor, is_certain = _acquire(path)
     try:
         yield is_certain
     finally:
-        # First the name, then the lock: nobody may find a locked file that is about to lose its name.
+        # Remove the name before releasing the lock: no process may lock a file that is about to lose its name.
         path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
 @contextlib.contextmanager
 def directory_lock(directory: Path, flag: str) -> Iterator[None]:
-    """Be the only run that writes to `directory`, which is made where it is missing, until the block ends.
+    """Be the only run that writes to `directory` until the block ends. The directory is created if it is missing.
 
     Raises:
-        UserError: another run does; the message says which.
+        UserError: another run writes to it; the message names the run.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -74,7 +78,7 @@ def _acquire(path: Path) -> tuple[int, bool]:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
             return descriptor, is_certain
-        # The process before removed the file between our opening and our locking it.
+        # The former holder removed the file after it was opened here and before it was locked.
         os.close(descriptor)
 
 

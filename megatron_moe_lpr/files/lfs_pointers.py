@@ -1,4 +1,4 @@
-"""Git LFS pointers: small texts that stand where a clone without `git lfs` should have large files."""
+"""Detects Git LFS pointers: small text files that a clone without `git lfs` has in place of large files."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ POINTER_START = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_lfs_pointer(path: Path, data: bytes) -> None:
-    """Refuse a pointer by what is to be done about it.
+    """Check that a file is not a Git LFS pointer.
 
     Args:
         path: the file, for the message.
-        data: its beginning.
+        data: the beginning of its content.
 
     Raises:
-        UserError: `data` begins as a pointer does.
+        UserError: it is a pointer; the message says how to get the file.
     """
     if data.startswith(POINTER_START):
         raise UserError(
@@ -25,10 +25,10 @@ def refuse_lfs_pointer(path: Path, data: bytes) -> None:
 
 
 def refuse_lfs_pointers(directory: Path, patterns: tuple[str, ...]) -> None:
-    """Refuse a directory in which a file of one of these patterns is a pointer.
+    """Check that no file of a directory that matches one of the patterns is a Git LFS pointer.
 
     Raises:
-        UserError: naming the file.
+        UserError: naming the pointer.
     """
     for path in sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}):
         with open(path, "rb") as stream:

@@ -1,4 +1,4 @@
-"""Symbolic links in directories that come from elsewhere: a link may not fetch what was not part of them."""
+"""Symbolic links in untrusted directories: they must not lead to files outside of the directory."""
 
 import os
 import shutil
@@ -7,18 +7,19 @@ from pathlib import Path
 from megatron_moe_lpr.errors import UserError
 
 MAX_LINKS = 40
-"""As many as Linux follows."""
+"""The number of links that Linux follows."""
 HUB_PREFIXES = ("models--", "datasets--", "spaces--")
 
 
 def file_inside(path: Path, directory: Path) -> Path:
-    """The file that `path`, a path below `directory`, means: absolute, without links.
+    """Resolve `path`, a path below `directory`, to an absolute path without symbolic links.
 
     Links may lead anywhere inside `directory`, which may itself be reached through a link. In a snapshot of the hub's
-    cache (`models--ORG--NAME/snapshots/REVISION`) they may also lead to the blobs beside it, where its files lie.
+    cache (`models--ORG--NAME/snapshots/REVISION`) they may also lead to the blobs beside it, where its files are.
 
     Raises:
-        UserError: a link leads elsewhere, be it on a way that comes back, or to nothing; or this is a pipe or a device.
+        UserError: a link leads out of `directory`, even if a later link leads back, or to nothing, or the path is a
+            pipe or a device.
     """
     roots = _roots(Path(directory))
     current = roots[0] if Path(path) == Path(directory) else Path(path)
@@ -42,13 +43,14 @@ def file_inside(path: Path, directory: Path) -> Path:
 
 
 def tree_inside(path: Path, directory: Path, above: tuple[Path, ...] = ()) -> dict[str, Path]:
-    """Every file below `path`, a directory in `directory` or it itself, without links, by its path relative to `path`.
+    """Every file below `path`, resolved as `file_inside` does, by its path relative to `path`.
 
     Args:
-        above: directories, without links, that `path` was found in.
+        path: a directory in `directory`, or `directory` itself.
+        above: resolved directories in which `path` was found, in the recursion.
 
     Raises:
-        UserError: what `file_inside` raises of a link, or directories that hold themselves.
+        UserError: a link leads out of `directory` or to nothing, or a directory contains itself.
     """
     here = file_inside(path, directory)
     if here in above:
@@ -65,7 +67,7 @@ def tree_inside(path: Path, directory: Path, above: tuple[Path, ...] = ()) -> di
 
 
 def copy_private(source: Path, target: Path) -> None:
-    """Copy a file's content; others may read the copy only where they may read the source, nobody may execute it."""
+    """Copy a file's content. Others may read the copy only if they may read the source; it is not executable."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     os.chmod(target, target.stat().st_mode & (source.stat().st_mode & 0o666 | 0o600))

@@ -1,4 +1,4 @@
-"""Where file systems are mounted: such a directory can neither be renamed nor replaced."""
+"""Mount points: directories that can neither be renamed nor replaced."""
 
 import os
 import re
@@ -10,7 +10,7 @@ MOUNT_TABLE = Path("/proc/self/mountinfo")
 def is_mount_point(directory: Path) -> bool:
     """Whether a file system is mounted at `directory` (an absolute path without symbolic links).
 
-    The system's table knows bind mounts too, which have the same device as the directory above them.
+    The system's table also lists bind mounts, which have the same device as the directory above them.
     """
     return os.path.ismount(directory) or directory in _mount_points()
 
@@ -30,5 +30,5 @@ def _mount_points() -> set[Path]:
 
 
 def _unescaped(text: str) -> str:
-    r"""The table writes a space as `\040`."""
+    r"""Decode the octal escapes of the table, for example `\040` for a space."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

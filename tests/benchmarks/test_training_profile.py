@@ -1,9 +1,9 @@
-"""Operations of a step by kind."""
+"""Kinds of a step's operations, and their shares of its time."""
 
 import pytest
 import torch
 
-from benchmarks.training.profile import kind_of, shares
+from benchmarks.training.profile import operation_kind, shares
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from benchmarks.training.profile import kind_of, shares
     ],
 )
 def test_kinds(name, kind):
-    assert kind_of(name) == kind
+    assert operation_kind(name) == kind
 
 
 def test_shares_of_a_product():

@@ -1,5 +1,6 @@
 """What several test files need: commands in this process, and whole directories of tensors."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,13 @@ def perturb(tensors: dict[str, torch.Tensor]) -> None:
         if ".mlp.experts." in key or ".router." in key:
             noise = torch.randn(tensor.shape, generator=generator)
             tensors[key] = (tensor.float() + 0.2 * noise).to(tensor.dtype)
+
+
+def change_config(directory: Path, **fields: object) -> None:
+    """Change fields of a config.json in place; None removes one."""
+    path = directory / "config.json"
+    changed = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in changed.items() if fields.get(name, 0) is not None}))
 
 
 def change_hf(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

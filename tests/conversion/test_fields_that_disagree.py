@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conversion.helpers import perturb, rewrite_checkpoint, run
+from tests.conversion.helpers import change_config, perturb, rewrite_checkpoint, run
 from tests.conversion.tiny_models import load_model, logits, make_model
 
 Dense = Callable[[str], Path]
@@ -52,12 +52,6 @@ ROPES = {
 }
 
 
-def change_config(directory: Path, fields: dict) -> None:
-    config = json.loads((directory / "config.json").read_text()) | fields
-    kept = {name: value for name, value in config.items() if value is not None or name not in fields}
-    (directory / "config.json").write_text(json.dumps(kept))
-
-
 def assert_one_meaning(directory: Path) -> None:
     """transformers 4 reads `rope_theta` and `rope_scaling` alone, 5 reads what it does of all three: the same."""
     config, rope = json.loads((directory / "config.json").read_text()), load_model(directory).config.rope_parameters
@@ -72,7 +66,7 @@ def test_rope_is_what_transformers_reads(
     name: str, case: str, dense_directory: Dense, tmp_path: Path, cpu_platform: object
 ) -> None:
     dense = Path(shutil.copytree(dense_directory(name), tmp_path / "dense"))
-    change_config(dense, ROPES[case])
+    change_config(dense, **ROPES[case])
     expected = logits(load_model(dense))
     assert (expected - logits(make_model(name))).abs().max() > 0.01, "the change does not show"
     run("import", "--hf", dense, "--save", tmp_path / "save", "--num-experts", 2)
@@ -88,7 +82,7 @@ def test_a_rope_that_is_not_the_one_read_is_noted(
     dense_directory: Dense, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dense = Path(shutil.copytree(dense_directory("qwen3"), tmp_path / "dense"))
-    change_config(dense, {"rope_theta": 1e6, "rope_scaling": YARN})
+    change_config(dense, rope_theta=1e6, rope_scaling=YARN)
     run("import", "--hf", dense, "--save", tmp_path / "save", "--num-experts", 2)
     assert "note: config.json's rope_parameters says otherwise: read, as transformers does, was yarn" in (
         capsys.readouterr().out
@@ -114,7 +108,7 @@ def test_an_edited_config_of_an_export_counts(
     run("import", "--hf", dense_directory(name), "--save", tmp_path / "save", "--num-experts", 4)
     rewrite_checkpoint(tmp_path / "save", perturb)
     run("export", "--load", tmp_path / "save", "--hf", tmp_path / "moe")
-    change_config(tmp_path / "moe", EDITS[edit])
+    change_config(tmp_path / "moe", **EDITS[edit])
     if not side_files:
         shutil.rmtree(tmp_path / "moe" / "moe_lpr")
     expected = load_model(tmp_path / "moe")
@@ -128,18 +122,16 @@ def test_an_edited_config_of_an_export_counts(
     assert card["family"] == (name.split("-")[0] if side_files or name != "llama" else "mistral")
 
 
-def test_a_window_is_added_to_an_export(dense_directory: Dense, tmp_path: Path) -> None:
+def test_a_window_is_added_to_an_export(dense_directory: Dense, tmp_path: Path, refuse: Callable[..., str]) -> None:
     """Mistral has one; a Llama has none, so its export cannot get one and stay a Llama."""
     for name in ("mistral-full", "llama"):
         run("import", "--hf", dense_directory(name), "--save", tmp_path / name, "--num-experts", 2)
         run("export", "--load", tmp_path / name, "--hf", tmp_path / f"{name}-moe")
-        change_config(tmp_path / f"{name}-moe", {"sliding_window": 8})
+        change_config(tmp_path / f"{name}-moe", sliding_window=8)
     run("import", "--hf", tmp_path / "mistral-full-moe", "--save", tmp_path / "again")
     run("export", "--load", tmp_path / "again", "--hf", tmp_path / "moe")
     assert torch.equal(logits(load_model(tmp_path / "moe")), logits(load_model(tmp_path / "mistral-full-moe")))
-    with pytest.raises(SystemExit):
-        run("import", "--hf", tmp_path / "llama-moe", "--save", tmp_path / "none")
-    assert not (tmp_path / "none").exists()
+    refuse("import", "--hf", tmp_path / "llama-moe", "--save", tmp_path / "none")
 
 
 def test_mixtrals_own_base_frequency(dense_directory: Dense, tmp_path: Path) -> None:
@@ -147,7 +139,7 @@ def test_mixtrals_own_base_frequency(dense_directory: Dense, tmp_path: Path) -> 
     run("import", "--hf", dense_directory("mistral-full"), "--save", tmp_path / "save", "--num-experts", 2)
     run("export", "--load", tmp_path / "save", "--hf", tmp_path / "moe")
     shutil.rmtree(tmp_path / "moe" / "moe_lpr")
-    change_config(tmp_path / "moe", {"rope_theta": None, "rope_parameters": {"rope_type": "default"}})
+    change_config(tmp_path / "moe", rope_theta=None, rope_parameters={"rope_type": "default"})
     expected = load_model(tmp_path / "moe")
     assert expected.config.rope_parameters["rope_theta"] == 1e6
     run("import", "--hf", tmp_path / "moe", "--save", tmp_path / "again")
@@ -180,35 +172,31 @@ def test_refused_by_naming_both(
     words: list[str],
     dense_directory: Dense,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refuse: Callable[..., str],
 ) -> None:
     dense = Path(shutil.copytree(dense_directory(name), tmp_path / "dense"))
-    change_config(dense, fields)
-    with pytest.raises(SystemExit):
-        run("import", "--hf", dense, "--save", tmp_path / "save")
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: ") and all(word in line for word in words), line
-    assert not (tmp_path / "save").exists()
+    change_config(dense, **fields)
+    line = refuse("import", "--hf", dense, "--save", tmp_path / "save")
+    assert all(word in line for word in words), line
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_a_window_of_a_stock_mixture(
-    name: str, dense_directory: Dense, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, dense_directory: Dense, tmp_path: Path, refuse: Callable[..., str]
 ) -> None:
     """max_window_layers means something else there than in the dense model, whose rule would overlook it."""
     run("import", "--hf", dense_directory(name), "--save", tmp_path / "save", "--num-experts", 3)
     run("export", "--load", tmp_path / "save", "--hf", tmp_path / "moe")
-    change_config(tmp_path / "moe", {"use_sliding_window": True, "sliding_window": 8, "layer_types": None})
-    with pytest.raises(SystemExit):
-        run("import", "--hf", tmp_path / "moe", "--save", tmp_path / "again")
-    assert "use_sliding_window=true is not supported" in capsys.readouterr().err
+    change_config(tmp_path / "moe", use_sliding_window=True, sliding_window=8, layer_types=None)
+    line = refuse("import", "--hf", tmp_path / "moe", "--save", tmp_path / "again")
+    assert "use_sliding_window=true is not supported" in line
 
 
 @pytest.mark.parametrize(("first", "second"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_two_names_of_the_dtype(first: str, second: str, dense_directory: Dense, tmp_path: Path) -> None:
     """Neither counts for the weights, which have their own; the export names theirs in both."""
     dense = Path(shutil.copytree(dense_directory("qwen2"), tmp_path / "dense"))
-    change_config(dense, {"dtype": first, "torch_dtype": second})
+    change_config(dense, dtype=first, torch_dtype=second)
     run("import", "--hf", dense, "--save", tmp_path / "save", "--num-experts", 2)
     run("export", "--load", tmp_path / "save", "--hf", tmp_path / "moe")
     config = json.loads((tmp_path / "moe" / "config.json").read_text())
@@ -216,12 +204,9 @@ def test_two_names_of_the_dtype(first: str, second: str, dense_directory: Dense,
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama"])
-def test_two_numbers_of_experts(
-    name: str, dense_directory: Dense, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_numbers_of_experts(name: str, dense_directory: Dense, tmp_path: Path, refuse: Callable[..., str]) -> None:
     run("import", "--hf", dense_directory(name), "--save", tmp_path / "save", "--num-experts", 3)
     run("export", "--load", tmp_path / "save", "--hf", tmp_path / "moe")
-    change_config(tmp_path / "moe", {"num_experts": 3, "num_local_experts": 4})
-    with pytest.raises(SystemExit):
-        run("import", "--hf", tmp_path / "moe", "--save", tmp_path / "again")
-    assert "num_local_experts is 4 and num_experts is 3" in capsys.readouterr().err
+    change_config(tmp_path / "moe", num_experts=3, num_local_experts=4)
+    line = refuse("import", "--hf", tmp_path / "moe", "--save", tmp_path / "again")
+    assert "num_local_experts is 4 and num_experts is 3" in line

@@ -1,7 +1,6 @@
 """Symbolic links in what import, export and expand read: none may fetch a file that is not the model's."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,26 +17,11 @@ SECRET = "root:secret:"
 
 
 @pytest.fixture
-def dense(tmp_path: Path, dense_directory: Callable[[str], Path]) -> Path:
-    """A Qwen2 directory that the test may spoil."""
-    dense = Path(shutil.copytree(dense_directory("qwen2"), tmp_path / "dense"))
+def dense(dense: Path) -> Path:
+    """With a licence and an empty tokenizer_config.json."""
     (dense / "LICENSE").write_text("licence")
     (dense / "tokenizer_config.json").write_text("{}")
     return dense
-
-
-@pytest.fixture
-def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must fail and leave nothing; gives its error line."""
-
-    def call(*arguments: object) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(SystemExit) as stop:
-            run(*arguments)
-        assert stop.value.code == 1 and sorted(tmp_path.rglob("*")) == before
-        return capsys.readouterr().err.splitlines()[-1]
-
-    return call
 
 
 def lead_out(path: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import (
     assert_same_tensors,
+    change_config,
     change_hf,
     checkpoint_tensors,
     hf_tensors,
@@ -23,11 +24,6 @@ from tests.conversion.helpers import (
 from tests.conversion.tiny_models import load_model, logits, save_model
 
 Dense = Callable[[str], Path]
-
-
-def change_config(directory: Path, **fields: object) -> None:
-    config = json.loads((directory / "config.json").read_text()) | fields
-    (directory / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama"])

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""A run that is killed, stopped, damaged and hung forty times, beside one that is left alone.
+"""Kill, stop, damage and hang a training run forty times, and compare it with an undisturbed run.
 
-A tiny model trains on two ranks and saves every few steps. Again and again something is done to it, at a random moment
-or when a certain file of a checkpoint appears; what must follow is checked, and the run is started again. Every step
-that any start has logged must equal the undisturbed run's to the bit. Prints a table of faults and outcomes; the exit
-code is 1 where anything was missed.
+A tiny model trains on two ranks and saves every few steps. Each fault is caused at a random moment or when a certain
+file of a checkpoint appears; then its consequences are checked and the run is started again. Every step that any start
+logged must equal that of the undisturbed run bit for bit. Prints a table of faults and outcomes; the exit code is 1 if
+any check failed.
 
     python -m tests.endurance.endurance --work /tmp/endurance            # all faults, as root also a full disk
     python -m tests.endurance.endurance --work /tmp/endurance --short    # one of each kind that needs no waiting
@@ -22,28 +22,28 @@ from tests.endurance.faults import FAULTS, SHORT, Failure, Fault
 from tests.endurance.run import Inputs, TrainingRun, make_inputs, reference_steps
 
 STEPS_OF_A_FAULT = 15
-"""More than pass before a fault is over."""
+"""Upper bound of the steps that pass during one fault."""
 
 
 @dataclasses.dataclass
 class Flags:
-    """Faults against a real run."""
+    """Options of an endurance test."""
 
     work: Path
-    """A directory for runs; what an earlier call left there is removed."""
+    """Directory for the runs; what an earlier call left there is removed."""
     again: bool = False
-    """Keep the model, the data and the undisturbed run that an earlier call has left in --work."""
+    """Reuse the model, the data and the undisturbed run that an earlier call left in --work."""
     short: bool = False
-    """Only the faults of the short form."""
+    """Only a few faults, which need no waiting."""
     only: str | None = None
     """Only faults whose name contains this."""
     seed: int = 0
-    """Of the random moments."""
+    """Seed of the random moments."""
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What came of one fault."""
+    """The outcome of one fault."""
 
     fault: str
     passed: bool
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def endure(work: Path, faults: list[Fault], seed: int = 0, again: bool = False) -> list[Outcome]:
-    """Do all faults, one after the other, to runs in `work`."""
+    """Cause all faults, one after the other, in runs in `work`."""
     generator = random.Random(seed)
     if not again:
         shutil.rmtree(work, ignore_errors=True)
@@ -71,7 +71,7 @@ def endure(work: Path, faults: list[Fault], seed: int = 0, again: bool = False) 
     campaign = Campaign(inputs, expected)
     outcomes = []
     for number, fault in enumerate(faults, 1):
-        outcomes.append(campaign.suffer(fault, generator))
+        outcomes.append(campaign.cause(fault, generator))
         print(f"{number}/{len(faults)} {_line(outcomes[-1])}", flush=True)
     outcomes.append(campaign.finish())
     print(_line(outcomes[-1]), flush=True)
@@ -83,7 +83,7 @@ def _line(outcome: Outcome) -> str:
 
 
 class Campaign:
-    """One run after another, each disturbed until it has come to its end in spite of everything."""
+    """Runs one after another, each disturbed until it has reached its last step nevertheless."""
 
     def __init__(self, inputs: Inputs, expected: dict[int, dict[str, float]]) -> None:
         self.inputs, self.expected, self.count = inputs, expected, 0
@@ -94,8 +94,8 @@ class Campaign:
         shutil.rmtree(self.inputs.work / f"run{self.count}", ignore_errors=True)
         return TrainingRun(self.inputs, self.inputs.work / f"run{self.count}")
 
-    def suffer(self, fault: Fault, generator: random.Random) -> Outcome:
-        """Start the run where it is, do the fault, and check what follows."""
+    def cause(self, fault: Fault, generator: random.Random) -> Outcome:
+        """Cause a fault in the run, from its latest checkpoint on, and check the consequences."""
         begin = time.monotonic()
         if len(self.expected) - (self.run.latest() or 0) < STEPS_OF_A_FAULT:
             self.run = self._new_run()
@@ -114,7 +114,7 @@ class Campaign:
         return Outcome(fault.name, passed, words, time.monotonic() - begin)
 
     def _check(self, before: int | None, fault: Fault) -> None:
-        """What holds after every fault."""
+        """Check what must hold after every fault."""
         self.run.wait_until_all_ended()
         self.run.check_steps(self.expected)
         after = self.run.latest() or 0
@@ -122,7 +122,7 @@ class Campaign:
             raise Failure(f"the latest checkpoint went back from step {before} to {after}")
 
     def finish(self) -> Outcome:
-        """Let the last run come to its end and look at everything again."""
+        """Let the last run reach its last step and check everything again."""
         begin = time.monotonic()
         try:
             code = self.run.start().wait()
@@ -142,7 +142,7 @@ class Campaign:
 
 
 def print_table(outcomes: list[Outcome]) -> None:
-    """Faults of one kind in one row."""
+    """Print faults and outcomes, one row for each kind of fault."""
     kinds: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         kinds.setdefault(outcome.fault, []).append(outcome)

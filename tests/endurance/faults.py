@@ -1,4 +1,4 @@
-"""What can befall a run, and what must follow."""
+"""Faults of a run, each with a check of its consequences."""
 
 import contextlib
 import dataclasses
@@ -24,9 +24,9 @@ FULL_DISK_MEGABYTES = 6
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A function that starts the run, harms it and checks what follows; it returns words for the log.
+    """A function `do` that starts the run, causes the fault and checks the consequences; it returns a note for the log.
 
-    It raises Failure where something promised did not happen.
+    It raises Failure if a promise was not kept.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Fault:
 
 
 def killed(run: TrainingRun, generator: random.Random, victim: str, moment: str | None = None) -> str:
-    """kill -9 at a random moment, or as soon as something of a checkpoint appears."""
+    """kill -9 at a random moment, or as soon as a part of a checkpoint appears."""
     run.start()
     run.wait_for_steps(1)
     victims = {
@@ -66,7 +66,7 @@ def _launcher(run: TrainingRun):
 
 def _some(run: TrainingRun, pattern: str) -> Callable[[], bool]:
     def appeared() -> bool:
-        with contextlib.suppress(FileNotFoundError):  # renamed while it was looked into
+        with contextlib.suppress(FileNotFoundError):  # renamed during the glob
             return any(run.save.glob(f".iter_*.partial/{pattern}"))
         return False
 
@@ -97,7 +97,7 @@ MOMENTS: dict[str, Callable[[TrainingRun], Callable[[], bool]]] = {
 def asked_to_stop(
     run: TrainingRun, generator: random.Random, number: signal.Signals, moment: str, by: str = "launcher"
 ) -> str:
-    """A signal to the launcher or torchrun alone: saved, and code 75 from the launcher."""
+    """A signal to the launcher or torchrun alone: the run saves, and the launcher exits with code 75."""
     before = run.latest() or 0
     run.start(by=by)
     if moment == "the first second":
@@ -114,7 +114,7 @@ def asked_to_stop(
     if by == "launcher" and code != EXIT_REQUEUE:
         raise Failure(f"exit code {code} instead of {EXIT_REQUEUE}: {run.tail()}")
     run.wait_until_all_ended()
-    # Of this start: an earlier one may have been killed beyond its last checkpoint.
+    # The last step of this start: an earlier start may have been killed beyond its last checkpoint.
     logged = run.last_step() or before
     if run.latest() != (logged or None):
         raise Failure(f"stopped after step {logged}, saved step {run.latest()}: {run.tail()}")
@@ -122,7 +122,7 @@ def asked_to_stop(
 
 
 def all_processes_asked_to_stop(run: TrainingRun, generator: random.Random) -> str:
-    """As scancel does: SIGTERM to every process of the job, writers and data workers too, while it saves."""
+    """SIGTERM to every process of the job during a save, writers and data workers too, as scancel sends it."""
     run.start()
     run.wait_for_steps(generator.randint(1, 4))
     victims = run.processes()
@@ -136,7 +136,7 @@ def all_processes_asked_to_stop(run: TrainingRun, generator: random.Random) -> s
 
 
 def _with_two_checkpoints(run: TrainingRun) -> None:
-    """A run that lies still and has a checkpoint to fall back to."""
+    """Run until there are two checkpoints, then stop."""
     run.start()
     run.wait_for_steps(7)
     run.launcher.send_signal(signal.SIGTERM)
@@ -146,7 +146,7 @@ def _with_two_checkpoints(run: TrainingRun) -> None:
 
 
 def damaged(run: TrainingRun, generator: random.Random, what: str) -> str:
-    """The latest checkpoint is harmed: said, set aside, and the one before taken."""
+    """Damage to the latest checkpoint: it is reported and set aside, and the run resumes from the one before."""
     _with_two_checkpoints(run)
     newest = run.latest()
     directory = run.iteration_directory()
@@ -178,7 +178,7 @@ def damaged(run: TrainingRun, generator: random.Random, what: str) -> str:
 
 
 def latest_file_lost(run: TrainingRun, generator: random.Random) -> str:
-    """Refused by name, never begun anew over the checkpoints there."""
+    """The next start is refused and names the file; it never starts from step 0 over the checkpoints."""
     _with_two_checkpoints(run)
     number, logged = run.latest(), len(run.records())
     latest = run.save / LATEST_FILE
@@ -195,7 +195,7 @@ def latest_file_lost(run: TrainingRun, generator: random.Random) -> str:
 
 
 def second_writer(run: TrainingRun, generator: random.Random) -> str:
-    """Refused with the first one's name; the first goes on. It stands still meanwhile, lest it comes to its end."""
+    """The second run is refused and names the first, which is paused meanwhile so that it does not finish."""
     run.start()
     run.wait_for_steps(1)
     first, holder = run.processes(), run.workers()[0].pid
@@ -216,7 +216,7 @@ def second_writer(run: TrainingRun, generator: random.Random) -> str:
 
 
 def lock_of_another_host(run: TrainingRun, generator: random.Random) -> str:
-    """Refused, until --take-over."""
+    """A start is refused until --take-over is given."""
     run.start()
     run.wait_for_steps(1)
     send(run.processes(), signal.SIGKILL)
@@ -235,14 +235,14 @@ def lock_of_another_host(run: TrainingRun, generator: random.Random) -> str:
 
 
 def hung(run: TrainingRun, generator: random.Random) -> str:
-    """SIGSTOP to a rank: the others end within the timeout, naming it and the step."""
+    """SIGSTOP to a rank: the others end within the timeout and name the rank and the step."""
     run.start("--distributed-timeout-minutes", "1")
     run.wait_for_steps(generator.randint(2, 5))
     victim = run.workers()[1]
     victim.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
-    said = functools.partial(_named, run, f"no answer from rank 1 (process {victim.pid}")
-    run.wait_for(said, "a line that names the rank", 0.2)
+    is_named = functools.partial(_named, run, f"no answer from rank 1 (process {victim.pid}")
+    run.wait_for(is_named, "a line that names the rank", 0.2)
     seconds = time.monotonic() - begin
     if seconds > 60 * 1.5:
         raise Failure(f"named only after {seconds:.0f} s")
@@ -266,7 +266,7 @@ def _stop(run: TrainingRun) -> None:
 
 @contextlib.contextmanager
 def small_disk(directory: Path) -> Iterator[bool]:
-    """A file system of a few megabytes at `directory`; False where this user may not mount one."""
+    """Mount a file system of a few megabytes at `directory`; yields False if this user may not mount one."""
     directory.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={FULL_DISK_MEGABYTES}m", "tmpfs", str(directory)]
     mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
@@ -278,9 +278,9 @@ def small_disk(directory: Path) -> Iterator[bool]:
 
 
 def full_disk(run: TrainingRun, generator: random.Random) -> str:
-    """One line, the checkpoint before still there, nothing left half-written, and more room lets it go on.
+    """A full disk: one error line, the checkpoint before is kept, nothing is half-written, and more space helps.
 
-    A file system of its own where that can be mounted, else a limit on the size of files.
+    On a small file system if one can be mounted, else by a limit on the size of files.
     """
     place = run.save.with_name(f"{run.save.name}-small")
     with small_disk(place) as mounted:
@@ -375,7 +375,7 @@ OTHERS = [
 ]
 _KINDS = ([*RANDOM_KILLS, *RANDOM_KILLS], SAVING_KILLS, STOPS, DAMAGES, OTHERS)
 FAULTS = [fault for row in itertools.zip_longest(*_KINDS) for fault in row if fault]
-"""In turn from each kind."""
+"""Faults of all kinds, one of each kind in turn."""
 SHORT = [
     _kill("launcher"),
     _kill("rank 0", SAVING),

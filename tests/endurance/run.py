@@ -1,4 +1,4 @@
-"""A training run of a tiny model that can be started, watched and disturbed from outside."""
+"""A training run of a tiny model, started, watched and disturbed from outside."""
 
 import dataclasses
 import json
@@ -20,9 +20,9 @@ from tests.distributed import free_port
 
 STEPS, SAVE_INTERVAL, RANKS = 150, 3, 2
 PATIENCE = 300.0
-"""Seconds for what takes one on a quiet machine."""
+"""Time-out in seconds of what takes one second on an idle machine."""
 MARK = "MOE_LPR_ENDURANCE"
-"""Environment variable by which every process of a run is found, whoever its parent is by now."""
+"""Environment variable by which every process of a run is found, whatever its parent is."""
 COMPARED = ("lm_loss", "grad_norm", "lr", "load_balancing_loss")
 PROGRAMS = {
     "launcher": ("megatron_moe_lpr.launch",),
@@ -33,12 +33,12 @@ PROGRAMS = {
 
 
 class Failure(Exception):
-    """Something promised did not happen."""
+    """A promise was not kept."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What all runs start from."""
+    """The checkpoint and data of all runs."""
 
     work: Path
     checkpoint: Path
@@ -46,7 +46,7 @@ class Inputs:
 
 
 def make_inputs(work: Path) -> Inputs:
-    """A model of four layers with five experts, and two languages; made once."""
+    """Make a model of four layers with five experts, and data of three languages, or find those of an earlier call."""
     from tests.training.runs import make_checkpoint, make_data
 
     if (work / "checkpoint").exists():
@@ -66,7 +66,7 @@ class TrainingRun:
         self.begin = 0
 
     def start(self, *flags: str, by: str | None = None) -> "TrainingRun":
-        """Start the launcher; its output begins anew."""
+        """Start the launcher; its output replaces that of the start before."""
         with self.output.open("wb") as output:
             self.launcher = subprocess.Popen(
                 self.command(*flags, by=by), env=self.environment(), stdout=output, stderr=subprocess.STDOUT
@@ -91,18 +91,18 @@ class TrainingRun:
         ]
 
     def environment(self) -> dict[str, str]:
-        """Of every process of this run."""
+        """The environment of every process of this run."""
         return os.environ | {"OMP_NUM_THREADS": "1", MARK: self.mark, "PYTHONPATH": os.getcwd()}
 
     def wait(self, seconds: float = PATIENCE) -> int:
-        """Exit code of the launcher."""
+        """Wait for the launcher and return its exit code."""
         try:
             return self.launcher.wait(seconds)
         except subprocess.TimeoutExpired:
             raise Failure(f"the launcher still runs after {seconds:.0f} s: {self.tail()}") from None
 
     def wait_for(self, condition: Callable[[], object], what: str, pause: float = 0.001) -> None:
-        """Wait until something can be seen while the run runs."""
+        """Wait until a condition holds while the run is in progress."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             if self.launcher.poll() is not None:
@@ -112,7 +112,7 @@ class TrainingRun:
             time.sleep(pause)
 
     def wait_for_steps(self, count: int) -> None:
-        """Wait until the run has logged so many steps more than now."""
+        """Wait until the run has logged `count` more steps."""
         file = self.save / METRICS_FILE
 
         def lines() -> int:
@@ -124,7 +124,7 @@ class TrainingRun:
         self.wait_for(lambda: lines() >= begin + count, f"{count} steps", 0.005)
 
     def processes(self) -> list[psutil.Process]:
-        """All that live and belong to this run."""
+        """All living processes of this run."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -135,7 +135,7 @@ class TrainingRun:
         return found
 
     def workers(self) -> list[psutil.Process]:
-        """The ranks, in order; not their data workers, which are forked from them."""
+        """The processes of the ranks in rank order, without the data workers that are forked from them."""
         found = {}
         for process in self.processes():
             try:
@@ -150,7 +150,7 @@ class TrainingRun:
         return process.ppid() == self.launcher.pid
 
     def writers(self) -> list[psutil.Process]:
-        """The checkpoint writers, in the order of their ranks."""
+        """The checkpoint writers in rank order."""
         found = []
         for process in self.processes():
             try:
@@ -161,7 +161,7 @@ class TrainingRun:
         return sorted(found, key=lambda process: int(process.environ()["RANK"]))
 
     def wait_until_all_ended(self, seconds: float = 60.0) -> None:
-        """Nothing of a run may outlive it, whoever was killed. Not even for long."""
+        """Check that no process outlives the run, whichever was killed."""
         deadline = time.monotonic() + seconds
         while alive := self.processes():
             if time.monotonic() > deadline:
@@ -171,7 +171,7 @@ class TrainingRun:
             self.launcher.wait()
 
     def kill_all(self) -> str:
-        """End what is left; its names."""
+        """Kill the remaining processes; return their names."""
         left = self.processes()
         names = _names(left)
         for process in left:
@@ -184,30 +184,30 @@ class TrainingRun:
         return names
 
     def latest(self) -> int | None:
-        """Step of the latest checkpoint."""
+        """Step of the latest checkpoint; None: there is none."""
         file = self.save / LATEST_FILE
         return int(file.read_text()) if file.exists() else None
 
     def iteration_directory(self) -> Path:
-        """The latest checkpoint."""
+        """Directory of the latest checkpoint."""
         return self.save / f"iter_{self.latest():07d}"
 
     def partial_directories(self) -> list[str]:
-        """Checkpoints that are not complete."""
+        """Names of incomplete checkpoints."""
         return sorted(path.name for path in self.save.glob(".*") if "partial" in path.name)
 
     def records(self) -> list[dict]:
-        """Of every step that was logged, in the order of writing; one cut line at the end does not count."""
+        """The logged steps in the order of writing, without an incomplete last line."""
         file = self.save / METRICS_FILE
         lines = file.read_text().split("\n")[:-1] if file.exists() else []
         return [record for record in map(json.loads, lines) if record["kind"] == "train"]
 
     def steps(self) -> dict[int, dict]:
-        """By step; of one that was computed twice the later."""
+        """The logged steps by number; the later record of a step that was computed twice."""
         return {record["iteration"]: record for record in self.records()}
 
     def check_steps(self, expected: dict[int, dict[str, float]]) -> None:
-        """Every step that was ever logged, also twice, is the undisturbed run's to the bit."""
+        """Check that every logged step, also one logged twice, equals that of the undisturbed run bit for bit."""
         for record in self.records():
             step = record["iteration"]
             differing = [name for name in COMPARED if record[name] != expected[step][name]]
@@ -215,23 +215,23 @@ class TrainingRun:
                 raise Failure(f"step {step} differs in {differing}: {[record[name] for name in differing]}")
 
     def text(self) -> str:
-        """What the last start has said."""
+        """The output of the last start."""
         return self.output.read_text(errors="replace")
 
     def last_step(self) -> int | None:
-        """The last step that the last start has told of."""
+        """The last step in the output of the last start."""
         return max((int(step.replace(",", "")) for step in re.findall(r"\| step ([\d,]+)/", self.text())), default=None)
 
     def errors(self) -> list[str]:
-        """Its `error:` lines."""
+        """The `error:` lines of the last start."""
         return [line[line.index("error:") :] for line in self.text().splitlines() if "error: " in line]
 
     def tail(self, lines: int = 6) -> str:
-        """The end of what it has said."""
+        """The last lines of the output of the last start."""
         return " / ".join(self.text().splitlines()[-lines:])
 
     def keep_output(self, name: str) -> None:
-        """Where a failure can be looked at."""
+        """Keep the output of a failed check in a file of its own."""
         if self.output.exists():
             words = "".join(letter if letter.isalnum() else "-" for letter in name)
             self.output.replace(self.output.with_name(f"MISSED-{words}-{time.strftime('%H%M%S')}.out"))
@@ -239,7 +239,7 @@ class TrainingRun:
 
 
 def reference_steps(inputs: Inputs) -> dict[int, dict[str, float]]:
-    """The undisturbed run: what each step is compared with."""
+    """The logged steps of the undisturbed run, which is done first if it is missing."""
     run = TrainingRun(inputs, inputs.work / "undisturbed")
     if len(run.steps()) < STEPS:
         code = run.start().wait(3 * PATIENCE)
@@ -253,7 +253,7 @@ def reference_steps(inputs: Inputs) -> dict[int, dict[str, float]]:
 
 
 def send(processes: list[psutil.Process], number: signal.Signals) -> None:
-    """A signal to each."""
+    """Send a signal to each process."""
     for process in processes:
         try:
             process.send_signal(number)

@@ -13,7 +13,7 @@ TEXT = "In 2024, 12345 don't  \n\n  x  über\t42 % 你好123"
 
 
 def test_tokenizer_of_the_export_is_the_one_of_training(tmp_path: Path) -> None:
-    """`make test-serving` loads the same files in transformers 4, which knows no TokenizersBackend."""
+    """The class that the files name exists in transformers 4 too, which has no TokenizersBackend."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(BASE / name, tmp_path / name)
     config = json.loads((BASE / "config.json").read_text())
@@ -26,7 +26,7 @@ def test_tokenizer_of_the_export_is_the_one_of_training(tmp_path: Path) -> None:
 
 
 def test_tokenizer_of_the_base_as_the_demo_loads_it() -> None:
-    """AutoTokenizer of transformers 5 gives other ids around digits here: the model_type is qwen2."""
+    """AutoTokenizer of transformers 5 would encode digits differently, because the model_type is qwen2."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(BASE)
     ids = tokenizer(TEXT).input_ids
     assert ids == Tokenizer.from_file(str(BASE / "tokenizer.json")).encode(TEXT).ids

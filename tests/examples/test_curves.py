@@ -1,4 +1,4 @@
-"""The curves of `make paper-scaling`: shares of the replay as the datasets have them, and files that exist."""
+"""The curves of `make paper-scaling`: fractions of the replay from the datasets' manifests, and missing files."""
 
 import json
 import subprocess

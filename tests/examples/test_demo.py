@@ -1,4 +1,4 @@
-"""The demo's driver: steps that run once, settings from the environment, several runs beside each other."""
+"""The demo's driver: steps that run once, settings from the environment, several runs at the same time."""
 
 import dataclasses
 import subprocess

@@ -1,4 +1,4 @@
-"""The LoRA row of the table: linear layers change by little rank, the rest not at all, on the windows of a training."""
+"""The LoRA row of the table: linear layers change by a low rank and nothing else changes, on a training's windows."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ RANK = 2
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path, list]:
-    """The dense model, the model with the adapters added, and the batches."""
+    """Return the dense model, the model with the adapters added, and the batches."""
     root = tmp_path_factory.mktemp("lora")
     dense = save_model("qwen2-tied", root / "dense")
     data = make_data(root)
@@ -57,7 +57,7 @@ def test_it_learns_and_keeps_the_tokenizer(trained) -> None:
 
 
 def test_active_parameters_of_a_mixture() -> None:
-    """Top 2 of 4 experts: half of what the experts hold."""
+    """With the top 2 of 4 experts, half of the experts' parameters are active."""
     from transformers import AutoModelForCausalLM, MixtralConfig
 
     config = MixtralConfig(

@@ -28,6 +28,6 @@ def evaluation(original: float, expanded: float, share: float | None = None) -> 
     ],
 )
 def test_each_target(stage2, dense_full, reached) -> None:
-    """Base 2.0 and 2.0, stage 1 has 1.48 of the expanded: at most 1.5 (25%), 2.02 (1%) and 1.4948 (1%)."""
+    """Base 2.0 and 2.0, stage 1 1.48 on expanded languages: the limits are 1.5 (25%), 2.02 (1%) and 1.4948 (1%)."""
     found = targets(evaluation(2.0, 2.0), evaluation(2.9, 1.48), evaluation(*stage2), evaluation(dense_full, 1.4))
     assert tuple(is_reached for _, _, is_reached in found) == reached

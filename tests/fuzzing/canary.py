@@ -1,4 +1,4 @@
-"""A function that no reader may call, and what a pickle could change of a process for good."""
+"""A function that no reader may call, and a snapshot of what a pickle could change in this process."""
 
 import enum
 import importlib
@@ -8,12 +8,12 @@ CALLS: list[tuple] = []
 
 
 def run(*arguments: object) -> None:
-    """Leave a trace."""
+    """Record the call."""
     CALLS.append(arguments)
 
 
-def state_of(names: Iterable[tuple[str, str]]) -> dict[tuple[str, ...], object]:
-    """Attributes of classes and functions by identity, and what is in the tables of enumerations."""
+def snapshot(names: Iterable[tuple[str, str]]) -> dict[tuple[str, ...], object]:
+    """Snapshot of the named classes and functions: identities of their attributes, and tables of enumerations."""
     state: dict[tuple[str, ...], object] = {}
     for module, name in names:
         found = getattr(importlib.import_module(module), name, None)

@@ -1,6 +1,6 @@
-"""Read hostile files with every reader of our own for some minutes; prints how many, and stops at the first that harms.
+"""Fuzz every reader of this project for some minutes: print how many files were read, stop at the first that does harm.
 
-python tests/fuzzing/fuzz_readers.py --minutes 5
+python -m tests.fuzzing.fuzz_readers --minutes 5
 """
 
 import dataclasses
@@ -13,30 +13,30 @@ from tests.fuzzing.targets import TARGETS
 
 INPUTS_A_ROUND = 300
 GIGABYTES = 4
-"""Of memory beyond what the imports take: a reader that asks for more gets a MemoryError, which is reported."""
+"""Memory limit beyond what the imports take; a reader that allocates more gets a MemoryError, which is reported."""
 
 
 @dataclasses.dataclass
 class Flags:
-    """Read hostile files with every reader of our own."""
+    """Options of a fuzzing run."""
 
     minutes: float = 5.0
-    """How long, about."""
+    """About how long to run."""
     seed: int = 0
-    """Of the first round; each round takes the next."""
+    """Seed of the first round; each further round adds 1."""
 
 
 def main() -> None:
     flags = parse_flags(Flags, description=__doc__)
     with open("/proc/self/statm") as file:
-        taken = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + GIGABYTES * 10**9,) * 2)
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTES * 10**9,) * 2)
     totals = {name: {"read": 0, "refused": 0} for name in TARGETS}
     start, number = time.monotonic(), flags.seed
     while time.monotonic() - start < 60 * flags.minutes:
         for name, total in totals.items():
-            for what, count in fuzz(name, INPUTS_A_ROUND, number).items():
-                total[what] += count
+            for kind, count in fuzz(name, INPUTS_A_ROUND, number).items():
+                total[kind] += count
         number += 1
     for name, total in totals.items():
         print(f"{name:24} {total['read']:8,} read, {total['refused']:8,} refused")

@@ -1,4 +1,4 @@
-"""Hostile files as hypothesis strategies: spoilt bytes, spoilt JSON, and a few that were found to hurt."""
+"""Hypothesis strategies of hostile files: corrupted bytes, corrupted JSON, and files that once did harm."""
 
 import json
 from typing import Any
@@ -30,8 +30,8 @@ KNOWN = [
 
 
 @st.composite
-def spoilt_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
-    """A valid file with bytes changed, cut out, put in or cut off at the end."""
+def corrupted_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
+    """A valid file with bytes changed, removed or inserted, or cut short."""
     data = bytearray(valid)
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, max(len(data) - 1, 0)))
@@ -52,8 +52,8 @@ def spoilt_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
 
 
 @st.composite
-def spoilt_json(draw: st.DrawFn, valid: Any, frame: Any = None) -> bytes:
-    """A valid JSON value with some of the values in it replaced or left out; `frame` makes a file of its text."""
+def corrupted_json(draw: st.DrawFn, valid: Any, frame: Any = None) -> bytes:
+    """A valid JSON value with some inner values replaced or removed; `frame` turns its text into a file."""
     value = json.loads(json.dumps(valid))
     for _ in range(draw(st.integers(1, 3))):
         value = _replaced(draw, value)
@@ -74,15 +74,17 @@ def _replaced(draw: st.DrawFn, value: Any) -> Any:
 
 
 def hostile_files(valid: bytes) -> st.SearchStrategy[bytes]:
-    """All kinds of spoilt forms of a valid file."""
-    kinds = [st.sampled_from(KNOWN), spoilt_bytes(valid), st.binary(max_size=80)]
+    """Corrupted forms of a valid file, of every kind."""
+    kinds = [st.sampled_from(KNOWN), corrupted_bytes(valid), st.binary(max_size=80)]
     try:
-        kinds += [spoilt_json(json.loads(valid))] * 3
+        kinds += [corrupted_json(json.loads(valid))] * 3
     except (ValueError, UnicodeDecodeError):
         header = _safetensors_header(valid)
         if header is not None:
             rest = valid[8 + len(header) :]
-            kinds += [spoilt_json(json.loads(header), lambda text: len(text).to_bytes(8, "little") + text + rest)] * 3
+            kinds += [
+                corrupted_json(json.loads(header), lambda text: len(text).to_bytes(8, "little") + text + rest)
+            ] * 3
     return st.one_of(kinds)
 
 

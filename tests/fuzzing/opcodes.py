@@ -1,4 +1,4 @@
-"""Programs of pickle opcodes as a hypothesis strategy: mostly such as an unpickler would follow to their end."""
+"""Hypothesis strategy of programs of pickle opcodes, most of which an unpickler would execute to their end."""
 
 import pickle
 import struct
@@ -18,8 +18,8 @@ VALUES = (
     pickle.EMPTY_SET, pickle.BYTEARRAY8 + struct.pack("<Q", 1 << 30), pickle.LONG4 + struct.pack("<i", -1),
     pickle.EXT1 + b"\1", pickle.PERSID + b"a\n", pickle.BINBYTES8 + b"\xff" * 8, pickle.FRAME + b"\xff" * 8,
 )  # fmt: skip
-# What an opcode takes from the stack; each leaves one value there.
-TAKES = {
+# How many values an opcode pops from the stack; each pushes one.
+POPS = {
     pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3, pickle.REDUCE: 2, pickle.NEWOBJ: 2, pickle.NEWOBJ_EX: 3,
     pickle.BUILD: 2, pickle.APPEND: 2, pickle.SETITEM: 3, pickle.BINPERSID: 1, pickle.MEMOIZE: 1,
 }  # fmt: skip
@@ -28,19 +28,19 @@ BELOW_MARK = (pickle.APPENDS, pickle.SETITEMS, pickle.ADDITEMS)
 
 
 def text(value: str) -> bytes:
-    """A string, in the form of protocol 1."""
+    """Opcodes that push a string (protocol 1)."""
     data = value.encode()
     return pickle.BINUNICODE + len(data).to_bytes(4, "little") + data
 
 
 def name(module: str, attribute: str) -> bytes:
-    """A class or function by its name."""
+    """Opcodes that push a class or function by its name."""
     return pickle.GLOBAL + f"{module}\n{attribute}\n".encode()
 
 
 @st.composite
 def _states(draw: st.DrawFn) -> bytes:
-    """A table of attributes, as BUILD takes it, or one of slots behind it."""
+    """Opcodes that push a state for BUILD: a table of attributes, or a pair with a table of slots."""
     table = (
         pickle.EMPTY_DICT + text(draw(st.sampled_from(ATTRIBUTES))) + draw(st.sampled_from(VALUES[:9])) + pickle.SETITEM
     )
@@ -49,7 +49,7 @@ def _states(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def _actions(draw: st.DrawFn) -> bytes:
-    """Something done to what lies on the stack, which leaves one value there."""
+    """Opcodes that change or call the value on top of the stack and leave one value there."""
     value = draw(st.sampled_from(VALUES[:9]) | st.sampled_from(ATTRIBUTES).map(text))
     kinds = (
         draw(_states()) + pickle.BUILD,
@@ -63,7 +63,7 @@ def _actions(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def programs(draw: st.DrawFn, names: Sequence[tuple[str, str]], valid: bytes) -> bytes:
-    """A program by itself or in front of a valid pickle, whose value it leaves as the last one."""
+    """A program alone, or in front of a valid pickle, whose value is then the result."""
     code, marks, memo = bytearray(), [0], 0
     for _ in range(draw(st.integers(1, 24))):
         kind = draw(st.integers(0, 13))
@@ -93,12 +93,12 @@ def programs(draw: st.DrawFn, names: Sequence[tuple[str, str]], valid: bytes) ->
         elif kind >= 12 and marks[-1]:
             code += draw(_actions())
         else:
-            possible = [opcode for opcode, count in TAKES.items() if count <= marks[-1]]
+            possible = [opcode for opcode, count in POPS.items() if count <= marks[-1]]
             if possible:
                 opcode = draw(st.sampled_from(possible))
                 code += opcode
                 memo += opcode == pickle.MEMOIZE
-                marks[-1] -= TAKES[opcode] - 1
+                marks[-1] -= POPS[opcode] - 1
     if draw(st.booleans()):
         return b"\x80\x04" + bytes(code) + pickle.STOP
     return b"\x80\x04" + bytes(code) + valid[2:]

@@ -1,4 +1,4 @@
-"""Readers of pickles, fed with programs of opcodes: they return plain values and change nothing of the process."""
+"""Targets that read programs of pickle opcodes: they must return plain values and change nothing in the process."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from megatron_moe_lpr.checkpoint.untrusted.fp8_recipes import RECIPE_MODULE
 from megatron_moe_lpr.checkpoint.untrusted.index_values import ALLOWED_IN_METADATA
 from megatron_moe_lpr.checkpoint.untrusted.torch_files import load_file
 from megatron_moe_lpr.errors import UserError
-from tests.fuzzing.canary import state_of
+from tests.fuzzing.canary import snapshot
 from tests.fuzzing.opcodes import programs
 from tests.fuzzing.recipes import CLASSES, DelayedScaling, stand_in
 
@@ -43,12 +43,12 @@ PLAIN = (dict, list, tuple, str, bytes, int, float, bool, type(None), torch.Tens
 
 
 def metadata_programs(valid: bytes) -> st.SearchStrategy[bytes]:
-    """Before the index of a checkpoint, or instead of it."""
+    """Programs in front of the index of a checkpoint, or instead of it."""
     return programs(METADATA_NAMES, valid)
 
 
 def read_metadata(path: Path) -> None:
-    """`read_index`, whose tables hold what they should."""
+    """Call `read_index` and check the types in its result."""
     with _unchanged(METADATA_NAMES):
         index = read_index(path)
     assert type(index) is Metadata
@@ -59,7 +59,7 @@ def read_metadata(path: Path) -> None:
 
 
 def extra_state(root: Path) -> Path:
-    """Scales and a recipe, as Transformer Engine pickles them."""
+    """Write scales and a recipe as Transformer Engine pickles them."""
     state = {"recipe": DelayedScaling(margin=2), "scale_fwd": torch.ones(3), "extra_fp8_variables": {"num_gemms": 1}}
     with stand_in():
         (root / "state").write_bytes(pickle.dumps(state))
@@ -67,12 +67,12 @@ def extra_state(root: Path) -> Path:
 
 
 def extra_state_programs(valid: bytes) -> st.SearchStrategy[bytes]:
-    """Before an extra state, or instead of it."""
+    """Programs in front of an extra state, or instead of it."""
     return programs(EXTRA_STATE_NAMES, valid)
 
 
 def read_extra_state(path: Path) -> None:
-    """`check_extra_states`, then what Transformer Engine does with the bytes."""
+    """Call `check_extra_states`, then unpickle the result as Transformer Engine does."""
     table: dict[str, Any] = {"a._extra_state": torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)}
     with stand_in(), _unchanged(EXTRA_STATE_NAMES):
         check_extra_states(table, path)
@@ -81,7 +81,7 @@ def read_extra_state(path: Path) -> None:
 
 
 def torch_file(root: Path) -> Path:
-    """The pickle in a file of torch.save, without the archive around it."""
+    """Write the pickle of a file of torch.save, without the archive around it."""
     stream = io.BytesIO()
     torch.save({"a": 1, "b": [torch.ones(2)]}, stream)
     with zipfile.ZipFile(stream) as archive:
@@ -90,12 +90,12 @@ def torch_file(root: Path) -> Path:
 
 
 def torch_file_programs(valid: bytes) -> st.SearchStrategy[bytes]:
-    """Before the pickle of a file of torch.save, or instead of it."""
+    """Programs in front of the pickle of a file of torch.save, or instead of it."""
     return programs(TORCH_NAMES, valid)
 
 
 def in_archive(content: bytes) -> io.BytesIO:
-    """A file of torch.save around a pickle, with one storage of two numbers."""
+    """A file of torch.save that holds the given pickle and one storage of two numbers."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name, data in (("data.pkl", content), ("data/0", bytes(8)), ("version", b"3\n")):
@@ -105,23 +105,23 @@ def in_archive(content: bytes) -> io.BytesIO:
 
 
 def read_torch_file(path: Path) -> None:
-    """`load_file`, whose values are plain."""
+    """Call `load_file` and check that its values are plain."""
     with _unchanged(TORCH_NAMES):
         try:
             found = load_file(in_archive(path.read_bytes()))
         except Exception as error:
-            # Its callers make such a line of any error.
+            # The callers of `load_file` turn any error into such a line.
             raise UserError(str(error) or type(error).__name__) from None
     _check_plain(found)
 
 
 @contextlib.contextmanager
 def _unchanged(names: Sequence[tuple[str, str]]) -> Iterator[None]:
-    before, path = state_of(names), str(Path("x"))
+    before, path = snapshot(names), str(Path("x"))
     try:
         yield
     finally:
-        assert state_of(names) == before and str(Path("x")) == path
+        assert snapshot(names) == before and str(Path("x")) == path
 
 
 def _check_plain(value: Any) -> None:

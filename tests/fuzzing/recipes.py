@@ -1,4 +1,4 @@
-"""A stand-in of Transformer Engine's module of recipes, for processes without Transformer Engine."""
+"""A stand-in for Transformer Engine's module of recipes, for processes without Transformer Engine."""
 
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ for _class in CLASSES:
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[types.ModuleType]:
-    """Within it the module is imported under its name."""
+    """Make the stand-in importable under the module's name while the block runs."""
     parts = RECIPE_MODULE.split(".")
     modules = {name: types.ModuleType(name) for name in (".".join(parts[:end]) for end in range(1, len(parts) + 1))}
     vars(modules[RECIPE_MODULE]).update({one.__name__: one for one in CLASSES})

@@ -1,4 +1,4 @@
-"""Feed a reader hostile files: only UserError comes out, no more memory is taken than the file warrants, no hang."""
+"""Give a reader hostile files: it may only raise UserError, must not hang, and its memory must fit the file's size."""
 
 import gc
 import signal
@@ -9,22 +9,22 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, seed, settings
 
 from megatron_moe_lpr.errors import UserError
-from tests.fuzzing.targets import TARGETS
+from tests.fuzzing.targets import TARGETS, Target
 
 SECONDS = 20
 MEMORY_FLOOR = 48 << 20
-"""Of Python objects, beside the file: what a reader may build for the largest model that its limits let pass."""
+"""Bytes of Python objects that a reader may build for any file: enough for the largest model within its limits."""
 MEMORY_FACTOR = 64
 
 
 def fuzz(name: str, inputs: int, number: int | None = None) -> dict[str, int]:
-    """Read `inputs` hostile files; with a seed always the same ones.
+    """Read `inputs` hostile files; with a seed, always the same ones.
 
     Returns:
-        How many were read, and how many of them refused.
+        How many files were read, and how many of them refused.
 
     Raises:
-        AssertionError, or what the reader raised: the first input, made as small as can be, that does harm.
+        AssertionError, or what the reader raised: hypothesis found an input that does harm, and has minimised it.
     """
     counts = {"read": 0, "refused": 0}
     with tempfile.TemporaryDirectory() as folder:
@@ -49,7 +49,9 @@ def fuzz(name: str, inputs: int, number: int | None = None) -> dict[str, int]:
     return counts
 
 
-def _read(target, path: Path, size: int) -> bool:
+def _read(target: Target, path: Path, size: int) -> bool:
+    """Read one file within the limits of time and memory. Returns whether it was refused."""
+
     def too_long(*_: object) -> None:
         raise AssertionError(f"not done within {SECONDS} s")
 

@@ -1,4 +1,4 @@
-"""Every reader of our own with a valid file to start from; a target reads what a hostile one would be."""
+"""Every reader of this project, each with a valid file to corrupt."""
 
 import dataclasses
 import json
@@ -68,12 +68,12 @@ METRICS = b'{"kind": "train", "iteration": 1, "consumed_tokens": 8, "lm_loss/el"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A reader: `prepare` writes a valid file and its neighbours, `read` reads whatever the file has become."""
+    """A reader: `prepare` writes a valid file and the files beside it, `read` reads the corrupted file."""
 
     prepare: Callable[[Path], Path]
     read: Callable[[Path], object]
     hostile: Callable[[bytes], SearchStrategy[bytes]] = hostile_files
-    """From the valid file's bytes to those that are to be read."""
+    """From the bytes of the valid file to a strategy of hostile ones."""
 
 
 def _json_file(name: str, content: object) -> Callable[[Path], Path]:
@@ -92,7 +92,7 @@ def _safetensors(root: Path) -> Path:
 
 
 def _weight_map(root: Path) -> Path:
-    # Under another name than a single file's, which would be read instead.
+    # Not under the name of a single file, which would be read instead.
     _safetensors(root).rename(root / "shard.safetensors")
     return _json_file("model.safetensors.index.json", {"weight_map": {"a": "shard.safetensors"}})(root)
 
@@ -159,7 +159,7 @@ def _checkpoint(root: Path) -> Path:
 
 
 def _old_checkpoint(root: Path) -> Path:
-    """Protocol 2, whose opcodes differ: the index of another tool."""
+    """An index in protocol 2, whose opcodes differ, as another tool may write it."""
     path = _checkpoint(root)
     # Written by the line above; to write it in another protocol it has to be read whole.
     path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()), protocol=2))

@@ -1,4 +1,4 @@
-"""The same few hostile files for each reader at every run; tests/fuzzing/fuzz_readers.py reads many more."""
+"""A few hostile files for each reader, always the same; `python -m tests.fuzzing.fuzz_readers` reads many more."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.fuzzing.targets import TARGETS
 
 INPUTS = 60
 PROGRAMS = 200
-"""Of opcodes: most of them end early."""
+"""Programs of opcodes: most of them end early."""
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -21,7 +21,7 @@ SIZES = {"SEQ_LENGTH": 32, "MICRO_BATCH": 2, "GLOBAL_BATCH": 8, "LR": "1e-3", "L
 
 
 def save_dense_model(directory: Path) -> Path:
-    """A Qwen2 of two layers with random weights, and a byte-level tokenizer."""
+    """Write a Qwen2 of two layers with random weights, and a byte-level tokenizer."""
     make_hf_tokenizer(directory)
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen2", **{**COMMON, "vocab_size": VOCABULARY, "num_hidden_layers": 2})
@@ -30,7 +30,7 @@ def save_dense_model(directory: Path) -> Path:
 
 
 def prepare_inputs(work: Path) -> Path:
-    """What convert_qwen.sh and preprocess.sh would leave in `work`, made without starting processes."""
+    """Make the checkpoint and datasets of convert_qwen.sh and preprocess.sh in `work`, without starting processes."""
     import_hf(ImportOptions(hf=save_dense_model(work / "dense"), num_experts=5), work / "moe", False)
     (work / "data").mkdir()
     for name in ("train-el", "review-el", "review-en", "valid-el", "valid-en"):
@@ -41,7 +41,7 @@ def prepare_inputs(work: Path) -> Path:
 
 
 def environment(work: Path, **settings: object) -> dict[str, str]:
-    """Settings of the example scripts for `work`, on the CPU."""
+    """Return the environment of the example scripts for `work`, on the CPU."""
     own = {
         "PLATFORM": "cpu",
         "PYTHON": sys.executable,
@@ -60,7 +60,7 @@ def environment(work: Path, **settings: object) -> dict[str, str]:
 
 
 def fake_python(directory: Path, text: str = 'echo "$@"') -> Path:
-    """A program in place of Python: runs examples/train.py by the real one, and shell code for everything else."""
+    """Write a program that stands in for Python: it runs examples/train.py, and shell code for all other arguments."""
     path = directory / "python"
     path.write_text(
         f'#!/usr/bin/env bash\n[[ "${{1:-}}" != */examples/train.py ]] || exec {sys.executable} "$@"\n{text}\n'

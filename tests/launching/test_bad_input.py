@@ -1,4 +1,4 @@
-"""Example scripts with bad settings: one reason, before anything is launched."""
+"""Example scripts with bad settings end in one error line before anything is launched."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The example scripts in the order of a user, changed by environment variables alone."""
+"""The example scripts, run in a user's order with environment variables alone."""
 
 import json
 

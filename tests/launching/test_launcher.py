@@ -1,4 +1,4 @@
-"""The launcher around torchrun: exit codes, and a signal that reaches the workers."""
+"""The launcher around torchrun: exit codes, signals passed to workers, checks of its flags."""
 
 import contextlib
 import os
@@ -75,7 +75,7 @@ def test_signal_reaches_the_workers_and_their_exit_code_comes_back(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_before_there_are_workers_asks_for_another_start(number, tmp_path):
-    """While torch is still being imported."""
+    """The signal arrives while torch is being imported."""
     command = [sys.executable, "-m", "megatron_moe_lpr.launch", "--nproc-per-node", "1", str(tmp_path / "none.py")]
     launcher = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     # Python's own start, before any of our lines: a handler must be there.
@@ -103,7 +103,7 @@ print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
 
 
 def test_no_handler_may_leave_out_of_the_start_of_a_thread():
-    """Seen once: exit code 1 and `release unlocked lock`."""
+    """Otherwise the launcher can end with exit code 1 and `release unlocked lock`."""
     result = subprocess.run(
         [sys.executable, "-c", STARTING], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
     )
@@ -111,7 +111,7 @@ def test_no_handler_may_leave_out_of_the_start_of_a_thread():
 
 
 def handles(process: int, number: int) -> bool:
-    """Whether a process has a handler for a signal, as Linux tells."""
+    """Return whether a process has a handler for a signal, from /proc."""
     status = Path(f"/proc/{process}/status").read_text()
     mask = int(status.split("SigCgt:")[1].split()[0], 16)
     return bool(mask >> (number - 1) & 1)
@@ -161,13 +161,13 @@ def test_the_last_lines_of_ranks_not_shown_are_told_when_one_fails(tmp_path):
 
 @contextlib.contextmanager
 def taken_port():
-    """A port at which another program listens."""
+    """Yield a port at which another socket listens."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         yield other.getsockname()[1]
 
 
 def run_launcher(tmp_path, *flags):
-    """Exit code and standard error of a launcher of one worker that does nothing."""
+    """Run the launcher with one worker that does nothing; return its exit code and standard error."""
     (tmp_path / "worker.py").write_text("print('worker')")
     command = [sys.executable, "-m", "megatron_moe_lpr.launch", *map(str, flags), str(tmp_path / "worker.py")]
     result = subprocess.run(

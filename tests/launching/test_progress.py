@@ -1,4 +1,4 @@
-"""examples/slurm/progress.sh: a job that gets nowhere stops after two runs."""
+"""examples/slurm/progress.sh: a job stops after two runs without progress."""
 
 import subprocess
 
@@ -11,7 +11,7 @@ from tests.launching.builders import ROOT
 
 @pytest.fixture
 def runs(tmp_path):
-    """Start a job so often; each run ends at the iteration given (None: it dies without a word)."""
+    """Return a function that starts a job once for each iteration at which a run ends (None: it is killed)."""
 
     def play(iterations: list[int | None]) -> list[str]:
         outcomes = []

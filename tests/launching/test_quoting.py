@@ -19,7 +19,7 @@ FAKES = {
 
 @pytest.fixture
 def work(tmp_path):
-    """Programs that note what they get, and files that a stage asks for."""
+    """Directory with programs that record their arguments."""
     (tmp_path / "bin").mkdir()
     for name, text in FAKES.items():
         path = tmp_path / "bin" / name

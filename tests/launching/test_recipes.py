@@ -19,17 +19,17 @@ RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
 SCRIPTS = {"qwen1.5-1.8b": "qwen", "qwen2.5-7b": "qwen2.5_7b", "llama3-8b": "llama3_8b", "mistral-7b": "mistral_7b"}
 EXPERTS = {name: 6 if name == "qwen1.5-1.8b" else 5 for name in SCRIPTS}
 UNSET = dict.fromkeys(("DATA", *LANGUAGES, *SIZES), "")
-"""Empty settings are those of the recipe."""
+"""Empty variables, which leave the recipe's values."""
 
 
 def effective(words: list[str]) -> TrainingConfig:
-    """What a shown command trains with."""
+    """Return the configuration that a shown command trains with."""
     return parse_training_flags(words[words.index("megatron_moe_lpr.pretrain") + 1 :])
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Names of what the steps before would have written; a dry run needs no more."""
+    """Directory with empty files in place of those that the steps before a stage write."""
     directory = tmp_path_factory.mktemp("work")
     (directory / "dense").mkdir()
     (directory / "dense/config.json").touch()
@@ -166,7 +166,7 @@ def inputs(tmp_path_factory):
 
 
 def test_a_new_recipe_needs_no_new_script(inputs, tmp_path):
-    """One pass over the data, counted; in a directory of its own, by its path."""
+    """A recipe outside of examples/, by its path, with the steps of one pass over its data."""
     values = yaml.safe_load((ROOT / "examples/recipes/qwen1.5-1.8b-stage2.yaml").read_text())
     data = inputs / "data"
     values |= {"load": str(inputs / "moe"), "save": str(tmp_path / "run"), "seq_length": 32, "global_batch_size": 8}

@@ -1,11 +1,11 @@
 """Which recompute modes are tried, what they are said to save, and what unbalanced routing would need."""
 
 import dataclasses
-import subprocess
-import sys
+import json
 
 import pytest
 
+from megatron_moe_lpr.commands import plan
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
 from megatron_moe_lpr.model.configuration.config import ModelShape
@@ -63,15 +63,28 @@ def test_delayed_scaling_refuses_what_megatron_refuses(recompute):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--precision", "bf16"), "--fp8-param-gather needs --precision fp8"),
-        (("--precision", "fp8"), "--fp8-param-gather is not supported with --fp8-recipe delayed"),
+        (("--original-share", "0.5"), "--original-share needs --routing"),
+        (("--fp8-param-gather", "--precision", "bf16"), "--fp8-param-gather needs --precision fp8"),
+        (("--fp8-param-gather", "--precision", "fp8"), "--fp8-param-gather is not supported with --fp8-recipe delayed"),
     ],
 )
-def test_weights_in_fp8_are_planned_only_where_training_has_them(flags, message):
-    command = [sys.executable, "tools/plan.py", "--hf", "x", "--gpus", "8", "--fp8-param-gather", *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert done.stderr.startswith(f"error: {message}")
+def test_flags_that_contradict_each_other(flags, message):
+    with pytest.raises(UserError, match=message):
+        plan.main(["--hf", "x", "--gpus", "8", *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num-experts", "3", "--top-k", "4"), "--top-k 4: must lie between 1 and the number of experts, 3"),
+        (("--experts-per-layer", "3,1", "--top-k", "4"), "--top-k 4: must lie between 1 and the number of experts, 3"),
+        (("--moe-layer-freq", "[1]*3"), "names 3 layers, and the model has 2"),
+    ],
+)
+def test_experts_are_checked_as_by_an_import(flags, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2}))
+    with pytest.raises(UserError, match=message):
+        plan.main(["--hf", str(tmp_path), "--gpus", "8", *flags])
 
 
 def test_weights_in_fp8_save_their_bf16_copies():

@@ -1,7 +1,7 @@
 """A real SLURM cluster of two nodes on this one machine: munged, slurmctld and two slurmd on loopback ports.
 
-Debian's packages slurm-wlm and munge, started as root with a configuration of their own; a cluster that the machine
-itself may belong to is not touched.
+Debian's packages slurm-wlm and munge are started as root with their own configuration, which does not affect a cluster
+that the machine itself belongs to.
 """
 
 import os
@@ -55,7 +55,7 @@ NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=
 
 
 def missing_programs() -> list[str]:
-    """What would have to be installed."""
+    """Return the programs that are not installed."""
     return [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
 
 
@@ -116,7 +116,7 @@ class Cluster:
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed by the test")
 
     def _kill_steps(self, node: str) -> None:
-        """Kill what the node's slurmd has started: slurmstepd has its environment, tasks have SLURM's own."""
+        """Kill the processes that the node's slurmd has started, found by their environment."""
         for process in Path("/proc").iterdir():
             if not process.name.isdigit():
                 continue
@@ -130,19 +130,19 @@ class Cluster:
                 _kill(int(process.name))
 
     def run(self, *command: str, environment: dict[str, str] | None = None, cwd: Path | None = None) -> str:
-        """Run one of SLURM's commands; its output."""
+        """Run one of SLURM's commands and return its output."""
         environment = environment or self.environment
         result = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
         assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
         return result.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """Return the fields that `scontrol show job` prints."""
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for(self, job: str, state: str, seconds: float) -> None:
-        """Wait until a job is in a state; fail at once where it ends in another."""
+        """Wait until a job is in a state; fail at once if it ends in another."""
 
         def reached() -> bool:
             now = self.job(job)["JobState"]

@@ -1,4 +1,4 @@
-"""The cluster, and inputs that its jobs share."""
+"""Fixtures: the cluster, and inputs that its jobs share."""
 
 import os
 
@@ -28,7 +28,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def submit(cluster, inputs, tmp_path):
-    """Submit with CPU settings from the repository's root; the job's number, or what the command printed."""
+    """Return a function that submits with CPU settings and returns the command's output, such as the job's number."""
 
     def run(*command: str, **settings: object) -> str:
         from tests.launching.builders import environment

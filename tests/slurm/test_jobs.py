@@ -7,20 +7,20 @@ from tests.launching.builders import run_script
 from tests.slurm.cluster import ENDS, wait_until
 
 SECONDS = 600
-"""A quiet machine needs a twentieth; the limit is for one that is shared."""
+"""Time limit of each wait, for a shared machine; a quiet one needs a twentieth."""
 ITERATIONS = 100
 TRAIN = ("examples/slurm/train.sbatch", "examples/stage1_qwen.sh", "--eval-iters", "1", "--num-workers", "0")
 
 
 def losses(save: Path) -> dict[int, float]:
-    """Training loss of each step; of a step that was run twice the later one."""
+    """Return the training loss of each step; the later one of a step that ran twice."""
     file = save / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return {row["iteration"]: row["lm_loss"] for row in rows if row["kind"] == "train"}
 
 
 def wait_for_step(cluster, job: str, save: Path, step: int) -> None:
-    """Wait until a job's run has logged a step; fail at once where the job ends before."""
+    """Wait until a job's run has logged a step; fail at once if the job ends before."""
 
     def reached() -> bool:
         state = cluster.job(job)["JobState"]
@@ -32,7 +32,7 @@ def wait_for_step(cluster, job: str, save: Path, step: int) -> None:
 
 
 def wait_for_restart(cluster, job: str, restarts: int) -> None:
-    """Wait until a job has been requeued so often."""
+    """Wait until a job has been requeued `restarts` times."""
     wait_until(lambda: int(cluster.job(job)["Restarts"]) >= restarts, lambda: f"{cluster.job(job)}", SECONDS)
 
 

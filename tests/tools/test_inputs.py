@@ -1,4 +1,4 @@
-"""Every command reads and checks all of its inputs, and where its output goes, before it writes the first byte."""
+"""Every command checks all of its inputs and its output path before it writes the first byte."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from tests.evaluation.tools import load_tool
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands need, all of it in order."""
+    """Directory with good inputs of all commands."""
     root = tmp_path_factory.mktemp("good")
     save_model("qwen2", root / "hf")
     for path in (root / "hf").glob("tokenizer*"):  # of the tests, and no real one
@@ -36,7 +36,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, in which writing output of any kind fails the test."""
+    """A copy of the good inputs, in which writing output of any kind fails the test."""
 
     def written(*_: object, **__: object) -> None:
         raise AssertionError("output began before the input was checked")
@@ -120,7 +120,7 @@ CASES = {
 
 
 def prepare(place: Path) -> None:
-    """The bad inputs that are more than a name."""
+    """Make the bad inputs that need a file."""
     dataset = {"language": "el", "group": "expanded", "perplexity": "high", "bits_per_byte": 1.0}
     (place / "words.json").write_text(json.dumps({"sequence_length": 8, "datasets": [dataset]}))
     for name in ("bad.jsonl.gz", "bad.jsonl.zst"):

@@ -1,4 +1,4 @@
-"""Ctrl-C and a full disk while a tool writes: one line, an exit code, and nothing left behind."""
+"""Ctrl-C and a full disk while a tool writes end in one line and an exit code, with no partial output."""
 
 import contextlib
 import os
@@ -39,8 +39,8 @@ def models(tmp_path_factory) -> Path:
     return root
 
 
-def arguments_of(name: str, models: Path, out: Path) -> list[str]:
-    """A command line whose results go below `out`."""
+def command_line(name: str, models: Path, out: Path) -> list[str]:
+    """Return a command line whose output is below `out`."""
     if name == "preprocess":
         source = ["--input", CORPUS / "valid" / "el.jsonl.zst", "--tokenizer", ROOT / "data" / "base_model"]
         words = ["preprocess_data.py", *source, "--language", "el", "--output-prefix", out / "el", "--workers", 1]
@@ -60,7 +60,7 @@ def start(*words: str) -> subprocess.CompletedProcess:
 def test_ctrl_c(name, models, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    done = start(sys.executable, "-c", INTERRUPTED, str(out), *arguments_of(name, models, out))
+    done = start(sys.executable, "-c", INTERRUPTED, str(out), *command_line(name, models, out))
     assert done.returncode == 130, done.stderr
     assert "interrupted" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert [path for path in out.rglob("*") if path.is_file()] == []
@@ -68,11 +68,11 @@ def test_ctrl_c(name, models, tmp_path):
 
 @pytest.mark.parametrize("name", ["preprocess", "import"])
 def test_killed_and_started_again(name, models, tmp_path):
-    """What the killed run left is removed and named."""
+    """The second run removes the partial output of the killed one and names it."""
     # Not at the lock, which comes first, but at the first file of the output itself.
     program = INTERRUPTED.replace("signal.SIGINT", "signal.SIGKILL").replace("[True]", "[True] * 2")
     program = program.replace("waiting.clear()", "waiting.pop()").replace("os.kill(", "waiting or os.kill(")
-    words = arguments_of(name, models, tmp_path)
+    words = command_line(name, models, tmp_path)
     assert start(sys.executable, "-c", program, str(tmp_path), *words).returncode == -9
     (left,) = tmp_path.glob(".*.partial*")
     done = start(sys.executable, *words)
@@ -97,10 +97,10 @@ def small_disk(place: Path, size: str) -> Iterator[Path]:
 
 @pytest.mark.parametrize("name", ["import", "export"])
 def test_a_volume_as_output(name, models, tmp_path, capsys):
-    """The mount point itself is the target, as with `docker run -v`; its parent's disk gets nothing."""
+    """The output path is a mount point, as with `docker run -v`; nothing is written to its parent's disk."""
     with small_disk(tmp_path / "new", "20m") as out:
         (out / "lost+found").mkdir()
-        words = arguments_of(name, models, tmp_path)[1:]
+        words = command_line(name, models, tmp_path)[1:]
         run(*words)
         last = {"import": "latest_checkpointed_iteration.txt", "export": "config.json"}[name]
         assert f"{out}: is a mount point; it will be filled in place, {last} last" in capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_a_volume_as_output(name, models, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["preprocess", "import", "export"])
 def test_full_disk(name, models, tmp_path):
     with small_disk(tmp_path / "disk", "40k") as out:
-        done = start(sys.executable, *arguments_of(name, models, out))
+        done = start(sys.executable, *command_line(name, models, out))
         assert done.returncode == 1, done.stderr
         last = done.stderr.splitlines()[-1]
         assert last.startswith("error: ") and str(out) in last and "space" in last.lower(), done.stderr

@@ -1,4 +1,4 @@
-"""What a tool imports before it can tell its flags: counted, not timed."""
+"""Modules that a tool imports before --help and wrong flags: listed, not timed."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def test_flags_are_told_without_heavy_imports(command, flag):
     "words", [("inspect", "data/base_model"), ("import", "--hf", "data/base_model", "--num-experts", "2", "--save")]
 )
 def test_what_converts_works_without_megatron(words, tmp_path):
-    """Its import takes two seconds, as long as a model of 1B parameters takes to write."""
+    """Importing Megatron takes two seconds, as long as writing a model of 1B parameters."""
     words = [*words, str(tmp_path / "checkpoint")] if words[-1] == "--save" else words
     command = [sys.executable, "-c", CHILD, str(ROOT / "tools" / "convert_hf.py"), *words]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,1 +1,1 @@
-"""What lies where in a checkpoint directory, and Megatron's torch_dist format one tensor at a time."""
+"""The layout of a checkpoint directory, its card, and Megatron's torch_dist format read and written by tensor."""

@@ -1,4 +1,4 @@
-"""What a checkpoint knows about itself, so that training, evaluation and export ask for none of it again."""
+"""The checkpoint card (card.json): what training, evaluation and export need to know about a checkpoint."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ FORMAT_VERSION = 4
 PARENT_KEY = "base"
 """The name of `CheckpointCard.parent` in card.json."""
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
-# Far above any model. A card that declares more would take the memory of the machine before a tensor is looked at.
+# Far above any model. A card with more could exhaust the memory before any tensor is read.
 MAX_EXPERTS = 1024
 MAX_EXPERTS_TOGETHER = 65_536
 RECORDED_PACKAGES = ("megatron-moe-lpr", "megatron-core", "torch", "safetensors")
@@ -38,57 +38,57 @@ class ParentCheckpoint:
 
 @dataclasses.dataclass
 class CheckpointCard:
-    """The facts about a checkpoint that its tensors do not tell."""
+    """Facts about a checkpoint that cannot be read from its tensors."""
 
     family: str
     """The dense family's `model_type`: llama, mistral, qwen2 or qwen3."""
     experts_per_layer: list[int]
-    """One entry per layer: the number of experts, the original one included; 1: the layer stayed dense."""
+    """By layer: the number of experts including the original one; 1: a dense layer."""
     top_k: int
     """Experts per token in the layers that have a router."""
     dtype: str
-    """The dtype of the dense model's matrices in torch's words, for example `float16`, which frozen weights keep. The
-    tensors say their own: trained ones have the dtype of their run's arithmetic, and routers are float32."""
+    """torch's name of the dtype of the dense model's matrices, for example `float16`, which frozen weights keep.
+    Trained tensors have the dtype in which their run computed, and routers float32."""
     original_fingerprint: str
     """Digest of every weight of the dense model (`conversion/tensors/fingerprint.py`)."""
     router_seed: int | None = None
-    """Seed of the routers' initial values; None where they came from elsewhere."""
+    """Seed of the routers' initial values; None: they were not drawn here."""
     tokenizer_files: dict[str, str] = dataclasses.field(default_factory=dict)
-    """SHA-256 of each tokenizer file beside the card."""
+    """By name of each tokenizer file beside the card: its SHA-256."""
     tool_versions: dict[str, str] = dataclasses.field(default_factory=dict)
     """Versions of the packages that converted the dense model."""
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """One entry per stage of training: stage, languages, original_languages, iterations, tokens, ..."""
+    """One entry per training stage: stage, languages, original_languages, iterations, tokens, ..."""
     expansions: list[list[int]] = dataclasses.field(default_factory=list)
-    """New experts of each layer by expansion, the first one first; empty: one expansion added them all."""
+    """By expansion, oldest first: new experts of each layer; empty: one expansion added all."""
     openness: float = 1.0
-    """Weight of the latest expansion's experts in the routers' softmax; 0: added and not used yet, 1: trained in."""
+    """Weight of the latest expansion's experts in the routers' softmax, from 0 (not used yet) to 1."""
     inserted_blocks: list[int] = dataclasses.field(default_factory=list)
-    """Layers that block expansion inserted, counted from 0 in the grown model; empty: none."""
+    """Layers that block expansion inserted, counted from 0 in the expanded model; empty: none."""
     parent: ParentCheckpoint | None = None
     """The checkpoint with the weights that --save-trainable-only left out; None: this one holds all. `base` on disk."""
     format_version: int = FORMAT_VERSION
 
     @property
     def is_moe(self) -> bool:
-        """At least one layer has a router."""
+        """Whether at least one layer has a router."""
         return any(experts > 1 for experts in self.experts_per_layer)
 
     @property
     def compute_dtype(self) -> str:
-        """What to compute in where nobody says: as the last run did, else in the model's own dtype. Nothing computes in
-        float16, whose range is too small for gradients; bfloat16 takes its place."""
+        """The default dtype to compute in: that of the last run, else the model's own. float16, whose range is too
+        small for gradients, is replaced by bfloat16."""
         recorded = (entry.get("dtype") for entry in reversed(self.history))
         dtype = next((name for name in recorded if name in MODEL_DTYPES), self.dtype)
         return "bfloat16" if dtype == "float16" else dtype
 
     @property
     def num_experts(self) -> int:
-        """The largest number of experts in any layer; 1 for a dense model."""
+        """The largest number of experts of any layer; 1 for a dense model."""
         return max(self.experts_per_layer)
 
     def write(self, path: Path) -> None:
-        """Write the card as JSON."""
+        """Write the card to a JSON file."""
         fields = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
         content = {PARENT_KEY if name == "parent" else name: value for name, value in fields.items()}
         write_json(content, path)
@@ -98,7 +98,7 @@ def read_card(path: Path) -> CheckpointCard:
     """Read a card.
 
     Raises:
-        DamagedFile: not JSON.
+        DamagedFile: the file is not JSON.
         UserError: no such file, a field missing, unknown or of the wrong type or size, or a newer format.
     """
     fields = read_json(path)
@@ -120,7 +120,7 @@ def read_card(path: Path) -> CheckpointCard:
 
 
 def check_experts(experts_per_layer: object, place: str) -> None:
-    """Refuse counts that no model has before memory is taken for them; `place` names them in the message.
+    """Check numbers of experts before memory is allocated for them; `place` names them in messages.
 
     Raises:
         UserError: not a list of whole numbers, one per layer, or too many layers or experts.
@@ -147,7 +147,7 @@ def _is_text_table(value: object) -> bool:
 
 
 def _is_history(value: object) -> bool:
-    """Entries of training and, in each, languages as lists of names."""
+    """Whether a value is a list of entries in which languages are lists of names."""
     return isinstance(value, list) and all(
         isinstance(entry, dict)
         and all(
@@ -160,7 +160,7 @@ def _is_history(value: object) -> bool:
 
 
 def _is_inserted_blocks(value: object) -> bool:
-    """Layers in rising order, none before the first block, which no block could be a copy of."""
+    """Whether a value is a list of layers in rising order. Layer 0 cannot be inserted: no layer before it to copy."""
     return (
         isinstance(value, list)
         and all(is_integer(layer, 1, MAX_LAYERS) for layer in value)
@@ -169,7 +169,7 @@ def _is_inserted_blocks(value: object) -> bool:
 
 
 def _is_expansions(value: object) -> bool:
-    """For each expansion as many numbers of new experts as the first one names."""
+    """Whether a value is a list of expansions, each with a number of new experts for every layer."""
     return isinstance(value, list) and all(
         isinstance(added, list)
         and len(added) == len(value[0])
@@ -202,9 +202,9 @@ def _check_format(fields: dict[str, Any], path: Path) -> None:
 
 
 def refuse_newer_format(path: Path) -> None:
-    """Refuse a card of a newer format, whatever else is in it; one that says nothing of the kind passes.
+    """Refuse a card of a newer format; any other card passes, even a damaged one.
 
-    For who compares checksums next: what a newer version has written must not be taken for damage.
+    To be called before checksums are compared, so that what a newer version wrote is not reported as damage.
 
     Raises:
         UserError: the format is newer.
@@ -219,7 +219,7 @@ def refuse_newer_format(path: Path) -> None:
 
 
 def tool_versions(packages: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]:
-    """Versions of Python and of those packages that are installed, by default those whose code shapes a checkpoint."""
+    """Versions of Python and of the installed ones of `packages`, by default those that form a checkpoint."""
     versions = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -1,4 +1,4 @@
-"""Where things lie in a checkpoint directory.
+"""The layout of a checkpoint directory.
 
 DIR/latest_checkpointed_iteration.txt   `release` for a converted model, else the iteration; written last
 DIR/release/ or DIR/iter_0000100/       .metadata, *.distcp, common.pt, metadata.json
@@ -28,26 +28,26 @@ CONFIG_FILE = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointDirectory:
-    """One checkpoint on disk: tensors and the files beside them."""
+    """A checkpoint on disk: tensors and the files beside them."""
 
     path: Path
     """The iteration directory."""
     iteration: int | None
     """None for a converted model that has not been trained."""
     parent_path: Path | None = None
-    """Where --base-checkpoint says that the weights are which this one does not hold; None: where its card says."""
+    """The parent checkpoint as given by --base-checkpoint; None: the one that the card names."""
 
     @property
     def side_directory(self) -> Path:
-        """The card, the dense model's configuration and the tokenizer files."""
+        """Directory of the card, the dense model's configuration and the tokenizer files."""
         return self.path / SIDE_DIRECTORY
 
     def card(self) -> CheckpointCard:
-        """The checkpoint's card. Raises UserError where it is missing or invalid."""
+        """Read the checkpoint's card. Raises UserError if it is missing or invalid."""
         return read_card(self.side_directory / CARD_FILE)
 
     def architecture(self) -> Architecture:
-        """The dense model's sizes. Raises UserError where the configuration is missing or unsupported."""
+        """Read the dense model's configuration. Raises UserError if it is missing or unsupported."""
         path = self.side_directory / CONFIG_FILE
         return read_architecture(read_json(path), str(path))
 
@@ -61,10 +61,10 @@ def resolve_checkpoint(path: Path, parent_path: Path | None = None) -> Checkpoin
     """Find the checkpoint that `path` means: an iteration directory, or a root with its latest iteration.
 
     Args:
-        parent_path: for a checkpoint with only trained weights, where the others are.
+        parent_path: the parent of a checkpoint with only trained weights (`--base-checkpoint`).
 
     Raises:
-        UserError: there is no checkpoint, or an incomplete one.
+        UserError: there is no checkpoint, or it is incomplete.
     """
     path = Path(path)
     if not path.is_dir():
@@ -80,23 +80,23 @@ def resolve_checkpoint(path: Path, parent_path: Path | None = None) -> Checkpoin
 
 
 def is_iteration_directory(path: Path) -> bool:
-    """Whether the files that Megatron writes last are there."""
+    """Whether a directory has the files that Megatron writes last."""
     return (path / ".metadata").is_file() and (path / "metadata.json").is_file()
 
 
 def write_latest(root: Path, iteration: int | None) -> None:
-    """Name the checkpoint that `--load ROOT` means; call it when that checkpoint is complete."""
+    """Record that `--load ROOT` means this checkpoint, which must be complete; None: the converted model."""
     with atomic_file(root / LATEST_FILE) as partial:
         partial.write_text(RELEASE if iteration is None else str(iteration), encoding="utf-8")
 
 
 def finish_iteration(partial: Path, root: Path, iteration: int) -> Path:
-    """Give a completely written directory its name under `root`, and only then point the latest file at it.
+    """Rename a complete directory to its name under `root`, and then name it in the file of the latest iteration.
 
     Its content must be on the disk already (see `checksum_file.write_checksums`).
     """
     target = root / iteration_directory_name(iteration)
-    # Out of the way under a hidden name: no half of it may look like a checkpoint, whenever this process ends.
+    # Hide a former checkpoint of this step first: half of it must not look like a checkpoint after a kill.
     former = root / f".{target.name}.removed"
     shutil.rmtree(former, ignore_errors=True)
     if target.exists():
@@ -124,6 +124,6 @@ def _latest_iteration(root: Path) -> int | None:
 
 
 def parse_iteration(path: Path) -> int | None:
-    """The iteration that a directory's name says; None: a converted model, or no such name."""
+    """The iteration in the name of an iteration directory; None: a converted model, or another name."""
     number = path.name.removeprefix("iter_")
     return int(number) if number != path.name and number.isdigit() else None

@@ -1,7 +1,6 @@
 """Read Megatron's `torch_dist` format one tensor at a time, without building a model."""
 
 import dataclasses
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,13 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_moe_lpr.checkpoint.untrusted.index_values import build_metadata, is_allowed
-from megatron_moe_lpr.checkpoint.untrusted.restricted_pickle import read_pickle
-from megatron_moe_lpr.checkpoint.untrusted.torch_files import Window, check_file, no_added_classes
+from megatron_moe_lpr.checkpoint.untrusted.index_values import parse_metadata
+from megatron_moe_lpr.checkpoint.untrusted.torch_files import load_part
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import is_integer
 
-# Keys of the model's own tensors; optimizer state and the rest of a training checkpoint lie under others.
+# Beginnings of the keys of the model's own tensors; optimizer state has other keys.
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 
 
@@ -34,18 +31,18 @@ class TensorInfo:
 
 
 def is_model_key(key: str) -> bool:
-    """Whether a key of a checkpoint belongs to a weight of the model."""
+    """Whether a key of a checkpoint is that of a weight of the model."""
     return key.startswith(MODEL_PREFIXES) and "_extra_state" not in key
 
 
 class CheckpointReader:
-    """Gives the tensors of an iteration directory by their keys, each assembled from its chunks."""
+    """Reads the tensors of an iteration directory by key; a tensor is assembled from its chunks."""
 
     def __init__(self, directory: Path) -> None:
         """Read the index.
 
         Raises:
-            UserError: the index is missing, or is not one of a checkpoint.
+            UserError: the index is missing or damaged, or does not fit the files beside it.
         """
         self.directory = Path(directory)
         self.metadata = read_index(self.directory / ".metadata")
@@ -60,7 +57,7 @@ class CheckpointReader:
         }
 
     def read(self, key: str) -> torch.Tensor:
-        """The whole tensor, with its stored shape and dtype. Needs memory for it and for one chunk of it.
+        """Read a whole tensor in its stored shape and dtype. Takes memory for the tensor and one of its chunks.
 
         Raises:
             UserError: no such key, or a file that is missing or cut short.
@@ -81,11 +78,7 @@ class CheckpointReader:
         path = self.directory / place.relative_path
         try:
             with open(path, "rb") as stream:
-                check_file(Window(stream, place.offset, place.length))
-                view = _create_file_view(stream, place.offset, place.length)
-                with no_added_classes():
-                    # torch made the view for its own load, and says IOBase of it, which is less.
-                    tensor = torch.load(view, "cpu", weights_only=True)  # type: ignore[arg-type]
+                tensor = load_part(stream, place.offset, place.length)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file, but {key} should lie there; copy the checkpoint again") from None
         except Exception as error:  # damaged pickles and archives raise almost anything
@@ -102,12 +95,11 @@ class CheckpointReader:
 
 
 def check_index(metadata: Metadata, directory: Path) -> None:
-    """Check an index against the files beside it, before memory is taken for what it declares. Reads no tensor.
-
-    No file outside of the directory is named in it.
+    """Check an index against the files beside it, before memory is allocated for its tensors. Reads no tensor.
 
     Raises:
-        UserError: sizes that are none, chunks that do not make up their tensor, files missing or cut short.
+        UserError: a size is not a number, chunks do not make up their tensor, a file is missing, cut short or outside
+            of the directory.
     """
     sizes: dict[str, int] = {}
     for key, entry in metadata.state_dict_metadata.items():
@@ -170,14 +162,13 @@ def _numbers(values: Any) -> tuple[int, ...]:
 
 
 def read_index(path: Path) -> Metadata:
-    """Read a `.metadata`, which is a pickle, without doing anything that it asks for.
+    """Read a `.metadata`, which is a pickle, without importing or calling anything that it names.
 
     Raises:
-        UserError: it is missing, damaged, or names what no index of a checkpoint does.
+        UserError: it is missing, damaged, or names something that no index of a checkpoint needs.
     """
     try:
-        content = path.read_bytes()
-        return build_metadata(read_pickle(io.BytesIO(content), is_allowed), limit=len(content))
+        return parse_metadata(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the checkpoint is incomplete") from None
     except Exception as error:  # a damaged pickle raises almost anything

@@ -1,4 +1,4 @@
-"""Which entries of a sharded state a checkpoint with only trained weights holds."""
+"""The entries of a sharded state that a checkpoint with only trained weights holds."""
 
 import dataclasses
 from collections.abc import Collection
@@ -9,12 +9,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 
 def trained_part(state: dict[str, Any]) -> dict[str, Any]:
-    """Of a sharded model state what belongs to parameters that train, and the extra states beside them."""
+    """The entries of a sharded model state that belong to trained parameters, and all extra states."""
     return _select(state, lambda entry: isinstance(entry, ShardedObject) or entry.data.requires_grad)
 
 
 def part_with_keys(state: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
-    """Of a sharded model state what a checkpoint with these keys holds."""
+    """The entries of a sharded model state that a checkpoint with these keys holds."""
     return _select(state, lambda entry: all(key in keys for key in _keys(entry)))
 
 
@@ -28,6 +28,6 @@ def _keys(entry: ShardedTensor | ShardedTensorFactory | ShardedObject) -> list[s
         return [entry.unique_key]
     if isinstance(entry, ShardedTensor):
         return [entry.key]
-    # Cut without the values: on `meta` that costs nothing.
+    # The keys do not depend on the values: on the meta device the factory copies nothing.
     probe = dataclasses.replace(entry, data=torch.empty(entry.data.shape, device="meta"))
     return [tensor.key for tensor in probe.build()]

@@ -1,8 +1,8 @@
 """Write Megatron's `torch_dist` format one tensor at a time.
 
 torch's own FileSystemWriter keeps every tensor of a file alive until the file is closed, so a converter that used it
-would need as much memory as the model. The format itself is simple: each .distcp file is a row of `torch.save` blobs,
-and `.metadata` is a pickled table of where each one begins.
+would need as much memory as the model. In the format each .distcp file is a sequence of `torch.save` blobs, and
+`.metadata` is a pickled index of where each blob begins.
 """
 
 import contextlib
@@ -36,18 +36,18 @@ TORCH_DIST_CONFIG = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-# What the model passes to `sharded_state_dict(metadata=...)`; it decides the form of the tensor keys.
+# Passed to the model's `sharded_state_dict(metadata=...)`; it determines the form of the tensor keys.
 CONTENT_METADATA = {"singleton_local_shards": True, "non_homogeneous_layers": True}
 
 
 class CheckpointWriter:
-    """Writes whole tensors under their global keys into an iteration directory, in the order they come.
+    """Writes whole tensors under their global keys into an iteration directory, one after the other.
 
-    Use it as a context manager: the index that makes the directory a checkpoint is written on leaving without error.
+    A context manager: the index, which makes the directory a checkpoint, is written when the block ends without error.
     """
 
     def __init__(self, directory: Path, common: Mapping[str, Any], file_bytes: int = DEFAULT_FILE_BYTES) -> None:
-        """`common` goes into common.pt, beside the content metadata that Megatron expects there."""
+        """`common` is written to common.pt, beside the content metadata that Megatron expects there."""
         self.directory, self.common, self.file_bytes = Path(directory), dict(common), file_bytes
         self.tensors: dict[str, STORAGE_TYPES] = {}
         self.places: dict[MetadataIndex, _StorageInfo] = {}
@@ -99,23 +99,23 @@ class CheckpointWriter:
 
     def _write_index(self) -> None:
         metadata = Metadata(self.tensors, None, self.places, StorageMeta(), "1.0.0")
-        with self._summed("common.pt") as stream:
+        with self._stream_with_checksum("common.pt") as stream:
             save_blob({**self.common, "content_metadata": CONTENT_METADATA}, stream)
-        with self._summed(".metadata") as stream:
+        with self._stream_with_checksum(".metadata") as stream:
             pickle.dump(metadata, stream)
-        with self._summed("metadata.json") as stream:
+        with self._stream_with_checksum("metadata.json") as stream:
             stream.write(json.dumps(TORCH_DIST_CONFIG).encode())
 
     @contextlib.contextmanager
-    def _summed(self, name: str) -> Iterator[ChecksumStream]:
+    def _stream_with_checksum(self, name: str) -> Iterator[ChecksumStream]:
         with ChecksumStream(open(self.directory / name, "wb")) as stream:
             yield stream
         self.checksums[name] = stream.entry()
 
 
 def save_blob(content: object, stream: OutputStream) -> None:
-    """torch.save to a stream that has no more than torch.save needs."""
-    # It is annotated for whole files.
+    """torch.save to a stream that has only the methods that torch.save calls."""
+    # torch.save is annotated for complete file objects.
     torch.save(content, stream)  # type: ignore[arg-type]
 
 
@@ -131,7 +131,7 @@ def _save_tensor(tensor: torch.Tensor, stream: ChecksumStream) -> None:
 
 @contextlib.contextmanager
 def without_crc() -> Iterator[None]:
-    """torch.save's CRC32 takes a third of the time of writing, and torch.load does not look at it."""
+    """Let torch.save write no CRC32, which takes a third of the time of writing and which torch.load does not check."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -1,1 +1,1 @@
-"""From a checkpoint on disk, checked first, to weights on this rank."""
+"""Verification of a checkpoint, and loading of its weights on every rank, at any layout."""

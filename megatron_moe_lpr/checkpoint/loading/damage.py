@@ -1,4 +1,4 @@
-"""Whether a file of a checkpoint is damaged: only where every rank reads the same wrong content, time and again."""
+"""Decides whether a file of a checkpoint is damaged: only if every rank repeatedly reads the same wrong content."""
 
 import socket
 from pathlib import Path
@@ -11,17 +11,17 @@ from megatron_moe_lpr.parallel.every_rank import on_every_rank
 
 RANKS_SHOWN = 4
 READS = 2
-"""By every rank, after the one that raised the suspicion."""
+"""How often every rank reads a suspected file again."""
 
 
 def prove_damage(suspected: DamagedFile, directory: Path) -> str:
     """Let every rank read a suspected file of an iteration directory again. Every rank must call it.
 
-    A checksum that does not fit may also come from one node's memory, network or mount. A file counts as damaged when
-    all ranks find the same wrong with it, each of `READS` times.
+    A wrong checksum may also be caused by one node's memory, network or mount. A file counts as damaged if all ranks
+    find the same fault in each of `READS` reads.
 
     Returns:
-        What is wrong with the file.
+        The fault.
 
     Raises:
         UserError: on every rank: some rank cannot read the file, or the ranks, or two reads, differ.
@@ -42,7 +42,7 @@ def prove_damage(suspected: DamagedFile, directory: Path) -> str:
 
 
 def _finding(path: Path, directory: Path) -> str | None:
-    """What is wrong with a file, None: nothing."""
+    """The fault of a file; None: it is intact."""
     try:
         if not verify_file(path, directory) and path == directory / SIDE_DIRECTORY / CARD_FILE:
             read_card(path)

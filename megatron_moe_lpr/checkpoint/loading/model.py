@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a filled model on this rank."""
+"""Builds this rank's part of a model and loads its weights from a checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -22,7 +22,7 @@ from megatron_moe_lpr.platform import Platform
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """This rank's part of a model, filled from a checkpoint."""
+    """This rank's part of a model, with weights loaded from a checkpoint."""
 
     chunks: list[torch.nn.Module]
     config: MoELPRConfig
@@ -32,10 +32,10 @@ class LoadedModel:
 
 
 def model_shape(directory: CheckpointDirectory) -> ModelShape:
-    """The model's sizes and experts, from the files beside its tensors.
+    """Read the model's sizes and experts from the files beside its tensors.
 
     Raises:
-        UserError: a file is missing or invalid, or they are of two models.
+        UserError: a file is missing or invalid, or the files belong to different models.
     """
     card, architecture = directory.card(), directory.architecture()
     layers = architecture.num_layers
@@ -60,17 +60,18 @@ def load_model(
     verified: bool = True,
     **overrides: Any,
 ) -> LoadedModel:
-    """Build this rank's part of the model in `layout` and fill it. Megatron's groups must exist.
+    """Build this rank's part of the model in `layout` and load its weights. Megatron's groups must exist.
 
     Args:
-        path: a checkpoint directory or one iteration in it.
-        options: how to compute; by default in the card's `compute_dtype`.
+        path: a checkpoint directory, or one iteration in it.
+        options: precision and kernels; by default the card's `compute_dtype`.
         build_arguments: further arguments of GPTModel.
-        verified: compare every file with its checksum first, each rank a share of them.
+        verified: first compare every file with its checksum, divided among the ranks.
         overrides: further fields of MoELPRConfig.
 
     Raises:
-        UserError: no checkpoint, a damaged one, an unfit layout, or tensors missing, too many or of other sizes.
+        UserError: there is no checkpoint, it is damaged, the layout does not fit, or tensors are missing, superfluous
+            or of other sizes.
     """
     directory = path if isinstance(path, CheckpointDirectory) else open_checkpoint(path, verified)
     shape, card = model_shape(directory), directory.card()

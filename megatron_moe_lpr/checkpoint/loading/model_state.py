@@ -1,4 +1,4 @@
-"""Weights between a built model and a Megatron distributed checkpoint, at any parallel layout."""
+"""Loads the weights of a built model from a distributed checkpoint, at any parallel layout."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,7 +25,7 @@ from megatron_moe_lpr.model.moe.expert_states import EXTRA_STATE
 
 
 def sharded_model_state(chunks: Sequence[torch.nn.Module]) -> ShardedStateDict:
-    """Sharded tensors of this rank's chunks, under `model` or, for several chunks, `model0`, `model1`, ..."""
+    """Sharded state of this rank's model chunks, under `model` or, for several chunks, `model0`, `model1`, ..."""
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     return {
         name: unwrap(chunk).sharded_state_dict(metadata=dict(CONTENT_METADATA))
@@ -34,12 +34,12 @@ def sharded_model_state(chunks: Sequence[torch.nn.Module]) -> ShardedStateDict:
 
 
 def load_weights(chunks: Sequence[torch.nn.Module], directory: CheckpointDirectory) -> None:
-    """Fill the chunks from a checkpoint written at any layout, and from its base where it has only trained weights.
+    """Load weights from a checkpoint written at any layout, and from its parents if it holds only trained weights.
 
     Only Transformer Engine's `_extra_state` entries may be missing.
 
     Raises:
-        UserError: a damaged file; the checkpoint lacks a tensor of the model, or holds one it has no place for.
+        UserError: a file is damaged, or the checkpoint lacks a tensor of the model or holds one that the model lacks.
     """
     loaded: dict[str, Any] = {}
     for checkpoint in checkpoint_chain(directory):
@@ -80,10 +80,10 @@ def parallel_load_strategy(directory: Path) -> FullyParallelLoadStrategyWrapper:
 
 
 def _keep_unrounded(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Weights in FP8 keep what the checkpoint says until the optimizer has its fp32 copies from it.
+    """Keep the loaded values of weights in FP8 until the optimizer has made its fp32 copies from them.
 
-    distrib_optimizer.py `_build_model_and_main_param_groups` asks for it by these names. Copies of the rounded weights
-    would lie on FP8's grid, and the first small steps away from it would be rounded back.
+    distrib_optimizer.py `_build_model_and_main_param_groups` calls methods of these names. Copies of the rounded
+    weights would lie on FP8's grid, and small first steps away from the grid would be rounded back.
     """
     for name, parameter in unwrap(chunk).named_parameters():
         if is_float8tensor(parameter):
@@ -92,10 +92,13 @@ def _keep_unrounded(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
 
 
 def fill_model(chunk: torch.nn.Module, state: dict[str, Any], is_complete: bool = True) -> None:
-    """Copy loaded tensors into a chunk; with `is_complete` off, parameters without one stay as they are.
+    """Copy loaded tensors into a chunk.
+
+    Args:
+        is_complete: every parameter must have a loaded tensor; otherwise those without one keep their values.
 
     Raises:
-        UserError: other than `_extra_state` is missing, or something is left over.
+        UserError: a tensor other than an `_extra_state` is missing, or one is left over.
     """
     result = unwrap(chunk).load_state_dict(state, strict=False)
     missing = [key for key in result.missing_keys if EXTRA_STATE not in key]

@@ -1,4 +1,4 @@
-"""A rank's side of the writer process: copy the shard out of the way of training, hand it over, hear how it went."""
+"""A rank's side of the writer process: copy the shard into shared memory, send a request, receive the result."""
 
 import contextlib
 import ctypes
@@ -23,11 +23,11 @@ from megatron_moe_lpr.liveness import advance, counting, waiting_for
 from megatron_moe_lpr.processes import start_thread
 
 END_SECONDS = 10
-"""How long a writer process that has nothing to do may take to end."""
+"""Seconds that an idle writer process may take to end."""
 
 
 class SharedMemory:
-    """Host memory that a child sees too, without a name and without a limit but the machine's."""
+    """Host memory shared with a child process: an unnamed file in memory, limited only by the machine."""
 
     def __init__(self) -> None:
         self.descriptor = _unnamed_file()
@@ -35,11 +35,11 @@ class SharedMemory:
 
     @property
     def size(self) -> int:
-        """Bytes it has now."""
+        """Bytes reserved now."""
         return len(self.content) if self.content else 0
 
     def reserve(self, size: int) -> None:
-        """Have at least `size` bytes; what is there may be lost.
+        """Reserve at least `size` bytes; the present content may be lost.
 
         Raises:
             OSError: the machine has no such memory.
@@ -49,18 +49,18 @@ class SharedMemory:
         self._unmap()
         os.ftruncate(self.descriptor, size)
         if hasattr(os, "posix_fallocate"):
-            # Else a write into the memory, where none is left, would kill this process without a word.
+            # Without it, a write where no memory is left would kill this process by SIGBUS.
             os.posix_fallocate(self.descriptor, 0, size)
         self.content = mmap.mmap(self.descriptor, size)
 
     def touch(self) -> None:
-        """Have every page in this process's tables, which a first write would take one at a time. Holds no lock of
-        Python's meanwhile."""
+        """Map every page into this process now; otherwise the first write would map them one at a time. Releases the
+        GIL meanwhile."""
         if self.content:
             ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self.content)), 0, self.size)
 
     def close(self) -> None:
-        """Give it back."""
+        """Return the memory to the system."""
         self._unmap()
         os.close(self.descriptor)
 
@@ -71,13 +71,13 @@ class SharedMemory:
 
 
 class MemoryStream:
-    """Writes into shared memory from an offset on."""
+    """A binary stream that writes into shared memory from an offset on."""
 
     def __init__(self, memory: SharedMemory, begin: int) -> None:
         self.memory, self.position = memory, begin
 
     def write(self, block: Any) -> int:
-        """Copy a bytes-like object whole."""
+        """Copy a whole bytes-like object."""
         source = memoryview(block).cast("B")
         end = self.position + source.nbytes
         content = self.memory.content
@@ -90,22 +90,22 @@ class MemoryStream:
         return source.nbytes
 
     def tell(self) -> int:
-        """Where the next block goes."""
+        """Offset of the next block."""
         return self.position
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Nothing is buffered."""
 
 
 class BackgroundWriter(AsyncCaller):
-    """Megatron-Core's AsyncCaller over a process that only writes.
+    """An AsyncCaller of Megatron-Core whose process only writes bytes.
 
-    Its own PersistentAsyncCaller reads tensors of the CPU while training changes them, dies of the job's signals, waits
-    for ever when its process was killed, and holds torch and a CUDA context for each rank.
+    Megatron-Core's PersistentAsyncCaller reads CPU tensors while training changes them, dies of the job's signals,
+    waits for ever if its process was killed, and holds torch and a CUDA context for each rank.
     """
 
     def __init__(self) -> None:
-        """Start the process; it is ready long before the first shard is."""
+        """Start the writer process."""
         self.memory, self.progress = SharedMemory(), Progress(_unnamed_file())
         ours, theirs = socket.socketpair()
         descriptors = (theirs.fileno(), self.memory.descriptor, self.progress.descriptor)
@@ -116,7 +116,7 @@ class BackgroundWriter(AsyncCaller):
             stdout=subprocess.DEVNULL,
             pass_fds=descriptors,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-            # Signals to the job's process group are not for it.
+            # Keep signals to the job's process group away from it.
             start_new_session=True,
         )
         theirs.close()
@@ -127,12 +127,12 @@ class BackgroundWriter(AsyncCaller):
         self.closed = False
 
     def expect(self, writer: ShardWriter) -> None:
-        """Take the memory for a shard like this one beside what this process does, so that the first save finds it."""
+        """Reserve the memory for a shard like this one in a thread, so that the first save need not wait for it."""
         size = sum(file.most_bytes for file in writer.files)
         writer.release()
 
         def reserve() -> None:
-            # Where there is none, the save will say so.
+            # The save itself will report that there is none.
             with contextlib.suppress(OSError):
                 self.memory.reserve(size)
                 self.memory.touch()
@@ -149,7 +149,7 @@ class BackgroundWriter(AsyncCaller):
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
         """Copy the shard of the request's ShardWriter and let the process write it.
 
-        An error waits in the ShardWriter until all ranks can hear of it.
+        An error is kept in the ShardWriter until all ranks can be told.
         """
         writer = request_writer(async_req)
         if not writer.files or writer.error is not None:
@@ -161,7 +161,7 @@ class BackgroundWriter(AsyncCaller):
             self.lines.flush()
             self.active = writer
         except BrokenPipeError:
-            writer.error = self._death()
+            writer.error = self._exit_error()
         except Exception as error:
             writer.error = error
         finally:
@@ -180,37 +180,37 @@ class BackgroundWriter(AsyncCaller):
 
     def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
         """Whether every rank's shard is written, or has failed. Every rank must call it, unless `no_dist`."""
-        if self.active and (blocking or self._has_answered()):
+        if self.active and (blocking or self._has_result()):
             writer, self.active = self.active, None
             place = f"waiting for the checkpoint writer, process {self.process.pid}, in {writer.checkpoint_dir}"
             with waiting_for(place), counting(self.progress.read):
-                self._hear(writer)
+                self._receive(writer)
         busy = self.active is not None
         if no_dist:
             return not busy
         with waiting_for("the checkpoint writers of all ranks", on_peers=True):
             return self.sync_all_async_calls(busy)
 
-    def _has_answered(self) -> bool:
+    def _has_result(self) -> bool:
         # Not select(): it refuses descriptors above 1023, and gloo opens thousands.
         poll = select.poll()
         poll.register(self.connection, select.POLLIN)
         return bool(poll.poll(0))
 
-    def _hear(self, writer: ShardWriter) -> None:
+    def _receive(self, writer: ShardWriter) -> None:
         try:
-            answer = json.loads(self.lines.readline() or "null")
+            result = json.loads(self.lines.readline() or "null")
         except (OSError, ValueError):
-            answer = None
-        if answer is None:
-            writer.error = self._death()
-        elif "error" in answer:
-            number, message = answer["error"]
+            result = None
+        if result is None:
+            writer.error = self._exit_error()
+        elif "error" in result:
+            number, message = result["error"]
             writer.error = OSError(number, message) if number else RuntimeError(message)
         else:
-            writer.written |= {name: FileChecksum(*entry) for name, entry in answer["files"].items()}
+            writer.written |= {name: FileChecksum(*entry) for name, entry in result["files"].items()}
 
-    def _death(self) -> Exception:
+    def _exit_error(self) -> Exception:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(END_SECONDS)
         return RuntimeError(
@@ -230,7 +230,7 @@ class BackgroundWriter(AsyncCaller):
             self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            # A process that waits for a disk ends only when the disk answers.
+            # A process in an uninterruptible wait for a disk ends only with that wait.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(END_SECONDS)
         self._wait_for_memory()
@@ -239,11 +239,11 @@ class BackgroundWriter(AsyncCaller):
         self.closed = True
 
     def __del__(self) -> None:
-        """The base class demands one; whoever made this object closes it."""
+        """Required by the base class. The creator of this object calls `close`."""
 
 
 def _unnamed_file() -> int:
-    """A descriptor of a file that is only in memory, or where that does not exist, of one already deleted."""
+    """Descriptor of a file in memory or, on systems without memfd_create, of a deleted temporary file."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("checkpoint")
     with tempfile.TemporaryFile() as stream:

@@ -1,7 +1,7 @@
-"""Weights that a run does not train, saved in the bits in which a checkpoint gave them to the run.
+"""Saves frozen weights bit by bit as the run loaded them.
 
-A model computes with all its weights in one dtype. Where the checkpoint holds a frozen weight in another one, the model
-has a rounded or widened copy, and a checkpoint with that copy would no longer hold the dense model's own weights.
+A model computes with all its weights in one dtype. If the checkpoint stores a frozen weight in another dtype, the model
+holds a rounded or widened copy, and a checkpoint of that copy would no longer hold the dense model's own weights.
 """
 
 import dataclasses
@@ -18,37 +18,38 @@ from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
 
 
 def frozen_weights(directory: CheckpointDirectory, dtype: torch.dtype) -> "FrozenWeights | None":
-    """Those of a model that was filled from `directory` and computes in `dtype`; None: no dtype differs.
+    """The frozen weights of a model that was loaded from `directory` and computes in `dtype`; None: no dtype differs.
 
-    Raises what `open_reader` raises.
+    Raises:
+        UserError: a parent checkpoint is missing, or an index is missing or damaged.
     """
     reader = open_reader(directory)
-    # Routers compute in the float32 that they are stored in.
+    # Routers compute in float32, in which they are stored.
     weights = [key for key in reader.tensors if is_model_key(key) and kind_of(key) != "router"]
     return FrozenWeights(reader) if any(reader.tensors[key].dtype != dtype for key in weights) else None
 
 
 class FrozenWeights:
-    """Puts the stored bits of frozen weights into the sharded states of this rank.
+    """Puts the stored values of frozen weights into the sharded states of this rank.
 
-    `announce` gives such a weight its stored dtype and no values. `fill` reads the values of those that this rank
-    writes, once, and keeps them in host memory: all ranks together hold each such weight once, and nothing where the
-    dtypes agree. The checkpoint is not needed any more after that.
+    `announce` gives a frozen weight its stored dtype and no values. `fill` then reads the values of those that this
+    rank writes, once, and keeps them in host memory: all ranks together hold each such weight once, and none whose
+    dtypes agree. The checkpoint is not read again after that.
     """
 
     def __init__(self, reader: TensorReader) -> None:
-        """`reader` reads the checkpoint that the weights come from."""
+        """`reader` reads the checkpoint from which the run loaded its weights."""
         self.reader = reader
         self.values: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     def announce(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A sharded model state in which frozen weights have their stored dtype, without values where it differs."""
+        """The sharded model state with frozen weights in their stored dtype; without values if that differs."""
         return {name: self._announced(entry) for name, entry in state.items()}
 
     def _announced(self, entry: Any) -> Any:
         if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or entry.data.requires_grad:
             return entry
-        # A factory cuts one parameter into several tensors of the checkpoint: gate and up projection.
+        # A factory splits one parameter into several tensors of the checkpoint: gate and up projection.
         parts = [entry] if isinstance(entry, ShardedTensor) else entry.build()
         announced = [self._without_values(part) for part in parts]
         if all(part.data is not None and part.data.device.type != "meta" for part in announced):
@@ -63,10 +64,11 @@ class FrozenWeights:
         return dataclasses.replace(tensor, data=data, dtype=stored.dtype)
 
     def fill(self, tensors: Iterable[ShardedTensor]) -> None:
-        """Give values to announced tensors.
+        """Give announced tensors their values.
 
         Raises:
-            UserError: a file of the checkpoint is missing or damaged; what is left has values too, without meaning.
+            UserError: a file of the checkpoint is missing or damaged. The remaining tensors then hold arbitrary values,
+                so that the collectives of the save can be completed.
         """
         waiting = [tensor for tensor in tensors if tensor.data.device.type == "meta"]
         try:
@@ -81,7 +83,7 @@ class FrozenWeights:
                     tensor.data = torch.empty(tensor.data.shape, dtype=tensor.dtype)
 
     def _read(self, tensor: ShardedTensor) -> torch.Tensor:
-        """The part of a stored tensor that lies at this one's place; zeros where the vocabulary is only padded."""
+        """The slice of the stored tensor at the offsets of `tensor`; zeros where the vocabulary is padded."""
         whole, values = self.reader.read(tensor.key), torch.zeros(tensor.data.shape, dtype=tensor.dtype)
         offsets = tensor.global_offset[tensor.prepend_axis_num :]
         found = whole[tuple(slice(begin, begin + size) for begin, size in zip(offsets, tensor.data.shape, strict=True))]

@@ -1,10 +1,10 @@
-"""The distributed optimizer's state in the parameters' own shapes, each rank's shard written where it lies.
+"""The distributed optimizer's state in the shapes of the parameters, without gathering it.
 
-Megatron-Core 0.16 offers either its flat buffers as they are (`dp_reshardable`: a later run needs the same layout) or
-the parameters' shapes after gathering the state of a whole data-parallel group onto every rank (`fully_reshardable`,
-distrib_optimizer.py `sharded_param_state_fully_reshardable`). Here a rank's slice of a flattened parameter is written
-as the few rectangles it consists of, each at its place in the whole tensor. Nothing is gathered or copied, the tensors
-on disk are those of `fully_reshardable`, and any layout reads the part it needs.
+Megatron-Core 0.16 saves either its flat buffers (`dp_reshardable`: a later run needs the same layout) or the shapes of
+the parameters after gathering the state of a whole data-parallel group on every rank (`fully_reshardable`,
+distrib_optimizer.py `sharded_param_state_fully_reshardable`). Here a rank's slice of a flattened parameter is saved as
+the few rectangles it consists of, each at its offset in the whole tensor. Nothing is gathered or copied, the tensors on
+disk are those of `fully_reshardable`, and a run at any layout reads the rectangles it needs.
 """
 
 import dataclasses
@@ -20,11 +20,14 @@ from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
 STATE_PREFIX = "optimizer.state"
 WEIGHT = "fp32_param"
-"""The checkpoint's name of the optimizer's own copy of a parameter."""
+"""Name in the checkpoint of the optimizer's fp32 copy of a parameter."""
 
 
 def install_local_shard_state(optimizer: MegatronOptimizer) -> None:
-    """Let the distributed optimizers in a chain save and load their state without gathering it."""
+    """Replace the two methods by which Megatron's distributed optimizers save and load `fully_reshardable` state.
+
+    The replacements `_local_shards` and `_load_local_shards` handle only this rank's slices.
+    """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):
             part.sharded_param_state_fully_reshardable = functools.partial(_local_shards, part)
@@ -32,10 +35,10 @@ def install_local_shard_state(optimizer: MegatronOptimizer) -> None:
 
 
 def rectangles(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Cut elements `begin` to `end` of a flattened array into rectangles, in order.
+    """Cut elements `begin` to `end` of a flattened array of `shape` into rectangles, in order.
 
     Yields:
-        Offsets and sizes of each: at most 2 * len(shape) - 1 of them, each one contiguous run of the flattened array.
+        Offsets and sizes of each rectangle, which is contiguous in memory; at most 2 * len(shape) - 1 rectangles.
     """
     if begin >= end:
         return
@@ -43,29 +46,34 @@ def rectangles(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tup
         yield tuple(begin for _ in shape), tuple(end - begin for _ in shape)
         return
     row = math.prod(shape[1:])
+    # The whole rows are those from `first` to before `last`.
     first, last = -(-begin // row), end // row
-    if first > last:
+    if first > last:  # within one row
         yield from _in_row(shape, begin // row, begin % row, end - begin // row * row)
         return
-    if begin < first * row:
+    if begin < first * row:  # the end of the row before the whole rows
         yield from _in_row(shape, first - 1, begin - (first - 1) * row, row)
     if first < last:
         yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
-    if end > last * row:
+    if end > last * row:  # the beginning of the row behind them
         yield from _in_row(shape, last, 0, end - last * row)
 
 
-def _in_row(shape: Sequence[int], index: int, begin: int, end: int):
+def _in_row(
+    shape: Sequence[int], index: int, begin: int, end: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Rectangles of elements `begin` to `end` of the row `index`."""
     for offsets, sizes in rectangles(shape[1:], begin, end):
         yield (index, *offsets), (1, *sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A tensor of the checkpoint that holds a run of a flattened parameter."""
+    """A tensor of the checkpoint that holds consecutive elements of a flattened parameter."""
 
     tensor: ShardedTensor
     begin: int
+    """Its first element in the flattened parameter."""
 
 
 def _local_shards(
@@ -74,12 +82,16 @@ def _local_shards(
     is_loading: bool = False,
     metadata: dict[str, Any] | None = None,
 ) -> dict[int, dict[str, list[ShardedTensor]]]:
-    """Instead of DistributedOptimizer.sharded_param_state_fully_reshardable: this rank's shard, as views."""
+    """Replaces DistributedOptimizer.sharded_param_state_fully_reshardable: this rank's slices, as views of the state.
+
+    Returns:
+        By index of the parameter and name of the state (`fp32_param`, `exp_avg`, ...): the rectangles of this rank.
+    """
     kinds = (ShardedTensor, ShardedTensorFactory)
-    of_parameter = {base.data: base for base in nested_values(model_state) if isinstance(base, kinds)}
+    entries = {entry.data: entry for entry in nested_values(model_state) if isinstance(entry, kinds)}
     state = {}
     for index, (parameter, span) in enumerate(_local_parameters(optimizer)):
-        pieces = list(_pieces(of_parameter[parameter], parameter))
+        pieces = list(_pieces(entries[parameter], parameter))
         state[index] = {
             name: list(_cut(optimizer, pieces, span, f"{STATE_PREFIX}.{name}", values))
             for name, values in _states(optimizer, parameter).items()
@@ -88,7 +100,7 @@ def _local_shards(
 
 
 def _local_parameters(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, Any]]:
-    """Parameters of which this rank holds the optimizer's state, each with its range of the flattened parameter."""
+    """Parameters with optimizer state on this rank, each with this rank's range of the flattened parameter."""
     for ranges in optimizer.gbuf_ranges:
         for buckets in ranges.values():
             for bucket in buckets:
@@ -97,39 +109,45 @@ def _local_parameters(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.n
 
 
 def _states(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """This rank's slices of the fp32 copy and of Adam's moments of a parameter, by their names in the checkpoint."""
     tensors = dict(optimizer._get_main_param_and_optimizer_states(parameter))
-    # `step` is no tensor of the parameter's shape; it is kept with the parameter groups.
+    # `step` does not have the parameter's shape; the parameter groups hold it.
     tensors.pop("step", None)
     return {WEIGHT: tensors.pop("param"), **tensors}
 
 
-def _pieces(base: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Parameter) -> Iterator[_Piece]:
-    """A parameter's tensors in the checkpoint: itself, or those that a factory cuts it into (gate and up)."""
-    if isinstance(base, ShardedTensor):
-        yield _Piece(base, 0)
+def _pieces(entry: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Parameter) -> Iterator[_Piece]:
+    """A parameter's tensors in the checkpoint: the parameter, or what a factory cuts it into (gate and up)."""
+    if isinstance(entry, ShardedTensor):
+        yield _Piece(entry, 0)
         return
-    # On `meta` a view still tells where in its base it begins, and costs nothing.
+    # On the meta device a view takes no memory, and its storage offset still says where it begins.
     probe = torch.empty(parameter.shape, device="meta")
-    for tensor in nested_values(base.build_fn(base.key, probe, base.replica_id, None)):
+    for tensor in nested_values(entry.build_fn(entry.key, probe, entry.replica_id, None)):
         if tensor.data._base is not probe or not tensor.data.is_contiguous():
-            raise NotImplementedError(f"{tensor.key}: not a run of the flattened parameter")
+            raise NotImplementedError(f"{tensor.key}: not consecutive elements of the flattened parameter")
         yield _Piece(tensor, tensor.data.storage_offset())
 
 
 def _cut(
     optimizer: DistributedOptimizer, pieces: Sequence[_Piece], span: Any, prefix: str, values: torch.Tensor
 ) -> Iterator[ShardedTensor]:
-    """Rectangles of `values`, the part `span` of one state of a flattened parameter."""
+    """Cut one state of a parameter into rectangles of the checkpoint's tensors.
+
+    Args:
+        span: this rank's range of the flattened parameter.
+        values: the state's elements in that range.
+    """
     for piece in pieces:
         tensor, size = piece.tensor, math.prod(piece.tensor.local_shape)
+        # The overlap of the piece with this rank's range, in elements of the flattened parameter.
         begin, end = max(span.start, piece.begin), min(span.end, piece.begin + size)
         position = begin - span.start
-        prepended = tensor.prepend_axis_num
+        # Axes in front that only the whole tensor has, such as layers or experts.
+        leading = [0] * tensor.prepend_axis_num
         for offsets, sizes in rectangles(tensor.local_shape, begin - piece.begin, end - piece.begin):
             count = math.prod(sizes)
-            place = [
-                start + offset for start, offset in zip(tensor.global_offset, (*[0] * prepended, *offsets), strict=True)
-            ]
+            place = [start + offset for start, offset in zip(tensor.global_offset, (*leading, *offsets), strict=True)]
             yield dataclasses.replace(
                 tensor,
                 key=f"{prefix}.{tensor.key}",
@@ -146,7 +164,11 @@ def _cut(
 
 @torch.no_grad()
 def _load_local_shards(optimizer: DistributedOptimizer, state: dict[int, dict[str, list[torch.Tensor]]]) -> None:
-    """The reverse, with what was loaded in the place of the sharded tensors."""
+    """Replaces DistributedOptimizer.load_parameter_state_from_fully_reshardable.
+
+    Args:
+        state: as `_local_shards` returned it, with loaded tensors in place of the sharded ones.
+    """
     for index, (parameter, _) in enumerate(_local_parameters(optimizer)):
         for name, values in _states(optimizer, parameter).items():
             loaded = [tensor.reshape(-1).to(values.device) for tensor in state[index][name]]

@@ -1,4 +1,4 @@
-"""One rank's shard of a checkpoint as files: planned by Megatron-Core, then written here or by the writer process."""
+"""The files of one rank's shard: planned by Megatron-Core, written by this process or by the writer process."""
 
 import dataclasses
 import pickle
@@ -10,7 +10,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync,
-    WriteBucket,
     _split_by_size_and_type,
 )
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
@@ -36,7 +35,7 @@ from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum, Outpu
 
 FILES_PER_RANK = 2
 BLOB_BYTES = 4096
-"""More than torch.save needs beside a tensor's values."""
+"""Upper bound of what torch.save writes beside a tensor's values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +44,15 @@ class ShardFile:
 
     name: str
     items: list[tuple[WriteItem, Any]]
-    """Tensors on any device, or io.BytesIO."""
+    """With their values: tensors on any device, or io.BytesIO."""
 
     @property
     def most_bytes(self) -> int:
-        """No fewer than the file will have."""
+        """Upper bound of the file's size."""
         return sum(BLOB_BYTES + _nbytes(data) for _, data in self.items)
 
     def write(self, stream: OutputStream) -> list[WriteResult]:
-        """Write all items, one at a time in host memory, to a stream at its beginning."""
+        """Write all items to `stream` from its position on; one at a time is copied into host memory."""
         results, begin = [], stream.tell()
         for item, data in self.items:
             offset = stream.tell() - begin
@@ -61,14 +60,14 @@ class ShardFile:
                 stream.write(data.getbuffer())
             else:
                 with without_crc():
-                    save_blob(_alone_in_its_storage(data), stream)
+                    save_blob(_with_own_storage(data), stream)
             length = stream.tell() - begin - offset
             results.append(WriteResult(item.index, length, _StorageInfo(self.name, offset, length)))
         return results
 
 
 class ShardWriter(FileSystemWriterAsync):
-    """Megatron-Core's writer without its processes: it would fork a trainer full of threads for each file."""
+    """Megatron-Core's writer without its processes, for each of which it would fork a trainer full of threads."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, thread_count=FILES_PER_RANK)
@@ -76,26 +75,25 @@ class ShardWriter(FileSystemWriterAsync):
         self.results: list[WriteResult] = []
         self.written: dict[str, FileChecksum] = {}
         self.error: Exception | None = None
-        """What went wrong on this rank; told to all in `retrieve_write_results`."""
+        """What failed on this rank; `retrieve_write_results` reports it to all ranks."""
         self.index_error: OSError | None = None
+        """Why rank 0 could not write the index (`finish`)."""
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         """Decide what goes into which file."""
-        # What the base class looks at when it is asked for results.
-        self.write_buckets: list[WriteBucket] = []
         for index, items in enumerate(_split_by_size_and_type(self.thread_count, plan.items)):
             if items:
                 name = f"{plan.storage_data.prefix}{index}.distcp"
                 self.files.append(ShardFile(name, [(item, planner.resolve_data(item)) for item in items]))
 
     def write_here(self) -> None:
-        """Write the files from this process; an error waits until all ranks can hear of it."""
+        """Write the files from this process. An error is kept in `error` until all ranks can be told."""
         if self.error is not None:
             return
         try:
             for file in self.files:
                 with ChecksumStream(open(Path(self.checkpoint_dir, file.name), "wb")) as stream:
-                    self.results += _telling_os_errors(file, stream)
+                    self.results += _write_file(file, stream)
                 self.written[file.name] = stream.entry()
         except Exception as error:
             self.error = error
@@ -103,11 +101,11 @@ class ShardWriter(FileSystemWriterAsync):
             self.release()
 
     def release(self) -> None:
-        """Let go of the tensors."""
+        """Drop the references to the tensors."""
         self.files = []
 
     def retrieve_write_results(self) -> list[WriteResult] | WRAPPED_EXCEPTION:
-        """What was written where, or this rank's error."""
+        """Where each item was written, or this rank's error. Megatron-Core gathers it on rank 0."""
         if self.error is None:
             return self.results
         try:
@@ -116,7 +114,7 @@ class ShardWriter(FileSystemWriterAsync):
             return _wrap_exception(error)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0: the index of all ranks' tensors, without the plans of all ranks, which nothing here reads."""
+        """On rank 0: write the index of all ranks' tensors, without the ranks' plans, which nothing here reads."""
         vars(metadata).pop("all_local_plans", None)
         metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
         metadata.storage_meta = self.storage_meta()
@@ -139,10 +137,10 @@ class ShardWriter(FileSystemWriterAsync):
 
 
 class ShardStrategy(TorchDistSaveShardedStrategy):
-    """Megatron-Core's strategy with ShardWriter in the place of its own writer."""
+    """Megatron-Core's save strategy with ShardWriter in place of its own writer."""
 
     def __init__(self, frozen: FrozenWeights | None = None) -> None:
-        """`frozen` gives values to the weights that it has announced in the state."""
+        """`frozen` gives the frozen weights that it announced in the state their values; None: all have values."""
         super().__init__("torch_dist", 1, thread_count=FILES_PER_RANK)
         self.frozen = frozen
 
@@ -158,7 +156,7 @@ class ShardStrategy(TorchDistSaveShardedStrategy):
             try:
                 self.frozen.fill(part for parts in by_key.values() for part in parts if isinstance(part, ShardedTensor))
             except Exception as error:
-                # The other ranks are on their way into the planning: they hear of it afterwards.
+                # The other ranks are already in the collectives of the planning: report it afterwards.
                 writer.error = error
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner)
@@ -175,8 +173,8 @@ def request_writer(request: AsyncRequest) -> ShardWriter:
     return writer
 
 
-def _telling_os_errors(file: ShardFile, stream: ChecksumStream) -> list[WriteResult]:
-    """torch.save turns an OSError of the stream into a RuntimeError that does not say what happened."""
+def _write_file(file: ShardFile, stream: ChecksumStream) -> list[WriteResult]:
+    """Write a file and raise the stream's OSError, which torch.save turns into a RuntimeError without the reason."""
     try:
         return file.write(stream)
     except RuntimeError:
@@ -185,8 +183,8 @@ def _telling_os_errors(file: ShardFile, stream: ChecksumStream) -> list[WriteRes
         raise
 
 
-def _alone_in_its_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The values on the CPU as a tensor of its own: torch.save writes the whole storage that a view looks into."""
+def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor with these values and no others in its storage: torch.save writes the whole storage of a view."""
     tensor = tensor.detach()
     if is_float8tensor(tensor):
         tensor = dequantize_fp8_tensor(tensor)
@@ -200,6 +198,6 @@ def _alone_in_its_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 def _nbytes(data: Any) -> int:
     if isinstance(data, torch.Tensor):
-        # Weights in FP8 are written in the precision they stand for.
+        # Weights in FP8 are written dequantised, in the dtype that the tensor reports.
         return data.numel() * data.element_size()
     return data.getbuffer().nbytes

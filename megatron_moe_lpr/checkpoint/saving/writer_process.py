@@ -1,17 +1,17 @@
-"""The process that puts a rank's shard of a checkpoint on the disk while the rank trains on.
+"""The process that writes a rank's shard of a checkpoint to the disk while the rank continues to train.
 
-It gets finished bytes in shared memory, so it needs neither torch nor CUDA: it starts in a fraction of a second and
-takes some 20 MB. One line of JSON over a socket asks for a shard and one answers:
+It finds the finished bytes in shared memory, so it needs neither torch nor CUDA: it starts in a fraction of a second
+and takes some 20 MB. Over a socket it receives a request and returns a result, each one line of JSON:
 
     {"directory": "...", "files": [[name, begin, end], ...], "memory": bytes}
     {"files": {name: [bytes, checksum], ...}}   or   {"error": [number or null, "message"]}
 
-Meanwhile the bytes that it has put on the disk since it started are the number in the file PROGRESS: the rank that
-waits can see a writer that works, however long, from one that hangs.
+The file PROGRESS holds the number of bytes written since the start, so that a rank that waits can distinguish a slow
+writer from one that hangs.
 
     python -m megatron_moe_lpr.checkpoint.saving.writer_process SOCKET MEMORY PROGRESS PARENT
 
-The first three are file descriptors, the last a process number.
+The first three are file descriptors, PARENT is a process id.
 """
 
 import dataclasses
@@ -29,42 +29,44 @@ from megatron_moe_lpr.processes import end_with_parent
 
 BLOCK_BYTES = 8 << 20
 SYNC_BYTES = 256 << 20
-"""After so many the disk must have them, so that no fsync takes long at the end."""
+"""Bytes between two fsyncs, so that the last fsync does not take long."""
 PROGRESS_BYTES = 8
 IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
-"""What batch systems and terminals send to every process of a job: the rank decides, and this process finishes."""
+"""Signals that batch systems and terminals send to every process of a job. The rank handles them; the shard is still
+written."""
 
 
 def main() -> None:
-    """Write shards until the parent closes its end of the socket, or ends."""
+    """Write shards until the parent process closes its end of the socket, or ends."""
     control, memory, progress, parent = map(int, sys.argv[1:])
     for name in IGNORED:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     end_with_parent(parent=parent)
     with socket.socket(fileno=control) as connection, connection.makefile("rw", encoding="utf-8") as lines:
         for line in lines:
-            lines.write(json.dumps(_answer(json.loads(line), memory, Progress(progress))) + "\n")
+            lines.write(json.dumps(_handle(json.loads(line), memory, Progress(progress))) + "\n")
             lines.flush()
 
 
 class Progress:
-    """A number that two processes share by a file, which grows with what the one has done."""
+    """A counter in a file that two processes share: one adds to it, the other reads it."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
     def add(self, count: int) -> None:
-        """In the process that works."""
+        """Add to the counter. Only one process may call it."""
         os.pwrite(self.descriptor, (self.read() + count).to_bytes(PROGRESS_BYTES, "little"), 0)
 
     def read(self) -> int:
-        """In either; 0 as long as nothing was added."""
+        """The counter; 0 if nothing was added yet."""
         return int.from_bytes(os.pread(self.descriptor, PROGRESS_BYTES, 0), "little")
 
 
-def _answer(request: dict[str, Any], memory: int, progress: Progress) -> dict[str, Any]:
+def _handle(request: dict[str, Any], memory: int, progress: Progress) -> dict[str, Any]:
+    """Write the files of a request; return their checksums, or the error."""
     try:
-        # Not closed by name: after an error its traceback still looks into it.
+        # Not closed explicitly: after an error, frames of its traceback still refer to it.
         view = memoryview(mmap.mmap(memory, request["memory"], prot=mmap.PROT_READ))
         written = {
             name: _write(Path(request["directory"], name), view[begin:end], progress)
@@ -78,7 +80,7 @@ def _answer(request: dict[str, Any], memory: int, progress: Progress) -> dict[st
 
 
 def _write(path: Path, content: memoryview, progress: Progress) -> list[int | str]:
-    """One file, on the disk (fsync) when this returns: its size and checksum."""
+    """Write one file and wait until it is on the disk (fsync); return its size and checksum."""
     with ChecksumStream(open(path, "wb")) as stream:
         for begin in range(0, len(content), BLOCK_BYTES):
             progress.add(stream.write(content[begin : begin + BLOCK_BYTES]))

@@ -1,4 +1,4 @@
-"""Members of enumerations in pickles that are not trusted."""
+"""Members of enumerations in untrusted pickles."""
 
 import enum
 import pickle
@@ -8,17 +8,16 @@ from typing import Any, TypeVar
 from megatron_moe_lpr.checkpoint.untrusted.restricted_pickle import Call, Name, whole_number
 
 GETATTR = Name("builtins", "getattr")
-"""What the first releases of Python 3.11, Debian 12's among them, pickle a member with: a function that can do
-anything, described and never called."""
+"""The function with which the first releases of Python 3.11 (Debian 12) pickle a member. It is never called."""
 Member = TypeVar("Member", bound=enum.Enum)
 
 
 def enum_member(found: Any, kind: type[Member], value: Callable[[Any], Any] = whole_number) -> Member:
-    """The member of `kind` that a pickle describes, by its value or by `getattr` and its name.
+    """The member of the enumeration `kind` that a pickle describes by its value, or by `getattr` and its name.
 
     Args:
-        found: what `read_pickle` returned in its place.
-        value: from the description of a member's value to the value; raises where it is none.
+        found: the description that `read_pickle` returned.
+        value: turns the description of a member's value into the value; raises if it is not one.
 
     Raises:
         pickle.UnpicklingError: it describes something else.

@@ -1,12 +1,13 @@
-"""Transformer Engine's `_extra_state`, made anew from checked values before Transformer Engine unpickles it.
+"""Rebuilds Transformer Engine's `_extra_state` from checked values, before Transformer Engine unpickles it.
 
-It is a pickle in a byte tensor (module/base.py `get_extra_state`): the FP8 recipe, scales and counters. Transformer
-Engine and Megatron unpickle it without restriction. They never get bytes of a file: what those describe is read by the
-restricted reader, the values are checked, and a new pickle is written from them.
+It is a pickle in a byte tensor (module/base.py `get_extra_state`) of the FP8 recipe, scales and counters, which
+Transformer Engine and Megatron unpickle without restriction. They never get the bytes of the file: the restricted
+reader reads what these describe, the values are checked, and a new pickle is written from the values.
 """
 
 import io
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron_moe_lpr.model.moe.expert_states import EXTRA_STATE
 
 VARIABLES = "extra_fp8_variables"
 OBJECTS = ("recipe", "scaling_fwd", "scaling_bwd", "fp8_group", "global_recipe", "buffer_index_and_autocast_key")
-"""What Transformer Engine keeps beside the plain variables, under names that these must not take."""
+"""Names under which Transformer Engine keeps objects; plain variables must not have them."""
 STORAGE = ("torch.storage", "_load_from_bytes")
 MAX_NUMBER = 1 << 62
 MAX_EXPERTS = 1 << 16
@@ -34,10 +35,10 @@ MAX_DEPTH = 4
 
 
 def check_extra_states(state: Any, directory: Path) -> None:
-    """Replace each `_extra_state` of a loaded state dict, in place, by one that is made of its checked values.
+    """Replace each `_extra_state` of a loaded state dict, in place, by one rebuilt from its checked values.
 
     Raises:
-        UserError: one holds more than tensors, plain values and FP8 recipes; naming the entry.
+        UserError: naming the entry that holds more than tensors, plain values and FP8 recipes.
     """
     for path, table, key in list(_entries(state, "")):
         try:
@@ -46,7 +47,8 @@ def check_extra_states(state: Any, directory: Path) -> None:
             raise UserError(f"{directory}: the object {path} cannot be read: {error}") from None
 
 
-def _entries(state: Any, path: str):
+def _entries(state: Any, path: str) -> Iterator[tuple[str, dict[Any, Any], Any]]:
+    """Every `_extra_state` below `state`: its path, the dict that holds it, and its key there."""
     if isinstance(state, dict):
         for key, value in state.items():
             if EXTRA_STATE in str(key):
@@ -62,7 +64,7 @@ def _rebuilt(value: Any) -> torch.Tensor | None:
     if value is None:
         return None
     if isinstance(value, io.BytesIO):
-        # As Transformer Engine before 2.0 has written it.
+        # The form of Transformer Engine before 2.0.
         content = load_file(io.BytesIO(value.getvalue())) if value.getbuffer().nbytes else None
     elif type(value) is torch.Tensor and value.dtype == torch.uint8:
         content = _described(value) if value.numel() else None
@@ -98,7 +100,7 @@ def _checked(content: Any) -> dict[str, Any]:
 
 
 def _check_scales(scale: Any, history: Any) -> None:
-    """A vector of a layer's tensors, and by step back in time their largest values: [steps, tensors]."""
+    """Check a layer's scales, shape [tensors], and the history of largest values, shape [steps, tensors]."""
     for value, dimensions in ((scale, 1), (history, 2)):
         if value is None:
             continue

@@ -1,6 +1,6 @@
-"""Transformer Engine's FP8 recipes out of pickles that are not trusted: made by their own constructors.
+"""Rebuilds Transformer Engine's FP8 recipes from untrusted pickles, by their own constructors.
 
-The classes are those of the installed Transformer Engine; a recipe with a function in it is refused.
+The classes are those of the installed Transformer Engine; a recipe that contains a function is refused.
 """
 
 import dataclasses
@@ -14,28 +14,28 @@ from megatron_moe_lpr.checkpoint.untrusted.enumerations import GETATTR, enum_mem
 from megatron_moe_lpr.checkpoint.untrusted.restricted_pickle import Call, Name
 
 RECIPE_MODULE = "transformer_engine.common.recipe"
-# Megatron's subclass of Transformer Engine's recipe: the one that delayed scaling is saved with.
+# Megatron's subclass of Transformer Engine's recipe, as which delayed scaling is saved.
 MEGATRON_RECIPE = Name("megatron.core.extensions.transformer_engine", "TEDelayedScaling")
 
 
 def is_allowed(module: str, name: str) -> bool:
-    """Whether a name is one that a recipe needs: a class of the module of recipes."""
+    """Whether a recipe may refer to this name: a class of the module of recipes, or `getattr` for enumerations."""
     if (module, name) in (GETATTR, MEGATRON_RECIPE):
         return True
     return module == RECIPE_MODULE and _class(name) is not None
 
 
 def is_recipe(value: Any) -> bool:
-    """Whether a value that `rebuild` made is a recipe."""
+    """Whether a value that `rebuild` returned is a recipe."""
     return isinstance(value, vars(_module())["Recipe"])
 
 
 def rebuild(found: Call) -> Any:
-    """A recipe, its parameters or a member of an enumeration of formats, from its description.
+    """Build a recipe, its parameters or a member of an enumeration of formats from its description.
 
     Raises:
         pickle.UnpicklingError: it describes something else.
-        ValueError: a value that its class refuses.
+        ValueError: the class refuses a value.
     """
     owner = found.arguments[0] if found.function == GETATTR and found.arguments else found.function
     kind = _named(owner) if type(owner) is Name else None
@@ -51,13 +51,13 @@ def _dataclass(kind: type, state: dict[Any, Any]) -> Any:
     values = {name: _field(value) for name, value in state.items() if type(name) is str and not name.startswith("_")}
     if len(values) != len(state):
         raise pickle.UnpicklingError(f"a {kind.__name__} has a field that is none")
-    # Megatron's subclass has a constructor of its own, which asks for a configuration.
+    # The constructor of Megatron's subclass needs a configuration; use that of the recipe itself.
     base: Any = next(one for one in kind.__mro__ if one.__module__ == RECIPE_MODULE)
     made: Any = object.__new__(kind)
     fields = {field.name for field in dataclasses.fields(base)}
     base.__init__(made, **{name: value for name, value in values.items() if name in fields})
     for name, value in values.items():
-        # Beside its fields a recipe has parameters that follow from them; another version's are left out.
+        # A recipe also has attributes that follow from its fields; those of another version are left out.
         if name not in fields and type(getattr(made, name, None)) is type(value):
             object.__setattr__(made, name, value)
     return made
@@ -74,7 +74,7 @@ def _field(found: Any) -> Any:
 
 
 def _enumerated(found: Any) -> Any:
-    """A format's value is the pair of its largest numbers, which is pickled as an object."""
+    """The value of a member: a format's is the pair of its largest numbers, which is pickled as an object."""
     if type(found) is Call and _named(found.function) is not None:
         found = found.arguments
     values = found if type(found) is tuple else (found,)

@@ -1,5 +1,6 @@
-"""The index of a checkpoint, made anew from what its pickle describes: only checked names, numbers and dtypes enter."""
+"""Reads the index of an untrusted checkpoint: rebuilt from checked names, numbers and dtypes, nothing is unpickled."""
 
+import io
 import pickle
 from typing import Any, TypeVar
 
@@ -16,10 +17,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_moe_lpr.checkpoint.untrusted.enumerations import GETATTR, enum_member
-from megatron_moe_lpr.checkpoint.untrusted.restricted_pickle import Call, Name, whole_number
+from megatron_moe_lpr.checkpoint.untrusted.restricted_pickle import Call, Name, read_pickle, whole_number
 
 DTYPES = {Name("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-# All that reading needs of `.metadata`. Whole names only.
+# All names that reading a `.metadata` needs.
 ALLOWED_IN_METADATA = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -39,7 +40,7 @@ ALLOWED_IN_METADATA = {
     "collections": {"OrderedDict"},
     GETATTR.module: {GETATTR.name},
 }
-# Megatron adds its save plans, which are not read. All else is refused.
+# Megatron adds its save plans; names of these modules may occur in them, but the plans are not read.
 UNREAD_MODULES = ("torch.distributed.checkpoint.", "megatron.core.")
 MEMORY_FORMATS = {
     _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT: torch.contiguous_format,
@@ -49,29 +50,28 @@ MEMORY_FORMATS = {
 Kind = TypeVar("Kind")
 
 
-def is_allowed(module: str, name: str) -> bool:
-    """Whether a name may stand in an index."""
+def parse_metadata(content: bytes) -> Metadata:
+    """Parse a `.metadata`. Save plans and the writer's own notes are left out.
+
+    Raises:
+        pickle.UnpicklingError: it is not an index, or holds a value that no index holds.
+        Exception: it is damaged; almost any kind.
+    """
+    # A pickle of n bytes cannot hold more than n chunks that are not shared, and shared lists of chunks could make a
+    # small file take hours.
+    return _Builder(limit=len(content)).metadata(read_pickle(io.BytesIO(content), _is_allowed))
+
+
+def _is_allowed(module: str, name: str) -> bool:
     return name in ALLOWED_IN_METADATA.get(module, ()) or module.startswith(UNREAD_MODULES)
 
 
-def build_metadata(content: Any, limit: int) -> Metadata:
-    """The index out of what `read_pickle` returned of it; save plans and the writer's own notes are left out.
-
-    Args:
-        limit: chunks to take at most. A pickle of n bytes cannot hold more than n that are not shared, and shared lists
-            of chunks could make a small file take hours.
-
-    Raises:
-        pickle.UnpicklingError: it is not one, or holds a value that none has.
-    """
-    return _Builder(limit).metadata(content)
-
-
 class _Builder:
-    """Objects that the pickle shares, the size of many tensors for one, are made once."""
+    """Builds an index from the description of its pickle. Objects that the pickle shares are built once."""
 
     def __init__(self, limit: int) -> None:
-        self.left = limit
+        """`limit`: the number of chunks to accept."""
+        self.chunks_left = limit
         self.sizes: dict[int, torch.Size] = {}
         self.properties: dict[int, TensorProperties] = {}
         self.chunks: dict[int, ChunkStorageMetadata] = {}
@@ -89,9 +89,9 @@ class _Builder:
             return BytesStorageMetadata()
         fields = _state(found, TensorStorageMetadata)
         chunks = fields.get("chunks")
-        if type(chunks) is not list or len(chunks) > self.left:
+        if type(chunks) is not list or len(chunks) > self.chunks_left:
             raise pickle.UnpicklingError("a tensor's chunks are no list, or too many for the size of the file")
-        self.left -= len(chunks)
+        self.chunks_left -= len(chunks)
         return TensorStorageMetadata(
             properties=self._once(self.properties, fields.get("properties"), _properties),
             size=self.size(fields.get("size")),
@@ -123,7 +123,7 @@ class _Builder:
         )
 
     def _once(self, known: dict[int, Kind], found: Any, build: Any) -> Kind:
-        # By identity: the descriptions live as long as this builder does.
+        # Identities are unique: the descriptions live longer than this builder.
         value = known.get(id(found))
         if value is None:
             value = known[id(found)] = build(found)

@@ -1,8 +1,8 @@
-"""Read pickles that are not trusted: nothing they name is imported, called or changed.
+"""Reads untrusted pickles: nothing that they name is imported, called or changed.
 
-A restriction of names alone is not one: BUILD on an allowed class sets attributes of it for the whole process, and a
-call of an allowed function may return an object that others share. So what a pickle would call or make is only
-described here, by `Name` and `Call`; the readers of each format turn the few descriptions that they know into values.
+To restrict names is not enough: BUILD on an allowed class sets attributes of the class for the whole process, and an
+allowed function may return an object that is shared. So what a pickle would call or build is only described, by `Name`
+and `Call`; the reader of each format turns the few descriptions that it knows into values.
 """
 
 import pickle
@@ -10,23 +10,23 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 KEY_LIMIT = 1 << 31
-"""Of numbers as keys: larger ones can be chosen so that all of them fall on one place of a hash table."""
+"""Limit of numbers as keys: larger ones can be chosen so that all of them collide in a hash table."""
 MAX_DEPTH = 50
-"""Of values in each other."""
+"""Greatest depth of nested values."""
 SHARED_VALUES = 1 << 20
-"""More values than bytes that a file may have by referring to some of them again."""
+"""How many more values than bytes a file may have, through repeated references to values."""
 _OPCODES = (
     "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT "
     "BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 TUPLE EMPTY_TUPLE "
     "TUPLE1 TUPLE2 TUPLE3 LIST EMPTY_LIST EMPTY_DICT GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE"
 )
-"""Those of `pickle._Unpickler` that make plain values only. Left out: all that reach for something outside of the
-pickle (persistent ids, extensions, buffers), sets, which hash whatever they are given, and what allocates memory by a
-number alone (BYTEARRAY8)."""
+"""Opcodes of `pickle._Unpickler` that build plain values only. Left out: those that refer to something outside of the
+pickle (persistent ids, extensions, buffers), sets, which hash any value, and those that allocate as much memory as a
+number says (BYTEARRAY8)."""
 
 
 class Readable(Protocol):
-    """What a pickle is read from."""
+    """The stream from which a pickle is read."""
 
     def read(self, count: int, /) -> bytes: ...
 
@@ -34,16 +34,17 @@ class Readable(Protocol):
 
 
 class Name(NamedTuple):
-    """A class, function or object by its name, which is not looked up."""
+    """The name of a class, function or object. It is never looked up."""
 
     module: str
     name: str
 
 
 class Call:
-    """An object that the pickle would make: what it would call, with which arguments, and the state set afterwards.
+    """An object that the pickle would build: the function it would call, the arguments, and the state set afterwards.
 
-    `is_new` says that it would make an instance of a class, not call it: what a call returns may be shared by others.
+    `is_new`: it would create an instance of a class (`__new__`) instead of calling a function, whose result may be
+    shared.
     """
 
     __slots__ = ("arguments", "function", "is_new", "state")
@@ -54,7 +55,7 @@ class Call:
 
 
 class PersistentId(NamedTuple):
-    """What the pickle refers to outside of itself; in files of torch a tensor's storage."""
+    """A reference of the pickle to something outside of it; in files of torch a tensor's storage."""
 
     value: Any
 
@@ -65,15 +66,15 @@ class _Dispatch(dict):
 
 
 class RestrictedUnpickler(pickle._Unpickler):
-    """Python's own form of the unpickler: the one in C calls and builds by itself.
+    """Builds on the unpickler in Python; the one in C calls and builds immediately.
 
     Args:
-        stream: the pickle; after `load` it stands behind it.
-        is_allowed: whether a module's name may stand in the pickle.
-        persistent: whether it may refer to storages outside of itself.
+        stream: the pickle; after `load` its position is behind the pickle.
+        is_allowed: whether the pickle may refer to a name, by its module and name.
+        persistent: whether the pickle may refer to storages outside of it.
     """
 
-    # Of the class above; typeshed does not know them.
+    # Members of the base class that typeshed does not know.
     stack: list[Any]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
@@ -178,33 +179,34 @@ class RestrictedUnpickler(pickle._Unpickler):
 
 
 def read_pickle(stream: Readable, is_allowed: Callable[[str, str], bool], persistent: bool = False) -> Any:
-    """One pickle from a stream, as plain values, `Name`, `Call` and `PersistentId`.
+    """Read one pickle from a stream as plain values, `Name`, `Call` and `PersistentId`.
 
     Raises:
-        pickle.UnpicklingError: it does what no checkpoint needs.
+        pickle.UnpicklingError: it uses an opcode or a name that no checkpoint needs.
         Exception: it is damaged; almost any kind.
     """
     return RestrictedUnpickler(stream, is_allowed, persistent).load()
 
 
 def check_extent(value: Any, pickled_bytes: int) -> None:
-    """Check that what `read_pickle` returned is small also for a reader who follows every reference.
+    """Check that the result of `read_pickle` has few enough values to follow every reference.
 
-    A list that holds one list ten times, which holds another ten times, and so on, has more values than any reader can
-    visit, out of a few bytes; one that holds itself has no end.
+    A list that holds one list ten times, which holds another one ten times, and so on, has more values than any reader
+    can visit, from a few bytes; a list that holds itself has no end.
 
     Args:
-        pickled_bytes: length of the pickle. One that refers to nothing twice has fewer values than bytes.
+        pickled_bytes: length of the pickle. Without repeated references it has fewer values than bytes.
 
     Raises:
-        pickle.UnpicklingError: it has `SHARED_VALUES` more, or is nested deeper than `MAX_DEPTH`.
+        pickle.UnpicklingError: it has more than `SHARED_VALUES` values more than bytes, or is nested deeper than
+            `MAX_DEPTH`.
     """
     if _extent(value, {})[0] > pickled_bytes + SHARED_VALUES:
         raise pickle.UnpicklingError("its values refer to each other too often")
 
 
 def _extent(value: Any, known: dict[int, tuple[int, int]], depth: int = 0) -> tuple[int, int]:
-    """Number of values and of levels, found once for each object however often it is reached."""
+    """Number of values and of levels below `value`, computed once for each object however often it is reached."""
     if type(value) not in (dict, list, tuple, Call, PersistentId):
         return 1, 0
     if id(value) not in known:
@@ -225,10 +227,10 @@ def _parts(value: Any) -> list[Any]:
 
 
 def whole_number(value: Any, limit: int = 1 << 63) -> int:
-    """The value, if it is an int from 0 to below `limit`.
+    """Return `value` if it is an int from 0 to below `limit`.
 
     Raises:
-        pickle.UnpicklingError: it is not.
+        pickle.UnpicklingError: it is something else.
     """
     if type(value) is not int or not 0 <= value < limit:
         raise pickle.UnpicklingError(f"{_described(value)} where a size or a place is expected")
@@ -236,7 +238,7 @@ def whole_number(value: Any, limit: int = 1 << 63) -> int:
 
 
 def _described(value: Any) -> str:
-    """Never its repr: what holds itself many times over has an endless one."""
+    """A short text for messages. Not the repr, which is endless for a value that holds itself."""
     if type(value) is Name:
         return f"{_short(value.module)}.{_short(value.name)}"
     if type(value) is Call:

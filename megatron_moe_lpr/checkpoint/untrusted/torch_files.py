@@ -1,7 +1,7 @@
-"""What torch.save wrote and is not trusted: looked through by the restricted reader, then read by `torch.load`.
+"""Loads untrusted files of torch.save: checked by the restricted reader first, then read by `torch.load`.
 
-torch's own restriction (`weights_only`) knows classes that libraries add to it, Megatron some twenty, among them
-enumerations whose members BUILD would change for the whole process; and it takes whatever memory a number declares.
+torch's own restriction (`weights_only`) accepts classes that libraries add to it, Megatron some twenty, among them
+enumerations whose members BUILD would change for the whole process; and it allocates as much memory as a number says.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import torch
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_moe_lpr.checkpoint.untrusted.index_values import DTYPES
 from megatron_moe_lpr.checkpoint.untrusted.restricted_pickle import (
@@ -28,20 +29,20 @@ from megatron_moe_lpr.checkpoint.untrusted.restricted_pickle import (
 
 REBUILD = Name("torch._utils", "_rebuild_tensor_v2")
 REBUILD_BY_DTYPE = Name("torch._utils", "_rebuild_tensor_v3")
-"""Of newer dtypes, FP8 for one, which have no class of storage of their own."""
+"""Used for newer dtypes, such as FP8, that have no storage class of their own."""
 STORAGES = {
     Name("torch", name): dtype.itemsize for dtype, name in torch.storage._dtype_to_storage_type_map().items()
 } | {Name("torch.storage", "UntypedStorage"): 1}
-"""By name the bytes of an element."""
+"""Storage classes, with the bytes of an element."""
 ZIP_MAGIC = b"PK\x03\x04"
-"""By which `torch.load` knows an archive."""
+"""The first bytes of an archive, by which `torch.load` recognises it."""
 MAX_DIMENSIONS = 64
 LEGACY_PICKLES = 5
-"""Of a storage as it is pickled by itself: magic number, version, sizes of types, storage, its key."""
+"""Pickles in a storage that is pickled alone: magic number, version, sizes of types, storage, its key."""
 
 
 class Window(io.RawIOBase):
-    """A part of a file as a file of its own. zipfile reads to the end, which the view of torch does not."""
+    """A part of a file as a file of its own. Unlike torch's view of a part, it can be read to its end by zipfile."""
 
     def __init__(self, stream: io.BufferedReader, offset: int, length: int) -> None:
         self.stream, self.offset, self.length, self.place = stream, offset, length, 0
@@ -70,8 +71,17 @@ class Window(io.RawIOBase):
         return count
 
 
+def load_part(stream: io.BufferedReader, offset: int, length: int) -> Any:
+    """Load what torch.save wrote into `length` bytes of a file from `offset` on; see `load_file`."""
+    check_file(Window(stream, offset, length))
+    with no_added_classes():
+        # torch made the view for its own load, but annotates it as IOBase.
+        view: Any = _create_file_view(stream, offset, length)
+        return torch.load(view, map_location="cpu", weights_only=True)
+
+
 def load_file(stream: BinaryIO) -> Any:
-    """What torch.save wrote, on the CPU: plain values, lists, dicts and tensors alone.
+    """Load what torch.save wrote, to the CPU: only plain values, lists, dicts and tensors.
 
     Args:
         stream: seekable, from its beginning to its end.
@@ -87,7 +97,7 @@ def load_file(stream: BinaryIO) -> Any:
 
 
 def check_file(stream: BinaryIO | Window) -> None:
-    """Check that `torch.load` would make plain values and tensors of it, no larger than the file says.
+    """Check that `torch.load` would read only plain values and tensors that the file is large enough for.
 
     Raises:
         pickle.UnpicklingError, zipfile.BadZipFile and almost any other: it would not.
@@ -95,7 +105,7 @@ def check_file(stream: BinaryIO | Window) -> None:
     with zipfile.ZipFile(stream) as archive:
         entries = archive.infolist()
         names = {entry.filename for entry in entries}
-        # Compressed it could unpack to a thousand times its size.
+        # A compressed entry could unpack to a thousand times its size.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise pickle.UnpicklingError("is compressed, which no checkpoint is")
         end = stream.seek(0, io.SEEK_END)
@@ -103,11 +113,11 @@ def check_file(stream: BinaryIO | Window) -> None:
             raise pickle.UnpicklingError("not an archive of torch.save")
     stream.seek(0)
     if stream.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
-        # zipfile allows anything in front of an archive; torch would read that alone.
+        # zipfile allows other bytes in front of an archive; torch would read only those.
         raise pickle.UnpicklingError("not an archive of torch.save")
     stream.seek(0)
-    # torch's own reader of the archive, so that what is checked is what torch.load will find. It knows the checkpoints
-    # that were written without CRC32, zipfile does not.
+    # torch's own archive reader, so that the bytes checked are those that torch.load will read. Unlike zipfile it
+    # accepts checkpoints written without CRC32.
     content = torch._C.PyTorchFileReader(stream).get_record("data.pkl")  # type: ignore[arg-type]
     described = read_pickle(io.BytesIO(content), _is_allowed, persistent=True)
     check_extent(described, len(content))
@@ -115,10 +125,10 @@ def check_file(stream: BinaryIO | Window) -> None:
 
 
 def load_storage(content: bytes) -> torch.Tensor:
-    """A storage as it is pickled by itself (torch.storage `_load_from_bytes`, which unpickles without restriction).
+    """Load a storage that was pickled alone (like torch.storage `_load_from_bytes`, which unpickles unrestricted).
 
     Returns:
-        Its values [elements].
+        Its values, shape [elements].
 
     Raises:
         pickle.UnpicklingError: it is something else.
@@ -139,7 +149,7 @@ def load_storage(content: bytes) -> torch.Tensor:
 
 @contextlib.contextmanager
 def no_added_classes() -> Iterator[None]:
-    """Within it `torch.load` knows torch's own classes alone, none that a library has added."""
+    """Let `torch.load` accept only torch's own classes, none that a library has added, while the block runs."""
     added = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -149,13 +159,13 @@ def no_added_classes() -> Iterator[None]:
 
 
 def check_tensor(found: Call) -> tuple[Any, int, tuple[int, ...], tuple[int, ...]]:
-    """Check a described tensor.
+    """Check the description of a tensor.
 
     Returns:
-        Its storage as it is described, the place of the first element in it, shape and strides (in elements).
+        The description of its storage, the index of its first element there, shape and strides (in elements).
 
     Raises:
-        pickle.UnpicklingError: it is none.
+        pickle.UnpicklingError: it does not describe a tensor.
     """
     is_known = found.function in (REBUILD, REBUILD_BY_DTYPE) and found.state is None
     if not is_known or len(found.arguments) != (6 if found.function == REBUILD else 7):
@@ -171,7 +181,7 @@ def check_tensor(found: Call) -> tuple[Any, int, tuple[int, ...], tuple[int, ...
 
 
 def elements_needed(offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many elements a storage must have at least for a tensor in it; none may be there twice."""
+    """Elements that a storage must have for a tensor: to its last element, and at least one for each element."""
     count = math.prod(shape)
     return max(count, offset + 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))) if count else 0
 
@@ -186,7 +196,7 @@ def _element_bytes(found: Call, storage: Any) -> int:
 
 
 class _Check:
-    """Goes through described values, each once however often it is referred to."""
+    """Checks described values, each once however often it is referred to."""
 
     def __init__(self) -> None:
         self.seen: set[int] = set()
@@ -234,7 +244,7 @@ def _check_size(found: Call) -> None:
 
 
 def _check_bytes(found: Call) -> None:
-    """How bytes are pickled in protocol 2: as a text, to be encoded."""
+    """Check the description of bytes, which protocol 2 pickles as a text to be encoded."""
     if len(found.arguments) != 2 or type(found.arguments[0]) is not str or found.state is not None:
         raise pickle.UnpicklingError("bytes are none")
     if type(found.arguments[1]) is not str or found.arguments[1] != "latin1":
@@ -242,7 +252,7 @@ def _check_bytes(found: Call) -> None:
 
 
 def _storage_bytes(found: Any) -> int:
-    """Size that a reference to a storage declares: ("storage", class, key, device, elements[, view])."""
+    """Bytes of a storage as its reference declares: ("storage", class, key, device, elements[, view])."""
     value = found.value if type(found) is PersistentId else None
     if type(value) is not tuple or len(value) not in (5, 6) or type(value[0]) is not str or value[0] != "storage":
         raise pickle.UnpicklingError("it refers to something else than a storage")

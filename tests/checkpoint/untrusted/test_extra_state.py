@@ -13,7 +13,7 @@ from megatron_moe_lpr.checkpoint.loading.distributed_loading import load_distrib
 from megatron_moe_lpr.checkpoint.untrusted.extra_state import check_extra_states
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.platform.collectives import world_of_one
-from tests.fuzzing.canary import state_of
+from tests.fuzzing.canary import snapshot
 from tests.fuzzing.opcodes import name, text
 from tests.fuzzing.pickles import EXTRA_STATE_NAMES
 from tests.fuzzing.recipes import DelayedScaling, stand_in
@@ -112,10 +112,10 @@ HOSTILE = {
 def test_a_hostile_action_changes_nothing(action: str, tmp_path: Path) -> None:
     state = {"layer._extra_state": torch.frombuffer(bytearray(b"\x80\x02" + HOSTILE[action]), dtype=torch.uint8)}
     with stand_in() as module:
-        before = state_of(EXTRA_STATE_NAMES)
+        before = snapshot(EXTRA_STATE_NAMES)
         with pytest.raises(UserError, match=r"the object layer\._extra_state cannot be read: "):
             check_extra_states(state, tmp_path)
-        assert state_of(EXTRA_STATE_NAMES) == before and module.Format.HYBRID.value == (448, 57344)
+        assert snapshot(EXTRA_STATE_NAMES) == before and module.Format.HYBRID.value == (448, 57344)
 
 
 def test_a_loaded_checkpoint_holds_no_foreign_bytes(tmp_path: Path) -> None:

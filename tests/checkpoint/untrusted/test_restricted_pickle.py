@@ -15,7 +15,7 @@ from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.checkpoint.loading.distributed_loading import load_distributed
 from megatron_moe_lpr.checkpoint.untrusted.torch_files import load_file, load_storage
 from megatron_moe_lpr.errors import UserError
-from tests.fuzzing.canary import state_of
+from tests.fuzzing.canary import snapshot
 from tests.fuzzing.opcodes import name, text
 from tests.fuzzing.pickles import METADATA_NAMES, TORCH_NAMES, in_archive
 
@@ -67,12 +67,12 @@ def written(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("action", ACTIONS)
 def test_an_action_in_front_of_a_valid_index(action: str, written: Path, tmp_path: Path) -> None:
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
-    valid, before = (written / ".metadata").read_bytes(), state_of(METADATA_NAMES)
+    valid, before = (written / ".metadata").read_bytes(), snapshot(METADATA_NAMES)
     (tmp_path / ".metadata").write_bytes(valid[:2] + ACTIONS[action] + b"0" + valid[2:])
     with pytest.raises(UserError, match=r"\.metadata: not the index of a checkpoint \(") as caught:
         CheckpointReader(tmp_path)
     assert "\n" not in str(caught.value)
-    assert state_of(METADATA_NAMES) == before and str(Path("x")) == "x"
+    assert snapshot(METADATA_NAMES) == before and str(Path("x")) == "x"
 
 
 def test_an_object_of_another_kind_in_each_place(written: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ IN_FILES = {
 
 @pytest.mark.parametrize("action", IN_FILES)
 def test_an_action_in_a_file_of_torch(action: str, written: Path, tmp_path: Path) -> None:
-    before = state_of(TORCH_NAMES)
+    before = snapshot(TORCH_NAMES)
     file = in_archive(b"\x80\x02" + IN_FILES[action])
     with pytest.raises((pickle.UnpicklingError, RuntimeError)):
         load_file(file)
@@ -179,7 +179,7 @@ def test_an_action_in_a_file_of_torch(action: str, written: Path, tmp_path: Path
     (tmp_path / "common.pt").write_bytes(file.getvalue())
     with pytest.raises(UserError, match=r"common\.pt: damaged, or not of a checkpoint: "):
         load_distributed({}, tmp_path)
-    assert state_of(TORCH_NAMES) == before and AttnBackend(1).name == "flash"
+    assert snapshot(TORCH_NAMES) == before and AttnBackend(1).name == "flash"
 
 
 def test_an_archive_behind_something_else_is_refused() -> None:

@@ -41,18 +41,8 @@ def test_import_says_what_dense_layers_cost_in_the_export(
 ) -> None:
     sizes = {}
     for frequency in ("[0,1,0]", "[1,1,1]"):
-        save, moe, _flags = tmp_path / f"save{frequency}", tmp_path / f"moe{frequency}", ("--moe-layer-freq", frequency)
-        run(
-            "import",
-            "--hf",
-            dense_directory("llama"),
-            "--save",
-            save,
-            "--num-experts",
-            4,
-            "--moe-layer-freq",
-            frequency,
-        )
+        save, moe, flags = tmp_path / f"save{frequency}", tmp_path / f"moe{frequency}", ("--moe-layer-freq", frequency)
+        run("import", "--hf", dense_directory("llama"), "--save", save, "--num-experts", 4, *flags)
         notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
         run("export", "--load", save, "--hf", moe)
         sizes[frequency] = sum(math.prod(t.shape) * t.dtype.itemsize for t in hf_tensors(moe).values())
