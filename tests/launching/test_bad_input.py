@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.launching.builders import ROOT, fake_python, prepare_inputs, run_script
+from tests.launching.builders import fake_python, prepare_inputs, run_script
 
 LAUNCH = "-m megatron_moe_lpr.launch"
 
@@ -44,17 +44,12 @@ def test_stops_before_launching(inputs, script, settings, message):
     assert LAUNCH not in result.stdout and not (inputs / "run").exists()
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("stage*.sh")))
-def test_dry_run_shows_the_command(inputs, script, tmp_path):
+@pytest.mark.parametrize(("scaling", "number_format"), [("delayed", "hybrid"), ("blockwise", "e4m3")])
+def test_dry_run_shows_the_plan_and_the_command_and_starts_nothing(inputs, scaling, number_format, tmp_path):
     settings = {"LOAD": inputs / "moe", "SAVE": inputs / "run", "DRY_RUN": 1, "PYTHON": fake_python(tmp_path)}
-    result = run_script(script, inputs, **settings, TRAIN_ITERS=7, FP8=1, PP=1, EP=1)
+    result = run_script("stage1_qwen.sh", inputs, **settings, TRAIN_ITERS=7, FP8=1, FP8_RECIPE=scaling)
     assert result.returncode == 0, result.stderr
-    assert LAUNCH in result.stdout and "--train-iters 7" in result.stdout and "tools/plan.py" in result.stdout
-    assert "--fp8-format hybrid --fp8-recipe delayed" in result.stdout and not (inputs / "run").exists()
-
-
-def test_blockwise_scaling_has_the_format_that_its_tests_have(inputs, tmp_path):
-    settings = {"LOAD": inputs / "moe", "SAVE": inputs / "run", "DRY_RUN": 1, "PYTHON": fake_python(tmp_path)}
-    result = run_script("stage1_qwen.sh", inputs, **settings, TRAIN_ITERS=7, FP8=1, FP8_RECIPE="blockwise", PP=1, EP=1)
-    assert result.returncode == 0, result.stderr
-    assert "--fp8-format e4m3 --fp8-recipe blockwise" in result.stdout
+    plan, command = result.stdout.splitlines()
+    assert "tools/plan.py" in plan and "--precision fp8" in plan
+    assert LAUNCH in command and "--train-iters 7" in command and not (inputs / "run").exists()
+    assert f"--fp8-format {number_format} --fp8-recipe {scaling}" in command
