@@ -1,4 +1,4 @@
-"""Files as output: links, pipes, mounted files, what is refused before the work."""
+"""Output files: links, pipes, mounted files, and checks before the work."""
 
 import os
 import subprocess

@@ -71,7 +71,7 @@ def _sharded(rows: slice, rank: int) -> dict[str, ShardedTensor]:
 
 
 def _load_on_two_ranks(directory: str) -> bool:
-    """Each rank gets its half of the rows from a checkpoint that one process has written."""
+    """Load half of the rows on each rank from a checkpoint that one process wrote."""
     rank = torch.distributed.get_rank()
     rows = slice(6 * rank, 6 * rank + 6)
     expected = {key: entry.data.clone() for key, entry in _sharded(rows, rank).items()}
@@ -85,7 +85,7 @@ def _load_on_two_ranks(directory: str) -> bool:
 
 
 def _save_on_two_ranks(directory: str) -> None:
-    """Megatron's own writer: one tensor in two chunks of two files, and objects beside the tensors."""
+    """Save with Megatron's own writer: a tensor in two chunks of two files, and objects beside the tensors."""
     # Megatron's writer starts processes, which the pool's daemonic ranks may not.
     multiprocessing.current_process()._config["daemon"] = False
     rank = torch.distributed.get_rank()
@@ -123,7 +123,7 @@ def test_an_index_that_runs_code_is_not_unpickled(tmp_path: Path) -> None:
 
 
 def _as_debian_s_python(member: Enum, protocol: int) -> tuple:
-    """How enum pickles a member in the first releases of Python 3.11: by a function that can do anything."""
+    """Pickle a member as enum does in the first releases of Python 3.11: by getattr, which can read any attribute."""
     return getattr, (type(member), member.name)
 
 
@@ -142,7 +142,7 @@ def test_an_index_written_by_the_first_releases_of_python_3_11(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("kind", [Metadata, torch.Size, _MEM_FORMAT_ENCODING])
-def test_that_function_gives_nothing_but_members(kind: type, tmp_path: Path) -> None:
+def test_getattr_returns_only_members(kind: type, tmp_path: Path) -> None:
     class Reach:
         def __reduce__(self) -> tuple:
             return getattr, (kind, "__class__")
