@@ -1,5 +1,7 @@
 """The streaming writer and reader against torch's and Megatron's own."""
 
+import errno
+import io
 import multiprocessing
 import pickle
 from enum import Enum
@@ -14,8 +16,9 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_moe_lpr.checkpoint.format.reader import CheckpointReader
-from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA, CheckpointWriter
+from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA, CheckpointWriter, save_blob, save_tensor
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files.checksums import ChecksumStream
 from tests.distributed import rank_pool
 
 
@@ -160,6 +163,19 @@ def test_a_key_written_twice_or_never(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(UserError, match=r"no tensor decoder\.b"):
         CheckpointReader(tmp_path).read("decoder.b")
+
+
+class FullDisk(io.BytesIO):
+    def write(self, block) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("save", [save_blob, save_tensor])
+def test_a_full_disk_is_the_reason_given(save) -> None:
+    """torch.save alone raises a RuntimeError that does not mention the disk."""
+    with pytest.raises(OSError, match="No space left on device"):
+        save(torch.ones(3), ChecksumStream(FullDisk()))
+    assert torch.serialization.get_crc32_options()
 
 
 def test_missing_file(tmp_path: Path) -> None:
