@@ -60,7 +60,7 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 @contextlib.contextmanager
 def name_file_in_oserror(path: Path | str) -> Iterator[None]:
-    """Add the name of a file to an OSError that is raised inside the block and names none."""
+    """Set the file name of an OSError raised in the block that names no file, as that of a write to an open file."""
     try:
         yield
     except OSError as error:

@@ -20,9 +20,10 @@ OPEN_FILES = ("/dev/std", "/dev/fd/", "/proc/")
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path beside `target` that replaces it when the block ends without an error, and is removed otherwise.
 
-    The content is on the disk before the rename, and so is the rename when this returns (fsync). A symbolic link is
-    kept and the file that it points to is replaced. A target that cannot be replaced (a pipe, a mounted file, a file
-    whose directory is not writable) is written over at the end instead.
+    The content is on the disk before the rename, and so is the rename when this returns (fsync). The new file gets the
+    permissions of the one that it replaces. A symbolic link is kept and the file that it points to is replaced. A
+    target that cannot be replaced (a pipe, a mounted file, a file whose directory is not writable) is written over at
+    the end instead.
     """
     path = Path(target)
     in_place = _must_stay(path)
@@ -35,6 +36,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
         if in_place:
             _write_over(partial, path)
         else:
+            with contextlib.suppress(OSError):  # a new file, or a file system without permissions
+                os.chmod(partial, path.stat().st_mode & 0o7777)
             os.replace(partial, path)
             sync_directory(path.parent)
     finally:

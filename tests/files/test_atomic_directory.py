@@ -1,4 +1,4 @@
-"""Directories as output: every kind of target, kills between the steps, two runs at once, file systems that refuse."""
+"""Output directories: every kind of target, kills between steps, two runs at once, file systems that refuse."""
 
 import contextlib
 import errno

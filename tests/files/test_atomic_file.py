@@ -1,4 +1,4 @@
-"""Files as output: links, pipes, mounted files, what is refused before the work."""
+"""Output files: links, pipes, mounted files, and checks before the work."""
 
 import os
 import subprocess
@@ -29,6 +29,15 @@ def test_replaces_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "old" and names(tmp_path) == ["x"]
     write(tmp_path / "x")
     assert (tmp_path / "x").read_text() == "new" and names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_permissions_stay(tmp_path: Path, mode: int) -> None:
+    """A private file stays private."""
+    (tmp_path / "x").write_text("old")
+    (tmp_path / "x").chmod(mode)
+    write(tmp_path / "x")
+    assert (tmp_path / "x").read_text() == "new" and (tmp_path / "x").stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -1,4 +1,4 @@
-"""Symbolic links of directories that come from elsewhere."""
+"""Symbolic links in untrusted directories."""
 
 import os
 from collections.abc import Callable

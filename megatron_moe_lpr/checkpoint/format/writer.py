@@ -76,7 +76,7 @@ class CheckpointWriter:
             raise UserError(f"{key}: written twice")
         stream = self._stream()
         begin = stream.tell()
-        _save_tensor(tensor, stream)
+        save_tensor(tensor, stream)
         offsets = torch.Size([0] * tensor.dim())
         chunk = ChunkStorageMetadata(offsets=offsets, sizes=tensor.size())
         self.tensors[key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.size(), [chunk])
@@ -114,27 +114,25 @@ class CheckpointWriter:
 
 
 def save_blob(content: object, stream: OutputStream) -> None:
-    """torch.save to a stream that has only the methods that torch.save calls."""
-    # torch.save is annotated for complete file objects.
-    torch.save(content, stream)  # type: ignore[arg-type]
+    """torch.save to a stream that has only the methods that torch.save calls.
 
-
-def _save_tensor(tensor: torch.Tensor, stream: ChecksumStream) -> None:
+    Raises:
+        OSError: the stream's own, which torch.save would replace by a RuntimeError without the reason.
+    """
     try:
-        with without_crc():
-            save_blob(tensor, stream)
+        # torch.save is annotated for complete file objects.
+        torch.save(content, stream)  # type: ignore[arg-type]
     except Exception:
-        if stream.error is not None:
+        if isinstance(stream, ChecksumStream) and stream.error is not None:
             raise stream.error from None
         raise
 
 
-@contextlib.contextmanager
-def without_crc() -> Iterator[None]:
-    """Let torch.save write no CRC32, which takes a third of the time of writing and which torch.load does not check."""
+def save_tensor(tensor: torch.Tensor, stream: OutputStream) -> None:
+    """`save_blob` without CRC32, which takes a third of the time and which torch.load does not check."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        yield
+        save_blob(tensor, stream)
     finally:
         torch.serialization.set_crc32_options(before)

@@ -1,9 +1,9 @@
-"""megatron-core's loader of distributed checkpoints, made to trust nothing that it reads.
+"""megatron-core's loader of distributed checkpoints, changed so that it can read untrusted checkpoints.
 
-As it comes it unpickles `.metadata` and the objects among the tensors without restriction (torch's
-`FileSystemReader.read_metadata` and `DefaultLoadPlanner.load_bytes`), so that a checkpoint from elsewhere could run
-anything. Here the index is read by `reader.read_index`, and all else is looked through by `torch_files.check_file`
-before torch's own restricted unpickler reads it.
+megatron-core unpickles `.metadata` and the objects among the tensors without restriction (torch's
+`FileSystemReader.read_metadata` and `DefaultLoadPlanner.load_bytes`), so that an untrusted checkpoint could run any
+code. Here `reader.read_index` reads the index, and `torch_files.check_file` checks everything else before torch's
+restricted unpickler reads it.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def load_distributed(
     """`dist_checkpointing.load(state, directory, **options)`. Every rank must call it.
 
     Args:
-        strategy: how ranks share the reading; by default each reads what it needs.
+        strategy: how the reading is divided among ranks; by default each rank reads what it needs.
 
     Raises:
         UserError: on every rank: a file is missing, damaged, or holds something that no checkpoint needs.

@@ -134,9 +134,9 @@ class CheckpointSaver:
         add_side_files: Callable[[Path], None],
         began: float | None = None,
     ) -> Saved | None:
-        """Begin to save; without a background writer, save. The state may change as soon as this returns.
+        """Begin to save, after completing the save before; without a background writer, save.
 
-        Completes the save before first; call `wait` earlier to get its result.
+        The state may change as soon as this returns.
 
         Args:
             state: as Megatron's dist_checkpointing.save takes it.

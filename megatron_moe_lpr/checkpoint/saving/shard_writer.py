@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_moe_lpr.checkpoint.format.writer import save_blob, without_crc
+from megatron_moe_lpr.checkpoint.format.writer import save_tensor
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
 from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum, OutputStream
 
@@ -59,8 +59,7 @@ class ShardFile:
             if item.type == WriteItemType.BYTE_IO:
                 stream.write(data.getbuffer())
             else:
-                with without_crc():
-                    save_blob(_with_own_storage(data), stream)
+                save_tensor(_with_own_storage(data), stream)
             length = stream.tell() - begin - offset
             results.append(WriteResult(item.index, length, _StorageInfo(self.name, offset, length)))
         return results
@@ -93,7 +92,7 @@ class ShardWriter(FileSystemWriterAsync):
         try:
             for file in self.files:
                 with ChecksumStream(open(Path(self.checkpoint_dir, file.name), "wb")) as stream:
-                    self.results += _write_file(file, stream)
+                    self.results += file.write(stream)
                 self.written[file.name] = stream.entry()
         except Exception as error:
             self.error = error
@@ -171,16 +170,6 @@ def request_writer(request: AsyncRequest) -> ShardWriter:
     """The ShardWriter of a request that `ShardStrategy.async_save` made."""
     (writer,) = request.async_fn_args
     return writer
-
-
-def _write_file(file: ShardFile, stream: ChecksumStream) -> list[WriteResult]:
-    """Write a file and raise the stream's OSError, which torch.save turns into a RuntimeError without the reason."""
-    try:
-        return file.write(stream)
-    except RuntimeError:
-        if stream.error is not None:
-            raise stream.error from None
-        raise
 
 
 def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Every command locks a checkpoint before it reads anything of it: no run removes one between a plan and a read."""
+"""Checkpoint chains: every command locks a chain before it reads anything of it, so that no run removes a part."""
 
 import dataclasses
 import fcntl
@@ -43,7 +43,7 @@ def is_locked(path: Path) -> bool:
 
 
 def unlocked_cards(command, *arguments) -> list[str]:
-    """Cards that a command read of a checkpoint that a run could have removed at that moment."""
+    """Cards that a command read while a run could have removed the checkpoint."""
     found = []
 
     def read(path: Path):
@@ -100,7 +100,7 @@ def test_ranks_lock_before_they_read(inputs, tmp_path):
     assert rank_pool(2).run(unlocked_cards, train) == [[], []]
 
 
-def test_the_next_latest_is_taken_where_the_first_was_removed(tmp_path):
+def test_the_look_up_is_repeated_if_the_checkpoint_was_removed(tmp_path):
     first = iteration(tmp_path, 10)
     second = iteration(tmp_path, 20)
     write_latest(tmp_path, 10)
@@ -121,7 +121,7 @@ def test_the_next_latest_is_taken_where_the_first_was_removed(tmp_path):
     assert not is_locked(second)
 
 
-def test_what_it_builds_on_is_kept_too(tmp_path):
+def test_parents_are_held_too(tmp_path):
     base = iteration(tmp_path / "base", 10)
     top = iteration(tmp_path / "top", 5, parent=record_parent(resolve_checkpoint(base)))
     assert json.loads((top / "moe_lpr" / "card.json").read_text())["base"]["path"] == str(base)
@@ -130,7 +130,7 @@ def test_what_it_builds_on_is_kept_too(tmp_path):
     assert not is_locked(base)
 
 
-def test_one_that_is_replaced_while_it_is_read_is_told(tmp_path):
+def test_a_checkpoint_replaced_while_it_is_read_is_reported(tmp_path):
     """A run that repeats its steps after a fall-back saves the same step again."""
     iteration(tmp_path, 10)
     with pytest.raises(RemovedCheckpoint, match="replaced while it was read"), resolve_and_hold(tmp_path):

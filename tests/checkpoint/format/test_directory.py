@@ -1,4 +1,4 @@
-"""Finding checkpoints, and the card."""
+"""Looking up checkpoints, and reading cards."""
 
 import dataclasses
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_an_iteration_saved_again_is_replaced(tmp_path: Path) -> None:
     assert not (tmp_path / "iter_0000005" / "old").exists()
 
 
-def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+def test_directories_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         resolve_checkpoint(tmp_path / "none")
     with pytest.raises(UserError, match="no checkpoint here"):
@@ -90,7 +90,7 @@ def test_bad_cards(text: str, words: str, tmp_path: Path) -> None:
         ({"openness": 0.5}, "openness 0.5 without a second expansion"),
     ],
 )
-def test_cards_whose_expansions_are_none(changes: dict, words: str, tmp_path: Path) -> None:
+def test_cards_with_invalid_expansions(changes: dict, words: str, tmp_path: Path) -> None:
     dataclasses.replace(CARD, **changes).write(tmp_path / "card.json")
     with pytest.raises(UserError, match=words):
         read_card(tmp_path / "card.json")
@@ -102,14 +102,14 @@ def test_card_of_a_second_expansion(tmp_path: Path) -> None:
     assert read_card(tmp_path / "card.json") == card
 
 
-def test_card_of_trained_weights_names_its_base(tmp_path: Path) -> None:
+def test_card_of_trained_weights_names_its_parent(tmp_path: Path) -> None:
     card = dataclasses.replace(CARD, parent=ParentCheckpoint("/runs/stage1/iter_0000100", "0a"))
     card.write(tmp_path / "card.json")
     assert read_card(tmp_path / "card.json") == card
 
 
 @pytest.mark.parametrize("base", ['"here"', "[1]", '{"path": "/a"}', '{"path": 1, "checksum": "0"}'])
-def test_a_base_of_another_form(base: str, tmp_path: Path) -> None:
+def test_a_parent_of_another_form(base: str, tmp_path: Path) -> None:
     CARD.write(tmp_path / "card.json")
     text = (tmp_path / "card.json").read_text().replace('"base": null', f'"base": {base}')
     (tmp_path / "card.json").write_text(text)

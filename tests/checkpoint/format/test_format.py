@@ -1,5 +1,7 @@
 """The streaming writer and reader against torch's and Megatron's own."""
 
+import errno
+import io
 import multiprocessing
 import pickle
 from enum import Enum
@@ -14,8 +16,9 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_moe_lpr.checkpoint.format.reader import CheckpointReader
-from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA, CheckpointWriter
+from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA, CheckpointWriter, save_blob, save_tensor
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files.checksums import ChecksumStream
 from tests.distributed import rank_pool
 
 
@@ -71,7 +74,7 @@ def _sharded(rows: slice, rank: int) -> dict[str, ShardedTensor]:
 
 
 def _load_on_two_ranks(directory: str) -> bool:
-    """Each rank gets its half of the rows from a checkpoint that one process has written."""
+    """Load half of the rows on each rank from a checkpoint that one process wrote."""
     rank = torch.distributed.get_rank()
     rows = slice(6 * rank, 6 * rank + 6)
     expected = {key: entry.data.clone() for key, entry in _sharded(rows, rank).items()}
@@ -85,7 +88,7 @@ def _load_on_two_ranks(directory: str) -> bool:
 
 
 def _save_on_two_ranks(directory: str) -> None:
-    """Megatron's own writer: one tensor in two chunks of two files, and objects beside the tensors."""
+    """Save with Megatron's own writer: a tensor in two chunks of two files, and objects beside the tensors."""
     # Megatron's writer starts processes, which the pool's daemonic ranks may not.
     multiprocessing.current_process()._config["daemon"] = False
     rank = torch.distributed.get_rank()
@@ -123,7 +126,7 @@ def test_an_index_that_runs_code_is_not_unpickled(tmp_path: Path) -> None:
 
 
 def _as_debian_s_python(member: Enum, protocol: int) -> tuple:
-    """How enum pickles a member in the first releases of Python 3.11: by a function that can do anything."""
+    """Pickle a member as enum does in the first releases of Python 3.11: by getattr, which can read any attribute."""
     return getattr, (type(member), member.name)
 
 
@@ -142,7 +145,7 @@ def test_an_index_written_by_the_first_releases_of_python_3_11(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("kind", [Metadata, torch.Size, _MEM_FORMAT_ENCODING])
-def test_that_function_gives_nothing_but_members(kind: type, tmp_path: Path) -> None:
+def test_getattr_returns_only_members(kind: type, tmp_path: Path) -> None:
     class Reach:
         def __reduce__(self) -> tuple:
             return getattr, (kind, "__class__")
@@ -160,6 +163,19 @@ def test_a_key_written_twice_or_never(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(UserError, match=r"no tensor decoder\.b"):
         CheckpointReader(tmp_path).read("decoder.b")
+
+
+class FullDisk(io.BytesIO):
+    def write(self, block) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("save", [save_blob, save_tensor])
+def test_a_full_disk_is_the_reason_given(save) -> None:
+    """torch.save alone raises a RuntimeError that does not mention the disk."""
+    with pytest.raises(OSError, match="No space left on device"):
+        save(torch.ones(3), ChecksumStream(FullDisk()))
+    assert torch.serialization.get_crc32_options()
 
 
 def test_missing_file(tmp_path: Path) -> None:

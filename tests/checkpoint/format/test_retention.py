@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and that removing never shows half of one or takes one from its reader."""
+"""Which checkpoints are kept; a removal never exposes half of one, nor removes one that is being read."""
 
 import subprocess
 import sys
@@ -48,7 +48,7 @@ def test_the_rule(rule, expected, tmp_path):
 
 
 def test_newer_ones_are_not_touched(tmp_path):
-    """A run started again from an earlier checkpoint: what lies after it is not older than anything."""
+    """A run that starts again from an earlier checkpoint does not remove later ones."""
     for iteration in (10, 20, 30):
         save(tmp_path, iteration, Retention())
     save(tmp_path, 15, Retention(last=1))
@@ -61,8 +61,8 @@ def test_the_start_of_the_run_stays(tmp_path):
     assert left(tmp_path) == [10, 30]
 
 
-def test_one_that_is_read_goes_later(tmp_path):
-    """The reader is another process, as an evaluation is."""
+def test_a_checkpoint_that_is_read_is_removed_later(tmp_path):
+    """The reader is another process, for example an evaluation."""
     save(tmp_path, 10, Retention())
     code = (
         "import sys; from pathlib import Path\n"
@@ -81,7 +81,7 @@ def test_one_that_is_read_goes_later(tmp_path):
     assert left(tmp_path) == [30]
 
 
-def test_a_reader_that_comes_too_late_is_told(tmp_path):
+def test_a_reader_of_a_removed_checkpoint_gets_an_error(tmp_path):
     with (
         pytest.raises(UserError, match="iter_0000010: was removed by the run that wrote it"),
         hold_checkpoint(tmp_path / "iter_0000010"),
@@ -90,7 +90,7 @@ def test_a_reader_that_comes_too_late_is_told(tmp_path):
 
 
 def test_killed_while_it_deletes(tmp_path, monkeypatch):
-    """What is left of the directory is hidden, and goes the next time."""
+    """The rest of the directory is hidden, and the next removal deletes it."""
     save(tmp_path, 10, Retention())
 
     def die(path, **options):

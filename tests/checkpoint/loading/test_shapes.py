@@ -1,4 +1,4 @@
-"""Sizes that a checkpoint's files claim and its tensors don't have: refused before memory is taken for a model."""
+"""Sizes in a checkpoint's files that its tensors do not have: refused before a model is allocated."""
 
 import json
 from pathlib import Path

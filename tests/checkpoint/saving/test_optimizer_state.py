@@ -13,7 +13,7 @@ SHAPES = [(), (1,), (7,), (5, 3), (1, 6), (6, 1), (2, 3, 4), (3, 1, 5), (2, 2, 2
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rectangles_are_the_slice_in_order(shape):
-    """Each is one run of memory, and together, one after the other, they are exactly the slice."""
+    """Each rectangle is contiguous, and all together, in order, are exactly the slice."""
     size = math.prod(shape)
     whole = np.arange(size).reshape(shape)
     for begin in range(size + 1):

@@ -1,4 +1,4 @@
-"""Saves in the background: what training changes meanwhile, a second save, writers that are killed or have no room."""
+"""Background saves: changes by training meanwhile, a second save, writers that are killed or run out of space."""
 
 import contextlib
 import functools
@@ -47,7 +47,7 @@ class Scene:
         return self.saver.start(iteration, sharded(self.values, self.shared), {}, side_files)
 
     def hold_writer(self) -> psutil.Process:
-        """Rank 0's writer does nothing until it is told to go on."""
+        """Suspend rank 0's writer until it is resumed."""
         process = psutil.Process(self.saver.background.process.pid)
         if dist.get_rank() == 0:
             process.suspend()
@@ -81,7 +81,7 @@ def save_once(root, asynchronous: bool) -> dict:
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_every_file_has_its_checksum(asynchronous, tmp_path):
-    """Shared work: each rank has written files of its own, and about half of what both have."""
+    """Each rank writes files of its own, and tensors that both hold are written by one of them."""
     found = rank_pool(RANKS).run(functools.partial(save_once, asynchronous=asynchronous), tmp_path)
     path = found[0]["path"]
     assert path == tmp_path / "iter_0000007"
@@ -129,18 +129,18 @@ def save_without_threads(root) -> None:
         assert made.saver.background.memory.size > 0
         made.start(1)
         assert made.saver.wait().iteration == 1
-        # What the process has put on the disk is known to who waits for it.
+        # A rank that waits can see how much the process has written.
         assert made.saver.background.progress.read() >= made.values.nbytes
 
 
 def test_without_a_thread_memory_is_taken_at_once(tmp_path):
-    """`cannot join thread before it is started` hid the reason, and the run ended."""
+    """`cannot join thread before it is started` had hidden the reason."""
     rank_pool(RANKS).run(save_without_threads, tmp_path)
     expect(tmp_path / "iter_0000001")
 
 
 def save_as_expected(root) -> tuple[int, int]:
-    """Bytes of memory before the first save and after it."""
+    """Reserved bytes before the first save and after it."""
     with scene(root) as made:
         made.saver.expect(sharded(made.values, made.shared), {})
         made.saver.background._wait_for_memory()
@@ -184,7 +184,7 @@ def test_a_second_save_waits_for_the_first(tmp_path):
 
 
 def save_while(root, harm) -> str:
-    """A good checkpoint, then one whose writer on rank 0 meets `harm`."""
+    """A complete save, then one during which `harm` is done to rank 0's writer."""
     with scene(root) as made:
         made.start(1)
         made.saver.wait()
@@ -210,7 +210,7 @@ def fill_disk(process: psutil.Process) -> None:
 
 @pytest.mark.parametrize("harm, words", [(kill, "its writer process"), (fill_disk, "File too large")])
 def test_a_writer_that_fails_leaves_the_former_checkpoint(harm, words, tmp_path):
-    """Every rank hears the reason; nothing of the new checkpoint is left."""
+    """Every rank raises the reason; nothing of the new checkpoint is left."""
     messages = rank_pool(RANKS).run(save_while, tmp_path, harm)
     for message in messages:
         assert message.startswith(f"--save {tmp_path}: checkpoint of step 2 was not written: ") and words in message

@@ -1,4 +1,4 @@
-"""What Transformer Engine unpickles from a checkpoint is made anew from checked values."""
+"""The states that Transformer Engine unpickles are rebuilt from checked values."""
 
 import io
 import os
@@ -50,17 +50,17 @@ def test_scales_pass(tmp_path: Path) -> None:
     assert [value is None or value.numel() for value in made[2:]] == [0, 0, True]
 
 
-def test_a_recipe_is_made_by_its_own_constructor(tmp_path: Path) -> None:
+def test_a_recipe_is_built_by_its_own_constructor(tmp_path: Path) -> None:
     with stand_in() as module:
         recipe = module.DelayedScaling(margin=2, fp8_format=module.Format.E4M3, amax_history_len=7)
         recipe.derived = module.QParams(amax_epsilon=0.5)
-        recipe.of_another_version = 3
+        recipe.another_version = 3
         variables = {"num_gemms": 2, "local_recipes": [recipe], "name": "a", "sizes": (1, 2.0, None)}
         saved = in_bytes({"recipe": recipe, "extra_fp8_variables": variables})
         state = {"layer._extra_state": saved}
         check_extra_states(state, tmp_path)
         found = pickle.loads(state["layer._extra_state"].numpy().tobytes())  # written by check_extra_states
-        del recipe.of_another_version
+        del recipe.another_version
         assert vars(found["recipe"]) == vars(recipe) and found["recipe"].fp8_format is module.Format.E4M3
         assert found["extra_fp8_variables"] == variables
         recipe.margin = "many"
@@ -119,7 +119,7 @@ def test_a_hostile_action_changes_nothing(action: str, tmp_path: Path) -> None:
 
 
 def test_a_loaded_checkpoint_holds_no_foreign_bytes(tmp_path: Path) -> None:
-    """The state comes from the file of plain values, in the place of the model's own."""
+    """A state of plain values takes the place of the model's own in the checkpoint."""
     with CheckpointWriter(tmp_path, {}) as writer:
         writer.write("decoder.a", torch.ones(1))
     common = torch.load(tmp_path / "common.pt", weights_only=True)
@@ -136,8 +136,8 @@ def test_a_loaded_checkpoint_holds_no_foreign_bytes(tmp_path: Path) -> None:
             load_distributed({}, tmp_path)
 
 
-def test_a_tensor_takes_no_memory_that_its_storage_has_not(tmp_path: Path) -> None:
-    """Of one number, each of a million times a million rows."""
+def test_a_tensor_larger_than_its_storage_takes_no_memory(tmp_path: Path) -> None:
+    """A storage of one number, and a tensor of a million times a million rows over it."""
     tensor = torch.ones(1).as_strided((1 << 20, 1 << 20), (0, 0))
     with pytest.raises(UserError, match="larger than its storage"):
         check_extra_states({"_extra_state": in_bytes({"amax_history_fwd": tensor})}, tmp_path)
@@ -155,7 +155,7 @@ def test_payload_is_refused(form: str, tmp_path: Path) -> None:
 
 
 class _Storage:
-    """Pickled as a tensor's storage is, with a pickle inside."""
+    """An object pickled like a tensor's storage, with a pickle inside."""
 
     def __init__(self, payload: Payload) -> None:
         self.payload = payload

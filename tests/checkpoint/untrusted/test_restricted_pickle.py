@@ -1,4 +1,4 @@
-"""What pickles do, not only what they name: each hostile action is refused, and nothing of the process is changed."""
+"""Hostile actions in pickles, not only hostile names: each is refused and changes nothing in the process."""
 
 import io
 import pickle
@@ -76,7 +76,7 @@ def test_an_action_in_front_of_a_valid_index(action: str, written: Path, tmp_pat
 
 
 def test_an_object_of_another_kind_in_each_place(written: Path, tmp_path: Path) -> None:
-    """Every name of the index replaced by another one that is allowed: each is refused."""
+    """Every name of the index is replaced by another allowed one: each file is refused."""
     valid = (written / ".metadata").read_bytes()
     index = pickle.loads(valid)  # written by the fixture above
     plain = pickle.dumps(index, protocol=2)
@@ -102,7 +102,7 @@ def pickle_globals(data: bytes) -> list[tuple[int, int]]:
 
 
 def test_chunks_that_many_tensors_share_are_bounded(tmp_path: Path) -> None:
-    """A list of 2,000 chunks, referred to by 2,000 tensors: four million from 40 KB."""
+    """A list of 2,000 chunks to which 2,000 tensors refer: four million chunks in a file of 40 KB."""
     metadata = name("torch.distributed.checkpoint.metadata", "Metadata")
     entry = name("torch.distributed.checkpoint.metadata", "TensorStorageMetadata")
     chunk = name("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata")
@@ -183,7 +183,7 @@ def test_an_action_in_a_file_of_torch(action: str, written: Path, tmp_path: Path
 
 
 def test_an_archive_behind_something_else_is_refused() -> None:
-    """torch.load would read what is in front of it alone."""
+    """torch.load would read only what is in front of the archive."""
     front, behind = io.BytesIO(), io.BytesIO()
     torch.save({"a": {1, 2}, "b": torch.nn.Parameter(torch.ones(2))}, front, _use_new_zipfile_serialization=False)
     torch.save({"a": 1}, behind)
