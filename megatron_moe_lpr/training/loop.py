@@ -193,8 +193,8 @@ class Trainer:
     def evaluate(self, datasets: Sequence[ValidationDataset]) -> None:
         """Evaluate validation datasets and report their losses. Every rank must call it.
 
-        Where any rank is asked to stop, all stop between two micro-batches. The dataset in progress gets no result, since
-        a mean over a part of it is another number.
+        Where any rank is asked to stop, all stop between two micro-batches. The dataset in progress gets no result: a
+        mean over a part of it is another number.
         """
         run, began = self.run, time.monotonic()
         self.callbacks.check()
