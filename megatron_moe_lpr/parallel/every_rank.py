@@ -47,7 +47,7 @@ def on_every_rank(action: Callable[[], Result]) -> list[Result]:
 
 
 def on_rank_0(action: Callable[[], Result]) -> Result:
-    """Run `action` on rank 0; its result, or its error as in `on_every_rank`, on every rank. Every rank must call it."""
+    """Run `action` on rank 0 and return its result on every rank. Every rank must call it. Errors: `on_every_rank`."""
     return on_every_rank(lambda: action() if _rank() == 0 else None)[0]  # type: ignore[return-value]
 
 

@@ -2,7 +2,7 @@
 
 SAVE/run.lock names the process of rank 0: host, process number and start, and its SLURM job. That process holds `flock`
 on the file and refreshes the file's time every few seconds. A run that finds a lock decides from these whether the
-process may still be alive; where they don't decide it, it watches for a while whether the file's time changes. Times are
+process may still be alive; if they don't decide it, it watches for a while whether the file's time changes. A time is
 compared only with earlier times of the same file, since machines' clocks differ.
 """
 

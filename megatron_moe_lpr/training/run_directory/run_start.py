@@ -1,7 +1,7 @@
 """Finds the checkpoint that a run started from, whatever --load names when the run is resumed.
 
-Users of Megatron resume with `--load X --save X`, where X is the run's own directory; and the run whose checkpoint --load
-names may have saved further ones since. The run's own checkpoints then say what it started from.
+Users of Megatron resume with `--load X --save X`, where X is the run's own directory; and the run whose checkpoint
+--load names may have saved further ones since. The run's own checkpoints then say what it started from.
 """
 
 import dataclasses
