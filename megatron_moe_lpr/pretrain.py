@@ -73,6 +73,7 @@ def _train(
     from megatron_moe_lpr.training.overview import print_overview
     from megatron_moe_lpr.training.run_directory.start_marker import mount_point
     from megatron_moe_lpr.training.run_log import LossWarnings, RunLog
+    from megatron_moe_lpr.training.run_saver import RunSaver
     from megatron_moe_lpr.training.setup import prepare
 
     with long_work("setting up"):
@@ -91,7 +92,7 @@ def _train(
         writer.say(note)
     try:
         called = Callbacks([LossWarnings(writer), RunLog(run, writer)], callbacks)
-        finished = Trainer(run, writer, lock, heartbeat, called).train()
+        finished = Trainer(run, writer, RunSaver(run, lock, writer.say), heartbeat, called).train()
     finally:
         writer.close()
     step = run.state.iteration

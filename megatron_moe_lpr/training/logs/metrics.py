@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_moe_lpr.model.moe.routing_statistics import GROUPS, RoutingReport
+from megatron_moe_lpr.parallel.every_rank import on_rank_0
 from megatron_moe_lpr.training.configuration.config import LoggingOptions
 from megatron_moe_lpr.training.logs.log_sinks import (
     Destination,
@@ -137,8 +138,8 @@ class MetricsWriter:
         return _JSONLines(file)
 
     def evaluated(self) -> set[str]:
-        """On rank 0: validation datasets whose result at the step that the run resumes from is logged already."""
-        return self._evaluated
+        """Validation datasets with a logged result of the step that the run resumes from. Every rank must call it."""
+        return on_rank_0(lambda: self._evaluated)
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, with the time of day."""
