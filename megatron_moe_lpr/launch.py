@@ -1,10 +1,10 @@
-"""torchrun for batch systems: same flags, but a signal makes the workers save, and their exit code comes back.
+"""torchrun for batch systems: same flags, but a signal makes the workers save, and their exit code is returned.
 
-torchrun itself dies of SIGUSR1, gives workers 30 seconds after SIGTERM, and turns every exit code of theirs into 1.
+torchrun itself dies of SIGUSR1, kills workers 30 seconds after SIGTERM, and returns 1 for every exit code of theirs.
 
     moe-lpr launch --nproc-per-node 8 train --stage 1 ...
 
-In front of `train` (or `evaluate`) stand torchrun's own flags. Without the installed command the same is:
+torchrun's own flags come before `train` (or `evaluate`). Without the installed command the same is:
 
     python -m megatron_moe_lpr.launch --nproc-per-node 8 -m megatron_moe_lpr.pretrain --stage 1 ...
 """
@@ -27,16 +27,16 @@ from megatron_moe_lpr.training.signals import EXIT_REQUEUE, StopRequest
 
 TRAINING = "megatron_moe_lpr.pretrain"
 RANK_COMMANDS = {"train": ("-m", TRAINING), "evaluate": ("-m", "megatron_moe_lpr.commands.evaluate")}
-"""Subcommands that run on several ranks, as torchrun takes them."""
+"""Subcommands that run on several ranks, by what torchrun must start for them."""
 FLAGS_WITHOUT_VALUE = ("--standalone", "--no-python", "--no_python", "--run-path", "--run_path", "-m", "--module")
-"""Flags of torchrun that the next word is no value of."""
+"""Flags of torchrun without a value in the next word."""
 SIGNALS_OF_TORCHRUN = "--signals-to-handle"
 LINES_SHOWN = 12
-"""Of each rank, when a run has failed."""
+"""Last lines of each rank's output that are printed when a run has failed."""
 
 
 class ForwardedStop(StopRequest):
-    """Hands each request on to the workers. Without workers there is nothing to save."""
+    """Forwards each signal to the workers; without workers there is nothing to save, and the launcher ends."""
 
     def __init__(self) -> None:
         super().__init__(nothing_to_save=True)
@@ -50,12 +50,12 @@ class ForwardedStop(StopRequest):
         super()._receive(number, frame)
 
     def may_leave(self) -> bool:
-        """Whether no worker runs."""
+        """Whether no worker is running, so that the launcher may end at once."""
         return not workers()
 
 
 def workers() -> list[psutil.Process]:
-    """torchrun's workers, told from its other children by their rank."""
+    """Return torchrun's workers: the child processes that have a rank in their environment."""
     found = []
     for child in psutil.Process().children():
         try:
@@ -67,19 +67,19 @@ def workers() -> list[psutil.Process]:
 
 
 def exit_code(codes: Sequence[int], asked: bool = False) -> int:
-    """One exit code for a node from its workers' (negative: died of that signal).
+    """Return the exit code of a node from the codes of its workers (negative: killed by that signal).
 
-    A worker that a signal reaches before it can save dies of it: that run too was asked to stop. As soon as one worker
-    has left, torchrun ends the slower ones by SIGTERM. Any other code is a failure, and outweighs its peers' request to
-    be started again.
+    A worker that gets a signal before it can save dies of it; that run was asked to stop too. As soon as one worker
+    has ended, torchrun ends the slower ones by SIGTERM. Any other code is a failure, and counts more than the request
+    of other workers to be started again.
 
     Args:
-        asked: whether this launcher was asked to stop.
+        asked: whether this launcher received a signal to stop.
     """
-    asked_to_stop = {EXIT_REQUEUE, -signal.SIGUSR1}
-    if asked or asked_to_stop.intersection(codes):
-        asked_to_stop.add(-signal.SIGTERM)
-    failures = [code for code in codes if code not in asked_to_stop]
+    stop_codes = {EXIT_REQUEUE, -signal.SIGUSR1}
+    if asked or stop_codes.intersection(codes):
+        stop_codes.add(-signal.SIGTERM)
+    failures = [code for code in codes if code not in stop_codes]
     if not failures:
         return EXIT_REQUEUE
     return failures[0] if failures[0] > 0 else 128 - failures[0]
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     stop, since = ForwardedStop(), time.time()
     arguments = spell_out(list(sys.argv[1:] if arguments is None else arguments))
     check_training_flags(arguments)
-    # After the handlers and the flags: this takes seconds.
+    # Imported after the signal handlers and the check of flags, since it takes seconds.
     from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
             _print_last_lines(flags, since)
         sys.exit(code)
     except DistError as error:
-        # Another program has taken the port since the check, or the first node does not answer.
+        # Another program has taken the port since the check, or the first node cannot be reached.
         fail(f"--master-addr {flags.master_addr} --master-port {flags.master_port}: {str(error).splitlines()[0]}")
     except SignalException as caught:
         sys.exit(EXIT_REQUEUE if caught.sigval in (signal.SIGTERM, signal.SIGUSR1) else 128 + caught.sigval)
@@ -120,13 +120,13 @@ def spell_out(arguments: Sequence[str]) -> list[str]:
         is_value = before.startswith("-") and "=" not in before and before not in FLAGS_WITHOUT_VALUE
         if word.startswith("-") or is_value:
             continue
-        # The first word of its own is what torchrun starts; all behind it is not torchrun's.
+        # The first word that is neither a flag nor a value is what torchrun starts; the rest are arguments of that.
         return [*arguments[:place], *RANK_COMMANDS.get(word, (word,)), *arguments[place + 1 :]]
     return list(arguments)
 
 
 def _checked_flags(torchrun: ModuleType, arguments: list[str]) -> argparse.Namespace:
-    """torchrun's own flags; a mistake in them ends the process."""
+    """Parse and check torchrun's own flags; a mistake in them ends the process."""
     flags: argparse.Namespace = torchrun.get_args_parser().parse_args(arguments)
     try:
         check_launch(flags)
@@ -139,9 +139,9 @@ def _checked_flags(torchrun: ModuleType, arguments: list[str]) -> argparse.Names
 
 
 def check_training_flags(arguments: Sequence[str]) -> None:
-    """Tell a mistake in the flags of a training once and at once, instead of by each rank after torchrun's start.
+    """Check the flags of a training before torchrun starts, so that a mistake is reported once instead of by each rank.
 
-    A mistake, and --help among them, end the process as they end `megatron_moe_lpr.pretrain`.
+    A mistake, or --help among the flags, ends the process as it ends `megatron_moe_lpr.pretrain`.
     """
     if TRAINING not in arguments:
         return
@@ -152,13 +152,13 @@ def check_training_flags(arguments: Sequence[str]) -> None:
 
 
 def _keep_signals(torchrun: ModuleType, arguments: list[str]) -> list[str]:
-    """Keep torchrun from taking SIGTERM: it would end workers that take longer than 30 seconds to save."""
+    """Keep torchrun from handling SIGTERM: it would kill workers that take longer than 30 seconds to save."""
     known = any(SIGNALS_OF_TORCHRUN in action.option_strings for action in torchrun.get_args_parser()._actions)
     return [f"{SIGNALS_OF_TORCHRUN}=SIGINT,SIGHUP,SIGQUIT", *arguments] if known else arguments
 
 
 def _print_last_lines(flags: argparse.Namespace, since: float) -> None:
-    """The end of what each rank of this node said, from torchrun's log files, but for ranks that were shown already."""
+    """Print the last lines of each rank's log files on this node, except for ranks whose output was shown already."""
     if flags.log_dir is None or (flags.tee != "0" and not flags.local_ranks_filter):
         return
     shown = flags.local_ranks_filter.split(",") if flags.tee != "0" else []
@@ -172,7 +172,7 @@ def _print_last_lines(flags: argparse.Namespace, since: float) -> None:
 
 
 def last_lines(path: Path, count: int = LINES_SHOWN) -> list[str]:
-    """The last lines of a text file; none where there is no such file."""
+    """Return the last lines of a text file; none where there is no such file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 256 * count))

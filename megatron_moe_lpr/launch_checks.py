@@ -1,6 +1,6 @@
-"""The launcher's own numbers: how many nodes and ranks, which node, and the port at which they meet.
+"""Checks the launcher's flags: numbers of nodes and ranks, the node's number, and the port at which nodes meet.
 
-torchrun would end in a traceback, or wait for nodes that never come.
+With a wrong one torchrun would end in a traceback, or wait for nodes that never come.
 """
 
 import argparse
@@ -13,16 +13,16 @@ from megatron_moe_lpr.errors import UserError
 
 PORTS = 65535
 DEFAULT_PORT = 29500
-"""torchrun's."""
+"""torchrun's default for --master-port."""
 KINDS_OF_DEVICES = ("gpu", "cpu", "auto", "xpu")
-"""What torchrun takes for --nproc-per-node instead of a number."""
+"""Values of torchrun's --nproc-per-node besides a number."""
 
 
 def check_launch(flags: argparse.Namespace) -> None:
-    """Check what torchrun's parser leaves unchecked.
+    """Check values of torchrun's flags that its parser does not check.
 
     Args:
-        flags: as torchrun parses them.
+        flags: result of torchrun's parser.
 
     Raises:
         UserError: naming the flag.
@@ -34,7 +34,7 @@ def check_launch(flags: argparse.Namespace) -> None:
     if flags.max_restarts < 0:
         raise UserError(f"--max-restarts {flags.max_restarts}: must be at least 0")
     if flags.standalone or flags.rdzv_backend != "static" or flags.rdzv_endpoint:
-        return  # the nodes meet elsewhere
+        return  # another rendezvous than --master-addr and --master-port
     if not 0 <= flags.node_rank < nodes:
         raise UserError(f"--node-rank {flags.node_rank}: the nodes of --nnodes {flags.nnodes} are 0 to {nodes - 1}")
     if flags.master_port is None and nodes == 1:
@@ -51,8 +51,11 @@ def check_launch(flags: argparse.Namespace) -> None:
 def check_port(port: int, flag: str) -> None:
     """Check that this process can listen at a port of this machine.
 
+    Args:
+        flag: names the port in the message.
+
     Raises:
-        UserError: it is taken, or only root may.
+        UserError: the port is in use, or only root may use it.
     """
     dual = socket.has_dualstack_ipv6()
     try:
@@ -68,7 +71,7 @@ def check_port(port: int, flag: str) -> None:
 
 
 def _nodes(text: str) -> int:
-    """Most nodes of `4` or `2:4`."""
+    """Return the largest number of nodes in a value of --nnodes such as `4` or `2:4`."""
     match = re.fullmatch(r"([1-9]\d{0,5})(?::([1-9]\d{0,5}))?", text)
     if match is None or int(match[1]) > int(match[2] or match[1]):
         raise UserError(f"--nnodes {text}: a number of nodes, 1 or more, or LEAST:MOST")

@@ -17,19 +17,22 @@ if TYPE_CHECKING:
     from megatron_moe_lpr.training.run_directory.run_lock import RunLock
     from megatron_moe_lpr.training.watchdog.heartbeat import Heartbeat
 
-# What a run is made of takes seconds to import, and a signal may arrive meanwhile: it is imported where it is used.
+# torch and what needs it take seconds to import, and a signal may arrive meanwhile: they are imported where used.
 
 LAUNCHER = "MOE_LPR_LAUNCHER"
-"""Environment variable: process number of the launcher that started this worker."""
+"""Environment variable with the process number of the launcher that started this worker."""
 ORPHAN_SECONDS = 600
-"""How long a worker whose launcher is gone may take to finish its step and save."""
+"""Time in which a worker whose launcher is gone must finish its step and save."""
 
 
 def pretrain(config: "TrainingConfig", callbacks: "Sequence[Callback]" = ()) -> bool:
-    """Run a stage; False: it was asked to stop and has saved.
+    """Train a stage. Every rank must call it.
 
     Args:
-        callbacks: called by this rank, see `training.callbacks`.
+        callbacks: callbacks of this rank, see `training.callbacks`.
+
+    Returns:
+        False: the run was asked to stop and has saved.
     """
     from megatron_moe_lpr.checkpoint.format.chain import resolve_and_hold
     from megatron_moe_lpr.training.run_directory.run_lock import run_lock
@@ -38,7 +41,7 @@ def pretrain(config: "TrainingConfig", callbacks: "Sequence[Callback]" = ()) -> 
     from megatron_moe_lpr.training.watchdog.heartbeat import Heartbeat
 
     options = config.checkpoint
-    # First of all, so that it also ends a run whose lock lies on a disk that does not answer.
+    # The heartbeat comes first: it also ends a run whose lock is on a disk that hangs.
     with Heartbeat(config.distributed_timeout_minutes * 60.0) as heartbeat:
         refuse_lost_directory(options.save, options.load)
         with (
@@ -58,7 +61,7 @@ def _train(
     heartbeat: "Heartbeat",
     callbacks: "Sequence[Callback]",
 ) -> bool:
-    """Build the run, write down what it was given, train, and say how it began and ended."""
+    """Build the run, write its config.json, train, and print how it started and ended."""
     import torch.distributed as dist
 
     from megatron_moe_lpr.liveness import long_work
@@ -70,6 +73,7 @@ def _train(
     from megatron_moe_lpr.training.overview import print_overview
     from megatron_moe_lpr.training.run_directory.start_marker import mount_point
     from megatron_moe_lpr.training.run_log import LossWarnings, RunLog
+    from megatron_moe_lpr.training.run_saver import RunSaver
     from megatron_moe_lpr.training.setup import prepare
 
     with long_work("setting up"):
@@ -88,7 +92,7 @@ def _train(
         writer.say(note)
     try:
         called = Callbacks([LossWarnings(writer), RunLog(run, writer)], callbacks)
-        finished = Trainer(run, writer, lock, heartbeat, called).train()
+        finished = Trainer(run, writer, RunSaver(run, lock, writer.say), heartbeat, called).train()
     finally:
         writer.close()
     step = run.state.iteration
@@ -104,7 +108,7 @@ def main() -> None:
     try:
         finished = _run()
     except BaseException:
-        # Peers that left for the same signal make this rank's start and first step fail in many ways.
+        # Other ranks that ended for the same signal make this rank's start or first step fail in many ways.
         if stop.received and not stop.has_stepped:
             _leave_at_once(stop.received)
         raise
@@ -131,17 +135,17 @@ def _run() -> bool:
 
 
 def _end_with_launcher() -> None:
-    """A worker whose launcher or torchrun is gone saves and leaves. One that a person started stays."""
+    """Make a worker save and end when its launcher or torchrun is gone; a process started by hand is left alone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = int(os.environ.get(LAUNCHER, os.getppid()))
-    # Where a script stands between, that is the parent.
+    # With a script in between, the parent is that script.
     parent = os.getppid() if is_running(launcher) else launcher
     end_with_parent(signal.SIGTERM, parent, grace=ORPHAN_SECONDS)
 
 
 def _leave_at_once(received: signal.Signals) -> None:
-    """Without Python's own end, which would wait for threads that wait for peers."""
+    """End the process without Python's shutdown, which would wait for threads that wait for other ranks."""
     print(f"stopped by {received.name} before the first step: nothing to save; start again to go on", flush=True)
     sys.stderr.flush()
     os._exit(EXIT_REQUEUE)

@@ -29,6 +29,7 @@ def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, in
     from megatron_moe_lpr.data.reading.config import DataConfig
     from megatron_moe_lpr.engine.options import BatchOptions
     from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+    from megatron_moe_lpr.training.batches import global_batches
     from megatron_moe_lpr.training.configuration.config import (
         CheckpointOptions,
         LoggingOptions,
@@ -38,6 +39,7 @@ def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, in
     from megatron_moe_lpr.training.logs.metrics import MetricsWriter
     from megatron_moe_lpr.training.loop import Trainer
     from megatron_moe_lpr.training.run_directory.run_lock import acquire
+    from megatron_moe_lpr.training.run_saver import RunSaver
     from megatron_moe_lpr.training.setup import prepare
     from megatron_moe_lpr.training.watchdog.heartbeat import Heartbeat
 
@@ -60,12 +62,12 @@ def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, in
     )
     run = prepare(config)
     writer = MetricsWriter(LoggingOptions(), config.checkpoint.save, "benchmark")
-    trainer = Trainer(run, writer, acquire(config.checkpoint.save), Heartbeat(600.0))
-    batches = trainer._batches()
+    trainer = Trainer(run, writer, RunSaver(run, acquire(config.checkpoint.save), writer.say), Heartbeat(600.0))
+    batches = global_batches(run)
 
     def step() -> float:
         trainer.step(batches)
-        return trainer.agreed.sums.mean
+        return trainer.result.agreed.sums.mean
 
     return step
 

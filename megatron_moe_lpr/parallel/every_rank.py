@@ -47,6 +47,11 @@ def on_every_rank(action: Callable[[], Result]) -> list[Result]:
     return [value for value, _ in outcomes]
 
 
+def on_rank_0(action: Callable[[], Result]) -> Result:
+    """Run `action` on rank 0 and return its result on every rank. Every rank must call it. Errors: `on_every_rank`."""
+    return on_every_rank(lambda: action() if _rank() == 0 else None)[0]  # type: ignore[return-value]
+
+
 def _common_error(failures: list[_Failure], world_size: int) -> UserError:
     # A rank that could not read a file outweighs one that found damage: the damage is not proven then.
     unreadable = [failure for failure in failures if not isinstance(failure.error, DamagedFile)]

@@ -1,16 +1,16 @@
-"""Five places of a run where code of others is called: its start, each step, each evaluation, each save and its end.
+"""Callbacks of a run: at its start, after each step, each evaluation and each save, and at its end.
 
-Every rank calls the callbacks of its own process, at the same places, in the order of the list, with the same values.
-What writes a file or speaks to a service does so on one rank: `if torch.distributed.get_rank() == 0`. Callbacks may
-differ from rank to rank, as long as none of them calls a collective.
+Every rank calls the callbacks of its own process, at the same moments, in the order of the list, with the same values.
+A callback that writes a file or uses a service should do so on one rank: `if torch.distributed.get_rank() == 0`.
+Callbacks may differ from rank to rank, as long as none of them calls a collective.
 
-All that a callback is given lies on the host already: no callback makes a step wait for the device. What the log says
-(routing, tokens per second, memory) is known at log steps only, see `Step.metrics`.
+All values that a callback gets are on the host: no callback makes a step wait for the device. Routing, tokens per
+second and memory are known at log steps only, see `Step.metrics`.
 
-A callback that raises ends the run on every rank: the rank where it did with that error, the others with an error that
-contains its traceback (a `UserError` ends all as itself). From a step all ranks hear of it with what they agree on in
-the next one, from elsewhere at once. Until then nothing is saved, and the callbacks of that rank are not called again.
-As with any error, a save that is not complete yet is given up.
+A callback that raises ends the run on every rank: its own rank with that error, the others with an error that contains
+its traceback (a `UserError` ends all ranks as itself). After an error in `on_step` the other ranks learn of it in the
+exchange of the next step, after other errors at once. Until then nothing is saved, and the callbacks of that rank are
+not called again. As with any error, a save that is not complete is given up.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from megatron_moe_lpr.training.configuration.config import TrainingConfig
     from megatron_moe_lpr.training.logs.metrics import IntervalMetrics
 
-# A program names the base class before anything heavy is imported: torch comes with the first call.
+# Programs import the base class first: torch and others are imported with the first call.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,22 +37,22 @@ class Step:
     """One optimizer step, the same on every rank."""
 
     iteration: int
-    """Counted from 1 over all starts of the run."""
+    """Number of the step, from 1, over all starts of the run."""
     sums: "LossSums"
     """LM loss and tokens of the global batch, by language; not finite where the loss was not."""
     languages: tuple[str, ...]
     """Names, in the order of `sums`."""
     skipped: bool
-    """Whether the weights stay as before: the loss or a gradient was not finite."""
+    """Whether the step changed no weight, since the loss or a gradient was not finite."""
     grad_norm: float
-    """Norm of the gradients before clipping, of the last step that was not skipped."""
+    """Norm of the gradients before clipping, in the last step that was not skipped."""
     lr: float
     """Learning rate of the next step."""
     consumed_samples: int
     consumed_tokens: int
-    """Of the run so far, padding included."""
+    """Tokens of the run so far, padding included."""
     metrics: "IntervalMetrics | None"
-    """At each log step the means since the one before, routing, speed and memory (this rank's); else None."""
+    """At log steps: means since the previous log step, routing, speed and memory of this rank; else None."""
 
     @functools.cached_property
     def loss(self) -> float:
@@ -66,21 +66,21 @@ class Step:
 
 
 class Callback:
-    """Base class of what a run calls; each method does nothing until a subclass defines it."""
+    """Base class of callbacks; each method does nothing unless a subclass overrides it."""
 
     def on_start(self, config: "TrainingConfig", iteration: int) -> None:
         """Called once when the run is ready for its first step.
 
         Args:
             config: every flag of the run.
-            iteration: step that it goes on from; 0: it begins.
+            iteration: step that the run resumes from; 0: it starts.
         """
 
     def on_step(self, step: Step) -> None:
-        """Called after each optimizer step, before the save and the evaluation that are due with it."""
+        """Called after each optimizer step, before a save and an evaluation that are due at this step."""
 
     def on_evaluation(self, iteration: int, result: "DatasetLoss") -> None:
-        """Called after each validation dataset that was evaluated whole.
+        """Called after the evaluation of each validation dataset, unless it was interrupted.
 
         Args:
             iteration: step whose weights were evaluated.
@@ -90,27 +90,32 @@ class Callback:
     def on_save(self, saved: "Saved") -> None:
         """Called when a checkpoint is complete on all ranks: `saved.path` is its directory, `saved.iteration` its step.
 
-        An asynchronous save is complete some steps later than it began, or in the middle of an evaluation.
+        An asynchronous save is complete some steps after it started, possibly during an evaluation.
         """
 
     def on_end(self, iteration: int, finished: bool) -> None:
-        """Called once after the last save, not where an error ends the run.
+        """Called once after the last save, unless an error ends the run.
 
         Args:
             iteration: the last step.
-            finished: False: a signal asked the run to stop; started again it goes on.
+            finished: False: a signal asked the run to stop; started again, it resumes.
         """
 
 
 class CallbackError(Exception):
-    """A callback of another rank raised. The message contains its traceback."""
+    """A callback of another rank raised an error, whose traceback is in the message."""
 
 
 class Callbacks:
-    """Calls a run's own callbacks, whose errors end this rank at once, and then those that the user gave."""
+    """Calls the callbacks of the package, whose errors end this rank at once, and then those of the user."""
 
     def __init__(self, own: Sequence[Callback] = (), given: Sequence[Callback] = ()) -> None:
-        """Take both. Every rank must make one, with whatever callbacks it has."""
+        """Collect the callbacks of this rank. Every rank must make one.
+
+        Args:
+            own: callbacks of the package.
+            given: callbacks of the user.
+        """
         from megatron_moe_lpr.parallel.every_rank import on_every_rank
 
         self.own, self.given = list(own), list(given)
@@ -118,12 +123,12 @@ class Callbacks:
         self._any_given = any(on_every_rank(lambda: bool(given)))
 
     def start(self, config: "TrainingConfig", iteration: int) -> None:
-        """Call on_start. Every rank must call this and each method below; they raise as `check` does."""
+        """Call on_start. Every rank must call this method and those below, which raise errors as `check` does."""
         self._call("on_start", config, iteration)
         self.check()
 
     def step(self, step: Step) -> None:
-        """Call on_step. An error waits for the next `check`: a step exchanges nothing but what it must."""
+        """Call on_step. An error is raised in the next `check`, so that a step needs no further exchange."""
         self._call("on_step", step)
 
     def evaluation(self, iteration: int, result: "DatasetLoss") -> None:
@@ -144,14 +149,16 @@ class Callbacks:
 
     @property
     def failed(self) -> bool:
-        """Whether a callback of this rank raised, so that all ranks are to call `check`."""
+        """Whether a callback of this rank raised an error: then all ranks must call `check`."""
         return self._error is not None
 
     def check(self) -> None:
-        """Compare with all ranks. Every rank must call it.
+        """Raise the error of a callback on all ranks. Every rank must call it.
 
         Raises:
-            Exception: a callback raised: here its own error, on other ranks CallbackError, or UserError like here.
+            Exception: a callback of this rank raised it.
+            CallbackError: a callback of another rank raised an error.
+            UserError: a callback of any rank raised it.
         """
         if not self._any_given:
             return
@@ -182,7 +189,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
     """Check what a program passes to `train`.
 
     Raises:
-        UserError: something that is not an instance of a subclass of Callback.
+        UserError: one of them is not an instance of a subclass of Callback.
     """
     for callback in callbacks:
         if not isinstance(callback, Callback):
@@ -191,7 +198,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
 
 
 def _failure(error: BaseException | None) -> tuple[bool, str] | None:
-    """What other ranks are sent: whether the text is a line for the user, and the text."""
+    """The error as other ranks get it: whether it is a UserError, and its message or traceback."""
     if error is None:
         return None
     if isinstance(error, UserError):

@@ -43,7 +43,9 @@ def explain_non_finite_loss(
     language_group: torch.Tensor,
     iteration: int,
 ) -> UserError:
-    """Run the step's batches forward again and find the first layer whose output is not finite. Every rank calls it.
+    """Run the step's batches forward again to find the first layer with an output that is not finite.
+
+    Every rank must call it. Arguments: see `engine.micro_batches.run_micro_batches`.
 
     Returns:
         The error to raise, naming step, rank and layer.
@@ -70,7 +72,7 @@ def explain_non_finite_loss(
 
 
 def explain_non_finite_gradient(chunks: Sequence[torch.nn.Module], iteration: int) -> UserError:
-    """Name parameters whose gradient is not finite while the loss was. Every rank calls it.
+    """Find parameters whose gradient is not finite, in a step whose loss is finite. Every rank must call it.
 
     Returns:
         The error to raise, naming step, rank and parameters.

@@ -1,27 +1,22 @@
 """The training loop: steps, evaluations and saves, until the last step or a request to stop."""
 
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_moe_lpr.checkpoint.saving.saver import Saved
-from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
+from megatron_moe_lpr.data.reading.batches import Batch
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
-from megatron_moe_lpr.engine.agreement import Agreed
-from megatron_moe_lpr.engine.micro_batches import to_device
 from megatron_moe_lpr.engine.routing import reset_routing, set_newest_weight
-from megatron_moe_lpr.engine.step import training_step
-from megatron_moe_lpr.evaluation.losses import evaluate_dataset
-from megatron_moe_lpr.parallel.every_rank import on_every_rank
+from megatron_moe_lpr.engine.step import StepResult, training_step
+from megatron_moe_lpr.training.batches import global_batches
 from megatron_moe_lpr.training.callbacks import Callbacks, Step
 from megatron_moe_lpr.training.guards import SkippedSteps, explain_non_finite_gradient, explain_non_finite_loss
 from megatron_moe_lpr.training.interval import Interval, current_lr
 from megatron_moe_lpr.training.logs.metrics import MetricsWriter
-from megatron_moe_lpr.training.run_directory.run_lock import RunLock
+from megatron_moe_lpr.training.run_evaluations import RunEvaluations
 from megatron_moe_lpr.training.run_saver import RunSaver
 from megatron_moe_lpr.training.setup import Run
 from megatron_moe_lpr.training.signals import stop_request
@@ -32,22 +27,20 @@ class Trainer:
     """Steps a prepared run until its end, or until a signal asks it to save and leave."""
 
     def __init__(
-        self, run: Run, writer: MetricsWriter, lock: RunLock, heartbeat: Heartbeat, callbacks: Callbacks | None = None
+        self, run: Run, writer: MetricsWriter, saver: RunSaver, heartbeat: Heartbeat, callbacks: Callbacks | None = None
     ) -> None:
         self.callbacks = callbacks or Callbacks()
         self.run, self.state, self.writer = run, run.state, writer
-        self.heartbeat = heartbeat
+        self.saver, self.heartbeat = saver, heartbeat
         self.language_group = run.language_group
         self.stop = stop_request()
         self.skips = SkippedSteps(run.config.guards)
-        self.saver = RunSaver(run, lock, writer.say)
         self.interval = Interval(run)
         self.grad_norm = 0.0
         self.asked_to_stop = False
-        self.agreed: Agreed
-        """What the ranks agreed on in the latest step."""
-        self.evaluated: set[str] = set()
-        """Names of the validation datasets that were evaluated after the current step."""
+        self.result: StepResult
+        """Result of the latest step."""
+        self.evaluations = RunEvaluations(run, writer.evaluated())
 
     def train(self) -> bool:
         """Run to the end.
@@ -60,11 +53,9 @@ class Trainer:
 
     def _train(self) -> bool:
         config, state = self.run.config, self.state
-        batches = self._batches()
+        batches = global_batches(self.run)
         reset_routing(state.chunks)
         set_newest_weight(state.chunks, self.run.newest_weight(state.iteration))
-        # A signal or a kill may have interrupted the evaluation after this step: do what is missing.
-        self.evaluated = on_every_rank(self.writer.evaluated)[0]
         self.callbacks.start(config, state.iteration)
         self._evaluate_if_due()
         while not self.asked_to_stop and state.iteration < config.batch.train_iters:
@@ -83,7 +74,7 @@ class Trainer:
             self._save_and_evaluate_if_due()
         self.save()
         self._report_saved(self.saver.wait())
-        finished = self._is_last() and not self._missing_evaluations()
+        finished = self._is_last() and not self.evaluations.missing()
         self.callbacks.end(state.iteration, finished)
         return finished
 
@@ -101,16 +92,10 @@ class Trainer:
 
     def _evaluate_if_due(self) -> bool:
         """Evaluate the datasets that are due and not evaluated, unless all ranks stop; return whether any was due."""
-        missing = self._missing_evaluations()
+        missing = self.evaluations.missing()
         if missing and not self.asked_to_stop:
             self.evaluate(missing)
         return bool(missing)
-
-    def _missing_evaluations(self) -> list[ValidationDataset]:
-        is_due = self._is_due(self.run.config.logging.eval_interval) or self._is_last()
-        if not is_due or not self.state.iteration:
-            return []
-        return [dataset for dataset in self.run.datasets.valid if dataset.name not in self.evaluated]
 
     def _is_last(self) -> bool:
         return self.state.iteration >= self.run.config.batch.train_iters
@@ -118,42 +103,27 @@ class Trainer:
     def _is_due(self, interval: int | None) -> bool:
         return bool(interval and self.state.iteration % interval == 0)
 
-    def _batches(self) -> Iterator[Batch]:
-        config = self.run.config
-        if self.state.iteration >= config.batch.train_iters:
-            return iter(())
-        return build_data_iterator(
-            self.run.datasets.train,
-            self.state.consumed_samples,
-            config.batch.micro_batch_size,
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-            config.data.num_workers,
-            pin_memory=self.run.platform.on_gpus,
-        )
-
-    def step(self, iterator: Iterator[Batch]) -> None:
+    def step(self, batches: Iterator[list[Batch]]) -> None:
         """Train on the next global batch. Raises UserError where a loss, a gradient or its absence is wrong."""
         run, state, batch = self.run, self.state, self.run.config.batch
         set_newest_weight(state.chunks, run.newest_weight(state.iteration + 1))
-        device = run.platform.device
-        batches = [to_device(part, device) for part in itertools.islice(iterator, run.num_microbatches)]
-        self.evaluated = set()
-        result = training_step(
+        micro_batches = next(batches)
+        self.evaluations.begin_step()
+        self.result = result = training_step(
             state,
-            batches,
+            micro_batches,
             self.language_group,
             batch.global_batch_size,
             self._is_asked_to_stop,
             check_gradients=self.interval.is_new,
         )
-        self.agreed, self.asked_to_stop = result.agreed, result.agreed.asked_to_stop
+        self.asked_to_stop = result.agreed.asked_to_stop
         if result.agreed.not_finite is None:
             self.grad_norm = result.grad_norm
             self.skips.end()
             self.interval.add(result.agreed.sums)
         else:
-            self._skip(result.agreed.not_finite, batches)
+            self._skip(result.agreed.not_finite, micro_batches)
         state.iteration += 1
         state.consumed_samples += batch.global_batch_size
         state.consumed_tokens += batch.global_batch_size * batch.seq_length
@@ -172,7 +142,7 @@ class Trainer:
 
     def _report(self) -> None:
         """Call the callbacks of a step. Every rank must call it: at log steps routing is summed over the ranks."""
-        state, agreed = self.state, self.agreed
+        state, agreed = self.state, self.result.agreed
         step = Step(
             iteration=state.iteration,
             sums=agreed.sums,
@@ -195,25 +165,15 @@ class Trainer:
 
         If any rank is asked to stop, all stop between two micro-batches; the dataset in progress has no result.
         """
-        run, began = self.run, time.monotonic()
+        began = time.monotonic()
         self.callbacks.check()
         for dataset in datasets:
-            result = evaluate_dataset(
-                self.state.chunks,
-                run.model.config,
-                run.model.shape,
-                dataset,
-                self.language_group,
-                run.platform.device,
-                run.config.batch.micro_batch_size,
-                self._after_pass,
-            )
+            result = self.evaluations.evaluate(dataset, self._after_pass)
             if result is None:
                 self.asked_to_stop = True
                 self.writer.say(f"step {self.state.iteration:,}: the evaluation on {dataset.name} was left unfinished")
                 break
             self.callbacks.evaluation(self.state.iteration, result)
-            self.evaluated.add(result.name)
         self.interval.leave_out(began)
 
     def _after_pass(self) -> bool:

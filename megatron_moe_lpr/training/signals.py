@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and leave: a time limit, a preemption. Imports nothing heavy: handlers come first."""
+"""Signals that ask a run to save and end, as of a time limit or preemption. Imports are few: handlers come first."""
 
 import os
 import signal
@@ -8,20 +8,20 @@ import time
 from megatron_moe_lpr.processes import STOP_SIGNALS, start_thread
 
 EXIT_REQUEUE = 75
-"""Exit code of a run that saved because it was asked to stop: start it again and it goes on (EX_TEMPFAIL)."""
+"""Exit code of a run that saved because it was asked to stop; started again, it resumes (EX_TEMPFAIL)."""
 
 LEAVE_SECONDS = 10
-"""A process that has nothing to save yet and waits inside a library hears a signal no later than this."""
+"""A process without anything to save that waits inside a library ends so long after a signal."""
 
 
 class StopRequest:
-    """Remembers a signal until the step is done. As long as there is nothing to save, a signal ends the process."""
+    """Keeps a signal until the current step is done; while there is nothing to save, a signal ends the process."""
 
     def __init__(self, nothing_to_save: bool = False) -> None:
         self.received: signal.Signals | None = None
         self.nothing_to_save = nothing_to_save
         self.has_stepped = False
-        # Before the handlers: an exit out of the start of a thread leaves its lock in a state that is an error itself.
+        # Before the handlers: an exit while a thread is started would leave the lock of threading in a wrong state.
         if nothing_to_save:
             self._leave_from_libraries()
         for number in STOP_SIGNALS:
@@ -33,11 +33,11 @@ class StopRequest:
             sys.exit(EXIT_REQUEUE)
 
     def may_leave(self) -> bool:
-        """Whether this process may end at once."""
+        """Whether this process may end at once, without saving."""
         return self.nothing_to_save
 
     def _leave_from_libraries(self) -> None:
-        """Python runs handlers between two of its instructions, and so not while a library waits for other ranks."""
+        """End the process also while a library waits for other ranks, when Python does not run its signal handlers."""
         arrived, wake = os.pipe()
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -55,7 +55,7 @@ _request: StopRequest | None = None
 
 
 def stop_request(nothing_to_save: bool = False) -> StopRequest:
-    """The one of this process, made by the first call."""
+    """Return the StopRequest of this process, which the first call makes."""
     global _request
     if _request is None:
         _request = StopRequest(nothing_to_save)

@@ -1,6 +1,6 @@
 """All flags of a training run, one dataclass per subject. Flags carry Megatron's names.
 
-Imports neither torch nor Megatron, which take seconds: a mistake in a flag is told at once.
+Imports neither torch nor Megatron, which take seconds: a mistake in a flag is reported at once.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import PlatformName
 from megatron_moe_lpr.training.configuration.stages import StageOptions
 
-# What flags that decide no number of a run are for, where several share the reason.
+# Marks of flags that decide no number of a run, where several share the reason.
 Storage = Annotated[T, Free("where, when and which checkpoints are read, written and kept, not what trains")]
 Consent = Annotated[T, Free("says which changes are taken; these are recorded by themselves")]
 Watching = Annotated[T, Free("logs and evaluations change no weight")]
@@ -73,7 +73,7 @@ class CheckpointOptions:
 
 @dataclasses.dataclass(frozen=True)
 class GuardOptions:
-    """What to do about a loss or a gradient that is not finite."""
+    """What to do in a step whose loss or gradient is not finite."""
 
     on_nonfinite: Annotated[
         Literal["stop", "skip"], Free("what happens in a step that is not finite, which the log tells")

@@ -28,7 +28,7 @@ def parse_training_flags(arguments: Sequence[str] | None = None, description: st
         description: for --help.
 
     Raises:
-        SystemExit: a mistake in the flags or in the file, told in one line, or --help.
+        SystemExit: --help, or a mistake in the flags or in the file, reported in one line.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -39,11 +39,11 @@ def parse_training_flags(arguments: Sequence[str] | None = None, description: st
 
 
 def training_config(source: TrainingConfig | Mapping[str, Any] | Path | str) -> TrainingConfig:
-    """Return a run's configuration from what holds its flags.
+    """Return a run's configuration from a mapping or a file of its flags.
 
     Args:
-        source: a mapping from flags (with underscores or hyphens) to values, or the path of a file as --config takes
-            it; a configuration is returned as it is.
+        source: a mapping from flags (with underscores or hyphens) to values, or the path of a file as for --config; a
+            configuration is returned unchanged.
 
     Raises:
         UserError: a flag that is unknown, missing or no value of its type; a file that cannot be read.
@@ -57,7 +57,7 @@ def training_config(source: TrainingConfig | Mapping[str, Any] | Path | str) -> 
 
 
 def config_values(config: TrainingConfig) -> dict[str, Any]:
-    """Return every flag of a run by its name with underscores, in JSON's types; None where a default decides later."""
+    """Return every flag of a run by its name with underscores, in JSON's types; None: the run chooses a default."""
     return {name: _plain(value) for name, value in _flags(config) if name != FLAG.removeprefix("--")}
 
 
@@ -72,7 +72,7 @@ def _flags(options: Any) -> Iterator[tuple[str, Any]]:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Return the flags that a file holds, by their names with underscores.
+    """Read the flags in a file, by their names with underscores.
 
     Args:
         path: SAVE/config.json of a run, or a YAML or JSON file of one mapping from flags to values.
@@ -83,7 +83,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        # JSON is read as YAML too, but for tabs, which a person may have put between.
+        # YAML's parser reads JSON too, except for tabs between its parts.
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except FileNotFoundError:
@@ -97,7 +97,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def write_run_config(config: TrainingConfig, world_size: int, data_parallel_size: int) -> None:
-    """Write SAVE/config.json: the flags, and what else was there when the run started. Call it on one rank."""
+    """Write SAVE/config.json: the flags, layout, versions and command line of the run. Call it on one rank."""
     record = {
         "config": config_values(config),
         "world_size": world_size,
@@ -115,7 +115,7 @@ def versions() -> dict[str, str]:
 
 
 def _expand(words: Sequence[str]) -> list[str]:
-    """The words with the flags of --config's file in its place and in front of all others."""
+    """Replace --config FILE by the flags in the file, put before all others, so that others override them."""
     rest: list[str] = []
     path: str | None = None
     position = 0

@@ -1,4 +1,4 @@
-"""What a run is, as the history in its checkpoints records it, and what may differ when it goes on."""
+"""The description of a run, which its checkpoints record, and the differences from it that a resume may have."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -19,16 +19,17 @@ from megatron_moe_lpr.training.configuration.stages import Stage
 
 FLAGS = tuple(marked_flags(TrainingConfig))
 SCHEDULE = tuple(flag.name for flag in FLAGS if flag.mark is Change.SCHEDULE)
-"""What Megatron's optimizer_param_scheduler decides, and --override-opt-param-scheduler accepts."""
+"""Flags of Megatron's optimizer_param_scheduler, which --override-opt-param-scheduler accepts."""
 ACCEPTABLE = tuple(dict.fromkeys(flag.recorded_as for flag in FLAGS if flag.recorded_as and flag.acceptable))
-"""What --accept-changes takes, by flag. All else makes it another run: its optimizer's state or its place in the data
-would mean nothing."""
+"""Flags that --accept-changes accepts. Another value of any other makes it another run: the optimizer's state or the
+place in the data would mean nothing."""
 
 
 def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that decides a run's numbers besides its layout, in JSON's types.
+    """Return everything that decides a run's numbers besides its layout, in JSON's types.
 
-    Each flag that is marked as deciding them (`flag_marks`), by its name; and what the run made of other flags.
+    That is each flag that is marked as deciding numbers (`flag_marks`), by its name, and values that the run derives
+    from other flags: coefficients of losses, dtype, languages and datasets.
     """
     values = config_values(config)
     return {
@@ -43,7 +44,7 @@ def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dty
 
 
 def _fp8(options: FP8Options) -> dict[str, Any]:
-    """None (of a switch: off) for what decides nothing beside the other choices."""
+    """None (False for a switch) for each flag of FP8 that has no effect beside the other flags."""
     recorded: dict[str, Any] = {}
     if not options.enabled:
         recorded |= {"fp8_recipe": None, "first_last_layers_bf16": False}
@@ -53,17 +54,17 @@ def _fp8(options: FP8Options) -> dict[str, Any]:
 
 
 def _dataset(entry: BlendEntry) -> str:
-    """A dataset's language, weight, documents and checksums; not its path, which may change."""
+    """A dataset's language, weight, documents and checksums, without its path, which may change."""
     manifest = entry.manifest
     content = f"index {manifest.index_sha256[:16]} text {(manifest.bin_xxh3_128 or 'unknown')[:16]}"
     return f"{entry.language} {entry.weight:.6g} documents {entry.first_document}-{entry.end_document} {content}"
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """(recorded, now) of what differs. What an older version did not record is not compared.
+    """Return (recorded, now) of each value that differs. Values that an older version did not record are not compared.
 
-    Of original languages only those of the training data are: no others change a number of the run, and older versions
-    recorded some of them, as the validation data happened to have them.
+    Of original languages only those in the training data are compared: others change no number of the run, and older
+    versions recorded those that the validation data had.
     """
     recorded, now = _comparable(recorded), _comparable(now)
     return {
@@ -72,7 +73,7 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
 
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The description with languages in their one spelling, which an older version did not have."""
+    """The description with canonical names of languages, which older versions did not use."""
     compared = dict(description)
     if isinstance(compared.get("data"), list):
         compared["data"] = [_with_canonical_language(str(line)) for line in compared["data"]]
@@ -86,16 +87,16 @@ def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_canonical_language(line: str) -> str:
-    """A line of `_dataset`, which begins with its language."""
+    """A line of `_dataset`, which begins with a language, with its canonical name."""
     language, space, rest = line.partition(" ")
     return f"{canonical_language(language)}{space}{rest}"
 
 
 def accepted_names(names: Iterable[str], override_scheduler: bool) -> set[str]:
-    """Fields behind --accept-changes and --override-opt-param-scheduler.
+    """Return the fields that --accept-changes and --override-opt-param-scheduler accept.
 
     Raises:
-        UserError: a name that is no flag, or none that may change.
+        UserError: a name that is no flag, or a flag that must not change.
     """
     fields = {name.removeprefix("--").replace("-", "_") for name in names}
     unknown = sorted(fields - set(ACCEPTABLE))
@@ -108,10 +109,10 @@ def accepted_names(names: Iterable[str], override_scheduler: bool) -> set[str]:
 
 
 def refuse_differences(recorded: Mapping[str, Any], now: Mapping[str, Any], accepted: set[str], place: str) -> None:
-    """Check that a run goes on as what it was, or with changes that were accepted.
+    """Check that a resumed run differs from the recorded one only in flags whose change was accepted.
 
     Raises:
-        UserError: naming each difference and what to do.
+        UserError: naming each other difference and what to do.
     """
     found = differences(recorded, now)
     refused = {name: pair for name, pair in found.items() if name not in accepted}
@@ -132,9 +133,9 @@ def refuse_differences(recorded: Mapping[str, Any], now: Mapping[str, Any], acce
 
 
 def recorded_schedule(recorded: Mapping[str, Any], config: TrainingConfig) -> OptimizerOptions:
-    """The options with the checkpoint's schedule in place of the flags' (--use-checkpoint-opt-param-scheduler).
+    """Return the optimizer's options with the checkpoint's schedule (--use-checkpoint-opt-param-scheduler).
 
-    A schedule that was left to end with the run ends where it did, also in a run that was lengthened.
+    Where the schedule ended with the run by default, it still ends at the same step in a run that was lengthened.
     """
     schedule = {name: recorded[name] for name in SCHEDULE if name in recorded}
     if schedule.get("lr_decay_iters") is None and recorded.get("train_iters") != config.batch.train_iters:

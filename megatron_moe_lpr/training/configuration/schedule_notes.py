@@ -1,4 +1,4 @@
-"""What a run says of its learning rate before its first step: where it would surprise."""
+"""Notes and warnings about a surprising learning rate, printed before the first step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,11 +7,11 @@ from megatron_moe_lpr.training.configuration.config import TrainingConfig
 
 
 def schedule_notes(config: TrainingConfig, begun: int = 0, recorded: Mapping[str, Any] | None = None) -> list[str]:
-    """Lines for people; none where the schedule takes the whole run and is the one it began with.
+    """Return lines to print; none where the schedule lasts the whole run and is the one that the run started with.
 
     Args:
         begun: steps that the run has made so far.
-        recorded: the run's description in the checkpoint that it goes on from; None: it has just begun.
+        recorded: the run's description in the checkpoint that it resumes from; None: the run starts.
     """
     options, train_iters = config.optimizer, config.batch.train_iters
     notes = []
@@ -36,7 +36,7 @@ def schedule_notes(config: TrainingConfig, begun: int = 0, recorded: Mapping[str
 
 
 def _stretched(config: TrainingConfig, recorded: Mapping[str, Any]) -> list[str]:
-    """A schedule that ends with the run ends later where the run was lengthened."""
+    """A note where the schedule ends later than planned because the run was lengthened."""
     options, before, now = config.optimizer, recorded.get("train_iters"), config.batch.train_iters
     if options.lr_decay_iters is not None or recorded.get("lr_decay_iters") is not None:
         return []

@@ -1,4 +1,4 @@
-"""The stages of the method as data: what trains, which losses, which languages."""
+"""The training stages as data: which parameters train, with which losses, on which languages."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ StageName = Literal["1", "2", "full", "blocks"]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One way to train."""
+    """A training stage."""
 
     name: StageName
     title: str
@@ -31,13 +31,13 @@ class Stage:
     lpr_loss_coeff: float
     """Default of --lpr-loss-coeff."""
     original_languages: Literal["refused", "required", "allowed"]
-    """What the stage says to training data of original languages."""
+    """Whether the stage accepts training data of original languages."""
     needs_experts: bool
     needs_inserted_blocks: bool = False
 
     @property
     def coefficients(self) -> dict[str, Any]:
-        """Weights of the losses, by their names as flags and as fields of MoELPRConfig."""
+        """Coefficients of the losses, by their name, which is that of the flag and of the field of MoELPRConfig."""
         return {name: value for name, value in vars(self).items() if name.endswith("_coeff")}
 
 
@@ -99,13 +99,13 @@ class StageOptions:
     allow_original_languages: Annotated[bool, Free("only checked against the data, which are recorded")] = False
     """Stage 1: accept training data of original languages."""
     open_experts_iters: Decides[PositiveInt | None] = None
-    """After convert_hf.py expand: steps over which the latest experts come in. Default: a tenth of --train-iters."""
+    """After an expansion (`expand`): steps over which the latest experts come in. Default: a tenth of --train-iters."""
 
     def resolve(self) -> Stage:
-        """The stage with this run's choices in place of its defaults.
+        """Return the stage with the values of this run's flags in place of its defaults.
 
         Raises:
-            UserError: a choice the stage does not offer.
+            UserError: a flag that the stage does not offer.
         """
         stage = STAGES[self.stage]
         if self.train_embeddings and self.stage != "1":
@@ -128,13 +128,15 @@ def check_stage(
     earlier: Sequence[Sequence[str]] = (),
     has_inserted_blocks: bool = False,
 ) -> None:
-    """Check that checkpoint and training data are what the stage takes.
+    """Check that the stage can train this checkpoint on this training data.
 
     Args:
+        is_moe: whether the checkpoint has experts.
         earlier: languages of each expansion before the latest one.
+        has_inserted_blocks: whether the checkpoint has blocks that block expansion inserted.
 
     Raises:
-        UserError: saying what is wrong with which flag.
+        UserError: naming the flag and what is wrong.
     """
     if stage.needs_experts and not is_moe:
         raise UserError(
@@ -146,6 +148,10 @@ def check_stage(
             f"--load: --stage {stage.name} trains inserted blocks and the checkpoint has none; "
             f"insert them with {command('import')} --expand-blocks"
         )
+    _check_languages(stage, sources, earlier)
+
+
+def _check_languages(stage: Stage, sources: DataSources, earlier: Sequence[Sequence[str]]) -> None:
     original = sources.trained_original
     if stage.original_languages == "refused" and original:
         raise UserError(
@@ -177,10 +183,10 @@ def check_stage(
 
 
 def freeze(chunks: "Iterable[torch.nn.Module]", stage: Stage, inserted_blocks: Collection[int] = ()) -> None:
-    """Let only what the stage trains require gradients.
+    """Set requires_grad on the parameters that the stage trains, and on no others.
 
     Args:
-        inserted_blocks: layers of the whole model that block expansion inserted.
+        inserted_blocks: layers of the whole model, from 0, that block expansion inserted.
     """
     for chunk in chunks:
         inserted = _numbers_in_chunk(chunk, inserted_blocks)
@@ -189,7 +195,7 @@ def freeze(chunks: "Iterable[torch.nn.Module]", stage: Stage, inserted_blocks: C
 
 
 def _numbers_in_chunk(chunk: "torch.nn.Module", layers: Collection[int]) -> set[int]:
-    """Numbers that layers of the whole model have in the names of one chunk, which count its own from 0."""
+    """Map layers of the whole model to their numbers in the parameter names of a chunk, which count from 0 in it."""
     found = {}
     for name, module in chunk.named_modules():
         if match := re.search(r"\bdecoder\.layers\.(\d+)$", name):

@@ -1,8 +1,8 @@
-"""TensorBoard's event files, written so that each step is there once after any resume.
+"""TensorBoard's event files, written so that TensorBoard shows each step once after any resume.
 
-torch's SummaryWriter names files by the clock and writes them from a thread. TensorBoard reads files in the order of
-their names, and what a run that resumes says of later steps (`SessionLog.START`) hides only what it has read before. A
-clock that was set back would let it hide the steps of the new start instead.
+torch's SummaryWriter names files by the clock. TensorBoard reads files in the order of their names, and a resume
+(`SessionLog.START`) hides later steps only in what it has read before: with a clock that was set back, it would hide
+the steps of the new start instead.
 """
 
 import os
@@ -22,10 +22,10 @@ class EventFile:
     """Appends scalars and texts to a new event file, the last of its directory by name."""
 
     def __init__(self, directory: Path, iteration: int) -> None:
-        """Create it.
+        """Create the file.
 
         Args:
-            iteration: where the run goes on from; what the directory's files say of later steps is hidden.
+            iteration: step that the run resumes from (0: it starts); later steps in earlier files are hidden.
 
         Raises:
             OSError: naming what cannot be written.
@@ -75,13 +75,13 @@ class EventFile:
 
 
 class _Blocks:
-    """What TensorBoard's RecordWriter writes to."""
+    """A file for TensorBoard's RecordWriter that collects what is written."""
 
     def __init__(self, blocks: list[bytes]) -> None:
         self.write = blocks.append
 
 
 def _stamps(directory: Path) -> list[int]:
-    """The numbers by which the event files of a directory are ordered."""
+    """The times in the names of a directory's event files, by which TensorBoard orders them."""
     numbers = (path.name.removeprefix(f"{NAME}.").split(".")[0] for path in directory.glob(f"{NAME}.*"))
     return [int(number) for number in numbers if number.isascii() and number.isdigit()]

@@ -1,4 +1,4 @@
-"""Where records go, and what happens when a place fails: what only logs must not end a run or cost steps."""
+"""Destinations of log records; where one fails or hangs, the run continues and the records are written later."""
 
 import collections
 import dataclasses
@@ -16,12 +16,12 @@ from megatron_moe_lpr.processes import start_thread
 from megatron_moe_lpr.training.logs.event_file import EventFile
 
 RETRY_SECONDS = 30.0
-"""After a failure a place is left alone for so long."""
+"""Time between a failure of a destination and the next try."""
 MOST_WAITING = 10_000
-"""Records that wait for a place that fails; of more, the oldest are given up."""
+"""Most records that wait for a failing destination; the oldest are dropped."""
 FLUSH_SECONDS = 5.0
 CLOSE_SECONDS = 30.0
-"""How long a run waits for a place that does not answer, before a checkpoint and at its end."""
+"""How long a run waits for a destination that hangs, before a checkpoint and at its end."""
 WANDB_ID_FILE = "wandb_run_id"
 
 
@@ -34,13 +34,13 @@ class Record:
     values: Mapping[str, Any]
 
     def numbers(self) -> dict[str, float]:
-        """Those of `values` that are numbers, by the name of their curve."""
+        """The values that are numbers, by the name of their curve."""
         values = self.values.items()
         return {f"{self.kind}/{name}": value for name, value in values if isinstance(value, int | float)}
 
 
 class Destination(Protocol):
-    """Something that takes records."""
+    """Something that records are written to."""
 
     def write(self, record: Record) -> None: ...
 
@@ -48,48 +48,48 @@ class Destination(Protocol):
 
 
 class RetryingSink:
-    """Hands records on to a place. Where it fails, one warning says why; they wait and are tried again."""
+    """Writes records to a destination. When it fails, one warning says why; records wait and are tried again."""
 
     def __init__(self, name: str, open_destination: Callable[[], Destination]) -> None:
-        """Open the place.
+        """Open the destination.
 
         Args:
-            name: of the place, with its flag or path, for the warning.
-            open_destination: called again later where it fails.
+            name: flag or path of the destination, for the warning.
+            open_destination: opens it; called again later where it fails.
         """
         self.name, self.open_destination = name, open_destination
-        self.place: Destination | None = None
+        self.destination: Destination | None = None
         self.waiting: collections.deque[Record] = collections.deque(maxlen=MOST_WAITING)
         self.failing, self.next_try = False, 0.0
-        self._hand_on()
+        self._write_waiting()
 
     def write(self, record: Record) -> None:
-        """Hand on this record and those that wait."""
+        """Write this record and those that wait, or let it wait too."""
         self.waiting.append(record)
         if time.monotonic() >= self.next_try:
-            self._hand_on()
+            self._write_waiting()
 
     def flush(self) -> None:
-        """Nothing more to do: `write` leaves nothing behind unless the place fails."""
+        """Do nothing: `write` has written all records unless the destination fails."""
 
     def close(self) -> None:
-        """Try once more what waits, and close."""
-        if self.waiting or self.place is None:
-            self._hand_on()
+        """Try once more to write the records that wait, and close."""
+        if self.waiting or self.destination is None:
+            self._write_waiting()
         if self.waiting:
             _warn(f"{self.name}: {len(self.waiting):,} records were not written")
         try:
-            if self.place:
-                self.place.close()
+            if self.destination:
+                self.destination.close()
         except (Exception, SystemExit) as error:
             self._fail(error)
 
-    def _hand_on(self) -> None:
+    def _write_waiting(self) -> None:
         try:
-            if self.place is None:
-                self.place = self.open_destination()
+            if self.destination is None:
+                self.destination = self.open_destination()
             while self.waiting:
-                self.place.write(self.waiting[0])
+                self.destination.write(self.waiting[0])
                 self.waiting.popleft()
         except (Exception, SystemExit) as error:
             self._fail(error)
@@ -107,37 +107,37 @@ class RetryingSink:
 
 
 class ThreadedSink:
-    """A RetryingSink on a thread of its own: a place that hangs makes nobody wait."""
+    """A RetryingSink in a thread of its own, so that no step waits for a destination that hangs."""
 
     def __init__(self, name: str, open_destination: Callable[[], Destination]) -> None:
         self.name, self.open_destination = name, open_destination
         self.tasks: queue.Queue[Record | threading.Event | None] = queue.Queue()
-        self.answers, self.told = True, False
+        self.responds, self.warned = True, False
         self.thread = start_thread(self._work, f"{name} (records are written by the training process)")
         self.direct = RetryingSink(name, open_destination) if self.thread is None else None
 
     def write(self, record: Record) -> None:
-        """Leave the record to the thread."""
+        """Pass the record to the thread."""
         if self.direct:
             self.direct.write(record)
         elif self.tasks.qsize() < MOST_WAITING:
             self.tasks.put(record)
 
     def flush(self) -> None:
-        """Wait, not for long, until all records so far are written."""
-        if self.direct or not self.answers:
+        """Wait until all records are written, at most FLUSH_SECONDS."""
+        if self.direct or not self.responds:
             return
         done = threading.Event()
         self.tasks.put(done)
         self._check(done.wait(FLUSH_SECONDS), FLUSH_SECONDS)
 
     def close(self) -> None:
-        """Write what is left and close, or leave a place that hangs behind."""
+        """Write what is left and close, or abandon a destination that hangs."""
         if self.direct:
             self.direct.close()
         elif self.thread:
             self.tasks.put(None)
-            patience = CLOSE_SECONDS if self.answers else FLUSH_SECONDS
+            patience = CLOSE_SECONDS if self.responds else FLUSH_SECONDS
             self.thread.join(patience)
             self._check(not self.thread.is_alive(), patience)
 
@@ -146,15 +146,15 @@ class ThreadedSink:
         while (task := self.tasks.get()) is not None:
             if isinstance(task, threading.Event):
                 task.set()
-                self.answers = True
+                self.responds = True
             else:
                 sink.write(task)
         sink.close()
 
     def _check(self, is_done: bool, seconds: float) -> None:
-        self.answers = is_done
-        if not is_done and not self.told:
-            self.told = True
+        self.responds = is_done
+        if not is_done and not self.warned:
+            self.warned = True
             _warn(f"{self.name}: does not answer within {seconds:.0f} s; the run goes on without waiting for it")
 
 
@@ -168,11 +168,11 @@ class TensorBoard:
             self.file.add_text(iteration + 1, "config", markdown_table(settings))
 
     def write(self, record: Record) -> None:
-        """Its numbers as scalars."""
+        """Write the record's numbers as scalars."""
         self.file.add(record.iteration, record.numbers())
 
     def close(self) -> None:
-        """Every record is in the file."""
+        """Do nothing: every record is in the file."""
 
 
 def markdown_table(settings: Mapping[str, Any]) -> str:
@@ -190,28 +190,28 @@ class WeightsAndBiases:
     """One run of a Weights & Biases project for all starts of a training run."""
 
     def __init__(self, project: str, name: str, directory: Path, settings: Mapping[str, Any]) -> None:
-        """Begin the run whose id `directory` keeps, or go on with it."""
+        """Start the W&B run whose id is kept in `directory`, or resume it."""
         import wandb
 
         identity = wandb_id(directory)
-        # A run that goes on may have other free settings, such as its layout.
+        # A resumed run may have changed settings, such as its layout.
         options = {"resume": "allow", "config": dict(settings), "allow_val_change": True}
         self.run = wandb.init(project=project, name=name, id=identity, **options) or wandb
 
     def write(self, record: Record) -> None:
-        """Its numbers, at its step."""
+        """Log the record's numbers at its step."""
         self.run.log(record.numbers(), step=record.iteration)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left and end the W&B run."""
         self.run.finish()
 
 
 def wandb_id(directory: Path) -> str:
-    """The id of a training run, kept in its directory.
+    """Return the W&B id of a training run, which is kept in its directory; make one where there is none.
 
     Raises:
-        OSError: it can't be read or kept.
+        OSError: the file cannot be read or written.
     """
     path = Path(directory) / WANDB_ID_FILE
     text = path.read_text(encoding="ascii", errors="replace").strip() if path.exists() else ""

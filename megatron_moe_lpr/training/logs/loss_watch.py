@@ -1,28 +1,29 @@
-"""Warns of losses that jump or climb. It only tells: whether to go back is for a person to decide."""
+"""Warns of losses that jump or climb; the user decides whether to go back to an earlier checkpoint."""
 
 import math
 
 WINDOW = 20
-"""Steps over which mean and deviation run (exponentially)."""
+"""Steps over which mean and deviation are averaged (exponentially)."""
 WARM_UP_STEPS = 20
-"""Steps before a single loss can be called a spike."""
+"""Steps before a loss can be a spike."""
 SPIKE_SIGMAS = 6.0
+"""A loss is a spike that many standard deviations above the mean."""
 MIN_DEVIATION = 0.02
+"""Least standard deviation in nats that spikes are measured by."""
 CLIMB_NATS = 0.5
-"""Nats above the lowest running mean that are no longer noise: a perplexity 1.65 times as high."""
+"""Climb of the mean above its lowest value, in nats, that is warned of: a perplexity 1.65 times as high."""
 NOISE_SIGMAS = 3.0
-"""Deviations of the running mean by which it may be off: with two windows of different languages a step it is mostly
-chance."""
+"""Ignore a climb within so many standard errors of the mean: with few sequences in different languages a step, the mean
+changes by chance."""
 WARNING_INTERVAL = 100
-"""Steps between two warnings of one kind."""
+"""Least number of steps between two warnings of one kind."""
 
 
 class LossWatch:
-    """Two rules over the running mean of the loss:
+    """Watches the running mean of the loss for spikes and climbs, from each start of the run anew.
 
-    a spike is a loss more than 6 deviations above the mean, once 20 steps were seen; the run climbs when the mean is
-    0.5 above its lowest so far, even with each of the two as far off as chance may have it. It starts anew with each
-    start of the run.
+    A spike is a loss more than 6 standard deviations above the mean, after 20 steps. The loss climbs when the mean,
+    less its standard errors, is 0.5 nats above the lowest mean so far plus its standard errors.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class LossWatch:
         self.warned: dict[str, int] = {}
 
     def add(self, loss: float) -> str | None:
-        """Take the loss of a step, in nats per token; what to warn of. Losses that are not finite are left out."""
+        """Add the loss of a step, in nats per token; return a warning or None. A loss that is not finite is ignored."""
         if not math.isfinite(loss):
             return None
         deviation = max(math.sqrt(self.variance), MIN_DEVIATION)
@@ -45,16 +46,16 @@ class LossWatch:
         return None
 
     def _update(self, loss: float) -> None:
-        # A plain mean at first: an exponential one would hang on the first loss.
+        # A plain mean over the first steps: an exponential one would give the first loss too much weight.
         self.seen += 1
-        share = 1 / min(self.seen, WINDOW)
+        weight = 1 / min(self.seen, WINDOW)
         difference = loss - self.mean
-        self.mean += share * difference
-        self.variance = (1 - share) * (self.variance + share * difference * difference)
+        self.mean += weight * difference
+        self.variance = (1 - weight) * (self.variance + weight * difference * difference)
         self.lowest = min(self.lowest, self.mean + self._mean_noise())
 
     def _mean_noise(self) -> float:
-        # As if one more loss, a nat off, had been seen: the variance of two alike is no measure.
+        # As if there had been one more loss, 1 nat from the mean: the variance of few losses may be far too small.
         variance = (self.seen * self.variance + 1) / (self.seen + 1)
         return NOISE_SIGMAS * math.sqrt(variance / min(self.seen, WINDOW))
 

@@ -1,4 +1,4 @@
-"""What a run tells: a line for people, JSON lines and TensorBoard (or Weights & Biases) for programs."""
+"""Metrics of a run: the line that is printed, and records for metrics.jsonl, TensorBoard and Weights & Biases."""
 
 import dataclasses
 import datetime
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 from megatron_moe_lpr.model.moe.routing_statistics import RoutingReport
+from megatron_moe_lpr.parallel.every_rank import on_rank_0
 from megatron_moe_lpr.training.configuration.config import LoggingOptions
 from megatron_moe_lpr.training.logs.log_sinks import (
     Destination,
@@ -29,7 +30,7 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class IntervalMetrics:
-    """One log interval."""
+    """Means over the steps of a log interval, losses in nats per token; speed and memory of this rank."""
 
     iteration: int
     consumed_samples: int
@@ -45,7 +46,7 @@ class IntervalMetrics:
     routing: RoutingReport | None
 
     def scalars(self) -> dict[str, float]:
-        """Flat names and values; NaN ones are left out, since JSON has none."""
+        """Values by name, without those that are not finite, which JSON cannot hold."""
         values = {
             "lm_loss": self.loss,
             "grad_norm": self.grad_norm,
@@ -59,7 +60,7 @@ class IntervalMetrics:
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def line(self, stage: str, train_iters: int) -> str:
-        """The line a person reads."""
+        """The line that is printed."""
         languages = " ".join(f"{name} {loss:.3f}" for name, loss in self.language_losses.items())
         parts = [f"stage {stage}", f"step {self.iteration:,}/{train_iters:,}", f"loss {self.loss:.4f} ({languages})"]
         if self.routing:
@@ -71,8 +72,8 @@ class IntervalMetrics:
 
 
 def routing_scalars(routing: RoutingReport) -> dict[str, float]:
-    """Losses of the routers and, for each group of languages, what it makes of the original expert, in all and by
-    layer."""
+    """Losses of the routers; probability of the original expert and share of tokens with it in their top k, by language
+    group, over all layers and by layer."""
     values = {
         "load_balancing_loss": routing.load_balancing.nanmean().item(),
         "lpr_loss": routing.mean_over_layers(routing.lpr_loss, "original"),
@@ -99,7 +100,7 @@ def _routing_words(routing: RoutingReport) -> str:
 
 
 class MetricsWriter:
-    """Writes on rank 0, and nowhere else. A place that fails costs a warning, never a step (`log_sinks`)."""
+    """Writes records on rank 0 only. A destination that fails costs a warning, never a step (`log_sinks`)."""
 
     def __init__(
         self,
@@ -109,12 +110,12 @@ class MetricsWriter:
         iteration: int = 0,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """Open all places.
+        """Open all destinations.
 
         Args:
-            directory: of the run, for metrics.jsonl.
+            directory: the run's directory, for metrics.jsonl.
             iteration: step that the run resumes from; what an earlier start logged of later steps counts no more.
-            settings: of the run by name, for Weights & Biases and, as one text, TensorBoard.
+            settings: the run's settings by name, for Weights & Biases and, as one text, TensorBoard.
         """
         self.enabled = dist.get_rank() == 0
         self.sinks: list[RetryingSink | ThreadedSink] = []
@@ -138,32 +139,32 @@ class MetricsWriter:
         return _JSONLines(file)
 
     def evaluated(self) -> set[str]:
-        """On rank 0: validation datasets whose result at the step that the run goes on from is logged already."""
-        return self._evaluated
+        """Validation datasets with a logged result of the step that the run resumes from. Every rank must call it."""
+        return on_rank_0(lambda: self._evaluated)
 
     def say(self, text: str) -> None:
-        """A line for people, with the time of day."""
+        """Print a line on rank 0, with the time of day."""
         if self.enabled:
             print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
     def write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
-        """One record: a JSON line, and the numbers in it to TensorBoard and Weights & Biases."""
+        """Write one record as a JSON line, and its numbers to TensorBoard and Weights & Biases."""
         for sink in self.sinks:
             sink.write(Record(kind, iteration, values))
 
     def flush(self) -> None:
-        """Have all records written; a place that does not answer is not waited for long."""
+        """Wait until all records are written, only for a while where a destination hangs."""
         for sink in self.sinks:
             sink.flush()
 
     def close(self) -> None:
-        """Write what waits, and close all places."""
+        """Write the records that wait, and close all destinations."""
         for sink in self.sinks:
             sink.close()
 
 
 class _JSONLines:
-    """metrics.jsonl as a place for records."""
+    """metrics.jsonl as a destination of records."""
 
     def __init__(self, file: MetricsFile) -> None:
         self.file = file
@@ -172,4 +173,4 @@ class _JSONLines:
         self.file.append(record.kind, record.iteration, dict(record.values))
 
     def close(self) -> None:
-        """Every record is in the file."""
+        """Do nothing: every record is in the file."""

@@ -43,7 +43,7 @@ class Holder:
 
 
 def this_process() -> Holder:
-    """Who is observer."""
+    """Describe this process as a holder of a lock."""
     linux = sys.platform == "linux"
     return Holder(
         host=socket.gethostname(),
@@ -90,12 +90,12 @@ def is_alive(holder: Holder, observer: Holder, is_locked: bool | None) -> bool:
 
 
 def has_ended_if_not_refreshed(holder: Holder, observer: Holder, is_locked: bool | None) -> bool:
-    """Whether a lock file that `holder` does not refresh any more means that it has ended.
+    """Whether `holder` has ended if its lock file is not refreshed any more.
 
-    On the same boot that holds of a process which cannot be seen (another user's, another container's) where nobody
-    has its `flock`; on another boot, of the same host name: the host was booted since, or it is another machine of that
-    name (cloned images, containers), whose run would go on refreshing its lock. Of another host name: no. It may be cut
-    off from the file system.
+    In the same boot: yes, where nobody holds its `flock` (a process of another user or container, which is not
+    visible). In another boot with the same host name: yes, since the host has rebooted, or another machine of that name
+    (cloned image, container) would keep refreshing. With another host name: no, that host may have lost the file
+    system.
     """
     if not holder.refreshed or is_locked:
         return False
@@ -105,7 +105,7 @@ def has_ended_if_not_refreshed(holder: Holder, observer: Holder, is_locked: bool
 
 
 def is_near(holder: Holder, observer: Holder) -> bool:
-    """Whether both have one host name: the same machine, its container, or another machine of that name."""
+    """Whether both have the same host name: one machine, its containers, or another machine of that name."""
     return holder.host == observer.host
 
 

@@ -1,12 +1,10 @@
-"""How a run finds its own checkpoint in --save: the latest intact one, of the same run."""
+"""Finds the checkpoint in --save that a run resumes from: the latest intact one, if it is of the same run."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, refuse_newer_format
 from megatron_moe_lpr.checkpoint.format.directory import (
@@ -20,7 +18,7 @@ from megatron_moe_lpr.checkpoint.loading.damage import prove_damage
 from megatron_moe_lpr.checkpoint.loading.verification import check_same_on_all_ranks, verify_all, verify_small_files
 from megatron_moe_lpr.errors import DamagedFile, UserError
 from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE
-from megatron_moe_lpr.parallel.every_rank import on_every_rank
+from megatron_moe_lpr.parallel.every_rank import on_every_rank, on_rank_0
 from megatron_moe_lpr.training.configuration.config import CheckpointOptions
 from megatron_moe_lpr.training.configuration.description import (
     SCHEDULE,
@@ -39,29 +37,29 @@ from megatron_moe_lpr.training.run_directory.fall_back import (
 
 @dataclasses.dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint that this run goes on from."""
+    """The run's own checkpoint that it resumes from."""
 
     directory: CheckpointDirectory
     card: CheckpointCard
     changes: list[dict[str, Any]]
-    """What was changed on the way and at which step: `step`, and by field [before, after]."""
+    """Accepted changes of flags, each with its `step` and, by flag, [before, after]."""
     lengths: list[int]
-    """Steps of the run as planned at first, after it was lengthened once, and so on."""
+    """Steps of the run as first planned, after it was lengthened once, and so on."""
     recorded: dict[str, Any]
-    """The run's description as the checkpoint has it."""
+    """Description of the run in the checkpoint's history, see `description.describe_run`."""
 
 
 def find_resume_point(
     options: CheckpointOptions, description: Mapping[str, Any], start: CheckpointCard
 ) -> ResumePoint | None:
-    """The latest intact checkpoint in --save, None where there is none at all. Every rank must call it.
+    """Find the latest intact checkpoint in --save; None where --save holds none. Every rank must call it.
 
-    One that is damaged beyond doubt (`damage.prove_damage`) is set aside under another name and the one before taken,
-    unless --no-fall-back says otherwise; for more than one, --fall-back-to must say so. Nothing is renamed before an
-    intact one is found. Any other failure of any rank ends the run and changes nothing.
+    A checkpoint whose damage is proven (`damage.prove_damage`) is renamed and the previous one used, unless
+    --no-fall-back forbids it; for more than one, --fall-back-to must allow it. Nothing is renamed before an intact
+    checkpoint is found. Any other failure of any rank ends the run and changes nothing.
 
     Args:
-        description: of the run that wants to go on, see `description.describe_run`.
+        description: description of this start of the run, see `description.describe_run`.
         start: card of the checkpoint that the run started from.
 
     Raises:
@@ -72,29 +70,29 @@ def find_resume_point(
     for iteration in _candidates(options):
         found = CheckpointDirectory(options.save / iteration_directory_name(iteration), iteration)
         try:
-            own = _check_candidate(found, options, description, start)
+            point = _check_candidate(found, options, description, start)
         except DamagedFile as error:
             damaged.append(DamagedCheckpoint(iteration, prove_damage(error, found.path)))
-            _on_rank_0(partial(refuse_fall_back, damaged, options))
+            on_rank_0(partial(refuse_fall_back, damaged, options))
             continue
-        _on_rank_0(partial(set_latest, iteration, damaged, options.save))
-        return own
+        on_rank_0(partial(set_latest, iteration, damaged, options.save))
+        return point
     return None
 
 
 def _candidates(options: CheckpointOptions) -> Iterator[int]:
-    """The latest iteration, then those before it, the newest first."""
-    latest = _on_rank_0(partial(latest_iteration, options.save, options.fall_back_to))
+    """Yield the latest iteration, then the earlier ones, the newest first."""
+    latest = on_rank_0(partial(latest_iteration, options.save, options.fall_back_to))
     if latest is not None:
         yield latest
-        older = _on_rank_0(lambda: [number for number in iterations_in(options.save) if number < latest])
+        older = on_rank_0(lambda: [number for number in iterations_in(options.save) if number < latest])
         yield from reversed(older)
 
 
 def _check_candidate(
     found: CheckpointDirectory, options: CheckpointOptions, description: Mapping[str, Any], start: CheckpointCard
 ) -> ResumePoint:
-    """Check one checkpoint. Raises DamagedFile, on every rank, where a file does not seem to be as it was written."""
+    """Check one checkpoint. Raises DamagedFile, on every rank, where a file differs from what was written."""
     cards = on_every_rank(partial(_check_small_files, found, options.verify))
     check_same_on_all_ranks(found.path)
     card = cards[0]
@@ -105,7 +103,7 @@ def _check_candidate(
     refuse_differences(recorded, description, accepted, f"--save {options.save}")
     if options.verify:
         verify_all(found.path)
-    return _own(found, card, recorded, description)
+    return _resume_point(found, card, recorded, description)
 
 
 def _check_small_files(found: CheckpointDirectory, verified: bool) -> CheckpointCard:
@@ -131,7 +129,7 @@ def _recorded(card: CheckpointCard, start: CheckpointCard, save: Path) -> dict[s
     return {"dtype": card.dtype} | (card.history[-1] if card.history else {})
 
 
-def _own(
+def _resume_point(
     found: CheckpointDirectory, card: CheckpointCard, recorded: Mapping[str, Any], now: Mapping[str, Any]
 ) -> ResumePoint:
     changed = {name: list(pair) for name, pair in differences(recorded, now).items()}
@@ -140,8 +138,3 @@ def _own(
     if lengths[-1] != now["train_iters"]:
         lengths.append(now["train_iters"])
     return ResumePoint(found, card, changes, lengths, dict(recorded))
-
-
-def _on_rank_0(action: Callable[[], Any]) -> Any:
-    """The result of `action` on rank 0, on every rank; so is its error."""
-    return on_every_rank(lambda: action() if dist.get_rank() == 0 else None)[0]

@@ -1,9 +1,9 @@
-"""One run at a time writes to a --save directory.
+"""The lock by which only one run at a time writes to a --save directory.
 
-SAVE/run.lock names the process of rank 0: host, process number and start, and the SLURM job it belongs to. That process
-holds `flock` on the file and sets the file's time anew every few seconds. Whoever finds one decides by these whether
-the process can still be alive, and where they don't tell, watches for a while whether the file's time moves. Only its
-own successive values are compared: machines' clocks differ.
+SAVE/run.lock names the process of rank 0: host, process number and start, and its SLURM job. That process holds `flock`
+on the file and refreshes the file's time every few seconds. A run that finds a lock decides from these whether the
+process may still be alive; if they don't decide it, it watches for a while whether the file's time changes. A time is
+compared only with earlier times of the same file, since machines' clocks differ.
 """
 
 import contextlib
@@ -30,19 +30,19 @@ from megatron_moe_lpr.training.run_directory.lock_holder import (
 
 LOCK_FILE = "run.lock"
 WATCH_SECONDS = 30.0
-"""A lock that was not refreshed for so long, many times `lock_file.REFRESH_SECONDS`, is refreshed by nobody."""
+"""A lock that is not refreshed for so long (many times `lock_file.REFRESH_SECONDS`) has no living process."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunLock:
-    """A lock this process has; a rank that needs none has one without a path."""
+    """A lock that this process holds. Only rank 0 needs one: other ranks have a RunLock without a path."""
 
     path: Path | None = None
     holder: Holder | None = None
     file: LockFile | None = None
 
     def check(self) -> None:
-        """Before anything is written.
+        """Check that this process still holds the lock, before it writes to the directory.
 
         Raises:
             UserError: another run has taken the directory over.
@@ -55,7 +55,7 @@ class RunLock:
             raise UserError(f"{self.path}: taken over by {by}; this run stops and writes nothing more")
 
     def release(self) -> None:
-        """Remove it, if it still is this process's."""
+        """Remove the lock file, if this process still holds the lock."""
         if self.path is not None and read_lock(self.path) == self.holder:
             self.path.unlink(missing_ok=True)
         if self.file is not None:
@@ -66,8 +66,12 @@ class RunLock:
 def run_lock(save: Path, take_over: bool = False) -> Iterator[RunLock]:
     """Hold the lock of `save` inside the block, on rank 0 for all ranks.
 
+    Args:
+        save: the run's directory, created where it is missing.
+        take_over: take the lock from a run on another host that may still be alive (--take-over).
+
     Raises:
-        UserError: another run has it, or may have it.
+        UserError: another run holds the lock, or may hold it.
     """
     lock = RunLock() if int(os.environ.get("RANK", 0)) else acquire(save, take_over)
     try:
@@ -77,7 +81,7 @@ def run_lock(save: Path, take_over: bool = False) -> Iterator[RunLock]:
 
 
 def acquire(save: Path, take_over: bool = False) -> RunLock:
-    """Take the lock of `save`, or that of a run that has ended. See `run_lock`."""
+    """Lock `save`, also where a run that has ended left its lock; arguments and errors: see `run_lock`."""
     save.mkdir(parents=True, exist_ok=True)
     path, observer, ended = save / LOCK_FILE, this_process(), None
     while True:
@@ -85,7 +89,7 @@ def acquire(save: Path, take_over: bool = False) -> RunLock:
             holder = read_lock(path)
             if holder is None or holder == ended:
                 return _take(path, observer, holder)
-        # Outside the block: it may take a while, and its result holds for this holder only.
+        # Outside of the block, since it may take a while; the result is valid for this holder only.
         _check_free(path, holder, observer, take_over)
         ended = holder
 
@@ -119,7 +123,7 @@ def _check_free(path: Path, holder: Holder, observer: Holder, take_over: bool) -
 
 
 def _is_refreshed(path: Path, holder: Holder) -> bool:
-    """Watch whether somebody refreshes the lock."""
+    """Watch for WATCH_SECONDS whether a process refreshes the lock."""
     print(f"{path}: waiting {WATCH_SECONDS:.0f} s to see whether {holder} is alive", file=sys.stderr, flush=True)
     before, end = last_refreshed(path), time.monotonic() + WATCH_SECONDS
     while (now := last_refreshed(path)) == before and time.monotonic() < end:
@@ -128,14 +132,14 @@ def _is_refreshed(path: Path, holder: Holder) -> bool:
 
 
 def read_lock(path: Path) -> Holder | None:
-    """Who has the lock; None: nobody.
+    """Read which process holds the lock; None: there is no lock file.
 
     Raises:
-        UserError: something else lies there.
+        UserError: the file is not a lock of this program.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        # A later version may write more.
+        # A later version may write further fields.
         return Holder(
             **{field.name: fields[field.name] for field in dataclasses.fields(Holder) if field.name in fields}
         )
@@ -147,9 +151,10 @@ def read_lock(path: Path) -> Holder | None:
 
 @contextlib.contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Two runs that start together look one after the other, where the file system has locks.
+    """Let only one process at a time read and replace the lock file, where the file system supports `flock`.
 
-    Where it has none both may think the directory theirs: whose file was replaced stops in `RunLock.check`.
+    Where it does not, two runs that start together may both take the lock; the one whose file was replaced stops in
+    `RunLock.check`.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -1,7 +1,7 @@
-"""The checkpoint that a run began from, whatever --load names when it is resumed.
+"""Finds the checkpoint that a run started from, whatever --load names when the run is resumed.
 
-Megatron's users resume with `--load X --save X`, where X is the run's own directory; and the run behind --load may have
-gone on since. What the run began from is then said by its own checkpoints.
+Users of Megatron resume with `--load X --save X`, where X is the run's own directory; and the run whose checkpoint
+--load names may have saved further ones since. The run's own checkpoints then say what it started from.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def readable_load(options: CheckpointOptions) -> Path:
-    """What --load means; where it is --save itself, its newest checkpoint whose small files seem intact.
+    """Return --load; where it is --save itself, its newest checkpoint whose small files are intact.
 
-    The newest one may be damaged, or not named by the latest file yet (`fall_back.latest_iteration`). Which one the run
-    goes on from, and whether one is set aside, is decided when all ranks have met (`resuming.find_resume_point`).
+    The newest one may be damaged, or not yet named by the latest file (`fall_back.latest_iteration`). Which checkpoint
+    the run resumes from is decided later, by all ranks together (`resuming.find_resume_point`).
 
     Raises:
         UserError: as `latest_iteration`, or a checkpoint cannot be read for another reason than damage.
@@ -47,13 +47,13 @@ def readable_load(options: CheckpointOptions) -> Path:
 
 
 def open_start(options: CheckpointOptions, stage: str) -> tuple[CheckpointDirectory, CheckpointCard]:
-    """Open --load; where it is a checkpoint of this run itself, what the run began from.
+    """Open --load; where it is a checkpoint of this run itself, the checkpoint that the run started from.
 
     Args:
-        stage: the run's, as the history in checkpoints calls it.
+        stage: name of the run's stage.
 
     Returns:
-        The checkpoint that holds the weights the run does not train, and the card that the run began with.
+        The checkpoint that holds the weights the run does not train, and the card that the run started with.
 
     Raises:
         UserError: there is no such checkpoint, an incomplete one, or a damaged file.
@@ -74,23 +74,24 @@ def open_start(options: CheckpointOptions, stage: str) -> tuple[CheckpointDirect
 def find_start(
     resume_from: "ResumePoint", start: CheckpointDirectory, card: CheckpointCard, save: Path
 ) -> tuple[CheckpointDirectory, CheckpointCard]:
-    """What `open_start` returns, corrected by the checkpoint that the run goes on from. Every rank must call it.
+    """Correct the result of `open_start` by the checkpoint that the run resumes from. Every rank must call it.
 
     Raises:
-        UserError: on every rank: what `resume_from` does not hold is neither in `start` nor where it was.
+        UserError: on every rank: weights that `resume_from` leaves out are neither in `start` nor where they were.
     """
     card = card_at_start(resume_from.card, card)
     if resume_from.card.parent is not None:
         return on_every_rank(lambda: _base(resume_from, start))[dist.get_rank()], card
-    # The one that --load named may have been set aside.
+    # --load may have named a checkpoint in --save that has been renamed as damaged.
     return resume_from.directory if _lies_in(start, save) else start, card
 
 
 def card_at_start(card: CheckpointCard, start: CheckpointCard | None = None) -> CheckpointCard:
-    """The card with which the run that wrote the card `card` began.
+    """Return the card that the run which wrote `card` started with.
 
     Args:
-        start: of what --load names now; its openness is kept where the run can have begun with it.
+        start: card of the checkpoint that --load names now; its openness is kept where the run can have started with
+            it.
     """
     entry = card.history[-1]
     steps = open_experts_steps(entry.get("open_experts_iters"), entry.get("train_lengths", [entry["train_iters"]]))
@@ -100,13 +101,13 @@ def card_at_start(card: CheckpointCard, start: CheckpointCard | None = None) -> 
         progress = entry["iterations"] / steps
         openness = min(1.0, max(0.0, (card.openness - progress) / (1.0 - progress)))
     else:
-        # Open by now, from whatever it was; with the flag, less than 1.
+        # The weight has reached 1, whatever it started at; with the flag it started below 1.
         openness = card.openness if entry.get("open_experts_iters") is None else 0.0
     return dataclasses.replace(start or card, history=card.history[:-1], openness=openness)
 
 
 def open_experts_steps(open_experts_iters: int | None, lengths: list[int]) -> int:
-    """Steps in which a run opens the experts of the latest expansion; one that was lengthened as it began."""
+    """Steps over which a run opens the latest expansion's experts; default: a tenth of the run as first planned."""
     return open_experts_iters or max(1, lengths[0] // 10)
 
 
@@ -116,7 +117,7 @@ def newest_weight_at(start: float, iteration: int, steps: int) -> float:
 
 
 def _base(resume_from: "ResumePoint", start: CheckpointDirectory) -> CheckpointDirectory:
-    """`start` where it is the base of a checkpoint that holds only what trains, else the one that its card names."""
+    """The checkpoint with the weights that `resume_from` leaves out: `start`, else the one that its card names."""
     reasons = []
     for path in (start.path, Path(resume_from.card.parent.path if resume_from.card.parent else "")):
         try:

@@ -1,7 +1,7 @@
-"""What a run leaves in --save when it begins: by it a later start, and every rank, knows that it is the same directory.
+"""The marker that a run writes to --save when it starts: every rank and later start recognizes the directory by it.
 
-A file system that is not mounted shows an empty directory, or none, where the run's checkpoints should be. To begin
-again there at step 0 would be the loss of the run.
+Where a file system is not mounted, the directory of the run's checkpoints is empty or missing. A run that started again
+there at step 0 would be lost.
 """
 
 import datetime
@@ -12,33 +12,31 @@ import time
 import uuid
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_moe_lpr.checkpoint.format.directory import LATEST_FILE
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import write_json
-from megatron_moe_lpr.parallel.every_rank import on_every_rank
+from megatron_moe_lpr.parallel.every_rank import on_every_rank, on_rank_0
 from megatron_moe_lpr.training.run_directory.run_lock import LOCK_FILE
 
 MARKER = ".started"
 TRACES = (MARKER, LOCK_FILE, LATEST_FILE, "metrics.jsonl")
-"""Files of a run that has begun; the directories of its checkpoints are further ones."""
+"""Files that a run writes to --save; the directories of its checkpoints begin with TRACE_PREFIXES."""
 TRACE_PREFIXES = ("iter_", "damaged-iter_", ".iter_")
 RESTART_COUNTS = {
     "SLURM_RESTART_COUNT": "SLURM has requeued this job",
     "TORCHELASTIC_RESTART_COUNT": "torchrun has restarted these workers",
 }
 PAUSES = (0.2, 0.5, 1.0, 3.0)
-"""Seconds between looks for what another node has just written: network file systems keep directories in memory."""
+"""Seconds to wait for a file that another node has just written: network file systems cache directories."""
 
 
 def refuse_lost_directory(save: Path, load: Path) -> None:
-    """On rank 0, before anything is written: a run that was started before finds what it left there.
+    """On rank 0, before anything is written: check that a restarted run finds files of its earlier start in `save`.
 
-    A SLURM job may run several stages: one that goes on from a stage of the same job may begin after a requeue.
+    A SLURM job may run several stages: a stage that loads a checkpoint of the same job may start after a requeue.
 
     Raises:
-        UserError: a scheduler says that it has started this run before, and nothing in `save` is of an earlier start.
+        UserError: SLURM or torchrun has restarted this run, and `save` holds nothing of an earlier start.
     """
     if int(os.environ.get("RANK", 0)) or _has_begun(save) or _is_of_this_job(load):
         return
@@ -58,7 +56,7 @@ def _has_begun(save: Path) -> bool:
 
 
 def _is_of_this_job(load: Path) -> bool:
-    """Whether the run that wrote a checkpoint was started by this SLURM job."""
+    """Whether the checkpoint `load` was written by a run of this SLURM job."""
     job = os.environ.get("SLURM_JOB_ID")
     for directory in (load, load.parent) if job else ():
         try:
@@ -69,7 +67,7 @@ def _is_of_this_job(load: Path) -> bool:
 
 
 def mark_start(save: Path) -> None:
-    """On rank 0, which has the directory's lock: leave a file that no other start has left."""
+    """On rank 0, which holds the directory's lock: write a marker that is unique to this start."""
     if int(os.environ.get("RANK", 0)):
         return
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -79,12 +77,12 @@ def mark_start(save: Path) -> None:
 
 
 def check_same_directory(save: Path) -> None:
-    """Check that every rank sees in `save` what rank 0 has left there. Every rank must call it.
+    """Check that every rank sees the marker that rank 0 has written to `save`. Every rank must call it.
 
     Raises:
-        UserError: on every rank: naming one that does not, and its host.
+        UserError: on every rank: naming a rank that does not see it, and its host.
     """
-    expected = on_every_rank(lambda: _read(save) if _rank() == 0 else None)[0]
+    expected = on_rank_0(lambda: _read(save))
     found = on_every_rank(lambda: (socket.gethostname(), _sees(save, expected)))
     for rank, (host, sees) in enumerate(found):
         if not sees:
@@ -95,14 +93,14 @@ def check_same_directory(save: Path) -> None:
 
 
 def mount_point(path: Path) -> Path:
-    """Where the file system of an existing path is mounted."""
+    """Return the directory where the file system of an existing path is mounted."""
     path = path.resolve()
     return next(parent for parent in (path, *path.parents) if os.path.ismount(parent))
 
 
 def _sees(save: Path, expected: str | None) -> bool:
     for pause in (*PAUSES, 0.0):
-        # An opened directory is asked for anew at the server of a network file system.
+        # Listing the directory makes a network file system fetch it from its server again.
         if os.path.isdir(save.parent):
             os.listdir(save.parent)
         if _read(save) == expected:
@@ -116,7 +114,3 @@ def _read(save: Path) -> str | None:
         return (save / MARKER).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

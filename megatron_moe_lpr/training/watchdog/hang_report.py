@@ -1,4 +1,4 @@
-"""What ranks write of themselves for each other, and the lines that say which one hangs."""
+"""Notes that ranks write about themselves for each other, and the messages that name a rank that hangs."""
 
 import contextlib
 import dataclasses
@@ -17,14 +17,14 @@ import torch.distributed as dist
 PREFIX = "moe_lpr/heartbeat"
 SHOWN = 4
 STACK_SIGNAL = signal.SIGUSR2
-"""Data loader processes print their stack when they get it."""
+"""Signal on which data loader processes print their stack."""
 STACK_SECONDS = 0.5
-"""How long they may take for it."""
+"""Time that data loader processes get to print their stack."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """What a rank says of itself."""
+    """State of a rank as its own watch thread writes it."""
 
     beat: int
     step: int
@@ -41,26 +41,29 @@ class Note:
         return f"process {self.process} on {self.host}, last seen in step {self.step} at {self.place}"
 
     def where(self) -> str:
-        """What it does, and the place in the code."""
+        """What the rank is doing, if known, and where in the code."""
         return f"{self.doing}, at {self.place}" if self.doing else f"at {self.place}"
 
 
 class NoteBoard:
-    """The notes of all ranks, in the store that they met in."""
+    """The notes of all ranks, kept in the TCPStore of torch.distributed."""
 
     def __init__(self, store: dist.Store, world: int) -> None:
         self.store, self.world = store, world
 
     @staticmethod
     def connect(world: int) -> "NoteBoard | None":
-        """By a connection of its own: a main thread that waits in the store keeps the other one busy. None: the ranks
-        did not meet in a TCPStore."""
+        """Open a connection of its own to the store: a main thread that waits in the store blocks the other connection.
+
+        Returns:
+            None: the ranks did not meet in a TCPStore.
+        """
         store = dist.distributed_c10d._get_default_store()
         while isinstance(store, dist.PrefixStore):
             store = store.underlying_store
         if not isinstance(store, dist.TCPStore):
             return None
-        # torch's stubs leave it out.
+        # torch's type stubs lack `clone`.
         return NoteBoard(store.clone(), world)  # type: ignore[attr-defined]
 
     def write(self, rank: int, note: Note) -> None:
@@ -75,7 +78,7 @@ class NoteBoard:
 
 
 def silent_ranks_line(rank: int, notes: Mapping[int, Note], silent: list[int]) -> str:
-    """The error of a rank that waits for others whose notes stand still."""
+    """The error of a rank that waits for ranks which do not update their notes any more."""
     mine = notes[rank]
     named = "; ".join(f"rank {other} ({notes[other]})" for other in silent[:SHOWN])
     more = f" and {len(silent) - SHOWN} more" if len(silent) > SHOWN else ""
@@ -86,7 +89,7 @@ def silent_ranks_line(rank: int, notes: Mapping[int, Note], silent: list[int]) -
 
 
 def slow_line(rank: int, notes: Mapping[int, Note]) -> str:
-    """The warning of a rank that has made no progress for long, though every rank answers."""
+    """The warning of a rank that has made no progress for long, while all ranks update their notes."""
     mine = notes[rank]
     places: dict[str, list[int]] = {}
     for other, note in notes.items():
@@ -103,8 +106,8 @@ def hang_line(rank: int, notes: Mapping[int, Note], culprits: list[int], timeout
     """The error of a rank that ends because no rank makes progress.
 
     Args:
-        culprits: ranks that wait for no other rank.
-        timeout: in seconds.
+        culprits: ranks that hang without waiting for another rank.
+        timeout: --distributed-timeout-minutes, in seconds.
     """
     mine = notes[rank]
     if rank in culprits:
@@ -121,7 +124,7 @@ def hang_line(rank: int, notes: Mapping[int, Note], culprits: list[int], timeout
 
 
 def print_stacks(frame: FrameType | None) -> None:
-    """On standard error: the stack of a thread, given its innermost frame, and those of this process's data loaders."""
+    """Print the stack of a thread, given its innermost frame, and the stacks of this process's data loaders."""
     with contextlib.suppress(OSError, ValueError):
         print("its stack, the innermost call last:", *traceback.format_stack(frame), sep="\n", file=sys.stderr)
         sys.stderr.flush()

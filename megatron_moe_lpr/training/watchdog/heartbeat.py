@@ -1,11 +1,11 @@
-"""Ends a process that hangs, and says what hangs, for how long and where; names ranks that do not answer.
+"""Ends a process that hangs, with a message that says what hangs, for how long and where, or which rank is dead.
 
-A thread of each process looks every few seconds at whether the main thread has made progress (`liveness`), and notes
-in the store that the ranks met in that it lives and where the main thread is. The step itself does nothing for it. A
-rank that has made no progress for most of the timeout reads the notes of all: a rank whose notes stand still is stopped
-or dead. When no rank has made progress for nine tenths of the timeout, every rank ends with one line. That holds for
-gloo, NCCL and a single process alike: a main thread that waits for a disk hears of no exception, and with NCCL a
-collective's own timeout would end the process without Python hearing of it.
+A thread of each process checks every few seconds whether the main thread has made progress (`liveness`), and writes a
+note to the store of torch.distributed: that the process is alive and where its main thread is. A training step does
+nothing for this. A rank that has made no progress for most of the timeout reads all notes: a rank whose note does not
+change is stopped or dead. When no rank has made progress for nine tenths of the timeout, every rank ends with one line.
+Timeouts of collectives are not enough: a main thread that waits for a disk is in none, and NCCL's own timeout would end
+the process without an exception in Python.
 """
 
 import contextlib
@@ -36,28 +36,28 @@ from megatron_moe_lpr.training.watchdog.main_thread import MainThread, describe_
 from megatron_moe_lpr.training.watchdog.outside_watch import OutsideWatch
 
 PATIENCE = 0.75
-"""Share of the timeout after which a rank asks what it waits for."""
+"""Part of the timeout after which a rank without progress reads the notes of all ranks."""
 LIMIT = 0.9
-"""Share of the timeout after which ranks end. Below 1: a rank that hangs shall say so before the collectives of those
-that wait for it fail, and ask only for other ranks."""
+"""Part of the timeout after which ranks without progress end. Below 1, so that the rank that hangs reports it before
+the collectives of the ranks that wait for it fail."""
 BEATS_A_TIMEOUT = 60
 LONGEST_PERIOD = 10.0
 SILENCE_SECONDS = 10.0
-"""A rank without a beat for so long (and three periods) does not answer: a busy machine takes its time."""
-SILENT_SHARE_OF_LONG_WORK = 0.5
-"""Share of the timeout for a rank in long work: libraries may hold Python's lock for minutes."""
+"""A rank whose note does not change for so long (and for three periods) counts as dead; busy machines are slow."""
+SILENT_PART_OF_LONG_WORK = 0.5
+"""Part of the timeout that a rank in long work may be silent: libraries may hold Python's lock for minutes."""
 RELEASE_SECONDS = 5.0
 
 
 class Heartbeat:
-    """Watches the thread that enters its `with` block. Process groups may be made before it or inside it."""
+    """Watches the thread that enters the `with` block. Process groups may be made before it or inside it."""
 
     def __init__(self, timeout: float, before_end: Callable[[], object] | None = None) -> None:
         """Prepare to watch.
 
         Args:
             timeout: seconds after which a collective fails, and the longest time without progress.
-            before_end: called before this process ends for a hang, to release a lock for example; it may hang too.
+            before_end: called before this process ends because of a hang, for example to release a lock; may hang too.
         """
         self.step, self.beats, self.still = 0, 0, 0
         self.timeout, self.period = timeout, min(LONGEST_PERIOD, timeout / BEATS_A_TIMEOUT)
@@ -76,7 +76,7 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Raises UserError where a collective of the block has failed: a peer ended or took too long."""
+        """Raise UserError where a collective of the block has failed because another rank ended or took too long."""
         self.ended.set()
         if self.thread:
             self.thread.join(self.period)
@@ -92,26 +92,26 @@ class Heartbeat:
 
     @property
     def rank(self) -> int:
-        """Of this process, also before there are process groups."""
+        """Global rank of this process, also before there are process groups."""
         return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
     def _beat_until_end(self) -> None:
-        next_look = PATIENCE * self.timeout
+        next_check = PATIENCE * self.timeout
         while not self.ended.wait(self.period):
             # Counted in beats, not by the clock: a job that is suspended as a whole has not waited.
             self._sample()
-            next_look = next_look if self.still else PATIENCE * self.timeout
+            next_check = next_check if self.still else PATIENCE * self.timeout
             try:
                 self._connect()
-                self._note()
-                if self.board and self._waited() >= next_look:
-                    self._look(self.board)
-                    # Again where another rank works for long: it may die meanwhile.
-                    next_look = self._waited() + PATIENCE * self.timeout
-                if self._waited() >= LIMIT * self.timeout and not self._another_works():
+                self._write_note()
+                if self.board and self._waited() >= next_check:
+                    self._check_ranks(self.board)
+                    # Check again later where another rank is in long work: it may die meanwhile.
+                    next_check = self._waited() + PATIENCE * self.timeout
+                if self._waited() >= LIMIT * self.timeout and not self._another_rank_progresses():
                     self._end()
             except (dist.DistError, RuntimeError):
-                # The store went with the rank or launcher that kept it: they are ending. This rank must too.
+                # The store is gone with the rank or launcher that kept it: the run is ending, and so must this rank.
                 self.board = None
 
     def _sample(self) -> None:
@@ -127,7 +127,7 @@ class Heartbeat:
         if self.board is None and self.beats == 0 and dist.is_initialized() and dist.get_world_size() > 1:
             self.board = NoteBoard.connect(dist.get_world_size())
 
-    def _note(self) -> None:
+    def _write_note(self) -> None:
         if self.board is None:
             return
         self.beats += 1
@@ -148,13 +148,13 @@ class Heartbeat:
             in_long_work=liveness.in_long_work(),
         )
 
-    def _look(self, board: NoteBoard) -> None:
-        """End this process where another rank does not answer; else say where all are."""
+    def _check_ranks(self, board: NoteBoard) -> None:
+        """End this process where another rank is dead; otherwise warn with the places of all ranks."""
         before = board.read()
-        self._beat_on(max(3 * self.period, SILENCE_SECONDS))
+        self._keep_beating(max(3 * self.period, SILENCE_SECONDS))
         silent = self._silent(before, board.read())
         if any(before[rank].in_long_work for rank in silent):
-            self._beat_on(SILENT_SHARE_OF_LONG_WORK * self.timeout)
+            self._keep_beating(SILENT_PART_OF_LONG_WORK * self.timeout)
             silent = self._silent(before, board.read())
         notes = board.read()
         answering = [rank for rank in notes if rank not in silent]
@@ -162,37 +162,37 @@ class Heartbeat:
             line = silent_ranks_line(self.rank, notes, silent) if silent else slow_line(self.rank, notes)
             _print(line)
         elif silent:
-            # The launcher ends all with the first: let that be the one that tells why.
-            self._beat_on(3 * self.period)
+            # The launcher ends all ranks with the first that ends: let that be the one that prints the reason.
+            self._keep_beating(3 * self.period)
         if silent:
             self._leave()
 
     def _silent(self, before: dict[int, Note], after: dict[int, Note]) -> list[int]:
         return [rank for rank in before if rank != self.rank and after[rank].beat == before[rank].beat]
 
-    def _another_works(self) -> bool:
-        """Whether a rank has made progress meanwhile: this one waits for it, or ends when it has come here too."""
+    def _another_rank_progresses(self) -> bool:
+        """Whether another rank has made progress within the limit: then this rank only waits for it."""
         if self.board is None:
             return False
         others = [note for rank, note in self.board.read().items() if rank != self.rank]
         return any(note.still < LIMIT * self.timeout - self.period for note in others)
 
-    def _beat_on(self, seconds: float) -> None:
-        """Wait, and note on meanwhile: the others are reading too."""
+    def _keep_beating(self, seconds: float) -> None:
+        """Wait, and keep writing notes: the other ranks read them at the same time."""
         for _ in range(math.ceil(seconds / self.period)):
             time.sleep(self.period)
             self._sample()
-            self._note()
+            self._write_note()
 
     def _end(self) -> None:
-        """End this process: nothing has made progress for too long."""
+        """End this process, since no rank has made progress for too long."""
         notes = self.board.read() if self.board else {}
         notes[self.rank] = self._own_note()
         culprits = [rank for rank, note in notes.items() if not note.waits_for_peers]
         if culprits and self.rank not in culprits:
-            # The launcher ends all with the first: let those be heard that know what hangs.
+            # The launcher ends all ranks with the first that ends: let a rank that hangs print its message first.
             with contextlib.suppress(dist.DistError, RuntimeError):
-                self._beat_on(3 * self.period)
+                self._keep_beating(3 * self.period)
         _print(hang_line(self.rank, notes, culprits, self.timeout))
         if self.rank in culprits or not culprits:
             print_stacks(self.main.frame())
@@ -200,7 +200,7 @@ class Heartbeat:
 
     def _leave(self) -> None:
         if self.before_end:
-            # In a thread of its own: it writes to the file system that may be what hangs.
+            # In a thread of its own: it writes to a file system, which may be what hangs.
             thread = start_thread(self.before_end, "the release of the run's lock")
             if thread:
                 thread.join(RELEASE_SECONDS)
@@ -208,7 +208,7 @@ class Heartbeat:
 
 
 def _print(line: str) -> None:
-    """Also where nobody reads standard error any more."""
+    """Print on standard error, also where nobody reads it any more."""
     try:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Whether the main thread of this process gets on, and where it is, seen from another thread."""
+"""Progress of the main thread and its place in the code, read from another thread."""
 
 import sys
 import threading
@@ -9,15 +9,15 @@ from types import FrameType, TracebackType
 from megatron_moe_lpr import liveness
 
 LEAST_LOAD = 0.02
-"""Share of a period that a main thread in long work computes: one that only polls needs less."""
+"""Part of a period that a main thread in long work computes at least; one that only polls computes less."""
 LEAST_BYTES = 1 << 16
-"""That a process in long work reads and writes in a period: the watch itself needs less."""
+"""Bytes that a process in long work reads and writes in a period at least; the watch itself needs less."""
 COLLECTIVES = ("distributed_c10d.py", "p2p_communication.py")
 """Files of torch and Megatron whose functions wait for other ranks."""
 
 
 class MainThread:
-    """The thread that makes this object."""
+    """The thread that creates this object."""
 
     def __init__(self) -> None:
         self.number = threading.get_ident()
@@ -25,15 +25,15 @@ class MainThread:
         self._load = self._bytes = 0.0
 
     def frame(self) -> FrameType | None:
-        """What it executes now."""
+        """The frame that the thread executes now."""
         return sys._current_frames().get(self.number)
 
     def place(self) -> tuple[str, bool]:
-        """Words for where it is, and whether that is a collective."""
+        """Where the thread is, in words, and whether that is inside a collective."""
         return describe_frame(self.frame())
 
     def has_advanced(self, period: float) -> bool:
-        """Whether it has made progress since the last call, `period` seconds ago."""
+        """Whether the thread has made progress since the last call, `period` seconds ago."""
         before, self._progress = self._progress, liveness.progress()
         load, moved = self._processor_seconds(), _bytes_moved()
         busy = load - self._load >= LEAST_LOAD * period or moved - self._bytes >= LEAST_BYTES
@@ -47,7 +47,7 @@ class MainThread:
 
 
 def _bytes_moved() -> float:
-    """Bytes that this process has read and written: by calls, and from disks through mapped files. Linux only."""
+    """Bytes that this process has read and written, by system calls and through mapped files; 0 except on Linux."""
     try:
         with open("/proc/self/io", encoding="ascii") as file:
             values = dict(line.split(":") for line in file)
@@ -64,7 +64,7 @@ def innermost(trace: TracebackType | None) -> FrameType | None:
 
 
 def describe_frame(frame: FrameType | None) -> tuple[str, bool]:
-    """Words for where a thread is, the collective and who called it, and whether there is a collective."""
+    """Describe where a thread is: the collective, if any, and its caller; and whether there is a collective."""
     collective, caller = None, None
     while frame is not None and caller is None:
         path = frame.f_code.co_filename

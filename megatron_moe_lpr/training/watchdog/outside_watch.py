@@ -1,7 +1,7 @@
-"""Ends a process whose main thread holds Python's lock in native code for ever: no thread of it can run any more.
+"""Ends a process that holds Python's lock in native code for ever, so that none of its threads can run.
 
-A child that hears a beat from a thread of the process every few seconds. It counts its own waits, not the clock's
-seconds: a job that is suspended as a whole, this child with it, has not been silent.
+A child process watches: a thread of the process sends it a byte every few seconds. The child counts its own waits
+instead of reading the clock, so that time in which the whole job is suspended does not count.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ for number in (signal.SIGABRT, signal.SIGKILL):
 
 
 class OutsideWatch:
-    """The child of this process that watches it."""
+    """The child process that watches this process."""
 
     def __init__(self, limit: float, period: float, rank: int) -> None:
-        """Start it; without it, where the machine gives no process, there is a warning.
+        """Start the child; print a warning where the machine allows no further process.
 
         Args:
             limit: seconds of silence after which it ends this process: by SIGABRT, at which Python prints the stacks of
@@ -68,13 +68,13 @@ class OutsideWatch:
             os.close(ours)
 
     def beat(self) -> None:
-        """Say that this process lives."""
+        """Send the byte that says that this process is alive."""
         if self.wake is not None:
             with contextlib.suppress(OSError):  # the child has not read for long, or is gone
                 os.write(self.wake, b".")
 
     def close(self) -> None:
-        """End the child."""
+        """End the child process."""
         if self.wake is not None:
             os.close(self.wake)
             self.wake = None
