@@ -96,9 +96,9 @@ def evaluate(flags: Flags, show: bool = False) -> dict[str, Any]:
 def plan(flags: Flags) -> "EvaluationPlan":
     """Flags as the evaluation takes them. Raises UserError where they contradict each other."""
     from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan
-    from megatron_moe_lpr.model.configuration.dtype import requested_dtype
+    from megatron_moe_lpr.model.configuration.dtype import asked_dtype
 
-    dtype = requested_dtype(flags.bf16, flags.fp32, flags.fp16)
+    dtype = asked_dtype(flags.bf16, flags.fp32, flags.fp16)
     fields = {field.name for field in dataclasses.fields(EvaluationPlan)} - {"dtype"}
     return EvaluationPlan(dtype=dtype, **{name: getattr(flags, name) for name in fields})
 

@@ -44,7 +44,7 @@ from megatron_moe_lpr.files.links import copy_private
 from megatron_moe_lpr.files.output_directory import atomic_directory
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
-from megatron_moe_lpr.model.configuration.rope_parameters import transformers_4_rope
+from megatron_moe_lpr.model.configuration.rope_parameters import rope_of_transformers_4
 from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, MOE_LAYOUTS, VOCABULARY_KEYS, Layout, Row, model_rows
 from megatron_moe_lpr.progress import ProgressReport
@@ -228,7 +228,7 @@ def _dense_config(config: dict, architecture: Architecture) -> dict:
     config = without_foreign_fields(config)
     if config.get("attention_bias") and not architecture.family.qkv_bias:
         config = config | {"attention_bias": False}
-    if "rope_parameters" in config or transformers_4_rope(config) != architecture.rope:
+    if "rope_parameters" in config or rope_of_transformers_4(config) != architecture.rope:
         config = with_both_rope_spellings(config, architecture)
     return config
 

@@ -25,7 +25,7 @@ from megatron_moe_lpr.evaluation.finite import check_finite_losses, check_finite
 from megatron_moe_lpr.evaluation.losses import DatasetLoss, evaluate_dataset
 from megatron_moe_lpr.liveness import long_work
 from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, check_layout
-from megatron_moe_lpr.model.configuration.dtype import choose_dtype, report_dtype
+from megatron_moe_lpr.model.configuration.dtype import choose_dtype, say_dtype
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import PlatformName, select_platform
@@ -95,7 +95,7 @@ def _evaluate(plan: EvaluationPlan) -> Evaluation:
     platform = select_platform(plan.platform)
     initialize_parallel(platform, plan.layout, timeout_minutes=plan.distributed_timeout_minutes)
     dtype = choose_dtype(plan.dtype, card.compute_dtype, platform)
-    report_dtype(plan.dtype, card.compute_dtype, card.dtype, platform)
+    say_dtype(plan.dtype, card.compute_dtype, card.dtype, platform)
     with long_work(f"loading {directory.path}"):
         model = load_model(directory, plan.layout, platform, ComputeOptions(dtype=dtype), verified=plan.verify)
         check_finite_weights(model.chunks, directory.path)

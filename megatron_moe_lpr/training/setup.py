@@ -27,7 +27,7 @@ from megatron_moe_lpr.model.configuration.config import (
     check_options,
     check_platform,
 )
-from megatron_moe_lpr.model.configuration.dtype import choose_dtype, report_dtype
+from megatron_moe_lpr.model.configuration.dtype import choose_dtype, say_dtype
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
@@ -100,7 +100,7 @@ def prepare(config: TrainingConfig) -> Run:
     config.checkpoint.retention.check(config.checkpoint.save_interval)
     check_layout(shape, config.layout)
     platform = select_platform(config.platform, config.layout.tensor_model_parallel_size)
-    asked = config.precision.requested_dtype()
+    asked = config.precision.asked_dtype()
     dtype = choose_dtype(asked, card.compute_dtype, platform)
     options = config.precision.compute_options(dtype, config.fp8)
     check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
@@ -110,7 +110,7 @@ def prepare(config: TrainingConfig) -> Run:
     if config.fp8.fp8_param_gather and not config.optimizer.use_distributed_optimizer:
         raise UserError("--fp8-param-gather needs --use-distributed-optimizer")
     initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
-    report_dtype(asked, card.compute_dtype, card.dtype, platform)
+    say_dtype(asked, card.compute_dtype, card.dtype, platform)
     num_microbatches = _num_microbatches(config)
     check_same_directory(config.checkpoint.save)
     description = describe_run(config, stage, sources, options.dtype)

@@ -55,7 +55,7 @@ def compute(platform_name: str, checkpoint: Path, step: Step) -> dict[str, Any]:
         checkpoint,
         layout,
         platform,
-        precision.compute_options(precision.requested_dtype() or torch.float32, FP8Options(**step.fp8)),
+        precision.compute_options(precision.asked_dtype() or torch.float32, FP8Options(**step.fp8)),
         load_balancing_coeff=0.3,
         lpr_loss_coeff=0.5,
         calculate_per_token_loss=True,

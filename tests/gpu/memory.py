@@ -165,7 +165,7 @@ def _build(model: Model, case: Case, layout: ParallelLayout, platform: Platform)
     recompute = {"none": {}, "full": {"recompute_granularity": "full"}}.get(case.recompute, selective)
     precision = PrecisionOptions(bf16=case.number != "fp32", fp32=case.number == "fp32", **recompute)
     fp8 = FP8Options(**RECIPES[case.number], fp8_param_gather=case.fp8_parameters)
-    options = precision.compute_options(precision.requested_dtype() or torch.float32, fp8)
+    options = precision.compute_options(precision.asked_dtype() or torch.float32, fp8)
     losses = {"load_balancing_coeff": 0.01, "lpr_loss_coeff": 0.1, "calculate_per_token_loss": True}
     config = transformer_config(shape, layout, platform, options, **losses)
     chunks = build_model(shape, config, platform)

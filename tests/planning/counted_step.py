@@ -96,7 +96,7 @@ def sent_and_planned(case: Case, platform_name: str = "cpu") -> tuple[dict[str, 
 def _step(case: Case, layout: ParallelLayout, platform: Platform, options: OptimizerOptions) -> Callable[[], None]:
     precision = PrecisionOptions(bf16=case.bf16, fp32=not case.bf16, **RECOMPUTE[case.recompute])
     losses = {"load_balancing_coeff": 0.01, "lpr_loss_coeff": 0.1, "calculate_per_token_loss": True}
-    compute = precision.compute_options(precision.requested_dtype() or torch.float32, FP8Options(**case.fp8))
+    compute = precision.compute_options(precision.asked_dtype() or torch.float32, FP8Options(**case.fp8))
     config = transformer_config(case.shape, layout, platform, compute, **losses)
     chunks = build_model(case.shape, config, platform)
     torch.manual_seed(5)

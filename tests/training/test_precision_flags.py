@@ -11,7 +11,7 @@ from megatron_moe_lpr.conversion.verification import verify_models
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation import checkpoint as evaluation
 from megatron_moe_lpr.files.checksums import write_manifest
-from megatron_moe_lpr.model.configuration.dtype import report_dtype
+from megatron_moe_lpr.model.configuration.dtype import say_dtype
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import CPUFacts, Platform
 from megatron_moe_lpr.training import setup
@@ -113,7 +113,7 @@ def test_ranks_with_other_processors_do_not_compute_in_another_dtype():
 def refusal() -> str:
     """On every rank of a pool, of which the last one's processor is older."""
     platform = OLD_CPU if torch.distributed.get_rank() else CPU
-    report_dtype(torch.float32, "bfloat16", "bfloat16", platform)
+    say_dtype(torch.float32, "bfloat16", "bfloat16", platform)
     with pytest.raises(UserError) as caught:
-        report_dtype(None, "bfloat16", "bfloat16", platform)
+        say_dtype(None, "bfloat16", "bfloat16", platform)
     return str(caught.value)

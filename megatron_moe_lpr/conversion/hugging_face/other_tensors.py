@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from megatron_moe_lpr.checkpoint.format.reader import TensorInfo
-from megatron_moe_lpr.model.configuration.quantisation import QUANTISED, REMEDY
+from megatron_moe_lpr.model.configuration.quantisation import QUANTISED, WAY_OUT
 
 FLOATS_OF_8_BITS = tuple(
     getattr(torch, name)
@@ -56,7 +56,7 @@ def _quantised(tensors: Mapping[str, TensorInfo]) -> str | None:
     for method, parts in QUANTISED_PARTS:
         if all(f"{part}." in text for part in parts):
             example = next(name for name in tensors if f"{parts[0]}." in f"{name}.")
-            return f"{QUANTISED} ({method}, as {example} shows); {REMEDY}"
+            return f"{QUANTISED} ({method}, as {example} shows); {WAY_OUT}"
     for name, info in tensors.items():
         if (
             name.endswith(".weight")
@@ -64,7 +64,7 @@ def _quantised(tensors: Mapping[str, TensorInfo]) -> str | None:
             and (info.dtype in FLOATS_OF_8_BITS or not info.dtype.is_floating_point)
         ):
             kind = str(info.dtype).removeprefix("torch.")
-            return f"{QUANTISED} ({name} is stored as {kind}); {REMEDY}"
+            return f"{QUANTISED} ({name} is stored as {kind}); {WAY_OUT}"
     return None
 
 

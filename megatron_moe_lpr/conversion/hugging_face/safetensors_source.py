@@ -15,7 +15,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import is_integer, parse_json_object, read_json, shown
 from megatron_moe_lpr.files.lfs_pointers import POINTER_START, refuse_lfs_pointer
 from megatron_moe_lpr.files.links import file_inside
-from megatron_moe_lpr.model.configuration.quantisation import REMEDY
+from megatron_moe_lpr.model.configuration.quantisation import WAY_OUT
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -157,7 +157,7 @@ def _place(path: Path, name: str, entry: object, start: int, file_size: int) -> 
     if isinstance(name_of_dtype, str) and name_of_dtype not in DTYPES:
         raise UserError(
             f"{path}: {shown(name, 200)} is stored as {shown(name_of_dtype)}; plain weights in bfloat16, float16 or "
-            f"float32 are needed: {REMEDY}"
+            f"float32 are needed: {WAY_OUT}"
         )
     if (
         not isinstance(name_of_dtype, str)

@@ -16,7 +16,7 @@ from megatron_moe_lpr.conversion.verification.verify import Comparison, Forward,
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.configuration.config import ComputeOptions
-from megatron_moe_lpr.model.configuration.dtype import report_dtype
+from megatron_moe_lpr.model.configuration.dtype import say_dtype
 from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -63,7 +63,7 @@ def _compare(
         raise UserError(f"{hf}: {reference.num_layers} layers, the checkpoint has {num_layers}")
     left_out = inserted if reference.num_layers < num_layers else []
     card = checkpoint.card()
-    report_dtype(dtype, card.compute_dtype, card.dtype, platform)
+    say_dtype(dtype, card.compute_dtype, card.dtype, platform)
     tokens = random_tokens(vocab_size, *batch_and_length)
     ours = megatron_forward(checkpoint, dtype, platform, verified)
     return compare(transformers_forward(hf, dtype, platform.device), _without(ours, left_out), tokens)

@@ -13,7 +13,7 @@ PRODUCT_ROWS, PRODUCT_COLUMNS = 256, 1024
 TRIES = 3
 
 
-def requested_dtype(bf16: bool, fp32: bool, fp16: bool = False) -> torch.dtype | None:
+def asked_dtype(bf16: bool, fp32: bool, fp16: bool = False) -> torch.dtype | None:
     """The dtype of `--bf16`, `--fp32` or `--fp16`; None: none of these flags is given.
 
     Raises:
@@ -43,7 +43,7 @@ def choose_dtype(requested: torch.dtype | None, default: str, platform: Platform
     return dtype if platform.multiplies_bf16 or dtype != torch.bfloat16 else torch.float32
 
 
-def report_dtype(requested: torch.dtype | None, default: str, stored: str, platform: Platform) -> None:
+def say_dtype(requested: torch.dtype | None, default: str, stored: str, platform: Platform) -> None:
     """Check that all ranks chose the same dtype; on rank 0 print one line where it may surprise the user or is slow.
     With process groups every rank must call it.
 

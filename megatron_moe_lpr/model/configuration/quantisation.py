@@ -9,7 +9,7 @@ from megatron_moe_lpr.files.json_files import shown
 # MLX writes both the first and the second; the third is llm-compressor's older name.
 FIELDS = ("quantization_config", "quantization", "compression_config")
 QUANTISED = "quantised weights are not supported, since training and expert 0 need the weights themselves"
-REMEDY = (
+WAY_OUT = (
     "give the model that was quantised, in bfloat16, float16 or float32 (on the hub it has the name without the "
     "method's suffix)"
 )
@@ -24,7 +24,7 @@ def refuse_quantisation(config: Mapping[str, Any], source: str) -> None:
     for name in FIELDS:
         if config.get(name):
             raise UserError(
-                f"{source}: {name} ({_method(config[name])}): {QUANTISED}; {REMEDY}. If the weights were dequantised, "
+                f"{source}: {name} ({_method(config[name])}): {QUANTISED}; {WAY_OUT}. If the weights were dequantised, "
                 f"remove {name}"
             )
 

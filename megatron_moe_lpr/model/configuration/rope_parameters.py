@@ -67,7 +67,7 @@ def unread_rope_fields(config: Mapping[str, Any], rope: Mapping[str, Any]) -> li
     ]
 
 
-def transformers_4_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def rope_of_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary embedding as transformers 4 reads it: top-level `rope_theta`, and `rope_scaling`."""
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("type", None) or "default"

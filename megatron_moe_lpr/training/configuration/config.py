@@ -170,11 +170,11 @@ class PrecisionOptions:
     recompute_modules: Recomputation[tuple[str, ...] | None] = None
     """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
 
-    def requested_dtype(self) -> "torch.dtype | None":
-        """The dtype of a flag; None: no flag is given. Raises UserError, see `dtype.requested_dtype`."""
-        from megatron_moe_lpr.model.configuration.dtype import requested_dtype
+    def asked_dtype(self) -> "torch.dtype | None":
+        """The dtype of a flag; None: no flag is given. Raises UserError, see `dtype.asked_dtype`."""
+        from megatron_moe_lpr.model.configuration.dtype import asked_dtype
 
-        return requested_dtype(self.bf16, self.fp32, self.fp16)
+        return asked_dtype(self.bf16, self.fp32, self.fp16)
 
     def compute_options(self, dtype: "torch.dtype", fp8: FP8Options | None = None) -> "ComputeOptions":
         """What the model needs to know, to compute in `dtype`."""

@@ -9,7 +9,7 @@ import torch
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration import dtype as module
-from megatron_moe_lpr.model.configuration.dtype import choose_dtype, report_dtype, requested_dtype
+from megatron_moe_lpr.model.configuration.dtype import asked_dtype, choose_dtype, say_dtype
 from megatron_moe_lpr.platform import CPUFacts, Platform
 from megatron_moe_lpr.platform.cpu.processor import multiplies_bf16
 
@@ -38,16 +38,16 @@ def test_a_flag_decides():
 
 
 def test_flags():
-    assert requested_dtype(False, False) is None
-    assert requested_dtype(True, False) == torch.bfloat16 and requested_dtype(False, True) == torch.float32
+    assert asked_dtype(False, False) is None
+    assert asked_dtype(True, False) == torch.bfloat16 and asked_dtype(False, True) == torch.float32
     with pytest.raises(UserError, match=r"^--bf16 and --fp16: give one of them$"):
-        requested_dtype(True, False, True)
+        asked_dtype(True, False, True)
     with pytest.raises(UserError, match=r"^--fp16: .* give --bf16 or --fp32: .* keep their float16 bits with both$"):
-        requested_dtype(False, False, True)
+        asked_dtype(False, False, True)
 
 
 def said(capsys, *arguments) -> str:
-    report_dtype(*arguments)
+    say_dtype(*arguments)
     return capsys.readouterr().err
 
 
