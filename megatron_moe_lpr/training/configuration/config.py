@@ -171,7 +171,7 @@ class PrecisionOptions:
     """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
 
     def asked_dtype(self) -> "torch.dtype | None":
-        """The dtype of a flag; None: no flag is given. Raises UserError, see `dtype.asked_dtype`."""
+        """What a flag asks to compute in; None: no flag does. Raises UserError, see `dtype.asked_dtype`."""
         from megatron_moe_lpr.model.configuration.dtype import asked_dtype
 
         return asked_dtype(self.bf16, self.fp32, self.fp16)
