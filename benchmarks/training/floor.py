@@ -5,7 +5,6 @@ product is counted twice, as it is where backward computes the scores again.
 """
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -78,11 +77,6 @@ def product(rows: int, inner: int, columns: int, grad_input: bool, grad_weight: 
     if grad_weight:
         found[1, columns, rows, inner] += 1
     return found
-
-
-def operations(found: Products) -> float:
-    """Floating-point operations, a multiply-add counted as two."""
-    return sum(2.0 * math.prod(shape) * count for shape, count in found.items())
 
 
 def separate(found: Products) -> Iterator[tuple[tuple[list[int], int, int, int], int]]:

@@ -43,22 +43,22 @@ def build_model(
     # TransformerLayer warns of each mlp module that is not one of its own.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     virtual_size = config.virtual_pipeline_model_parallel_size
-    stages = [None] if virtual_size is None else list(range(virtual_size))
-    return [_build_chunk(shape, config, platform, stage, kwargs) for stage in stages]
+    vp_stages = [None] if virtual_size is None else list(range(virtual_size))
+    return [_build_chunk(shape, config, platform, vp_stage, kwargs) for vp_stage in vp_stages]
 
 
 def _build_chunk(
-    shape: ModelShape, config: TransformerConfig, platform: Platform, virtual_stage: int | None, kwargs: dict[str, Any]
+    shape: ModelShape, config: TransformerConfig, platform: Platform, vp_stage: int | None, kwargs: dict[str, Any]
 ) -> torch.nn.Module:
-    interleaved = virtual_stage is not None
+    interleaved = vp_stage is not None
     chunk = MoELPRModel(
         config,
         shape.architecture,
-        block_spec(config, shape, platform.transformer_engine, virtual_stage),
+        block_spec(config, shape, platform.transformer_engine, vp_stage),
         padded_vocab_size(shape.architecture.vocab_size, config.tensor_model_parallel_size),
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=not interleaved, vp_stage=virtual_stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=not interleaved, vp_stage=virtual_stage),
-        vp_stage=virtual_stage,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=not interleaved, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=not interleaved, vp_stage=vp_stage),
+        vp_stage=vp_stage,
         **kwargs,
     ).to(platform.device)
     _mark_split_weights(chunk)

@@ -35,18 +35,18 @@ def block_spec(
     config: TransformerConfig,
     shape: ModelShape,
     transformer_engine: bool,
-    virtual_stage: int | None = None,
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline rank's model or model chunk.
 
     Args:
         shape: shape of the whole model.
         transformer_engine: Transformer Engine's layers instead of Megatron's local ones.
-        virtual_stage: number of the model chunk in an interleaved pipeline, else None.
+        vp_stage: number of the model chunk in an interleaved pipeline (Megatron's term), else None.
     """
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
-    first = get_transformer_layer_offset(config, virtual_stage, pipeline_rank)
-    count = get_num_layers_to_build(config, virtual_stage, pipeline_rank)
+    first = get_transformer_layer_offset(config, vp_stage, pipeline_rank)
+    count = get_num_layers_to_build(config, vp_stage, pipeline_rank)
     layer = _transformer_engine_layer if transformer_engine else _local_layer
     layers = [layer(config, shape.experts_per_layer[index]) for index in range(first, first + count)]
     for index, spec in enumerate(layers, start=first):

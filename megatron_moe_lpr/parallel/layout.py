@@ -19,7 +19,7 @@ class ParallelLayout:
     tensor_model_parallel_size: Splits[PositiveInt] = 1
     """TP: ranks that share each matrix of a layer."""
     pipeline_model_parallel_size: Splits[PositiveInt] = 1
-    """PP: stages that share the layers."""
+    """PP: ranks that share the layers."""
     num_virtual_stages_per_pipeline_rank: Splits[PositiveInt] = 1
     """Chunks of layers a pipeline rank holds; more than 1 selects the interleaved schedule."""
     expert_model_parallel_size: Splits[PositiveInt] = 1
@@ -103,11 +103,11 @@ class ParallelLayout:
         _divides(tp, flag, ffn_hidden_size, "FFN columns")
         _divides(tp, flag, hidden_size, "hidden columns")
         _divides(self.expert_tensor_parallel_size, "--expert-tensor-parallel-size", ffn_hidden_size, "FFN columns")
-        stages = self.pipeline_model_parallel_size * self.num_virtual_stages_per_pipeline_rank
-        stage_flag = "--pipeline-model-parallel-size"
+        chunks = self.pipeline_model_parallel_size * self.num_virtual_stages_per_pipeline_rank
+        flags = "--pipeline-model-parallel-size"
         if self.num_virtual_stages_per_pipeline_rank > 1:
-            stage_flag += " x --num-virtual-stages-per-pipeline-rank"
-        _divides(stages, stage_flag, num_layers, "layers")
+            flags += " x --num-virtual-stages-per-pipeline-rank"
+        _divides(chunks, flags, num_layers, "layers")
         has_experts = any(experts > 1 for experts in experts_per_layer)
         for experts in sorted({experts for experts in experts_per_layer if experts > 1}):
             check_expert_parallel(experts - 1, self.expert_model_parallel_size)

@@ -1,6 +1,8 @@
 """The operations of the floor against sums over the parameters."""
 
-from benchmarks.training.floor import operations, product, products
+import math
+
+from benchmarks.training.floor import Products, product, products
 from benchmarks.training.inputs import Sizes
 
 SIZES = Sizes(
@@ -21,6 +23,11 @@ SCORES = 2 * (2 * 4) * (4 * 4 / 2) * 2
 """Operations of the scores, as of their sums over the values: batch x heads, half of sequence x sequence, dimension."""
 FORWARD = 2 * SIZES.tokens * (3 * (ATTENTION + 2 * EXPERT) + HEAD) + 3 * 2 * SCORES
 """Two operations for each weight and token; a token has two experts."""
+
+
+def operations(found: Products) -> float:
+    """Floating-point operations, a multiply-add counted as two."""
+    return sum(2.0 * math.prod(shape) * count for shape, count in found.items())
 
 
 def test_a_linear_layer():

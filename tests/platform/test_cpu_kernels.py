@@ -5,12 +5,9 @@ import torch
 from torch.nn import functional
 
 from megatron_moe_lpr.model.moe.grouped_linear import _GroupedProduct
-from megatron_moe_lpr.model.transformer.norm import _RootMeanSquareNorm
-from megatron_moe_lpr.platform.cpu import cross_entropy
 from megatron_moe_lpr.platform.cpu.activations import ROWS, SwiGLU
 from megatron_moe_lpr.platform.cpu.expert_rows import _Pad, _Unpad, bucket_size
 from megatron_moe_lpr.platform.cpu.optimizer import FusedAdam, _scale
-from megatron_moe_lpr.platform.cpu.rotary import Rotation, angles
 
 generator = torch.Generator().manual_seed(5)
 
@@ -42,7 +39,7 @@ def test_swiglu():
     agree(SwiGLU.apply, plain_swiglu, random(7, 20), torch.rand(7, 1, generator=generator))
 
 
-def test_swiglu_in_turns():
+def test_swiglu_in_chunks():
     agree(SwiGLU.apply, plain_swiglu, random(2 * ROWS + 3, 20), random(2 * ROWS + 3, 1))
     agree(lambda states: SwiGLU.apply(states, None), plain_swiglu, random(ROWS + 1, 2, 20))
 
@@ -56,39 +53,6 @@ def test_swiglu_in_bf16_keeps_the_dtypes():
     SwiGLU.apply(states, weights).sum().backward()
     assert states.grad.dtype == torch.bfloat16
     assert weights.grad.dtype == torch.float32
-
-
-def test_rotation():
-    frequencies = torch.arange(9.0)[:, None] * torch.rand(4, generator=generator)
-    frequencies = torch.cat((frequencies, frequencies), dim=-1)[:, None, None, :]
-
-    def formula(states):
-        first, second = states.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-        return 1.5 * (states * frequencies.double().cos() + turned * frequencies.double().sin())
-
-    agree(lambda states: Rotation.apply(states, *angles(frequencies, 1.5, states.dtype)), formula, random(9, 2, 3, 8))
-
-
-def test_rotation_of_a_view():
-    """Megatron rotates slices of one tensor of queries, keys and values."""
-    frequencies = torch.rand(9, 1, 1, 4, generator=generator).repeat(1, 1, 1, 2)
-    states = random(9, 2, 3, 24)[..., 8:16]
-    cosines, sines = angles(frequencies, 1.0, torch.float32)
-    torch.testing.assert_close(Rotation.apply(states, cosines, sines), Rotation.apply(states.clone(), cosines, sines))
-
-
-def test_norm():
-    def formula(states, weight):
-        return states * (states.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
-
-    agree(lambda states, weight: _RootMeanSquareNorm.apply(states, weight, 1e-6), formula, random(5, 3, 16), random(16))
-
-
-def test_norm_rounds_once_in_bf16():
-    states, weight = random(5, 16).bfloat16(), random(16).bfloat16()
-    expected = functional.rms_norm(states.double(), (16,), weight.double(), 1e-6).bfloat16()
-    torch.testing.assert_close(_RootMeanSquareNorm.apply(states, weight, 1e-6), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("counts", [[3, 4], [0, 7], [7, 0]])
@@ -117,30 +81,6 @@ def test_grouped_product_adds_to_the_optimizers_buffer():
         for weight, value in zip(rounded_weights, expected, strict=True):
             assert weight.grad_added_to_main_grad
             torch.testing.assert_close(weight.main_grad, 1 + 2 * value, rtol=tolerance, atol=tolerance)
-
-
-def test_cross_entropy(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "BYTES", 4 * 11 * 4)
-    target = torch.randint(0, 11, (3, 5), generator=generator)
-
-    def formula(logits):
-        return functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(3, 5)
-
-    agree(lambda logits: cross_entropy.CrossEntropy.apply(logits * 1, target), formula, 20 * random(3, 5, 11))
-
-
-def test_cross_entropy_of_bf16_rounds_the_gradient_once():
-    logits = random(6, 33).bfloat16()
-    target = torch.randint(0, 33, (6,), generator=generator)
-    double = logits.double().requires_grad_()
-    expected = functional.cross_entropy(double, target, reduction="none")
-    expected.backward(torch.arange(6.0).double())
-    single = logits.clone().requires_grad_()
-    loss = cross_entropy.CrossEntropy.apply(single * 1, target)
-    loss.backward(torch.arange(6.0))
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected.float(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(single.grad, double.grad.bfloat16(), rtol=2**-8, atol=1e-8)
 
 
 def test_buckets_are_few_and_hardly_larger():

@@ -187,15 +187,14 @@ def _check_gpu(recipe: FP8Recipe, gpu: GPUFacts) -> None:
         )
 
 
-def _check_bf16_layers(options: FP8Options, stage_layers: int) -> None:
+def _check_bf16_layers(options: FP8Options, rank_layers: int) -> None:
     if not options.first_last_layers_bf16:
         return
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         count = getattr(options, name)
-        if not 0 <= count <= stage_layers:
+        if not 0 <= count <= rank_layers:
             raise UserError(
-                f"--{name.replace('_', '-')} {count}: must be between 0 and the {stage_layers} layers of a "
-                "pipeline stage"
+                f"--{name.replace('_', '-')} {count}: must be between 0 and the {rank_layers} layers of a pipeline rank"
             )
 
 

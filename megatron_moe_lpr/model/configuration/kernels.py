@@ -20,7 +20,7 @@ ROUTER_FUSION = Version("2.7.0")
 def platform_fields(platform: Platform, dtype: torch.dtype) -> dict[str, Any]:
     """Fields of TransformerConfig that choose kernels for weights and activations of `dtype`."""
     if not platform.transformer_engine:
-        # Outputs sent to the next pipeline stage are not freed: gloo still reads the memory when the send has returned.
+        # Outputs sent to the next pipeline rank are not freed: gloo still reads the memory when the send has returned.
         return {
             "transformer_impl": "local",
             "use_cpu_initialization": True,

@@ -26,26 +26,8 @@ def install() -> None:
     devices.install()
     collectives.install()
     # Last, because it imports megatron-core, which reads torch.cuda while being imported.
-    from megatron_moe_lpr.platform.cpu import (
-        activations,
-        cross_entropy,
-        expert_rows,
-        gradient_buffer,
-        internals,
-        optimizer,
-        permutation,
-        rotary,
-    )
+    from megatron_moe_lpr.platform.cpu import activations, expert_rows, gradient_buffer, internals, optimizer
 
-    for module in (
-        internals,
-        optimizer,
-        gradient_buffer,
-        activations,
-        cross_entropy,
-        permutation,
-        expert_rows,
-        rotary,
-    ):
+    for module in (internals, optimizer, gradient_buffer, activations, expert_rows):
         module.install()
     _installed = True

