@@ -66,15 +66,20 @@ def version() -> str:
     return metadata.version("transformer-engine")
 
 
-def install() -> None:
-    """Make `import transformer_engine.pytorch` give modules that compute."""
+def install(with_kernels: bool = True) -> None:
+    """Make `import transformer_engine.pytorch` give modules that compute.
+
+    Args:
+        with_kernels: without them modules construct and autograd functions run up to the first kernel, which raises.
+    """
     if is_installed():
         return
     _check_version()
     # Without it the first import looks for cuDNN, NVRTC and cuRAND and raises RuntimeError.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     module = Extension(EXTENSION)
-    contents = {name: Absent(f"{EXTENSION}.{name}") for name in TABLE.names} | ENUMERATIONS | FUNCTIONS
+    contents = {name: Absent(f"{EXTENSION}.{name}") for name in TABLE.names} | ENUMERATIONS
+    contents |= FUNCTIONS if with_kernels else {}
     contents["get_cudnn_version"] = lambda: CUDNN_VERSION
     contents["get_cublasLt_version"] = lambda: CUBLAS_VERSION
     contents["get_num_cublas_streams"] = lambda: CUBLAS_STREAMS
@@ -86,7 +91,8 @@ def install() -> None:
         common = importlib.import_module("transformer_engine.common")
     common.load_framework_extension = lambda framework: None
     importlib.import_module("transformer_engine.pytorch")
-    permutation.install()
+    if with_kernels:
+        permutation.install()
 
 
 def _check_version() -> None:

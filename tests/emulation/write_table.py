@@ -26,6 +26,7 @@ TYPES = {
     "py::handle": "object",
     "handle": "object",
     "py::object": "object",
+    "pybind11::object": "object",
     "MaybeTensor": "Tensor | None",
     "long": "int",
     "at::ScalarType": "torch.dtype",
@@ -41,7 +42,7 @@ NAMESPACE = re.compile(r"\b(transformer_engine::pytorch|transformer_engine|std|p
 
 def table(root: Path) -> list[str]:
     """Lines of the table, sorted by name."""
-    sources = [next(root.rglob("pybind_helper.h")), next(root.rglob("extensions/pybind.cpp"))]
+    sources = [next(root.rglob("pybind_helper.h")), *sorted(root.rglob("csrc/extensions/*.cpp"))]
     declared = {name: arguments for path in _headers(root) for name, arguments in _declarations(_text(path))}
     values = {name: members for path in sorted(root.rglob("*.h")) for name, members in _enumerators(_text(path))}
     lines = set()
@@ -51,7 +52,9 @@ def table(root: Path) -> list[str]:
 
 
 def _headers(root: Path) -> list[Path]:
-    return [*sorted(root.rglob("csrc/extensions/*.cpp")), next(root.rglob("csrc/extensions.h"))]
+    """Those of the extension last: its declarations count where the library beneath has the same name."""
+    library = sorted(root.rglob("common_headers/**/*.h"))
+    return [*library, *sorted(root.rglob("csrc/extensions/*.cpp")), next(root.rglob("csrc/extensions.h"))]
 
 
 def _text(path: Path) -> str:

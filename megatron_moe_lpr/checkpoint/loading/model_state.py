@@ -19,6 +19,7 @@ from megatron_moe_lpr.checkpoint.format.sharded_parts import part_with_keys
 from megatron_moe_lpr.checkpoint.format.trainable_only import layers_of
 from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA
 from megatron_moe_lpr.checkpoint.loading.distributed_loading import load_distributed
+from megatron_moe_lpr.checkpoint.untrusted.extra_state import checked_pickles_are_read
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.moe.expert_states import EXTRA_STATE
@@ -86,12 +87,13 @@ def _keep_unrounded(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
 
 
 def fill_model(chunk: torch.nn.Module, state: dict[str, Any], is_complete: bool = True) -> None:
-    """Copy loaded tensors into a chunk; with `is_complete` off, parameters without one stay as they are.
+    """Copy what `load_distributed` loaded and checked into a chunk; with `is_complete` off, parameters without one stay as they are.
 
     Raises:
         UserError: other than `_extra_state` is missing, or something is left over.
     """
-    result = unwrap(chunk).load_state_dict(state, strict=False)
+    with checked_pickles_are_read():
+        result = unwrap(chunk).load_state_dict(state, strict=False)
     missing = [key for key in result.missing_keys if EXTRA_STATE not in key]
     missing = missing if is_complete else []
     if missing or result.unexpected_keys:
