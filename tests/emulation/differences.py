@@ -1,9 +1,12 @@
 """What the extension of one version of Transformer Engine has and that of another has not: the table in docs/gpu.md.
 
     python -m tests.emulation.differences [OLD NEW]
+
+In full, with types, it is `diff tests/emulation/tables/OLD.txt tests/emulation/tables/NEW.txt`.
 """
 
 import sys
+import textwrap
 from collections.abc import Iterator
 
 from tests.emulation.table import VERSIONS, Signature, Table, read
@@ -34,18 +37,21 @@ def _words(signature: Signature) -> list[str]:
     return [argument.name + ("=" if argument.optional else "") for argument in signature]
 
 
-def lines(old: Table, new: Table, names: set[str]) -> Iterator[str]:
-    """Rows of Markdown for some names."""
-    for name, kind, what in differences(old, new):
-        if name in names:
-            yield f"| `{name}` | {kind} | {f'`{what}`' if what else ''} |"
+def markdown(old: Table, new: Table) -> str:
+    """A row for each name that changed, and lists of those that only one version has."""
+    rows = [f"| | {old.version} to {new.version}: - removed, + added, `=` has a default |", "|---|---|"]
+    rows += [f"| `{name}` | {_as_code(what)} |" for name, kind, what in differences(old, new) if kind == "changed"]
+    parts = ["\n".join(rows)]
+    for kind, table in (("gone", old), ("new", new)):
+        names = [f"`{name}`" for name, found, _ in differences(old, new) if found == kind]
+        listed = ", ".join(names) if names else "nothing"
+        parts.append(textwrap.fill(f"Only {table.version} has: {listed}.", 120, break_on_hyphens=False))
+    return "\n\n".join(parts) + "\n"
 
 
-def main(old: str, new: str) -> None:
-    """Print everything that differs."""
-    for name, kind, what in differences(read(old), read(new)):
-        print(f"{kind:8} {name}  {what}".rstrip())
+def _as_code(words: str) -> str:
+    return " ".join(f"`{word}`" for word in words.split())
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or (VERSIONS[0], VERSIONS[-1])))
+    print(markdown(*(read(version) for version in sys.argv[1:] or (VERSIONS[0], VERSIONS[-1]))), end="")

@@ -164,11 +164,11 @@ def test_refusals_of_newer_arguments(tex):
     output, *saved = forward(tex, tensors)
     other, scales = FORMATS["NVTE_BSHD"], FORMATS["NVTE_BHSD"]
     for way in (lambda **given: forward(tex, tensors, **given), backward_of(tex, tensors, output, gradient, saved)):
-        with pytest.raises(KernelRefuses, match="format .* is not emulated"):
+        with pytest.raises(KernelRefuses, match=r"format .* is not emulated"):
             way(o_format=other)
         with pytest.raises(KernelRefuses, match="scales of FP8 numbers"):
             way(qkv_scale_inv_format=scales)
-    with pytest.raises(KernelRefuses, match="format .* is not emulated"):
+    with pytest.raises(KernelRefuses, match=r"format .* is not emulated"):
         backward(tex, tensors, output, gradient, saved, do_format=other)
     with pytest.raises(KernelRefuses, match="gradients in the layout"):
         backward(tex, tensors, output, gradient, saved, dqkv_layout=NVTE_QKV_Layout.NVTE_SB3HD)

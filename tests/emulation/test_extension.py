@@ -100,7 +100,7 @@ def test_arguments_are_converted_as_pybind11_does():
 def test_arguments_by_position_are_not_taken_by_name():
     """As of functions that are bound without names."""
     tensor = torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(TypeError, match="multi_tensor_scale: .* is given by position alone"):
+    with pytest.raises(TypeError, match=r"multi_tensor_scale: .* is given by position alone"):
         FUNCTIONS["multi_tensor_scale"](chunk_size=1, noop_flag=tensor, tensor_lists=[[], []], scale=1.0)
 
 

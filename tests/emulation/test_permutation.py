@@ -37,8 +37,8 @@ def by_loop(choices: torch.Tensor) -> list[tuple[int, int]]:
 def permute(triton, routing, extra_rows: int = 0):
     choices, probs, tokens = routing
     places = triton.make_row_id_map(choices, TOKENS, EXPERTS)
-    rows = int(choices.sum()) + extra_rows
-    return places, triton.permute_with_mask_map(tokens, places, probs, None, *PADDING, TOKENS, EXPERTS, rows, HIDDEN, None)
+    sizes = (TOKENS, EXPERTS, int(choices.sum()) + extra_rows, HIDDEN, None)
+    return places, triton.permute_with_mask_map(tokens, places, probs, None, *PADDING, *sizes)
 
 
 def test_a_row_for_every_choice_sorted_by_expert(triton, routing):

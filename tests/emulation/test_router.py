@@ -64,7 +64,9 @@ def test_leading_dimensions_stay(tex):
     logits, gradient = torch.randn(2, TOKENS, 2, EXPERTS)
     weights, choices, kept = forward(tex, logits)
     flat = forward(tex, logits.flatten(0, 1))
-    assert all(torch.equal(part.flatten(0, 1), other) for part, other in zip((weights, choices, kept), flat, strict=True))
+    assert all(
+        torch.equal(part.flatten(0, 1), other) for part, other in zip((weights, choices, kept), flat, strict=True)
+    )
     found = backward(tex, choices, kept, gradient)
     assert torch.equal(found.flatten(0, 1), backward(tex, flat[1], flat[2], gradient.flatten(0, 1)))
 

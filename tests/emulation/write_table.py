@@ -2,8 +2,8 @@
 
     python -m tests.emulation.write_table DIRECTORY > tests/emulation/tables/2.20.2.txt
 
-DIRECTORY is the unpacked source distribution of transformer_engine_torch. A line is a function with its arguments, their
-types and defaults (all before `/` are given by position alone), an enumeration with its members, or a class.
+DIRECTORY is the unpacked source distribution of transformer_engine_torch. A line is a function with its arguments,
+their types and defaults (all before `/` are given by position alone), an enumeration with its members, or a class.
 """
 
 import re

@@ -87,7 +87,12 @@ def _keep_unrounded(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
 
 
 def fill_model(chunk: torch.nn.Module, state: dict[str, Any], is_complete: bool = True) -> None:
-    """Copy what `load_distributed` loaded and checked into a chunk; with `is_complete` off, parameters without one stay as they are.
+    """Copy loaded tensors into a chunk; with `is_complete` off, parameters without one stay as they are.
+
+    Args:
+        chunk: a part of the model, wrapped or not.
+        state: as `load_distributed` has loaded and checked it; its `_extra_state` entries are unpickled.
+        is_complete: whether every parameter must be in `state`.
 
     Raises:
         UserError: other than `_extra_state` is missing, or something is left over.
