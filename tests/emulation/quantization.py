@@ -53,7 +53,7 @@ def split_quantize_2_11(
     return _split(tensor, split_sections, quantizer_list)
 
 
-@kernel("module/_split_quantization.py, module/grouped_linear.py `_GroupedLinear`", name="split_quantize")
+@kernel("module/grouped_linear.py `_GroupedLinear`, module/_split_quantization.py", name="split_quantize")
 def split_quantize_2_17(
     tensor: torch.Tensor,
     split_sections: list[int],

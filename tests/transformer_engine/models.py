@@ -167,7 +167,7 @@ def look_at_names_beside_recipes() -> list[str]:
     from megatron.core.extensions.transformer_engine import TECudaRNGStatesTracker
     from transformer_engine.common.recipe import DelayedScaling
 
-    return [_refusal(pickle.dumps(value)) for value in (TECudaRNGStatesTracker, DelayedScaling.delayed)]
+    return [_refusal(pickle.dumps({"a": value})) for value in (TECudaRNGStatesTracker, DelayedScaling.delayed)]
 
 
 def _refusal(saved: bytes) -> str:
