@@ -56,8 +56,7 @@ def test_the_extension_has_the_table_s_names_alone(tex):
     """A name of another version is an AttributeError, as it would be there."""
     assert TABLE.names <= vars(tex).keys()
     others = {name for version in VERSIONS for name in read(version).names} - TABLE.names
-    assert others
-    for name in others:
+    for name in others | {"of_no_version"}:
         with pytest.raises(AttributeError):
             getattr(tex, name)
 
