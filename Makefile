@@ -13,7 +13,11 @@ else
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.megatron-moe-lpr-installed
 endif
-TE_VENV := $(CURDIR)/.venv-te
+# Versions that the emulation knows are the names in tests/emulation/tables; 2.20 stands for the one of 2.20.
+TE_VERSION ?= 2.11.0
+TE_TABLES := tests/emulation/tables/$(TE_VERSION)
+TE_TABLE := $(basename $(notdir $(firstword $(wildcard $(TE_TABLES).txt $(TE_TABLES).*.txt))))
+TE_VENV := $(CURDIR)/.venv-te$(if $(filter 2.11.0,$(TE_TABLE)),,-$(or $(TE_TABLE),$(TE_VERSION)))
 SERVING := tests/serving
 ENGINES := $(CURDIR)/.venv-vllm/.installed $(CURDIR)/.venv-llama-cpp/.installed $(CURDIR)/.venv-transformers4/.installed
 
@@ -51,10 +55,11 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ORDER) $(TESTS)
 
 $(TE_VENV)/.installed: tests/transformer_engine/environment.sh setup.py constraints.txt
-	bash tests/transformer_engine/environment.sh $(TE_VENV) $(PYTHON)
+	TE_VERSION=$(TE_VERSION) bash tests/transformer_engine/environment.sh $(TE_VENV) $(PYTHON)
 	@touch $@
 
-## Run the GPU tests without a GPU, on an emulated device, in their own environment .venv-te.
+# Another version of Transformer Engine has its own environment: TE_VERSION=2.20 that of .venv-te-2.20.2.
+## Run the GPU tests on an emulated device; with TE_VERSION=2.20 on that Transformer Engine.
 test-te: $(TE_VENV)/.installed
 	$(TE_VENV)/bin/python -m pytest -p tests.emulation.plugin $(or $(TESTS),tests/emulation tests/transformer_engine tests/gpu)
 
@@ -102,7 +107,7 @@ lint: $(INSTALLED)
 
 ## Remove environments and builds; keep what was trained in runs/.
 clean:
-	rm -rf .venv .venv-te .venv-vllm .venv-llama-cpp .venv-transformers4 build *.egg-info
+	rm -rf .venv .venv-te .venv-te-2.* .venv-vllm .venv-llama-cpp .venv-transformers4 build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 include examples/demo/demo.mk

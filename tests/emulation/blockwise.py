@@ -2,8 +2,8 @@
 
 import torch
 
-from tests.emulation.engine import Quantized, Quantizer, engine
-from tests.emulation.fp8 import encode, scale_for
+from tests.emulation.engine import Quantized, Quantizer, arguments, engine, new_quantized
+from tests.emulation.fp8 import NOT_A_NUMBER, encode, scale_for
 from tests.emulation.kernels import contiguous, kernel, refuse_unless
 from tests.emulation.names import DType, Float8BlockScaleTensorFormat
 
@@ -25,30 +25,47 @@ def quantize_blockwise(tensor: torch.Tensor, quantizer: Quantizer, output: Quant
         parts["columnwise_data"], parts["columnwise_scale_inv"] = _columnwise(matrix, tensor.shape, quantizer)
     if output is not None:
         return _write(output, parts, quantizer)
-    compact = quantizer.all_gather_usage
-    parts |= {
-        "fp8_dtype": quantizer.dtype,
-        "quantizer": quantizer,
-        "is_2D_scaled": quantizer.block_scaling_dim == 2,
-        "data_format": Float8BlockScaleTensorFormat.COMPACT if compact else Float8BlockScaleTensorFormat.GEMM_READY,
-    }
-    if quantizer.internal:
-        return engine().Float8BlockwiseQTensorStorage(**parts)
-    return engine().Float8BlockwiseQTensor(shape=tensor.shape, dtype=tensor.dtype, requires_grad=False, **parts)
+    return _new(tensor, parts, quantizer)
+
+
+def empty_blockwise(like: torch.Tensor, quantizer: Quantizer) -> Quantized:
+    """A tensor of the same shape whose bytes and scales are NaN."""
+    parts, shape = dict.fromkeys(FIELDS), tuple(like.shape)
+    for form, wanted in (("rowwise", quantizer.rowwise_usage), ("columnwise", quantizer.columnwise_usage)):
+        if wanted:
+            stored = shape if form == "rowwise" else quantizer.get_columnwise_shape(shape)
+            parts[f"{form}_data"] = torch.full(tuple(stored), NOT_A_NUMBER, dtype=torch.uint8)
+            scales = quantizer.get_scale_shape(shape, form == "columnwise")
+            parts[f"{form}_scale_inv"] = torch.full(tuple(scales), torch.nan)
+    return _new(like, parts, quantizer)
+
+
+def _new(tensor: torch.Tensor, parts: dict, quantizer: Quantizer) -> Quantized:
+    parts |= {"fp8_dtype": quantizer.dtype, "quantizer": quantizer, "is_2D_scaled": quantizer.block_scaling_dim == 2}
+    storage = engine().Float8BlockwiseQTensorStorage
+    if "data_format" in arguments(storage.__new__):
+        name = "COMPACT" if _is_compact(quantizer) else "GEMM_READY"
+        parts["data_format"] = Float8BlockScaleTensorFormat[name]
+    return new_quantized(tensor, quantizer, engine().Float8BlockwiseQTensor, storage, parts)
+
+
+def _is_compact(quantizer: Quantizer) -> bool:
+    """Whether the tensor is still to be gathered; newer versions gather what products read."""
+    return getattr(quantizer, "all_gather_usage", False)
 
 
 def _rowwise(matrix: torch.Tensor, shape: torch.Size, quantizer: Quantizer) -> tuple:
     two = quantizer.block_scaling_dim == 2
     data, inverse = _blocks(matrix, BLOCK if two else 1, quantizer)
     # One-dimensional scales lie transposed for cuBLAS, unless the tensor is still to be gathered.
-    inverse = inverse if two or quantizer.all_gather_usage else inverse.t()
+    inverse = inverse if two or _is_compact(quantizer) else inverse.t()
     return data.view(shape), _padded(inverse, quantizer.get_scale_shape(shape, False))
 
 
 def _columnwise(matrix: torch.Tensor, shape: torch.Size, quantizer: Quantizer) -> tuple:
     two = quantizer.block_scaling_dim == 2
     data, inverse = _blocks(matrix.t().contiguous(), BLOCK if two else 1, quantizer)
-    data = data.t().contiguous() if quantizer.all_gather_usage and not two else data
+    data = data.t().contiguous() if _is_compact(quantizer) and not two else data
     inverse = inverse if two else inverse.t()
     return data.view(quantizer.get_columnwise_shape(shape)), _padded(inverse, quantizer.get_scale_shape(shape, True))
 

@@ -1,14 +1,33 @@
 """Quantizers and quantised tensors for the tests of the emulation."""
 
+from typing import Any
+
 import torch
 
 from tests.emulation.engine import Quantized, Quantizer, engine
+from tests.emulation.kernels import FUNCTIONS
 from tests.emulation.names import DType
+from tests.emulation.table import TABLE, VERSIONS, read
 
-E4M3, E5M2 = DType.kFloat8E4M3, DType.kFloat8E5M2
+E4M3, E5M2 = DType["kFloat8E4M3"], DType["kFloat8E5M2"]
 TORCH = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 CPU = torch.device("cpu")
+
+
+def call(name: str, **fields: Any) -> Any:
+    """Call a function of the extension, its arguments in this version's order.
+
+    Fields that only other versions know are left out; one that no version knows raises TypeError.
+    """
+    known = {argument.name for version in VERSIONS for argument in read(version).functions.get(name, ())}
+    if fields.keys() - known:
+        raise TypeError(f"no version of {name} has {', '.join(fields.keys() - known)}")
+    signature = TABLE.functions[name]
+    if any(argument.positional_only for argument in signature):
+        return FUNCTIONS[name](*(fields[argument.name] for argument in signature))
+    own = {argument.name for argument in signature}
+    return FUNCTIONS[name](**{key: value for key, value in fields.items() if key in own})
 
 
 def delayed(scale: float = 1.0, dtype: DType = E4M3, **usage: bool) -> Quantizer:

@@ -69,7 +69,14 @@ def _say_cuda() -> None:
         path = sys._getframe(1).f_code.co_filename
         return not _host_is_chosen() and ("/transformer_engine/" in path or "/megatron/" in path)
 
-    torch.Tensor.is_cuda = property(is_cuda)
+    lies_on_the_host = torch.Tensor.is_cpu.__get__
+
+    def is_cpu(tensor: torch.Tensor) -> bool:
+        # float8_tensor_storage.py asks before it calls a kernel; Megatron's writer must see the host.
+        path = sys._getframe(1).f_code.co_filename
+        return lies_on_the_host(tensor) and (_host_is_chosen() or "/transformer_engine/" not in path)
+
+    torch.Tensor.is_cuda, torch.Tensor.is_cpu = property(is_cuda), property(is_cpu)
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
     same_place = torch.Tensor.to
 

@@ -12,9 +12,10 @@ from importlib import metadata
 from typing import Any
 
 # Each of these files adds its functions to FUNCTIONS.
-from tests.emulation import attention, norms, optimizer, permutation, products, router  # noqa: F401
-from tests.emulation.kernels import FUNCTIONS, KernelRefuses
-from tests.emulation.names import ENUMERATIONS, EXTENSION
+from tests.emulation import permutation
+from tests.emulation.kernels import FUNCTIONS, KernelRefuses, without_a_fit
+from tests.emulation.names import EXTENSION
+from tests.emulation.table import ENUMERATIONS, TABLE, VERSIONS
 
 CUDNN_VERSION, CUBLAS_VERSION, CUBLAS_STREAMS = 91500, 130000, 4
 
@@ -47,48 +48,7 @@ def _short(value: Any) -> str:
 
 
 class Extension(types.ModuleType):
-    """The emulated `transformer_engine_torch`."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Absent(f"{EXTENSION}.{name}")
-
-
-# What cpp_extensions re-exports: Transformer Engine's modules put these into tables, and this project calls none.
-UNUSED = [
-    "layernorm_fwd",
-    "layernorm_bwd",
-    "rmsnorm_bwd_add",
-    "gelu",
-    "dgelu",
-    "geglu",
-    "dgeglu",
-    "qgelu",
-    "dqgelu",
-    "qgeglu",
-    "dqgeglu",
-    "relu",
-    "drelu",
-    "reglu",
-    "dreglu",
-    "srelu",
-    "dsrelu",
-    "sreglu",
-    "dsreglu",
-    "silu",
-    "dsilu",
-    "clamped_swiglu",
-    "clamped_dswiglu",
-    "dbias_dgelu",
-    "dbias_drelu",
-    "dbias_dqgelu",
-    "dbias_dsrelu",
-    "dbias_dsilu",
-    "CommOverlap",
-    "CommOverlapP2P",
-    "CommOverlapHelper",
-]
+    """The emulated `transformer_engine_torch`: the names of this version's extension and no others."""
 
 
 def is_available() -> bool:
@@ -106,23 +66,24 @@ def version() -> str:
     return metadata.version("transformer-engine")
 
 
-def install() -> None:
-    """Make `import transformer_engine.pytorch` give modules that compute."""
+def install(with_kernels: bool = True) -> None:
+    """Make `import transformer_engine.pytorch` give modules that compute.
+
+    Args:
+        with_kernels: without them modules construct and autograd functions run up to the first kernel, which raises.
+    """
     if is_installed():
         return
+    _check_version()
     # Without it the first import looks for cuDNN, NVRTC and cuRAND and raises RuntimeError.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     module = Extension(EXTENSION)
-    for enumeration in ENUMERATIONS:
-        setattr(module, enumeration.__name__, enumeration)
-    module.get_cudnn_version = lambda: CUDNN_VERSION
-    module.get_cublasLt_version = lambda: CUBLAS_VERSION
-    module.get_num_cublas_streams = lambda: CUBLAS_STREAMS
-    for name in UNUSED:
-        setattr(module, name, Absent(f"{EXTENSION}.{name}"))
-    for name, function in FUNCTIONS.items():
-        setattr(module, name, function)
-    module.__all__ = [name for name in vars(module) if not name.startswith("_")]
+    contents = {name: Absent(f"{EXTENSION}.{name}") for name in TABLE.names} | ENUMERATIONS
+    contents |= FUNCTIONS if with_kernels else {}
+    contents["get_cudnn_version"] = lambda: CUDNN_VERSION
+    contents["get_cublasLt_version"] = lambda: CUBLAS_VERSION
+    contents["get_num_cublas_streams"] = lambda: CUBLAS_STREAMS
+    vars(module).update(contents, __all__=sorted(contents))
     sys.modules[EXTENSION] = module
     with warnings.catch_warnings():
         # The package tries to load the extension and warns that there is none.
@@ -130,7 +91,18 @@ def install() -> None:
         common = importlib.import_module("transformer_engine.common")
     common.load_framework_extension = lambda framework: None
     importlib.import_module("transformer_engine.pytorch")
-    permutation.install()
+    if with_kernels:
+        permutation.install()
+
+
+def _check_version() -> None:
+    if version() not in VERSIONS:
+        raise RuntimeError(
+            f"the emulation has no table of Transformer Engine {version()}'s extension, only of {', '.join(VERSIONS)}; "
+            "write it with tests/emulation/write_table.py"
+        )
+    if without_a_fit():
+        raise RuntimeError(f"Transformer Engine {version()} has other arguments for {', '.join(without_a_fit())}")
 
 
 def block() -> None:

@@ -5,6 +5,8 @@ import torch
 from tests.emulation.names import TORCH_DTYPE, DType
 
 LARGEST = {DType.kFloat8E4M3: 448.0, DType.kFloat8E5M2: 57344.0}
+NOT_A_NUMBER = 255
+"""A byte that is NaN in either format."""
 
 
 def encode(values: torch.Tensor, dtype: DType) -> torch.Tensor:

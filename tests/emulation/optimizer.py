@@ -3,7 +3,7 @@
 import torch
 
 from tests.emulation.fp8 import scale_for
-from tests.emulation.kernels import kernel, refuse_unless
+from tests.emulation.kernels import FUNCTIONS, kernel, refuse_unless
 from tests.emulation.names import DType
 
 Lists = list[list[torch.Tensor]]
@@ -18,13 +18,22 @@ def _check(name: str, noop: torch.Tensor, lists: Lists) -> None:
 
 
 @kernel("optimizers/__init__.py, megatron/core/optimizer/clip_grads.py, tensor/utils.py")
-def multi_tensor_scale(chunk_size: int, is_infinite: torch.Tensor, tensor_lists: Lists, scale: float) -> None:
+def multi_tensor_scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: Lists, scale: float) -> None:
     """Second list = first * scale; the flag is set where a number is not finite."""
-    _check("multi_tensor_scale", is_infinite, tensor_lists)
+    _check("multi_tensor_scale", noop_flag, tensor_lists)
     for source, target in zip(*tensor_lists, strict=True):
         if not torch.isfinite(source).all():
-            is_infinite.fill_(1)
+            noop_flag.fill_(1)
         target.copy_(source.float() * scale)
+
+
+@kernel("optimizers/__init__.py, megatron/core/optimizer/clip_grads.py")
+def multi_tensor_scale_tensor(
+    chunk_size: int, is_infinite: torch.Tensor, tensor_lists: Lists, scale: torch.Tensor
+) -> None:
+    """The same with a factor on the device."""
+    refuse_unless(scale.numel() == 1 and scale.dtype == torch.float32, "multi_tensor_scale_tensor: one fp32 factor")
+    FUNCTIONS["multi_tensor_scale"](chunk_size, is_infinite, tensor_lists, float(scale))
 
 
 def _norms(values: list[torch.Tensor], per_tensor: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,7 +43,7 @@ def _norms(values: list[torch.Tensor], per_tensor: bool) -> tuple[torch.Tensor, 
 
 @kernel("optimizers/__init__.py, megatron/core/optimizer/clip_grads.py `get_grad_norm_fp32`")
 def multi_tensor_l2norm(
-    chunk_size: int, noop_flag: torch.Tensor, tensor_lists: Lists, per_tensor_python: bool | None = None
+    chunk_size: int, noop_flag: torch.Tensor, tensor_lists: Lists, per_tensor_python: bool | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Norm of all tensors together."""
     _check("multi_tensor_l2norm", noop_flag, tensor_lists)
@@ -47,7 +56,7 @@ def multi_tensor_unscale_l2norm(
     noop_flag: torch.Tensor,
     tensor_lists: Lists,
     inv_scale: torch.Tensor,
-    per_tensor_python: bool | None = None,
+    per_tensor_python: bool | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Norm of all tensors together, multiplied by a number on the device."""
     _check("multi_tensor_unscale_l2norm", noop_flag, tensor_lists)
@@ -93,14 +102,14 @@ def multi_tensor_adam(
 @kernel("tensor/utils.py `_cast_master_weights_to_fp8_current_scaling`")
 def multi_tensor_compute_scale_and_scale_inv(
     chunk_size: int,
-    is_infinite: torch.Tensor,
+    noop_flag: torch.Tensor,
     tensor_lists: Lists,
     max_fp8: float,
     force_pow_2_scales: bool,
     epsilon: float,
 ) -> None:
     """Largest magnitudes to scales and their inverses."""
-    _check("multi_tensor_compute_scale_and_scale_inv", is_infinite, tensor_lists)
+    _check("multi_tensor_compute_scale_and_scale_inv", noop_flag, tensor_lists)
     dtype = {448.0: DType.kFloat8E4M3, 57344.0: DType.kFloat8E5M2}[max_fp8]
     for amax, scale, inverse in zip(*tensor_lists, strict=True):
         scale.copy_(scale_for(amax, dtype, force_pow_2_scales, epsilon))

@@ -4,6 +4,10 @@ Buffers that the real kernels allocate without clearing hold NaN here, so that a
 """
 
 import importlib
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -147,22 +151,87 @@ def sort_chunks_by_map(
     return moved(inp), moved(probs)
 
 
-TRITON = (
-    make_row_id_map,
-    permute_with_mask_map,
-    unpermute_with_mask_map,
-    unpermute_with_mask_map_bwd_with_merging_probs,
-    make_chunk_sort_map,
-    sort_chunks_by_map,
-)
+NO_PADDING = "rows of experts padded while they are sorted (pad_offsets) are not emulated"
+
+
+def permute_with_mask_map_2_17(
+    inp: torch.Tensor,
+    row_id_map: torch.Tensor,
+    probs: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    pad_offsets: torch.Tensor | None,
+    num_tokens: int,
+    num_experts: int,
+    num_out_tokens: int,
+    hidden_size: int,
+    scale_hidden_dim: int | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The same; experts' rows may be padded in the same pass."""
+    refuse_unless(pad_offsets is None, f"permute_with_mask_map: {NO_PADDING}")
+    sizes = (num_tokens, num_experts, num_out_tokens, hidden_size, scale_hidden_dim)
+    return permute_with_mask_map(inp, row_id_map, probs, scale, *sizes)
+
+
+def unpermute_with_mask_map_2_17(
+    inp: torch.Tensor,
+    row_id_map: torch.Tensor,
+    merging_probs: torch.Tensor | None,
+    permuted_probs: torch.Tensor | None,
+    pad_offsets: torch.Tensor | None,
+    num_tokens: int,
+    num_experts: int,
+    hidden_size: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same; the copies' rows may be padded."""
+    refuse_unless(pad_offsets is None, f"unpermute_with_mask_map: {NO_PADDING}")
+    sizes = (num_tokens, num_experts, hidden_size)
+    return unpermute_with_mask_map(inp, row_id_map, merging_probs, permuted_probs, *sizes)
+
+
+def unpermute_with_mask_map_bwd_with_merging_probs_2_17(
+    fwd_output_grad: torch.Tensor,
+    row_id_map: torch.Tensor,
+    fwd_input: torch.Tensor,
+    merging_probs: torch.Tensor,
+    pad_offsets: torch.Tensor | None,
+    num_tokens: int,
+    num_experts: int,
+    num_out_tokens: int,
+    hidden_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same; the copies' rows may be padded."""
+    refuse_unless(pad_offsets is None, f"unpermute_with_mask_map_bwd_with_merging_probs: {NO_PADDING}")
+    sizes = (num_tokens, num_experts, num_out_tokens, hidden_size)
+    return unpermute_with_mask_map_bwd_with_merging_probs(fwd_output_grad, row_id_map, fwd_input, merging_probs, *sizes)
+
+
+TRITON: dict[str, tuple[Callable[..., Any], ...]] = {
+    "make_row_id_map": (make_row_id_map,),
+    "permute_with_mask_map": (permute_with_mask_map, permute_with_mask_map_2_17),
+    "unpermute_with_mask_map": (unpermute_with_mask_map, unpermute_with_mask_map_2_17),
+    "unpermute_with_mask_map_bwd_with_merging_probs": (
+        unpermute_with_mask_map_bwd_with_merging_probs,
+        unpermute_with_mask_map_bwd_with_merging_probs_2_17,
+    ),
+    "make_chunk_sort_map": (make_chunk_sort_map,),
+    "sort_chunks_by_map": (sort_chunks_by_map,),
+}
+"""Functions that launch Triton's kernels, and what stands for them in each version's form."""
 
 
 def install() -> None:
-    """Put them where permutation.py looks for Triton's."""
+    """Put those with the arguments of the installed version where permutation.py looks for Triton's."""
     module = importlib.import_module(TRITON_MODULE)
-    for function in TRITON:
-        refuse_unless(hasattr(module, function.__name__), f"{TRITON_MODULE} has no {function.__name__}")
-        setattr(module, function.__name__, counted(function))
+    for name, candidates in TRITON.items():
+        setattr(module, name, counted(_fitting(module, name, candidates), name))
+
+
+def _fitting(module: types.ModuleType, name: str, candidates: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
+    refuse_unless(hasattr(module, name), f"{TRITON_MODULE} has no {name}")
+    wanted = list(inspect.signature(getattr(module, name)).parameters)
+    fitting = [function for function in candidates if list(inspect.signature(function).parameters) == wanted]
+    refuse_unless(len(fitting) == 1, f"{TRITON_MODULE}.{name} has other arguments: {', '.join(wanted)}")
+    return fitting[0]
 
 
 @kernel("module/fp8_padding.py `_Fp8Padding`, module/fp8_unpadding.py")

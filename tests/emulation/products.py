@@ -16,6 +16,7 @@ from tests.emulation.quantization import quantized
 ALIGNMENT = 16
 BLOCKWISE_ROWS = 8
 TF32 = "NVIDIA_TF32_OVERRIDE"
+GEMM_READY = Float8BlockScaleTensorFormat["GEMM_READY"]
 
 
 def _in_fp8(operand: torch.Tensor | Quantized) -> bool:
@@ -49,7 +50,8 @@ def _tensorwise(tensor: Quantized, rowwise: bool, what: str) -> torch.Tensor:
 
 
 def _blockwise(tensor: Quantized, rowwise: bool, what: str) -> torch.Tensor:
-    ready = tensor._data_format == Float8BlockScaleTensorFormat.GEMM_READY
+    # Newer versions know no other format.
+    ready = getattr(tensor, "_data_format", GEMM_READY) == GEMM_READY
     refuse_unless(ready, f"{what}: compact block scales, as they travel between ranks")
     data = tensor._rowwise_data if rowwise else tensor._columnwise_data
     refuse_unless(data is not None, f"{what}: no {'row' if rowwise else 'column'}-wise data")
@@ -138,9 +140,9 @@ def _result_dtype(a: torch.Tensor | Quantized, out: torch.Tensor | None, output_
 @kernel("cpp_extensions/gemm.py `general_gemm`")
 def generic_gemm(
     A: torch.Tensor | Quantized,
-    transa: bool,
+    transA: bool,
     B: torch.Tensor | Quantized,
-    transb: bool,
+    transB: bool,
     D: torch.Tensor | None,
     quantizer: Quantizer | None,
     output_dtype: DType | None,
@@ -150,7 +152,7 @@ def generic_gemm(
     gelu_in: torch.Tensor | None,
     grad: bool,
     workspace: torch.Tensor,
-    workspaceSize: int,
+    workspace_size: int,
     accumulate: bool,
     use_split_accumulator: bool,
     comm_overlap: object = None,
@@ -165,15 +167,15 @@ def generic_gemm(
     refuse_unless(not gelu, "gemm: fused GELU is not emulated")
     refuse_unless(extra_output is None, "gemm: an extra output is not emulated")
     refuse_unless(beta in (None, float(accumulate)), f"gemm: beta {beta} with accumulate={accumulate}")
-    result = product(A, transa, B, transb, "gemm") * alpha
+    result = product(A, transA, B, transB, "gemm") * alpha
     dtype, bias_grad = _result_dtype(A, D, output_dtype), None
     if bias is not None and grad:
-        bias_grad = _column_sums(B, transb, "gemm: gradient of the bias").to(TORCH_DTYPE[DType(bias_type)])
+        bias_grad = _column_sums(B, transB, "gemm: gradient of the bias").to(TORCH_DTYPE[DType(bias_type)])
     elif bias is not None:
         fitting = (dtype,) if dtype != torch.float32 else (torch.float32, torch.bfloat16)
         refuse_unless(bias.dtype in fitting, f"gemm: bias in {bias.dtype}, result in {dtype}")
         result = result + bias.float()
-    shape = tuple(result.shape) if transb else (*tuple(B.size())[:-1], result.shape[1])
+    shape = tuple(result.shape) if transB else (*tuple(B.size())[:-1], result.shape[1])
     if D is not None:
         refuse_unless(tuple(D.shape) == shape, f"gemm: {shape} numbers into {tuple(D.shape)}")
         _store(D, result, accumulate)

@@ -2,11 +2,11 @@
 
 import torch
 
-from tests.emulation.blockwise import quantize_blockwise
+from tests.emulation.blockwise import empty_blockwise, quantize_blockwise
 from tests.emulation.engine import Quantized, Quantizer, engine
 from tests.emulation.kernels import KernelRefuses, kernel, refuse_unless
 from tests.emulation.names import DType
-from tests.emulation.tensorwise import dequantize_tensorwise, dequantized_dtype, quantize_tensorwise
+from tests.emulation.tensorwise import dequantize_tensorwise, dequantized_dtype, empty_tensorwise, quantize_tensorwise
 
 WIDE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,14 +45,39 @@ def bgrad_quantize(input: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Ten
     return sums, quantized(input, quantizer)
 
 
-@kernel("module/grouped_linear.py `_GroupedLinear`")
-def split_quantize(
+@kernel("module/grouped_linear.py `_GroupedLinear`", name="split_quantize")
+def split_quantize_2_11(
+    tensor: torch.Tensor, split_sections: list[int], quantizer_list: list[Quantizer]
+) -> list[object]:
+    """Rows of each expert in FP8."""
+    return _split(tensor, split_sections, quantizer_list)
+
+
+@kernel("module/grouped_linear.py `_GroupedLinear`, module/_split_quantization.py", name="split_quantize")
+def split_quantize_2_17(
     tensor: torch.Tensor,
     split_sections: list[int],
     quantizer_list: list[Quantizer],
     disable_bulk_allocation: bool = False,
 ) -> list[object]:
-    """Rows of each expert in FP8."""
-    refuse_unless(sum(split_sections) == tensor.shape[0], "split_quantize: the sections are not the tensor's rows")
-    pieces = torch.split(tensor, split_sections)
-    return [quantized(piece.contiguous(), quantizer) for piece, quantizer in zip(pieces, quantizer_list, strict=True)]
+    """The same; whether the results share an allocation is not seen from here."""
+    return _split(tensor, split_sections, quantizer_list)
+
+
+def _split(tensor: torch.Tensor, sections: list[int], quantizers: list[Quantizer]) -> list[object]:
+    refuse_unless(sum(sections) == tensor.shape[0], "split_quantize: the sections are not the tensor's rows")
+    pieces = torch.split(tensor, sections)
+    return [quantized(piece.contiguous(), quantizer) for piece, quantizer in zip(pieces, quantizers, strict=True)]
+
+
+@kernel("quantized_tensor.py Quantizer `make_empty`")
+def create_empty_quantized_tensor(
+    quantizer: Quantizer, shape: list[int], dtype: torch.dtype, device: torch.device, pin_memory: bool
+) -> object:
+    """A quantised tensor whose numbers are not written yet: NaN here, so that one that is read shows."""
+    like = torch.empty(*shape, dtype=dtype)
+    if isinstance(quantizer, (engine().Float8Quantizer, engine().Float8CurrentScalingQuantizer)):
+        return empty_tensorwise(like, quantizer)
+    if isinstance(quantizer, engine().Float8BlockQuantizer):
+        return empty_blockwise(like, quantizer)
+    raise KernelRefuses(f"create_empty_quantized_tensor: {type(quantizer).__name__} is not emulated")

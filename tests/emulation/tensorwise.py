@@ -2,37 +2,49 @@
 
 import torch
 
-from tests.emulation.engine import Quantized, Quantizer, engine
-from tests.emulation.fp8 import LARGEST, decode, encode, scale_for, transposed
+from tests.emulation.engine import Quantized, Quantizer, engine, new_quantized
+from tests.emulation.fp8 import LARGEST, NOT_A_NUMBER, decode, encode, scale_for, transposed
 from tests.emulation.kernels import kernel, refuse_unless
 from tests.emulation.names import TORCH_DTYPE, DType
+from tests.emulation.table import TABLE
 
 
 def quantize_tensorwise(tensor: torch.Tensor, quantizer: Quantizer, output: Quantized | None) -> Quantized:
-    """A tensor in FP8 with one scale; the quantizer's `amax` (and for tensorwise its `scale`) are written."""
+    """A tensor in FP8 with one scale; delayed scaling writes the quantizer's `amax`."""
     source = tensor.detach().float()
-    if source.numel() == 0:
-        pass  # csrc/quantizer.cpp `quantize_impl` returns before anything is measured or reduced over ranks
-    elif isinstance(quantizer, engine().Float8CurrentScalingQuantizer):
-        _scale_by_the_tensor(source, quantizer)
-    elif quantizer.amax.numel():
-        largest = torch.maximum(quantizer.amax, source.abs().amax())
-        quantizer.amax.copy_(largest.reshape(quantizer.amax.shape))
-    inverse = quantizer.scale.detach().reciprocal().reshape(1).clone()
-    data = encode(source * quantizer.scale.reshape(()), quantizer.dtype).view(tensor.shape)
+    _check_forms(source, quantizer)
+    if isinstance(quantizer, engine().Float8CurrentScalingQuantizer):
+        scale = _scale_by_the_tensor(source, quantizer)
+    else:
+        scale = quantizer.scale.detach()
+        if source.numel() and quantizer.amax.numel():
+            largest = torch.maximum(quantizer.amax, source.abs().amax())
+            quantizer.amax.copy_(largest.reshape(quantizer.amax.shape))
+    inverse = scale.reciprocal().reshape(1).clone()
+    data = encode(source * scale.reshape(()), quantizer.dtype).view(tensor.shape)
     if output is not None:
         return _write(output, data, inverse, quantizer)
     return _new(tensor, data, inverse, quantizer)
 
 
-def _scale_by_the_tensor(source: torch.Tensor, quantizer: Quantizer) -> None:
-    if not quantizer.use_existing_amax:
-        quantizer.amax.copy_(source.abs().amax().reshape(1))
+def _check_forms(source: torch.Tensor, quantizer: Quantizer) -> None:
+    """Mirrors csrc/quantizer.cpp `check_per_tensor_fp8_quantize_output`, which 2.11 lacks."""
+    alone = quantizer.columnwise_usage and not quantizer.rowwise_usage and source.numel() > 0
+    refuse_unless(not alone or not TABLE.at_least("2.20"), "quantize: column-wise data alone, with one scale")
+
+
+def _scale_by_the_tensor(source: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """[1] factor; newer versions keep `amax` and `scale` out of the quantizer."""
+    kept = hasattr(quantizer, "scale")
+    amax, scale = (quantizer.amax, quantizer.scale) if kept else (torch.zeros(1), torch.ones(1))
+    if source.numel() == 0:  # csrc/quantizer.cpp `quantize_impl` returns before anything is measured or reduced
+        return scale
+    if not getattr(quantizer, "use_existing_amax", False):
+        amax.copy_(source.abs().amax().reshape(1))
     if quantizer.with_amax_reduction:
         group = quantizer._canonicalized_amax_reduction_group()
-        torch.distributed.all_reduce(quantizer.amax, op=torch.distributed.ReduceOp.MAX, group=group)
-    scale = scale_for(quantizer.amax, quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
-    quantizer.scale.copy_(scale)
+        torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group)
+    return scale.copy_(scale_for(amax, quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon))
 
 
 def _new(tensor: torch.Tensor, data: torch.Tensor, inverse: torch.Tensor, quantizer: Quantizer) -> Quantized:
@@ -44,9 +56,13 @@ def _new(tensor: torch.Tensor, data: torch.Tensor, inverse: torch.Tensor, quanti
         "fp8_dtype": quantizer.dtype,
         "quantizer": quantizer,
     }
-    if quantizer.internal:
-        return engine().Float8TensorStorage(**parts)
-    return engine().Float8Tensor(shape=tensor.shape, dtype=tensor.dtype, requires_grad=False, **parts)
+    return new_quantized(tensor, quantizer, engine().Float8Tensor, engine().Float8TensorStorage, parts)
+
+
+def empty_tensorwise(like: torch.Tensor, quantizer: Quantizer) -> Quantized:
+    """A tensor of the same shape whose bytes and scale are NaN."""
+    data = torch.full(like.shape, NOT_A_NUMBER, dtype=torch.uint8)
+    return _new(like, data, torch.full((1,), torch.nan), quantizer)
 
 
 def _write(output: Quantized, data: torch.Tensor, inverse: torch.Tensor, quantizer: Quantizer) -> Quantized:
@@ -72,7 +88,7 @@ def dequantize_tensorwise(tensor: Quantized, dtype: torch.dtype) -> torch.Tensor
 
 
 @kernel("tensor/storage/float8_tensor_storage.py `_create_transpose`")
-def fp8_transpose(input: torch.Tensor, dtype: DType, *, out: torch.Tensor | None = None) -> torch.Tensor:
+def fp8_transpose(input: torch.Tensor, dtype: DType, *, out: torch.Tensor | None) -> torch.Tensor:
     """Bytes [..., n] as [n, ...]."""
     refuse_unless(input.dtype == torch.uint8, f"fp8_transpose: bytes are expected, not {input.dtype}")
     result = transposed(input)
@@ -83,9 +99,9 @@ def fp8_transpose(input: torch.Tensor, dtype: DType, *, out: torch.Tensor | None
 
 
 @kernel("tensor/utils.py `_cast_master_weights_to_fp8_current_scaling`")
-def compute_amax(tensor: torch.Tensor, amax: torch.Tensor) -> None:
+def compute_amax(input: torch.Tensor, amax: torch.Tensor) -> None:
     """Largest magnitude of a tensor into `amax`."""
-    amax.copy_(tensor.detach().float().abs().amax().reshape(amax.shape))
+    amax.copy_(input.detach().float().abs().amax().reshape(amax.shape))
 
 
 @kernel("quantization.py FP8GlobalStateManager `reduce_and_update_fp8_tensors`")

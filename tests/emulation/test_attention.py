@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.emulation.builders import call
 from tests.emulation.kernels import KernelRefuses
 from tests.emulation.names import (
     DType,
@@ -13,10 +14,16 @@ from tests.emulation.names import (
     NVTE_QKV_Layout,
     NVTE_Softmax_Type,
 )
+from tests.emulation.table import TABLE
 
 SEQUENCE, BATCH, HEADS, GROUPS, DIM, SCALE = 16, 2, 4, 2, 8, 0.3
 CAUSAL, SEPARATE = NVTE_Mask_Type.NVTE_CAUSAL_MASK, NVTE_QKV_Layout.NVTE_SBHD_SBHD_SBHD
 KIND = {"bias_type": NVTE_Bias_Type.NVTE_NO_BIAS, "softmax_type": NVTE_Softmax_Type.NVTE_VANILLA_SOFTMAX}
+LENGTHS = torch.arange(BATCH + 1) * SEQUENCE
+FORMATS = NVTE_QKV_Format.__members__
+NO_FORMAT = FORMATS.get("NVTE_QKV_Format_NOT_SET")
+# Arguments that 2.11 lacks.
+NEWER = {"o_format": FORMATS["NVTE_SBHD"], "qkv_scale_inv_format": NO_FORMAT, "bottom_right_diagonal": False}
 ROUNDED = {"rtol": 2**-7, "atol": 2e-3}  # bf16
 
 
@@ -42,21 +49,23 @@ def attention(queries, keys, values, window=-1) -> torch.Tensor:
 def forward(tex, tensors, **changes) -> list[torch.Tensor]:
     fields = KIND | {"max_seqlen_q": SEQUENCE, "max_seqlen_kv": SEQUENCE, "is_training": True, "attn_scale": SCALE}
     fields |= {"p_dropout": 0.0, "set_zero": True, "qkv_layout": SEPARATE, "attn_mask_type": CAUSAL}
-    fields |= {"window_size": (-1, 0), "cu_seqlens_q": None, "cu_seqlens_kv": None, "fake_dtype": torch.bfloat16}
+    fields |= {"window_size": (-1, 0), "cu_seqlens_q": LENGTHS, "cu_seqlens_kv": LENGTHS, "fake_dtype": torch.bfloat16}
     fields |= dict.fromkeys(("cu_seqlens_q_padded", "cu_seqlens_kv_padded", "page_table_k", "page_table_v"))
     fields |= dict.fromkeys(("s_quantizer", "o_quantizer", "Bias", "SoftmaxOffset", "rng_gen"))
     fields |= {"rng_elts_per_thread": 1, "return_max_logit": False, "cuda_graph": False}
-    return tex.fused_attn_fwd(**(fields | dict(zip("QKV", tensors, strict=True)) | changes))
+    return call("fused_attn_fwd", **(NEWER | fields | dict(zip("QKV", tensors, strict=True)) | changes))
 
 
 def backward(tex, tensors, output, gradient, saved, **changes) -> list[torch.Tensor]:
     fields = KIND | {"max_seqlen_q": SEQUENCE, "max_seqlen_kv": SEQUENCE, "attn_scale": SCALE, "p_dropout": 0.0}
     fields |= {"set_zero": True, "qkv_layout": SEPARATE, "attn_mask_type": CAUSAL, "window_size": (-1, 0)}
-    fields |= {"deterministic": False, "cu_seqlens_q": None, "cu_seqlens_kv": None, "O": output, "dO": gradient}
+    fields |= {"deterministic": False, "cu_seqlens_q": LENGTHS, "cu_seqlens_kv": LENGTHS, "O": output, "dO": gradient}
     fields |= {"fake_dtype": torch.bfloat16, "dqkv_type": DType.kBFloat16, "Aux_CTX_Tensors": saved}
     fields |= dict.fromkeys(("cu_seqlens_q_padded", "cu_seqlens_kv_padded"))
     fields |= dict.fromkeys(("s_quantizer", "dp_quantizer", "dqkv_quantizer")) | {"cuda_graph": False}
-    return tex.fused_attn_bwd(**(fields | dict(zip("QKV", tensors, strict=True)) | changes))
+    newer = NEWER | {"do_format": NEWER["o_format"], "do_scale_inv_format": NO_FORMAT}
+    fields |= newer | {"dqkv_layout": changes.get("qkv_layout", SEPARATE)}
+    return call("fused_attn_bwd", **(fields | dict(zip("QKV", tensors, strict=True)) | changes))
 
 
 @pytest.mark.parametrize("window", [-1, 4])
@@ -91,7 +100,7 @@ def test_what_backward_gets_is_the_logarithm_of_the_sums(tex):
         ({"attn_mask_type": NVTE_Mask_Type.NVTE_NO_MASK}, "fused attention: mask"),
         ({"p_dropout": 0.1}, "dropout is not emulated"),
         ({"qkv_layout": NVTE_QKV_Layout.NVTE_THD_THD_THD}, "layout .* is not emulated"),
-        ({"Bias": torch.zeros(1)}, "paging, FP8, bias are not emulated"),
+        ({"Bias": torch.zeros(1)}, "paging, FP8, bias and the largest logit are not"),
         ({"Q": torch.randn(SEQUENCE, BATCH, HEADS, DIM)}, r"fused attention in torch\.float32"),
         ({"Q": torch.randn(SEQUENCE, BATCH, DIM, HEADS).bfloat16().transpose(2, 3)}, "do not lie side by side"),
         ({"Q": torch.randn(BATCH, SEQUENCE, HEADS, DIM).bfloat16().transpose(0, 1)}, "not contiguous"),
@@ -129,7 +138,51 @@ def test_the_kernel_is_chosen_by_shape(changes, fused, tex):
     fields |= {"window_size_left": -1, "window_size_right": 0, "return_max_logit": False, "cuda_graph": False}
     backends = NVTE_Fused_Attn_Backend
     expected = backends.NVTE_F16_arbitrary_seqlen if fused else backends.NVTE_No_Backend
-    assert tex.get_fused_attn_backend(**(fields | changes)) == expected
+    found = chosen(fields | {"deterministic": False} | changes)
+    assert found == expected
+
+
+def chosen(fields) -> object:
+    """The kernel that each version's form of the question gets; newer ones get the reason for none too."""
+    if not TABLE.at_least("2.20"):
+        return call("get_fused_attn_backend", **fields)
+    found, reason = call("get_fused_attn_backend", fused_attn_params=description(**fields))
+    assert bool(reason) == (found == NVTE_Fused_Attn_Backend.NVTE_No_Backend)
+    return found
+
+
+def description(q_dtype, kv_dtype, p_dropout, **fields):
+    from transformer_engine.pytorch.attention.dot_product_attention.utils import FusedAttentionParams
+
+    formats = {"o_format": FORMATS["NVTE_SBHD"], "do_format": FORMATS["NVTE_SBHD"], "dqkv_layout": fields["qkv_layout"]}
+    return FusedAttentionParams(**(formats | {"qkv_dtype": q_dtype, "dropout": p_dropout} | fields))
+
+
+@pytest.mark.skipif(not TABLE.at_least("2.17"), reason="2.11 has these formats only")
+def test_refusals_of_newer_arguments(tex):
+    *tensors, gradient = inputs()
+    output, *saved = forward(tex, tensors)
+    other, scales = FORMATS["NVTE_BSHD"], FORMATS["NVTE_BHSD"]
+    for way in (lambda **given: forward(tex, tensors, **given), backward_of(tex, tensors, output, gradient, saved)):
+        with pytest.raises(KernelRefuses, match=r"format .* is not emulated"):
+            way(o_format=other)
+        with pytest.raises(KernelRefuses, match="scales of FP8 numbers"):
+            way(qkv_scale_inv_format=scales)
+    with pytest.raises(KernelRefuses, match=r"format .* is not emulated"):
+        backward(tex, tensors, output, gradient, saved, do_format=other)
+    with pytest.raises(KernelRefuses, match="gradients in the layout"):
+        backward(tex, tensors, output, gradient, saved, dqkv_layout=NVTE_QKV_Layout.NVTE_SB3HD)
+
+
+def backward_of(tex, *given):
+    return lambda **changes: backward(tex, *given, **changes)
+
+
+@pytest.mark.skipif(not TABLE.at_least("2.20"), reason="older versions are asked by arguments")
+def test_a_description_with_a_wrong_type_is_refused():
+    fields = {"q_dtype": DType.kBFloat16, "kv_dtype": DType.kBFloat16, "p_dropout": 0.0, "qkv_layout": SEPARATE}
+    with pytest.raises(TypeError, match="get_fused_attn_backend: head_dim_qk is int, not float"):
+        call("get_fused_attn_backend", fused_attn_params=description(**fields, head_dim_qk=64.0))
 
 
 MASK = torch.rand(1, 1, 8, 16, generator=torch.Generator().manual_seed(1)) < 0.4

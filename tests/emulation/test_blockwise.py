@@ -6,6 +6,7 @@ import torch
 from tests.emulation.builders import E4M3, TORCH, blockwise, by_element, values
 from tests.emulation.engine import engine
 from tests.emulation.kernels import KernelRefuses
+from tests.emulation.table import TABLE
 
 ROWS, COLUMNS = 144, 272  # neither a multiple of 128
 
@@ -63,6 +64,16 @@ def test_rows_of_small_numbers_keep_their_precision(tensor, tex):
     assert error[:10].median() < 2.0**-4
 
 
+@pytest.mark.skipif(not TABLE.at_least("2.17"), reason="2.11 allocates in Python")
+@pytest.mark.parametrize("dims", [1, 2])
+def test_what_is_not_written_yet_is_no_number(dims, tensor, tex):
+    empty = blockwise(dims).make_empty((ROWS, COLUMNS), dtype=torch.bfloat16, device="cpu")
+    assert values(empty).isnan().all()
+    tex.quantize(tensor, blockwise(dims), empty)
+    assert torch.equal(values(empty), values(tex.quantize(tensor, blockwise(dims))))
+
+
+@pytest.mark.skipif(TABLE.at_least("2.17"), reason="newer versions gather what products read")
 def test_scales_that_travel_are_compact(tensor, tex):
     found = tex.quantize(tensor, blockwise(all_gather_usage=True))
     assert found._rowwise_scale_inv.shape == (ROWS, 3)

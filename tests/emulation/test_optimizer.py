@@ -8,6 +8,7 @@ import torch
 from tests.emulation.builders import E4M3
 from tests.emulation.fp8 import scale_for
 from tests.emulation.kernels import KernelRefuses
+from tests.emulation.table import TABLE
 
 CHUNK = 65536
 SETTINGS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.3}
@@ -64,6 +65,15 @@ def test_scaling_and_what_is_not_finite(flag, tex):
     assert flag == 1
 
 
+@pytest.mark.skipif(not TABLE.at_least("2.17"), reason="2.11 has no such function")
+def test_scaling_by_a_factor_on_the_device(flag, tex):
+    source, target = [torch.randn(5)], [torch.empty(5)]
+    tex.multi_tensor_scale_tensor(CHUNK, flag, [source, target], torch.tensor([0.25]))
+    assert torch.equal(target[0], source[0] * 0.25)
+    with pytest.raises(KernelRefuses, match="one fp32 factor"):
+        tex.multi_tensor_scale_tensor(CHUNK, flag, [source, target], torch.ones(2))
+
+
 @pytest.mark.parametrize("per_tensor", [False, True])
 def test_norms(per_tensor, flag, tex):
     tensors = [torch.randn(50), torch.randn(3, 4).bfloat16()]
@@ -98,8 +108,8 @@ def test_refusals(flag, tex):
     with pytest.raises(ValueError, match="zip"):
         tex.multi_tensor_scale(CHUNK, flag, [[torch.ones(2)], []], 1.0)
     for kernel, rest in (
-        (tex.multi_tensor_l2norm, ()),
-        (tex.multi_tensor_unscale_l2norm, (torch.ones(1),)),
+        (tex.multi_tensor_l2norm, (None,)),
+        (tex.multi_tensor_unscale_l2norm, (torch.ones(1), None)),
         (tex.multi_tensor_scale, (1.0,)),
     ):
         with pytest.raises(KernelRefuses, match=r"the flag is torch\.float32, int32 is expected"):

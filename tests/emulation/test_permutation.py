@@ -7,8 +7,11 @@ import torch
 
 from tests.emulation.kernels import KernelRefuses
 from tests.emulation.permutation import NOWHERE, TRITON_MODULE
+from tests.emulation.table import TABLE
 
 TOKENS, EXPERTS, HIDDEN = 7, 3, 4
+# pad_offsets, which 2.11 lacks
+PADDING = (None,) if TABLE.at_least("2.17") else ()
 
 
 @pytest.fixture
@@ -34,8 +37,8 @@ def by_loop(choices: torch.Tensor) -> list[tuple[int, int]]:
 def permute(triton, routing, extra_rows: int = 0):
     choices, probs, tokens = routing
     places = triton.make_row_id_map(choices, TOKENS, EXPERTS)
-    rows = int(choices.sum()) + extra_rows
-    return places, triton.permute_with_mask_map(tokens, places, probs, None, TOKENS, EXPERTS, rows, HIDDEN, None)
+    sizes = (TOKENS, EXPERTS, int(choices.sum()) + extra_rows, HIDDEN, None)
+    return places, triton.permute_with_mask_map(tokens, places, probs, None, *PADDING, *sizes)
 
 
 def test_a_row_for_every_choice_sorted_by_expert(triton, routing):
@@ -69,7 +72,8 @@ def test_scales_and_single_weights_travel_along(triton, routing):
     choices, _, tokens = routing
     places = triton.make_row_id_map(choices, TOKENS, EXPERTS)
     scale, probs, rows = torch.randn(TOKENS, 2), torch.rand(TOKENS), int(choices.sum())
-    _, scales, weights = triton.permute_with_mask_map(tokens, places, probs, scale, TOKENS, EXPERTS, rows, HIDDEN, 2)
+    sizes = (TOKENS, EXPERTS, rows, HIDDEN, 2)
+    _, scales, weights = triton.permute_with_mask_map(tokens, places, probs, scale, *PADDING, *sizes)
     chosen = [token for _, token in by_loop(choices)]
     assert torch.equal(scales, scale[chosen]) and torch.equal(weights, probs[chosen])
 
@@ -80,12 +84,12 @@ def test_back_to_tokens(weighted, triton, routing):
     choices, probs, tokens = routing
     places, (rows, _, weights) = permute(triton, routing)
     merging = probs if weighted else None
-    found, again = triton.unpermute_with_mask_map(rows, places, merging, weights, TOKENS, EXPERTS, HIDDEN)
+    found, again = triton.unpermute_with_mask_map(rows, places, merging, weights, *PADDING, TOKENS, EXPERTS, HIDDEN)
     factor = probs.double().sum(1) if weighted else choices.double().sum(1)
     torch.testing.assert_close(found.double(), tokens.double() * factor[:, None], rtol=1e-6, atol=1e-6)
     assert torch.equal(again, probs)
     assert not found[2].any()
-    assert triton.unpermute_with_mask_map(rows, places, None, None, TOKENS, EXPERTS, HIDDEN)[1] is None
+    assert triton.unpermute_with_mask_map(rows, places, None, None, *PADDING, TOKENS, EXPERTS, HIDDEN)[1] is None
 
 
 def test_gradients_of_merging(triton, routing):
@@ -93,7 +97,7 @@ def test_gradients_of_merging(triton, routing):
     places, (rows, _, _) = permute(triton, routing)
     gradient = torch.randn(TOKENS, HIDDEN)
     of_rows, of_probs = triton.unpermute_with_mask_map_bwd_with_merging_probs(
-        gradient, places, rows, probs, TOKENS, EXPERTS, rows.shape[0], HIDDEN
+        gradient, places, rows, probs, *PADDING, TOKENS, EXPERTS, rows.shape[0], HIDDEN
     )
     for index, (expert, token) in enumerate(by_loop(choices)):
         torch.testing.assert_close(of_rows[index], gradient[token] * probs[token, expert])
@@ -123,6 +127,20 @@ def test_rows_padded_and_back(tex):
     assert torch.equal(again, source)
 
 
+@pytest.mark.skipif(not PADDING, reason="2.11 pads in a pass of its own")
+def test_padding_in_the_same_pass_is_refused(triton, routing):
+    choices, probs, tokens = routing
+    places, offsets = triton.make_row_id_map(choices, TOKENS, EXPERTS), torch.zeros(EXPERTS)
+    sizes = (TOKENS, EXPERTS, 9, HIDDEN)
+    for name, arguments in (
+        ("permute_with_mask_map", (tokens, places, probs, None, offsets, *sizes, None)),
+        ("unpermute_with_mask_map", (tokens, places, None, None, offsets, TOKENS, EXPERTS, HIDDEN)),
+        ("unpermute_with_mask_map_bwd_with_merging_probs", (tokens, places, tokens, probs, offsets, *sizes)),
+    ):
+        with pytest.raises(KernelRefuses, match=rf"{name}: rows of experts padded while they are sorted"):
+            getattr(triton, name)(*arguments)
+
+
 def test_refusals(triton, routing, tex):
     choices, probs, tokens = routing
     with pytest.raises(KernelRefuses, match="not contiguous"):
@@ -131,7 +149,7 @@ def test_refusals(triton, routing, tex):
         triton.make_row_id_map(choices, TOKENS + 1, EXPERTS)
     with pytest.raises(KernelRefuses, match="writes past its 1 rows"):
         places = triton.make_row_id_map(choices, TOKENS, EXPERTS)
-        triton.permute_with_mask_map(tokens, places, probs, None, TOKENS, EXPERTS, 1, HIDDEN, None)
+        triton.permute_with_mask_map(tokens, places, probs, None, *PADDING, TOKENS, EXPERTS, 1, HIDDEN, None)
     with pytest.raises(KernelRefuses, match="chunks and rows differ"):
         triton.make_chunk_sort_map(torch.tensor([2, 2]), torch.tensor([1, 0]), 5, 2)
     for kernel in (tex.fused_multi_row_padding, tex.fused_multi_row_unpadding):

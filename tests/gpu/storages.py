@@ -70,7 +70,7 @@ class StorageLog(TorchDispatchMode):
     def kernels(self) -> Iterator[None]:
         """Inside, emulated kernels count by their results."""
         places = list(_places_of_kernels())
-        places += [(sys.modules[permutation.TRITON_MODULE], function.__name__) for function in permutation.TRITON]
+        places += [(sys.modules[permutation.TRITON_MODULE], name) for name in permutation.TRITON]
         # With torch.compile, which the emulation switches off, these are kernels too.
         fusions = [module for name, module in sys.modules.items() if name.startswith("megatron.core.fusions.")]
         for module in fusions:

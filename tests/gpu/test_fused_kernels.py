@@ -1,5 +1,6 @@
 """The fused kernels that are on by default on GPUs are the ones that compute, emulated or not."""
 
+import functools
 import importlib
 from collections import Counter
 from contextlib import ExitStack
@@ -18,8 +19,8 @@ from tests.gpu.test_numerics import BF16, RECIPES
 ENTRANCES = {
     "RoPE": "transformer_engine.pytorch.attention.rope:FusedRoPEFunc.apply",
     "SwiGLU": "megatron.core.fusions.fused_bias_swiglu:WeightedSwiGLUFunction.apply",
-    "permutation": "transformer_engine.pytorch.permutation:_moe_permute_mask_map.apply",
-    "permutation back": "transformer_engine.pytorch.permutation:_moe_unpermute_mask_map.apply",
+    "permutation": "megatron.core.transformer.moe.moe_utils:fused_permute_with_probs",
+    "permutation back": "megatron.core.transformer.moe.moe_utils:fused_unpermute",
     "router": "transformer_engine.pytorch.router:FusedTopkScoreFunction.apply",
     "cross entropy": "megatron.core.fusions.fused_cross_entropy:_VocabParallelCrossEntropy.apply",
     "grouped product": "transformer_engine.pytorch.module.grouped_linear:_GroupedLinear.apply",
@@ -66,14 +67,14 @@ def count_calls(checkpoint: Path, step: Step) -> tuple[Counter, Counter]:
 
 
 def _counting(name: str, place: str, counts: Counter):
-    module, owner = place.split(":")
-    owner, attribute = owner.split(".")
-    owner = getattr(importlib.import_module(module), owner)
+    module, path = place.split(":")
+    *owners, attribute = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
     original = getattr(owner, attribute)
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         counts[name] += 1
-        return original(*arguments)
+        return original(*arguments, **options)
 
     return patch.object(owner, attribute, counted)
 

@@ -19,6 +19,8 @@ def install() -> None:
     cuda.get_device_name = lambda *args, **kwargs: properties.name
     # quantization.py: which recipes the device has; dot_product_attention/utils.py: which attention kernels
     cuda.get_device_capability = lambda *args, **kwargs: CAPABILITY
+    # quantization.py, from 2.17 on: whether a graph is being captured
+    cuda.is_current_stream_capturing = lambda: False
     cuda.get_device_properties = lambda *args, **kwargs: properties
     # quantization.py: block scaling asks which CUDA PyTorch was built for
     torch.version.cuda = "13.0"

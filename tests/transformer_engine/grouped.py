@@ -12,7 +12,8 @@ from megatron_moe_lpr.engine.gradient_watch import GradientWatch
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
-from tests.transformer_engine import models, stub
+from tests.emulation import extension
+from tests.transformer_engine import models
 
 EXPERTS = "decoder.layers.0.mlp.experts."
 TOKENS_PER_EXPERT = (5, 0, 7, 3)  # one without a token
@@ -30,7 +31,7 @@ def plain_grouped_gemm(
     accumulate: bool = False,
     **unused: Any,
 ) -> tuple:
-    """`general_grouped_gemm` of Transformer Engine 2.11: out = second x first, each transposed as `layout` says."""
+    """`general_grouped_gemm` of cpp_extensions/gemm.py: out = second x first, each transposed as `layout` says."""
     targets = torch.split(out[0], m_splits) if single_output else out
     for left, right, target in zip(second, first, targets, strict=True):
         left = left.t() if layout[1] == "T" else left
@@ -41,21 +42,27 @@ def plain_grouped_gemm(
 
 def _replace_kernels() -> None:
     """On a rank with Transformer Engine: the product, and the entrance that lets CUDA tensors alone in."""
-    if not stub.is_installed():
+    if not extension.is_installed():
         return
     from transformer_engine.pytorch.module import grouped_linear
 
     grouped_linear.general_grouped_gemm = plain_grouped_gemm
-    grouped_linear.GroupedLinear.prepare_forward = _prepare_forward
+    # Newer versions call it as a function, and `end_forward` after it.
+    called = hasattr(grouped_linear.GroupedLinear, "prepare_forward_ctx")
+    grouped_linear.GroupedLinear.prepare_forward = _prepare_forward if called else _prepared
 
 
-@contextlib.contextmanager
-def _prepare_forward(self: Any, inp: torch.Tensor, num_gemms: int = 1) -> Iterator[torch.Tensor]:
+def _prepare_forward(self: Any, inp: torch.Tensor, num_gemms: int = 1) -> torch.Tensor:
     """What `TransformerEngineBaseModule.prepare_forward` does without FP8, less its look at the device."""
     self.allow_different_data_and_param_types = False
     self.set_activation_dtype(inp)
     self.init_fp8_metadata(num_gemms=num_gemms)
-    yield inp.contiguous()
+    return inp.contiguous()
+
+
+@contextlib.contextmanager
+def _prepared(self: Any, inp: torch.Tensor, num_gemms: int = 1) -> Iterator[torch.Tensor]:
+    yield _prepare_forward(self, inp, num_gemms)
 
 
 def _run_experts(model: LoadedModel) -> tuple[torch.Tensor, torch.Tensor]:

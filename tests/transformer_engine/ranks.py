@@ -7,16 +7,16 @@ import dataclasses
 from multiprocessing.connection import Connection
 
 from tests.distributed import RankPool, _serve
-from tests.transformer_engine import stub
+from tests.emulation import extension
 
 
 def _serve_with_transformer_engine(rank: int, world_size: int, port: int, pipe: Connection) -> None:
-    stub.install()
+    extension.install(with_kernels=False)
     _serve(rank, world_size, port, pipe)
 
 
 def _serve_without(rank: int, world_size: int, port: int, pipe: Connection) -> None:
-    stub.block()
+    extension.block()
     _serve(rank, world_size, port, pipe)
 
 
@@ -47,12 +47,12 @@ def platform_of_this_rank():
     from megatron_moe_lpr.platform import GPUFacts, select_platform
 
     platform = select_platform("cpu")
-    if not stub.is_installed():
+    if not extension.is_installed():
         return platform
     from packaging.version import Version
 
     from tests.transformer_engine import device
 
     device.install()
-    facts = GPUFacts(device.CAPABILITY, (13, 0), Version(stub.version()))
+    facts = GPUFacts(device.CAPABILITY, (13, 0), Version(extension.version()))
     return dataclasses.replace(platform, transformer_engine=True, gpu=facts)

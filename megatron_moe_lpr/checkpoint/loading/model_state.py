@@ -19,6 +19,7 @@ from megatron_moe_lpr.checkpoint.format.reader import read_index
 from megatron_moe_lpr.checkpoint.format.sharded_parts import part_with_keys
 from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA
 from megatron_moe_lpr.checkpoint.loading.distributed_loading import load_distributed
+from megatron_moe_lpr.checkpoint.untrusted.extra_state import checked_pickles_are_read
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.moe.expert_states import EXTRA_STATE
@@ -97,10 +98,16 @@ def fill_model(chunk: torch.nn.Module, state: dict[str, Any], is_complete: bool 
     Args:
         is_complete: every parameter must have a loaded tensor; otherwise those without one keep their values.
 
+    Args:
+        chunk: a part of the model, wrapped or not.
+        state: as `load_distributed` has loaded and checked it; its `_extra_state` entries are unpickled.
+        is_complete: whether every parameter must be in `state`.
+
     Raises:
         UserError: a tensor other than an `_extra_state` is missing, or one is left over.
     """
-    result = unwrap(chunk).load_state_dict(state, strict=False)
+    with checked_pickles_are_read():
+        result = unwrap(chunk).load_state_dict(state, strict=False)
     missing = [key for key in result.missing_keys if EXTRA_STATE not in key]
     missing = missing if is_complete else []
     if missing or result.unexpected_keys:

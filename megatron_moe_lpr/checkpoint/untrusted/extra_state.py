@@ -5,7 +5,9 @@ Transformer Engine and Megatron unpickle without restriction. They never get the
 reader reads what these describe, the values are checked, and a new pickle is written from the values.
 """
 
+import contextlib
 import io
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,8 @@ VARIABLES = "extra_fp8_variables"
 OBJECTS = ("recipe", "scaling_fwd", "scaling_bwd", "fp8_group", "global_recipe", "buffer_index_and_autocast_key")
 """Names under which Transformer Engine keeps objects; plain variables must not have them."""
 STORAGE = ("torch.storage", "_load_from_bytes")
+ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+"""Without it newer versions of Transformer Engine refuse the pickled state of delayed scaling (`_extra_state.py`)."""
 MAX_NUMBER = 1 << 62
 MAX_EXPERTS = 1 << 16
 MAX_DEPTH = 4
@@ -45,6 +49,20 @@ def check_extra_states(state: Any, directory: Path) -> None:
             table[key] = _rebuilt(table[key])
         except Exception as error:  # a damaged pickle raises almost anything
             raise UserError(f"{directory}: the object {path} cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def checked_pickles_are_read() -> Iterator[None]:
+    """Inside, Transformer Engine reads the states that `check_extra_states` has written; load no others."""
+    before = os.environ.get(ALLOW_PICKLES)
+    os.environ[ALLOW_PICKLES] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ALLOW_PICKLES]
+        else:
+            os.environ[ALLOW_PICKLES] = before
 
 
 def _entries(state: Any, path: str) -> Iterator[tuple[str, dict[Any, Any], Any]]:

@@ -14,7 +14,9 @@ from megatron_moe_lpr.checkpoint.untrusted.enumerations import GETATTR, enum_mem
 from megatron_moe_lpr.checkpoint.untrusted.restricted_pickle import Call, Name
 
 RECIPE_MODULE = "transformer_engine.common.recipe"
-# Megatron's subclass of Transformer Engine's recipe, as which delayed scaling is saved.
+PRINTED = "_cached_repr"
+"""Where newer versions of Transformer Engine keep a recipe's printed form; it is made again, never taken over."""
+# Megatron's subclass of Transformer Engine's recipe: the one that delayed scaling is saved with.
 MEGATRON_RECIPE = Name("megatron.core.extensions.transformer_engine", "TEDelayedScaling")
 
 
@@ -48,8 +50,9 @@ def rebuild(found: Call) -> Any:
 
 
 def _dataclass(kind: type, state: dict[Any, Any]) -> Any:
-    values = {name: _field(value) for name, value in state.items() if type(name) is str and not name.startswith("_")}
-    if len(values) != len(state):
+    given = {name: value for name, value in state.items() if name != PRINTED}
+    values = {name: _field(value) for name, value in given.items() if type(name) is str and not name.startswith("_")}
+    if len(values) != len(given):
         raise pickle.UnpicklingError(f"a {kind.__name__} has a field that is none")
     # The constructor of Megatron's subclass needs a configuration; use that of the recipe itself.
     base: Any = next(one for one in kind.__mro__ if one.__module__ == RECIPE_MODULE)

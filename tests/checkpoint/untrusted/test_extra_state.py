@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
+from megatron_moe_lpr.checkpoint.loading import model_state
 from megatron_moe_lpr.checkpoint.loading.distributed_loading import load_distributed
 from megatron_moe_lpr.checkpoint.untrusted.extra_state import check_extra_states
 from megatron_moe_lpr.errors import UserError
@@ -66,6 +67,39 @@ def test_a_recipe_is_built_by_its_own_constructor(tmp_path: Path) -> None:
         recipe.margin = "many"
         with pytest.raises(UserError, match="as pydantic refuses it"):
             check_extra_states({"_extra_state": in_bytes({"recipe": recipe})}, tmp_path)
+
+
+def test_a_recipe_s_printed_form_is_left_out(tmp_path: Path) -> None:
+    """Newer versions of Transformer Engine keep it in the recipe and in its parameters; older ones lack it."""
+    with stand_in() as module:
+        recipe = module.DelayedScaling(margin=2)
+        saved = module.DelayedScaling(margin=2)
+        saved._cached_repr = "a recipe"
+        object.__setattr__(saved.derived, "_cached_repr", "parameters")
+        state = {"layer._extra_state": in_bytes({"recipe": saved})}
+        check_extra_states(state, tmp_path)
+        found = pickle.loads(state["layer._extra_state"].numpy().tobytes())["recipe"]  # written by check_extra_states
+        assert vars(found) == vars(recipe) and vars(found.derived) == vars(recipe.derived)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_checked_pickles_are_read_only_while_a_model_is_filled(before, monkeypatch) -> None:
+    """Newer versions of Transformer Engine refuse every pickled state unless this variable is 1."""
+    variable = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    monkeypatch.delenv(variable, raising=False)
+    if before is not None:
+        monkeypatch.setenv(variable, before)
+    seen = []
+
+    class Layer(torch.nn.Module):
+        def set_extra_state(self, state) -> None:
+            seen.append(os.environ[variable])
+            raise ValueError("a layer that refuses it")
+
+    monkeypatch.setattr(model_state, "unwrap", lambda chunk: chunk)
+    with pytest.raises(ValueError, match="a layer that refuses it"):
+        model_state.fill_model(Layer(), {"_extra_state": torch.empty(0, dtype=torch.uint8)})
+    assert seen == ["1"] and os.environ.get(variable) == before
 
 
 MODULE = "transformer_engine.common.recipe"

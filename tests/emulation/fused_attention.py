@@ -1,0 +1,244 @@
+"""Attention in one kernel: cuDNN's for half precision, as Transformer Engine 2.11, 2.17 and 2.20 call it."""
+
+from typing import Any
+
+import torch
+
+from tests.emulation.engine import Quantizer
+from tests.emulation.kernels import contiguous, kernel, refuse_unless
+from tests.emulation.names import (
+    DType,
+    NVTE_Bias_Type,
+    NVTE_Mask_Type,
+    NVTE_QKV_Format,
+    NVTE_QKV_Layout,
+    NVTE_Softmax_Type,
+)
+
+CAUSAL = NVTE_Mask_Type["NVTE_CAUSAL_MASK"]
+NO_FORMAT = "NVTE_QKV_Format_NOT_SET"
+SEQUENCE_FIRST = tuple(
+    NVTE_QKV_Layout[f"NVTE_{name}"] for name in ("SB3HD", "SBH3D", "SBHD_SB2HD", "SBHD_SBH2D", "SBHD_SBHD_SBHD")
+)
+
+
+@kernel("cpp_extensions/fused_attn.py `fused_attn_fwd`", name="fused_attn_fwd")
+def fused_attn_fwd_2_11(
+    max_seqlen_q: int,
+    max_seqlen_kv: int,
+    is_training: bool,
+    attn_scale: float,
+    p_dropout: float,
+    set_zero: bool,
+    qkv_layout: NVTE_QKV_Layout,
+    bias_type: NVTE_Bias_Type,
+    attn_mask_type: NVTE_Mask_Type,
+    softmax_type: NVTE_Softmax_Type,
+    window_size: tuple[int, int],
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    fake_dtype: torch.dtype,
+    cu_seqlens_q_padded: torch.Tensor | None,
+    cu_seqlens_kv_padded: torch.Tensor | None,
+    page_table_k: torch.Tensor | None,
+    page_table_v: torch.Tensor | None,
+    s_quantizer: Quantizer | None,
+    o_quantizer: Quantizer | None,
+    Bias: torch.Tensor | None,
+    SoftmaxOffset: torch.Tensor | None,
+    rng_gen: torch.Generator | None,
+    rng_elts_per_thread: int,
+    return_max_logit: bool,
+    cuda_graph: bool,
+) -> list[torch.Tensor]:
+    """Output [sequence, batch, heads, dim], log-sum-exp [batch, heads, sequence, 1] in fp32, state of the generator."""
+    return _forward(locals())
+
+
+@kernel("cpp_extensions/fused_attn.py `fused_attn_fwd`", name="fused_attn_fwd")
+def fused_attn_fwd_2_17(
+    max_seqlen_q: int,
+    max_seqlen_kv: int,
+    is_training: bool,
+    attn_scale: float,
+    p_dropout: float,
+    set_zero: bool,
+    qkv_layout: NVTE_QKV_Layout,
+    o_format: NVTE_QKV_Format,
+    qkv_scale_inv_format: NVTE_QKV_Format,
+    bias_type: NVTE_Bias_Type,
+    attn_mask_type: NVTE_Mask_Type,
+    softmax_type: NVTE_Softmax_Type,
+    window_size: tuple[int, int],
+    bottom_right_diagonal: bool,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    fake_dtype: torch.dtype,
+    cu_seqlens_q_padded: torch.Tensor | None,
+    cu_seqlens_kv_padded: torch.Tensor | None,
+    page_table_k: torch.Tensor | None,
+    page_table_v: torch.Tensor | None,
+    s_quantizer: Quantizer | None,
+    o_quantizer: Quantizer | None,
+    Bias: torch.Tensor | None,
+    SoftmaxOffset: torch.Tensor | None,
+    rng_gen: torch.Generator | None,
+    rng_elts_per_thread: int,
+    return_max_logit: bool,
+    cuda_graph: bool,
+) -> list[torch.Tensor]:
+    """The same; the output may have a format of its own."""
+    _check_formats(o_format, qkv_scale_inv_format)
+    return _forward(locals())
+
+
+def _forward(call: dict[str, Any]) -> list[torch.Tensor]:
+    names = ("page_table_k", "page_table_v", "s_quantizer", "o_quantizer", "Bias", "SoftmaxOffset")
+    absent = all(call[name] is None for name in names) and not call["return_max_logit"]
+    refuse_unless(absent, "fused_attn_fwd: paging, FP8, bias and the largest logit are not emulated")
+    queries, keys, values = _checked(call)
+    scores = _scores(queries, keys, call["attn_scale"], call["window_size"])
+    statistics = scores.logsumexp(-1, keepdim=True)
+    by_head = _by_head(values, queries.shape[2])
+    output = torch.einsum("bhst,bhtd->sbhd", (scores - statistics).exp(), by_head).to(queries.dtype).contiguous()
+    return [output, statistics, torch.zeros(2, dtype=torch.int64)]
+
+
+@kernel("cpp_extensions/fused_attn.py `fused_attn_bwd`", name="fused_attn_bwd")
+def fused_attn_bwd_2_11(
+    max_seqlen_q: int,
+    max_seqlen_kv: int,
+    attn_scale: float,
+    p_dropout: float,
+    set_zero: bool,
+    qkv_layout: NVTE_QKV_Layout,
+    bias_type: NVTE_Bias_Type,
+    attn_mask_type: NVTE_Mask_Type,
+    softmax_type: NVTE_Softmax_Type,
+    window_size: tuple[int, int],
+    deterministic: bool,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    O: torch.Tensor,  # noqa: E741
+    dO: torch.Tensor,
+    fake_dtype: torch.dtype,
+    dqkv_type: DType,
+    Aux_CTX_Tensors: list[torch.Tensor],
+    cu_seqlens_q_padded: torch.Tensor | None,
+    cu_seqlens_kv_padded: torch.Tensor | None,
+    s_quantizer: Quantizer | None,
+    dp_quantizer: Quantizer | None,
+    dqkv_quantizer: Quantizer | None,
+    cuda_graph: bool,
+) -> list[torch.Tensor | None]:
+    """Gradients of queries, keys, values; no bias, no softmax offset."""
+    return _backward(locals())
+
+
+@kernel("cpp_extensions/fused_attn.py `fused_attn_bwd`", name="fused_attn_bwd")
+def fused_attn_bwd_2_17(
+    max_seqlen_q: int,
+    max_seqlen_kv: int,
+    attn_scale: float,
+    p_dropout: float,
+    set_zero: bool,
+    qkv_layout: NVTE_QKV_Layout,
+    o_format: NVTE_QKV_Format,
+    do_format: NVTE_QKV_Format,
+    dqkv_layout: NVTE_QKV_Layout,
+    qkv_scale_inv_format: NVTE_QKV_Format,
+    do_scale_inv_format: NVTE_QKV_Format,
+    bias_type: NVTE_Bias_Type,
+    attn_mask_type: NVTE_Mask_Type,
+    softmax_type: NVTE_Softmax_Type,
+    window_size: tuple[int, int],
+    bottom_right_diagonal: bool,
+    deterministic: bool,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    O: torch.Tensor,  # noqa: E741
+    dO: torch.Tensor,
+    fake_dtype: torch.dtype,
+    Aux_CTX_Tensors: list[torch.Tensor],
+    cu_seqlens_q_padded: torch.Tensor | None,
+    cu_seqlens_kv_padded: torch.Tensor | None,
+    s_quantizer: Quantizer | None,
+    dp_quantizer: Quantizer | None,
+    dqkv_quantizer: Quantizer | None,
+    cuda_graph: bool,
+) -> list[torch.Tensor | None]:
+    """The same; output, its gradient and the results may have formats of their own."""
+    _check_formats(o_format, qkv_scale_inv_format)
+    _check_formats(do_format, do_scale_inv_format)
+    refuse_unless(dqkv_layout == qkv_layout, f"fused_attn_bwd: gradients in the layout {dqkv_layout!r}")
+    return _backward(locals())
+
+
+def _backward(call: dict[str, Any]) -> list[torch.Tensor | None]:
+    in_fp8 = call["dqkv_quantizer"] is not None or call["dp_quantizer"] is not None
+    refuse_unless(not in_fp8, "fused_attn_bwd: FP8 attention is not emulated")
+    queries, keys, values = _checked(call)
+    scale, heads, groups = call["attn_scale"], queries.shape[2], keys.shape[2]
+    probabilities = (_scores(queries, keys, scale, call["window_size"]) - call["Aux_CTX_Tensors"][0]).exp()
+    gradient = call["dO"].float().permute(1, 2, 0, 3)
+    output = call["O"].float().permute(1, 2, 0, 3)
+    of_values = probabilities.transpose(-1, -2) @ gradient
+    of_probabilities = gradient @ _by_head(values, heads).transpose(-1, -2)
+    of_scores = probabilities * (of_probabilities - (gradient * output).sum(-1, keepdim=True)) * scale
+    of_queries = of_scores @ _by_head(keys, heads)
+    of_keys = of_scores.transpose(-1, -2) @ queries.float().permute(1, 2, 0, 3)
+    results = (_sequence_first(of_queries, heads), *(_sequence_first(part, groups) for part in (of_keys, of_values)))
+    return [*(result.to(queries.dtype) for result in results), None, None]
+
+
+def _check_formats(format: NVTE_QKV_Format, scale_format: NVTE_QKV_Format) -> None:
+    refuse_unless(format == NVTE_QKV_Format["NVTE_SBHD"], f"fused attention: format {format!r} is not emulated")
+    refuse_unless(scale_format.name == NO_FORMAT, "fused attention: scales of FP8 numbers are not emulated")
+
+
+def _checked(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of a call that is emulated."""
+    layout, mask, window = call["qkv_layout"], call["attn_mask_type"], call["window_size"]
+    tensors = call["Q"], call["K"], call["V"]
+    refuse_unless(layout in SEQUENCE_FIRST, f"fused attention: layout {layout!r} is not emulated")
+    refuse_unless(mask == CAUSAL and window[1] in (0, -1), f"fused attention: mask {mask!r}, window {window}")
+    refuse_unless(call["p_dropout"] == 0.0, "fused attention: dropout is not emulated")
+    for tensor in tensors:
+        refuse_unless(tensor.dtype in (torch.bfloat16, torch.float16), f"fused attention in {tensor.dtype}")
+        refuse_unless(tensor.stride(-1) == 1, "fused attention: the head's numbers do not lie side by side")
+    if layout == NVTE_QKV_Layout["NVTE_SBHD_SBHD_SBHD"]:
+        contiguous("fused attention, layout sbhd_sbhd_sbhd", *tensors)
+    return tensors
+
+
+def _by_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """[sequence, batch, groups, dim] as fp32 [batch, heads, sequence, dim]: a group serves several heads."""
+    return tensor.float().permute(1, 2, 0, 3).repeat_interleave(heads // tensor.shape[2], 1)
+
+
+def _sequence_first(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """[batch, heads, sequence, dim] as [sequence, batch, groups, dim], summed over the heads of a group."""
+    batch, heads, sequence, dim = tensor.shape
+    summed = tensor.view(batch, groups, heads // groups, sequence, dim).sum(2)
+    return summed.permute(2, 0, 1, 3).contiguous()
+
+
+def _scores(queries: torch.Tensor, keys: torch.Tensor, scale: float, window: tuple[int, int]) -> torch.Tensor:
+    heads, length = queries.shape[2], queries.shape[0]
+    scores = queries.float().permute(1, 2, 0, 3) @ _by_head(keys, heads).transpose(-1, -2) * scale
+    keep = torch.ones(length, length, dtype=torch.bool).tril()
+    if window[0] >= 0:
+        keep &= torch.ones(length, length, dtype=torch.bool).triu(-window[0])
+    return scores.masked_fill(~keep, float("-inf"))
