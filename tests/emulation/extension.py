@@ -12,7 +12,16 @@ from importlib import metadata
 from typing import Any
 
 # Each of these files adds its functions to FUNCTIONS.
-from tests.emulation import permutation
+from tests.emulation import (  # noqa: F401
+    attention,
+    attention_backend,
+    fused_attention,
+    norms,
+    optimizer,
+    permutation,
+    products,
+    router,
+)
 from tests.emulation.kernels import FUNCTIONS, KernelRefuses, without_a_fit
 from tests.emulation.names import EXTENSION
 from tests.emulation.table import ENUMERATIONS, TABLE, VERSIONS
