@@ -67,8 +67,8 @@ def make_checkpoint(flags: Flags, work: Path) -> None:
     from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec, write_safetensors
     from megatron_moe_lpr.conversion.importer import import_hf
     from megatron_moe_lpr.conversion.plan import ImportOptions
-    from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, model_rows
     from megatron_moe_lpr.model.configuration.architecture import read_architecture
+    from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, model_rows
 
     config = {
         "model_type": "qwen2",
@@ -160,15 +160,15 @@ def build(load: Path) -> Any:
     """The state of a run of stage 1 after a step."""
     import torch
 
-    from megatron_moe_lpr.checkpoint.loading import load_model
+    from megatron_moe_lpr.checkpoint.loading.model import load_model
     from megatron_moe_lpr.model.configuration.config import ComputeOptions
     from megatron_moe_lpr.parallel.groups import initialize_parallel
     from megatron_moe_lpr.parallel.layout import ParallelLayout
     from megatron_moe_lpr.platform import select_platform
     from megatron_moe_lpr.training.checkpointing import RunState
-    from megatron_moe_lpr.training.config import BatchOptions, OptimizerOptions
+    from megatron_moe_lpr.training.configuration.config import BatchOptions, OptimizerOptions
+    from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
     from megatron_moe_lpr.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
-    from megatron_moe_lpr.training.stages import STAGES, freeze
 
     platform, layout = select_platform("cpu"), ParallelLayout()
     initialize_parallel(platform, layout)
@@ -196,7 +196,7 @@ def optimizer_bytes(state: Any) -> int:
 
 def measure(state: Any, root: Path) -> dict[str, dict[str, float]]:
     """All variants."""
-    from megatron_moe_lpr.checkpoint.saving import CheckpointSaver
+    from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver
     from megatron_moe_lpr.training.checkpointing import expect_saves
 
     results = {"gathered": gathered(state, root / "gathered")}

@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_moe_lpr.checkpoint.integrity import BLOCK_BYTES, ChecksumStream, checksum_of_file
-from megatron_moe_lpr.checkpoint.reader import read_index
+from megatron_moe_lpr.checkpoint.format.reader import read_index
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
+from megatron_moe_lpr.files.checksums import BLOCK_BYTES, ChecksumStream, checksum_of_file
 
 
 @dataclasses.dataclass

@@ -40,7 +40,7 @@ SYNTHESISE = """
 import json, sys, torch
 from pathlib import Path
 from megatron_moe_lpr.command_line import parse_flags
-from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, model_rows
+from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, model_rows
 from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec, write_safetensors
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
 directory = Path(sys.argv[1])

@@ -22,7 +22,7 @@ from megatron_moe_lpr.planning.routing import Routing, read_routing
 from megatron_moe_lpr.planning.search import Candidate, Choice, Machine, find_layouts
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.planning.traffic import Traffic
-from megatron_moe_lpr.training.stages import STAGES, StageName
+from megatron_moe_lpr.training.configuration.stages import STAGES, StageName
 
 QWEN = {
     "model_type": "qwen2",

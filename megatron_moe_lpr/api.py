@@ -16,7 +16,7 @@ from megatron_moe_lpr.training.callbacks import Callback, check_callbacks
 if TYPE_CHECKING:
     from megatron_moe_lpr.data.manifest import Manifest
     from megatron_moe_lpr.planning.search import Candidate
-    from megatron_moe_lpr.training.config import TrainingConfig
+    from megatron_moe_lpr.training.configuration.config import TrainingConfig
 
 __all__ = ["Callback", "UserError", "evaluate", "export", "plan", "preprocess", "train", "upcycle"]
 
@@ -90,7 +90,7 @@ def train(config: "TrainingConfig | Mapping[str, Any] | str | Path", callbacks: 
         Exception: what a callback raised; on ranks where none did, a CallbackError that contains its traceback.
     """
     check_callbacks(callbacks)
-    from megatron_moe_lpr.training.config_file import training_config
+    from megatron_moe_lpr.training.configuration.config_file import training_config
 
     read = training_config(config)
     from megatron_moe_lpr.parallel.groups import destroy_parallel

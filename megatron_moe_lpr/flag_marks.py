@@ -1,7 +1,8 @@
 """What a changed flag means for a run that goes on, said in its type: `lr: Scheduled[NonNegativeFloat]`.
 
 Every field of a run's dataclasses carries one mark, outermost in its type. From the marks follow what a checkpoint
-records of its run and what --accept-changes takes (`training/description.py`). tyro and `flag_ranges` read past them.
+records of its run and what --accept-changes takes (`training/configuration/description.py`). tyro and `flag_ranges`
+ignore them.
 """
 
 import dataclasses

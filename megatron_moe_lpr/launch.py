@@ -146,7 +146,7 @@ def check_training_flags(arguments: Sequence[str]) -> None:
     if TRAINING not in arguments:
         return
     from megatron_moe_lpr import pretrain
-    from megatron_moe_lpr.training.config_file import parse_training_flags
+    from megatron_moe_lpr.training.configuration.config_file import parse_training_flags
 
     parse_training_flags(arguments[arguments.index(TRAINING) + 1 :], pretrain.__doc__)
 

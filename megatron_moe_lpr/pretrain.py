@@ -13,9 +13,9 @@ from megatron_moe_lpr.training.signals import EXIT_REQUEUE, stop_request
 
 if TYPE_CHECKING:
     from megatron_moe_lpr.training.callbacks import Callback
-    from megatron_moe_lpr.training.config import TrainingConfig
-    from megatron_moe_lpr.training.heartbeat import Heartbeat
-    from megatron_moe_lpr.training.run_lock import RunLock
+    from megatron_moe_lpr.training.configuration.config import TrainingConfig
+    from megatron_moe_lpr.training.run_directory.run_lock import RunLock
+    from megatron_moe_lpr.training.watchdog.heartbeat import Heartbeat
 
 # What a run is made of takes seconds to import, and a signal may arrive meanwhile: it is imported where it is used.
 
@@ -31,11 +31,11 @@ def pretrain(config: "TrainingConfig", callbacks: "Sequence[Callback]" = ()) -> 
     Args:
         callbacks: called by this rank, see `training.callbacks`.
     """
-    from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
-    from megatron_moe_lpr.training.heartbeat import Heartbeat
-    from megatron_moe_lpr.training.run_lock import run_lock
-    from megatron_moe_lpr.training.run_start import readable_load
-    from megatron_moe_lpr.training.start_marker import mark_start, refuse_lost_directory
+    from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading
+    from megatron_moe_lpr.training.run_directory.run_lock import run_lock
+    from megatron_moe_lpr.training.run_directory.run_start import readable_load
+    from megatron_moe_lpr.training.run_directory.start_marker import mark_start, refuse_lost_directory
+    from megatron_moe_lpr.training.watchdog.heartbeat import Heartbeat
 
     options = config.checkpoint
     # First of all, so that it also ends a run whose lock lies on a disk that does not answer.
@@ -63,13 +63,13 @@ def _train(
 
     from megatron_moe_lpr.liveness import long_work
     from megatron_moe_lpr.training.callbacks import Callbacks
-    from megatron_moe_lpr.training.config_file import config_values, write_run_config
+    from megatron_moe_lpr.training.configuration.config_file import config_values, write_run_config
+    from megatron_moe_lpr.training.configuration.schedule_notes import schedule_notes
+    from megatron_moe_lpr.training.logs.metrics import MetricsWriter
     from megatron_moe_lpr.training.loop import Trainer
-    from megatron_moe_lpr.training.metrics import MetricsWriter
+    from megatron_moe_lpr.training.run_directory.start_marker import mount_point
     from megatron_moe_lpr.training.run_log import LossWarnings, RunLog
-    from megatron_moe_lpr.training.schedule_notes import schedule_notes
     from megatron_moe_lpr.training.setup import prepare, print_overview
-    from megatron_moe_lpr.training.start_marker import mount_point
 
     with long_work("setting up"):
         run = prepare(config)
@@ -113,7 +113,7 @@ def main() -> None:
 
 def _run() -> bool:
     from megatron_moe_lpr.errors import run_command
-    from megatron_moe_lpr.training.config_file import parse_training_flags
+    from megatron_moe_lpr.training.configuration.config_file import parse_training_flags
 
     config = parse_training_flags(description=__doc__)
     finished = True

@@ -10,9 +10,9 @@ import pytest
 SLOWEST = (
     "tests/slurm/test_jobs.py",
     "tests/endurance/test_short.py",
-    "tests/training/test_heartbeat.py",
+    "tests/training/watchdog/test_heartbeat.py",
     "tests/training/test_checkpointing.py",
-    "tests/training/test_stages.py",
+    "tests/training/configuration/test_stages.py",
     "tests/training/test_frozen_bits.py",
     "tests/launching/test_end_to_end.py",
     "tests/training/test_frozen_paths.py",

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from megatron_moe_lpr import __version__
-from megatron_moe_lpr.checkpoint.card import FORMAT_VERSION
+from megatron_moe_lpr.checkpoint.format.card import FORMAT_VERSION
 
 PAGE = (Path(__file__).parents[1] / "CHANGELOG.md").read_text(encoding="utf-8")
 KINDS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}

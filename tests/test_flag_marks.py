@@ -19,7 +19,7 @@ from megatron_moe_lpr.flag_marks import (
     marked_flags,
 )
 from megatron_moe_lpr.flag_ranges import PositiveInt, Range, number_type
-from megatron_moe_lpr.training.config import TrainingConfig
+from megatron_moe_lpr.training.configuration.config import TrainingConfig
 
 Place = Annotated[T, Free("a place")]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_ranges import INT_MAX, Range, check_ranges, number_type
-from megatron_moe_lpr.training.config import TrainingConfig
+from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from tests.evaluation.tools import load_tool
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_moe_lpr import cli, command_line
 from megatron_moe_lpr.launch import RANK_COMMANDS
-from megatron_moe_lpr.training.config_file import parse_training_flags
+from megatron_moe_lpr.training.configuration.config_file import parse_training_flags
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -27,19 +27,19 @@ BALANCE, LPR = 0.01, 0.1
 def ours(stage: str, precision: str, inputs: dict[str, str], sizes: dict[str, int]) -> Callable[[], float]:
     """A step of this package, as `megatron_moe_lpr.pretrain` makes it."""
     from megatron_moe_lpr.data.reading.config import DataConfig
-    from megatron_moe_lpr.training.config import (
+    from megatron_moe_lpr.training.configuration.config import (
         BatchOptions,
         CheckpointOptions,
         LoggingOptions,
         PrecisionOptions,
         TrainingConfig,
     )
-    from megatron_moe_lpr.training.heartbeat import Heartbeat
+    from megatron_moe_lpr.training.configuration.stages import StageOptions
+    from megatron_moe_lpr.training.logs.metrics import MetricsWriter
     from megatron_moe_lpr.training.loop import Trainer
-    from megatron_moe_lpr.training.metrics import MetricsWriter
-    from megatron_moe_lpr.training.run_lock import acquire
+    from megatron_moe_lpr.training.run_directory.run_lock import acquire
     from megatron_moe_lpr.training.setup import prepare
-    from megatron_moe_lpr.training.stages import StageOptions
+    from megatron_moe_lpr.training.watchdog.heartbeat import Heartbeat
 
     data = [inputs["expanded"]] if stage == "1" else ["0.5", inputs["original"], "0.5", inputs["expanded"]]
     ranks = int(os.environ.get("WORLD_SIZE", 1))

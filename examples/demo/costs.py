@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
-from megatron_moe_lpr.filesystem import atomic_file, check_output_file
+from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
 
 
 @dataclasses.dataclass

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
-from megatron_moe_lpr.filesystem import atomic_file
+from megatron_moe_lpr.files.filesystem import atomic_file
 
 
 @dataclasses.dataclass

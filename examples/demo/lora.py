@@ -19,7 +19,7 @@ from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
 from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
 from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
 from megatron_moe_lpr.errors import UserError, run_command
-from megatron_moe_lpr.output_directory import atomic_directory
+from megatron_moe_lpr.files.output_directory import atomic_directory
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 

@@ -12,7 +12,7 @@ from corpus import texts
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError, run_command
-from megatron_moe_lpr.output_directory import atomic_directory
+from megatron_moe_lpr.files.output_directory import atomic_directory
 
 CHOICES = 4
 PREFIX = "continuation"

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
-from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading, open_reader
-from megatron_moe_lpr.checkpoint.verification import open_checkpoint
+from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
+from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading, open_reader
+from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.conversion.exporter import check_model_tensors, read_row
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import check_tensors, open_hf_directory
-from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, Row, model_rows
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import read_json
+from megatron_moe_lpr.files.json_files import read_json
 from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, Row, model_rows
 
 
 class DenseSource:

@@ -14,7 +14,7 @@ from megatron_moe_lpr.conversion.experts_per_layer import FLAG, write_experts_pe
 from megatron_moe_lpr.data.language_names import canonical_language, covered, split_names
 from megatron_moe_lpr.data.manifest import dataset_files
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.filesystem import atomic_file, check_output_file, real_target
+from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file, real_target
 from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:

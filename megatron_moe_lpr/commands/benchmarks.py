@@ -16,19 +16,19 @@ from rich.console import Console
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.evaluation.benchmarks.beginning import describe_beginning, prompt_beginning
-from megatron_moe_lpr.evaluation.benchmarks.harness import (
+from megatron_moe_lpr.evaluation.lm_eval.beginning import describe_beginning, prompt_beginning
+from megatron_moe_lpr.evaluation.lm_eval.harness import (
     check_replaceable,
     harness_command,
     harness_version,
     known_tasks,
     run_harness,
 )
-from megatron_moe_lpr.evaluation.benchmarks.scores import MODELS, benchmark_record, read_scores
-from megatron_moe_lpr.evaluation.benchmarks.tables import benchmarks_table
-from megatron_moe_lpr.evaluation.benchmarks.tasks import ChosenTasks, choose_tasks
-from megatron_moe_lpr.file_lock import directory_lock
-from megatron_moe_lpr.filesystem import atomic_file, check_output_file
+from megatron_moe_lpr.evaluation.lm_eval.scores import MODELS, benchmark_record, read_scores
+from megatron_moe_lpr.evaluation.lm_eval.tables import benchmarks_table
+from megatron_moe_lpr.evaluation.lm_eval.tasks import ChosenTasks, choose_tasks
+from megatron_moe_lpr.files.file_lock import directory_lock
+from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
 from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 RECORD_FILE = "benchmarks.json"

@@ -18,8 +18,8 @@ from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.data.preparation.corpora import CORPORA, corpus_of
 from megatron_moe_lpr.data.preparation.hub import Shard, disk_need, download, find_shards, remove_staging
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.file_lock import directory_lock
-from megatron_moe_lpr.filesystem import atomic_file, check_output_file
+from megatron_moe_lpr.files.file_lock import directory_lock
+from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
 from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 RECORD_FILE = "corpus.json"

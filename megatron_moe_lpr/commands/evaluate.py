@@ -13,7 +13,7 @@ import tyro
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.manifest import dataset_files
 from megatron_moe_lpr.errors import naming, run_command
-from megatron_moe_lpr.filesystem import atomic_file, check_output_file
+from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
 from megatron_moe_lpr.flag_ranges import PositiveInt
 from megatron_moe_lpr.parallel.layout import ParallelLayout, check_timeout
 from megatron_moe_lpr.platform import PlatformName
@@ -77,7 +77,7 @@ def evaluate(flags: Flags, show: bool = False) -> dict[str, Any]:
     from megatron_moe_lpr.evaluation.checkpoint import evaluate_checkpoint
     from megatron_moe_lpr.evaluation.results import evaluation_record, print_evaluation
     from megatron_moe_lpr.parallel.groups import destroy_parallel
-    from megatron_moe_lpr.training.heartbeat import Heartbeat
+    from megatron_moe_lpr.training.watchdog.heartbeat import Heartbeat
 
     with Heartbeat(flags.distributed_timeout_minutes * 60.0):
         evaluation = evaluate_checkpoint(plan(flags))

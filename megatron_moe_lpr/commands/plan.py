@@ -84,10 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     flags = parse_flags(Flags, arguments, __doc__)
     shape, sizes, candidates = find(flags)
+    from megatron_moe_lpr.planning.checkpoint_size import describe_needs
     from megatron_moe_lpr.planning.interconnect import Hardware
     from megatron_moe_lpr.planning.report import print_communication, print_plan
     from megatron_moe_lpr.planning.routing import Routing, read_routing
-    from megatron_moe_lpr.planning.saving import describe_needs
     from megatron_moe_lpr.planning.search import Machine
 
     routing = read_routing(flags.routing, flags.original_share) if flags.routing else Routing()
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         print_communication(shape, sizes, candidates[: flags.show], routing, Hardware(flags.gpus_per_node, *speeds))
     print(describe_needs(shape, candidates[0].layout, sizes, flags.gpus_per_node))
     if flags.experts_per_layer is not None:
-        from megatron_moe_lpr.planning.savings import saving_against_uniform
+        from megatron_moe_lpr.planning.allocation_savings import saving_against_uniform
 
         print(saving_against_uniform(shape, sizes, flags.num_experts))
 
@@ -132,9 +132,9 @@ def _check(flags: Flags) -> None:
 
 def read_shape(flags: Flags):
     """The model of the checkpoint, or what upcycling the dense one would give."""
-    from megatron_moe_lpr.checkpoint.card import read_json
-    from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-    from megatron_moe_lpr.checkpoint.loading import model_shape
+    from megatron_moe_lpr.checkpoint.format.card import read_json
+    from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
+    from megatron_moe_lpr.checkpoint.loading.model import model_shape
     from megatron_moe_lpr.conversion.experts_per_layer import read_experts_per_layer
     from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
     from megatron_moe_lpr.model.configuration.architecture import read_architecture
@@ -163,7 +163,7 @@ def read_shape(flags: Flags):
 def read_sizes(flags: Flags):
     """What of the run decides its memory."""
     from megatron_moe_lpr.planning.memory import RunSizes
-    from megatron_moe_lpr.training.stages import STAGES
+    from megatron_moe_lpr.training.configuration.stages import STAGES
 
     return RunSizes(
         trains=STAGES[flags.stage].trains,
@@ -181,8 +181,8 @@ def read_sizes(flags: Flags):
 
 def _stored_dtype(flags: Flags):
     """The dense model's dtype, as the checkpoint's card or config.json says it."""
-    from megatron_moe_lpr.checkpoint.card import MODEL_DTYPES, read_json
-    from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+    from megatron_moe_lpr.checkpoint.format.card import MODEL_DTYPES, read_json
+    from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 
     if flags.load is not None:
         return resolve_checkpoint(flags.load).card().dtype

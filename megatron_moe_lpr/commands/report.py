@@ -11,7 +11,7 @@ from megatron_moe_lpr.errors import naming
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
 from megatron_moe_lpr.evaluation.report.tables import print_table
-from megatron_moe_lpr.filesystem import atomic_file, check_output_file
+from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
 
 
 @dataclasses.dataclass(frozen=True)

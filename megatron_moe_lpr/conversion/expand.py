@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard, check_experts
-from megatron_moe_lpr.checkpoint.directory import (
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, check_experts
+from megatron_moe_lpr.checkpoint.format.directory import (
     CARD_FILE,
     LATEST_FILE,
     RELEASE,
@@ -16,20 +16,20 @@ from megatron_moe_lpr.checkpoint.directory import (
     resolve_checkpoint,
     write_latest,
 )
-from megatron_moe_lpr.checkpoint.integrity import MANIFEST, write_manifest
-from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
-from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
-from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
+from megatron_moe_lpr.checkpoint.format.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
+from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
+from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.exporter import check_model_tensors
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
 from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate
-from megatron_moe_lpr.conversion.tensors.names import MOE_LAYOUTS, VOCABULARY_KEYS, Role, Row, model_rows
 from megatron_moe_lpr.conversion.tensors.upcycling import initial_router
 from megatron_moe_lpr.data.language_groups import EXPANSION, learned_languages
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.links import tree_inside
-from megatron_moe_lpr.output_directory import atomic_directory
+from megatron_moe_lpr.files.checksums import MANIFEST, write_manifest
+from megatron_moe_lpr.files.links import tree_inside
+from megatron_moe_lpr.files.output_directory import atomic_directory
+from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, VOCABULARY_KEYS, Role, Row, model_rows
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.progress import ProgressReport
 

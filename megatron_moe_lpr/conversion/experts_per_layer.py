@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from megatron_moe_lpr.checkpoint.card import check_experts
+from megatron_moe_lpr.checkpoint.format.card import check_experts
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import read_json
+from megatron_moe_lpr.files.json_files import read_json
 
 FLAG = "--experts-per-layer"
 FIELD = "experts_per_layer"

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_json
-from megatron_moe_lpr.checkpoint.directory import (
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, read_json
+from megatron_moe_lpr.checkpoint.format.directory import (
     CARD_FILE,
     CONFIG_FILE,
     SIDE_DIRECTORY,
     CheckpointDirectory,
 )
-from megatron_moe_lpr.checkpoint.reader import is_model_key
-from megatron_moe_lpr.checkpoint.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
-from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all, warn
+from megatron_moe_lpr.checkpoint.format.reader import is_model_key
+from megatron_moe_lpr.checkpoint.format.trainable_only import TensorReader, kept_for_reading, layers_of, open_reader
+from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all, warn
 from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, MODEL_CARD, read_base_model
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
@@ -38,7 +38,14 @@ from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separ
 from megatron_moe_lpr.conversion.tensors.blocks import mark_inserted
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
-from megatron_moe_lpr.conversion.tensors.names import (
+from megatron_moe_lpr.conversion.tensors.upcycling import split_qkv
+from megatron_moe_lpr.errors import UserError, naming
+from megatron_moe_lpr.files.links import copy_private
+from megatron_moe_lpr.files.output_directory import atomic_directory
+from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.configuration.rope_parameters import rope_of_transformers_4
+from megatron_moe_lpr.model.finite import is_finite
+from megatron_moe_lpr.model.tensors import (
     DENSE_LAYOUT,
     MOE_LAYOUTS,
     VOCABULARY_KEYS,
@@ -47,13 +54,6 @@ from megatron_moe_lpr.conversion.tensors.names import (
     Row,
     model_rows,
 )
-from megatron_moe_lpr.conversion.tensors.upcycling import split_qkv
-from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.links import copy_private
-from megatron_moe_lpr.model.configuration.architecture import Architecture
-from megatron_moe_lpr.model.configuration.rope_parameters import rope_of_transformers_4
-from megatron_moe_lpr.model.finite import is_finite
-from megatron_moe_lpr.output_directory import atomic_directory
 from megatron_moe_lpr.progress import ProgressReport
 
 GENERATION_FILE = "generation_config.json"

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard, tool_versions
-from megatron_moe_lpr.checkpoint.directory import (
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, tool_versions
+from megatron_moe_lpr.checkpoint.format.directory import (
     CARD_FILE,
     CONFIG_FILE,
     LATEST_FILE,
@@ -17,9 +17,8 @@ from megatron_moe_lpr.checkpoint.directory import (
     SIDE_DIRECTORY,
     write_latest,
 )
-from megatron_moe_lpr.checkpoint.integrity import write_manifest
-from megatron_moe_lpr.checkpoint.verification import warn
-from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
+from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
+from megatron_moe_lpr.checkpoint.loading.verification import warn
 from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, base_model_of
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files, tokenizer_files
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_check import check_tokenizer
@@ -27,13 +26,14 @@ from megatron_moe_lpr.conversion.plan import ImportOptions, ImportPlan, plan_imp
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.tensors.blocks import ZEROED, grown_config
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
-from megatron_moe_lpr.conversion.tensors.names import Role, Row
 from megatron_moe_lpr.conversion.tensors.upcycling import initial_router, interleave_qkv
 from megatron_moe_lpr.data.language_groups import IMPORTED_ADAPTER, IMPORTED_MIXTURE
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.links import copy_private
+from megatron_moe_lpr.files.checksums import write_manifest
+from megatron_moe_lpr.files.links import copy_private
+from megatron_moe_lpr.files.output_directory import atomic_directory
 from megatron_moe_lpr.model.finite import is_finite
-from megatron_moe_lpr.output_directory import atomic_directory
+from megatron_moe_lpr.model.tensors import Role, Row
 from megatron_moe_lpr.progress import ProgressReport
 
 

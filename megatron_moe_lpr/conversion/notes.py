@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, SIDE_DIRECTORY
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE, SIDE_DIRECTORY
 from megatron_moe_lpr.conversion.hugging_face.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from megatron_moe_lpr.conversion.hugging_face.base_model import base_model_of
 from megatron_moe_lpr.conversion.hugging_face.hf_config import CODE_FIELDS
@@ -13,11 +13,11 @@ from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_direct
 from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
 from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.conversion.tensors.extra_tensors import equal_expert_bytes
-from megatron_moe_lpr.conversion.tensors.names import MOE_LAYOUTS
 from megatron_moe_lpr.data.language_groups import learned_languages
 from megatron_moe_lpr.data.original_languages import parse_languages
-from megatron_moe_lpr.json_files import read_json
+from megatron_moe_lpr.files.json_files import read_json
 from megatron_moe_lpr.model.configuration.rope_parameters import unread_rope_fields
+from megatron_moe_lpr.model.tensors import MOE_LAYOUTS
 
 
 def import_notes(options: ImportOptions, card: CheckpointCard) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS, check_experts
+from megatron_moe_lpr.checkpoint.format.card import MAX_EXPERTS, check_experts
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG as EXPERTS_FLAG
 from megatron_moe_lpr.conversion.experts_per_layer import read_experts_per_layer
 from megatron_moe_lpr.conversion.hugging_face.adapter import Adapter, open_adapter
@@ -22,8 +22,8 @@ from megatron_moe_lpr.conversion.hugging_face.safetensors_source import Safetens
 from megatron_moe_lpr.conversion.imported_languages import ImportedLanguages, read_imported_languages
 from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
 from megatron_moe_lpr.conversion.tensors.blocks import FLAG, inserted_positions, mark_inserted
-from megatron_moe_lpr.conversion.tensors.names import ADAPTER_LAYOUT, Role, Row, model_rows
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.tensors import ADAPTER_LAYOUT, Role, Row, model_rows
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 
 PAPER_NUM_EXPERTS = 6

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
-from megatron_moe_lpr.json_files import read_json
+from megatron_moe_lpr.files.json_files import read_json
 
 
 def begin_tokens(tokenizer: str | Path) -> list[str]:

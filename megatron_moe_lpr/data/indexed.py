@@ -12,9 +12,9 @@ from types import TracebackType
 
 import numpy as np
 
-from megatron_moe_lpr.checkpoint.integrity import ChecksumStream
 from megatron_moe_lpr.data.manifest import bin_path, idx_path
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files.checksums import ChecksumStream
 
 _HEADER = b"MMIDIDX\x00\x00"
 _VERSION = 1

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 import megatron_moe_lpr
-from megatron_moe_lpr.checkpoint.integrity import checksum_of_file
 from megatron_moe_lpr.data.language_names import canonical_language
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.filesystem import atomic_file, sha256_of_file
-from megatron_moe_lpr.json_files import is_integer, parse_json_object, shown
+from megatron_moe_lpr.files.checksums import checksum_of_file
+from megatron_moe_lpr.files.filesystem import atomic_file, sha256_of_file
+from megatron_moe_lpr.files.json_files import is_integer, parse_json_object, shown
 from megatron_moe_lpr.program import command
 
 LANGUAGE_PATTERN = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")

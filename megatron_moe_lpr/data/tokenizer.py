@@ -17,8 +17,8 @@ from megatron_moe_lpr.data.other_tokenizers import other_model_file, other_token
 from megatron_moe_lpr.data.sentencepiece_conversion import convert_sentencepiece
 from megatron_moe_lpr.data.tokenizer_settings import CONFIG, AddedToken, added_tokens, eos_ids, eos_token
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import integer, read_json
-from megatron_moe_lpr.lfs_pointers import refuse_lfs_pointers
+from megatron_moe_lpr.files.json_files import integer, read_json
+from megatron_moe_lpr.files.lfs_pointers import refuse_lfs_pointers
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer

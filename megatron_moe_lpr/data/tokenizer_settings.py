@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import is_integer, read_json, shown
+from megatron_moe_lpr.files.json_files import is_integer, read_json, shown
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
-from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
-from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
-from megatron_moe_lpr.checkpoint.verification import open_checkpoint
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
+from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading
+from megatron_moe_lpr.checkpoint.loading.model import load_model, model_shape
+from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages, trained_languages
 from megatron_moe_lpr.data.language_names import covered, language_title
 from megatron_moe_lpr.data.original_languages import read_original_languages

@@ -10,8 +10,8 @@ from megatron.core import parallel_state
 
 from megatron_moe_lpr.data.reading.batches import build_validation_iterator, count_validation_micro_batches
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
-from megatron_moe_lpr.evaluation.global_batch import LossSums, run_micro_batches, to_device
-from megatron_moe_lpr.evaluation.routing import collect_routing, counted_apart
+from megatron_moe_lpr.engine.micro_batches import LossSums, run_micro_batches, to_device
+from megatron_moe_lpr.engine.routing import collect_routing, counted_apart
 from megatron_moe_lpr.model.configuration.config import ModelShape, MoELPRConfig
 from megatron_moe_lpr.model.moe.routing_statistics import RoutingReport
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_moe_lpr.data.language_names import canonical_language, covered
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import read_json
+from megatron_moe_lpr.files.json_files import read_json
 from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.moe.routing_groups import GROUPS
 from megatron_moe_lpr.program import command

@@ -23,11 +23,11 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.liveness import waiting_for
 
 if TYPE_CHECKING:
-    from megatron_moe_lpr.checkpoint.saving import Saved
-    from megatron_moe_lpr.evaluation.global_batch import LossSums
+    from megatron_moe_lpr.checkpoint.saving.saver import Saved
+    from megatron_moe_lpr.engine.micro_batches import LossSums
     from megatron_moe_lpr.evaluation.losses import DatasetLoss
-    from megatron_moe_lpr.training.config import TrainingConfig
-    from megatron_moe_lpr.training.metrics import IntervalMetrics
+    from megatron_moe_lpr.training.configuration.config import TrainingConfig
+    from megatron_moe_lpr.training.logs.metrics import IntervalMetrics
 
 # A program names the base class before anything heavy is imported: torch comes with the first call.
 

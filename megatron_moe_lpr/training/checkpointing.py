@@ -14,24 +14,24 @@ from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import (
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.format.directory import (
     CARD_FILE,
     SIDE_DIRECTORY,
     CheckpointDirectory,
 )
-from megatron_moe_lpr.checkpoint.distributed_loading import load_distributed
-from megatron_moe_lpr.checkpoint.frozen_weights import FrozenWeights
-from megatron_moe_lpr.checkpoint.integrity import MANIFEST
-from megatron_moe_lpr.checkpoint.model_state import fill_model, sharded_model_state, shared_reading
-from megatron_moe_lpr.checkpoint.optimizer_state import keep_shares_apart
-from megatron_moe_lpr.checkpoint.retention import being_read
-from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved
-from megatron_moe_lpr.checkpoint.sharded_parts import trained_part
-from megatron_moe_lpr.checkpoint.trainable_only import base_of
-from megatron_moe_lpr.checkpoint.writer import CONTENT_METADATA
+from megatron_moe_lpr.checkpoint.format.retention import being_read
+from megatron_moe_lpr.checkpoint.format.sharded_parts import trained_part
+from megatron_moe_lpr.checkpoint.format.trainable_only import base_of
+from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA
+from megatron_moe_lpr.checkpoint.loading.distributed_loading import load_distributed
+from megatron_moe_lpr.checkpoint.loading.model_state import fill_model, sharded_model_state, shared_reading
+from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
+from megatron_moe_lpr.checkpoint.saving.optimizer_state import keep_shares_apart
+from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, Saved
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import is_integer
+from megatron_moe_lpr.files.checksums import MANIFEST
+from megatron_moe_lpr.files.json_files import is_integer
 from megatron_moe_lpr.model.build import unwrap
 
 # Optimizer state in the parameters' own shapes, so that TP, PP, EP and DP may all change between save and resume.

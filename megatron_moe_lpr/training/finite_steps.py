@@ -7,9 +7,9 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 
-from megatron_moe_lpr.evaluation.global_batch import LossSums
-from megatron_moe_lpr.training.agreement import Agreed, agree
-from megatron_moe_lpr.training.config import GuardOptions
+from megatron_moe_lpr.engine.agreement import Agreed, agree
+from megatron_moe_lpr.engine.micro_batches import LossSums
+from megatron_moe_lpr.training.configuration.config import GuardOptions
 
 
 class FiniteSteps:

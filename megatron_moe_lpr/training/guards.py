@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_lpr.data.reading.batches import Batch
+from megatron_moe_lpr.engine.micro_batches import run_schedule
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.global_batch import run_schedule
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 

@@ -2,11 +2,11 @@
 
 import time
 
-from megatron_moe_lpr.evaluation.global_batch import LossSums
-from megatron_moe_lpr.evaluation.routing import collect_routing
+from megatron_moe_lpr.engine.micro_batches import LossSums
+from megatron_moe_lpr.engine.routing import collect_routing
 from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.platform.devices import peak_memory_gigabytes
-from megatron_moe_lpr.training.metrics import IntervalMetrics
+from megatron_moe_lpr.training.logs.metrics import IntervalMetrics
 from megatron_moe_lpr.training.setup import Run
 
 

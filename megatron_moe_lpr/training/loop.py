@@ -8,15 +8,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_moe_lpr.checkpoint.saving import Saved
+from megatron_moe_lpr.checkpoint.saving.saver import Saved
 from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
+from megatron_moe_lpr.engine.agreement import Agreed
+from megatron_moe_lpr.engine.micro_batches import run_micro_batches, to_device
+from megatron_moe_lpr.engine.routing import open_experts, reset_routing
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.global_batch import run_micro_batches, to_device
 from megatron_moe_lpr.evaluation.losses import evaluate_dataset
-from megatron_moe_lpr.evaluation.routing import open_experts, reset_routing
 from megatron_moe_lpr.liveness import advance
-from megatron_moe_lpr.training.agreement import Agreed
 from megatron_moe_lpr.training.callbacks import Callbacks, Step
 from megatron_moe_lpr.training.finite_steps import FiniteSteps
 from megatron_moe_lpr.training.guards import (
@@ -25,13 +25,13 @@ from megatron_moe_lpr.training.guards import (
     explain_non_finite_loss,
     gather_objects,
 )
-from megatron_moe_lpr.training.heartbeat import Heartbeat
 from megatron_moe_lpr.training.interval import Interval, current_lr
-from megatron_moe_lpr.training.metrics import MetricsWriter
-from megatron_moe_lpr.training.run_lock import RunLock
+from megatron_moe_lpr.training.logs.metrics import MetricsWriter
+from megatron_moe_lpr.training.run_directory.run_lock import RunLock
 from megatron_moe_lpr.training.run_saver import RunSaver
 from megatron_moe_lpr.training.setup import Run
 from megatron_moe_lpr.training.signals import stop_request
+from megatron_moe_lpr.training.watchdog.heartbeat import Heartbeat
 
 
 class Trainer:

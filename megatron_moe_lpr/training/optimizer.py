@@ -13,10 +13,10 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
+from megatron_moe_lpr.engine.finalizing import finalize_gradients
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.platform import Platform
-from megatron_moe_lpr.training.config import BatchOptions, OptimizerOptions
-from megatron_moe_lpr.training.finalizing import finalize_gradients
+from megatron_moe_lpr.training.configuration.config import BatchOptions, OptimizerOptions
 
 
 def wrap_data_parallel(

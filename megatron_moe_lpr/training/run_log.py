@@ -1,11 +1,11 @@
 """What a run logs, as callbacks: lines for people, records for metrics.jsonl, TensorBoard and Weights & Biases."""
 
-from megatron_moe_lpr.checkpoint.saving import Saved
+from megatron_moe_lpr.checkpoint.saving.saver import Saved
 from megatron_moe_lpr.data.labels import dataset_labels
 from megatron_moe_lpr.evaluation.losses import DatasetLoss
 from megatron_moe_lpr.training.callbacks import Callback, Step
-from megatron_moe_lpr.training.loss_watch import LossWatch
-from megatron_moe_lpr.training.metrics import MetricsWriter, routing_scalars
+from megatron_moe_lpr.training.logs.loss_watch import LossWatch
+from megatron_moe_lpr.training.logs.metrics import MetricsWriter, routing_scalars
 from megatron_moe_lpr.training.setup import Run
 
 

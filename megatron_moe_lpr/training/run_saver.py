@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
-from megatron_moe_lpr.checkpoint.retention import remove_superfluous
-from megatron_moe_lpr.checkpoint.saving import CheckpointSaver, Saved, remove_partial
-from megatron_moe_lpr.checkpoint.trainable_only import layers_of, reading, record_base
+from megatron_moe_lpr.checkpoint.format.retention import remove_superfluous
+from megatron_moe_lpr.checkpoint.format.trainable_only import layers_of, reading, record_base
+from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, Saved, remove_partial
 from megatron_moe_lpr.training.checkpointing import expect_saves, start_save
-from megatron_moe_lpr.training.run_lock import RunLock
+from megatron_moe_lpr.training.run_directory.run_lock import RunLock
 from megatron_moe_lpr.training.setup import Run, card_of
 
 

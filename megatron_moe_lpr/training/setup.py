@@ -9,11 +9,11 @@ from megatron.core import parallel_state
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe_lpr.checkpoint.card import Base, CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
-from megatron_moe_lpr.checkpoint.frozen_weights import frozen_weights
-from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_shape
-from megatron_moe_lpr.checkpoint.trainable_only import open_reader
+from megatron_moe_lpr.checkpoint.format.card import Base, CheckpointCard
+from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
+from megatron_moe_lpr.checkpoint.format.trainable_only import open_reader
+from megatron_moe_lpr.checkpoint.loading.model import LoadedModel, load_model, model_shape
+from megatron_moe_lpr.checkpoint.saving.frozen_weights import frozen_weights
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
 from megatron_moe_lpr.data.reading.config import DataSources, read_data_sources, with_original
 from megatron_moe_lpr.data.reading.datasets import Datasets, build_datasets
@@ -33,13 +33,13 @@ from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.platform import Platform, select_platform
 from megatron_moe_lpr.training.checkpointing import RunState, load_run
-from megatron_moe_lpr.training.config import TrainingConfig
-from megatron_moe_lpr.training.description import accepted_names, describe_run, recorded_schedule
+from megatron_moe_lpr.training.configuration.config import TrainingConfig
+from megatron_moe_lpr.training.configuration.description import accepted_names, describe_run, recorded_schedule
+from megatron_moe_lpr.training.configuration.stages import Stage, check_stage, freeze
 from megatron_moe_lpr.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
-from megatron_moe_lpr.training.resuming import OwnCheckpoint, find_own_checkpoint
-from megatron_moe_lpr.training.run_start import open_start, opened, opening_steps, start_of
-from megatron_moe_lpr.training.stages import Stage, check_stage, freeze
-from megatron_moe_lpr.training.start_marker import check_same_directory
+from megatron_moe_lpr.training.run_directory.resuming import OwnCheckpoint, find_own_checkpoint
+from megatron_moe_lpr.training.run_directory.run_start import open_start, opened, opening_steps, start_of
+from megatron_moe_lpr.training.run_directory.start_marker import check_same_directory
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ from megatron_moe_lpr.allocation.dense_source import open_dense_source
 from megatron_moe_lpr.allocation.ffn_inputs import ffn_inputs
 from megatron_moe_lpr.allocation.probe import right_side, separability, separating_direction
 from megatron_moe_lpr.allocation.similarity import layer_similarity, mean_unit_vector
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.errors import UserError
 from tests.conversion.helpers import change_hf, perturb, rewrite_checkpoint, run
 from tests.conversion.tiny_models import MODELS, load_model, save_model

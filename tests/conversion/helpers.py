@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.integrity import write_manifest
-from megatron_moe_lpr.checkpoint.reader import CheckpointReader
-from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.format.reader import CheckpointReader
+from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.commands import convert
+from megatron_moe_lpr.files.checksums import write_manifest
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_hf.py"
 

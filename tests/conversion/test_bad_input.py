@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_moe_lpr.checkpoint import writer
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.integrity import write_manifest
+from megatron_moe_lpr.checkpoint.format import writer
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.conversion.hugging_face import safetensors_writer
+from megatron_moe_lpr.files.checksums import write_manifest
 from tests.conversion.helpers import TOOL, change_hf, rewrite_checkpoint, run
 from tests.conversion.tiny_models import save_model
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.directory import CARD_FILE, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, resolve_checkpoint
 from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.conversion.verification.inspection import count_parameters
 from tests.conversion.helpers import perturb, rewrite_checkpoint, run

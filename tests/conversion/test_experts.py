@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.conversion.tensors.upcycling import initial_router
 from tests.conversion.helpers import assert_same_tensors, checkpoint_tensors, perturb, rewrite_checkpoint, run
 from tests.conversion.reference_moe import PROJECTIONS, PlainExperts, dense_expert, random_experts

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.conversion.experts_per_layer import read_experts_per_layer
 from megatron_moe_lpr.errors import UserError
 from tests.conversion.helpers import checkpoint_tensors, perturb, rewrite_checkpoint, run

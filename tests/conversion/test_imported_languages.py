@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.data.language_groups import groups_with_prior, learned_languages, original_languages
 from tests.conversion.helpers import checkpoint_tensors, run
 from tests.conversion.test_experts import write_adapter

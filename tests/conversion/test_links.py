@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.integrity import write_manifest
-from megatron_moe_lpr.checkpoint.verification import open_checkpoint
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.adapter import open_adapter
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files.checksums import write_manifest
 from tests.conversion.helpers import assert_same_tensors, checkpoint_tensors, run
 
 SECRET = "root:secret:"

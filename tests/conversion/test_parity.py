@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.loading import load_model
+from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout

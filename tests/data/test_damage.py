@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_moe_lpr.checkpoint.integrity import MANIFEST, write_manifest
 from megatron_moe_lpr.data.indexed import write_index
 from megatron_moe_lpr.data.manifest import bin_path, idx_path, read_manifest, verify_tokens
 from megatron_moe_lpr.data.preparation.merging import merge
@@ -17,6 +16,7 @@ from megatron_moe_lpr.data.reading.blend import read_blend
 from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
 from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files.checksums import MANIFEST, write_manifest
 from tests.data.builders import make_hf_tokenizer, numbered_dataset, run_plan, write_jsonl
 
 INSPECT = Path(__file__).parents[2] / "tools" / "inspect_data.py"

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megatron_moe_lpr.checkpoint.card import read_card
-from megatron_moe_lpr.checkpoint.directory import CARD_FILE, resolve_checkpoint
-from megatron_moe_lpr.checkpoint.integrity import write_manifest
+from megatron_moe_lpr.checkpoint.format.card import read_card
+from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, resolve_checkpoint
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationPlan, evaluate_checkpoint, unknown_languages
 from megatron_moe_lpr.evaluation.results import evaluation_record
+from megatron_moe_lpr.files.checksums import write_manifest
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from tests.conversion.helpers import rewrite_checkpoint, run
 from tests.conversion.tiny_models import load_model

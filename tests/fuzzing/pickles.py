@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from megatron.core.safe_globals import SAFE_GLOBALS
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from megatron_moe_lpr.checkpoint.extra_state import check_extra_states
-from megatron_moe_lpr.checkpoint.fp8_recipes import RECIPE_MODULE
-from megatron_moe_lpr.checkpoint.index_values import ALLOWED_IN_METADATA
-from megatron_moe_lpr.checkpoint.reader import read_index
-from megatron_moe_lpr.checkpoint.torch_files import load_file
+from megatron_moe_lpr.checkpoint.format.reader import read_index
+from megatron_moe_lpr.checkpoint.untrusted.extra_state import check_extra_states
+from megatron_moe_lpr.checkpoint.untrusted.fp8_recipes import RECIPE_MODULE
+from megatron_moe_lpr.checkpoint.untrusted.index_values import ALLOWED_IN_METADATA
+from megatron_moe_lpr.checkpoint.untrusted.torch_files import load_file
 from megatron_moe_lpr.errors import UserError
 from tests.fuzzing.canary import state_of
 from tests.fuzzing.opcodes import programs

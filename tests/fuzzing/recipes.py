@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from unittest import mock
 
-from megatron_moe_lpr.checkpoint.fp8_recipes import RECIPE_MODULE
+from megatron_moe_lpr.checkpoint.untrusted.fp8_recipes import RECIPE_MODULE
 
 
 class _FormatHelper(NamedTuple):

@@ -14,11 +14,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
-from megatron_moe_lpr.checkpoint import integrity
-from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_card
-from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory, resolve_checkpoint
-from megatron_moe_lpr.checkpoint.reader import CheckpointReader
-from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, read_card
+from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.format.reader import CheckpointReader
+from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.hugging_face.adapter import open_adapter
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.conversion.hugging_face.safetensors_source import SafetensorsSource, weight_files
@@ -33,8 +32,9 @@ from megatron_moe_lpr.data.tokenizer import load_tokenizer, model_vocabulary
 from megatron_moe_lpr.data.tokenizer_settings import added_tokens
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
+from megatron_moe_lpr.files import checksums as integrity
 from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
-from megatron_moe_lpr.training.metrics_file import MetricsFile
+from megatron_moe_lpr.training.logs.metrics_file import MetricsFile
 from tests.data.builders import write_dataset
 from tests.fuzzing import pickles
 from tests.fuzzing.inputs import hostile_files

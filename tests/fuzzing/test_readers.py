@@ -1,4 +1,4 @@
-"""The same few hostile files for each reader at every run; benchmarks/fuzz_readers.py reads many more."""
+"""The same few hostile files for each reader at every run; tests/fuzzing/fuzz_readers.py reads many more."""
 
 import pytest
 

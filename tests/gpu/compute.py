@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model
-from megatron_moe_lpr.evaluation.global_batch import run_schedule, to_device
+from megatron_moe_lpr.checkpoint.loading.model import LoadedModel, load_model
+from megatron_moe_lpr.engine.micro_batches import run_schedule, to_device
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.forward import compute_logits
@@ -19,10 +19,10 @@ from megatron_moe_lpr.model.moe.router import LPRRouter
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform, select_platform
-from megatron_moe_lpr.training.config import OptimizerOptions, PrecisionOptions
+from megatron_moe_lpr.training.configuration.config import OptimizerOptions, PrecisionOptions
+from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
 from megatron_moe_lpr.training.guards import GradientWatch
 from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_moe_lpr.training.stages import STAGES, freeze
 from tests.training.one_step import ORIGINAL_TABLE, VOCABULARY, gather_gradients, micro_batches, samples
 
 

@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
-from megatron_moe_lpr.evaluation.global_batch import run_schedule
+from megatron_moe_lpr.engine.micro_batches import run_schedule
 from megatron_moe_lpr.model.build import build_model, unwrap
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
 from megatron_moe_lpr.model.configuration.config import ModelShape, transformer_config
@@ -23,9 +23,9 @@ from megatron_moe_lpr.planning.activations import activation_bytes, kept_bytes, 
 from megatron_moe_lpr.planning.memory import RunSizes, weight_bytes
 from megatron_moe_lpr.planning.parameters import stage_parameters
 from megatron_moe_lpr.platform import Platform, select_platform
-from megatron_moe_lpr.training.config import OptimizerOptions, PrecisionOptions
+from megatron_moe_lpr.training.configuration.config import OptimizerOptions, PrecisionOptions
+from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
 from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_moe_lpr.training.stages import STAGES, freeze
 from tests.gpu.compute import route_by_position
 from tests.gpu.device import EMULATED
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.integrity import MANIFEST
+from megatron_moe_lpr.files.checksums import MANIFEST
 from tests.conversion.helpers import rewrite_checkpoint
 from tests.gpu import device
 from tests.gpu.compute import Step, compute

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.training.start_marker import refuse_lost_directory
+from megatron_moe_lpr.training.run_directory.start_marker import refuse_lost_directory
 from tests.launching.builders import ROOT
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_moe_lpr.evaluation.global_batch import run_micro_batches
+from megatron_moe_lpr.engine.micro_batches import run_micro_batches
 from megatron_moe_lpr.model.build import build_model, unwrap
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
 from megatron_moe_lpr.model.configuration.config import ModelShape, transformer_config
@@ -21,10 +21,10 @@ from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.planning.traffic import CPU, GPU
 from megatron_moe_lpr.platform import Platform, select_platform
-from megatron_moe_lpr.training.config import GuardOptions, OptimizerOptions, PrecisionOptions
+from megatron_moe_lpr.training.configuration.config import GuardOptions, OptimizerOptions, PrecisionOptions
+from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
 from megatron_moe_lpr.training.finite_steps import FiniteSteps
 from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_moe_lpr.training.stages import STAGES, freeze
 from tests.planning.traffic import counted
 
 MICRO_BATCH, MICRO_BATCHES = 2, 2

@@ -17,7 +17,7 @@ from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.planning.traffic import Passes
 from megatron_moe_lpr.platform import select_platform
-from megatron_moe_lpr.training.stages import STAGES
+from megatron_moe_lpr.training.configuration.stages import STAGES
 from tests.planning.counted_step import CHOICES, MICRO_BATCH, Case, chosen
 from tests.planning.traffic import counted
 

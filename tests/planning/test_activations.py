@@ -10,7 +10,7 @@ from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import kept_bytes, working_bytes
 from megatron_moe_lpr.planning.sizes import RunSizes
-from megatron_moe_lpr.training.stages import STAGES
+from megatron_moe_lpr.training.configuration.stages import STAGES
 from tests.fuzzing.targets import DENSE
 
 SHAPE = ModelShape(read_architecture(DENSE, "config"), (7, 1), 2)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.loading import load_model, model_shape
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.loading.model import load_model, model_shape
 from megatron_moe_lpr.conversion.importer import import_hf
 from megatron_moe_lpr.conversion.plan import ImportOptions
 from megatron_moe_lpr.model.configuration.config import ComputeOptions
@@ -15,9 +15,9 @@ from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import RunSizes, rank_memory
 from megatron_moe_lpr.platform import select_platform
-from megatron_moe_lpr.training.config import OptimizerOptions
+from megatron_moe_lpr.training.configuration.config import OptimizerOptions
+from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
 from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_moe_lpr.training.stages import STAGES, freeze
 from tests.conversion.tiny_models import COMMON
 from tests.distributed import rank_pool
 from tests.launching.builders import prepare_inputs

@@ -14,7 +14,7 @@ from megatron_moe_lpr.planning.interconnect import Hardware, step_times
 from megatron_moe_lpr.planning.moe_traffic import placement
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import RunSizes
-from megatron_moe_lpr.training.stages import STAGES
+from megatron_moe_lpr.training.configuration.stages import STAGES
 from tests.evaluation.tools import load_tool
 from tests.planning.counted_step import SHARES, Case
 from tests.planning.test_routing import evaluation

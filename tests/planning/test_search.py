@@ -12,7 +12,7 @@ from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import RunSizes, largest_rank, worst_total
 from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
-from megatron_moe_lpr.training.stages import STAGES
+from megatron_moe_lpr.training.configuration.stages import STAGES
 
 CONFIG = {
     "model_type": "qwen2",

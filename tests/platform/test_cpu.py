@@ -106,7 +106,7 @@ def test_another_platform_is_refused_in_one_process(cpu_platform):
 def test_nothing_is_replaced_before_the_cpu_is_chosen():
     code = (
         "import torch; before = (torch.zeros, torch.Tensor.to, torch.distributed.all_gather, torch.cuda.Stream);"
-        "import megatron_moe_lpr.model.build, megatron_moe_lpr.checkpoint.model_state;"
+        "import megatron_moe_lpr.model.build, megatron_moe_lpr.checkpoint.loading.model_state;"
         "after = (torch.zeros, torch.Tensor.to, torch.distributed.all_gather, torch.cuda.Stream);"
         "assert all(a is b for a, b in zip(before, after))"
     )

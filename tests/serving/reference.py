@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_moe_lpr.checkpoint.loading import load_model
+from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe_lpr.checkpoint.writer import CheckpointWriter
+from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.conversion import exporter
 from megatron_moe_lpr.data.indexed import IndexedWriter
 from megatron_moe_lpr.errors import run_command

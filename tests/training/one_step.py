@@ -9,20 +9,20 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 
-from megatron_moe_lpr.checkpoint.loading import load_model
-from megatron_moe_lpr.checkpoint.model_state import sharded_model_state
-from megatron_moe_lpr.evaluation.global_batch import run_schedule
-from megatron_moe_lpr.evaluation.routing import collect_routing, reset_routing
+from megatron_moe_lpr.checkpoint.loading.model import load_model
+from megatron_moe_lpr.checkpoint.loading.model_state import sharded_model_state
+from megatron_moe_lpr.engine.micro_batches import run_schedule
+from megatron_moe_lpr.engine.routing import collect_routing, reset_routing
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.configuration.config import ComputeOptions
 from megatron_moe_lpr.model.parameter_kinds import kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
-from megatron_moe_lpr.training.config import OptimizerOptions
+from megatron_moe_lpr.training.configuration.config import OptimizerOptions
+from megatron_moe_lpr.training.configuration.stages import StageOptions, freeze
 from megatron_moe_lpr.training.guards import GradientWatch
 from megatron_moe_lpr.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_moe_lpr.training.stages import StageOptions, freeze
 
 SEQUENCE, SAMPLES, VOCABULARY = 32, 8, 99
 ORIGINAL_TABLE = torch.tensor([True, False, False, False])  # three languages, the first original; padding

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_moe_lpr.checkpoint.directory import write_latest
+from megatron_moe_lpr.checkpoint.format.directory import write_latest
 from megatron_moe_lpr.data.reading.config import DataConfig
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import PlatformName
 from megatron_moe_lpr.pretrain import pretrain
-from megatron_moe_lpr.training.config import (
+from megatron_moe_lpr.training.configuration.config import (
     BatchOptions,
     CheckpointOptions,
     GuardOptions,
@@ -23,7 +23,7 @@ from megatron_moe_lpr.training.config import (
     PrecisionOptions,
     TrainingConfig,
 )
-from megatron_moe_lpr.training.stages import StageOptions
+from megatron_moe_lpr.training.configuration.stages import StageOptions
 from tests.conversion.helpers import change_hf, perturb, rewrite_checkpoint, run
 from tests.conversion.tiny_models import COMMON, save_model
 from tests.data.builders import write_dataset

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.integrity import MANIFEST
+from megatron_moe_lpr.files.checksums import MANIFEST
 from tests.conversion.helpers import checkpoint_tensors, run
 from tests.distributed import rank_pool
 from tests.training.outcomes import evaluation_outcome, train_outcome

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_moe_lpr.engine.micro_batches import LossSums
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.global_batch import LossSums
 from megatron_moe_lpr.training import loop
 from tests.distributed import rank_pool
 from tests.training.runs import make_checkpoint, make_data, metrics, train

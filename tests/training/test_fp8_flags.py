@@ -9,9 +9,9 @@ from packaging.version import Version
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.platform import GPUFacts, Platform
-from megatron_moe_lpr.training.config import OptimizerOptions
+from megatron_moe_lpr.training.configuration.config import OptimizerOptions
+from megatron_moe_lpr.training.configuration.stages import STAGES
 from megatron_moe_lpr.training.setup import check_parameter_gather, prepare
-from megatron_moe_lpr.training.stages import STAGES
 from tests.training.runs import make_checkpoint, make_data, training_config
 
 CUDA = Platform(

@@ -11,16 +11,16 @@ import psutil
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.loading import load_model
+from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
-from megatron_moe_lpr.training.config import OptimizerOptions
+from megatron_moe_lpr.training.configuration.config import OptimizerOptions
+from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
 from megatron_moe_lpr.training.guards import GradientWatch
 from megatron_moe_lpr.training.optimizer import wrap_data_parallel
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE
-from megatron_moe_lpr.training.stages import STAGES, freeze
 from tests.conversion.helpers import rewrite_checkpoint
 from tests.distributed import rank_pool
 from tests.training.runs import make_checkpoint, make_data, metrics, train

@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.loading import model_shape
-from megatron_moe_lpr.checkpoint.reader import is_model_key
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.format.reader import is_model_key
+from megatron_moe_lpr.checkpoint.loading.model import model_shape
 from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.flops import training_flops_per_token

@@ -107,7 +107,7 @@ def test_a_finished_run_is_not_evaluated_again(inputs, undisturbed):
 
 def order(*arguments, **changes) -> list[str]:
     """What a run says was done, in order."""
-    from megatron_moe_lpr.training.metrics import MetricsWriter
+    from megatron_moe_lpr.training.logs.metrics import MetricsWriter
 
     original, words = MetricsWriter.say, []
     MetricsWriter.say = lambda writer, text: words.append(text)

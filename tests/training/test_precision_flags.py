@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.integrity import write_manifest
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.conversion.verification import verify_models
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation import checkpoint as evaluation
+from megatron_moe_lpr.files.checksums import write_manifest
 from megatron_moe_lpr.model.configuration.dtype import say_dtype
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import CPUFacts, Platform

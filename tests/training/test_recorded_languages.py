@@ -1,6 +1,6 @@
 """Which differences of two descriptions make another run."""
 
-from megatron_moe_lpr.training.description import differences
+from megatron_moe_lpr.training.configuration.description import differences
 
 DATA = ["el 0.5 documents 0-9 index a text b", "en 0.5 documents 0-9 index c text d"]
 NOW = {"languages": ["el", "en"], "original_languages": ["en", "es", "zh"], "data": DATA}

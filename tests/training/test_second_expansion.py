@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.card import read_card
-from megatron_moe_lpr.checkpoint.directory import CARD_FILE, resolve_checkpoint
-from megatron_moe_lpr.checkpoint.integrity import write_manifest
-from megatron_moe_lpr.checkpoint.loading import load_model
+from megatron_moe_lpr.checkpoint.format.card import read_card
+from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, resolve_checkpoint
+from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.conversion.verification.verify import random_tokens
+from megatron_moe_lpr.files.checksums import write_manifest
 from megatron_moe_lpr.model.configuration.config import ComputeOptions
 from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.model.parameter_kinds import KINDS, kind_of

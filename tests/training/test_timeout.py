@@ -4,7 +4,7 @@ import pytest
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.parallel.layout import LONGEST_TIMEOUT_MINUTES, check_timeout
-from megatron_moe_lpr.training.config import TrainingConfig
+from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from tests.evaluation.tools import load_tool
 from tests.training.runs import training_config
 

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.loading import load_model
-from megatron_moe_lpr.checkpoint.trainable_only import open_reader
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.format.trainable_only import open_reader
+from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.conversion.verification.frozen import fingerprint_of_checkpoint
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.parallel.groups import initialize_parallel

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_moe_lpr.checkpoint.integrity import write_manifest
-from megatron_moe_lpr.checkpoint.reader import read_index
+from megatron_moe_lpr.checkpoint.format.reader import read_index
+from megatron_moe_lpr.files.checksums import write_manifest
 from tests.conversion.helpers import run
 from tests.distributed import rank_pool
 from tests.fuzzing.opcodes import name, text

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from megatron_moe_lpr.checkpoint.loading import LoadedModel
+from megatron_moe_lpr.checkpoint.loading.model import LoadedModel
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
+from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
 from megatron_moe_lpr.training.guards import GradientWatch
-from megatron_moe_lpr.training.stages import STAGES, freeze
 from tests.transformer_engine import models, stub
 
 EXPERTS = "decoder.layers.0.mlp.experts."

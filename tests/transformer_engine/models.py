@@ -14,19 +14,19 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
 from megatron.core.transformer import TransformerConfig
 
-from megatron_moe_lpr.checkpoint import loading
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.extra_state import check_extra_states
-from megatron_moe_lpr.checkpoint.integrity import write_manifest
-from megatron_moe_lpr.checkpoint.loading import LoadedModel, load_model, model_shape
-from megatron_moe_lpr.checkpoint.model_state import CONTENT_METADATA, EXTRA_STATE, sharded_model_state
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.loading import model as loading
+from megatron_moe_lpr.checkpoint.loading.model import LoadedModel, load_model, model_shape
+from megatron_moe_lpr.checkpoint.loading.model_state import CONTENT_METADATA, EXTRA_STATE, sharded_model_state
+from megatron_moe_lpr.checkpoint.untrusted.extra_state import check_extra_states
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files.checksums import write_manifest
 from megatron_moe_lpr.model.build import build_model, unwrap
 from megatron_moe_lpr.model.configuration.config import ComputeOptions, transformer_config
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.training.stages import STAGES, freeze
+from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
 from tests.transformer_engine.ranks import platform_of_this_rank
 
 NEVER_A_WEIGHT = 12345.0

@@ -3,10 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS
+from megatron_moe_lpr.checkpoint.format.card import MAX_EXPERTS
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import is_integer, read_json, shown
-from megatron_moe_lpr.links import file_inside
+from megatron_moe_lpr.files.json_files import is_integer, read_json, shown
+from megatron_moe_lpr.files.links import file_inside
 from megatron_moe_lpr.model.configuration.architecture import MAX_LAYERS
 
 CONFIG_FILE = "adapter_config.json"

@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub.repocard import metadata_load
 
-from megatron_moe_lpr.checkpoint.directory import SIDE_DIRECTORY
+from megatron_moe_lpr.checkpoint.format.directory import SIDE_DIRECTORY
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import read_json
+from megatron_moe_lpr.files.json_files import read_json
 
 BASE_MODEL_FILE = "base_model.json"
 MODEL_CARD = "README.md"

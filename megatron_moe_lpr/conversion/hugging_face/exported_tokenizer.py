@@ -15,7 +15,7 @@ from megatron_moe_lpr.data.tokenizer import (
 )
 from megatron_moe_lpr.data.tokenizer_settings import CONFIG
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import read_json
+from megatron_moe_lpr.files.json_files import read_json
 from megatron_moe_lpr.program import command
 
 TOKENIZER = "tokenizer.json"

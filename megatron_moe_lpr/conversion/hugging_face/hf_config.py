@@ -7,9 +7,9 @@ differs between the two architectures, and the rotary embedding in the spellings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_moe_lpr.checkpoint.card import MAX_EXPERTS, check_experts
+from megatron_moe_lpr.checkpoint.format.card import MAX_EXPERTS, check_experts
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import checked_integer, integer, is_integer, shown
+from megatron_moe_lpr.files.json_files import checked_integer, integer, is_integer, shown
 from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS, MAX_SIZE, Architecture
 from megatron_moe_lpr.model.configuration.rope_parameters import DEFAULT_THETA, read_rope
 from megatron_moe_lpr.program import command

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_card, read_json
-from megatron_moe_lpr.checkpoint.directory import CARD_FILE, CONFIG_FILE, SIDE_DIRECTORY
-from megatron_moe_lpr.checkpoint.reader import TensorInfo
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, read_card, read_json
+from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, CONFIG_FILE, SIDE_DIRECTORY
+from megatron_moe_lpr.checkpoint.format.reader import TensorInfo
 from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     DENSE_FAMILY_OF_MOE,
     SHARED_EXPERT_WIDTH,
@@ -27,7 +27,12 @@ from megatron_moe_lpr.conversion.hugging_face.other_forms import refuse_other_di
 from megatron_moe_lpr.conversion.hugging_face.other_tensors import foreign_form
 from megatron_moe_lpr.conversion.hugging_face.safetensors_source import INDEX_FILE, SafetensorsSource, weight_files
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors, zero_attention_biases
-from megatron_moe_lpr.conversion.tensors.names import (
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files.json_files import checked_integer
+from megatron_moe_lpr.files.lfs_pointers import refuse_lfs_pointers
+from megatron_moe_lpr.files.links import copy_private, file_inside, tree_inside
+from megatron_moe_lpr.model.configuration.architecture import MAX_SIZE, Architecture, read_architecture
+from megatron_moe_lpr.model.tensors import (
     DENSE_LAYOUT,
     EMBEDDING_NAME,
     MOE_LAYOUTS,
@@ -35,11 +40,6 @@ from megatron_moe_lpr.conversion.tensors.names import (
     Layout,
     Row,
 )
-from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import checked_integer
-from megatron_moe_lpr.lfs_pointers import refuse_lfs_pointers
-from megatron_moe_lpr.links import copy_private, file_inside, tree_inside
-from megatron_moe_lpr.model.configuration.architecture import MAX_SIZE, Architecture, read_architecture
 
 TOKENIZER_PATTERNS = (
     "tokenizer*",

@@ -18,11 +18,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
 from megatron_moe_lpr.conversion.hugging_face.hf_config import MOE_FIELDS, mixtral_fields
-from megatron_moe_lpr.conversion.tensors.names import MOE_LAYOUTS, Layout
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, Layout
 
 LLAMA_CPP_MODEL_TYPE = "mixtral_for_llama_cpp"
 ATTENTION_FACTOR = "attention_factor"

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard, read_json
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, read_json
 from megatron_moe_lpr.conversion.hugging_face.base_model import (
     OUR_TAG,
     BaseModel,

@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE
+from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE, LATEST_FILE
 from megatron_moe_lpr.conversion.hugging_face.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from megatron_moe_lpr.conversion.hugging_face.base_model import CACHE_PREFIX, SNAPSHOTS, hub_name
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import read_json, shown
-from megatron_moe_lpr.work_directory import content_of_killed
+from megatron_moe_lpr.files.json_files import read_json, shown
+from megatron_moe_lpr.files.work_directory import content_of_killed
 
 MOST_NAMED = 3
 MERGE = (

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron_moe_lpr.checkpoint.reader import TensorInfo
+from megatron_moe_lpr.checkpoint.format.reader import TensorInfo
 from megatron_moe_lpr.model.configuration.quantisation import QUANTISED, WAY_OUT
 
 FLOATS_OF_8_BITS = tuple(

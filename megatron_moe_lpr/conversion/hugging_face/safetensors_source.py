@@ -9,12 +9,12 @@ from typing import TypeGuard
 
 import torch
 
-from megatron_moe_lpr.checkpoint.reader import TensorInfo
+from megatron_moe_lpr.checkpoint.format.reader import TensorInfo
 from megatron_moe_lpr.conversion.hugging_face.other_forms import other_weights
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import is_integer, parse_json_object, read_json, shown
-from megatron_moe_lpr.lfs_pointers import POINTER_START, refuse_lfs_pointer
-from megatron_moe_lpr.links import file_inside
+from megatron_moe_lpr.files.json_files import is_integer, parse_json_object, read_json, shown
+from megatron_moe_lpr.files.lfs_pointers import POINTER_START, refuse_lfs_pointer
+from megatron_moe_lpr.files.links import file_inside
 from megatron_moe_lpr.model.configuration.quantisation import WAY_OUT
 
 INDEX_FILE = "model.safetensors.index.json"

@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE
+from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE
 from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files, tokenizer_files
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_samples import TEXTS
@@ -17,7 +17,7 @@ from megatron_moe_lpr.data.tokenizer import (
 )
 from megatron_moe_lpr.data.tokenizer_settings import CONFIG
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import read_json
+from megatron_moe_lpr.files.json_files import read_json
 
 
 def check_tokenizer(model: Path, exported_type: str) -> list[str]:

@@ -9,9 +9,9 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from megatron_moe_lpr.conversion.tensors.names import Role, Row
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import MAX_LAYERS
+from megatron_moe_lpr.model.tensors import Role, Row
 
 FLAG = "--expand-blocks"
 ZEROED = (".self_attention.linear_proj.weight", ".mlp.linear_fc2.weight")

@@ -10,8 +10,8 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, Layout, Shape, projection_shapes
 from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, Layout, Shape, projection_shapes
 
 _SHARED_EXPERT = "a Qwen2-MoE with a real shared expert is not an upcycled dense model; give a dense one"
 _ATTENTION_BIAS = "the stock MoE architectures of this family have no place for attention biases"

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading, open_reader
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading, open_reader
 from megatron_moe_lpr.conversion.exporter import check_model_tensors, read_row
 from megatron_moe_lpr.conversion.tensors.blocks import mark_inserted
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
-from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, model_rows
+from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, model_rows
 
 
 def fingerprint_of_checkpoint(load: Path, base: Path | None = None) -> str:

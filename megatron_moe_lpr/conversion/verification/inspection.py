@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe_lpr.checkpoint.card import MODEL_DTYPES, CheckpointCard
-from megatron_moe_lpr.checkpoint.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
-from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
-from megatron_moe_lpr.checkpoint.verification import open_checkpoint, verify_all
+from megatron_moe_lpr.checkpoint.format.card import MODEL_DTYPES, CheckpointCard
+from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE, LATEST_FILE, is_iteration_directory
+from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading
+from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
-from megatron_moe_lpr.conversion.tensors.names import DENSE_LAYOUT, Role, model_rows
 from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, Role, model_rows
 
 # Of an entry in a card's history: for programs, not for a screen.
 LONG_FIELDS = ("data",)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from megatron_moe_lpr.checkpoint.directory import CheckpointDirectory
-from megatron_moe_lpr.checkpoint.loading import load_model
-from megatron_moe_lpr.checkpoint.trainable_only import kept_for_reading
-from megatron_moe_lpr.checkpoint.verification import open_checkpoint
+from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
+from megatron_moe_lpr.checkpoint.format.trainable_only import kept_for_reading
+from megatron_moe_lpr.checkpoint.loading.model import load_model
+from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.conversion.verification.verify import Comparison, Forward, Outputs, compare, random_tokens
 from megatron_moe_lpr.errors import UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_moe_lpr.data.preparation.corpora import Corpus
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.filesystem import atomic_file, sha256_of_file
+from megatron_moe_lpr.files.filesystem import atomic_file, sha256_of_file
 from megatron_moe_lpr.hub_errors import explain_hub_errors
 
 STAGING = ".incomplete"

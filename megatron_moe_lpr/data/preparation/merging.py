@@ -21,7 +21,7 @@ from megatron_moe_lpr.data.manifest import (
 from megatron_moe_lpr.data.preparation.output_lock import output_lock
 from megatron_moe_lpr.data.preparation.publishing import partial_directory, publish, refuse_existing
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.filesystem import is_same_file
+from megatron_moe_lpr.files.filesystem import is_same_file
 from megatron_moe_lpr.progress import ProgressReport
 
 _MUST_AGREE = ("language", "tokenizer", "eod", "append_eod", "dtype", "vocab_size")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.file_lock import LockedError, file_lock
-from megatron_moe_lpr.work_directory import clear_left
+from megatron_moe_lpr.files.file_lock import LockedError, file_lock
+from megatron_moe_lpr.files.work_directory import clear_left
 
 
 @contextlib.contextmanager

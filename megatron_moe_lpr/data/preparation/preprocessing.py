@@ -32,7 +32,7 @@ from megatron_moe_lpr.data.preparation.sources import (
 )
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer, model_vocabulary
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.filesystem import is_same_file
+from megatron_moe_lpr.files.filesystem import is_same_file
 from megatron_moe_lpr.progress import ProgressReport
 
 MAX_LANGUAGES = 500

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from megatron_moe_lpr.data.manifest import Manifest, bin_path, idx_path, manifest_path
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.filesystem import real_target, sha256_of_file
-from megatron_moe_lpr.mounts import is_mount_point
-from megatron_moe_lpr.moving_in import CONTENT, move_in
-from megatron_moe_lpr.work_directory import unique_work_directory
+from megatron_moe_lpr.files.filesystem import real_target, sha256_of_file
+from megatron_moe_lpr.files.mounts import is_mount_point
+from megatron_moe_lpr.files.moving_in import CONTENT, move_in
+from megatron_moe_lpr.files.work_directory import unique_work_directory
 
 
 @contextlib.contextmanager

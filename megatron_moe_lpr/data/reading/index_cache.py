@@ -15,10 +15,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_moe_lpr.checkpoint.integrity import MANIFEST
 from megatron_moe_lpr.data.reading.index_maps import are_intact
 from megatron_moe_lpr.errors import UserError, naming
-from megatron_moe_lpr.filesystem import sync_directory, sync_tree
+from megatron_moe_lpr.files.checksums import MANIFEST
+from megatron_moe_lpr.files.filesystem import sync_directory, sync_tree
 
 LOCK, MAPS = "lock", "maps"
 YOUNG_SECONDS = 60.0

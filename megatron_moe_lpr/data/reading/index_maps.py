@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_moe_lpr.checkpoint.integrity import verify
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files.checksums import verify
 
 
 def are_intact(directory: Path) -> bool:

@@ -18,12 +18,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_moe_lpr.checkpoint.integrity import write_manifest
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.config import DataConfig, DataSources, cache_directory
 from megatron_moe_lpr.data.reading.index_cache import build_directory
 from megatron_moe_lpr.data.reading.index_maps import are_intact, refuse_pickles
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files.checksums import write_manifest
 from megatron_moe_lpr.parallel.first_rank import run_on_rank_0
 from megatron_moe_lpr.platform.collectives import world_of_one
 

@@ -11,7 +11,7 @@ from megatron_moe_lpr.data.language_names import canonical_language
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.report.record import are_costs, are_curves, is_evaluation, is_list_of_texts
 from megatron_moe_lpr.evaluation.report.summary import Summary, summarize
-from megatron_moe_lpr.json_files import is_number
+from megatron_moe_lpr.files.json_files import is_number
 from megatron_moe_lpr.program import command
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
-from megatron_moe_lpr.json_files import is_integer, is_number
+from megatron_moe_lpr.files.json_files import is_integer, is_number
 from megatron_moe_lpr.model.moe.routing_groups import GROUPS
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import checked_integer, integer, number, shown, switch
+from megatron_moe_lpr.files.json_files import checked_integer, integer, number, shown, switch
 from megatron_moe_lpr.model.configuration.quantisation import refuse_quantisation
 from megatron_moe_lpr.model.configuration.rope_parameters import read_rope
 

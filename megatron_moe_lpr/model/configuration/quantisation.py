@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import shown
+from megatron_moe_lpr.files.json_files import shown
 
 # MLX writes both of the first two, the third is llm-compressor's older name.
 FIELDS = ("quantization_config", "quantization", "compression_config")

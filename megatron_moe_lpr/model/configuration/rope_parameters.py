@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.json_files import is_number, shown
+from megatron_moe_lpr.files.json_files import is_number, shown
 
 DEFAULT_THETA = 10000.0
 """transformers' `default_theta` of the dense families, and of the stock MoE ones but Mixtral."""

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
-from megatron_moe_lpr.checkpoint.integrity import write_manifest
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
+from megatron_moe_lpr.files.checksums import write_manifest
 from tests.conversion.helpers import run
 from tests.conversion.tiny_models import save_model
 

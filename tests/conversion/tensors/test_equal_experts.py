@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.directory import resolve_checkpoint
+from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from tests.conversion.helpers import (
     assert_same_tensors,
     checkpoint_tensors,

@@ -8,13 +8,13 @@ import sentencepiece
 import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_moe_lpr import renaming
 from megatron_moe_lpr.data.indexed import read_lengths
 from megatron_moe_lpr.data.manifest import read_manifest
 from megatron_moe_lpr.data.preparation import encoding, sources
 from megatron_moe_lpr.data.preparation.merging import merge
 from megatron_moe_lpr.data.preparation.preprocessing import preprocess
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files import renaming
 from tests.data.builders import CORPUS, EOD_TOKEN, LANGUAGES, corpus_texts, make_plan, run_plan, write_jsonl
 
 SUFFIXES = (".bin", ".idx", ".json")

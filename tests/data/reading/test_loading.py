@@ -112,7 +112,7 @@ def test_a_thread_that_cannot_start_is_a_limit():
 HANGS = """
 import time
 from tests.data.reading.test_loading import Numbers, build_data_iterator
-from megatron_moe_lpr.training.heartbeat import Heartbeat
+from megatron_moe_lpr.training.watchdog.heartbeat import Heartbeat
 
 def wait_for_a_disk():
     time.sleep(300)

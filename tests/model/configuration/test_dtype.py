@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration import dtype as module
 from megatron_moe_lpr.model.configuration.dtype import asked_dtype, choose_dtype, say_dtype

@@ -7,8 +7,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megatron_moe_lpr.checkpoint.loading import load_model
-from megatron_moe_lpr.evaluation.global_batch import run_schedule
+from megatron_moe_lpr.checkpoint.loading.model import load_model
+from megatron_moe_lpr.engine.micro_batches import run_schedule
 from megatron_moe_lpr.model.configuration.config import ComputeOptions
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout

@@ -1,0 +1,1 @@
+"""What lies where in a checkpoint directory, and Megatron's torch_dist format one tensor at a time."""

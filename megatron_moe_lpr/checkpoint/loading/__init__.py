@@ -1,0 +1,1 @@
+"""From a checkpoint on disk, checked first, to weights on this rank."""

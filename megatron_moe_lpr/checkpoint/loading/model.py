@@ -1,0 +1,86 @@
+"""From a checkpoint on disk to a filled model on this rank."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
+from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
+from megatron_moe_lpr.checkpoint.format.trainable_only import reading
+from megatron_moe_lpr.checkpoint.loading.model_state import load_weights
+from megatron_moe_lpr.checkpoint.loading.shapes import check_sizes
+from megatron_moe_lpr.checkpoint.loading.verification import check_same_on_all_ranks, open_checkpoint, verify_all
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.build import build_model
+from megatron_moe_lpr.model.configuration.config import ComputeOptions, ModelShape, MoELPRConfig, transformer_config
+from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.platform import Platform
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """This rank's part of a model, filled from a checkpoint."""
+
+    chunks: list[torch.nn.Module]
+    config: MoELPRConfig
+    shape: ModelShape
+    card: CheckpointCard
+    directory: CheckpointDirectory
+
+
+def model_shape(directory: CheckpointDirectory) -> ModelShape:
+    """The model's sizes and experts, from the files beside its tensors.
+
+    Raises:
+        UserError: a file is missing or invalid, or they are of two models.
+    """
+    card, architecture = directory.card(), directory.architecture()
+    layers = architecture.num_layers
+    if any(len(counts) != layers for counts in (card.experts_per_layer, *card.expansions)):
+        raise UserError(f"{directory.path}: config.json has {layers} layers, its card another number; copy both again")
+    return ModelShape(
+        architecture,
+        tuple(card.experts_per_layer),
+        card.top_k,
+        tuple(map(tuple, card.expansions)),
+        card.openness,
+        tuple(card.inserted_blocks),
+    )
+
+
+def load_model(
+    path: Path | CheckpointDirectory,
+    layout: ParallelLayout,
+    platform: Platform,
+    options: ComputeOptions | None = None,
+    build_arguments: dict[str, Any] | None = None,
+    verified: bool = True,
+    **overrides: Any,
+) -> LoadedModel:
+    """Build this rank's part of the model in `layout` and fill it. Megatron's groups must exist.
+
+    Args:
+        path: a checkpoint directory or one iteration in it.
+        options: how to compute; by default in the card's `compute_dtype`.
+        build_arguments: further arguments of GPTModel.
+        verified: compare every file with its checksum first, each rank a share of them.
+        overrides: further fields of MoELPRConfig.
+
+    Raises:
+        UserError: no checkpoint, a damaged one, an unfit layout, or tensors missing, too many or of other sizes.
+    """
+    directory = path if isinstance(path, CheckpointDirectory) else open_checkpoint(path, verified)
+    shape, card = model_shape(directory), directory.card()
+    options = options or ComputeOptions(dtype=getattr(torch, card.compute_dtype))
+    check_sizes(directory, shape)
+    config = transformer_config(shape, layout, platform, options, **overrides)
+    chunks = build_model(shape, config, platform, **(build_arguments or {}))
+    with reading(directory) as layers:
+        for layer in layers:
+            check_same_on_all_ranks(layer.path)
+            if verified:
+                verify_all(layer.path)
+        load_weights(chunks, directory)
+    return LoadedModel(chunks, config, shape, card, directory)

@@ -1,0 +1,107 @@
+"""Weights between a built model and a Megatron distributed checkpoint, at any parallel layout."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.fp8_utils import is_float8tensor
+
+from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
+from megatron_moe_lpr.checkpoint.format.reader import read_index
+from megatron_moe_lpr.checkpoint.format.sharded_parts import part_with_keys
+from megatron_moe_lpr.checkpoint.format.trainable_only import layers_of
+from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA
+from megatron_moe_lpr.checkpoint.loading.distributed_loading import load_distributed
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.build import unwrap
+from megatron_moe_lpr.model.moe.expert_states import EXTRA_STATE
+
+
+def sharded_model_state(chunks: Sequence[torch.nn.Module]) -> ShardedStateDict:
+    """Sharded tensors of this rank's chunks, under `model` or, for several chunks, `model0`, `model1`, ..."""
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=dict(CONTENT_METADATA))
+        for name, chunk in zip(names, chunks, strict=True)
+    }
+
+
+def load_weights(chunks: Sequence[torch.nn.Module], directory: CheckpointDirectory) -> None:
+    """Fill the chunks from a checkpoint written at any layout, and from its base where it has only trained weights.
+
+    Only Transformer Engine's `_extra_state` entries may be missing.
+
+    Raises:
+        UserError: a damaged file; the checkpoint lacks a tensor of the model, or holds one it has no place for.
+    """
+    loaded: dict[str, Any] = {}
+    for layer in layers_of(directory):
+        part = _load_layer(chunks, layer, is_complete=not loaded)
+        loaded = {name: loaded.get(name, {}) | part[name] for name in part}
+    for name, chunk in zip(sorted(loaded), chunks, strict=True):
+        fill_model(chunk, loaded[name])
+        _keep_unrounded(chunk, loaded[name])
+
+
+def _load_layer(chunks: Sequence[torch.nn.Module], layer: CheckpointDirectory, is_complete: bool) -> dict[str, Any]:
+    """Tensors by name, by chunk; all that the model has, or all that the checkpoint has."""
+    state = sharded_model_state(chunks)
+    names = list(state)
+    if not is_complete:
+        keys = read_index(layer.path / ".metadata").state_dict_metadata
+        state = {name: part_with_keys(part, keys) for name, part in state.items()}
+    # Megatron's words: "missing" keys are the checkpoint's that the model did not ask for, "unexpected" the reverse.
+    loaded, surplus, lacking = load_distributed(
+        state, layer.path, shared_reading(layer.path), strict=StrictHandling.RETURN_ALL
+    )
+    _refuse_differences(layer.path, lacking, surplus)
+    return {name: loaded.get(name, {}) for name in names}
+
+
+def shared_reading(directory: Path) -> FullyParallelLoadStrategyWrapper:
+    """Each rank of a data-parallel group reads a part of what all of them need, and sends it to the others."""
+    strategy = get_default_load_sharded_strategy(str(directory))
+    return FullyParallelLoadStrategyWrapper(
+        strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+
+
+def _keep_unrounded(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Weights in FP8 keep what the checkpoint says until the optimizer has its fp32 copies from it.
+
+    distrib_optimizer.py `_build_model_and_main_param_groups` asks for it by these names. Copies of the rounded weights
+    would lie on FP8's grid, and the first small steps away from it would be rounded back.
+    """
+    for name, parameter in unwrap(chunk).named_parameters():
+        if is_float8tensor(parameter):
+            parameter.get_high_precision_init_val = state[name].detach().cpu().clone
+            parameter.clear_high_precision_init_val = partial(vars(parameter).pop, "get_high_precision_init_val", None)
+
+
+def fill_model(chunk: torch.nn.Module, state: dict[str, Any], is_complete: bool = True) -> None:
+    """Copy loaded tensors into a chunk; with `is_complete` off, parameters without one stay as they are.
+
+    Raises:
+        UserError: other than `_extra_state` is missing, or something is left over.
+    """
+    result = unwrap(chunk).load_state_dict(state, strict=False)
+    missing = [key for key in result.missing_keys if EXTRA_STATE not in key]
+    missing = missing if is_complete else []
+    if missing or result.unexpected_keys:
+        raise UserError(f"model and checkpoint disagree: missing {missing}, unexpected {result.unexpected_keys}")
+
+
+def _refuse_differences(directory: Path, lacking: set[str], surplus: set[str]) -> None:
+    missing = sorted(key for key in lacking if EXTRA_STATE not in key)
+    foreign = sorted(key for key in surplus if EXTRA_STATE not in key and not key.startswith("optimizer"))
+    if missing:
+        raise UserError(f"{directory}: lacks {len(missing)} tensors of the model, for example {missing[0]}")
+    if foreign:
+        raise UserError(f"{directory}: holds {len(foreign)} tensors the model has no place for, e.g. {foreign[0]}")

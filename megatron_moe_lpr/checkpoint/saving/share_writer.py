@@ -1,0 +1,200 @@
+"""One rank's share of a checkpoint as files: planned by Megatron-Core, then written here or by the writer process."""
+
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+    FileSystemWriterAsync,
+    WriteBucket,
+    _split_by_size_and_type,
+)
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
+    save_state_dict_async_finalize,
+    save_state_dict_async_plan,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+from torch.distributed.checkpoint.api import WRAPPED_EXCEPTION, _wrap_exception
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_moe_lpr.checkpoint.format.writer import save_blob, without_crc
+from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
+from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum, OutputStream
+
+FILES_PER_RANK = 2
+BLOB_BYTES = 4096
+"""More than torch.save needs beside a tensor's values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShareFile:
+    """A file of this rank's share, before it is written."""
+
+    name: str
+    items: list[tuple[WriteItem, Any]]
+    """Tensors on any device, or io.BytesIO."""
+
+    @property
+    def most_bytes(self) -> int:
+        """No fewer than the file will have."""
+        return sum(BLOB_BYTES + _nbytes(data) for _, data in self.items)
+
+    def write(self, stream: OutputStream) -> list[WriteResult]:
+        """Write all items, one at a time in host memory, to a stream at its beginning."""
+        results, begin = [], stream.tell()
+        for item, data in self.items:
+            offset = stream.tell() - begin
+            if item.type == WriteItemType.BYTE_IO:
+                stream.write(data.getbuffer())
+            else:
+                with without_crc():
+                    save_blob(_alone_in_its_storage(data), stream)
+            length = stream.tell() - begin - offset
+            results.append(WriteResult(item.index, length, _StorageInfo(self.name, offset, length)))
+        return results
+
+
+class ShareWriter(FileSystemWriterAsync):
+    """Megatron-Core's writer without its processes: it would fork a trainer full of threads for each file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, thread_count=FILES_PER_RANK)
+        self.files: list[ShareFile] = []
+        self.results: list[WriteResult] = []
+        self.written: dict[str, FileChecksum] = {}
+        self.error: Exception | None = None
+        """What went wrong on this rank; told to all in `retrieve_write_results`."""
+        self.index_error: OSError | None = None
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Decide what goes into which file."""
+        # What the base class looks at when it is asked for results.
+        self.write_buckets: list[WriteBucket] = []
+        for index, items in enumerate(_split_by_size_and_type(self.thread_count, plan.items)):
+            if items:
+                name = f"{plan.storage_data.prefix}{index}.distcp"
+                self.files.append(ShareFile(name, [(item, planner.resolve_data(item)) for item in items]))
+
+    def write_here(self) -> None:
+        """Write the files from this process; an error waits until all ranks can hear of it."""
+        if self.error is not None:
+            return
+        try:
+            for file in self.files:
+                with ChecksumStream(open(Path(self.checkpoint_dir, file.name), "wb")) as stream:
+                    self.results += _telling_os_errors(file, stream)
+                self.written[file.name] = stream.entry()
+        except Exception as error:
+            self.error = error
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let go of the tensors."""
+        self.files = []
+
+    def retrieve_write_results(self) -> list[WriteResult] | WRAPPED_EXCEPTION:
+        """What was written where, or this rank's error."""
+        if self.error is None:
+            return self.results
+        try:
+            raise self.error
+        except Exception as error:
+            return _wrap_exception(error)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On rank 0: the index of all ranks' tensors, without the plans of all ranks, which nothing here reads."""
+        vars(metadata).pop("all_local_plans", None)
+        metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
+        metadata.storage_meta = self.storage_meta()
+        try:
+            with ChecksumStream(open(Path(self.checkpoint_dir, ".metadata"), "wb")) as stream:
+                pickle.dump(metadata, stream)
+            self.written[".metadata"] = stream.entry()
+        except OSError as error:
+            self.index_error = error
+
+    def raise_index_error(self) -> None:
+        """What `finish` met. Raised there, it would leave the other ranks waiting inside Megatron."""
+        if self.index_error is not None:
+            raise self.index_error
+
+
+class ShareStrategy(TorchDistSaveShardedStrategy):
+    """Megatron-Core's strategy with ShareWriter in the place of its own writer."""
+
+    def __init__(self, frozen: FrozenWeights | None = None) -> None:
+        """`frozen` gives values to the weights that it has announced in the state."""
+        super().__init__("torch_dist", 1, thread_count=FILES_PER_RANK)
+        self.frozen = frozen
+
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
+        """Plan this rank's share. Every rank must call it.
+
+        Returns:
+            A request whose function has the ShareWriter as its only argument, see `writer_of`.
+        """
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        writer = ShareWriter(checkpoint_dir)
+        if self.frozen:
+            try:
+                self.frozen.fill(part for parts in by_key.values() for part in parts if isinstance(part, ShardedTensor))
+            except Exception as error:
+                # The other ranks are on their way into the planning: they hear of it afterwards.
+                writer.error = error
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner)
+
+        def finalize() -> None:
+            save_state_dict_async_finalize(*planned)
+
+        return AsyncRequest(ShareWriter.write_here, [writer], [finalize])
+
+
+def writer_of(request: AsyncRequest) -> ShareWriter:
+    """The ShareWriter of a request that `ShareStrategy.async_save` made."""
+    (writer,) = request.async_fn_args
+    return writer
+
+
+def _telling_os_errors(file: ShareFile, stream: ChecksumStream) -> list[WriteResult]:
+    """torch.save turns an OSError of the stream into a RuntimeError that does not say what happened."""
+    try:
+        return file.write(stream)
+    except RuntimeError:
+        if stream.error is not None:
+            raise stream.error from None
+        raise
+
+
+def _alone_in_its_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The values on the CPU as a tensor of its own: torch.save writes the whole storage that a view looks into."""
+    tensor = tensor.detach()
+    if is_float8tensor(tensor):
+        tensor = dequantize_fp8_tensor(tensor)
+    tensor = tensor.cpu().contiguous()
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    # A new storage over the same memory: nothing is copied.
+    values = torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy())
+    return values.view(tensor.dtype).view(tensor.shape)
+
+
+def _nbytes(data: Any) -> int:
+    if isinstance(data, torch.Tensor):
+        # Weights in FP8 are written in the precision they stand for.
+        return data.numel() * data.element_size()
+    return data.getbuffer().nbytes

@@ -1,0 +1,139 @@
+"""A run's flags as a file: SAVE/config.json, which every run writes, and YAML recipes of the same keys."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_moe_lpr import __version__
+from megatron_moe_lpr.checkpoint.format.card import tool_versions
+from megatron_moe_lpr.command_line import flag_words, parse_flags, read_flags
+from megatron_moe_lpr.errors import UserError, fail
+from megatron_moe_lpr.files.filesystem import atomic_file
+from megatron_moe_lpr.training.configuration.config import TrainingConfig
+
+CONFIG_FILE = "config.json"
+"""In --save."""
+FLAG = "--config"
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "numpy")
+
+
+def parse_training_flags(arguments: Sequence[str] | None = None, description: str | None = None) -> TrainingConfig:
+    """Parse the flags of a training run; those of a file that --config names come first, so that others override them.
+
+    Args:
+        arguments: by default those of this process.
+        description: for --help.
+
+    Raises:
+        SystemExit: a mistake in the flags or in the file, told in one line, or --help.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        words = _expand(words)
+    except UserError as error:
+        fail(str(error), code=2)
+    return parse_flags(TrainingConfig, words, description)
+
+
+def training_config(source: TrainingConfig | Mapping[str, Any] | Path | str) -> TrainingConfig:
+    """Return a run's configuration from what holds its flags.
+
+    Args:
+        source: a mapping from flags (with underscores or hyphens) to values, or the path of a file as --config takes
+            it; a configuration is returned as it is.
+
+    Raises:
+        UserError: a flag that is unknown, missing or no value of its type; a file that cannot be read.
+    """
+    if isinstance(source, TrainingConfig):
+        return source
+    if isinstance(source, Mapping):
+        return read_flags(TrainingConfig, flag_words(source, "configuration"))
+    path = Path(source)
+    return read_flags(TrainingConfig, flag_words(read_config_file(path), f"{FLAG} {path}"))
+
+
+def config_values(config: TrainingConfig) -> dict[str, Any]:
+    """Return every flag of a run by its name with underscores, in JSON's types; None where a default decides later."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values |= {one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+        elif field.name != FLAG.removeprefix("--"):
+            values[field.name] = _plain(value)
+    return values
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Return the flags that a file holds, by their names with underscores.
+
+    Args:
+        path: SAVE/config.json of a run, or a YAML or JSON file of one mapping from flags to values.
+
+    Raises:
+        UserError: no such file, or no such mapping.
+    """
+    import yaml
+
+    try:
+        # JSON is read as YAML too, but for tabs, which a person may have put between.
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        raise UserError(f"{FLAG} {path}: no such file") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{FLAG} {path}: cannot be read: {str(error).splitlines()[0]}") from None
+    values = content.get("config", content) if isinstance(content, dict) else None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{FLAG} {path}: one mapping from flags to values is expected, as `train_iters: 1000`")
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def write_run_config(config: TrainingConfig, world_size: int, data_parallel_size: int) -> None:
+    """Write SAVE/config.json: the flags, and what else was there when the run started. Call it on one rank."""
+    record = {
+        "config": config_values(config),
+        "world_size": world_size,
+        "data_parallel_size": data_parallel_size,
+        "versions": versions(),
+        "command_line": sys.argv,
+        "directory": str(Path.cwd()),
+    }
+    with atomic_file(config.checkpoint.save / CONFIG_FILE) as partial:
+        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, of this package and of the libraries that decide a run's numbers."""
+    return tool_versions(PACKAGES) | {"megatron-moe-lpr": __version__}
+
+
+def _expand(words: Sequence[str]) -> list[str]:
+    """The words with the flags of --config's file in its place and in front of all others."""
+    rest: list[str] = []
+    path: str | None = None
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if word == FLAG and position + 1 < len(words):
+            path, position = words[position + 1], position + 1
+        elif word.startswith(f"{FLAG}="):
+            path = word.partition("=")[2]
+        else:
+            rest.append(word)
+        position += 1
+    if path is None:
+        return rest
+    return [*flag_words(read_config_file(Path(path)), f"{FLAG} {path}"), *rest]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,1 @@
+"""metrics.jsonl, TensorBoard, Weights & Biases, and warnings of a loss that climbs."""

@@ -1,0 +1,1 @@
+"""The --save directory of a run: its lock, its start, and the checkpoint to resume from."""

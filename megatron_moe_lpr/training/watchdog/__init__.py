@@ -1,0 +1,1 @@
+"""Ends a run that hangs, and says which rank hangs where."""

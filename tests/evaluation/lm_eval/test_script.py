@@ -1,0 +1,123 @@
+"""examples/evaluate.sh with the installed lm_eval, on tiny data sets in the benchmarks' own format, on the CPU."""
+
+import importlib.util
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.evaluation.lm_eval.local_sets import QUESTIONS, write_local_sets
+from tests.launching.builders import run_script, save_dense_model
+
+needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval: make test-eval")
+OFFLINE = {"HF_HUB_OFFLINE": 1, "HF_DATASETS_OFFLINE": 1, "TOKENIZERS_PARALLELISM": "false"}
+MODELS = ("base", "final")
+TASKS = {
+    "arc": {"en": "arc_challenge", "hu": "arc_hu", "el": "arc_challenge_mt_el"},
+    "hellaswag": {"en": "hellaswag", "hu": "hellaswag_hu"},
+    "mmlu": {"en": "m_mmlu_en", "hu": "m_mmlu_hu", "el": "global_mmlu_full_el"},
+    "belebele": {"en": "belebele_eng_Latn", "hu": "belebele_hun_Latn", "el": "belebele_ell_Grek"},
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A dense model, another one in the place of the export, and the data sets."""
+    work = tmp_path_factory.mktemp("benchmarks")
+    save_dense_model(work / "dense")
+    shutil.copytree(work / "dense", work / "export")
+    _flip_weights(work / "export" / "model.safetensors")
+    if importlib.util.find_spec("lm_eval") is not None:
+        write_local_sets(work)
+    return work
+
+
+def _flip_weights(path: Path) -> None:
+    """Another model, so that its answers differ."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    save_file({name: tensor.flip(0) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}, path)
+
+
+def evaluate(work: Path, *arguments: str, **settings: object):
+    """The script as a user would call it."""
+    cache = {**OFFLINE, "HF_HOME": work / "cache", "HF_DATASETS_CACHE": work / "cache"}
+    names = {"ORIGINAL": "en", "EXPANDED": "hu el", "HF_OUT": work / "export", "OUT": work / "out", "BATCH_SIZE": 8}
+    benchmarks = {"BENCHMARKS": " ".join(TASKS), "timeout": 1200}
+    return run_script("evaluate.sh", work, *arguments, **{**cache, **names, **benchmarks, **settings})
+
+
+@needs_harness
+def test_table_and_record(work):
+    """The record's scores against lm_eval's own files, its means by hand; started again, nothing is done twice."""
+    done = evaluate(work, "--num-fewshot", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "HellaSwag: lm_eval has no task for el; left out there" in done.stdout
+    record = json.loads((work / "out" / "benchmarks.json").read_text())
+    places = {(name, model): work / "out" / model / name for name in TASKS for model in MODELS}
+    found = {key: results(place) for key, place in places.items()}
+    assert [one["name"] for one in record["benchmarks"]] == [*TASKS]
+    for one in record["benchmarks"]:
+        assert {key: what["task"] for key, what in one["languages"].items()} == TASKS[one["name"]]
+        metric = "acc_norm,none" if one["name"] in ("arc", "hellaswag") else "acc,none"
+        for model in MODELS:
+            scores = {key: found[one["name"], model][task][metric] for key, task in TASKS[one["name"]].items()}
+            assert scores == {key: what[model]["value"] for key, what in one["languages"].items()}
+            expanded = [scores[language] for language in ("hu", "el") if language in scores]
+            assert one["means"]["original"][model] == scores["en"]
+            assert math.isclose(one["means"]["expanded"][model], sum(expanded) / len(expanded))
+            assert f"{one['means']['expanded'][model] * 100:.2f}" in done.stdout
+    assert any(found[name, "base"] != found[name, "final"] for name in TASKS)
+    assert "expanded: hu el" in done.stdout
+
+    again = evaluate(work, "--num-fewshot", "1")
+    assert again.returncode == 0 and again.stdout.count("already there") == 8
+    assert json.loads((work / "out" / "benchmarks.json").read_text()) == record
+
+
+def results(directory: Path) -> dict:
+    """lm_eval's, of a run over every question of its tasks."""
+    (path,) = directory.rglob("results_*.json")
+    found = json.loads(path.read_text())
+    counts = {number["effective"] for number in found["n-samples"].values()}
+    assert QUESTIONS in counts and counts <= {QUESTIONS, 1}  # Global-MMLU has one of each subject here
+    return found["results"]
+
+
+@needs_harness
+def test_a_failed_benchmark_is_told_and_nothing_is_taken_for_it(work, tmp_path):
+    """A data set that cannot be had: lm_eval's own error, then one line; the next start does that benchmark."""
+    done = evaluate(work, BENCHMARKS="mmlu", ORIGINAL="de", OUT=tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: lm_eval ended with code 1 on m_mmlu_de,")
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
+@needs_harness
+def test_dry_run_starts_nothing(work, tmp_path):
+    settings = {"BENCHMARKS": "arc mmlu belebele", "LAUNCHER": "accelerate launch -m lm_eval", "LIMIT": 3}
+    done = evaluate(work, DRY_RUN=1, OUT=tmp_path / "out", **settings)
+    assert done.returncode == 0, done.stderr
+    commands = [line for line in done.stdout.splitlines() if line.startswith("accelerate launch -m lm_eval --model hf")]
+    assert len(commands) == 6 and all("--limit 3" in line and "--device cpu" in line for line in commands)
+    assert "--tasks arc_challenge,arc_hu,arc_challenge_mt_el --num_fewshot 25" in commands[0]
+    assert "m_mmlu_en,m_mmlu_hu,global_mmlu_full_el --num_fewshot 5" in commands[1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"HF_OUT": "none"}, "HF_OUT: none/config.json does not exist; export.sh writes it"),
+        ({"HF": "none"}, "HF: none/config.json does not exist"),
+        ({"EXPANDED": " "}, "name languages"),
+    ],
+)
+def test_mistakes(work, tmp_path, settings, message):
+    done = evaluate(work, OUT=tmp_path / "out", **settings)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(errors) == 1 and message in errors[0], done.stderr
+    assert not (tmp_path / "out").exists()

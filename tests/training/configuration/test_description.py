@@ -1,0 +1,139 @@
+"""What a checkpoint records of its run: every flag that decides numbers, so that a resume notices a change."""
+
+import dataclasses
+import typing
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.flag_marks import Change, Free, RecordedAs
+from megatron_moe_lpr.model.configuration.config import MoELPRConfig
+from megatron_moe_lpr.training.configuration.config import OptimizerOptions, TrainingConfig
+from megatron_moe_lpr.training.configuration.description import (
+    ACCEPTABLE,
+    FLAGS,
+    SCHEDULE,
+    describe_run,
+    differences,
+    refuse_differences,
+)
+from megatron_moe_lpr.training.configuration.stages import STAGES, StageOptions
+from tests.training.runs import LANGUAGES, training_config
+
+CHOICES = {"lr_decay_style": "linear", "lpr_loss_form": "reference", "stage": "full"}
+
+
+@pytest.fixture
+def config(tmp_path):
+    base = training_config(tmp_path / "load", tmp_path / "save", dict.fromkeys(LANGUAGES, "prefix"))
+    # Fields that count only beside others must count.
+    fp8 = dataclasses.replace(base.fp8, fp8_format="hybrid", fp8_recipe="tensorwise", first_last_layers_bf16=True)
+    return dataclasses.replace(base, fp8=fp8)
+
+
+def described(config: TrainingConfig) -> dict:
+    sources = SimpleNamespace(train=[], original_languages=())
+    return describe_run(config, config.stage.resolve(), sources, torch.bfloat16)
+
+
+def changed(config: TrainingConfig, part: str, name: str) -> TrainingConfig:
+    """The configuration with another value in one field, fit for `describe_run` or not."""
+    options = getattr(config, part)
+    value = CHOICES.get(name) or another(getattr(options, name), typing.get_type_hints(type(options))[name])
+    # Whether the value goes with others is not asked here.
+    return unchecked(config, **{part: unchecked(options, **{name: value})})
+
+
+def unchecked(options, **values):
+    """`dataclasses.replace` without its checks."""
+    copied = object.__new__(type(options))
+    vars(copied).update(vars(options) | values)
+    return copied
+
+
+def another(value, kind):
+    """A value of the field's type that is not `value`."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    literals = [one for part in (kind, *typing.get_args(kind)) for one in typing.get_args(part) if one != value]
+    if any(isinstance(one, str) for one in literals):
+        return next(one for one in literals if isinstance(one, str))
+    return 7
+
+
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if "." in flag.path], ids=lambda flag: flag.path)
+def test_every_flag_that_is_marked_as_deciding_numbers_is_recorded_and_no_other(flag, config):
+    part, name = flag.path.split(".")
+    found = differences(described(config), described(changed(config, part, name)))
+    assert bool(found) == isinstance(flag.mark, Change), f"{flag.path}: {flag.mark} and recorded as {found}"
+    assert not found or flag.recorded_as in found
+
+
+def test_flags_of_the_run_itself_are_free():
+    assert [flag.path for flag in FLAGS if "." not in flag.path and not isinstance(flag.mark, Free)] == []
+
+
+def test_what_comes_of_other_flags_is_recorded_under_the_name_that_they_say(config):
+    entry = SimpleNamespace(language="el", weight=1.0, first_document=0, end_document=9)
+    entry.manifest = SimpleNamespace(index_sha256="ab" * 32, bin_xxh3_128=None)
+    sources = SimpleNamespace(train=[entry], original_languages=("el",))
+    other = describe_run(config, config.stage.resolve(), sources, torch.float32)
+    elsewhere = {flag.recorded_as for flag in FLAGS if isinstance(flag.mark, RecordedAs)}
+    assert elsewhere | {"languages"} == differences(described(config), other).keys()
+
+
+def test_the_names_that_older_checkpoints_recorded_stay(config):
+    """What is not recorded under the same name in both is not compared, so a lost name would be a silent change."""
+    optimizer = {"adam_beta1", "adam_beta2", "adam_eps", "clip_grad"}
+    stage = {"stage", "load_balancing_coeff", "lpr_loss_coeff", "lpr_loss_form", "train_embeddings"}
+    fp8 = {"fp8_format", "fp8_recipe", "fp8_param_gather", "first_last_layers_bf16"}
+    layers = {"num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"}
+    schedule = {"lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "weight_decay"}
+    schedule |= {"lr_wsd_decay_iters", "lr_wsd_decay_style"}
+    another_run = {"languages", "original_languages", "global_batch_size", "seq_length", "seed", "dtype"}
+    another_run |= {"open_experts_iters", "stage", "train_embeddings", "fp8_param_gather"}
+    names = optimizer | stage | fp8 | layers | schedule | another_run | {"train_iters", "eod_mask_loss", "data"}
+    assert names <= described(config).keys()
+    assert set(SCHEDULE) >= schedule
+    assert names - set(ACCEPTABLE) == another_run
+
+
+def test_what_the_scheduler_decides_are_options_of_the_optimizer():
+    """`recorded_schedule` puts them back there."""
+    assert set(SCHEDULE) <= {field.name for field in dataclasses.fields(OptimizerOptions)}
+
+
+def test_a_coefficient_has_one_name_as_flag_as_default_and_in_the_model(config):
+    """Flags that are given take the place of each stage's default, and reach the model and the record."""
+    names = config.stage.resolve().coefficients.keys()
+    assert {"load_balancing_coeff", "lpr_loss_coeff"} <= names <= set(ACCEPTABLE)
+    assert names <= {field.name for field in dataclasses.fields(MoELPRConfig)}
+    for stage, values in STAGES.items():
+        assert StageOptions(stage).resolve().coefficients == values.coefficients
+        given = {name: 0.25 + number for number, name in enumerate(names)}
+        options = StageOptions(stage, **given)
+        assert options.resolve().coefficients == given
+        assert described(dataclasses.replace(config, stage=options)).items() >= given.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("first_last_layers_bf16", False), ("num_layers_at_start_in_bf16", 2), ("num_layers_at_end_in_bf16", 0)],
+)
+def test_the_layers_in_bf16_change_only_with_a_word(name, value, config):
+    before = described(config)
+    now = described(dataclasses.replace(config, fp8=dataclasses.replace(config.fp8, **{name: value})))
+    with pytest.raises(UserError, match=f"{name} .* there and .* here.*--accept-changes .*{name.replace('_', '-')}"):
+        refuse_differences(before, now, set(), "run")
+    refuse_differences(before, now, set(ACCEPTABLE), "run")
+
+
+def test_layers_in_bf16_count_only_where_there_are_some(config):
+    """Without the flag, or without FP8, their numbers decide nothing."""
+    off = dataclasses.replace(config, fp8=dataclasses.replace(config.fp8, first_last_layers_bf16=False))
+    more = dataclasses.replace(off, fp8=dataclasses.replace(off.fp8, num_layers_at_start_in_bf16=3))
+    assert described(off) == described(more)
