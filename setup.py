@@ -21,7 +21,7 @@ setup(
     package_data={"megatron_moe_lpr.data": ["language_codes.tsv"]},
     install_requires=[
         "torch>=2.6",
-        # Python 3.10 and 3.11 get 0.16: later versions need 3.12. megatron_moe_lpr/platform/megatron.py knows what differs.
+        # pip takes 0.16 for Python 3.10 and 3.11: later ones need 3.12 (megatron_moe_lpr/megatron/versions.py).
         "megatron-core>=0.16.1,<0.20",
         "huggingface_hub",
         "numpy",
@@ -36,6 +36,7 @@ setup(
         "sentencepiece",
         "tokenizers",
         "transformers>=4.51",
+        "typing_extensions",
         # `import megatron.core` needs it from 0.18 on without saying so, and a CPU build of torch does not bring it.
         'triton; python_version >= "3.12" and platform_system == "Linux"',
         "tyro>=0.9",

@@ -110,7 +110,7 @@ def _finish_parameter_gather(chunks: list[DistributedDataParallel]) -> None:
 
 
 def _gather_parameters(chunk: DistributedDataParallel) -> None:
-    """Gather now. Weights in FP8 get their transposed copies too, which Megatron-Core 0.16 leaves to the gathering in
+    """Gather now. Weights in FP8 get their transposed copies too, which Megatron-Core leaves to the gathering in
     the forward pass (param_and_grad_buffer.py `finish_param_sync`): it would find this one done, and the next backward
     pass would multiply with the copies of the step before."""
     chunk.start_param_sync(force_sync=True)
@@ -137,7 +137,7 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
         base_of(dataclasses.replace(directory, base_path=start.path))
     content = sharded_state(state, is_loading=True, trainable_only=trainable_only)
     with being_read(directory.path):
-        loaded = load_distributed(content, directory.path, shared_reading(directory.path))
+        loaded = load_distributed(content, directory.path, shared_reading())
     for name, chunk in zip(_model_names(loaded), state.chunks, strict=True):
         fill_model(chunk, loaded[name], is_complete=not trainable_only)
     state.optimizer.load_state_dict(loaded["optimizer"])

@@ -9,6 +9,7 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_moe_lpr.engine.agreement import Agreed, agree
 from megatron_moe_lpr.engine.micro_batches import LossSums
+from megatron_moe_lpr.megatron.overriding import replace
 from megatron_moe_lpr.training.configuration.config import GuardOptions
 
 
@@ -30,8 +31,7 @@ class FiniteSteps:
         self.grad_norm, self.in_a_row, self.skipped = 0.0, 0, 0
         # The norm that clipping needs is the one that is looked at: computed once.
         self._norm, self._prepare = optimizer.get_grad_norm, optimizer.prepare_grads
-        optimizer.get_grad_norm = lambda: self.grad_norm
-        optimizer.prepare_grads = self._found_non_finite
+        replace(optimizer, get_grad_norm=lambda: self.grad_norm, prepare_grads=self._found_non_finite)
 
     def step(self, sums: LossSums, asked_to_stop: Callable[[], bool]) -> Agreed:
         """Step the optimizer, unless something is not finite. Every rank must call it; all get the same answer.

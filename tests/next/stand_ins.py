@@ -28,7 +28,7 @@ BODY = """
 #include <stdio.h>
 #include <stdlib.h>
 static void refuse(const char *name) {
-    fprintf(stderr, "error: %s of %s was called, and this environment has a stand-in of that library\\n", name, LIBRARY);
+    fprintf(stderr, "error: %s was called, and this environment has only a stand-in of %s\\n", name, LIBRARY);
     abort();
 }
 """
@@ -104,7 +104,7 @@ def compile_stand_in(name: str, functions: dict[str, set[str]], directory: Path)
     for version, wanted in sorted(functions.items()):
         source += [f'void {function}(void) {{ refuse("{function}"); }}' for function in sorted(wanted)]
         if version:
-            script.append(f'{version} {{ global: {"; ".join(sorted(wanted))}; }};')
+            script.append(f"{version} {{ global: {'; '.join(sorted(wanted))}; }};")
     options = ["-shared", "-fPIC", "-w", f"-Wl,-soname,{name}", "-x", "c", "-", "-o", str(directory / name)]
     if script:
         versions = directory / f"{name}.versions"

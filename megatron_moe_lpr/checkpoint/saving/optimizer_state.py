@@ -1,6 +1,6 @@
 """The distributed optimizer's state in the parameters' own shapes, each rank's share written where it lies.
 
-Megatron-Core 0.16 offers either its flat buffers as they are (`dp_reshardable`: a later run needs the same layout) or
+Megatron-Core offers either its flat buffers as they are (`dp_reshardable`: a later run needs the same layout) or
 the parameters' shapes after gathering the state of a whole data-parallel group onto every rank (`fully_reshardable`,
 distrib_optimizer.py `sharded_param_state_fully_reshardable`). Here a rank's slice of a flattened parameter is written
 as the few rectangles it consists of, each at its place in the whole tensor. Nothing is gathered or copied, the tensors
@@ -18,6 +18,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
+from megatron_moe_lpr.megatron.overriding import replace
+
 STATE_PREFIX = "optimizer.state"
 WEIGHT = "fp32_param"
 """The checkpoint's name of the optimizer's own copy of a parameter."""
@@ -27,8 +29,11 @@ def keep_shares_apart(optimizer: MegatronOptimizer) -> None:
     """Let the distributed optimizers in a chain save and load their state without gathering it."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):
-            part.sharded_param_state_fully_reshardable = functools.partial(_sharded_shares, part)
-            part.load_parameter_state_from_fully_reshardable = functools.partial(_load_shares, part)
+            replace(
+                part,
+                sharded_param_state_fully_reshardable=functools.partial(_sharded_shares, part),
+                load_parameter_state_from_fully_reshardable=functools.partial(_load_shares, part),
+            )
 
 
 def rectangles(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_moe_lpr.checkpoint.format.writer import save_blob, without_crc
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
 from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum, OutputStream
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 
 FILES_PER_RANK = 2
 BLOB_BYTES = 4096
@@ -67,6 +68,7 @@ class ShareFile:
         return results
 
 
+@overrides_megatron
 class ShareWriter(FileSystemWriterAsync):
     """Megatron-Core's writer without its processes: it would fork a trainer full of threads for each file."""
 
@@ -79,6 +81,7 @@ class ShareWriter(FileSystemWriterAsync):
         """What went wrong on this rank; told to all in `retrieve_write_results`."""
         self.index_error: OSError | None = None
 
+    @override
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         """Decide what goes into which file."""
         # What the base class looks at when it is asked for results.
@@ -106,6 +109,7 @@ class ShareWriter(FileSystemWriterAsync):
         """Let go of the tensors."""
         self.files = []
 
+    @override
     def retrieve_write_results(self) -> list[WriteResult] | WRAPPED_EXCEPTION:
         """What was written where, or this rank's error."""
         if self.error is None:
@@ -115,6 +119,7 @@ class ShareWriter(FileSystemWriterAsync):
         except Exception as error:
             return _wrap_exception(error)
 
+    @override
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On rank 0: the index of all ranks' tensors, without the plans of all ranks, which nothing here reads."""
         vars(metadata).pop("all_local_plans", None)
@@ -133,6 +138,7 @@ class ShareWriter(FileSystemWriterAsync):
             raise self.index_error
 
 
+@overrides_megatron
 class ShareStrategy(TorchDistSaveShardedStrategy):
     """Megatron-Core's strategy with ShareWriter in the place of its own writer."""
 
@@ -141,8 +147,15 @@ class ShareStrategy(TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1, thread_count=FILES_PER_RANK)
         self.frozen = frozen
 
-    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
+    @override
+    def async_save(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, async_strategy: str = "mcore"
+    ) -> AsyncRequest:
         """Plan this rank's share. Every rank must call it.
+
+        Args:
+            async_strategy: from megatron-core 0.17 on, whose writer process writes: none of them does, `ShareWriter` is
+                ours.
 
         Returns:
             A request whose function has the ShareWriter as its only argument, see `writer_of`.

@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.megatron.versions import without_cuda_graphs
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options, check_fp8_device, check_fp8_flags, check_fp8_shapes
 from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, platform_fields
@@ -190,7 +191,7 @@ def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "attention_softmax_in_fp32": True,
-        "cuda_graph_scope": [],
+        **without_cuda_graphs(),
         # Every weight comes from a checkpoint.
         "perform_initialization": False,
     }

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
+
 EXTRA_STATE = "_extra_state"
 # Of three tensors an expert forward (input, weight, output), of two backward (gradients of output and input).
 PER_EXPERT = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
@@ -52,12 +54,14 @@ class ExpertStates(torch.nn.Module):
     _decode_extra_state: Callable[[torch.Tensor], dict[str, Any] | None]
     """None of an empty tensor: without FP8 there is no such state."""
 
-    def _split_extra_state(self, state: torch.Tensor) -> list[torch.Tensor]:
+    @override
+    def _split_extra_state(self, state: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[misc]
         whole = self._decode_extra_state(state)
         if whole is None:
             return [state] * self.num_gemms
         return [self._encode_extra_state(part) for part in split_state(whole, self.num_gemms)]
 
+    @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         self._join_extra_states(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
@@ -83,4 +87,4 @@ def grouped_linear_layers() -> tuple[type, type]:
 
     column = type("TEColumnParallelExperts", (ExpertStates, TEColumnParallelGroupedLinear), {})
     row = type("TERowParallelExperts", (ExpertStates, TERowParallelGroupedLinear), {})
-    return column, row
+    return overrides_megatron(column), overrides_megatron(row)

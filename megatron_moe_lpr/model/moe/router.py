@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.model.moe.losses import load_balancing_loss, lpr_negative_log_likelihood
 from megatron_moe_lpr.model.moe.routing_statistics import RoutingStatistics
@@ -46,6 +47,7 @@ class RouterProduct(torch.autograd.Function):
         return of_input, of_weight
 
 
+@overrides_megatron
 class LPRRouter(TopKRouter):
     """Megatron's top-k router with the paper's losses, and weights that stay in fp32 whatever the model is cast to.
 
@@ -57,8 +59,10 @@ class LPRRouter(TopKRouter):
     scaled by this rank's tokens instead of the micro-batch's (router.py `attach_and_log_load_balancing_loss`).
     """
 
-    def __init__(self, config: MoELPRConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
+    def __init__(
+        self, config: MoELPRConfig, pg_collection: ProcessGroupCollection | None = None, **options: Any
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, **options)
         self.statistics = RoutingStatistics(self.num_experts)
         self.group_ends: list[int] | None = None
         """Experts of groups 0 to g, for each group of languages but the latest; None: the original expert alone."""
@@ -76,19 +80,23 @@ class LPRRouter(TopKRouter):
         self._group_ends: torch.Tensor | None = None
         self.num_earlier, self.openness = self.group_ends[-1], openness
 
+    @override
     def reset_parameters(self) -> None:
         """Leave the fp32 weights as they are: they come from the checkpoint."""
         self.weight.sequence_parallel = self.config.sequence_parallel
 
+    @override
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LPRRouter":
         super()._apply(fn, recurse)
         self.weight.data = self.weight.data.float()
         return self
 
+    @override
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Router logits in fp32, [..., experts] of [..., hidden] in any dtype."""
         return RouterProduct.apply(input, self.weight)
 
+    @override
     def forward(
         self, hidden_states: torch.Tensor, token_tags: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""megatron-core 0.16 on CPUs over gloo.
+"""megatron-core on CPUs over gloo.
 
 Megatron assumes CUDA in places. The modules here answer those few calls on the CPU, each replacement with the
 Megatron place that needs it. Installed only when the CPU platform is chosen, once per process.
@@ -14,7 +14,7 @@ _installed = False
 
 
 def install() -> None:
-    """Make megatron-core 0.16.x run unmodified on this machine's CPU."""
+    """Make megatron-core run unmodified on this machine's CPU."""
     global _installed
     if _installed:
         return

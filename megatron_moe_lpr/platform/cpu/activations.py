@@ -9,6 +9,8 @@ import megatron.core.transformer.mlp as megatron_mlp
 import megatron.core.transformer.moe.experts as megatron_experts
 import torch
 
+from megatron_moe_lpr.megatron.overriding import replace
+
 ROWS = 256
 """Rows of a turn: what one pass has written is still in the cache when the next one reads it."""
 
@@ -85,5 +87,5 @@ def weighted_swiglu(
 
 def install() -> None:
     """mlp.py `MLP.forward`, moe/experts.py `TEGroupedMLP.forward` with `bias_activation_fusion`."""
-    megatron_mlp.bias_swiglu_impl = swiglu
-    megatron_experts.weighted_bias_swiglu_impl = weighted_swiglu
+    replace(megatron_mlp, bias_swiglu_impl=swiglu)
+    replace(megatron_experts, weighted_bias_swiglu_impl=weighted_swiglu)

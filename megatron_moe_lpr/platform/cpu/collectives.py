@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe_lpr.platform.cpu.replacing import replace
+from megatron_moe_lpr.megatron.overriding import replace
 
 
 def _average_by_sum() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_moe_lpr.megatron.overriding import replace
+
 BYTES = 1 << 22
 """fp32 logits of a turn, few enough to stay in the cache."""
 
@@ -50,9 +52,11 @@ def install() -> None:
     original = tensor_parallel.vocab_parallel_cross_entropy
 
     @functools.wraps(original)
-    def cross_entropy(logits: torch.Tensor, target: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    def cross_entropy(
+        logits: torch.Tensor, target: torch.Tensor, label_smoothing: float = 0.0, **options: Any
+    ) -> torch.Tensor:
         if label_smoothing or parallel_state.get_tensor_model_parallel_world_size() > 1:
-            return original(logits, target, label_smoothing)
+            return original(logits, target, label_smoothing, **options)
         return CrossEntropy.apply(logits, target)
 
-    tensor_parallel.vocab_parallel_cross_entropy = cross_entropy
+    replace(tensor_parallel, vocab_parallel_cross_entropy=cross_entropy)

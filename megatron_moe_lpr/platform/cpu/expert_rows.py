@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
+from megatron_moe_lpr.megatron.overriding import replace
+
 STEPS_TO_TWICE = 16
 """Numbers of rows between one and its double: of many rows at most a sixteenth are zeros."""
 SMALLEST_STEP = 32
@@ -70,7 +72,10 @@ def install() -> None:
 
     @functools.wraps(original)
     def forward(
-        self: TEGroupedMLP, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, weights: torch.Tensor
+        self: TEGroupedMLP,
+        tokens: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        weights: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
         counts = tokens_per_expert.tolist()
         longer = [rounded(count) for count in counts]
@@ -81,4 +86,4 @@ def install() -> None:
         )
         return _Gather.apply(output, counts, longer), bias
 
-    TEGroupedMLP.forward = forward
+    replace(TEGroupedMLP, forward=forward)

@@ -6,6 +6,8 @@ from typing import Any
 import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 import torch
 
+from megatron_moe_lpr.megatron.overriding import replace
+
 
 def _unpermute_by_rows() -> None:
     """`unpermute` adds by scatter_add_, element by element. index_add_ adds whole rows, in the order of the rows."""
@@ -15,11 +17,11 @@ def _unpermute_by_rows() -> None:
     def unpermute(
         tokens: torch.Tensor, indices: torch.Tensor, restore_shape: torch.Size, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        if args or kwargs.get("probs") is not None or kwargs.get("fused"):
+        if args or any(kwargs.get(name) is not None for name in ("probs", "pad_offsets")) or kwargs.get("fused"):
             return original(tokens, indices, restore_shape, *args, **kwargs)
         return tokens.new_zeros(restore_shape).index_add(0, indices, tokens)
 
-    token_dispatcher.unpermute = unpermute
+    replace(token_dispatcher, unpermute=unpermute)
 
 
 def _leave_sorted_chunks() -> None:
@@ -38,7 +40,7 @@ def _leave_sorted_chunks() -> None:
             return tokens, probs
         return original(tokens, split_sizes, order, probs, fused)
 
-    token_dispatcher.sort_chunks_by_idxs = sort_chunks
+    replace(token_dispatcher, sort_chunks_by_idxs=sort_chunks)
 
 
 def install() -> None:

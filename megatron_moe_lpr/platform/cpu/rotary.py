@@ -6,6 +6,8 @@ from typing import Any
 import megatron.core.transformer.attention as megatron_attention
 import torch
 
+from megatron_moe_lpr.megatron.overriding import replace
+
 
 class Rotation(torch.autograd.Function):
     """Rotate the pairs (i, i + half) of the last dimension; its gradient is the rotation back."""
@@ -54,10 +56,11 @@ def install() -> None:
         cu_seqlens: torch.Tensor | None = None,
         mscale: float = 1.0,
         cp_group: Any = None,
+        **options: Any,
     ) -> torch.Tensor:
         partial = frequencies.shape[-1] != states.shape[-1]
         if cu_seqlens is not None or partial or config.rotary_interleaved or config.multi_latent_attention:
-            return original(states, frequencies, config, cu_seqlens, mscale, cp_group)
+            return original(states, frequencies, config, cu_seqlens, mscale, cp_group, **options)
         return Rotation.apply(states, *angles(frequencies, mscale, states.dtype))
 
-    megatron_attention.apply_rotary_pos_emb = apply
+    replace(megatron_attention, apply_rotary_pos_emb=apply)
