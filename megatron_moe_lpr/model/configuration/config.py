@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.megatron.overriding import overrides_megatron
 from megatron_moe_lpr.megatron.versions import without_cuda_graphs
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options, check_fp8_device, check_fp8_flags, check_fp8_shapes
@@ -21,6 +22,7 @@ from megatron_moe_lpr.platform import Platform
 LPRLossForm = Literal["paper", "reference"]
 
 
+@overrides_megatron
 @dataclasses.dataclass
 class MoELPRConfig(TransformerConfig):
     """Megatron's configuration and the router's losses, in the paper's units."""

@@ -88,11 +88,20 @@ def _share_devices() -> None:
     makes some twenty groups, most of a single rank."""
     original = dist.ProcessGroupGloo.__init__
 
-    def init(self: dist.ProcessGroupGloo, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+    def init(
+        self: dist.ProcessGroupGloo,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        timeout: datetime.timedelta,
+        **settings: bool,
+    ) -> None:
         # torch's stubs leave out what its own _new_process_group_helper makes them of.
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices, options._timeout = _devices(), timeout
         options._threads = 2 * len(options._devices)
+        # From torch 2.14 on `enable_reconfigure`, an option of the same name.
+        replace(options, **settings)
         original(self, store, rank, size, options)
 
     replace(dist.ProcessGroupGloo, __init__=init)

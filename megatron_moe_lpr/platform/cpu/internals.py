@@ -10,7 +10,7 @@ import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_moe_lpr.megatron.overriding import replace
+from megatron_moe_lpr.megatron.overriding import replace, supply
 from megatron_moe_lpr.megatron.versions import shares_recomputed_storage
 
 
@@ -68,8 +68,8 @@ def install() -> None:
     )
     # tensor_parallel/random.py CheckpointWithoutOutput (recompute of norms and expert activations), likewise
     if not hasattr(megatron_random, "FP8GlobalStateManager"):
-        megatron_random.FP8GlobalStateManager = NoFP8
-        megatron_random.activation_recompute_forward = megatron_random.fp8_autocast = _no_context
+        supply(megatron_random, FP8GlobalStateManager=NoFP8)
+        supply(megatron_random, activation_recompute_forward=_no_context, fp8_autocast=_no_context)
     # dist_checkpointing/exchange_utils.py: memory for a tensor that another rank has read
     replace(ShardedTensor, init_data=_init_data)
     # moe/token_dispatcher.py `_maybe_dtoh_and_synchronize`: a device-to-host copy of a tensor already on the host
