@@ -136,10 +136,11 @@ def unchecked(source: str) -> list[int]:
     tree = ast.parse(source)
     names, lines = imported(tree), []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef) and any(root(base) in names for base in node.bases):
-            if "overrides_megatron" not in {root(one) for one in node.decorator_list}:
-                lines.append(node.lineno)
-        elif (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and root(node.value) in names) or (isinstance(node, ast.Call) and root(node.func) == "setattr" and root(node.args[0]) in names):
+        extends = isinstance(node, ast.ClassDef) and any(root(base) in names for base in node.bases)
+        unmarked = extends and "overrides_megatron" not in {root(one) for one in node.decorator_list}
+        stores = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and root(node.value) in names
+        is_call = isinstance(node, ast.Call) and root(node.func) == "setattr" and root(node.args[0]) in names
+        if unmarked or stores or is_call:
             lines.append(node.lineno)
     return lines
 
