@@ -64,7 +64,7 @@ $(TE_VENV)/.installed: tests/transformer_engine/environment.sh setup.py constrai
 test-te: $(TE_VENV)/.installed
 	$(TE_VENV)/bin/python -m pytest -p tests.emulation.plugin $(or $(TESTS),tests/emulation tests/transformer_engine tests/gpu)
 
-$(NEXT_VENV)/.installed: tests/next/environment.sh tests/next/stand_ins.py setup.py constraints.txt
+$(NEXT_VENV)/.installed: tests/next/environment.sh tests/next/torch.sh tests/next/stand_ins.py setup.py constraints.txt
 	bash tests/next/environment.sh $(NEXT_VENV) "$$(NEXT_PYTHON=$(NEXT_PYTHON) bash tests/next/python.sh)"
 	@touch $@
 

@@ -16,13 +16,6 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
     exit 1
 fi
 "$python" -m venv "$directory"
-pip() { "$directory/bin/python" -m pip "$1" --quiet --constraint "$root/constraints.txt" "${@:2}"; }
-pip install --no-deps torch
-# "13.0", or nothing where pip found a build without CUDA.
-cuda=$(sed -n "s/^cuda.*= '\(.*\)'$/\1/p" "$directory"/lib/python3*/site-packages/torch/version.py)
-if [ -n "$cuda" ]; then
-    pip install --no-deps "nvidia-cuda-runtime==$cuda.*"
-    "$directory/bin/python" "$root/tests/next/stand_ins.py"
-fi
-pip install --editable "$root[test]"
+bash "$root/tests/next/torch.sh" "$directory/bin/python" "$root/constraints.txt"
+"$directory/bin/python" -m pip install --quiet --constraint "$root/constraints.txt" --editable "${root}[test]"
 "$directory/bin/python" -m pip check
