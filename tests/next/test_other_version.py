@@ -51,7 +51,7 @@ def go(version: str, load: Path, save: Path, data: dict[str, str]) -> None:
         )
         for rank in range(RANKS)
     ]
-    output = [process.communicate(timeout=400)[0] for process in processes]
+    output = [process.communicate(timeout=600)[0] for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(output)
 
 

@@ -1,15 +1,15 @@
 """What all ranks of a run have in common: in common.pt, or among the tensors, where megatron-core 0.19 saves it."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_moe_lpr.checkpoint.format.reader import check_index, read_index
-from megatron_moe_lpr.checkpoint.untrusted.torch_files import Window, check_file, load_file, reason_in_one_line
+from megatron_moe_lpr.checkpoint.untrusted.torch_files import load_file, reason_in_one_line
 from megatron_moe_lpr.errors import UserError
 
 COMMON_FILE = "common.pt"
@@ -30,9 +30,9 @@ def read_common(directory: Path) -> dict[str, Any]:
     try:
         with _stream(path) as stream:
             content = load_file(stream)
-    except (UserError, FileNotFoundError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except FileNotFoundError:
         raise UserError(f"{path}: no such file; copy the checkpoint again") from None
     except Exception as error:  # damaged pickles and archives raise almost anything
         raise UserError(f"{path}: damaged, or not of a checkpoint: {reason_in_one_line(error)}") from None
@@ -47,13 +47,12 @@ def read_common(directory: Path) -> dict[str, Any]:
 def _stream(path: Path) -> Iterator[BinaryIO]:
     """The file, or in its absence the entry of that name among the tensors."""
     place = None if path.exists() else _entry(path.parent)
-    if place is None:
-        with open(path, "rb") as stream:
+    with open(path.parent / place.relative_path if place else path, "rb") as stream:
+        if place is None:
             yield stream
-        return
-    with open(path.parent / place.relative_path, "rb") as stream:
-        check_file(Window(stream, place.offset, place.length))
-        yield _create_file_view(stream, place.offset, place.length)  # type: ignore[misc]
+        else:
+            stream.seek(place.offset)
+            yield io.BytesIO(stream.read(place.length))
 
 
 def _entry(directory: Path) -> Any:
