@@ -1,7 +1,7 @@
 """Transformer Engine's grouped linear layers, with the FP8 scales of each expert saved and loaded as that expert's.
 
 A grouped layer holds the scales of its experts in one vector, expert by expert: (input, weight, output) of the first,
-of the second, and so on (grouped_linear.py `_offsets`). Megatron-Core 0.16 cuts it as if all inputs came first
+of the second, and so on (grouped_linear.py `_offsets`). Megatron-Core cuts it as if all inputs came first
 (extensions/transformer_engine.py `_split_extra_state`): on another number of expert-parallel ranks the scales would be
 mixed up. It also joins the parts in a hook that runs after Transformer Engine has read them where weights are in FP8.
 """
