@@ -18,12 +18,18 @@ TE_VERSION ?= 2.11.0
 TE_TABLES := tests/emulation/tables/$(TE_VERSION)
 TE_TABLE := $(basename $(notdir $(firstword $(wildcard $(TE_TABLES).txt $(TE_TABLES).*.txt))))
 TE_VENV := $(CURDIR)/.venv-te$(if $(filter 2.11.0,$(TE_TABLE)),,-$(or $(TE_TABLE),$(TE_VERSION)))
+NEXT_VENV := $(CURDIR)/.venv-next$(if $(NEXT_PYTHON),-$(notdir $(NEXT_PYTHON)))
+# What touches Megatron-Core: layouts and their gradients, checkpoints, conversion, frozen bits, evaluation, the launcher.
+NEXT_TESTS := tests/next tests/megatron tests/test_contributing.py tests/platform tests/parallel tests/model \
+	tests/checkpoint tests/conversion/test_parity.py tests/conversion/test_round_trip.py tests/training/test_layouts.py \
+	tests/training/test_checkpointing.py tests/training/test_frozen_bits.py tests/training/test_evaluating.py \
+	tests/training/test_damage.py tests/launching/test_launcher.py
 SERVING := tests/serving
 ENGINES := $(CURDIR)/.venv-vllm/.installed $(CURDIR)/.venv-llama-cpp/.installed $(CURDIR)/.venv-transformers4/.installed
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install help test test-te test-eval test-gpu test-serving test-docker lint clean
+.PHONY: install help test test-te test-next test-eval test-gpu test-serving test-docker lint clean
 
 ## Install the package and what its tests need into the active virtual environment, or into .venv.
 install: $(INSTALLED)
@@ -62,6 +68,16 @@ $(TE_VENV)/.installed: tests/transformer_engine/environment.sh setup.py constrai
 ## Run the GPU tests on an emulated device; with TE_VERSION=2.20 on that Transformer Engine.
 test-te: $(TE_VENV)/.installed
 	$(TE_VENV)/bin/python -m pytest -p tests.emulation.plugin $(or $(TESTS),tests/emulation tests/transformer_engine tests/gpu)
+
+$(NEXT_VENV)/.installed: tests/next/environment.sh tests/next/torch.sh tests/next/stand_ins.py setup.py constraints.txt
+	bash tests/next/environment.sh $(NEXT_VENV) "$$(NEXT_PYTHON=$(NEXT_PYTHON) bash tests/next/python.sh)"
+	@touch $@
+
+# NEXT_PYTHON=python3.13 takes another Python, and an environment of its own.
+## Run what touches Megatron on Python 3.12 and megatron-core 0.19, in .venv-next.
+test-next: $(NEXT_VENV)/.installed
+	$(NEXT_VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ORDER) \
+		$(or $(TESTS),$(NEXT_TESTS))
 
 # lm_eval brings fifty packages, 540 MB: the tests that need it (and pyarrow) are skipped by `make test` without them.
 ## Install lm_eval (540 MB), then run the tests that need it.
@@ -107,7 +123,7 @@ lint: $(INSTALLED)
 
 ## Remove environments and builds; keep what was trained in runs/.
 clean:
-	rm -rf .venv .venv-te .venv-te-2.* .venv-vllm .venv-llama-cpp .venv-transformers4 build *.egg-info
+	rm -rf .venv .venv-te .venv-te-2.* .venv-next* .venv-vllm .venv-llama-cpp .venv-transformers4 build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 include examples/demo/demo.mk

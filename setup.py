@@ -25,7 +25,8 @@ setup(
     },
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16.1,<0.17",
+        # pip takes 0.16 for Python 3.10 and 3.11: later ones need 3.12 (megatron_moe_lpr/megatron/versions.py).
+        "megatron-core>=0.16.1,<0.20",
         "huggingface_hub",
         "jinja2",
         "markupsafe",
@@ -42,6 +43,9 @@ setup(
         "sentencepiece",
         "tokenizers",
         "transformers>=4.51",
+        "typing_extensions",
+        # `import megatron.core` needs it from 0.18 on without saying so, and a CPU build of torch does not bring it.
+        'triton; python_version >= "3.12" and platform_system == "Linux"',
         "tyro>=0.9",
         "xxhash>=3.0",
         "zstandard",

@@ -15,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 
 from megatron_moe_lpr.engine.finalizing import finalize_gradients
 from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
+from megatron_moe_lpr.megatron.overriding import replace
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.platform import Platform
 
@@ -57,7 +58,7 @@ def build_optimizer(
         fp8_recipe=config.fp8_recipe if config.fp8 else None,
     )
     # Routers are float32 beside bfloat16 weights. In a parameter group of both, the distributed optimizer of
-    # Megatron-Core 0.16 puts all float32 parameters first and then saves each one's state under another's name.
+    # Megatron-Core puts all float32 parameters first and then saves each one's state under another's name.
     overrides = get_standard_config_overrides(settings) | {
         ParamKey(name="*.router.weight"): ParamGroupOverride(wd_mult=1.0)
     }
@@ -77,13 +78,12 @@ def _connect(
     options: OptimizerOptions,
     optimizer: ChainedOptimizer,
 ) -> None:
-    config.finalize_model_grads_func = finalize_gradients
-    config.grad_scale_func = optimizer.scale_loss
+    replace(config, finalize_model_grads_func=finalize_gradients, grad_scale_func=optimizer.scale_loss)
     if options.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         grad_sync = [chunk.start_grad_sync for chunk in chunks]
-        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-        config.grad_sync_func = grad_sync if len(chunks) > 1 else grad_sync[0]
+        replace(config, no_sync_func=no_sync if len(chunks) > 1 else no_sync[0])
+        replace(config, grad_sync_func=grad_sync if len(chunks) > 1 else grad_sync[0])
 
 
 def build_schedule(

@@ -9,10 +9,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
 
 
+@overrides_megatron
 class MoELPRModel(GPTModel):
     """Megatron's GPT with Hugging Face's rotary frequencies, a masked padded vocabulary and tags for every token.
 
@@ -44,6 +46,7 @@ class MoELPRModel(GPTModel):
         if self.post_process and padded_vocab_size > architecture.vocab_size:
             self._mask_padded_vocabulary(architecture.vocab_size, padded_vocab_size)
 
+    @override
     def _preprocess(self, *, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> tuple:
         """Split the token tags for sequence parallelism on every pipeline rank; GPTModel does so on the first only."""
         prepared = super()._preprocess(padding_mask=None, **kwargs)

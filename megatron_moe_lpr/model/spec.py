@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_moe_lpr.megatron.overriding import replace
 from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.moe.expert_groups import ExpertGroups
 from megatron_moe_lpr.model.moe.expert_states import grouped_linear_layers
@@ -87,10 +88,10 @@ def _final_norm(transformer_engine: bool) -> type:
 def _local_layer(config: TransformerConfig, num_experts: int) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = LocalAttention
+    replace(attention, core_attention=LocalAttention)
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+        replace(attention, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+    replace(spec.submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
     if num_experts == 1:
         return spec
     provider = LocalSpecProvider()

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from megatron_moe_lpr.megatron.overriding import replace
+
 _installed = False
 
 
@@ -22,7 +24,7 @@ def install() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     for name, guard in (("permute", _guarded_permute), ("unpermute", _guarded_unpermute)):
-        setattr(token_dispatcher, name, guard(getattr(token_dispatcher, name)))
+        replace(token_dispatcher, **{name: guard(getattr(token_dispatcher, name))})
     _installed = True
 
 
@@ -30,14 +32,15 @@ def _guarded_permute(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def permute(
         tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor | None = None, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        rows, row_probs, indices = original(tokens, routing_map, probs=probs, **options)
+    ) -> tuple[torch.Tensor | None, ...]:
+        # Behind these two: the indices and, from megatron-core 0.17 on, what padding has made of the counts.
+        rows, row_probs, *others = original(tokens, routing_map, probs=probs, **options)
         if len(rows) == 0:
             # index_select of nothing has zeros of the whole shape as its gradient. A slice would do so too, but share
             # the memory of gathered tokens, which the next layer overwrites.
             rows = tokens.index_select(0, _nowhere(tokens))
             row_probs = None if probs is None else probs.reshape(-1).index_select(0, _nowhere(tokens))
-        return rows, row_probs, indices
+        return rows, row_probs, *others
 
     return permute
 

@@ -111,7 +111,7 @@ def _finish_parameter_gather(chunks: list[DistributedDataParallel]) -> None:
 def _gather_parameters(chunk: DistributedDataParallel) -> None:
     """Gather updated weights, and renew the transposed copies of weights in FP8.
 
-    Megatron-Core 0.16 renews the copies when it finishes the gathering of the forward pass (param_and_grad_buffer.py
+    Megatron-Core renews the copies when it finishes the gathering of the forward pass (param_and_grad_buffer.py
     `finish_param_sync`). It would skip that after this gathering, and the next backward pass would use old copies.
     """
     chunk.start_param_sync(force_sync=True)
@@ -138,7 +138,7 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
         find_parent(dataclasses.replace(directory, parent_path=start.path))
     content = sharded_state(state, is_loading=True, trainable_only=trainable_only)
     with hold_checkpoint(directory.path):
-        loaded = load_distributed(content, directory.path, parallel_load_strategy(directory.path))
+        loaded = load_distributed(content, directory.path, parallel_load_strategy())
     for name, chunk in zip(_model_names(loaded), state.chunks, strict=True):
         fill_model(chunk, loaded[name], is_complete=not trainable_only)
     state.optimizer.load_state_dict(loaded["optimizer"])

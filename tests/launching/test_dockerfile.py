@@ -11,7 +11,10 @@ from packaging.requirements import Requirement
 
 from tests.launching.builders import ROOT
 
-DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+WRITTEN = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+RELEASE = re.search(r"^ARG PYTORCH_RELEASE=(\S+)$", WRITTEN, re.MULTILINE).group(1)
+DOCKERFILE = WRITTEN.replace("${PYTORCH_RELEASE}", RELEASE)
+"""As Docker reads it where no release is given."""
 STAGES = dict(zip(("cpu", "gpu"), re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:], strict=True))
 OF_THE_BASE = r"grep -iE '(\S+)' > /tmp/base.txt"
 
@@ -65,6 +68,17 @@ def test_a_change_of_the_code_leaves_the_layer_of_the_packages(stage):
     assert {path for path in copied(stage) if path.endswith(".py")} == {"setup.py", "megatron_moe_lpr/__init__.py"}
 
 
+def of_everyone(requires: str) -> list[Requirement]:
+    """Requirements of a requires.txt that belong to no extra: sections that begin with a colon have a marker."""
+    found, marker = [], ""
+    for line in filter(None, requires.splitlines()):
+        if line.startswith("["):
+            marker = line.strip("[]")
+        elif not marker or marker.startswith(":"):
+            found.append(Requirement(f"{line}; {marker[1:]}" if marker else line))
+    return found
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_these_files_are_all_that_setup_py_reads(stage, tmp_path):
     for path in copied(stage):
@@ -73,8 +87,8 @@ def test_these_files_are_all_that_setup_py_reads(stage, tmp_path):
     subprocess.run([sys.executable, "setup.py", "--quiet", "egg_info"], cwd=tmp_path, check=True, timeout=120)
     found = (tmp_path / "megatron_moe_lpr.egg-info/requires.txt").read_text()
     wanted = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.DOTALL).group(1)
-    wanted = {str(Requirement(text)) for text in re.findall(r'"(.+?)"', wanted)}
-    assert {str(Requirement(line)) for line in found.split("[")[0].split()} == wanted and "[test]" in found
+    wanted = {str(Requirement(text)) for text in re.findall(r"^ +[\"'](.+)[\"'],$", wanted, re.MULTILINE)}
+    assert {str(need) for need in of_everyone(found)} == wanted and "[test]" in found
 
 
 def test_the_cpu_image_has_the_versions_that_ci_tests():
@@ -82,10 +96,29 @@ def test_the_cpu_image_has_the_versions_that_ci_tests():
     assert all(command[1:3] == ["--constraint", "constraints.txt"] for command in installs("cpu"))
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("constraints-*.txt")), ids=lambda path: path.stem)
+def test_each_release_of_the_base_has_a_megatron_core_of_setup_py(path):
+    """A release without such a file fails at COPY, which names it."""
+    wanted = re.search(r'"(megatron-core[^"]*)"', (ROOT / "setup.py").read_text()).group(1)
+    (pin,) = [Requirement(line) for line in path.read_text().splitlines() if not line.startswith("#")]
+    (exact,) = pin.specifier
+    assert pin.name == "megatron-core" and exact.operator == "=="
+    assert Requirement(wanted).specifier.contains(exact.version)
+
+
+def test_the_releases_are_the_new_one_and_the_one_before():
+    assert RELEASE == "26.06" and f"constraints-{RELEASE}.txt" in copied("gpu")
+    assert {path.name for path in ROOT.glob("constraints-*.txt")} == {"constraints-25.11.txt", "constraints-26.06.txt"}
+    # Declared before all stages, for FROM, and once more in the stage that uses it.
+    assert WRITTEN.index("ARG PYTORCH_RELEASE=") < WRITTEN.index("\nFROM ")
+    assert re.search(r"^ARG PYTORCH_RELEASE$", STAGES["gpu"], re.MULTILINE)
+
+
 def test_the_gpu_image_keeps_the_base_s_torch_and_transformer_engine():
     """Pinned to what the base has, under none of its other constraints."""
     (command,) = installs("gpu")
-    assert command[1:3] == ["--constraint", "/tmp/base.txt"] and "PIP_CONSTRAINT= pip install" in STAGES["gpu"]
+    assert command[1:5] == ["--constraint", "/tmp/base.txt", "--constraint", f"constraints-{RELEASE}.txt"]
+    assert "PIP_CONSTRAINT= pip install" in STAGES["gpu"]
     pattern = re.compile(re.search(OF_THE_BASE, STAGES["gpu"]).group(1), re.IGNORECASE)
     installed = ("torch==2.10.0a0+b558c986e8.nv25.11", "numpy==1.26.4", "triton==3.5.0", "torchvision==0.25.0a0+1")
     engines = (

@@ -13,27 +13,70 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies import torch as strategies
-from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, Metadata
 from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import _wrap_exception
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
+from megatron_moe_lpr.checkpoint.format.common_state import read_common
 from megatron_moe_lpr.checkpoint.format.reader import check_index, read_index
 from megatron_moe_lpr.checkpoint.untrusted.extra_state import check_extra_states
-from megatron_moe_lpr.checkpoint.untrusted.torch_files import Window, check_file, load_file, no_added_classes
+from megatron_moe_lpr.checkpoint.untrusted.torch_files import (
+    Window,
+    check_file,
+    load_file,
+    no_added_classes,
+    reason_in_one_line,
+)
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.megatron import versions
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron, replace
 
-MAX_REASON = 300
+
+@overrides_megatron
+class LoadStrategy(strategies.TorchDistLoadShardedStrategy):
+    """Megatron's way to read tensors, unrounded, and with an error of one rank on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__(**versions.strategy_options())
+
+    @override
+    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path, *options: Any) -> Any:
+        """Read what this rank needs. Every rank must call it equally often.
+
+        Raises:
+            CheckpointException: on every rank: one of them could not.
+        """
+        if not versions.reads_on_its_own():
+            return super().load(sharded_state_dict, checkpoint_dir, *options)
+        loaded = failure = None
+        try:
+            loaded = super().load(sharded_state_dict, checkpoint_dir, *options)
+        except CheckpointException as error:
+            failure = min(error.failures.items())[1]
+        except Exception as error:
+            failure = _wrap_exception(error)
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, failure)
+        failures = {rank: one for rank, one in enumerate(found) if one is not None}
+        if failures:
+            raise CheckpointException("load", failures)
+        return loaded
 
 
 def load_distributed(
-    state: ShardedStateDict, directory: Path, strategy: LoadShardedStrategy | None = None, **options: Any
+    state: ShardedStateDict,
+    directory: Path,
+    strategy: LoadStrategy | FullyParallelLoadStrategyWrapper | None = None,
+    **options: Any,
 ) -> Any:
     """`dist_checkpointing.load(state, directory, **options)`. Every rank must call it.
 
@@ -43,20 +86,21 @@ def load_distributed(
     Raises:
         UserError: on every rank: a file is missing, damaged, or holds something that no checkpoint needs.
     """
-    strategy = strategy or strategies.TorchDistLoadShardedStrategy()
+    strategy = strategy or LoadStrategy()
+    if versions.has_common_strategies():
+        options |= {"common_strategy": _common_strategy()}
     try:
         with _restricted_readers():
-            loaded = dist_checkpointing.load(
-                state, str(directory), sharded_strategy=strategy, common_strategy=_CommonStrategy(), **options
-            )
+            loaded = dist_checkpointing.load(state, str(directory), sharded_strategy=strategy, **options)
     except CheckpointException as error:
         raise _first_cause(error, directory) from error
     except (CheckpointingException, KeyError) as error:
-        raise UserError(f"{directory}: cannot be loaded: {_line(error)}") from error
+        raise UserError(f"{directory}: cannot be loaded: {reason_in_one_line(error)}") from error
     check_extra_states(loaded[0] if isinstance(loaded, tuple) else loaded, directory)
     return loaded
 
 
+@overrides_megatron
 class _Reader(FileSystemReader):
     """Reads the index once, by the names that an index needs."""
 
@@ -64,6 +108,7 @@ class _Reader(FileSystemReader):
         super().__init__(path)
         self._index: Metadata | None = None
 
+    @override
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
         if self._index is None:
             self._index = read_index(Path(self.path) / ".metadata")
@@ -73,76 +118,73 @@ class _Reader(FileSystemReader):
         self._index.storage_meta = storage
         return self._index
 
+    @override
     def _slice_file(self, file: Any, sinfo: Any) -> Any:
         """Every tensor and object, before `FileSystemReader.read_data` unpickles it."""
         try:
             check_file(Window(file, sinfo.offset, sinfo.length))
         except Exception as error:  # damaged pickles and archives raise almost anything
             raise UserError(
-                f"{Path(self.path) / sinfo.relative_path}: an entry cannot be read: {_line(error)}"
+                f"{Path(self.path) / sinfo.relative_path}: an entry cannot be read: {reason_in_one_line(error)}"
             ) from None
         return super()._slice_file(file, sinfo)
 
 
+@overrides_megatron
 class _Planner(strategies.MCoreLoadPlanner):
     """Objects among the tensors (`_extra_state`, shared counters) as plain values and tensors alone."""
 
+    @override
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         key = read_item.dest_index.fqn
         try:
             content = load_file(value)
         except Exception as error:  # damaged pickles and archives raise almost anything
-            raise UserError(f"the object {key} cannot be read: {_line(error)}") from None
-        # As in DefaultLoadPlanner, whose state dict is flattened by default.
-        set_element(self.original_state_dict, self.mappings[key], content)
+            raise UserError(f"the object {key} cannot be read: {reason_in_one_line(error)}") from None
+        # As in DefaultLoadPlanner.
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[key], content)
+        else:
+            self.state_dict[key] = content
 
 
-class _CommonStrategy(TorchCommonLoadStrategy):
-    """common.pt as plain values and tensors alone, whatever TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says."""
+def _common_strategy() -> Any:
+    """What reads common.pt in megatron-core 0.16; such a class is all that it takes there."""
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 
-    def load_common(self, checkpoint_dir: str | Path) -> Any:
-        path = Path(checkpoint_dir) / COMMON_STATE_FNAME
-        try:
-            with open(path, "rb") as stream:
-                content = load_file(stream)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; copy the checkpoint again") from None
-        except Exception as error:  # damaged pickles and archives raise almost anything
-            raise UserError(f"{path}: damaged, or not of a checkpoint: {_line(error)}") from None
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: not of a checkpoint: a dictionary is expected")
-        return content
+    @overrides_megatron
+    class CommonStrategy(TorchCommonLoadStrategy):
+        @override
+        def load_common(self, checkpoint_dir: str | Path) -> Any:
+            return read_common(Path(checkpoint_dir))
 
-    def load_sharded_objects(self, sharded_objects_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> Any:
-        raise UserError(f"{checkpoint_dir}: objects in files of their own are of an old format that is not read")
+        @override
+        def load_sharded_objects(self, sharded_objects_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> Any:
+            raise UserError(f"{checkpoint_dir}: objects in files of their own are of an old format that is not read")
+
+    return CommonStrategy()
 
 
 @contextlib.contextmanager
 def _restricted_readers() -> Iterator[None]:
-    """Put ours in the place of the classes that `TorchDistLoadShardedStrategy` takes from its module."""
-    ours = {"FileSystemReader": _Reader, "CachedMetadataFileSystemReader": _Reader, "MCoreLoadPlanner": _Planner}
-    before = {name: getattr(strategies, name) for name in ours}
-    try:
-        for name, value in ours.items():
-            setattr(strategies, name, value)
-        with no_added_classes():
-            yield
-    finally:
-        for name, value in before.items():
-            setattr(strategies, name, value)
+    """Put ours in the place of what Megatron's loader takes from its modules to read files."""
+    ours: list[tuple[Any, str, Any]] = [
+        (strategies, "_get_filesystem_reader", lambda directory, *arguments, **options: _Reader(directory)),
+        (strategies, "MCoreLoadPlanner", _Planner),
+    ]
+    if not versions.has_common_strategies():
+        ours.append((serialization, versions.common_reader(), lambda directory: read_common(Path(directory))))
+    with contextlib.ExitStack() as before:
+        for owner, name, value in ours:
+            before.callback(setattr, owner, name, getattr(owner, name))
+            replace(owner, **{name: value})
+        before.enter_context(no_added_classes())
+        yield
 
 
 def _first_cause(error: CheckpointException, directory: Path) -> UserError:
     """torch's collection of what went wrong on which rank, as one line."""
     rank, (cause, _) = min(error.failures.items())
-    reason = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {_line(cause)}"
+    reason = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {reason_in_one_line(cause)}"
     place = "" if reason.startswith(str(directory)) else f"{directory}: cannot be loaded on rank {rank}: "
     return UserError(f"{place}{reason}")
-
-
-def _line(error: BaseException) -> str:
-    """An error's reason in one line; torch hides it behind advice to load without restriction."""
-    lines = [line.strip("'\" ") for line in str(error).splitlines() if line.strip("'\" ")] or [type(error).__name__]
-    advice = lines[0].startswith("Weights only load failed") and len(lines) > 1
-    reason = lines[1 if advice else 0].rpartition("WeightsUnpickler error: ")[2]
-    return reason.partition(": [")[0][:MAX_REASON]

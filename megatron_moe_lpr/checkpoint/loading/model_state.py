@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.fp8_utils import is_float8tensor
 
 from megatron_moe_lpr.checkpoint.format.chain import checkpoint_chain
+from megatron_moe_lpr.checkpoint.format.common_state import COMMON_KEY
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.format.reader import read_index
 from megatron_moe_lpr.checkpoint.format.sharded_parts import part_with_keys
 from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA
-from megatron_moe_lpr.checkpoint.loading.distributed_loading import load_distributed
+from megatron_moe_lpr.checkpoint.loading.distributed_loading import LoadStrategy, load_distributed
 from megatron_moe_lpr.checkpoint.untrusted.extra_state import checked_pickles_are_read
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
@@ -66,17 +66,16 @@ def _load_tensors(
         state = {name: part_with_keys(part, keys) for name, part in state.items()}
     # Megatron's words: "missing" keys are the checkpoint's that the model did not ask for, "unexpected" the reverse.
     loaded, surplus, lacking = load_distributed(
-        state, checkpoint.path, parallel_load_strategy(checkpoint.path), strict=StrictHandling.RETURN_ALL
+        state, checkpoint.path, parallel_load_strategy(), strict=StrictHandling.RETURN_ALL
     )
     _refuse_differences(checkpoint.path, lacking, surplus)
     return {name: loaded.get(name, {}) for name in names}
 
 
-def parallel_load_strategy(directory: Path) -> FullyParallelLoadStrategyWrapper:
+def parallel_load_strategy() -> FullyParallelLoadStrategyWrapper:
     """A load strategy in which each rank of a data-parallel group reads a part and sends it to the others."""
-    strategy = get_default_load_sharded_strategy(str(directory))
     return FullyParallelLoadStrategyWrapper(
-        strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)
+        LoadStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
     )
 
 
@@ -88,6 +87,8 @@ def _keep_unrounded(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
     """
     for name, parameter in unwrap(chunk).named_parameters():
         if is_float8tensor(parameter):
+            if is_float8tensor(state[name]):
+                raise TypeError(f"{name}: megatron-core has rounded the loaded weight to FP8")
             parameter.get_high_precision_init_val = state[name].detach().cpu().clone
             parameter.clear_high_precision_init_val = partial(vars(parameter).pop, "get_high_precision_init_val", None)
 
@@ -116,7 +117,7 @@ def fill_model(chunk: torch.nn.Module, state: dict[str, Any], is_complete: bool 
 
 def _refuse_differences(directory: Path, lacking: set[str], surplus: set[str]) -> None:
     missing = sorted(key for key in lacking if EXTRA_STATE not in key)
-    foreign = sorted(key for key in surplus if EXTRA_STATE not in key and not key.startswith("optimizer"))
+    foreign = sorted(key for key in surplus if EXTRA_STATE not in key and not key.startswith(("optimizer", COMMON_KEY)))
     if missing:
         raise UserError(f"{directory}: lacks {len(missing)} tensors of the model, for example {missing[0]}")
     if foreign:

@@ -20,6 +20,7 @@ from megatron_moe_lpr.checkpoint.saving.shard_writer import ShardWriter, request
 from megatron_moe_lpr.checkpoint.saving.writer_process import Progress
 from megatron_moe_lpr.files.checksums import FileChecksum
 from megatron_moe_lpr.liveness import advance, counting, waiting_for
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 from megatron_moe_lpr.processes import start_thread
 
 END_SECONDS = 10
@@ -97,6 +98,7 @@ class MemoryStream:
         """Nothing is buffered."""
 
 
+@overrides_megatron
 class BackgroundWriter(AsyncCaller):
     """An AsyncCaller of Megatron-Core whose process only writes bytes.
 
@@ -146,6 +148,7 @@ class BackgroundWriter(AsyncCaller):
             self.reserving.join()
             self.reserving = None
 
+    @override
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
         """Copy the shard of the request's ShardWriter and let the process write it.
 
@@ -178,6 +181,7 @@ class BackgroundWriter(AsyncCaller):
             begin = stream.tell()
         return files
 
+    @override
     def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
         """Whether every rank's shard is written, or has failed. Every rank must call it, unless `no_dist`."""
         if self.active and (blocking or self._has_result()):
@@ -217,6 +221,7 @@ class BackgroundWriter(AsyncCaller):
             f"rank {dist.get_rank()}: its writer process {self.process.pid} ended (exit code {self.process.returncode})"
         )
 
+    @override
     def close(self, abort: bool = False) -> None:
         """End the process; with `abort`, or where it does not end by itself, by force."""
         if self.closed:
@@ -238,6 +243,7 @@ class BackgroundWriter(AsyncCaller):
         os.close(self.progress.descriptor)
         self.closed = True
 
+    @override
     def __del__(self) -> None:
         """Required by the base class. The creator of this object calls `close`."""
 

@@ -1,6 +1,6 @@
 """The distributed optimizer's state in the shapes of the parameters, without gathering it.
 
-Megatron-Core 0.16 saves either its flat buffers (`dp_reshardable`: a later run needs the same layout) or the shapes of
+Megatron-Core saves either its flat buffers (`dp_reshardable`: a later run needs the same layout) or the shapes of
 the parameters after gathering the state of a whole data-parallel group on every rank (`fully_reshardable`,
 distrib_optimizer.py `sharded_param_state_fully_reshardable`). Here a rank's slice of a flattened parameter is saved as
 the few rectangles it consists of, each at its offset in the whole tensor. Nothing is gathered or copied, the tensors on
@@ -18,6 +18,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
+from megatron_moe_lpr.megatron.overriding import replace
+
 STATE_PREFIX = "optimizer.state"
 WEIGHT = "fp32_param"
 """Name in the checkpoint of the optimizer's fp32 copy of a parameter."""
@@ -30,8 +32,11 @@ def install_local_shard_state(optimizer: MegatronOptimizer) -> None:
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):
-            part.sharded_param_state_fully_reshardable = functools.partial(_local_shards, part)
-            part.load_parameter_state_from_fully_reshardable = functools.partial(_load_local_shards, part)
+            replace(
+                part,
+                sharded_param_state_fully_reshardable=functools.partial(_local_shards, part),
+                load_parameter_state_from_fully_reshardable=functools.partial(_load_local_shards, part),
+            )
 
 
 def rectangles(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

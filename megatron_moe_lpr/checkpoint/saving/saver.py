@@ -27,7 +27,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint import CheckpointException
 
@@ -41,6 +41,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum
 from megatron_moe_lpr.liveness import long_work
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 from megatron_moe_lpr.parallel.every_rank import on_every_rank
 
 PARTIAL_SUFFIX = ".partial"
@@ -70,6 +71,33 @@ class _Pending:
     stalled: float = 0.0
 
 
+@overrides_megatron
+class CallsQueue(AsyncCallsQueue):
+    """Megatron's queue of saves under way, all of them with one caller.
+
+    That queue keeps its own caller in an attribute: the object's in 0.16, from 0.17 on one of another name and of
+    the class, so that one set on an object would be ignored.
+    """
+
+    def __init__(self, caller: BackgroundWriter | None) -> None:
+        super().__init__(persistent=True)
+        self.caller = caller
+
+    @override
+    def _get_async_caller(self) -> BackgroundWriter:
+        if self.caller is None:
+            raise ValueError("a saver without a background writer has no asynchronous saves")
+        return self.caller
+
+    @override
+    def schedule_async_request(self, async_request: AsyncRequest) -> int:
+        """As Megatron's, and a check that its caller is ours and none of Megatron's own."""
+        number = super().schedule_async_request(async_request)
+        if self.async_calls[-1].async_caller is not self.caller:
+            raise RuntimeError("megatron-core has given the save to a writer of its own")
+        return number
+
+
 class CheckpointSaver:
     """Saves one state at a time. Every rank makes one and calls its methods in the same order."""
 
@@ -93,9 +121,8 @@ class CheckpointSaver:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.frozen = frozen
         self.strategy = FullyParallelSaveStrategyWrapper(ShardStrategy(frozen), group, do_cache_distribution=True)
-        self.queue = AsyncCallsQueue(persistent=True)
         self.background = BackgroundWriter() if asynchronous else None
-        self.queue.persistent_caller = self.background
+        self.queue = CallsQueue(self.background)
         self.pending: _Pending | None = None
         self.validated = False
 

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_moe_lpr.checkpoint.format.writer import save_tensor
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
 from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum, OutputStream
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 
 FILES_PER_RANK = 2
 BLOB_BYTES = 4096
@@ -65,6 +66,7 @@ class ShardFile:
         return results
 
 
+@overrides_megatron
 class ShardWriter(FileSystemWriterAsync):
     """Megatron-Core's writer without its processes, for each of which it would fork a trainer full of threads."""
 
@@ -78,6 +80,7 @@ class ShardWriter(FileSystemWriterAsync):
         self.index_error: OSError | None = None
         """Why rank 0 could not write the index (`finish`)."""
 
+    @override
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         """Decide what goes into which file."""
         for index, items in enumerate(_split_by_size_and_type(self.thread_count, plan.items)):
@@ -103,6 +106,7 @@ class ShardWriter(FileSystemWriterAsync):
         """Drop the references to the tensors."""
         self.files = []
 
+    @override
     def retrieve_write_results(self) -> list[WriteResult] | WRAPPED_EXCEPTION:
         """Where each item was written, or this rank's error. Megatron-Core gathers it on rank 0."""
         if self.error is None:
@@ -112,6 +116,7 @@ class ShardWriter(FileSystemWriterAsync):
         except Exception as error:
             return _wrap_exception(error)
 
+    @override
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On rank 0: write the index of all ranks' tensors, without the ranks' plans, which nothing here reads."""
         vars(metadata).pop("all_local_plans", None)
@@ -135,6 +140,7 @@ class ShardWriter(FileSystemWriterAsync):
             raise self.index_error
 
 
+@overrides_megatron
 class ShardStrategy(TorchDistSaveShardedStrategy):
     """Megatron-Core's save strategy with ShardWriter in place of its own writer."""
 
@@ -143,8 +149,15 @@ class ShardStrategy(TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1, thread_count=FILES_PER_RANK)
         self.frozen = frozen
 
-    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
+    @override
+    def async_save(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, async_strategy: str = "mcore"
+    ) -> AsyncRequest:
         """Plan this rank's shard. Every rank must call it.
+
+        Args:
+            async_strategy: from megatron-core 0.17 on, whose writer process writes: none of them does, `ShareWriter` is
+                ours.
 
         Returns:
             A request whose function has the ShardWriter as its only argument, see `request_writer`.

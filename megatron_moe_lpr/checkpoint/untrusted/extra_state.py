@@ -30,7 +30,8 @@ from megatron_moe_lpr.model.moe.expert_states import EXTRA_STATE
 VARIABLES = "extra_fp8_variables"
 OBJECTS = ("recipe", "scaling_fwd", "scaling_bwd", "fp8_group", "global_recipe", "buffer_index_and_autocast_key")
 """Names under which Transformer Engine keeps objects; plain variables must not have them."""
-STORAGE = ("torch.storage", "_load_from_bytes")
+STORAGES = (("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes"))
+"""What a tensor's storage is pickled with: torch's function, and what megatron-core puts in its place from 0.17 on."""
 ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 """Without it newer versions of Transformer Engine refuse the pickled state of delayed scaling (`_extra_state.py`)."""
 MAX_NUMBER = 1 << 62
@@ -101,7 +102,8 @@ def _described(value: torch.Tensor) -> Any:
 
 
 def _is_allowed(module: str, name: str) -> bool:
-    return (module, name) in (REBUILD, STORAGE, ("collections", "OrderedDict")) or fp8_recipes.is_allowed(module, name)
+    known = (REBUILD, *STORAGES, ("collections", "OrderedDict"))
+    return (module, name) in known or fp8_recipes.is_allowed(module, name)
 
 
 def _checked(content: Any) -> dict[str, Any]:
@@ -154,7 +156,7 @@ def _value(found: Any, depth: int = 0) -> Any:
 
 def _tensor(found: Call) -> torch.Tensor:
     storage, offset, shape, strides = check_tensor(found)
-    is_storage = type(storage) is Call and storage.function == STORAGE and storage.state is None
+    is_storage = type(storage) is Call and storage.function in STORAGES and storage.state is None
     if not is_storage or len(storage.arguments) != 1 or type(storage.arguments[0]) is not bytes:
         raise pickle.UnpicklingError("a tensor has no storage")
     values = load_storage(storage.arguments[0])

@@ -37,6 +37,7 @@ STORAGES = {
 ZIP_MAGIC = b"PK\x03\x04"
 """The first bytes of an archive, by which `torch.load` recognises it."""
 MAX_DIMENSIONS = 64
+MAX_REASON = 300
 LEGACY_PICKLES = 5
 """Pickles in a storage that is pickled alone: magic number, version, sizes of types, storage, its key."""
 
@@ -145,6 +146,14 @@ def load_storage(content: bytes) -> torch.Tensor:
     if not isinstance(found, torch.storage.TypedStorage):
         raise pickle.UnpicklingError("it holds something else than a storage")
     return torch.empty(0, dtype=found.dtype).set_(found._untyped_storage)
+
+
+def reason_in_one_line(error: BaseException) -> str:
+    """An error's reason in one line; torch hides it behind advice to load without restriction."""
+    lines = [line.strip("'\" ") for line in str(error).splitlines() if line.strip("'\" ")] or [type(error).__name__]
+    advice = lines[0].startswith("Weights only load failed") and len(lines) > 1
+    reason = lines[1 if advice else 0].rpartition("WeightsUnpickler error: ")[2]
+    return reason.partition(": [")[0][:MAX_REASON]
 
 
 @contextlib.contextmanager

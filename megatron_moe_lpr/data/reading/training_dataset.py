@@ -24,6 +24,7 @@ from megatron_moe_lpr.data.reading.index_cache import build_directory
 from megatron_moe_lpr.data.reading.index_maps import are_intact, refuse_pickles
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksum_file import write_checksums
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 from megatron_moe_lpr.parallel.first_rank import run_on_rank_0
 from megatron_moe_lpr.platform.collectives import world_of_one
 
@@ -48,6 +49,7 @@ class EndOfDocument:
         return {"eod": self.eod}
 
 
+@overrides_megatron
 class TaggedGPTDataset(GPTDataset):
     """Packed samples of one dataset, each token tagged with the dataset's language.
 
@@ -66,6 +68,7 @@ class TaggedGPTDataset(GPTDataset):
         key = f"{entry.manifest.index_sha256}-{entry.first_document}-{entry.end_document}"
         super().__init__(IndexedDataset(entry.prefix), key, documents, num_samples, Split.train, config)
 
+    @override
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         """Return `tokens`, `labels`, `position_ids`, `language` (int64) and `loss_mask` (float32), each [sequence]."""
         sample = super().__getitem__(idx)

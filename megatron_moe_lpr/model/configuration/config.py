@@ -9,6 +9,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.megatron.overriding import overrides_megatron
+from megatron_moe_lpr.megatron.versions import without_cuda_graphs
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.fp8 import check_fp8_device, check_fp8_flags, check_fp8_shapes
@@ -23,6 +25,7 @@ from megatron_moe_lpr.platform import Platform
 LPRLossForm = Literal["paper", "reference"]
 
 
+@overrides_megatron
 @dataclasses.dataclass
 class MoELPRConfig(TransformerConfig):
     """Megatron's configuration, with the coefficients of the router's losses in the paper's units."""
@@ -184,7 +187,7 @@ def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "attention_softmax_in_fp32": True,
-        "cuda_graph_scope": [],
+        **without_cuda_graphs(),
         # Every weight comes from a checkpoint.
         "perform_initialization": False,
     }

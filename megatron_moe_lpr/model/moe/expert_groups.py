@@ -7,7 +7,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 
+
+@overrides_megatron
 class ExpertGroups(MegatronModule):
     """Two `TEGroupedMLP` in place of one: Transformer Engine's grouped product decides by its first weight whether all
     of its weights train (grouped_linear.py), so frozen and trainable experts must not share one.
@@ -23,14 +26,20 @@ class ExpertGroups(MegatronModule):
         earlier: int,
         newest: int,
         pg_collection: ProcessGroupCollection,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
         ranks = pg_collection.ep.size()
         self.num_earlier = earlier // ranks
-        self.earlier = TEGroupedMLP(self.num_earlier, config, submodules, pg_collection)
+        self.earlier = TEGroupedMLP(self.num_earlier, config, submodules, pg_collection, **_named(name, "earlier"))
         # A layer to which the latest expansion added nothing has earlier experts alone.
-        self.newest = TEGroupedMLP(newest // ranks, config, submodules, pg_collection) if newest else None
+        self.newest = (
+            TEGroupedMLP(newest // ranks, config, submodules, pg_collection, **_named(name, "newest"))
+            if newest
+            else None
+        )
 
+    @override
     def forward(
         self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
@@ -54,6 +63,11 @@ class ExpertGroups(MegatronModule):
 
     def backward_dw(self) -> None:
         """Do nothing: weight gradients are never delayed here."""
+
+
+def _named(name: str | None, part: str) -> dict[str, str]:
+    """What Megatron calls a part of what it has given a name, as it does from 0.18 on."""
+    return {} if name is None else {"name": f"{name}.{part}"}
 
 
 def dispatch_order(earlier: int, newest: int, ranks: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Transformer Engine's grouped linear layers, with the FP8 scales of each expert saved and loaded as that expert's.
 
 A grouped layer holds the scales of its experts in one vector, expert by expert: (input, weight, output) of the first,
-of the second, and so on (grouped_linear.py `_offsets`). Megatron-Core 0.16 splits it as if all inputs came first
+of the second, and so on (grouped_linear.py `_offsets`). Megatron-Core splits it as if all inputs came first
 (extensions/transformer_engine.py `_split_extra_state`): on another number of expert-parallel ranks the scales would be
 mixed up. Where weights are in FP8 it also joins the parts too late, in a hook after Transformer Engine has read them.
 """
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 
 EXTRA_STATE = "_extra_state"
 # Per expert three tensors in forward (input, weight, output), two in backward (gradients of output and input).
@@ -52,12 +54,14 @@ class ExpertStates(torch.nn.Module):
     _decode_extra_state: Callable[[torch.Tensor], dict[str, Any] | None]
     """Returns None for an empty tensor: without FP8 there is no such state."""
 
-    def _split_extra_state(self, state: torch.Tensor) -> list[torch.Tensor]:
+    @override
+    def _split_extra_state(self, state: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[misc]
         whole = self._decode_extra_state(state)
         if whole is None:
             return [state] * self.num_gemms
         return [self._encode_extra_state(part) for part in split_state(whole, self.num_gemms)]
 
+    @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         self._join_extra_states(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
@@ -83,4 +87,4 @@ def grouped_linear_layers() -> tuple[type, type]:
 
     column = type("TEColumnParallelExperts", (ExpertStates, TEColumnParallelGroupedLinear), {})
     row = type("TERowParallelExperts", (ExpertStates, TERowParallelGroupedLinear), {})
-    return column, row
+    return overrides_megatron(column), overrides_megatron(row)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron, replace
 from megatron_moe_lpr.model.configuration.fp8 import row_alignment
 from megatron_moe_lpr.model.moe.expert_groups import dispatch_order
 from megatron_moe_lpr.platform.side_stream import SideStream, behind_current
@@ -32,6 +34,7 @@ class MoELPRSubmodules:
     experts: ModuleSpec
 
 
+@overrides_megatron
 class MoELPRLayer(MoELayer):
     """Output of a token x: sum over its top-k experts e of p_e * expert_e(x), where expert 0 is the original FFN.
 
@@ -41,7 +44,7 @@ class MoELPRLayer(MoELayer):
     - `experts` are the new experts, under EP and expert TP, behind Megatron's token dispatcher; after a second
       expansion `ExpertGroups`, which keeps those of earlier expansions apart from the latest one's.
 
-    Mirrors `MoELayer` of megatron-core 0.16, where one group of experts holds all of them.
+    Mirrors `MoELayer` of megatron-core, whose single group of experts holds all of them.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class MoELPRLayer(MoELayer):
         fp8_parameters: bool = False,
         groups: tuple[int, ...] = (),
         newest_weight: float = 1.0,
+        **options: Any,
     ) -> None:
         router = partial(_build_for_all_experts, submodules.router, num_experts)
         with _parameters_in_fp8(config) if fp8_parameters else contextlib.nullcontext():
@@ -62,6 +66,7 @@ class MoELPRLayer(MoELayer):
                 MoESubmodules(experts=submodules.experts, router=router),
                 layer_number,
                 pg_collection,
+                **options,
             )
         for weight in self.experts.parameters():
             # Megatron reduces these gradients over the expert-data-parallel ranks. Marked at EP=1 too, so that the
@@ -80,6 +85,7 @@ class MoELPRLayer(MoELayer):
         )
         self.side_stream = SideStream() if config.original_expert_overlap and self.ep_group.size() > 1 else None
 
+    @override
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -241,30 +247,34 @@ def _parameters_in_fp8(config: TransformerConfig) -> Iterator[None]:
     would start from that copy, whereas here a checkpoint that is read later fills the weights.
     """
     config = copy.copy(config)
-    config.fp8_param = True
+    replace(config, fp8_param=True)
     with torch.no_grad(), get_fp8_context(config, is_init=True):
         yield
 
 
 def _build_for_all_experts(
-    router: type, num_experts: int, *, config: TransformerConfig, pg_collection: ProcessGroupCollection | None
+    router: type,
+    num_experts: int,
+    *,
+    config: TransformerConfig,
+    pg_collection: ProcessGroupCollection | None,
+    **options: Any,
 ) -> torch.nn.Module:
     """Build the router for all experts: the layer's own configuration counts the new experts only."""
     config = copy.copy(config)
-    config.num_moe_experts, config.moe_expert_capacity_factor = num_experts, None
-    return router(config=config, pg_collection=pg_collection)
+    replace(config, num_moe_experts=num_experts, moe_expert_capacity_factor=None)
+    return router(config=config, pg_collection=pg_collection, **options)
 
 
 def _new_experts_config(config: TransformerConfig, num_experts: int) -> TransformerConfig:
     config = copy.copy(config)
-    config.num_moe_experts = num_experts - 1
     # A token has 0 to k new experts, where the all-to-all dispatcher assumes k. With a capacity it counts the rows
     # (token_dispatcher.py `preprocess`); an infinite capacity drops nothing.
-    config.moe_expert_capacity_factor = math.inf
+    replace(config, num_moe_experts=num_experts - 1, moe_expert_capacity_factor=math.inf)
     return config
 
 
 def _original_expert_config(config: TransformerConfig) -> TransformerConfig:
     config = copy.copy(config)
-    config.num_moe_experts = None
+    replace(config, num_moe_experts=None)
     return config

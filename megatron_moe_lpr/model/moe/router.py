@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.model.moe.losses import load_balancing_loss, lpr_negative_log_likelihood
 from megatron_moe_lpr.model.moe.routing_statistics import RoutingStatistics
@@ -47,6 +48,7 @@ class RouterProduct(torch.autograd.Function):
         return grad_input, grad_weight
 
 
+@overrides_megatron
 class LPRRouter(TopKRouter):
     """Megatron's top-k router with the paper's losses, and weights that stay in fp32 whatever the model is cast to.
 
@@ -58,8 +60,10 @@ class LPRRouter(TopKRouter):
     scaled by this rank's tokens instead of the micro-batch's (router.py `attach_and_log_load_balancing_loss`).
     """
 
-    def __init__(self, config: MoELPRConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
+    def __init__(
+        self, config: MoELPRConfig, pg_collection: ProcessGroupCollection | None = None, **options: Any
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, **options)
         self.statistics = RoutingStatistics(self.num_experts)
         self.group_ends: list[int] | None = None
         """For each language group but the latest: how many experts it and the groups before it have. None before a
@@ -78,19 +82,23 @@ class LPRRouter(TopKRouter):
         self._group_ends: torch.Tensor | None = None
         self.num_earlier, self.newest_weight = self.group_ends[-1], newest_weight
 
+    @override
     def reset_parameters(self) -> None:
         """Leave the fp32 weights as they are: they come from the checkpoint."""
         self.weight.sequence_parallel = self.config.sequence_parallel
 
+    @override
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LPRRouter":
         super()._apply(fn, recurse)
         self.weight.data = self.weight.data.float()
         return self
 
+    @override
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Router logits in fp32, [..., experts] of [..., hidden] in any dtype."""
         return RouterProduct.apply(input, self.weight)
 
+    @override
     def forward(
         self, hidden_states: torch.Tensor, token_tags: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

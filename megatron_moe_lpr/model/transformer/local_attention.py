@@ -7,7 +7,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 
+
+@overrides_megatron
 class LocalAttention(DotProductAttention):
     """Causal attention, with a sliding window where the model has one; no dropout.
 
@@ -31,6 +34,7 @@ class LocalAttention(DotProductAttention):
             raise ValueError("local attention is causal and without dropout")
         self.window = config.window_size
 
+    @override
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **kwargs: object
     ) -> torch.Tensor:

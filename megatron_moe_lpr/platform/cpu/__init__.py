@@ -1,4 +1,4 @@
-"""megatron-core 0.16 on CPUs over gloo.
+"""megatron-core on CPUs over gloo.
 
 Megatron assumes CUDA in places. Each module here replaces a few of those calls and names the Megatron file that makes
 them. They are installed when the CPU platform is chosen, once per process.
@@ -14,7 +14,7 @@ _installed = False
 
 
 def install() -> None:
-    """Make megatron-core 0.16.x run unmodified on this machine's CPU."""
+    """Make megatron-core run unmodified on this machine's CPU."""
     global _installed
     if _installed:
         return

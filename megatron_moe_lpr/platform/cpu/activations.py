@@ -11,6 +11,8 @@ import megatron.core.transformer.mlp as megatron_mlp
 import megatron.core.transformer.moe.experts as megatron_experts
 import torch
 
+from megatron_moe_lpr.megatron.overriding import replace
+
 ROWS = 256
 """Rows of a chunk: the output of one operation is still in the cache when the next one reads it."""
 
@@ -87,5 +89,5 @@ def weighted_swiglu(
 
 def install() -> None:
     """Replace SwiGLU in mlp.py `MLP.forward` and moe/experts.py `TEGroupedMLP.forward` (`bias_activation_fusion`)."""
-    megatron_mlp.bias_swiglu_impl = swiglu
-    megatron_experts.weighted_bias_swiglu_impl = weighted_swiglu
+    replace(megatron_mlp, bias_swiglu_impl=swiglu)
+    replace(megatron_experts, weighted_bias_swiglu_impl=weighted_swiglu)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_moe_lpr.platform.cpu.replacing import replace
+from megatron_moe_lpr.megatron.overriding import replace
 
 
 def _average_by_sum() -> None:
@@ -88,11 +88,20 @@ def _share_devices() -> None:
     some twenty groups, most of a single rank."""
     original = dist.ProcessGroupGloo.__init__
 
-    def init(self: dist.ProcessGroupGloo, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+    def init(
+        self: dist.ProcessGroupGloo,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        timeout: datetime.timedelta,
+        **settings: bool,
+    ) -> None:
         # torch's stubs lack the class that its own _new_process_group_helper uses.
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices, options._timeout = _devices(), timeout
         options._threads = 2 * len(options._devices)
+        # From torch 2.14 on `enable_reconfigure`, an option of the same name.
+        replace(options, **settings)
         original(self, store, rank, size, options)
 
     replace(dist.ProcessGroupGloo, __init__=init)

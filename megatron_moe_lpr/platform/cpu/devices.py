@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_moe_lpr.platform.cpu.replacing import replace
+from megatron_moe_lpr.megatron.overriding import replace
 
 CPU = torch.device("cpu")
 
@@ -66,7 +66,6 @@ def install() -> None:
     # `with torch.device("meta")` recognises the factories by identity, in a set made on first use: it must hold the
     # originals, or transformers would fill its models with uninitialised memory.
     _device_constructors()
-    for name in FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    replace(torch, **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES})
     _redirect_tensor_to()
     _redirect_tensor_type()

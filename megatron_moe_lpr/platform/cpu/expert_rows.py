@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
+from megatron_moe_lpr.megatron.overriding import replace
+
 BUCKETS_PER_DOUBLING = 16
 """Bucket sizes between a size and its double: of many rows at most a sixteenth is padding."""
 SMALLEST_STEP = 32
@@ -70,7 +72,10 @@ def install() -> None:
 
     @functools.wraps(original)
     def forward(
-        self: TEGroupedMLP, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, weights: torch.Tensor
+        self: TEGroupedMLP,
+        tokens: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        weights: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
         counts = tokens_per_expert.tolist()
         padded = [bucket_size(count) for count in counts]
@@ -81,4 +86,4 @@ def install() -> None:
         )
         return _Unpad.apply(output, counts, padded), bias
 
-    TEGroupedMLP.forward = forward
+    replace(TEGroupedMLP, forward=forward)

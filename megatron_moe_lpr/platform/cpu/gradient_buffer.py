@@ -13,6 +13,8 @@ import megatron.core.distributed.param_and_grad_buffer as param_and_grad_buffer
 import torch
 import torch.distributed as dist
 
+from megatron_moe_lpr.megatron.overriding import replace
+
 
 def _others(group: dist.ProcessGroup) -> list[int]:
     return [rank for rank in range(group.size()) if rank != group.rank()]
@@ -79,5 +81,8 @@ def _in_place(
 def install() -> None:
     """Replace the collectives of param_and_grad_buffer.py `start_grad_sync` and `start_param_sync`."""
     module = param_and_grad_buffer
-    module.dist_reduce_scatter_func = _in_place(_reduce_scatter, module.dist_reduce_scatter_func, False)
-    module.dist_all_gather_func = _in_place(_all_gather, module.dist_all_gather_func, True)
+    replace(
+        module,
+        dist_reduce_scatter_func=_in_place(_reduce_scatter, module.dist_reduce_scatter_func, False),
+        dist_all_gather_func=_in_place(_all_gather, module.dist_all_gather_func, True),
+    )

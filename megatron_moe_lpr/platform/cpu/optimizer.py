@@ -1,7 +1,7 @@
 """torch's AdamW under Megatron's DistributedOptimizer, which expects Transformer Engine's or apex's.
 
 Where one of these is installed, Megatron chooses its kernels at import, and they cannot read host memory. torch keeps a
-`step` tensor per parameter and adds to it in place. distrib_optimizer.py of megatron-core 0.16 gives all
+`step` tensor per parameter and adds to it in place. distrib_optimizer.py of megatron-core gives all
 parameters one and the same tensor on resume, fails where there is no state yet, and copies `step` like a moment.
 """
 
@@ -17,6 +17,9 @@ from megatron.core.utils import (
     local_multi_tensor_applier,
     local_multi_tensor_l2_norm,
 )
+
+from megatron_moe_lpr.megatron.overriding import replace
+from megatron_moe_lpr.megatron.versions import scales_by_tensors
 
 
 def _steps_taken(optimizer: DistributedOptimizer) -> float:
@@ -55,14 +58,15 @@ def _scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor
 def _choose_torch() -> None:
     """Set the names of optimizer/__init__.py, distrib_optimizer.py, optimizer.py and clip_grads.py as they are without
     Transformer Engine and apex."""
-    megatron_optimizer.Adam, megatron_optimizer.SGD = FusedAdam, torch.optim.SGD
-    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = torch.optim.Adam, False
-    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    replace(megatron_optimizer, Adam=FusedAdam, SGD=torch.optim.SGD, USING_PYTORCH_OPTIMIZER=False)
+    replace(distrib_optimizer, Adam=torch.optim.Adam, HAVE_APEX_OR_TE=False)
+    replace(distrib_optimizer, USING_TE_OPTIMIZER=False, USING_APEX_OPTIMIZER=False)
     for module in (clip_grads, optimizer):
-        module.multi_tensor_applier = local_multi_tensor_applier
-        module.multi_tensor_scale_impl = _scale
-    clip_grads.l2_norm_impl = local_multi_tensor_l2_norm
+        replace(module, multi_tensor_applier=local_multi_tensor_applier, multi_tensor_scale_impl=_scale)
+    replace(clip_grads, l2_norm_impl=local_multi_tensor_l2_norm)
+    if scales_by_tensors():
+        # Transformer Engine's kernel for a norm that stays on the device.
+        replace(clip_grads, multi_tensor_scale_tensor_impl=None)
 
 
 def install() -> None:
@@ -87,6 +91,9 @@ def install() -> None:
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         set_states(self, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
 
-    DistributedOptimizer.state_dict = _state_dict
-    DistributedOptimizer.load_state_dict = load_with_separate_steps
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_all_but_step
+    replace(
+        DistributedOptimizer,
+        state_dict=_state_dict,
+        load_state_dict=load_with_separate_steps,
+        _set_main_param_and_optimizer_states=set_all_but_step,
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_moe_lpr.platform.cpu.replacing import replace
+from megatron_moe_lpr.megatron.overriding import replace
 
 
 class InOrderStream:

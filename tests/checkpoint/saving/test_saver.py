@@ -13,9 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.async_utils import (
+    AsyncCallsQueue,
+    AsyncRequest,
+    TemporalAsyncCaller,
+    _ActiveAsyncRequest,
+)
 
 from megatron_moe_lpr.checkpoint.format.reader import CheckpointReader
-from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, remove_partial
+from megatron_moe_lpr.checkpoint.saving.saver import CallsQueue, CheckpointSaver, remove_partial
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksum_file import read_checksums, verify
 from tests.distributed import rank_pool
@@ -285,3 +291,20 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     (tmp_path / "iter_0000002").mkdir()
     remove_partial(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000002"]
+
+
+def test_a_writer_of_megatron_s_own_is_noticed(monkeypatch):
+    """A version that asks for its caller by another name would start one of its own, which no save here waits for."""
+
+    def of_the_next_version(queue: AsyncCallsQueue, request: AsyncRequest) -> int:
+        queue.async_calls.append(_ActiveAsyncRequest(0, TemporalAsyncCaller(), request))
+        return 0
+
+    monkeypatch.setattr(AsyncCallsQueue, "schedule_async_request", of_the_next_version)
+    with pytest.raises(RuntimeError, match="megatron-core has given the save to a writer of its own"):
+        CallsQueue(None).schedule_async_request(AsyncRequest(None, (), []))
+
+
+def test_without_a_background_writer_nothing_is_asynchronous():
+    with pytest.raises(ValueError, match="no asynchronous saves"):
+        CallsQueue(None).schedule_async_request(AsyncRequest(None, (), []))
