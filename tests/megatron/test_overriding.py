@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,7 +107,9 @@ def test_a_planted_rename_of_each_overridden_method_fails_loudly(monkeypatch, cp
                         continue
                     renamed.setattr(base, f"{name}_of_the_next_version", vars(base)[name], raising=False)
                     renamed.delattr(base, name)
-            with pytest.raises(UserError, match=rf"has no {name}, which {kind.__module__}\.{kind.__name__} replaces"):
+            with pytest.raises(
+                UserError, match=re.escape(f"has no {name}, which {kind.__module__}.{kind.__qualname__} replaces")
+            ):
                 overrides_megatron(kind)
         overrides_megatron(kind)
     names = {f"{kind.__name__}.{name}" for kind, name in found}
