@@ -50,14 +50,14 @@ def test_what_is_depended_on_is_there(path, name):
     assert is_in_megatron(path, name)
 
 
-def of_some_versions() -> list[tuple[str, str, str]]:
+def version_rows() -> list[tuple[str, str, str]]:
     """Versions as packaging writes them, file and name of each row of what only some versions have."""
     rows = re.findall(r"^\| ([<>=]\S+) \| `\S+` \| `(\S+)` `(\S+)` \|", PAGE, re.MULTILINE)
     assert len(rows) > 5
     return rows
 
 
-@pytest.mark.parametrize(("versions", "path", "name"), of_some_versions())
+@pytest.mark.parametrize(("versions", "path", "name"), version_rows())
 def test_what_only_some_versions_have_is_there_in_those(versions, path, name):
     assert is_in_megatron(path, name) == SpecifierSet(versions).contains(metadata.version("megatron-core"))
 

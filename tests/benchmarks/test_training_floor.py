@@ -48,5 +48,5 @@ def test_routers_train():
 def test_new_experts_train():
     """Three of four experts, on three quarters of the choices; in the first layer their down projections' input too."""
     new = 2 * SIZES.tokens * 2 * EXPERT * 3 / 4
-    of_weights, down_of_first = 3 * new, new / 3
-    assert operations(products(SIZES, "1")) == operations(products(SIZES, "2")) + of_weights + down_of_first
+    weight_gradients, first_layer_down = 3 * new, new / 3
+    assert operations(products(SIZES, "1")) == operations(products(SIZES, "2")) + weight_gradients + first_layer_down

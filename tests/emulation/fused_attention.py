@@ -194,12 +194,15 @@ def _backward(call: dict[str, Any]) -> list[torch.Tensor | None]:
     probabilities = (_scores(queries, keys, scale, call["window_size"]) - call["Aux_CTX_Tensors"][0]).exp()
     gradient = call["dO"].float().permute(1, 2, 0, 3)
     output = call["O"].float().permute(1, 2, 0, 3)
-    of_values = probabilities.transpose(-1, -2) @ gradient
-    of_probabilities = gradient @ _by_head(values, heads).transpose(-1, -2)
-    of_scores = probabilities * (of_probabilities - (gradient * output).sum(-1, keepdim=True)) * scale
-    of_queries = of_scores @ _by_head(keys, heads)
-    of_keys = of_scores.transpose(-1, -2) @ queries.float().permute(1, 2, 0, 3)
-    results = (_sequence_first(of_queries, heads), *(_sequence_first(part, groups) for part in (of_keys, of_values)))
+    grad_values = probabilities.transpose(-1, -2) @ gradient
+    grad_probabilities = gradient @ _by_head(values, heads).transpose(-1, -2)
+    grad_scores = probabilities * (grad_probabilities - (gradient * output).sum(-1, keepdim=True)) * scale
+    grad_queries = grad_scores @ _by_head(keys, heads)
+    grad_keys = grad_scores.transpose(-1, -2) @ queries.float().permute(1, 2, 0, 3)
+    results = (
+        _sequence_first(grad_queries, heads),
+        *(_sequence_first(part, groups) for part in (grad_keys, grad_values)),
+    )
     return [*(result.to(queries.dtype) for result in results), None, None]
 
 

@@ -106,11 +106,11 @@ def unpermute_with_mask_map_bwd_with_merging_probs(
     """Gradients of the copies and of their weights."""
     tokens, experts, rows = _pairs(row_id_map, num_experts)
     gradient = fwd_output_grad[tokens].float()
-    of_copies = _uncleared(fwd_output_grad, num_out_tokens, hidden_size)
-    of_copies[rows] = (gradient * merging_probs[tokens, experts].float()[:, None]).to(fwd_output_grad.dtype)
-    of_probs = merging_probs.new_zeros(num_tokens, num_experts)
-    of_probs[tokens, experts] = (gradient * fwd_input[rows].float()).sum(-1).to(of_probs.dtype)
-    return of_copies, of_probs
+    grad_copies = _uncleared(fwd_output_grad, num_out_tokens, hidden_size)
+    grad_copies[rows] = (gradient * merging_probs[tokens, experts].float()[:, None]).to(fwd_output_grad.dtype)
+    grad_probs = merging_probs.new_zeros(num_tokens, num_experts)
+    grad_probs[tokens, experts] = (gradient * fwd_input[rows].float()).sum(-1).to(grad_probs.dtype)
+    return grad_copies, grad_probs
 
 
 def make_chunk_sort_map(

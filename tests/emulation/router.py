@@ -153,8 +153,8 @@ def _backward(call: dict[str, Any]) -> torch.Tensor:
     contiguous(BACKWARD, gradient, kept, choices)
     refuse_unless(call["score_function"] == "softmax", f"{BACKWARD}: sigmoid is not emulated")
     factor = 1.0 if call["scaling_factor"] is None else call["scaling_factor"]
-    of_scores = gradient.float().masked_fill(~choices, 0.0) * factor
+    grad_scores = gradient.float().masked_fill(~choices, 0.0) * factor
     # After a softmax over the chosen ones alone the others hold -inf.
     scores = kept.float()
     scores = scores if call["use_pre_softmax"] else scores.masked_fill(~choices, 0.0)
-    return (scores * (of_scores - (of_scores * scores).sum(-1, keepdim=True))).to(gradient.dtype)
+    return (scores * (grad_scores - (grad_scores * scores).sum(-1, keepdim=True))).to(gradient.dtype)

@@ -203,9 +203,9 @@ def test_softmax_and_its_gradient(name, tex):
     expected.backward(gradient.double())
     found = getattr(tex, f"{name}_forward")(scores, *mask, SCALE)
     torch.testing.assert_close(found.double(), expected.detach(), **ROUNDED)
-    of_scores = getattr(tex, f"{name}_backward")(gradient, found, SCALE)
-    assert of_scores.dtype == torch.bfloat16
-    torch.testing.assert_close(of_scores.double(), exact.grad, rtol=2**-6, atol=4e-3)
+    grad_scores = getattr(tex, f"{name}_backward")(gradient, found, SCALE)
+    assert grad_scores.dtype == torch.bfloat16
+    torch.testing.assert_close(grad_scores.double(), exact.grad, rtol=2**-6, atol=4e-3)
 
 
 @pytest.mark.parametrize("name", SOFTMAX)

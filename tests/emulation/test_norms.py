@@ -39,9 +39,9 @@ def test_gradients_of_rmsnorm(zero_centered, source, tex):
     gradient = torch.randn(6, 32)
     normed(exact, weight, zero_centered).backward(gradient.double())
     _, _, rsigma = forward(tex, *source, zero_centered=zero_centered)
-    of_input, of_weight = tex.rmsnorm_bwd(gradient, source[0], rsigma, source[1], 0, zero_centered)
-    torch.testing.assert_close(of_input.double(), exact.grad, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(of_weight.double(), weight.grad, rtol=1e-5, atol=1e-6)
+    grad_input, grad_weight = tex.rmsnorm_bwd(gradient, source[0], rsigma, source[1], 0, zero_centered)
+    torch.testing.assert_close(grad_input.double(), exact.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad_weight.double(), weight.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_rmsnorm_into_an_output_and_into_fp8(source, tex):

@@ -96,13 +96,13 @@ def test_gradients_of_merging(triton, routing):
     choices, probs, _ = routing
     places, (rows, _, _) = permute(triton, routing)
     gradient = torch.randn(TOKENS, HIDDEN)
-    of_rows, of_probs = triton.unpermute_with_mask_map_bwd_with_merging_probs(
+    grad_rows, grad_probs = triton.unpermute_with_mask_map_bwd_with_merging_probs(
         gradient, places, rows, probs, *PADDING, TOKENS, EXPERTS, rows.shape[0], HIDDEN
     )
     for index, (expert, token) in enumerate(by_loop(choices)):
-        torch.testing.assert_close(of_rows[index], gradient[token] * probs[token, expert])
-        torch.testing.assert_close(of_probs[token, expert], (gradient[token] * rows[index]).sum())
-    assert not of_probs[~choices].any()
+        torch.testing.assert_close(grad_rows[index], gradient[token] * probs[token, expert])
+        torch.testing.assert_close(grad_probs[token, expert], (gradient[token] * rows[index]).sum())
+    assert not grad_probs[~choices].any()
 
 
 def test_chunks_change_places_and_back(triton):

@@ -99,9 +99,9 @@ def test_bias_forward_and_its_gradient_backward():
     (a, b), bias = operands("TN"), torch.randn(OUTPUTS)
     assert_close(gemm(a, b, bias=bias)[0], product(a, b, "TN") + bias.double())
     a, b = operands("NT")
-    found, of_bias, *_ = gemm(a, b, "NT", bias=bias, grad=True)
+    found, grad_bias, *_ = gemm(a, b, "NT", bias=bias, grad=True)
     assert_close(found, product(a, b, "NT"))
-    assert_close(of_bias, b.double().sum(0))
+    assert_close(grad_bias, b.double().sum(0))
 
 
 def test_results_are_added_to_an_output():

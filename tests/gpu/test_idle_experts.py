@@ -66,9 +66,9 @@ def without_a_row(step: Step, path, alone: Step) -> dict:
         pytest.skip("needs 2 GPUs")
     expected = run(1, compute, "cuda", path, alone)[0]
     found = run(2, compute, "cuda", path, step)
-    of_logits, of_gradients = limits(step)
-    assert relative_error(found[0]["logits"], expected["logits"]) < of_logits
-    assert gradient_error(found[0]["gradients"], expected["gradients"]) < of_gradients
+    logits_limit, gradients_limit = limits(step)
+    assert relative_error(found[0]["logits"], expected["logits"]) < logits_limit
+    assert gradient_error(found[0]["gradients"], expected["gradients"]) < gradients_limit
     assert found[1]["rows"] and not any(found[1]["rows"])
     return found[0]
 

@@ -93,9 +93,9 @@ def test_layout_equals_one_rank(name, one_rank, inputs, figures):
     whole = torch.cat([gradient.flatten() for gradient in found["gradients"].values()])
     # The optimizer adds up squares in fp32.
     assert found["norm"] == pytest.approx(whole.double().norm().item(), rel=1e-4)
-    of_logits, of_gradients = limits(step)
-    assert logits < of_logits
-    assert gradients < of_gradients
+    logits_limit, gradients_limit = limits(step)
+    assert logits < logits_limit
+    assert gradients < gradients_limit
 
 
 def limits(step: Step) -> tuple[float, float]:

@@ -88,12 +88,12 @@ def count(inputs, save: Path, name: str, fault=contextlib.nullcontext) -> list[C
     return run(world, partial(waits_of_a_step, **fields), inputs[0], save, inputs[1], fault)
 
 
-OF_THE_STEP = {
+STEP_WAITS = {
     ("item", "clip_grads.py:get_grad_norm_fp32"): 1,  # Megatron's
     ("copy to the host", "agreement.py:agree"): 1,  # the losses, whether all is finite, whether to stop
 }
-OF_A_LAYER = ("synchronize", "token_dispatcher.py:_maybe_dtoh_and_synchronize")  # Megatron's
-OF_AN_EXCHANGE = ("synchronize", "p2p_communication.py:_communicate")  # Megatron's, after each (`batch_p2p_sync`)
+LAYER_WAIT = ("synchronize", "token_dispatcher.py:_maybe_dtoh_and_synchronize")  # Megatron's
+EXCHANGE_WAIT = ("synchronize", "p2p_communication.py:_communicate")  # Megatron's, after each (`batch_p2p_sync`)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def expected_of(name: str) -> Counter:
     passes, stages = 2 if "recompute" in name else 1, 2 if "PP2" in name else 1
     # One stage sends forward and the other back; one of these is sent and received in a single exchange.
     exchanges = 2 * MICRO_BATCHES - 1 if stages > 1 else 0
-    of_layers = passes * LAYERS // stages * MICRO_BATCHES
-    return Counter(OF_THE_STEP) + Counter({OF_A_LAYER: of_layers, OF_AN_EXCHANGE: exchanges})
+    layer_waits = passes * LAYERS // stages * MICRO_BATCHES
+    return Counter(STEP_WAITS) + Counter({LAYER_WAIT: layer_waits, EXCHANGE_WAIT: exchanges})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -118,7 +118,7 @@ def test_one_wait_a_layer_and_two_a_step(name, inputs, tmp_path, figures):
     found = ranks[0]
     print(f"\n{name}", *(f"{times:4} {what} in {site}" for (what, site), times in sorted(found.items())), sep="\n")
     layers = LAYERS // 2 if name == "PP2" else LAYERS
-    counted_here = (found[OF_A_LAYER] // layers // MICRO_BATCHES, found[OF_AN_EXCHANGE], found.total())
+    counted_here = (found[LAYER_WAIT] // layers // MICRO_BATCHES, found[EXCHANGE_WAIT], found.total())
     figures.add(name, **dict(zip(COLUMNS, map(str, (layers, *counted_here)), strict=True)))
     for found in ranks:
         assert found == expected_of(name)
@@ -147,10 +147,10 @@ def looking_at_numbers():
 
 def test_a_look_at_a_number_is_found_in_forward_and_backward(inputs, tmp_path):
     found = count(inputs, tmp_path / "run", "one rank", looking_at_numbers)[0]
-    of_all = LAYERS * MICRO_BATCHES
+    all_layers = LAYERS * MICRO_BATCHES
     assert found - expected_of("one rank") == {
-        ("item", "test_synchronisations.py:look_forward"): of_all,
-        ("item", "test_synchronisations.py:look_backward"): of_all,
+        ("item", "test_synchronisations.py:look_forward"): all_layers,
+        ("item", "test_synchronisations.py:look_backward"): all_layers,
     }
 
 

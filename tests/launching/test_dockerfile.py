@@ -16,7 +16,7 @@ RELEASE = re.search(r"^ARG PYTORCH_RELEASE=(\S+)$", WRITTEN, re.MULTILINE).group
 DOCKERFILE = WRITTEN.replace("${PYTORCH_RELEASE}", RELEASE)
 """As Docker reads it where no release is given."""
 STAGES = dict(zip(("cpu", "gpu"), re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:], strict=True))
-OF_THE_BASE = r"grep -iE '(\S+)' > /tmp/base.txt"
+BASE_PACKAGES = r"grep -iE '(\S+)' > /tmp/base.txt"
 
 
 def copied(stage: str) -> list[str]:
@@ -68,7 +68,7 @@ def test_a_change_of_the_code_leaves_the_layer_of_the_packages(stage):
     assert {path for path in copied(stage) if path.endswith(".py")} == {"setup.py", "megatron_moe_lpr/__init__.py"}
 
 
-def of_everyone(requires: str) -> list[Requirement]:
+def unconditional_requirements(requires: str) -> list[Requirement]:
     """Requirements of a requires.txt that belong to no extra: sections that begin with a colon have a marker."""
     found, marker = [], ""
     for line in filter(None, requires.splitlines()):
@@ -88,7 +88,7 @@ def test_these_files_are_all_that_setup_py_reads(stage, tmp_path):
     found = (tmp_path / "megatron_moe_lpr.egg-info/requires.txt").read_text()
     wanted = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.DOTALL).group(1)
     wanted = {str(Requirement(text)) for text in re.findall(r"^ +[\"'](.+)[\"'],$", wanted, re.MULTILINE)}
-    assert {str(need) for need in of_everyone(found)} == wanted and "[test]" in found
+    assert {str(need) for need in unconditional_requirements(found)} == wanted and "[test]" in found
 
 
 def test_the_cpu_image_has_the_versions_that_ci_tests():
@@ -119,7 +119,7 @@ def test_the_gpu_image_keeps_the_base_s_torch_and_transformer_engine():
     (command,) = installs("gpu")
     assert command[1:5] == ["--constraint", "/tmp/base.txt", "--constraint", f"constraints-{RELEASE}.txt"]
     assert "PIP_CONSTRAINT= pip install" in STAGES["gpu"]
-    pattern = re.compile(re.search(OF_THE_BASE, STAGES["gpu"]).group(1), re.IGNORECASE)
+    pattern = re.compile(re.search(BASE_PACKAGES, STAGES["gpu"]).group(1), re.IGNORECASE)
     installed = ("torch==2.10.0a0+b558c986e8.nv25.11", "numpy==1.26.4", "triton==3.5.0", "torchvision==0.25.0a0+1")
     engines = (
         "transformer_engine==2.9.0+70f53666",

@@ -156,7 +156,7 @@ class ShardStrategy(TorchDistSaveShardedStrategy):
         """Plan this rank's shard. Every rank must call it.
 
         Args:
-            async_strategy: from megatron-core 0.17 on, whose writer process writes: none of them does, `ShareWriter` is
+            async_strategy: from megatron-core 0.17 on, whose writer process writes: none of them does, `ShardWriter` is
                 ours.
 
         Returns:

@@ -296,11 +296,11 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
 def test_a_writer_of_megatron_s_own_is_noticed(monkeypatch):
     """A version that asks for its caller by another name would start one of its own, which no save here waits for."""
 
-    def of_the_next_version(queue: AsyncCallsQueue, request: AsyncRequest) -> int:
+    def renamed_method(queue: AsyncCallsQueue, request: AsyncRequest) -> int:
         queue.async_calls.append(_ActiveAsyncRequest(0, TemporalAsyncCaller(), request))
         return 0
 
-    monkeypatch.setattr(AsyncCallsQueue, "schedule_async_request", of_the_next_version)
+    monkeypatch.setattr(AsyncCallsQueue, "schedule_async_request", renamed_method)
     with pytest.raises(RuntimeError, match="megatron-core has given the save to a writer of its own"):
         CallsQueue(None).schedule_async_request(AsyncRequest(None, (), []))
 
