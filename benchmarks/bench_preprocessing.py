@@ -37,11 +37,11 @@ CHILD = """
 import json, re, resource, sys, time
 from megatron_moe_lpr.data.preparation.documents import DocumentOptions
 from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
-from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess
+from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingOptions, preprocess
 source, output, tokenizer, eod_token, workers = sys.argv[1:6]
 encoder = EncoderOptions(tokenizer, eod_token or None, True, DocumentOptions(language="xx"))
 start = time.perf_counter()
-plan = PreprocessingPlan([source], output, encoder, workers=int(workers), overwrite=True)
+plan = PreprocessingOptions([source], output, encoder, workers=int(workers), overwrite=True)
 (manifest,) = preprocess(plan).values()
 rate = (manifest.tokens - manifest.documents) / (time.perf_counter() - start)
 # Not ru_maxrss, which a process takes over from the one that started it.

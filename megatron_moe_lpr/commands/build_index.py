@@ -29,11 +29,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     flags = parse_flags(Flags, arguments, __doc__)
     sources = read_data_sources(flags.data)
-    for share in sources.shares(flags.train_samples * flags.seq_length):
-        kind = "original" if share.is_original else "expanded"
+    for one in sources.tokens_by_language(flags.train_samples * flags.seq_length):
+        kind = "original" if one.is_original else "expanded"
         print(
-            f"{share.language} ({kind}): {share.share:.2%} of the samples, {share.tokens:,} tokens in the data, "
-            f"{share.tokens_drawn:,.0f} drawn, {share.epochs:.2f} epochs"
+            f"{one.language} ({kind}): {one.fraction:.2%} of the samples, {one.tokens:,} tokens in the data, "
+            f"{one.tokens_drawn:,.0f} drawn, {one.epochs:.2f} epochs"
         )
     # Late, because megatron-core takes seconds to import and the checks above do without.
     from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset

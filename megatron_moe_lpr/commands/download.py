@@ -15,8 +15,8 @@ from rich.table import Table
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.language_names import canonical_language, split_names
 from megatron_moe_lpr.data.original_languages import parse_languages
-from megatron_moe_lpr.data.preparation.corpora import CORPORA, corpus_of
-from megatron_moe_lpr.data.preparation.hub import Shard, disk_need, download, find_shards, remove_staging
+from megatron_moe_lpr.data.preparation.corpora import CORPORA, choose_corpus
+from megatron_moe_lpr.data.preparation.hub import CorpusFile, disk_need, download, find_files, remove_staging
 from megatron_moe_lpr.errors import UserError, naming
 from megatron_moe_lpr.files.file_lock import directory_lock
 from megatron_moe_lpr.files.filesystem import atomic_file, check_output_file
@@ -62,8 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
     check_choices(choices, counts)
     names, shards = {}, {}
     for language, count in counts.items():
-        names[language], corpus = corpus_of(language, choices)
-        shards[language] = find_shards(corpus, language, flags.revision, count, flags.valid_shards, flags.output)
+        names[language], corpus = choose_corpus(language, choices)
+        shards[language] = find_files(corpus, language, flags.revision, count, flags.valid_shards, flags.output)
     show(names, shards, flags.dry_run)
     everything = [shard for some in shards.values() for shard in some]
     missing, free = disk_need(everything, flags.output)
@@ -84,7 +84,7 @@ def check_choices(choices: dict[str, str], counts: dict[str, int]) -> None:
         if language not in counts:
             raise UserError(f"--corpus {language}={choices[language]}: --languages does not ask for {language}")
     for language in counts:
-        corpus_of(language, choices)
+        choose_corpus(language, choices)
 
 
 def shard_count(text: str, default: int) -> tuple[str, int]:
@@ -99,11 +99,11 @@ def shard_count(text: str, default: int) -> tuple[str, int]:
     return name, count
 
 
-def show(names: dict[str, str], shards: dict[str, list[Shard]], with_files: bool) -> None:
+def show(names: dict[str, str], shards: dict[str, list[CorpusFile]], with_files: bool) -> None:
     """Sizes and terms by language; with every file where asked."""
     table = Table("language", "data set", "files", "GB", "to fetch, GB", title="corpora")
     for language, some in shards.items():
-        sizes = [sum(one.num_bytes for one in some), sum(one.num_bytes for one in some if not one.is_there)]
+        sizes = [sum(one.num_bytes for one in some), sum(one.num_bytes for one in some if not one.is_complete)]
         repository = CORPORA[names[language]].repository
         table.add_row(language, repository, str(len(some)), *(f"{size / 1e9:,.3f}" for size in sizes))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
@@ -111,20 +111,20 @@ def show(names: dict[str, str], shards: dict[str, list[Shard]], with_files: bool
         print(f"{CORPORA[name].repository}: {CORPORA[name].terms}")
     if with_files:
         for shard in (one for some in shards.values() for one in some):
-            state = "there" if shard.is_there else f"{shard.num_bytes:,} bytes"
+            state = "there" if shard.is_complete else f"{shard.num_bytes:,} bytes"
             print(f"{shard.repository}@{shard.revision[:8]} {shard.path} -> {shard.target} ({state})")
 
 
-def fetch(shards: list[Shard], output: Path) -> None:
+def fetch(shards: list[CorpusFile], output: Path) -> None:
     """What is not there, one file after the other. Raises UserError."""
     for number, shard in enumerate(shards, 1):
-        if not shard.is_there:
+        if not shard.is_complete:
             print(f"{number} of {len(shards)}: {shard.target}", flush=True)
             download(shard, output)
     remove_staging(output)
 
 
-def write_record(names: dict[str, str], shards: dict[str, list[Shard]], output: Path) -> None:
+def write_record(names: dict[str, str], shards: dict[str, list[CorpusFile]], output: Path) -> None:
     """Where each file came from, for whoever asks later."""
     record = {
         language: {

@@ -19,7 +19,7 @@ from megatron_moe_lpr.data.language_names import canonical_language, is_known, l
 from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.data.preparation.documents import LANGUAGE_PATTERN, DocumentOptions
 from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
-from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess
+from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingOptions, preprocess
 from megatron_moe_lpr.data.preparation.sources import MAX_LINE_BYTES
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_ranges import PositiveInt, Range, Seed
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"note: --language-key: {manifest.language} is no known language{perhaps}", file=sys.stderr)
 
 
-def plan(flags: Flags) -> PreprocessingPlan:
+def plan(flags: Flags) -> PreprocessingOptions:
     """Check the flags against each other."""
     if (flags.language is None) == (flags.language_key is None):
         raise UserError("give either --language, for a whole input, or --language-key, to split it by a field")
@@ -101,7 +101,7 @@ def plan(flags: Flags) -> PreprocessingPlan:
         flags.json_key, language, flags.language_key, flags.on_error == "stop", flags.max_line_bytes
     )
     encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents, flags.split_special_tokens)
-    return PreprocessingPlan(
+    return PreprocessingOptions(
         inputs=flags.input,
         output_prefix=flags.output_prefix,
         encoder=encoder,

@@ -1,4 +1,4 @@
-"""What a tokenizer's own settings put before every text, and training data leaves out: mostly a BOS token."""
+"""Tokens that a tokenizer's settings add before every text (mostly BOS) and training data does not have."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from megatron_moe_lpr.files.json_files import read_json
 
 
 def begin_tokens(tokenizer: str | Path) -> list[str]:
-    """Tokens that transformers, and with it lm_eval, puts before a text; empty for Qwen's tokenizers, for example.
+    """Return the tokens that transformers (and so lm_eval) adds before a text; empty for Qwen's tokenizers.
 
-    A `tokenizer.json` says it in its post-processor. Beside a SentencePiece model alone, `add_bos_token` of
-    tokenizer_config.json does, which is on if nothing turns it off.
+    Read from the post-processor of `tokenizer.json`. For a SentencePiece model, from `add_bos_token` in
+    tokenizer_config.json, which defaults to true.
 
     Args:
         tokenizer: a directory or a file, as for `load_tokenizer`.
@@ -27,7 +27,7 @@ def begin_tokens(tokenizer: str | Path) -> list[str]:
 
 
 def begin_note(tokenizer: str | Path) -> str | None:
-    """For the user of data preparation: which tokens documents begin without; None: the tokenizer adds none itself."""
+    """Return a note for the user about tokens that documents begin without; None if the tokenizer adds none."""
     tokens = begin_tokens(tokenizer)
     if not tokens:
         return None

@@ -1,7 +1,7 @@
-"""Write Megatron's indexed datasets (.bin: token ids, .idx: where each document lies) with numpy alone.
+"""Read and write Megatron's indexed datasets (.bin: token ids, .idx: document positions) with numpy alone.
 
-megatron-core's own builder takes a torch tensor for each document and makes the index in a Python loop; this one takes
-whole blocks. The bytes are the same, see tests/data/test_indexed.py.
+megatron-core's builder takes one torch tensor per document and builds the index in a Python loop; this one takes whole
+blocks. The bytes are the same (tests/data/test_indexed.py).
 """
 
 import os
@@ -22,15 +22,15 @@ _DTYPE_CODES = {"int32": 4, "uint16": 8}
 _LENGTHS_OFFSET = len(_HEADER) + 8 + 1 + 8 + 8
 COPY_BYTES = 16 << 20
 INDEX_BLOCK = 1 << 20
-"""Documents looked at together."""
+"""Documents checked at a time."""
 
 
 class IndexedWriter:
-    """Appends documents to a .bin and writes its .idx at the end. One document is one sequence.
+    """Appends documents to a .bin file; `finish` writes the .idx. One document is one sequence.
 
     Args:
-        prefix: the paths without `.bin` and `.idx`.
-        dtype: of a token, uint16 or int32.
+        prefix: path without `.bin` and `.idx`.
+        dtype: dtype of token ids, uint16 or int32.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype) -> None:
@@ -52,14 +52,14 @@ class IndexedWriter:
         self._count(lengths)
 
     def append_dataset(self, prefix: str) -> None:
-        """Append another dataset of the same dtype as it stands."""
+        """Append all documents of another dataset of the same dtype."""
         with open(bin_path(prefix), "rb") as source:
             shutil.copyfileobj(source, self._file, COPY_BYTES)
         self._count(read_lengths(prefix))
 
     @property
     def checksum(self) -> str:
-        """Of the .bin as far as it is written."""
+        """Checksum of the .bin written so far."""
         return self._file.entry().checksum
 
     def finish(self) -> None:
@@ -89,15 +89,15 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
 
 
 def index_bytes(documents: int) -> int:
-    """Size of the .idx of that many documents."""
+    """Return the size in bytes of an .idx for that many documents."""
     return _LENGTHS_OFFSET + documents * (4 + 8) + (documents + 1) * 8
 
 
 def read_lengths(prefix: str) -> np.ndarray:
-    """Tokens of each document [documents], int32, memory-mapped.
+    """Return the number of tokens of each document, int32 [documents], memory-mapped.
 
     Raises:
-        UserError: not an index of this form.
+        UserError: the file is not a valid index.
     """
     path = idx_path(prefix)
     try:
@@ -116,15 +116,15 @@ def read_lengths(prefix: str) -> np.ndarray:
 
 
 def check_index(prefix: str, dtype: str, tokens: int) -> None:
-    """Check every number of an .idx, in blocks, before megatron-core reads where documents lie from it.
+    """Check every number of an .idx, in blocks, before megatron-core uses its document positions.
 
     Args:
         prefix: the dataset.
-        dtype: of a token, as the manifest has it.
-        tokens: in the .bin.
+        dtype: dtype of token ids, from the manifest.
+        tokens: number of tokens in the .bin.
 
     Raises:
-        UserError: it is not the index of such documents, one after the other.
+        UserError: it is not an index of consecutive documents with that many tokens.
     """
     lengths, path = read_lengths(prefix), idx_path(prefix)
     documents = len(lengths)
@@ -132,7 +132,7 @@ def check_index(prefix: str, dtype: str, tokens: int) -> None:
         version, code, _, indices = struct.unpack("<QBQQ", file.read(_LENGTHS_OFFSET)[len(_HEADER) :])
     if (version, code, indices) != (_VERSION, _DTYPE_CODES[dtype], documents + 1):
         raise UserError(f"{path}: not an index of {documents:,} documents of {dtype}; preprocess again")
-    # Unaligned, therefore not memory-mapped as a whole.
+    # After an odd number of int32 lengths the int64 positions are unaligned.
     pointers = np.memmap(path, dtype="<i8", mode="r", offset=_LENGTHS_OFFSET + 4 * documents)
     end, itemsize = 0, np.dtype(dtype).itemsize
     for start in range(0, documents, INDEX_BLOCK):
@@ -151,23 +151,21 @@ def check_index(prefix: str, dtype: str, tokens: int) -> None:
 
 
 def open_tokens(prefix: str, dtype: np.dtype) -> np.ndarray:
-    """All tokens [tokens] of a .bin, memory-mapped."""
+    """Return all token ids [tokens] of a .bin, memory-mapped."""
     if not bin_path(prefix).stat().st_size:
         return np.empty(0, dtype)
     return np.memmap(bin_path(prefix), dtype=dtype, mode="r")
 
 
 def shuffle_documents(source: str, target: str, dtype: np.dtype, seed: int) -> str:
-    """Write the documents of prefix `source` to prefix `target` in an order that only `seed` and their number decide.
+    """Write the documents of prefix `source` to prefix `target` in a random order; return the checksum of the .bin.
 
-    Returns the checksum of the new .bin.
-
-    Memory is that of the index (20 bytes a document), not of the text: documents are read where they lie.
+    The order depends only on `seed` and the number of documents. Needs 20 bytes of memory per document.
     """
     lengths = read_lengths(source)
     sizes = lengths.astype(np.int64) * np.dtype(dtype).itemsize
     offsets = np.cumsum(sizes) - sizes
-    # RandomState, not default_rng: numpy promises its stream never changes.
+    # RandomState instead of default_rng: numpy guarantees that its stream never changes.
     order = np.random.RandomState(seed).permutation(len(lengths))
     file = open(bin_path(target), "wb", buffering=COPY_BYTES)  # noqa: SIM115 (closed by the stream)
     with open(bin_path(source), "rb") as reader, ChecksumStream(file) as writer:

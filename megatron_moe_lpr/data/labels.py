@@ -1,18 +1,18 @@
-"""Names of datasets in curves and tables: the language, and where several share it, what tells them apart."""
+"""Labels of datasets in curves and tables: the language, plus a part of the path if several share it."""
 
 from collections.abc import Sequence
 from pathlib import PurePath
 
 
 def dataset_labels(datasets: Sequence[tuple[str, str]]) -> list[str]:
-    """A label for each dataset, all different.
+    """Return a unique label for each dataset.
 
     Args:
-        datasets: name, which may be a path, and language of each.
+        datasets: (name or path, language) of each.
 
     Returns:
-        The language where it is the only dataset of it. Else `language/name`, with as many of the last parts of the
-        path as tell the datasets of that language apart, and a number where none do: `el/news`, `el/books`.
+        The language, if it has one dataset. Otherwise `language/name` with as many trailing parts of the path as are
+        needed to distinguish them, or a number if none do: `el/news`, `el/books`.
     """
     labels = []
     for position, (name, language) in enumerate(datasets):

@@ -1,4 +1,4 @@
-"""Which group each language belongs to: 0, the original ones, and one for each expansion, as the history tells."""
+"""The language group of each language, from a checkpoint's history: 0 original, then one for each expansion."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,26 +6,26 @@ from typing import Any
 from megatron_moe_lpr.data.language_names import canonical_language, covered
 
 EXPANSION = "expansion"
-"""The `stage` of an expansion's entry in a checkpoint's history."""
+"""Value of `stage` in the history entry of an expansion."""
 IMPORTED_ADAPTER, IMPORTED_MIXTURE = "imported adapter", "imported mixture"
-"""The `stage` of an import's entry, of experts that were trained elsewhere."""
+"""Values of `stage` in the history entry of an import of experts that were trained elsewhere."""
 
 
 def original_languages(history: Sequence[Mapping[str, Any]]) -> set[str]:
-    """All that any run called original."""
+    """Return all languages that any run of the history named as original."""
     return {canonical_language(name) for entry in history for name in entry.get("original_languages") or ()}
 
 
 def trained_languages(entry: Mapping[str, Any]) -> set[str]:
-    """Languages of the training data of one run."""
+    """Return the languages of the training data of one run."""
     return set(map(canonical_language, entry.get("languages") or ()))
 
 
 def learned_languages(history: Sequence[Mapping[str, Any]]) -> list[set[str]]:
-    """Languages that were first trained on after the first expansion, after the second, and so on.
+    """Return the languages added by the first upcycling, by the second expansion, and so on.
 
-    Learned in a stage 1, here or before the experts were imported: what `--stage full` trained on belongs to the dense
-    model. The last group may be empty, of an expansion that nothing was trained after.
+    A language is added by its first stage 1, here or before trained experts were imported. `--stage full` trains the
+    dense model, so its languages do not count. The last set is empty if nothing was trained after the expansion.
     """
     original = original_languages(history)
     seen: set[str] = set()
@@ -44,11 +44,12 @@ def learned_languages(history: Sequence[Mapping[str, Any]]) -> list[set[str]]:
 def groups_with_prior(
     history: Sequence[Mapping[str, Any]], original: Sequence[str], num_groups: int
 ) -> list[list[str]]:
-    """Languages known before the latest expansion: the original ones, then those of each expansion before it.
+    """Return the language groups before the latest expansion: original languages, then those of earlier expansions.
 
     Args:
-        original: what this run calls original, beside what the history does.
-        num_groups: of the model, the original and the latest one counted.
+        history: history entries of the checkpoint.
+        original: languages that this run names as original, in addition to the history.
+        num_groups: language groups of the model, including the original and the latest.
     """
     known = original_languages(history) | set(original)
     earlier = learned_languages(history)[: num_groups - 2]
@@ -59,5 +60,5 @@ def groups_with_prior(
 
 
 def group_name(group: int) -> str:
-    """`original`, `expanded`, `expanded 2`, ..."""
+    """Return the name of a language group: `original`, `expanded`, `expanded 2`, ..."""
     return ("original", "expanded")[group] if group < 2 else f"expanded {group}"

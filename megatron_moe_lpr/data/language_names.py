@@ -1,4 +1,4 @@
-"""Names of languages: codes, English names and regional tags to one spelling, and what a misspelled one may mean."""
+"""Normalise language names (codes, English names, regional tags) to one spelling, and suggest corrections."""
 
 import dataclasses
 import difflib
@@ -8,13 +8,13 @@ import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from importlib import resources
 
-# Languages that are written in more than one script today: their script stays in the tag, also the usual one.
+# Languages written in several scripts today: their tags keep the script.
 _SEVERAL_SCRIPTS = frozenset(
     ("az", "bs", "ha", "hbs", "kk", "ks", "ku", "mn", "ms", "pa", "sd", "sr", "tg", "tk", "tt", "ug", "uz", "zh")
 )
 _CHINESE_SCRIPTS = {"CN": "Hans", "SG": "Hans", "MY": "Hans", "TW": "Hant", "HK": "Hant", "MO": "Hant"}
 _SAME = {"nb": "no", "tl": "fil"}
-"""Codes that data sets use for one language."""
+"""Codes that data sets use for the same language."""
 _ALIKE = 0.75
 _NAME_ALIKE = 0.8
 
@@ -27,19 +27,19 @@ class Language:
     """ISO 639-1, or 639-3 where there is none."""
     other_codes: tuple[str, ...]
     script: str
-    """In which it is usually written, ISO 15924."""
+    """Usual script, ISO 15924."""
     countries: tuple[str, ...]
-    """Lower-case ISO 3166 codes of the countries whose usual language it is; its own country first."""
+    """Lower-case ISO 3166 codes of countries whose main language it is, its own country first."""
     names: tuple[str, ...]
-    """In English, and in the language itself."""
+    """Names in English and in the language itself."""
 
 
 @functools.lru_cache(maxsize=4096)
 def canonical_language(text: str) -> str:
-    """One spelling for each language: `el` for `el`, `EL`, `ell`, `ell_Grek`, `Greek` and `gr`; `zh-CN` for `zh_CN`.
+    """Return one spelling per language: `el` for `EL`, `ell`, `ell_Grek`, `Greek` and `gr`; `zh-CN` for `zh_CN`.
 
-    Region and script stay, but for the script of a language that has only one. What is neither a code nor a name, as
-    `code` or `el-tech`, is a tag of the user's own and stays as it is.
+    Region and script are kept, except the script of a language that has only one. A name that is neither a code nor a
+    language name, such as `code` or `el-tech`, is the user's own tag and returned unchanged.
     """
     given = text.strip()
     if known := _by_word().get(_folded(given)):
@@ -49,35 +49,35 @@ def canonical_language(text: str) -> str:
 
 
 def language_title(language: str) -> str:
-    """`el (Greek)`; a tag of the user's own as it is."""
+    """Return `el (Greek)`; the user's own tags unchanged."""
     parts = _parts(language)
     known = _by_word()[parts[0]] if parts else None
     return f"{language} ({known.names[0]})" if known and known.names else language
 
 
 def named_script(language: str) -> str:
-    """`Hant` of `zh-Hant`; empty where the tag names none, or the only one that the language has."""
+    """Return the script named by a tag, `Hant` of `zh-Hant`; empty if it names none, or the language has only one."""
     parts = _parts(language)
     return parts[1] if parts else ""
 
 
 def with_usual_script(language: str) -> str:
-    """`ceb_Latn` for `ceb`; a tag that is not of the table, or whose script is not known, as it is."""
+    """Return `ceb_Latn` for `ceb`; tags that are not in the table or have no known script unchanged."""
     row, script = _row(language), named_script(language)
     script = script or (row.script if row else "")
     return f"{row.code}_{script}" if row and script else language
 
 
 def is_known(language: str) -> bool:
-    """Whether a canonical tag is of a language of the table, and not the user's own."""
+    """Return whether a canonical tag is a language of the table, not the user's own."""
     return _parts(language) is not None
 
 
 def covers(name: str, language: str) -> bool:
-    """Whether a named language is that of a dataset; both are canonical.
+    """Return whether a named language includes a dataset's language; both are canonical.
 
-    `en` and `en-US` are one, since neither contradicts the other; `pt-BR` and `pt-PT`, or `zh-Hans` and `zh-TW`, are
-    two. A tag of the user's own is that tag only.
+    `en` and `en-US` match, since they do not contradict each other; `pt-BR` and `pt-PT`, or `zh-Hans` and `zh-TW`, do
+    not. The user's own tags match themselves only.
     """
     if name == language:
         return True
@@ -90,13 +90,13 @@ def covers(name: str, language: str) -> bool:
 
 
 def covered(languages: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Those of `languages` that one of `names` means."""
+    """Return those of `languages` that one of `names` covers."""
     names = list(names)
     return {language for language in languages if any(covers(name, language) for name in names)}
 
 
 def split_names(arguments: Sequence[str]) -> list[str]:
-    """`["en,es", "Swiss German"]` to `["en", "es", "Swiss German"]`; of white space alone `"en es"` to both codes."""
+    """Split `["en,es", "Swiss German"]` to `["en", "es", "Swiss German"]`, and `["en es"]` to both codes."""
     pieces = [piece.strip() for argument in arguments for piece in re.split("[,;]", argument)]
     names: list[str] = []
     for piece in filter(None, pieces):
@@ -105,14 +105,14 @@ def split_names(arguments: Sequence[str]) -> list[str]:
 
 
 def likely_meaning(given: str, languages: Collection[str]) -> str | None:
-    """What a name that none of `languages` has may be misspelled for: one of them, or else a language of the table.
+    """Return the likely correction of a name that matches none of `languages`: one of them, or a language of the table.
 
-    A code that is right is no misspelling, unless it is the country's of one of the languages (`kr` beside `ko`); the
-    three-letter code says that the language is meant.
+    A valid code is no misspelling, unless it is also the country code of one of the languages (`kr` beside `ko`); the
+    three-letter code is then unambiguous.
 
     Args:
-        given: as the user wrote it.
-        languages: canonical names, for example of the data.
+        given: the name as the user wrote it.
+        languages: canonical names, for example those of the data.
     """
     country = [name for name in languages if (row := _row(name)) and row.countries[:1] == (given.casefold(),)]
     if country or is_known(canonical_language(given)):
@@ -129,13 +129,13 @@ def likely_meaning(given: str, languages: Collection[str]) -> str | None:
 
 
 def _one_letter_apart(given: str, words: Iterable[str]) -> list[str]:
-    """Words of two letters of which `given` has one in its place: `ek` for `el`."""
+    """Return two-letter words that differ from `given` in one letter: `el` for `ek`."""
     text = _folded(given)
     return [word for word in words if len(word) == len(text) == 2 and (word[0] == text[0]) != (word[1] == text[1])]
 
 
 def _contradict(given: str, language: str) -> bool:
-    """Whether two tags of the user's own begin with codes of two languages: `en-legal` and `el-legal`."""
+    """Return whether two of the user's own tags begin with different language codes: `en-legal` and `el-legal`."""
     first, second = (_by_word().get(_folded(re.split("[-_]", tag)[0])) for tag in (given, language))
     return first is not None and second is not None and first != second
 
@@ -151,14 +151,14 @@ def _words(language: str) -> list[str]:
 
 
 def _full(parts: tuple[str, str, str]) -> tuple[str, str]:
-    """Script and region; Chinese of a region is written in the region's script."""
+    """Return (script, region) of a tag; for Chinese the region implies the script."""
     code, script, region = parts
     return (script or _CHINESE_SCRIPTS.get(region, "") if code == "zh" else script), region
 
 
 @functools.lru_cache(maxsize=4096)
 def _parts(tag: str) -> tuple[str, str, str] | None:
-    """(code, script or "", region or "") of a tag; None where it is no known language's."""
+    """Return (code, script or "", region or "") of a tag; None if its language is unknown."""
     primary, *subtags = re.split("[-_]", re.sub("[.@].*", "", tag))
     row = _by_word().get(_folded(primary))
     if row and subtags and len(subtags[0]) == 3 and (extended := _by_word().get(subtags[0].casefold())):
@@ -175,12 +175,12 @@ def _parts(tag: str) -> tuple[str, str, str] | None:
 
 
 def _is_area(subtag: str) -> bool:
-    """A number of UN M.49, as 419 for Latin America."""
+    """Return whether a subtag is a UN M.49 area number, such as 419 for Latin America."""
     return len(subtag) == 3 and subtag.isdigit()
 
 
 def _folded(text: str) -> str:
-    """Without case, accents and the kind of white space: `norwegian bokmal`."""
+    """Return the name in lower case without accents, white space normalised: `norwegian bokmal`."""
     plain = unicodedata.normalize("NFKD", re.sub(r"[\s_-]+", " ", text.strip()))
     return "".join(letter for letter in plain if not unicodedata.combining(letter)).casefold()
 
@@ -197,7 +197,7 @@ def _rows() -> tuple[Language, ...]:
 
 @functools.cache
 def _by_word() -> dict[str, Language]:
-    """Codes before names before countries, where one word is several things."""
+    """Map each word to its language; codes take precedence over names, names over countries."""
     words = {row.countries[0]: row for row in _rows() if row.countries and len(row.code) == 2}
     words |= {_folded(name): row for row in _rows() for name in row.names if name}
     words |= {code: row for row in _rows() for code in row.other_codes}

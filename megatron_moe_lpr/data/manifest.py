@@ -1,4 +1,4 @@
-"""`PREFIX.json`: what lies in PREFIX.bin and PREFIX.idx, so that nobody can mislabel or mix them."""
+"""The dataset manifest PREFIX.json: language, tokenizer, counts and checksums of PREFIX.bin and PREFIX.idx."""
 
 import dataclasses
 import functools
@@ -34,40 +34,40 @@ class Manifest:
     """The contents of `PREFIX.json`. One prefix holds one language."""
 
     language: str
-    """In one spelling, `language_names.canonical_language`, also where an older version wrote another."""
+    """Canonical spelling (`language_names.canonical_language`); normalised when reading older manifests."""
     tokenizer: str
-    """Fingerprint: sha256 in hex, see `tokenizer.Tokenizer`."""
+    """Fingerprint of the tokenizer: sha256 in hex, see `tokenizer.Tokenizer`."""
     vocab_size: int
     eod: int
-    """The id that ends a document."""
+    """Token id that ends a document."""
     append_eod: bool
-    """Every document ends with `eod`."""
+    """Whether every document ends with `eod`."""
     dtype: str
-    """Of a token in the .bin: uint16 or int32."""
+    """Dtype of token ids in the .bin: uint16 or int32."""
     documents: int
     tokens: int
-    """EOD tokens included."""
+    """Number of tokens, including EOD."""
     text_bytes: int
     """UTF-8 bytes of the documents' text."""
     bin_bytes: int
     idx_bytes: int
     index_sha256: str
-    """Of the .idx: training compares it, and keeps index maps under it."""
+    """Checksum of the .idx; also the key of cached index maps."""
     skipped: dict[str, int]
-    """Documents left out, by reason, and documents kept with a repair."""
+    """Counts of documents left out, by reason, and of documents kept with a repair."""
     sources: list[Source]
     bin_xxh3_128: str | None = None
-    """Of the .bin, made while it was written; None where an older version wrote it."""
+    """Checksum of the .bin, computed while writing; None in manifests of older versions."""
     largest_token: int | None = None
-    """The largest id in the .bin, which the model's vocabulary must hold; None where an older version wrote it."""
+    """Largest token id in the .bin; None in manifests of older versions."""
     partition: str | None = None
-    """`i/n` for one part of a run split by --partitions."""
+    """`i/n` for partition i of a run with --partitions n."""
     shuffle_seed: int | None = None
     version: str = megatron_moe_lpr.__version__
-    """Of the tool that wrote it."""
+    """Version of this package that wrote the dataset."""
 
     def write(self, prefix: str) -> None:
-        """Write `PREFIX.json`, the last of the three files, whole or not at all."""
+        """Write `PREFIX.json` atomically. Call it last, after the other two files are complete."""
         with atomic_file(manifest_path(prefix)) as partial:
             content = {"format": FORMAT, **dataclasses.asdict(self)}
             partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -89,12 +89,12 @@ def idx_path(prefix: str) -> Path:
 
 
 def dataset_files(prefixes: Sequence[str]) -> list[Path]:
-    """The three files of each dataset, be they there or not."""
+    """Return the paths of the three files of each dataset, whether or not they exist."""
     return [place(strip_suffix(prefix)) for prefix in prefixes for place in (manifest_path, bin_path, idx_path)]
 
 
 def strip_suffix(prefix: str) -> str:
-    """The prefix, also where somebody gave one of its three files."""
+    """Return the prefix of a dataset, given the prefix or one of its three files."""
     for suffix in (".json", ".bin", ".idx"):
         if prefix.endswith(suffix):
             return prefix[: -len(suffix)]
@@ -122,10 +122,10 @@ def read_manifest(prefix: str) -> Manifest:
 
 
 def verify_index(prefix: str, manifest: Manifest) -> None:
-    """Compare `PREFIX.idx` with its checksum: the content of 20 bytes a document.
+    """Compare `PREFIX.idx` (20 bytes per document) with its checksum.
 
     Raises:
-        UserError: it is not the index that was written.
+        UserError: the content differs.
     """
     path = idx_path(prefix)
     if _index_sha256(path, path.stat().st_mtime_ns) != manifest.index_sha256:
@@ -135,10 +135,10 @@ def verify_index(prefix: str, manifest: Manifest) -> None:
 
 
 def verify_tokens(prefix: str, manifest: Manifest) -> bool:
-    """Compare `PREFIX.bin` with its checksum: reads all of it. False: an older version wrote it, without a checksum.
+    """Compare all of `PREFIX.bin` with its checksum. Returns False if an older version recorded none.
 
     Raises:
-        UserError: it is not the text that was written.
+        UserError: the content differs.
     """
     if manifest.bin_xxh3_128 is None:
         return False
@@ -148,7 +148,7 @@ def verify_tokens(prefix: str, manifest: Manifest) -> bool:
 
 
 def check_tokenizer(prefix: str, manifest: Manifest, fingerprint: str, name: str) -> None:
-    """Raise UserError where `fingerprint`, that of the tokenizer `name`, is not the dataset's."""
+    """Raise UserError if the dataset was made with another tokenizer than `name`, whose fingerprint is given."""
     if manifest.tokenizer != fingerprint:
         raise UserError(
             f"{prefix}: was made with another tokenizer than {name} "
@@ -157,7 +157,7 @@ def check_tokenizer(prefix: str, manifest: Manifest, fingerprint: str, name: str
 
 
 def check_agreement(manifests: dict[str, Manifest], fields: Sequence[str]) -> None:
-    """Raise UserError where two datasets differ in one of the fields, naming both."""
+    """Raise UserError if two datasets differ in one of the fields; names both."""
     (first_prefix, first), *others = manifests.items()
     for prefix, manifest in others:
         for field in fields:
@@ -168,7 +168,7 @@ def check_agreement(manifests: dict[str, Manifest], fields: Sequence[str]) -> No
 
 @functools.lru_cache(maxsize=1024)
 def _index_sha256(path: Path, modified: int) -> str:
-    """A run reads each manifest two or three times; `modified` keeps a changed file from being taken for the old."""
+    """Return the checksum, cached because a run reads each manifest several times; `modified` is part of the key."""
     return sha256_of_file(path)
 
 

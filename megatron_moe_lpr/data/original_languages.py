@@ -1,4 +1,4 @@
-"""--original-languages: which languages the dense model knows, and what a run's data has of them."""
+"""Parse --original-languages, the languages that the dense model knows, and compare them with the data."""
 
 import dataclasses
 import unicodedata
@@ -19,27 +19,27 @@ FLAG = "--original-languages"
 
 @dataclasses.dataclass(frozen=True)
 class OriginalLanguages:
-    """The original languages of a run, whatever data it happens to have."""
+    """The original languages of a run, whether or not it has data of them."""
 
     names: tuple[str, ...]
-    """In their one spelling, sorted: those given and those that the checkpoint's history knows."""
+    """Canonical names, sorted: those of the flag and those of the checkpoint's history."""
     notes: tuple[str, ...]
-    """What the user should know of how they were understood."""
+    """Messages for the user about how names were interpreted."""
 
 
 def read_original_languages(
     given: Sequence[str], data: Collection[str], recorded: Collection[str] = (), flag: str = FLAG
 ) -> OriginalLanguages:
-    """Understand the flag, and compare it with the languages of the data.
+    """Parse the flag and compare it with the languages of the data.
 
     Args:
-        given: the flag's arguments: codes or names, also several in one, separated by commas.
-        data: languages of the datasets. Original languages of which there is no data are fine.
+        given: arguments of the flag: codes or names; one argument may hold several, separated by commas.
+        data: languages of the datasets. Original languages without data are allowed.
         recorded: original languages in the checkpoint's history.
-        flag: its name, for messages.
+        flag: name of the flag, for error messages.
 
     Raises:
-        UserError: a name that none of the data has and that looks like a misspelled one.
+        UserError: a name matches no language of the data and looks misspelled.
     """
     words = split_names(given)
     names = {word: word if word in data else canonical_language(word) for word in words}
@@ -51,11 +51,10 @@ def read_original_languages(
 
 
 def parse_languages(given: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
-    """Languages of a flag in their one spelling and in the order given, and what the user should know of them: what was
-    read as another spelling, and what is no known language.
+    """Return the canonical languages of a flag, in the order given, and notes: other spellings, unknown languages.
 
     Raises:
-        UserError: a name that looks like a misspelled one.
+        UserError: a name looks misspelled.
     """
     words = split_names(given)
     for word in words:
@@ -81,7 +80,7 @@ def _mistake(word: str, data: Collection[str], flag: str) -> str | None:
 
 
 def _unusable(word: str, flag: str) -> str | None:
-    """Of a name that no dataset can have, as `en|es` and `'en'`: taken as a tag, it would switch the flag off."""
+    """Return what is wrong with a name that no dataset can have, such as `en|es`; as a tag it would match nothing."""
     if is_known(canonical_language(word)) or all(letter in "_-" or _is_of_words(letter) for letter in word):
         return None
     return (
@@ -91,7 +90,7 @@ def _unusable(word: str, flag: str) -> str | None:
 
 
 def _is_of_words(letter: str) -> bool:
-    """A letter, also the marks on it, or a digit, of any script."""
+    """Return whether a character is a letter, a combining mark or a digit, of any script."""
     return unicodedata.category(letter)[0] in "LMN"
 
 

@@ -1,4 +1,4 @@
-"""Forms of tokenizers that are not read here: what lies in a directory, and how transformers makes the form that is."""
+"""Recognise tokenizer formats that this package does not read, and say how transformers converts them."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ SAVE = "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 
 
 def other_tokenizer(directory: Path) -> str:
-    """The end of a message about a directory without a tokenizer that can be read; empty where nothing is known.
+    """Return a hint for a directory without a readable tokenizer; empty if its format is unknown.
 
     Args:
-        directory: what the user gave, also a file.
+        directory: the path given by the user; may be a file.
     """
     if not directory.is_dir():
         return ""
@@ -35,10 +35,10 @@ def other_tokenizer(directory: Path) -> str:
 
 
 def other_model_file(path: Path) -> str:
-    """The end of a message about a `tokenizer.model` that is no SentencePiece model; empty where nothing is known."""
+    """Return a hint for a `tokenizer.model` that is not a SentencePiece model; empty if its format is unknown."""
     with open(path, "rb") as stream:
         first = stream.readline(200).split()
-    # A line of tiktoken's form: a token in base 64 and its rank.
+    # tiktoken format: each line holds a base64 token and its rank.
     if len(first) == 2 and first[1].isdigit():
         return (
             "; it is tiktoken's form, as in Meta's own files of Llama 3: take tokenizer.json from the model's Hugging "

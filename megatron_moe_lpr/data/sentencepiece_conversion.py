@@ -1,7 +1,7 @@
-"""A SentencePiece `.model` as a tokenizer of Hugging Face's `tokenizers`, which transformers reads as tokenizer.json.
+"""Convert a SentencePiece `.model` to a tokenizer of Hugging Face's `tokenizers` (tokenizer.json).
 
-After transformers' `convert_slow_tokenizer.LlamaConverter` and `SpmConverter` of version 4, which the models' authors
-used: transformers 5 reads a `.model` without the space that SentencePiece puts before a text, and so other ids.
+Follows `convert_slow_tokenizer.LlamaConverter` and `SpmConverter` of transformers 4, which the models' authors used.
+transformers 5 omits the space that SentencePiece adds before a text, which changes ids.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ SPACE = "\u2581"
 UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 NEVER = -100.0
-"""Far below the score of any piece of a text: SentencePiece finds bytes and control pieces in none."""
+"""Score far below that of any text piece, so that byte and control pieces never match in a text."""
 
 
 def convert_sentencepiece(model: bytes, added: Sequence[AddedToken], name: str) -> "Tokenizer":
-    """Build the tokenizer. It adds no special token of its own accord.
+    """Build the tokenizer. It does not add special tokens to texts.
 
     Args:
-        model: content of the `.model`.
-        added: further tokens, which the files beside it name.
-        name: of the `.model`, for messages.
+        model: content of the `.model` file.
+        added: additional tokens from the files beside it.
+        name: path of the `.model`, for error messages.
 
     Raises:
-        UserError: a kind of model that has no such form, or an added token whose id is another's.
+        UserError: the model type cannot be converted, or the id of an added token is taken.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Tokenizer
@@ -51,7 +51,7 @@ def convert_sentencepiece(model: bytes, added: Sequence[AddedToken], name: str) 
 
 
 def add_tokens(tokenizer: "Tokenizer", tokens: Sequence[AddedToken], name: str) -> None:
-    """Add tokens at their ids. Raises UserError where one gets another id, since the ids have a gap."""
+    """Add tokens at their ids. Raises UserError if one would get another id because the ids have a gap."""
     from tokenizers import AddedToken as RustToken
 
     for token in tokens:
@@ -88,7 +88,7 @@ def _is_of_texts(piece: Any) -> bool:
 
 
 def _merges(proto: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to cut a piece into two others, the best scored piece first, as SentencePiece joins them."""
+    """Return all merges of two pieces into a third, by descending score, as SentencePiece applies them."""
     merges = []
     for piece in filter(_is_of_texts, proto.pieces):
         text = piece.piece
@@ -96,7 +96,7 @@ def _merges(proto: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
         known = [cut for cut in cuts if cut[0] in vocabulary and cut[1] in vocabulary]
         known.sort(key=lambda cut: (vocabulary[cut[0]], vocabulary[cut[1]]))
         merges += [(piece.score, cut) for cut in known]
-    merges.sort(key=lambda pair: -pair[0])  # stable: pieces of one score stay in the vocabulary's order
+    merges.sort(key=lambda pair: -pair[0])  # stable sort: pieces of equal score keep their order in the vocabulary
     return [cut for _, cut in merges]
 
 

@@ -1,11 +1,11 @@
-"""Special tokens that a text mentions: `<|endoftext|>` in a page about tokenizers is text, and ends no document."""
+"""Find special tokens that occur as plain text, such as `<|endoftext|>` in an article about tokenizers."""
 
 import re
 from collections.abc import Collection
 
 
 class SpecialTokenSearch:
-    """Finds mentions of special tokens in texts."""
+    """Finds special tokens that occur in texts."""
 
     def __init__(self, tokens: Collection[str]) -> None:
         ordered = sorted(filter(None, tokens), key=lambda token: (-len(token), token))
@@ -13,8 +13,8 @@ class SpecialTokenSearch:
         self._beginnings = {token[:2] for token in ordered}
 
     def first(self, text: str) -> str | None:
-        """The first special token that the text mentions."""
-        # Most texts hold no beginning of one, and looking for that is much faster than the pattern.
+        """Return the first special token that occurs in the text; None if there is none."""
+        # Fast path: most texts do not even contain the first characters of a special token.
         if self._pattern is None or not any(beginning in text for beginning in self._beginnings):
             return None
         match = self._pattern.search(text)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a Hugging Face `tokenizer.json` or a SentencePiece `.model`, behind one small class."""
+"""Tokenizers: a Hugging Face `tokenizer.json` or a SentencePiece `.model` behind one small interface."""
 
 import contextlib
 import dataclasses
@@ -36,14 +36,14 @@ COMPANION_FILES = (
 
 
 class Tokenizer(ABC):
-    """A tokenizer as training data needs it: no special token is ever added but the end of a document (EOD).
+    """A tokenizer for training data: `encode_batch` adds no special tokens; callers append the end of a document (EOD).
 
     Attributes:
-        path: the `tokenizer.json` or `.model` it was read from.
-        vocab_size: the largest id + 1.
-        fingerprint: sha256 in hex of what decides the ids; the same for a copy in another directory.
-        split_special_tokens: encode special tokens that a text mentions as plain text, as Hugging Face's option does.
-        special_tokens: what it would cut out of a text otherwise.
+        path: the `tokenizer.json` or `.model` file.
+        vocab_size: largest token id + 1.
+        fingerprint: sha256 in hex of everything that determines the ids; equal for copies of the files.
+        split_special_tokens: encode special tokens in a text as plain text, as the Hugging Face option of that name.
+        special_tokens: tokens that would otherwise be recognised in a text.
     """
 
     path: Path
@@ -55,13 +55,13 @@ class Tokenizer(ABC):
 
     @functools.cached_property
     def eod(self) -> int:
-        """The id that ends a document.
+        """Token id that ends a document (EOD).
 
-        That of --eod-token, else of the eos_token in tokenizer_config.json or special_tokens_map.json, else the
-        eos_token_id of generation_config.json or config.json, else the SentencePiece model's own.
+        From --eod-token, else eos_token in tokenizer_config.json or special_tokens_map.json, else eos_token_id in
+        generation_config.json or config.json, else the SentencePiece model.
 
         Raises:
-            UserError: none is to be found.
+            UserError: none of them names one.
         """
         named = (self.eod_token, None) if self.eod_token else eos_token(self.path.parent)
         if named is not None:
@@ -75,7 +75,7 @@ class Tokenizer(ABC):
         return self._own_eos()
 
     def eod_note(self) -> str | None:
-        """What the files beside the tokenizer say otherwise of the token that ends a text; None: they agree."""
+        """Return a note if the files beside the tokenizer disagree about the token that ends a text, else None."""
         declared = eos_ids(self.path.parent)
         if declared is None or self.eod in declared[0]:
             return None
@@ -90,27 +90,27 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_id(self, token: str) -> int | None:
-        """The id of a token; None where there is none of this name."""
+        """Return the id of a token; None if it is unknown."""
 
     @abstractmethod
     def token(self, number: int) -> str | None:
-        """The token of an id."""
+        """Return the token of an id; None if it is unknown."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text. The texts hold no lone surrogates (see `documents.replace_surrogates`)."""
+        """Return token ids of each text. Texts have no lone surrogates (see `documents.replace_surrogates`)."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens included."""
+        """Return the text of token ids, including special tokens."""
 
     @property
     def dtype(self) -> np.dtype:
-        """What the ids are stored as: uint16 for small vocabularies, else int32 (Megatron's own rule)."""
+        """Dtype of stored ids: uint16 for small vocabularies, else int32 (Megatron's rule)."""
         return np.dtype(np.uint16) if self.vocab_size < 65500 else np.dtype(np.int32)
 
     def __reduce__(self) -> tuple:
-        # Where worker processes can't be forked, each reads the file again.
+        # Pickled to worker processes that are spawned: each reads the file again.
         return load_tokenizer, (self.path, self.eod_token, self.split_special_tokens)
 
     def save(self, directory: Path) -> None:
@@ -127,11 +127,11 @@ def load_tokenizer(path: str | Path, eod_token: str | None = None, split_special
 
     Args:
         path: a directory holding `tokenizer.json` or one `.model`, or such a file itself.
-        eod_token: the token that ends a document, where the tokenizer's own end-of-sequence token is not wanted.
-        split_special_tokens: encode special tokens that a text mentions as plain text; else they are the real ones.
+        eod_token: token that ends a document; default: the tokenizer's end-of-sequence token.
+        split_special_tokens: encode special tokens in a text as plain text; otherwise as the special tokens.
 
     Raises:
-        UserError: no such file, or not a tokenizer.
+        UserError: the file does not exist or is not a tokenizer.
     """
     file = _tokenizer_file(Path(path))
     refuse_lfs_pointers(file.parent, (file.name,))
@@ -144,7 +144,7 @@ def _tokenizer_file(path: Path) -> Path:
         return path
     if not path.exists():
         raise UserError(f"{path}: no such tokenizer; give a directory, a tokenizer.json or a SentencePiece .model")
-    # transformers knows this name alone; other .model files beside it are other tokenizers.
+    # transformers reads these two names only; further .model files beside them are other tokenizers.
     names = ("tokenizer.json", "tokenizer.model")
     candidates = [*(path / name for name in names), *sorted(path.glob("*.model"))] if path.is_dir() else []
     for candidate in candidates:
@@ -163,11 +163,13 @@ class HuggingFaceTokenizer(Tokenizer):
         content = read_json(path)
         try:
             self._tokenizer = RustTokenizer.from_file(str(path))
-        except BaseException as error:  # the library raises a bare Exception, and where it panics a BaseException
+        except (
+            BaseException
+        ) as error:  # the library raises a bare Exception, and a BaseException if its Rust code panics
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise UserError(f"{path}: not a tokenizer.json that this tokenizers library reads ({error})") from None
-        # A tokenizer.json may carry a truncation or a padding, left over from fine-tuning.
+        # Fine-tuning often leaves truncation or padding in tokenizer.json.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -175,9 +177,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._mark_special()
 
     def _mark_special(self) -> None:
-        """Decide what a mention in a text is. A tokenizer.json may hold the EOD token without marking it special."""
+        """Mark the EOD token as special, which some tokenizer.json files do not, and set `special_tokens`."""
         ends = {self.eod_token}
-        with contextlib.suppress(UserError):  # of a bad value, raised where `eod` is asked for
+        with contextlib.suppress(UserError):  # a bad value is reported when `eod` is read
             ends |= set((eos_token(self.path.parent) or ())[:1])
         decoder = self._tokenizer.get_added_tokens_decoder()
         for token in decoder.values():
@@ -206,7 +208,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model`, with the tokens that the files beside it add."""
+    """A SentencePiece `.model`, plus the tokens added by the files beside it."""
 
     def __init__(self, path: Path, eod_token: str | None = None, split_special_tokens: bool = True) -> None:
         import sentencepiece
@@ -224,17 +226,17 @@ class SentencePieceTokenizer(Tokenizer):
         self.fingerprint = _fingerprint_of_model(path, ordinary)
         control = {self._tokenizer.id_to_piece(number) for number in range(pieces) if self._tokenizer.IsControl(number)}
         self.special_tokens = frozenset(control | {token.content for token in tokens if token.special})
-        # SentencePiece itself cuts no added token out of a text, and is faster where none is to be.
+        # SentencePiece does not recognise added tokens; it is used where none must be, because it is faster.
         self._converted = None if split_special_tokens and not ordinary else self.converted()
         if self._converted is not None:
             self._converted.encode_special_tokens = split_special_tokens
 
     def converted(self) -> "RustTokenizer":
-        """The same as a tokenizer of Hugging Face's library, which becomes a tokenizer.json in an export."""
+        """Return the same tokenizer as one of Hugging Face's library, for the tokenizer.json of an export."""
         return convert_sentencepiece(self.path.read_bytes(), list(self._added.values()), str(self.path))
 
     def role_tokens(self) -> dict[str, str]:
-        """The tokens of the model's own roles, by Hugging Face's names: bos_token, eos_token, unk_token."""
+        """Return the tokens with a role in the model, by Hugging Face names: bos_token, eos_token, unk_token."""
         model = self._tokenizer
         numbers = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
         return {name: model.id_to_piece(number) for name, number in numbers.items() if number >= 0}
@@ -271,7 +273,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _fingerprint_of_model(path: Path, ordinary: Sequence[AddedToken]) -> str:
-    """Sha256 of the `.model`, and of added tokens that are not special, which alone change the ids of a text."""
+    """Return sha256 of the `.model` and of those added tokens that change ids: the ones that are not special."""
     digest = hashlib.sha256(path.read_bytes())
     for token in ordinary:
         digest.update(json.dumps(dataclasses.asdict(token), sort_keys=True).encode("ascii"))
@@ -279,11 +281,11 @@ def _fingerprint_of_model(path: Path, ordinary: Sequence[AddedToken]) -> str:
 
 
 ORIGIN = "converted_from"
-"""In the tokenizer_config.json of an export: which fingerprint its tokenizer.json has, and which its source had."""
+"""Key in tokenizer_config.json of an export: fingerprints of its tokenizer.json and of the source tokenizer."""
 
 
 def _recorded_fingerprint(path: Path, fingerprint: str) -> str:
-    """That of the tokenizer from which an export made this tokenizer.json: text encoded by either has the same ids."""
+    """Return the fingerprint of an export's source tokenizer, which encodes to the same ids; else `fingerprint`."""
     file = path.with_name(CONFIG)
     origin = read_json(file).get(ORIGIN) if file.is_file() else None
     if not isinstance(origin, dict) or origin.get("tokenizer_json") != fingerprint:
@@ -293,10 +295,9 @@ def _recorded_fingerprint(path: Path, fingerprint: str) -> str:
 
 
 def fingerprint_of_json(content: dict[str, Any]) -> str:
-    """Sha256 of a `tokenizer.json` in a form that re-saving it does not change.
+    """Return sha256 of a `tokenizer.json` in a normal form that loading and saving it does not change.
 
-    Left out: truncation and padding, which data preparation turns off. Merges are written as pairs, whether the file
-    has them as pairs or as strings.
+    Ignores truncation and padding, which data preparation turns off, and whether merges are stored as pairs or strings.
     """
     content = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
     model = content.get("model")
@@ -309,10 +310,10 @@ def fingerprint_of_json(content: dict[str, Any]) -> str:
 
 
 def model_vocabulary(path: Path) -> int | None:
-    """The `vocab_size` of the model that a tokenizer's directory belongs to; None where no config.json is beside it.
+    """Return `vocab_size` from the config.json beside a tokenizer; None if there is no such file.
 
     Raises:
-        UserError: the file is there and says none.
+        UserError: the file is damaged or its `vocab_size` invalid.
     """
     file = path.with_name("config.json")
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer say of it: tokens added to its vocabulary, and the token that ends a text."""
+"""Read added tokens and the end-of-text token from the files beside a tokenizer."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ MODEL_FILES = ("generation_config.json", "config.json")
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """A token that is cut out of a text before the rest is split, as Hugging Face's AddedToken."""
+    """A token recognised in a text before tokenization, as AddedToken of Hugging Face."""
 
     id: int
     content: str
@@ -30,12 +30,12 @@ FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
 def added_tokens(directory: Path) -> list[AddedToken]:
-    """Tokens of `added_tokens_decoder` in tokenizer_config.json and of added_tokens.json, by id.
+    """Return tokens of `added_tokens_decoder` in tokenizer_config.json and of added_tokens.json, by id.
 
-    Special is also what one of the special tokens' roles (eos_token, additional_special_tokens, ...) names.
+    Tokens named by a role (eos_token, additional_special_tokens, ...) are special too.
 
     Raises:
-        UserError: a file holds something else.
+        UserError: a file has invalid entries.
     """
     roles = _special_contents(directory)
     tokens: dict[int, AddedToken] = {}
@@ -71,10 +71,10 @@ def _special_contents(directory: Path) -> set[str]:
 
 
 def eos_token(directory: Path) -> tuple[str, Path] | None:
-    """The end-of-sequence token that the tokenizer's files name, and which does; tokenizer_config.json goes first.
+    """Return the end-of-sequence token and the file that names it; tokenizer_config.json takes precedence.
 
     Raises:
-        UserError: one names something that is no text.
+        UserError: a file names something that is not text.
     """
     for name in (CONFIG, SPECIAL_TOKENS):
         file = directory / name
@@ -87,7 +87,7 @@ def eos_token(directory: Path) -> tuple[str, Path] | None:
 
 
 def eos_ids(directory: Path) -> tuple[list[int], Path] | None:
-    """The ids that end a text for the model, and the file that says so; generation_config.json goes first."""
+    """Return the ids that end a text for the model, and the file with them; generation_config.json takes precedence."""
     for name in MODEL_FILES:
         file = directory / name
         numbers = _table(file).get("eos_token_id")

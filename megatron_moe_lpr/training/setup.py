@@ -292,8 +292,8 @@ def _data_table(run: Run) -> Table:
     batch = run.config.batch
     tokens = batch.train_iters * batch.global_batch_size * batch.seq_length
     table = Table("language", "", "share", "tokens to draw", "epochs", title="Training data", title_justify="left")
-    for share in run.sources.shares(tokens):
-        kind = "original" if share.is_original else "expanded"
-        numbers = (f"{share.share:.2%}", f"{share.tokens_drawn:,.0f}", f"{share.epochs:.2f}")
-        table.add_row(share.language, kind, *numbers)
+    for one in run.sources.tokens_by_language(tokens):
+        kind = "original" if one.is_original else "expanded"
+        numbers = (f"{one.fraction:.2%}", f"{one.tokens_drawn:,.0f}", f"{one.epochs:.2f}")
+        table.add_row(one.language, kind, *numbers)
     return table

@@ -14,7 +14,7 @@ from megatron_moe_lpr.data.indexed import IndexedWriter
 from megatron_moe_lpr.data.manifest import Manifest
 from megatron_moe_lpr.data.preparation.documents import DocumentOptions
 from megatron_moe_lpr.data.preparation.encoding import EncoderOptions
-from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingPlan, preprocess
+from megatron_moe_lpr.data.preparation.preprocessing import PreprocessingOptions, preprocess
 from megatron_moe_lpr.data.preparation.publishing import publish
 
 CORPUS = Path(__file__).parents[2] / "data" / "help_corpus"
@@ -72,14 +72,14 @@ def write_jsonl(path: Path, documents: list) -> Path:
     return path
 
 
-def make_plan(inputs, prefix: Path, tokenizer: Path, language: str | None = "en", **changes) -> PreprocessingPlan:
+def make_plan(inputs, prefix: Path, tokenizer: Path, language: str | None = "en", **changes) -> PreprocessingOptions:
     """A plan with defaults; `changes` go to the plan, its encoder or its document options by name."""
     names = [str(path) for path in (inputs if isinstance(inputs, list) else [inputs])]
     documents = DocumentOptions(language=language)
     documents = dataclasses.replace(documents, **_taken(changes, DocumentOptions))
     encoder = EncoderOptions(str(tokenizer), None, append_eod=True, documents=documents)
     encoder = dataclasses.replace(encoder, **_taken(changes, EncoderOptions))
-    return PreprocessingPlan(names, str(prefix), encoder, **changes)
+    return PreprocessingOptions(names, str(prefix), encoder, **changes)
 
 
 def _taken(changes: dict, kind: type) -> dict:

@@ -1,1 +1,1 @@
-"""Text to language-tagged indexed datasets, offline: what tools/download_data.py to tools/inspect_data.py do."""
+"""Data preparation, offline: download, preprocess, merge and inspect indexed datasets of one language each."""

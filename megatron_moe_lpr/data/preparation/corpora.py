@@ -1,4 +1,4 @@
-"""The corpora that the paper trains on: where the Hugging Face hub has their text of a language, and in what form."""
+"""The training corpora of the paper on the Hugging Face hub: repository, folders and format by language."""
 
 import dataclasses
 
@@ -7,19 +7,19 @@ from megatron_moe_lpr.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A data set of the hub, as files that tools/preprocess_data.py reads."""
+    """A data set on the hub whose files `moe-lpr preprocess` reads."""
 
     repository: str
     folders: tuple[str, ...]
-    """Where its files are; LANGUAGE is replaced."""
+    """Folders of its files; LANGUAGE stands for the language code."""
     suffix: str
     languages: frozenset[str] | None
-    """None: the folder tells."""
+    """Languages of the corpus; None: any, one folder each."""
     terms: str
-    """Licence and access, as the data set's page had them when this was written."""
+    """Licence and access conditions, copied from the page of the data set."""
 
-    def folders_of(self, language: str) -> list[str]:
-        """The folders of a language, in the order in which they are read."""
+    def language_folders(self, language: str) -> list[str]:
+        """Return the folders of a language, in reading order."""
         return [folder.replace("LANGUAGE", language) for folder in self.folders]
 
 
@@ -47,17 +47,17 @@ CORPORA = {
     ),
 }
 DEFAULTS = {"en": "slimpajama", "zh": "skypile"}
-"""The paper's choice; the other languages come from CulturaX."""
+"""Corpus of a language, as in the paper; other languages use CulturaX."""
 
 
-def corpus_of(language: str, choices: dict[str, str]) -> tuple[str, Corpus]:
-    """Name and description of the corpus for a language.
+def choose_corpus(language: str, choices: dict[str, str]) -> tuple[str, Corpus]:
+    """Return name and description of the corpus for a language.
 
     Args:
-        choices: language to corpus, where it is not the paper's.
+        choices: language to corpus name, where the user wants another one than the paper.
 
     Raises:
-        UserError: no such corpus, or it has other languages.
+        UserError: the corpus is unknown, or does not contain the language.
     """
     name = choices.get(language, DEFAULTS.get(language, "culturax"))
     if name not in CORPORA:

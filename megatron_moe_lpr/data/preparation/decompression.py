@@ -1,4 +1,4 @@
-"""Compressed text in pieces of bounded size, however much a few bytes of it stand for."""
+"""Stream decompression of .gz and .zst files in chunks of bounded size, safe against decompression bombs."""
 
 import gzip
 import zlib
@@ -7,22 +7,22 @@ from typing import BinaryIO
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_WINDOW_BYTES = 1 << 27
-"""As much as zstd's own command takes without --long; a frame that needs more is refused."""
+"""The limit of the zstd command without --long; frames that need a larger window are refused."""
 BLOCKS_AT_ONCE = 4
-"""A zstd block holds at most 128 KB of text, in as few as four bytes."""
+"""Blocks decompressed at once. One block of four bytes can expand to 128 KB."""
 _SKIPPABLE = range(0x184D2A50, 0x184D2A60)
 _SKIP_BYTES = 1 << 20
 
 
 class Damaged(Exception):
-    """The file is damaged, or ends before its last frame does."""
+    """The compressed file is damaged or truncated."""
 
 
 def gzip_chunks(file: BinaryIO, chunk_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """Yield (text of at most `chunk_bytes`, position in the file).
+    """Decompress gzip; yield (at most `chunk_bytes` of text, position in the compressed file).
 
     Raises:
-        Damaged: the file is not whole.
+        Damaged: the file is damaged or truncated.
     """
     try:
         with gzip.open(file) as stream:
@@ -32,13 +32,13 @@ def gzip_chunks(file: BinaryIO, chunk_bytes: int) -> Iterator[tuple[bytes, int]]
 
 
 def zstd_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Yield (text of at most `BLOCKS_AT_ONCE` zstd blocks, position in the file).
+    """Decompress zstd; yield (text of at most `BLOCKS_AT_ONCE` blocks, position in the compressed file).
 
-    The library's stream reader takes a truncated file for a complete one, and its decompressor gives all that the bytes
-    handed to it stand for at once: a thousand times their size and more. So it gets a few blocks at a time.
+    zstandard's stream reader accepts truncated files without an error, and its decompressor returns all output of its
+    input in one piece, which may be a thousand times larger. Therefore it gets a few blocks at a time.
 
     Raises:
-        Damaged: the file is not whole, or needs a larger window than `MAX_WINDOW_BYTES`.
+        Damaged: the file is damaged or truncated, or needs a larger window than `MAX_WINDOW_BYTES`.
     """
     import zstandard
 
@@ -59,7 +59,7 @@ def zstd_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def _pieces(file: BinaryIO, magic: bytes) -> Iterator[bytes]:
-    """A frame cut between blocks. Format: RFC 8878, sections 3.1.1.1 and 3.1.1.2."""
+    """Yield one frame in pieces that end between blocks. Format: RFC 8878, sections 3.1.1.1 and 3.1.1.2."""
     descriptor = _exactly(file, 1)
     flags = descriptor[0]
     single_segment, has_checksum = flags >> 5 & 1, flags >> 2 & 1
@@ -70,7 +70,7 @@ def _pieces(file: BinaryIO, magic: bytes) -> Iterator[bytes]:
         head = _exactly(file, 3)
         number = int.from_bytes(head, "little")
         is_last, kind, size = number & 1, number >> 1 & 3, number >> 3
-        # Of a run of one byte its length is given, and the byte follows once.
+        # An RLE block (kind 1) stores its expanded length and then a single byte.
         piece += [head, _exactly(file, 1 if kind == 1 else size)]
         blocks += 1
         if blocks % BLOCKS_AT_ONCE == 0 and not is_last:

@@ -1,4 +1,4 @@
-"""Lines to documents: JSON or plain text, with every reason to leave one out counted or reported."""
+"""Parse lines (JSON or plain text) into documents; count or report every line that is left out, by reason."""
 
 import dataclasses
 import json
@@ -20,25 +20,25 @@ TOO_LONG = "too_long"
 NO_TEXT = "no_text"
 NO_LANGUAGE = "no_language"
 KEPT = "kept_with_"
-"""Begins the reasons under which documents are counted that are there."""
+"""Prefix of counts of documents that were kept, with a repair or a remark."""
 REPAIRED = f"{KEPT}replaced_surrogates"
 
 
 @dataclasses.dataclass(frozen=True)
 class DocumentOptions:
-    """How to read a document out of a line."""
+    """How to parse one line into a document."""
 
     json_key: str = "text"
     language: str | None = None
-    """The language of every document; None: read it from `language_key`."""
+    """Language of all documents; None: each document names its own under `language_key`."""
     language_key: str | None = None
     stop_on_error: bool = True
     max_line_bytes: int = MAX_LINE_BYTES
-    """A longer line is an error."""
+    """Longer lines are errors."""
 
 
 class DocumentError(Exception):
-    """One line is not a document: the reason to count it under, and a message."""
+    """A line is not a valid document. `reason` is the count it belongs to."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -53,11 +53,11 @@ def read_documents(
     Args:
         block: the lines.
         options: how to read them.
-        counts: gets the lines left out, by reason. Empty and white-space documents are always left out.
-        first: gets, for each kind of error, `file:line: message` of its first.
+        counts: incremented for each line left out, by reason. Empty and white-space documents are always left out.
+        first: filled with `file:line: message` of the first error of each kind.
 
     Raises:
-        UserError: a line is no document and `stop_on_error` is on; names file and line.
+        UserError: a line is not a document and `stop_on_error` is set; names file and line.
     """
     counts[EMPTY] += block.lines.count(b"\n") + (not block.lines.endswith(b"\n"))
     for begin, line in _lines(block):
@@ -83,9 +83,9 @@ def read_documents(
 
 
 def _lines(block: Block) -> Iterator[tuple[int, bytes | None]]:
-    """Where each line begins that is not empty, and the line; None: it was too long to be kept.
+    """Yield (offset, line) of each line that is not empty; None in the place of a line that was too long to keep.
 
-    Files of empty lines alone, a thousand million of them in a few KB, take no longer than others of their size.
+    A regular expression skips empty lines in C: a few compressed KB can expand to a billion of them.
     """
     if block.too_long:
         yield 0, None
@@ -94,9 +94,9 @@ def _lines(block: Block) -> Iterator[tuple[int, bytes | None]]:
 
 
 def replace_surrogates(text: str) -> str:
-    """The text with every lone surrogate as U+FFFD; the same object if it has none.
+    """Return the text with every lone surrogate replaced by U+FFFD; the same object if there is none.
 
-    JSON can hold lone surrogates ("\\ud800"), UTF-8 can't.
+    JSON can hold lone surrogates ("\\ud800"), UTF-8 cannot.
     """
     try:
         text.encode("utf-8")
@@ -109,7 +109,7 @@ def _read_line(line: bytes | None, block: Block, options: DocumentOptions) -> tu
     if line is None or len(line) > options.max_line_bytes:
         raise DocumentError(TOO_LONG, f"longer than {options.max_line_bytes:,} bytes (--max-line-bytes)")
     try:
-        # A byte order mark may stand at the beginning of a file.
+        # Files may begin with a byte order mark.
         decoded = line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
     except UnicodeDecodeError as error:
         raise DocumentError(MALFORMED, f"not UTF-8 (byte {error.start + 1} of the line)") from None
@@ -143,6 +143,6 @@ def _language(document: dict, key: str | None) -> str:
 
 
 def _line_number(block: Block, begin: int) -> int:
-    """In the whole file, though the block knows only its place in the partition's slice."""
+    """Return the line's number in the file; the block counts from the start of the partition's slice."""
     before = count_lines(block.source, block.start_offset) if block.start_offset else 0
     return block.line_number + before + block.lines.count(b"\n", 0, begin)

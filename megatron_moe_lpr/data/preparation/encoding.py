@@ -1,7 +1,7 @@
-"""Blocks of lines to blocks of token ids, in order, by worker processes.
+"""Tokenize blocks of lines in worker processes, keeping their order.
 
-Processes, not the tokenizer's own threads: reading JSON and taking ids out of the tokenizer's objects need the
-interpreter too, and only processes spread that (measured in docs/data.md).
+Processes instead of the tokenizer's own threads: parsing JSON and copying ids out of the tokenizer's results hold
+Python's global lock, so only processes run them in parallel (measured in docs/data.md).
 """
 
 import array
@@ -35,21 +35,21 @@ EOD_INSIDE = f"{KEPT}end_of_document_inside"
 
 @dataclasses.dataclass(frozen=True)
 class EncoderOptions:
-    """All that a worker process needs to know."""
+    """Settings of tokenization, sent to each worker process."""
 
     tokenizer: str
     eod_token: str | None
     append_eod: bool
     documents: DocumentOptions
     split_special_tokens: bool = True
-    """Encode special tokens that a text mentions as plain text; else they are the real ones. Counted either way."""
+    """Encode special tokens that occur in a text as plain text; otherwise as special tokens. Both are counted."""
     model_vocabulary: int | None = None
-    """Ids of the model that the tokenizer belongs to, where it is known; more are refused."""
+    """Vocabulary size of the model, if known; larger ids are refused."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents of one language, in order.
+    """Tokenized documents of one language, in input order.
 
     Attributes:
         tokens: ids of all documents, one after the other.
@@ -62,14 +62,14 @@ class EncodedDocuments:
     text_bytes: np.ndarray
 
     def head(self, documents: int) -> "EncodedDocuments":
-        """The first `documents` of them."""
+        """Return the first `documents` documents."""
         lengths = self.lengths[:documents]
         return EncodedDocuments(self.tokens[: int(lengths.sum())], lengths, self.text_bytes[:documents])
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedBlock:
-    """What became of one block: documents by language, and what was left out."""
+    """Result of one block: tokenized documents by language, and counts of what was left out."""
 
     languages: dict[str, EncodedDocuments]
     counts: Counter
@@ -78,7 +78,7 @@ class EncodedBlock:
 
 
 class BlockEncoder:
-    """Turns a block of lines into token ids, on one thread."""
+    """Tokenizes blocks of lines in the calling thread."""
 
     def __init__(self, tokenizer: Tokenizer, options: EncoderOptions) -> None:
         self.tokenizer, self.options = tokenizer, options
@@ -86,7 +86,7 @@ class BlockEncoder:
         self._mention_reason = MENTIONS_AS_TEXT if options.split_special_tokens else MENTIONS_AS_TOKENS
 
     def encode(self, block: Block) -> EncodedBlock:
-        """Raises UserError where the block holds a bad line and errors are to stop the run."""
+        """Tokenize a block. Raises UserError for a bad line if `stop_on_error` is set."""
         counts: Counter[str] = Counter()
         first: dict[str, str] = {}
         texts: dict[str, list[str]] = {}
@@ -124,7 +124,7 @@ class BlockEncoder:
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """Short lists: the Rust tokenizer's result takes some 170 bytes for each character while a batch lasts."""
+    """Split texts into short lists: while a batch is tokenized, it needs about 170 bytes of memory a character."""
     batch, characters = [], 0
     for text in texts:
         batch.append(text)
@@ -159,7 +159,7 @@ def _is_ready() -> bool:
 
 @contextlib.contextmanager
 def worker_pool(encoder: BlockEncoder, workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes, started before anything else is, so that they may be forked off safely."""
+    """Start worker processes. Call it before starting threads, so that forking is safe."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder,))
     try:
@@ -172,9 +172,9 @@ def worker_pool(encoder: BlockEncoder, workers: int) -> Iterator[ProcessPoolExec
 
 
 def encode_blocks(pool: ProcessPoolExecutor, blocks: Iterable[Block], workers: int) -> Iterator[EncodedBlock]:
-    """Encode blocks and yield the results in the order of the blocks, whatever the number of workers.
+    """Tokenize blocks and yield results in the order of the blocks, for any number of workers.
 
-    At most `BLOCKS_AHEAD` blocks a worker are in memory beside the one yielded.
+    At most `BLOCKS_AHEAD` blocks per worker wait in memory.
     """
     waiting: deque[Future[EncodedBlock]] = deque()
     for block in blocks:

@@ -1,4 +1,4 @@
-"""Tables that show what is in indexed datasets: counts, and decoded samples to look at."""
+"""Tables of indexed datasets: counts by language, and decoded samples."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ from megatron_moe_lpr.errors import UserError
 
 
 def counts_table(manifests: Mapping[str, Manifest]) -> Table:
-    """One row a dataset: language, documents, tokens and what they say about the tokenizer."""
+    """Return a table with one row per dataset: language, documents, tokens, bytes per token."""
     table = Table(title="datasets")
     table.add_column("prefix", overflow="fold")
     table.add_column("language")
@@ -38,10 +38,10 @@ def counts_table(manifests: Mapping[str, Manifest]) -> Table:
 def samples_table(
     prefix: str, manifest: Manifest, tokenizer: Tokenizer, documents: Sequence[int], max_tokens: int
 ) -> Table:
-    """The beginning of some documents, decoded.
+    """Return a table with the decoded beginnings of some documents.
 
     Raises:
-        UserError: the tokenizer is not the one that made the dataset, or no such document.
+        UserError: the tokenizer is not the one of the dataset, or the document does not exist.
     """
     check_tokenizer(prefix, manifest, tokenizer.fingerprint, str(tokenizer.path))
     lengths, tokens = read_lengths(prefix), open_tokens(prefix, np.dtype(manifest.dtype))

@@ -1,4 +1,4 @@
-"""Several datasets of one language and tokenizer to one: the partitions of a run, or any others."""
+"""Merge indexed datasets of one language and tokenizer, such as the partitions of a preprocessing run."""
 
 import dataclasses
 import glob
@@ -34,10 +34,10 @@ def merge(
     overwrite: bool = False,
     allow_missing_partitions: bool = False,
 ) -> Manifest:
-    """Write one dataset holding the documents of all inputs.
+    """Write one dataset that holds the documents of all inputs.
 
-    Partitions of one run come in the order of their numbers and give, with the same `shuffle_seed`, the files that one
-    run over everything gives, byte for byte. Other datasets come in the order given.
+    Partitions of one run are merged in the order of their numbers; with the same `shuffle_seed` the result equals that
+    of one unpartitioned run byte for byte. Other datasets are merged in the order given.
 
     Raises:
         UserError: inputs of two languages or tokenizers, missing partitions, or an output that exists.
@@ -80,7 +80,7 @@ def _write(
 
 
 def expand_prefixes(inputs: Sequence[str]) -> list[str]:
-    """Dataset prefixes; a glob matches the prefixes whose manifests are there."""
+    """Return dataset prefixes; a glob is matched against existing manifests."""
     prefixes: list[str] = []
     for pattern in map(strip_suffix, inputs):
         is_name = not glob.has_magic(pattern) or Path(f"{pattern}.json").exists()

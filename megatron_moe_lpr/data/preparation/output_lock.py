@@ -1,4 +1,4 @@
-"""One writer for each dataset: two runs with one prefix would each finish, and one output would be lost."""
+"""Lock a dataset prefix, so that two preprocessing runs never write the same dataset."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from megatron_moe_lpr.files.work_directory import clear_left
 
 @contextlib.contextmanager
 def output_lock(prefix: str) -> Iterator[None]:
-    """Hold `prefix` for this process until the block ends. The system frees it where the process dies.
+    """Hold the lock of `prefix` during the block; the operating system releases it if the process dies.
 
-    What a killed run left half exchanged is put in order first. On a file system without locks `publish` alone refuses
-    what has appeared meanwhile.
+    A half-finished replacement of a killed run is completed or undone first. On a file system without locks only
+    `publish` detects another writer, by files that have appeared in the meantime.
 
     Raises:
-        UserError: another run writes it now; the message says which.
+        UserError: another run holds the lock; the message names its process and host.
     """
     path = Path(prefix).with_name(f".{Path(prefix).name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Text files to one indexed dataset and manifest for each language."""
+"""Preprocess text files into one indexed dataset and manifest per language."""
 
 import contextlib
 import dataclasses
@@ -39,8 +39,8 @@ MAX_LANGUAGES = 500
 
 
 @dataclasses.dataclass(frozen=True)
-class PreprocessingPlan:
-    """What to preprocess, how, and where to put it. Fields as the flags of tools/preprocess_data.py."""
+class PreprocessingOptions:
+    """Inputs, tokenization and output of a preprocessing run; fields as the flags of `moe-lpr preprocess`."""
 
     inputs: Sequence[str]
     output_prefix: str
@@ -49,20 +49,20 @@ class PreprocessingPlan:
     max_documents: int | None = None
     shuffle_seed: int | None = None
     partition: tuple[int, int] = (1, 1)
-    """Number of this partition, counted from 1, and number of partitions."""
+    """(index of this partition, from 1; number of partitions)."""
     overwrite: bool = False
 
     def prefix(self, language: str) -> str:
-        """Where a language goes."""
+        """Return the output prefix of a language."""
         name = self.output_prefix if self.encoder.documents.language else f"{self.output_prefix}_{language}"
         index, count = self.partition
         return name if count == 1 else f"{name}-{index:05d}-of-{count:05d}"
 
 
 class PartialDatasets:
-    """The datasets being written, one for each language, in a directory that vanishes if the run fails."""
+    """The datasets being written, one per language, in a work directory that is removed if the run fails."""
 
-    def __init__(self, directory: Path, plan: PreprocessingPlan, dtype: np.dtype) -> None:
+    def __init__(self, directory: Path, plan: PreprocessingOptions, dtype: np.dtype) -> None:
         self.directory, self.plan, self.dtype = directory, plan, dtype
         self.writers: dict[str, IndexedWriter] = {}
         self.locks = contextlib.ExitStack()
@@ -82,7 +82,7 @@ class PartialDatasets:
         self.tokens += len(documents.tokens)
 
     def is_full(self) -> bool:
-        """The one language of the run has its --max-documents."""
+        """Whether a run of one language has reached --max-documents."""
         language = self.plan.encoder.documents.language
         return language in self.writers and self.writers[language].documents == self.plan.max_documents
 
@@ -98,7 +98,7 @@ class PartialDatasets:
         return shuffled, checksum
 
     def close(self) -> None:
-        """Release the files, finished or not, and their prefixes."""
+        """Close all files, finished or not, and release the locks of their prefixes."""
         with self.locks:
             for writer in self.writers.values():
                 writer.__exit__(None, None, None)
@@ -116,11 +116,11 @@ class PartialDatasets:
         return self.writers[language]
 
 
-def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
+def preprocess(plan: PreprocessingOptions) -> dict[str, Manifest]:
     """Write PREFIX.bin, .idx and .json for each language; return the manifests by prefix.
 
-    The result does not depend on the number of workers. Memory does not grow with the input, but for 4 bytes a document
-    (20 while shuffling).
+    The result does not depend on the number of workers. Memory grows with the input only by 4 bytes per document (20
+    while shuffling).
 
     Raises:
         UserError: bad input; nothing is left behind.
@@ -145,8 +145,8 @@ def preprocess(plan: PreprocessingPlan) -> dict[str, Manifest]:
             datasets.close()
 
 
-def check_inputs(plan: PreprocessingPlan, slices: Sequence[Slice], tokenizer: Tokenizer) -> None:
-    """What would otherwise show after hours: each input can be read, and the tokenizer has all that is asked of it.
+def check_inputs(plan: PreprocessingOptions, slices: Sequence[Slice], tokenizer: Tokenizer) -> None:
+    """Check inputs and tokenizer before the work starts, so that errors do not appear after hours.
 
     Raises:
         UserError: an input is not what its suffix says or lacks a column, the tokenizer has no end-of-document token,
@@ -160,14 +160,16 @@ def check_inputs(plan: PreprocessingPlan, slices: Sequence[Slice], tokenizer: To
         raise UserError(f"{tokenizer.path}: has no id {tokenizer.eod} to end documents with; pass --eod-token")
 
 
-def wanted_columns(plan: PreprocessingPlan) -> list[str]:
-    """Columns of a parquet file that are read: of the text and, with --language-key, of its language."""
+def wanted_columns(plan: PreprocessingOptions) -> list[str]:
+    """Return the columns read of a parquet file: text and, with --language-key, language."""
     options = plan.encoder.documents
     return [options.json_key, *([options.language_key] if options.language_key else [])]
 
 
-def _manifest_template(plan: PreprocessingPlan, tokenizer: Tokenizer, names: list[str], skipped: Counter) -> Manifest:
-    """What all languages of a run have in common."""
+def _manifest_template(
+    plan: PreprocessingOptions, tokenizer: Tokenizer, names: list[str], skipped: Counter
+) -> Manifest:
+    """Return a manifest with the fields that all languages of a run share."""
     return Manifest(
         language="",
         tokenizer=tokenizer.fingerprint,
@@ -231,6 +233,6 @@ def _publish(datasets: PartialDatasets, language: str, template: Manifest) -> Ma
         largest_token=datasets.largest_token.get(language, 0),
         bin_xxh3_128=checksum,
     )
-    # Once more: not every file system knows the lock that keeps another run from this prefix.
+    # Check again, because not every file system supports the lock of the prefix.
     refuse_existing(datasets.plan.prefix(language), datasets.plan.overwrite)
     return publish(partial, datasets.plan.prefix(language), manifest)

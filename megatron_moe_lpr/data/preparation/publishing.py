@@ -1,4 +1,4 @@
-"""A dataset's three files get their names together, or the three that were there keep them."""
+"""Move a finished dataset (.bin, .idx, manifest) into place; an existing one is replaced as a whole or kept."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from megatron_moe_lpr.files.work_directory import unique_work_directory
 
 @contextlib.contextmanager
 def partial_directory(output_prefix: str) -> Iterator[Path]:
-    """A directory beside the output, removed at the end whatever happens; a killed run's is put in order first."""
+    """Yield a work directory beside the output, removed at the end in all cases; cleans up after killed runs first."""
     parent = real_target(Path(output_prefix).parent)
     parent.mkdir(parents=True, exist_ok=True)
     with unique_work_directory(parent, Path(output_prefix).name) as directory:
@@ -24,7 +24,7 @@ def partial_directory(output_prefix: str) -> Iterator[Path]:
 
 
 def refuse_existing(prefix: str, overwrite: bool) -> None:
-    """Raise UserError where a dataset lies at `prefix` already, or something that no dataset may replace."""
+    """Raise UserError if `prefix` holds a dataset and `overwrite` is off, or holds something that is not a dataset."""
     for path in (manifest_path(prefix), bin_path(prefix), idx_path(prefix)):
         if path.is_symlink():
             raise UserError(f"{path}: is a symbolic link; remove it, or choose another --output-prefix")
@@ -39,8 +39,8 @@ def refuse_existing(prefix: str, overwrite: bool) -> None:
 def publish(partial: str, prefix: str, manifest: Manifest) -> Manifest:
     """Move finished files to `prefix` and a manifest with their sizes, the last of the three.
 
-    A dataset that is there is complete until the first rename, and is put back if one fails; after a kill between
-    them, by the next run that takes the `output_lock` of this prefix.
+    An existing dataset stays complete until the first rename. If a rename fails it is restored at once; after a kill
+    between renames, the next run that takes the `output_lock` of this prefix restores it.
     """
     manifest = dataclasses.replace(
         manifest,

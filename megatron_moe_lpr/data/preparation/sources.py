@@ -1,4 +1,4 @@
-"""Input files as blocks of whole lines: plain, .gz, .zst, parquet or standard input, and their partitions."""
+"""Read input files (plain, .gz, .zst, parquet, standard input) as blocks of whole lines; split them into partitions."""
 
 import dataclasses
 import glob
@@ -13,7 +13,7 @@ from megatron_moe_lpr.errors import UserError
 
 BLOCK_BYTES = 1 << 18
 MAX_LINE_BYTES = 64 << 20
-"""Far above any document of the known corpora; encoding one takes some 170 bytes of memory for each of its bytes."""
+"""Longest line allowed by default. Known corpora have no longer document; tokenizing needs about 170 times its size."""
 _PARQUET_ROWS = 256
 STANDARD_INPUT = "-"
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".txt", ".txt.gz", ".txt.zst")
@@ -21,16 +21,16 @@ _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zs
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Whole lines of one file.
+    """Some whole lines of one file.
 
     Attributes:
         source: the file's name.
-        lines: the bytes, lines ending in a newline (the file's last one perhaps not).
-        line_number: of the first line, counted from 1 at byte `start_offset` of the file.
+        lines: the bytes; each line ends in a newline, except possibly the last one of the file.
+        line_number: number of the first line, counted from 1 at byte `start_offset` of the file.
         start_offset: where the partition's slice of the file begins.
         plain_text: each line is a document; otherwise it is a JSON object.
-        disk_bytes: of the file on disk, read since the block before.
-        too_long: `lines` is empty in the place of one line that is longer than allowed and was not kept.
+        disk_bytes: bytes of the file on disk consumed since the previous block.
+        too_long: stands for one line that was longer than allowed; `lines` is empty.
     """
 
     source: str
@@ -44,7 +44,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Bytes [start, end) of a file on disk; compressed files and standard input are read whole."""
+    """Bytes [start, end) of a file on disk; compressed files and standard input are always read whole."""
 
     source: str
     start: int
@@ -52,10 +52,10 @@ class Slice:
 
 
 def expand_inputs(inputs: Sequence[str]) -> list[str]:
-    """File names of `--input`: globs become their sorted matches, the order of the arguments stays.
+    """Return the files of `--input`: each glob is replaced by its sorted matches, the order of arguments is kept.
 
     Raises:
-        UserError: nothing matches, a directory, an unknown suffix, or a file given twice.
+        UserError: a pattern matches nothing, or names a directory, an unknown suffix, or a file twice.
     """
     names: list[str] = []
     for pattern in inputs:
@@ -83,15 +83,15 @@ def _check_name(name: str, names: list[str]) -> None:
 
 
 def disk_bytes(name: str) -> int:
-    """Size of an input file; 0 for standard input."""
+    """Return the size of an input file; 0 for standard input."""
     return 0 if name == STANDARD_INPUT else Path(name).stat().st_size
 
 
 def partition_slices(names: Sequence[str], index: int, count: int) -> list[Slice]:
-    """What partition `index` (from 1) of `count` reads: a contiguous stretch of the inputs, by bytes on disk.
+    """Return the slices of partition `index` (from 1) of `count`: a contiguous range of all inputs, by bytes on disk.
 
-    A line belongs to the partition in which its first byte lies, a compressed or parquet file as a whole to that of
-    its first byte. Partitions 1..count in this order give every line once and in order.
+    A line belongs to the partition that contains its first byte; a compressed or parquet file belongs as a whole to the
+    partition of its first byte. Partitions 1..count yield every line exactly once, in order.
     """
     if count > 1 and STANDARD_INPUT in names:
         raise UserError("--partitions: standard input can't be partitioned")
@@ -114,12 +114,12 @@ def _is_seekable(name: str) -> bool:
 
 
 def _line_start(name: str, offset: int) -> int:
-    """The first line start at or after `offset`."""
+    """Return the position of the first line that starts at or after `offset`."""
     if offset == 0:
         return 0
     with open(name, "rb") as file:
         file.seek(offset - 1)
-        # In pieces: the line may be as long as the file.
+        # In chunks: one line may be as long as the file.
         while piece := file.readline(BLOCK_BYTES):
             if piece.endswith(b"\n"):
                 break
@@ -132,8 +132,7 @@ def read_blocks(piece: Slice, columns: Sequence[str], max_line_bytes: int = MAX_
     Args:
         piece: what to read.
         columns: the columns of a parquet file to read (text, language); others are not touched.
-        max_line_bytes: of a line that goes on over several blocks no more than these are kept in memory; a longer one
-            becomes a block with `too_long`.
+        max_line_bytes: a line longer than this becomes a block with `too_long` and is not kept in memory.
 
     Raises:
         UserError: the file can't be read or is damaged.
@@ -145,16 +144,16 @@ def read_blocks(piece: Slice, columns: Sequence[str], max_line_bytes: int = MAX_
 
 
 class _Cutter:
-    """Cuts text between lines, wherever the chunks of it end."""
+    """Regroups chunks of text, which end anywhere, into blocks that end between lines."""
 
     def __init__(self, piece: Slice, max_line_bytes: int) -> None:
         self.piece, self.max_line_bytes = piece, max_line_bytes
         self.plain_text = ".txt" in Path(piece.source).suffixes
         self.line, self.position, self.reported = 1, piece.start, piece.start
         self.carry: list[bytes] = []
-        """Of the line that has begun."""
+        """Chunks of the incomplete line at the end."""
         self.size = 0
-        """Of that line, also of what is not kept any more."""
+        """Bytes of that line so far, including those dropped because it is too long."""
 
     def cut(self, chunk: bytes, position: int) -> Iterator[Block]:
         self.position = position
@@ -177,7 +176,7 @@ class _Cutter:
         self.carry, self.size = [chunk[cut:]], len(chunk) - cut
 
     def finish(self) -> Iterator[Block]:
-        """The last line, which may have no end."""
+        """Yield the last line, which may lack a newline."""
         if self.size > self.max_line_bytes + BLOCK_BYTES:
             yield self._block(b"", too_long=True)
         elif rest := b"".join(self.carry):
@@ -228,14 +227,14 @@ def _gathered(chunks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]
 
 
 def _parquet_chunks(name: str, columns: Sequence[str]) -> Iterator[tuple[bytes, int]]:
-    """Rows as JSON lines, so that the rest of the pipeline knows one form only."""
+    """Yield the rows as JSON lines, so that all later steps handle a single format."""
     _check_columns(name, columns)
     import pyarrow
     import pyarrow.parquet
 
     try:
         schema = pyarrow.parquet.read_schema(name)
-        # Texts stay in the file's dictionary: a few bytes may say a thousand times the same one.
+        # Keep dictionary encoding: a few bytes of a file can repeat one text a thousand times.
         kinds = (pyarrow.string(), pyarrow.large_string())
         texts = [column for column in columns if schema.field(column).type in kinds]
         with pyarrow.parquet.ParquetFile(name, read_dictionary=texts) as file:
@@ -243,16 +242,16 @@ def _parquet_chunks(name: str, columns: Sequence[str]) -> Iterator[tuple[bytes, 
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(columns)):
                 done += batch.num_rows
                 yield from _gathered((line, size * done // rows) for line in _row_lines(batch))
-    except (pyarrow.ArrowException, OSError) as error:  # pyarrow says of damage OSError too, without a file's name
+    except (pyarrow.ArrowException, OSError) as error:  # pyarrow raises OSError for damage too, without the file name
         raise UserError(f"{name}: not a readable parquet file ({_first_line(error)})") from None
 
 
 def check_beginning(name: str, columns: Sequence[str]) -> None:
-    """Read the first block of an input file, of a parquet file the description of its columns.
+    """Check that the beginning of an input file can be read: its first block, or the schema of a parquet file.
 
     Raises:
-        UserError: the file is not what its suffix says, or lacks a column.
-        OSError: it cannot be read.
+        UserError: the content does not match the suffix, or a column is missing.
+        OSError: the file cannot be read.
     """
     if name.endswith(".parquet"):
         _check_columns(name, columns)
@@ -268,7 +267,7 @@ def _check_columns(name: str, columns: Sequence[str]) -> None:
         raise UserError(f"{name}: reading parquet needs pyarrow; pip install pyarrow") from None
     try:
         present = pyarrow.parquet.read_schema(name).names
-    except (pyarrow.ArrowException, OSError) as error:  # pyarrow says of damage OSError too, without a file's name
+    except (pyarrow.ArrowException, OSError) as error:  # pyarrow raises OSError for damage too, without the file name
         raise UserError(f"{name}: not a readable parquet file ({_first_line(error)})") from None
     missing = [column for column in columns if column not in present]
     if missing:
@@ -280,15 +279,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _row_lines(batch: Any) -> Iterator[bytes]:
-    """A batch of pyarrow as JSON lines, one by one."""
+    """Yield the rows of a pyarrow batch as JSON lines."""
     for row in range(batch.num_rows):
         values = {column: batch.column(column)[row].as_py() for column in batch.schema.names}
-        # What JSON has no form for, such as bytes and times, is no text either.
+        # Values without a JSON form, such as bytes and times, are not text: null.
         yield (json.dumps(values, ensure_ascii=False, default=lambda _: None) + "\n").encode("utf-8", "surrogatepass")
 
 
 def count_lines(name: str, end: int) -> int:
-    """Newlines before byte `end` of a plain file."""
+    """Count newlines before byte `end` of a plain file."""
     lines = 0
     with open(name, "rb") as file:
         while file.tell() < end:

@@ -1,1 +1,1 @@
-"""Indexed datasets to batches that carry language tags: blends, samples, who reads which of them."""
+"""From indexed datasets to micro-batches with a language tag per token: blends, samples, data-parallel order."""

@@ -1,4 +1,4 @@
-"""Datasets to micro-batches: which samples a data-parallel rank gets, and in what order."""
+"""Which samples each data-parallel rank reads, in which order, as micro-batches."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +10,7 @@ from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.errors import UserError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "language")
-"""Of a `Batch`, whose tensors are [batch, sequence]: `loss_mask` float32, the others int64."""
+"""Keys of a `Batch`. All tensors are [batch, sequence]; `loss_mask` is float32, the others int64."""
 
 
 def build_data_iterator(
@@ -22,21 +22,21 @@ def build_data_iterator(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Micro-batches of one data-parallel rank, from sample `consumed_samples` of the run on.
+    """Yield the micro-batches of one data-parallel rank, starting at sample `consumed_samples` of the run.
 
-    Ranks take turns: of each `micro_batch_size * data_parallel_size` consecutive samples rank r gets the r-th part.
-    So a global batch holds the same samples for every layout, and the position in the data is `consumed_samples`
-    alone. All ranks of a tensor- or pipeline-parallel group pass the same arguments and get equal batches. Ends with
-    the dataset; an incomplete round at its end is left out.
+    Of each `micro_batch_size * data_parallel_size` consecutive samples rank r gets the r-th part. So a global batch
+    holds the same samples for every layout, and `consumed_samples` alone is the position in the data. All ranks of a
+    tensor- or pipeline-parallel group pass the same arguments and get equal batches. Incomplete micro-batches at the
+    end of the dataset are dropped.
 
     Args:
         dataset: from `build_training_dataset`.
-        consumed_samples: samples that the run has used so far, on all ranks together.
-        micro_batch_size: samples a micro-batch.
+        consumed_samples: samples used so far, summed over all ranks.
+        micro_batch_size: samples per micro-batch.
         data_parallel_rank: from 0.
         data_parallel_size: number of ranks.
-        num_workers: processes that load ahead; 0: load here.
-        pin_memory: put batches into page-locked memory, for copies to a GPU.
+        num_workers: loader processes that read ahead; 0: read in the calling process.
+        pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
 
     Raises:
         UserError: no samples are left.
@@ -59,10 +59,10 @@ def build_validation_iterator(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Micro-batches of one rank that together, over all ranks, hold every sample of the dataset once.
+    """Yield one rank's micro-batches of a validation dataset; over all ranks every sample occurs exactly once.
 
-    Every rank gets `count_validation_micro_batches` of them, filled up with padding samples, so the sums of the loss
-    and of the loss mask are exact for every layout.
+    Every rank gets `count_validation_micro_batches` micro-batches, padded with samples whose loss mask is 0, so sums of
+    loss and loss mask are exact for every layout.
     """
     count = count_validation_micro_batches(dataset, micro_batch_size, data_parallel_size, micro_batch_multiple)
     step = micro_batch_size * data_parallel_size
@@ -73,13 +73,13 @@ def build_validation_iterator(
 def count_validation_micro_batches(
     dataset: ValidationDataset, micro_batch_size: int, data_parallel_size: int, micro_batch_multiple: int = 1
 ) -> int:
-    """Micro-batches each rank runs for one pass; a multiple of `micro_batch_multiple` (micro-batches a step)."""
+    """Return micro-batches per rank for one pass over the dataset, a multiple of `micro_batch_multiple`."""
     samples = micro_batch_size * data_parallel_size * micro_batch_multiple
     return -(-len(dataset) // samples) * micro_batch_multiple
 
 
 class _Indices(Sequence):
-    """Of each round's start, the indices of one rank's micro-batch."""
+    """Sequence of one rank's micro-batches as lists of sample indices, without storing them."""
 
     def __init__(self, rounds: range, first: int, micro_batch_size: int) -> None:
         self.rounds, self.first, self.micro_batch_size = rounds, first, micro_batch_size

@@ -1,4 +1,4 @@
-"""`--data-path [weight] prefix ...`: which datasets make up the training data, and in what shares."""
+"""`--data-path [weight] prefix ...`: the datasets of the training blend and their weights."""
 
 import dataclasses
 import math
@@ -25,8 +25,8 @@ class BlendEntry:
     Attributes:
         prefix: the dataset.
         manifest: its manifest.
-        weight: share of the samples drawn from it, 1 for all entries together.
-        tokens: in these documents.
+        weight: fraction of the samples drawn from it; the entries sum to 1.
+        tokens: tokens in these documents.
     """
 
     prefix: str
@@ -38,34 +38,34 @@ class BlendEntry:
 
     @property
     def language(self) -> str:
-        """Its one language."""
+        """The language of the dataset."""
         return self.manifest.language
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageShare:
-    """What a blend holds of one language and what a run draws of it."""
+class LanguageTokens:
+    """Tokens of one language in a blend, and how many of them a run draws."""
 
     language: str
     is_original: bool
-    share: float
-    """Of all samples, and so of all tokens, 0 to 1."""
+    fraction: float
+    """Fraction of all samples (and tokens) of the run, 0 to 1."""
     tokens: int
-    """In the data."""
+    """Tokens of the language in the data."""
     tokens_drawn: float
-    """By the whole run (samples times sequence length)."""
+    """Tokens drawn by the whole run (samples x sequence length)."""
 
     @property
     def epochs(self) -> float:
-        """How often the run sees the data."""
+        """Passes over the data of this language."""
         return self.tokens_drawn / self.tokens
 
 
 def parse_blend(arguments: Sequence[str], flag: str = "--data-path") -> list[tuple[float | None, str]]:
-    """`["30", "a", "70", "b"]` to [(30.0, "a"), (70.0, "b")]; weights are None where none is given.
+    """Parse `["30", "a", "70", "b"]` to [(30.0, "a"), (70.0, "b")]; weights are None if none is given.
 
     Raises:
-        UserError: weights for some prefixes only, or one that is not a positive number.
+        UserError: only some prefixes have weights, or a weight is not a positive number.
     """
     numbers = [_number(argument) for argument in arguments]
     if all(number is None for number in numbers):
@@ -97,10 +97,10 @@ def read_blend(
     """Read the manifests of a blend and check them against each other.
 
     Args:
-        arguments: as on the command line. Without weights, datasets are drawn in proportion to their tokens.
-        flag: its name, for messages.
-        documents: the part of each dataset to use, as fractions.
-        tokenizer_fingerprint: of the checkpoint's tokenizer, which must be the data's; None: do not compare.
+        arguments: values of the flag. Without weights, datasets are drawn in proportion to their tokens.
+        flag: name of the flag, for error messages.
+        documents: (start, end) of the documents to use of each dataset, as fractions.
+        tokenizer_fingerprint: fingerprint of the checkpoint's tokenizer, which the data must have; None: not compared.
 
     Raises:
         UserError: bad weights, a missing or damaged dataset, an empty part, or two tokenizers.
@@ -139,23 +139,24 @@ def _entry(
     return BlendEntry(prefix, manifest, float(tokens) if weight is None else weight, first, end, tokens)
 
 
-def language_shares(
+def language_tokens(
     blend: Sequence[BlendEntry], original_languages: Sequence[str], train_tokens: float
-) -> list[LanguageShare]:
-    """What a run of `train_tokens` tokens draws of each language, sorted by language."""
-    shares = []
+) -> list[LanguageTokens]:
+    """Return for each language, sorted, its fraction and tokens in a run of `train_tokens` tokens."""
+    found = []
     for language in sorted({entry.language for entry in blend}):
         entries = [entry for entry in blend if entry.language == language]
-        share = sum(entry.weight for entry in entries)
+        fraction = sum(entry.weight for entry in entries)
         tokens = sum(entry.tokens for entry in entries)
-        shares.append(LanguageShare(language, language in original_languages, share, tokens, share * train_tokens))
-    return shares
+        drawn = fraction * train_tokens
+        found.append(LanguageTokens(language, language in original_languages, fraction, tokens, drawn))
+    return found
 
 
 def parse_split(split: str) -> tuple[tuple[float, float], tuple[float, float]]:
-    """`99,1` to the fractions of the documents for training, (0, 0.99), and validation, (0.99, 1).
+    """Parse `99,1` to fractions of documents for training, (0, 0.99), and validation, (0.99, 1).
 
-    A third number, for a test set, takes its part of the documents out of both.
+    A third number reserves a part of the documents for a test set, which is used by neither.
     """
     try:
         parts = [float(part) for part in split.split(",")]

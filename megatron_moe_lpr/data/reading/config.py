@@ -1,4 +1,4 @@
-"""The data's flags, and what they amount to before any index is built."""
+"""Flags of the training data, and the datasets they name, checked before any index is built."""
 
 import dataclasses
 from collections.abc import Collection
@@ -9,8 +9,8 @@ from megatron_moe_lpr.data.language_names import covered
 from megatron_moe_lpr.data.original_languages import read_original_languages
 from megatron_moe_lpr.data.reading.blend import (
     BlendEntry,
-    LanguageShare,
-    language_shares,
+    LanguageTokens,
+    language_tokens,
     parse_blend,
     parse_split,
     read_blend,
@@ -23,7 +23,7 @@ from megatron_moe_lpr.flag_ranges import Range, Seed
 
 @dataclasses.dataclass
 class DataConfig:
-    """Where the text is and how it becomes batches."""
+    """Training and validation data of a run."""
 
     data_path: Annotated[list[str], RecordedAs("data", acceptable=True)] = dataclasses.field(default_factory=list)
     """Training datasets: prefixes, or `weight prefix` pairs. No weights: in proportion to their tokens."""
@@ -42,7 +42,7 @@ class DataConfig:
     num_workers: Annotated[int, Range(0, 256), Free("who loads, not what")] = 2
     """Data loader processes on each rank; 0: load in the training process."""
     seed: Decides[Seed] = 1234
-    """Decides the order of the samples."""
+    """Random seed of the order of the samples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,47 +53,37 @@ class DataSources:
     valid: list[BlendEntry]
     languages: LanguageRegistry
     original_languages: tuple[str, ...]
-    """All that the dense model knows, whatever data there is."""
+    """Languages that the dense model knows, whether or not the run has data of them."""
     notes: tuple[str, ...] = ()
-    """What the user should know of how languages were understood."""
+    """Messages about how language names were interpreted."""
 
     @property
     def eod(self) -> int:
-        """The id that ends a document."""
+        """Token id that ends a document."""
         return self.train[0].manifest.eod
 
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        """Of the one tokenizer that made all datasets."""
-        return self.train[0].manifest.tokenizer
-
-    def shares(self, train_tokens: float) -> list[LanguageShare]:
-        """Per language: share of the samples, tokens in the data, tokens that a run of `train_tokens` draws."""
-        return language_shares(self.train, sorted(self.trained_original), train_tokens)
-
-    @property
-    def replay_share(self) -> float:
-        """Share of the samples that are of original languages, 0 to 1."""
-        return sum(entry.weight for entry in self.train if entry.language in self.trained_original)
+    def tokens_by_language(self, train_tokens: float) -> list[LanguageTokens]:
+        """Return per language: fraction of the samples, tokens in the data, tokens drawn by `train_tokens` tokens."""
+        return language_tokens(self.train, sorted(self.trained_original), train_tokens)
 
     @property
     def trained_original(self) -> set[str]:
-        """Original languages of the training data, as the datasets name them."""
+        """Languages of the training data that are original, as the datasets name them."""
         return covered({entry.language for entry in self.train}, self.original_languages)
 
 
 def read_data_sources(
     config: DataConfig, tokenizer_fingerprint: str | None = None, recorded_original: Collection[str] = ()
 ) -> DataSources:
-    """Read and check the manifests behind the flags. Cheap: no index map is built.
+    """Read and check the manifests of all datasets. Cheap: builds no index map.
 
     Args:
         config: the flags.
-        tokenizer_fingerprint: of the checkpoint's tokenizer; a dataset made with another is refused.
-        recorded_original: original languages in the checkpoint's history.
+        tokenizer_fingerprint: fingerprint of the checkpoint's tokenizer; datasets made with another are refused.
+        recorded_original: original languages that the checkpoint's history records.
 
     Raises:
-        UserError: see `blend.read_blend`; or a misspelled language in `--original-languages`.
+        UserError: see `blend.read_blend`; or `--original-languages` has a misspelled language.
     """
     if not config.data_path:
         raise UserError("--data-path: give the datasets to train on")
@@ -112,17 +102,17 @@ def read_data_sources(
 
 
 def with_original(sources: DataSources, config: DataConfig, recorded: Collection[str]) -> DataSources:
-    """The sources with the original languages that the flag and a checkpoint's history name, and the notes on them.
+    """Return the sources with the original languages of the flag and of the checkpoint's history filled in.
 
     Raises:
-        UserError: a misspelled language in `--original-languages`.
+        UserError: `--original-languages` has a misspelled language.
     """
     original = read_original_languages(config.original_languages, sources.languages.names, recorded)
     return dataclasses.replace(sources, original_languages=original.names, notes=original.notes)
 
 
 def cache_directory(config: DataConfig) -> Path:
-    """Where the index maps go."""
+    """Return the directory of the index maps."""
     if config.data_cache_path:
         return Path(config.data_cache_path)
     return Path(parse_blend(config.data_path)[0][1]).parent / "index-cache"

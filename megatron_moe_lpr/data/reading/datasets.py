@@ -1,4 +1,4 @@
-"""The datasets of a run: training blend and validation sets."""
+"""Build the training blend and the validation datasets of a run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 
 @dataclasses.dataclass(frozen=True)
 class Datasets:
-    """What a run trains on and is evaluated on."""
+    """Training blend and validation datasets of a run."""
 
     train: TrainingDataset
     valid: list[ValidationDataset]
-    """One for each validation dataset, in the order given."""
+    """Validation datasets, in the order given."""
 
 
 def build_datasets(
@@ -26,13 +26,13 @@ def build_datasets(
     train_samples: int | Sequence[int],
     valid_samples: int | None = None,
 ) -> Datasets:
-    """Build both; call it on every rank, or in one process without torch.distributed. See `build_training_dataset`.
+    """Build training and validation datasets; all ranks call it together. See `build_training_dataset`.
 
     Args:
-        train_samples: of the run; several numbers, growing: of a run that was lengthened. The order of the samples
-            depends on their number, so those of the shorter run stay as they were, and what was added is a dataset of
-            its own behind them, in the order of the next seed.
-        valid_samples: of each validation dataset, from its first on; None: all.
+        train_samples: samples of the run; several increasing numbers for a run that was lengthened. The order of
+            samples depends on their number, so the samples added by each lengthening form a dataset of their own,
+            appended to the previous ones and shuffled by the next seed.
+        valid_samples: first samples to use of each validation dataset; None: all.
     """
     valid = build_validation_datasets(sources, config, sequence_length, valid_samples)
     ends = [train_samples] if isinstance(train_samples, int) else list(train_samples)
@@ -48,7 +48,7 @@ def build_datasets(
 def build_validation_datasets(
     sources: DataSources, config: DataConfig, sequence_length: int, max_samples: int | None = None
 ) -> list[ValidationDataset]:
-    """The validation sets alone; no index map is needed. `max_samples`: of each, from its first on; 0: no sets."""
+    """Build the validation datasets alone. `max_samples`: first samples to use of each; 0: no datasets."""
     return [
         ValidationDataset(
             entry, sources.languages.id(entry.language), sequence_length, sources.eod, config.eod_mask_loss, max_samples

@@ -1,8 +1,8 @@
-"""Directories of index maps that several runs build at the same moment: whole at every moment, whoever comes first.
+"""Cache directories for index maps, safe when several runs build the same one at the same time.
 
-What is built follows from the directory's name alone, so all runs build the same: the first keeps its name, and the
-others use what it built. Each builds below a name of its own, which it holds by a lock; what a killed run left there
-nobody holds, and the next run that builds removes it.
+The name of a directory determines its content, so all runs build the same files: the first to finish renames its work
+directory into place, the others use that. Each run locks its work directory; the next build removes work directories
+without a lock, which killed runs have left.
 """
 
 import contextlib
@@ -22,21 +22,21 @@ from megatron_moe_lpr.files.filesystem import sync_directory, sync_tree
 
 LOCK, MAPS = "lock", "maps"
 YOUNG_SECONDS = 60.0
-"""A run that has just begun has its directory already and its lock not yet."""
+"""Age below which a work directory without a lock is kept: its run may be about to lock it."""
 OLD_SECONDS = 86400.0
-"""What has no lock, or lies where there are none, is removed after a day."""
+"""Age above which a work directory is removed on file systems without locks."""
 _LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.(partial|old)-.+")
 
 
 @contextlib.contextmanager
 def build_directory(directory: Path) -> Iterator[Path]:
-    """Yield an empty directory whose files are in `directory` when the block ends without an error.
+    """Yield an empty work directory that becomes `directory` when the block ends without an error.
 
-    An intact `directory` that has appeared meanwhile stays as it is; the files of a damaged one are replaced one by
-    one, so that at no moment one is missing to another run. On any error nothing is left.
+    If an intact `directory` has appeared in the meantime, it is kept; files of a damaged one are replaced one by one,
+    so that other runs find every file at any moment. After an error nothing is left behind.
 
     Raises:
-        UserError: the files cannot be put there.
+        UserError: the files cannot be written there.
     """
     parent = directory.parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -55,14 +55,14 @@ def build_directory(directory: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(parent: Path, now: float) -> None:
-    """Remove what runs that were killed have left in a cache; what a live run builds stays.
+    """Remove work directories that killed runs have left in a cache; those of live runs are kept.
 
     Args:
-        now: the time of the file system, which may lie on another machine.
+        now: time by the clock of the file server.
     """
     for path in parent.iterdir():
         if _LEFTOVER.fullmatch(path.name):
-            # Another run may remove it at the same moment.
+            # Another run may be removing it too.
             with contextlib.suppress(FileNotFoundError):
                 if _is_abandoned(path, now):
                     shutil.rmtree(path, ignore_errors=True)
@@ -84,7 +84,7 @@ def _publish(maps: Path, directory: Path) -> None:
 
 
 def _replace_files(maps: Path, directory: Path) -> None:
-    """Each at once, the manifest of the checksums last; what is not of these maps goes."""
+    """Replace each file atomically, the checksum file last, and remove all other files."""
     names = sorted(
         (path.relative_to(maps) for path in maps.rglob("*") if path.is_file()), key=lambda name: name == MANIFEST
     )
@@ -103,10 +103,10 @@ def _files(directory: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[float]:
-    """Lock a new file; yields when it was made, by the file system's clock. The system frees it where we die."""
+    """Create and lock a file; yield its creation time by the file server's clock. The lock ends with the process."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        # Where the file system knows no locks, age decides.
+        # Without locks on this file system, `remove_leftovers` goes by age.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield os.fstat(descriptor).st_mtime

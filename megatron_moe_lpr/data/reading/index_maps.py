@@ -1,4 +1,4 @@
-"""The kept index maps of training datasets: looked at before megatron-core reads them, pickles allowed."""
+"""Check cached index maps before megatron-core loads them with `allow_pickle=True`."""
 
 import sys
 from pathlib import Path
@@ -10,9 +10,9 @@ from megatron_moe_lpr.files.checksums import verify
 
 
 def are_intact(directory: Path) -> bool:
-    """Whether the maps are there as they were written. They follow from the data, so damaged ones are built again.
+    """Return whether the cached index maps exist and match their checksums; damaged ones can be rebuilt from the data.
 
-    A warning on standard error says what is wrong with those that are there.
+    Prints to standard error what is wrong with existing ones.
     """
     if not directory.is_dir():
         return False
@@ -28,10 +28,10 @@ def are_intact(directory: Path) -> bool:
 
 
 def refuse_pickles(directory: Path) -> None:
-    """Check that every map is an array of integers, which numpy reads without unpickling. Cheap: reads the headers.
+    """Check that every map is an array of integers, so that numpy unpickles nothing. Reads the headers only.
 
     Raises:
-        UserError: one is not.
+        UserError: a file holds anything else.
     """
     for path in sorted(directory.glob("*.npy")):
         try:

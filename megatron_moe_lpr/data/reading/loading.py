@@ -1,4 +1,4 @@
-"""Micro-batches from loader processes that read ahead; where these fail, the rest is read in this process."""
+"""Loader processes that read micro-batches ahead; if they fail, the calling process reads the rest."""
 
 import atexit
 import contextlib
@@ -23,24 +23,24 @@ from megatron_moe_lpr.processes import STOP_SIGNALS, end_with_parent, shielded_f
 Batch = dict[str, torch.Tensor]
 
 STACK_SIGNAL = signal.SIGUSR2
-"""A loader process prints its stack when it gets it."""
+"""Signal on which a loader process prints its stack."""
 DEATH_SECONDS = 1.0
-"""How long a loader process that was killed may take to be gone."""
+"""Seconds to wait for a killed loader process to end."""
 SHARED_MEMORY = (
     "the shared memory is full: with docker give --shm-size 8g or --ipc host, or pass --num-workers 0 (df -h /dev/shm)"
 )
 LIMITS = "no more processes or threads: raise `ulimit -u`, or pass --num-workers 0"
 
 
-# Else torch's `__del__` of an iterator that could not be made complains of the attribute it does not have yet.
+# Otherwise `__del__` of an iterator whose constructor failed prints an AttributeError.
 _MultiProcessingDataLoaderIter._shutdown = True
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches of given samples, in order.
+    """Yields batches of given samples, in order.
 
-    Loader processes are a matter of speed alone. Where they can't be started, are killed or have no shared memory, a
-    warning on standard error says why, and this process reads from the next batch on.
+    Loader processes only save time. If they cannot be started, are killed or lack shared memory, a warning on standard
+    error says why, and the calling process reads all further batches.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class BatchIterator(Iterator[Batch]):
         """Start the loader processes.
 
         Args:
-            dataset: of samples [sequence].
-            indices: of each batch the indices of its samples.
-            collate: makes a batch of samples.
-            num_workers: loader processes; 0: read here.
+            dataset: yields dicts of tensors [sequence].
+            indices: sample indices of each batch.
+            collate: stacks samples to a batch.
+            num_workers: loader processes; 0: read in the calling process.
             pin_memory: put batches into page-locked memory, for copies to a GPU.
         """
         self.dataset, self.indices, self.collate = dataset, indices, collate
@@ -72,7 +72,7 @@ class BatchIterator(Iterator[Batch]):
             self._go_on_without_workers(error)
 
     def __next__(self) -> Batch:
-        """The next batch. Raises what reading it raises."""
+        """Return the next batch. Raises whatever reading it raises."""
         how = f"its {self.num_workers} loader processes (--num-workers)" if self.num_workers else "this process"
         with waiting_for(f"reading a batch of {type(self.dataset).__name__} in {how}"):
             try:
@@ -82,7 +82,7 @@ class BatchIterator(Iterator[Batch]):
             except Exception as error:
                 if not self.num_workers:
                     raise
-                # What is wrong with the data itself is raised again here, as it was.
+                # Errors of the data itself are raised again here, unchanged.
                 self._go_on_without_workers(error)
                 batch = next(self.iterator)
         self.delivered += 1
@@ -107,11 +107,10 @@ class BatchIterator(Iterator[Batch]):
                 return iter(loader)
         finally:
             self.workers = set(multiprocessing.active_children()) - others
-            # Python ends what is left of them by SIGTERM when this process ends, and would wait for ever: they don't
-            # hear it.
+            # At exit Python sends SIGTERM to remaining workers and joins them; they ignore it, so it would hang.
             atexit.register(_kill, self.workers)
-            # torch's handler would raise in the midst of whatever this process does when a loader process dies.
-            with contextlib.suppress(ValueError):  # not the main thread, where torch has set none
+            # torch's SIGCHLD handler would raise at an arbitrary point of this process when a loader process dies.
+            with contextlib.suppress(ValueError):  # not the main thread: torch has set no handler
                 signal.signal(signal.SIGCHLD, on_death or signal.SIG_DFL)
 
     def _go_on_without_workers(self, error: Exception) -> None:
@@ -129,7 +128,7 @@ class BatchIterator(Iterator[Batch]):
 
 
 def _exit_codes(workers: set[BaseProcess]) -> list[int]:
-    """Of those that have failed, which may be in the midst of it."""
+    """Return exit codes of failed loader processes, waiting for those that are still ending."""
     deadline = time.monotonic() + DEATH_SECONDS
     while not (codes := [worker.exitcode for worker in workers if worker.exitcode]) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -137,10 +136,10 @@ def _exit_codes(workers: set[BaseProcess]) -> list[int]:
 
 
 def explain_failure(error: Exception, exit_codes: Sequence[int]) -> str:
-    """Why loader processes failed, and what to do about it.
+    """Return why loader processes failed and what to do about it.
 
     Args:
-        exit_codes: of those that have ended, negative: died of that signal.
+        exit_codes: exit codes of ended loader processes; negative: killed by that signal.
     """
     reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
     if -signal.SIGKILL in exit_codes:
@@ -156,8 +155,9 @@ def explain_failure(error: Exception, exit_codes: Sequence[int]) -> str:
 
 
 def _in_shared_memory(collate: Callable[[Sequence[Batch]], Batch], samples: Sequence[Batch]) -> Batch:
-    """A loader process shares its batch here and not on the way out, where an error would be dropped and the rank would
-    wait for ever."""
+    """Collate, and move the batch to shared memory inside the loader process, where an error is reported.
+
+    torch would do so in a queue's thread, where an error is dropped and the rank waits for ever."""
     batch = collate(samples)
     if get_worker_info() is not None:
         for tensor in batch.values():
@@ -166,7 +166,7 @@ def _in_shared_memory(collate: Callable[[Sequence[Batch]], Batch], samples: Sequ
 
 
 def _kill(workers: set[BaseProcess]) -> None:
-    # torch's handler would raise for each, in the midst of whatever else ends with Python.
+    # torch's SIGCHLD handler would raise for each, in the middle of Python's shutdown.
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:

@@ -29,16 +29,16 @@ from megatron_moe_lpr.parallel.first_rank import run_on_rank_0
 from megatron_moe_lpr.platform.collectives import world_of_one
 
 TrainingDataset: TypeAlias = BlendedDataset | torch.utils.data.ConcatDataset
-"""Of a run; joined of several where the run was lengthened."""
-SURPLUS = 0.005  # megatron-core's own: blending may draw slightly more than a dataset's exact share
+"""Training data of a run; a ConcatDataset if the run was lengthened."""
+SURPLUS = 0.005  # as in megatron-core: blending may draw slightly more than a dataset's exact fraction
 BYTES_OF_A_SAMPLE = 22
-"""Of megatron-core's index maps, at least: int16 and int64 for the blend, two int32 and a uint32 for the datasets."""
+"""Bytes of index maps per sample, at least: int16 + int64 of the blend, 2 x int32 + uint32 of the datasets."""
 SHARED_FILE_SYSTEM_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
 class EndOfDocument:
-    """All that GPTDataset asks of a tokenizer."""
+    """The tokenizer interface that GPTDataset uses."""
 
     eod: int
     vocab_size: int
@@ -55,22 +55,22 @@ class TaggedGPTDataset(GPTDataset):
 
     Args:
         entry: the dataset and its documents.
-        language: number of its language.
-        num_samples: samples to have at least; the documents repeat in epochs, each in another order.
-        config: megatron-core's.
+        language: number of the dataset's language.
+        num_samples: minimum number of samples; documents repeat in epochs, each in another order.
+        config: megatron-core's dataset configuration.
     """
 
     def __init__(self, entry: BlendEntry, language: int, num_samples: int, config: GPTDatasetConfig) -> None:
         self.language = language
         documents = np.arange(entry.first_document, entry.end_document, dtype=np.int32)
-        # The "path" is only the key of the cached index maps: they follow from the lengths of the documents, so a
-        # dataset that was made anew or lies elsewhere finds its own.
+        # megatron-core uses the path as key of cached index maps. They depend on document lengths only, so this key
+        # finds them for a dataset that was moved or preprocessed again.
         key = f"{entry.manifest.index_sha256}-{entry.first_document}-{entry.end_document}"
         super().__init__(IndexedDataset(entry.prefix), key, documents, num_samples, Split.train, config)
 
     @override
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        """`tokens`, `labels`, `position_ids`, `language` (int64) and `loss_mask` (float32), each [sequence]."""
+        """Return `tokens`, `labels`, `position_ids`, `language` (int64) and `loss_mask` (float32), each [sequence]."""
         sample = super().__getitem__(idx)
         return {**sample, "language": torch.full_like(sample["tokens"], self.language)}
 
@@ -78,20 +78,20 @@ class TaggedGPTDataset(GPTDataset):
 def build_training_dataset(
     sources: DataSources, config: DataConfig, sequence_length: int, train_samples: int
 ) -> BlendedDataset:
-    """The blend of all training datasets; item i is a dict of tensors, see `TaggedGPTDataset`.
+    """Build the blend of all training datasets; item i is a dict of tensors, see `TaggedGPTDataset`.
 
-    The order is decided by the data, `--seed`, the sequence length and `train_samples`. Index maps are built on rank 0
-    and kept with checksums; they appear whole or not at all, and damaged ones are built again. Call it on every rank,
-    or in one process without torch.distributed.
+    Data, `--seed`, sequence length and `train_samples` determine the order. Rank 0 builds the index maps and caches
+    them atomically with checksums; damaged ones are rebuilt. All ranks call this together (or one process without
+    torch.distributed).
 
     Args:
-        sources: the checked datasets.
-        config: the flags.
-        sequence_length: tokens a sample.
-        train_samples: samples of the whole run, the length of the dataset.
+        sources: the checked datasets of the run.
+        config: the data flags.
+        sequence_length: tokens per sample.
+        train_samples: samples of the whole run, which is the length of the dataset.
 
     Raises:
-        UserError: the index maps can't be built, or other nodes do not see them.
+        UserError: the index maps cannot be built, or other nodes do not see them.
     """
     _check_memory(train_samples)
     counts = [math.ceil(math.ceil(entry.weight * train_samples) * (1 + SURPLUS)) + 1 for entry in sources.train]
@@ -106,8 +106,8 @@ def build_training_dataset(
         ]
         return BlendedDataset(datasets, [entry.weight for entry in sources.train], train_samples, settings)
 
-    # megatron-core's builder would leave half-written maps behind a kill, and every other rank in a barrier behind an
-    # error; its dataset classes do all the rest.
+    # Only megatron-core's builder is replaced: killed, it leaves half-written maps, and after an error all other ranks
+    # wait in a barrier.
     _build_on_first_rank(directory, build)
     return build(directory)
 
@@ -126,7 +126,7 @@ def _megatron_config(sources: DataSources, config: DataConfig, sequence_length: 
     return GPTDatasetConfig(
         random_seed=config.seed,
         sequence_length=sequence_length,
-        # Only says that the data is real: the entries themselves are handed to the datasets.
+        # Only marks the data as not mocked: the datasets get the entries directly.
         blend_per_split=[([entry.prefix for entry in sources.train], None), None, None],
         tokenizer=EndOfDocument(sources.eod, vocab_size),
         reset_position_ids=False,
@@ -156,7 +156,7 @@ def _build_on_first_rank(directory: Path, build) -> None:
     run_on_rank_0(lambda: _build_unless_intact(directory, build), f"building index maps in {directory}")
     deadline = time.monotonic() + SHARED_FILE_SYSTEM_SECONDS
     while not directory.is_dir():
-        # A network file system may show a new directory a few seconds late.
+        # On a network file system a new directory may become visible a few seconds late.
         if time.monotonic() > deadline:
             raise UserError(f"{directory}: rank 0 wrote no index maps there; is --data-cache-path shared by all nodes?")
         time.sleep(0.5)
@@ -168,7 +168,7 @@ def _build_unless_intact(directory: Path, build) -> None:
         if are_intact(directory):
             return
         _check_helpers()
-        # BlendedDataset asks for its rank before it writes its maps.
+        # BlendedDataset queries torch.distributed for its rank before it writes.
         with build_directory(directory) as partial, world_of_one():
             build(partial)
             write_manifest(partial, {})

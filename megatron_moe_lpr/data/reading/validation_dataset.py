@@ -1,4 +1,4 @@
-"""Validation samples: one dataset after the other, in order, every token predicted exactly once."""
+"""Validation samples: each dataset in order, every token predicted exactly once."""
 
 import numpy as np
 import torch
@@ -9,16 +9,16 @@ from megatron_moe_lpr.data.reading.languages import PADDING_LANGUAGE
 
 
 class ValidationDataset(torch.utils.data.Dataset):
-    """The text of one dataset, cut into samples where it lies; no shuffling and no repetition.
+    """The tokens of one dataset, cut into consecutive samples, memory-mapped; no shuffling and no repetition.
 
-    The last sample is filled up with padding: loss mask 0 and language tag PADDING_LANGUAGE. So are all samples from
-    `len(dataset)` on, which let every data-parallel rank run the same number of steps.
+    The last sample is padded with loss mask 0 and language tag PADDING_LANGUAGE. Indices from `len(dataset)` on return
+    samples of padding only, so that every data-parallel rank can run the same number of steps.
 
     Attributes:
         name: the dataset's prefix.
-        language: its language's name.
-        predicted_tokens: tokens with a loss in one pass, where `eod_mask_loss` is off.
-        text_bytes: UTF-8 bytes of the text, for bits per byte; None where only a part of it is used.
+        language: name of the dataset's language.
+        predicted_tokens: tokens with a loss in one pass if `eod_mask_loss` is off.
+        text_bytes: UTF-8 bytes of the text, for bits per byte; None if only a part of it is used.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class ValidationDataset(torch.utils.data.Dataset):
         eod_mask_loss: bool = False,
         max_samples: int | None = None,
     ) -> None:
-        """`max_samples`: use only so many, from the first on; None: all."""
+        """`max_samples`: number of samples to use, from the first; None: all."""
         self.name, self.language = entry.prefix, entry.language
         self._language, self._eod, self._eod_mask_loss = language, eod, eod_mask_loss
         self.sequence_length = sequence_length
@@ -47,7 +47,7 @@ class ValidationDataset(torch.utils.data.Dataset):
         return -(-self.predicted_tokens // self.sequence_length)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """`tokens`, `labels`, `position_ids`, `language` (int64) and `loss_mask` (float32), each [sequence]."""
+        """Return `tokens`, `labels`, `position_ids`, `language` (int64) and `loss_mask` (float32), each [sequence]."""
         start = self._first_token + index * self.sequence_length
         text = self._tokens[start : min(start + self.sequence_length + 1, self._end_token)].astype(np.int64)
         real = max(len(text) - 1, 0)

@@ -1,4 +1,4 @@
-"""Token ids of datasets against the vocabulary of the model that is to read them."""
+"""Check the token ids of datasets against the vocabulary size of the model."""
 
 from collections.abc import Sequence
 
@@ -13,15 +13,15 @@ BLOCK_TOKENS = 1 << 24
 
 
 def check_token_ids(entries: Sequence[BlendEntry], vocab_size: int, model: str) -> None:
-    """Refuse a dataset with an id that the model has no embedding for; found when drawn, it would end a run late.
+    """Refuse datasets with token ids that the model has no embedding for, before a run fails at the first such sample.
 
     Args:
         entries: the datasets.
-        vocab_size: of the model.
-        model: its checkpoint, for messages.
+        vocab_size: vocabulary size of the model.
+        model: checkpoint of the model, for error messages.
 
     Raises:
-        UserError: naming the dataset and the id.
+        UserError: a dataset has such an id; names both.
     """
     for entry in entries:
         largest = _largest(entry, vocab_size)
@@ -36,7 +36,7 @@ def _largest(entry: BlendEntry, vocab_size: int) -> int:
     manifest = entry.manifest
     if manifest.largest_token is not None:
         return max(manifest.largest_token, manifest.eod)
-    # An older version wrote it. Only where its tokenizer has more ids than the model must the text be looked at.
+    # Manifest of an older version: read the tokens only if its tokenizer has more ids than the model.
     if manifest.vocab_size <= vocab_size:
         return manifest.eod
     tokens = open_tokens(entry.prefix, np.dtype(manifest.dtype))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moe_lpr.data.preparation import hub
-from megatron_moe_lpr.data.preparation.hub import Shard, download
+from megatron_moe_lpr.data.preparation.hub import CorpusFile, download
 
 
 def test_a_downloaded_file_crosses_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +25,7 @@ def test_a_downloaded_file_crosses_disks(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(staged))
     monkeypatch.setattr(hub.os, "replace", across)
-    shard = Shard("org/name", "0123", "a.jsonl", 4, None, output / "train" / "el" / "a.jsonl")
-    download(shard, output)
-    assert shard.is_there and not staged.exists()
+    file = CorpusFile("org/name", "0123", "a.jsonl", 4, None, output / "train" / "el" / "a.jsonl")
+    download(file, output)
+    assert file.is_complete and not staged.exists()
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["a.jsonl"]
