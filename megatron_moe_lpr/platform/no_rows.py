@@ -1,9 +1,9 @@
 """Transformer Engine's permutation where the new experts of a rank get no row.
 
-Of no rows its unpermute returns no rows, in the place of zeros for every token, and its permute to no rows returns
+Of no rows its unpermute returns no rows, in the place of zeros for every token. Its permute to no rows returns
 gradients without rows in the backward pass (transformer_engine/pytorch/permutation.py `_moe_unpermute_mask_map`,
-`_moe_permute_mask_map`). Megatron's single group of experts always has rows on a rank; beside an original expert that
-stands apart, every token may choose that one.
+`_moe_permute_mask_map`) or, from 2.17 on, refuses it (`moe_permute_mask_map_forward`). Megatron's single group of
+experts always has rows on a rank; beside an original expert that stands apart, every token may choose that one.
 """
 
 import functools
@@ -32,13 +32,15 @@ def _guarded_permute(original: Callable[..., Any]) -> Callable[..., Any]:
     def permute(
         tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor | None = None, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        rows, row_probs, indices = original(tokens, routing_map, probs=probs, **options)
-        if len(rows) == 0:
-            # Their gradients are zeros of the whole shape. Copies: a slice would share the memory of gathered tokens,
-            # which the next layer overwrites.
-            rows = tokens.index_select(0, _nowhere(tokens))
-            row_probs = None if probs is None else probs.reshape(-1).index_select(0, _nowhere(tokens))
-        return rows, row_probs, indices
+        if not _expects_nothing(**options):
+            rows, row_probs, indices = original(tokens, routing_map, probs=probs, **options)
+            if len(rows) > 0:
+                return rows, row_probs, indices
+        # Gradients are zeros of the whole shape. Copies: a slice would share the memory of gathered tokens, which the
+        # next layer overwrites.
+        rows = tokens.index_select(0, _nowhere(tokens))
+        row_probs = None if probs is None else probs.reshape(-1).index_select(0, _nowhere(tokens))
+        return rows, row_probs, _nowhere(tokens)
 
     return permute
 
@@ -54,6 +56,10 @@ def _guarded_unpermute(original: Callable[..., Any]) -> Callable[..., Any]:
         return tokens.new_zeros(restore_shape).index_add(0, _nowhere(tokens), tokens)
 
     return unpermute
+
+
+def _expects_nothing(num_out_tokens: int | torch.Tensor | None = None, drop_and_pad: bool = False, **_: Any) -> bool:
+    return num_out_tokens is not None and not drop_and_pad and int(num_out_tokens) == 0
 
 
 def _nowhere(like: torch.Tensor) -> torch.Tensor:
