@@ -56,6 +56,11 @@ def scales_by_tensors() -> bool:
     return _since("0.17")
 
 
+def permutes_with_padding() -> bool:
+    """Whether moe/moe_utils.py `permute` also returns the offsets of padding and the padded counts (0.17)."""
+    return _since("0.17")
+
+
 def strategy_options() -> dict[str, Any]:
     """Arguments of TorchDistLoadShardedStrategy.
 

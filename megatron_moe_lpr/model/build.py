@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.gpt import MoELPRModel
+from megatron_moe_lpr.model.moe.expert_states import ExpertStates
 from megatron_moe_lpr.model.spec import block_spec
 from megatron_moe_lpr.platform import Platform
 
@@ -68,13 +69,18 @@ def _build_chunk(
 def _mark_split_weights(chunk: torch.nn.Module) -> None:
     """Mark weights that TP ranks hold different parts of. Megatron's local layers do so when they initialise a weight
     (tensor_parallel/layers.py), and here they initialise none; of an unmarked weight the gradient norm would count
-    one TP rank's part only."""
+    one TP rank's part only. Transformer Engine's grouped layers mark them up to 2.11; newer ones leave out weights that
+    are not one tensor (module/grouped_linear.py `set_tensor_parallel_attributes`)."""
     dimensions = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in chunk.modules():
         dimension = dimensions.get(type(module))
-        weight = getattr(module, "weight", None)
-        if dimension is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)
+        weights = [getattr(module, "weight", None)]
+        if isinstance(module, ExpertStates):
+            dimension = 1 if module.parallel_mode == "row" else 0
+            weights = [getattr(module, f"weight{index}") for index in range(module.num_gemms)]
+        for weight in weights:
+            if dimension is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)
 
 
 def unwrap(module: torch.nn.Module) -> MoELPRModel:

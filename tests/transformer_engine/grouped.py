@@ -92,6 +92,14 @@ def expert_gradients(path: Path, stage: str) -> dict[str, torch.Tensor | None]:
     return {"output": output, "input": input_gradient} | gradients
 
 
+def unmarked_weights(path: Path) -> list[str]:
+    """New experts' weights that the norm of all gradients would take for copies of another TP rank's."""
+    parameters = unwrap(models.load(path).chunks[0]).named_parameters()
+    experts = {name: parameter for name, parameter in parameters if name.startswith(EXPERTS)}
+    assert experts
+    return [name for name, parameter in experts.items() if not getattr(parameter, "tensor_model_parallel", False)]
+
+
 def watch_wrong_freeze(path: Path, frozen_expert: int | None) -> str | None:
     """Freeze one expert inside the group and step under the guard of the first step; its error, if it raises one."""
     _replace_kernels()

@@ -33,6 +33,11 @@ def test_gradients_equal_the_local_specification(stage, checkpoint):
         assert gradient.abs().sum() > 0 or name.endswith("weight1")
 
 
+def test_every_expert_s_weight_is_marked_as_split(checkpoint):
+    """By Transformer Engine 2.11 itself; by newer versions no longer."""
+    assert ranks(True, 1).run(grouped.unmarked_weights, checkpoint)[0] == []
+
+
 @pytest.mark.parametrize("frozen_expert", [None, 3])
 def test_the_guard_is_silent_where_every_gradient_arrives(frozen_expert, checkpoint):
     assert ranks(True, 1).run(grouped.watch_wrong_freeze, checkpoint, frozen_expert)[0] is None

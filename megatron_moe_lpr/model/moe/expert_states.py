@@ -49,6 +49,7 @@ class ExpertStates(torch.nn.Module):
 
     # Attributes of the grouped linear layer.
     num_gemms: int
+    parallel_mode: str | None
     init_fp8_metadata: Callable[..., None]
     _encode_extra_state: Callable[[dict[str, Any]], torch.Tensor]
     _decode_extra_state: Callable[[torch.Tensor], dict[str, Any] | None]
