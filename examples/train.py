@@ -170,7 +170,7 @@ def check_inputs(config: TrainingConfig) -> None:
 
 def estimate(config: TrainingConfig, machine: Machine) -> None:
     """Print layout and memory of the run by tools/plan.py; where they do not fit, this process ends with its code."""
-    layout, batch, precision = config.layout, config.batch, config.precision
+    layout, batch, precision = config.layout, config.batch, config.compute
     number_format = "bf16" if machine.platform == "cuda" or precision.bf16 else "fp32"
     # Of several recomputed modules the plan takes one: its estimate is then too large, not too small.
     recompute = {None: "none", "full": "full"}.get(
@@ -188,7 +188,7 @@ def estimate(config: TrainingConfig, machine: Machine) -> None:
         "--seq-length": batch.seq_length,
         "--micro-batch-size": batch.micro_batch_size,
         "--global-batch-size": batch.global_batch_size,
-        "--precision": "fp8" if config.fp8.enabled else "fp32" if precision.fp32 else number_format,
+        "--precision": "fp8" if precision.fp8.enabled else "fp32" if precision.fp32 else number_format,
         "--recompute": recompute,
     }
     words = [str(word) for pair in flags.items() for word in pair]
