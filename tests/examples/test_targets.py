@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moe_lpr.evaluation.report.inputs import NamedEvaluation
+from megatron_moe_lpr.evaluation.report.record import EvaluationRecord
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "demo"))
 from targets import targets
@@ -16,7 +17,8 @@ def evaluation(original: float, expanded: float, share: float | None = None) -> 
         "original": {"bits_per_byte": original, "expert0_top_k_share": share},
         "expanded": {"bits_per_byte": expanded},
     }
-    return NamedEvaluation("", ({"averages": averages},))
+    record = {"sequence_length": 1, "top_k": 2, "experts_per_layer": [3], "averages": averages, "datasets": []}
+    return NamedEvaluation("", (EvaluationRecord.model_validate(record),))
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,8 @@ def test_recompute_none_switches_off_what_a_recipe_has(tmp_path):
     text = (ROOT / "examples/recipes/llama3-8b-stage1.yaml").read_text()
     recipe.write_text(text + "recompute_granularity: selective\nrecompute_modules: [moe, mlp]\n")
     config = parse_training_flags(run_flags(recipe, {"RECOMPUTE": "none"}, []))
-    assert config.precision.recompute_granularity is None and config.precision.recompute_modules is None
-    assert parse_training_flags(run_flags(recipe, {}, [])).precision.recompute_modules == ("moe", "mlp")
+    assert config.compute.recompute_granularity is None and config.compute.recompute_modules is None
+    assert parse_training_flags(run_flags(recipe, {}, [])).compute.recompute_modules == ("moe", "mlp")
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_an_index_that_changes_a_class_of_the_process(setting, tmp_path, capsys)
     ("file", "change", "words"),
     [
         ("config.json", {"hidden_size": 1 << 24}, "word_embeddings.weight is [99, 32]"),
-        ("config.json", {"intermediate_size": 1 << 24}, "original_expert.linear_fc2.weight is [32, "),
+        ("config.json", {"intermediate_size": 1 << 24}, "original_expert.linear_fc1.weight_w is [48, 32]"),
         ("config.json", {"vocab_size": (1 << 31) - 1}, "word_embeddings.weight is [99, 32]"),
         ("card.json", {"experts_per_layer": [1024] * 4}, "router.weight is [5, 32]"),
         ("card.json", {"experts_per_layer": [5] * 3}, "config.json has 4 layers, its card another number"),
