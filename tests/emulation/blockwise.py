@@ -134,3 +134,17 @@ def _check_partial(name: str, tensor: torch.Tensor, by_block: torch.Tensor, bloc
     refuse_unless(tensor.dtype in (torch.float32, torch.bfloat16), f"{name}: {tensor.dtype}")
     refuse_unless(by_block.dtype == torch.float32 and by_block.dim() == 2, f"{name}: one fp32 number a block")
     contiguous(name, tensor)
+
+
+@kernel("distributed.py, which gathers blockwise activations over TP ranks")
+def swap_first_dims(tensor: torch.Tensor, *, out: torch.Tensor | None) -> torch.Tensor:
+    """[a, b, ...] as [b, a, ...]; transpose.cpp of the extension."""
+    contiguous("swap_first_dims", tensor)
+    refuse_unless(tensor.dim() > 1, f"swap_first_dims: a tensor of {tensor.dim()} dimensions")
+    result = tensor.transpose(0, 1).contiguous()
+    if out is None:
+        return result
+    refuse_unless(out.numel() == result.numel() and out.dtype == result.dtype, "swap_first_dims: another size or dtype")
+    contiguous("swap_first_dims", out)
+    out.copy_(result.view(out.shape))
+    return out

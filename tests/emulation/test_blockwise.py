@@ -116,6 +116,17 @@ def test_an_expert_without_rows(tex):
     assert tex.quantize(torch.empty(0, 256), blockwise())._rowwise_data.shape == (0, 256)
 
 
+def test_first_dimensions_swapped(tex):
+    data = torch.randint(0, 256, (2, 3, 5), dtype=torch.uint8)
+    expected = torch.stack([torch.stack([data[i, j] for i in range(2)]) for j in range(3)])
+    out = torch.empty(3, 2, 5, dtype=torch.uint8)
+    assert torch.equal(tex.swap_first_dims(data, out=None), expected)
+    assert tex.swap_first_dims(data, out=out) is out and torch.equal(out, expected)
+    for wrong in (data[0, 0], data.transpose(0, 1)):
+        with pytest.raises(KernelRefuses, match="swap_first_dims: "):
+            tex.swap_first_dims(wrong, out=None)
+
+
 def test_refusals(tex, tensor):
     with pytest.raises(KernelRefuses, match="inner dimension 40 is not a multiple of 16"):
         tex.quantize(torch.ones(128, 40), blockwise())

@@ -1,7 +1,10 @@
 """Tokens of which none goes to the new experts of a rank, whatever Transformer Engine makes of it."""
 
+import inspect
+
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import permute as megatron_permute
 
 from megatron_moe_lpr.platform.no_rows import _guarded_permute, _guarded_unpermute
 
@@ -31,7 +34,8 @@ def test_gradients_go_through_to_every_token(weighted, original, count):
     tokens = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     probs = torch.rand(TOKENS, EXPERTS, requires_grad=True) if weighted else None
     nobody = torch.zeros(TOKENS, EXPERTS, dtype=torch.bool)
-    rows, row_probs, places = _guarded_permute(original)(tokens, nobody, probs=probs, num_out_tokens=count, fused=True)
+    permute = _guarded_permute(original)
+    rows, row_probs, places, *_ = permute(tokens, nobody, probs=probs, num_out_tokens=count, fused=True)
     assert rows.shape == (0, HIDDEN) and (row_probs is None) == (not weighted)
     output = _guarded_unpermute(returns_nothing)(rows, places, torch.Size((TOKENS, HIDDEN)), fused=True)
     assert torch.equal(output, torch.zeros(TOKENS, HIDDEN))
@@ -45,6 +49,17 @@ def test_a_number_of_rows_that_is_not_known_is_left_to_the_kernel():
     rows, _, _ = _guarded_permute(newer)(tokens, torch.zeros(TOKENS, EXPERTS), num_out_tokens=None)
     rows.sum().backward()
     assert torch.equal(tokens.grad, torch.zeros(TOKENS, HIDDEN))
+
+
+def test_as_many_results_as_megatron_s_own_permute_has():
+    """From megatron-core 0.17 on also padding's offsets and counts (moe_utils.py `permute`)."""
+    tokens, counts = torch.ones(TOKENS, HIDDEN), torch.zeros(EXPERTS)
+    arguments = {"num_out_tokens": 0, "tokens_per_expert": counts}
+    nobody = torch.zeros(TOKENS, EXPERTS, dtype=torch.bool)
+    known = inspect.signature(megatron_permute).parameters
+    theirs = megatron_permute(tokens, nobody, **{name: value for name, value in arguments.items() if name in known})
+    ours = _guarded_permute(newer)(tokens, nobody, **arguments)
+    assert len(ours) == len(theirs) and [one is counts for one in ours] == [one is counts for one in theirs]
 
 
 @pytest.mark.parametrize("options", [{"num_out_tokens": 2}, {}, {"num_out_tokens": 0, "drop_and_pad": True}])
