@@ -85,7 +85,7 @@ test-eval: $(INSTALLED)
 ifndef SYSTEM_PYTHON
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,eval]'
 endif
-	$(BIN)/python -m pytest $(or $(TESTS),tests/evaluation/benchmarks tests/data/preparation/test_hub.py tests/data/preparation/test_sources.py)
+	$(BIN)/python -m pytest $(or $(TESTS),tests/evaluation/lm_eval tests/data/preparation/test_hub.py tests/data/preparation/test_sources.py)
 
 # As the Docker image's has; installs nothing.
 ## Run the GPU tests on GPUs; needs a Python with Transformer Engine; installs nothing.
