@@ -1,13 +1,14 @@
 # MoE-LPR on Megatron-Core.
 #   docker build -t moe-lpr .                     for NVIDIA GPUs: the last target, so the default one
-#   docker build -t moe-lpr --build-arg PYTORCH_RELEASE=25.11 .     on the older base, with megatron-core 0.16
+#   docker build -t moe-lpr --build-arg PYTORCH_RELEASE=25.11 --build-arg MEGATRON_CORE=0.16.1 .   on the older base
 #   docker build -t moe-lpr:cpu --target cpu .    to try it without
 #   docker run IMAGE make test                    self-check
 # What to install is read from setup.py. Only what pip needs for that is copied before it: a change of the code leaves
 # the layer with the packages as it is.
 
-# Of nvcr.io/nvidia/pytorch; constraints-RELEASE.txt has the megatron-core for it.
+# Release of nvcr.io/nvidia/pytorch, and the megatron-core that goes with it: 26.06 with 0.19.2, 25.11 with 0.16.1.
 ARG PYTORCH_RELEASE=26.06
+ARG MEGATRON_CORE=0.19.2
 
 FROM python:3.11-slim-bookworm AS cpu
 RUN apt-get update \
@@ -30,16 +31,16 @@ USER trainer
 CMD ["bash"]
 
 FROM nvcr.io/nvidia/pytorch:${PYTORCH_RELEASE}-py3 AS gpu
-ARG PYTORCH_RELEASE
+ARG MEGATRON_CORE
 RUN useradd --create-home --uid 10001 trainer
 WORKDIR /opt/moe-lpr
-COPY setup.py pyproject.toml constraints-${PYTORCH_RELEASE}.txt README.md ./
+COPY setup.py pyproject.toml README.md ./
 COPY megatron_moe_lpr/__init__.py megatron_moe_lpr/
 # The base's torch and Transformer Engine stay: pip fails rather than replaces what these constraints pin. Those of
 # constraints.txt are of another torch, and the base's own (PIP_CONSTRAINT) are older than what setup.py asks for.
 RUN pip list --format=freeze | grep -iE '^(torch|torchvision|triton|numpy|transformer[_-]engine.*)==' > /tmp/base.txt \
-    && PIP_CONSTRAINT= pip install --no-cache-dir --constraint /tmp/base.txt --constraint "constraints-${PYTORCH_RELEASE}.txt" \
-        --editable '.[test]' \
+    && echo "megatron-core==${MEGATRON_CORE}" >> /tmp/base.txt \
+    && PIP_CONSTRAINT= pip install --no-cache-dir --constraint /tmp/base.txt --editable '.[test]' \
     && rm /tmp/base.txt
 COPY . .
 RUN chown -R trainer .

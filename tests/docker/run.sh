@@ -2,7 +2,7 @@
 # Builds both targets of the Dockerfile without a Docker engine, by buildah, and tries the images as their own users.
 #
 #   TARGETS=cpu bash tests/docker/run.sh        one of them
-#   PYTORCH_RELEASE=25.11 bash tests/docker/run.sh        the gpu target on the older base
+#   PYTORCH_RELEASE=25.11 MEGATRON_CORE=0.16.1 bash tests/docker/run.sh        the gpu target on the older base
 #   STAND_IN=1 bash tests/docker/run.sh         not on the real python image, even where it can be pulled
 #
 # The gpu target is always built on a stand-in: its real base takes 20 GB, and vfs, the one storage that works
@@ -83,7 +83,7 @@ for target in $TARGETS; do
     "${target}_base"
     based=$SECONDS
     echo "== the target $target of the Dockerfile"
-    build "moe-lpr:$target" --target "$target" --build-arg "PYTORCH_RELEASE=$PYTORCH_RELEASE" .
+    build "moe-lpr:$target" --target "$target" --build-arg "PYTORCH_RELEASE=$PYTORCH_RELEASE" ${MEGATRON_CORE:+--build-arg "MEGATRON_CORE=$MEGATRON_CORE"} .
     built=$((SECONDS - based))
     mkdir -p "$work/runs"
     chown 10001:10001 "$work/runs"

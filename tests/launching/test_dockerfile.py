@@ -96,28 +96,22 @@ def test_the_cpu_image_has_the_versions_that_ci_tests():
     assert all(command[1:3] == ["--constraint", "constraints.txt"] for command in installs("cpu"))
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("constraints-*.txt")), ids=lambda path: path.stem)
-def test_each_release_of_the_base_has_a_megatron_core_of_setup_py(path):
-    """A release without such a file fails at COPY, which names it."""
-    wanted = re.search(r'"(megatron-core[^"]*)"', (ROOT / "setup.py").read_text()).group(1)
-    (pin,) = [Requirement(line) for line in path.read_text().splitlines() if not line.startswith("#")]
-    (exact,) = pin.specifier
-    assert pin.name == "megatron-core" and exact.operator == "=="
-    assert Requirement(wanted).specifier.contains(exact.version)
-
-
-def test_the_releases_are_the_new_one_and_the_one_before():
-    assert RELEASE == "26.06" and f"constraints-{RELEASE}.txt" in copied("gpu")
-    assert {path.name for path in ROOT.glob("constraints-*.txt")} == {"constraints-25.11.txt", "constraints-26.06.txt"}
+def test_each_release_of_the_base_has_a_megatron_core_that_setup_py_allows():
+    """The comment names the pairs; the first is the default."""
+    wanted = Requirement(re.search(r'"(megatron-core[^"]*)"', (ROOT / "setup.py").read_text()).group(1))
+    pairs = re.findall(r"(\d+\.\d+) with (\d+\.\d+\.\d+)", WRITTEN.split("ARG PYTORCH_RELEASE")[0])
+    assert [release for release, _ in pairs] == ["26.06", "25.11"]
+    assert all(wanted.specifier.contains(version) for _, version in pairs)
+    assert f"ARG PYTORCH_RELEASE={pairs[0][0]}\nARG MEGATRON_CORE={pairs[0][1]}\n" in WRITTEN.split("\nFROM ")[0]
     # Declared before all stages, for FROM, and once more in the stage that uses it.
-    assert WRITTEN.index("ARG PYTORCH_RELEASE=") < WRITTEN.index("\nFROM ")
-    assert re.search(r"^ARG PYTORCH_RELEASE$", STAGES["gpu"], re.MULTILINE)
+    assert re.search(r"^ARG MEGATRON_CORE$", STAGES["gpu"], re.MULTILINE)
 
 
 def test_the_gpu_image_keeps_the_base_s_torch_and_transformer_engine():
     """Pinned to what the base has, under none of its other constraints."""
     (command,) = installs("gpu")
-    assert command[1:5] == ["--constraint", "/tmp/base.txt", "--constraint", f"constraints-{RELEASE}.txt"]
+    assert command[1:3] == ["--constraint", "/tmp/base.txt"]
+    assert 'echo "megatron-core==${MEGATRON_CORE}" >> /tmp/base.txt' in STAGES["gpu"]
     assert "PIP_CONSTRAINT= pip install" in STAGES["gpu"]
     pattern = re.compile(re.search(BASE_PACKAGES, STAGES["gpu"]).group(1), re.IGNORECASE)
     installed = ("torch==2.10.0a0+b558c986e8.nv25.11", "numpy==1.26.4", "triton==3.5.0", "torchvision==0.25.0a0+1")
