@@ -41,6 +41,9 @@ STATE_METADATA = CONTENT_METADATA | {
     "chained_optim_avoid_prefix": True,
 }
 
+LEARNING_RATES = ("max_lr", "min_lr")
+"""Settings of a parameter group that a changed --lr or --min-lr makes differ from the checkpoint's."""
+
 
 @dataclasses.dataclass
 class RunState(TrainingState):
@@ -141,6 +144,9 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
         loaded = load_distributed(content, directory.path, parallel_load_strategy())
     for name, chunk in zip(_model_names(loaded), state.chunks, strict=True):
         fill_model(chunk, loaded[name], is_complete=not trainable_only)
+    # Megatron-Core 0.19 matches groups by their learning rates too, which may have changed; they are restored below.
+    for group in (*state.optimizer.param_groups, *_param_groups(loaded["optimizer"])):
+        group.update({name: None for name in LEARNING_RATES if name in group})
     state.optimizer.load_state_dict(loaded["optimizer"])
     for group, kept in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(kept)
@@ -161,8 +167,18 @@ def _set_counters(state: RunState, counters: Any, directory: CheckpointDirectory
 
 def _optimizer_settings(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
     """Settings of each parameter group that loading a checkpoint would overwrite."""
-    names = ("max_lr", "min_lr", "betas", "eps")
+    names = (*LEARNING_RATES, "betas", "eps")
     return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+
+
+def _param_groups(loaded: Any) -> Iterator[dict[str, Any]]:
+    """Yield the parameter groups of a loaded optimizer state, at any level of Megatron's chained optimizers."""
+    children = loaded if isinstance(loaded, list) else []
+    if isinstance(loaded, dict):
+        yield from loaded.get("param_groups", ())
+        children = [value for name, value in loaded.items() if name != "param_groups"]
+    for child in children:
+        yield from _param_groups(child)
 
 
 def _round_weights_again(state: RunState) -> None:
