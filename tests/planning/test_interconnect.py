@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -133,7 +134,8 @@ def test_plan_prints_what_layouts_send(tmp_path, monkeypatch, capsys):
     load_tool("plan").main()
     printed = capsys.readouterr().out
     assert "estimated step time (never measured)" in printed
-    assert "41.2% of the tokens have the original expert among their top k (25% of the tokens" in printed
+    # 41.25%: sum() of Python 3.12 and newer rounds the other way.
+    assert re.search(r"41\.[23]% of the tokens have the original expert among their top k \(25% of the tokens", printed)
 
 
 def test_benchmark_prints_a_table(tmp_path, monkeypatch, capsys):
