@@ -83,7 +83,7 @@ def _files(corpus: Corpus, language: str, commit: str) -> Iterator:
 def download(file: CorpusFile, output: Path) -> None:
     """Download one file, resuming an earlier partial download, and compare it with its checksum.
 
-    One file at a time: `snapshot_download` would first list the whole repository, which for SlimPajama is 59,000 files.
+    One file at a time: `snapshot_download` would first list the whole repository, of which a run wants a few files.
 
     Raises:
         UserError: the hub does not answer or refuses access, or the file is damaged.
