@@ -68,6 +68,7 @@ def find_tensor_sources(options: ImportOptions) -> TensorSources:
         UserError: something does not fit.
     """
     model = open_hf_directory(options.hf)
+    _refuse_genuine_mixture(options, model)
     if options.expand_blocks is not None:
         _check_stays_dense(options, model)
         options = dataclasses.replace(options, num_experts=1)
@@ -87,6 +88,17 @@ def find_tensor_sources(options: ImportOptions) -> TensorSources:
     check_trained_dtypes((name for row in rows for name in row.names), files)
     languages = _languages(options, model, adapter)
     return TensorSources(model, adapter, experts, top_k, options.seed, rows, files, dtype, inserted, inserts, languages)
+
+
+def _refuse_genuine_mixture(options: ImportOptions, model: HFDirectory) -> None:
+    """Refuse a stock MoE of which nothing says that it was upcycled: in one that was trained as a mixture (Qwen3-MoE,
+    Mixtral) expert 0 is no original, and stage 1 would overwrite all the others."""
+    if model.is_moe and not model.card and not (options.original_languages and options.expanded_languages):
+        raise UserError(
+            f"{model.path}: a mixture without this project's moe_lpr/card.json, and one that was trained as a mixture "
+            "has no original expert to keep; give its dense base model, or, only if another program upcycled it with "
+            "the dense FFN as expert 0, the languages of both with --original-languages and --expanded-languages"
+        )
 
 
 def _rows(

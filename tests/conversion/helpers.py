@@ -13,6 +13,8 @@ from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.commands import convert
 from megatron_moe_lpr.files.checksum_file import write_checksums
 
+# Flags that say of a stock MoE without this project's files that it was upcycled.
+UPCYCLED_ELSEWHERE = ("--original-languages", "en", "--expanded-languages", "el")
 TOOL = Path(__file__).parents[2] / "tools" / "convert_hf.py"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conversion.helpers import change_config, perturb, rewrite_checkpoint, run
+from tests.conversion.helpers import UPCYCLED_ELSEWHERE, change_config, perturb, rewrite_checkpoint, run
 from tests.conversion.tiny_models import load_model, logits, make_model
 
 Dense = Callable[[str], Path]
@@ -112,7 +112,8 @@ def test_an_edited_config_of_an_export_counts(
     if not side_files:
         shutil.rmtree(tmp_path / "moe" / "moe_lpr")
     expected = load_model(tmp_path / "moe")
-    run("import", "--hf", tmp_path / "moe", "--save", tmp_path / "again")
+    flags = () if side_files else UPCYCLED_ELSEWHERE
+    run("import", "--hf", tmp_path / "moe", "--save", tmp_path / "again", *flags)
     run("export", "--load", tmp_path / "again", "--hf", tmp_path / "moe-again")
     found = load_model(tmp_path / "moe-again")
     assert torch.equal(logits(found), logits(expected))
@@ -142,7 +143,7 @@ def test_mixtrals_own_base_frequency(dense_directory: Dense, tmp_path: Path) -> 
     change_config(tmp_path / "moe", rope_theta=None, rope_parameters={"rope_type": "default"})
     expected = load_model(tmp_path / "moe")
     assert expected.config.rope_parameters["rope_theta"] == 1e6
-    run("import", "--hf", tmp_path / "moe", "--save", tmp_path / "again")
+    run("import", "--hf", tmp_path / "moe", "--save", tmp_path / "again", *UPCYCLED_ELSEWHERE)
     run("export", "--load", tmp_path / "again", "--hf", tmp_path / "back")
     assert torch.equal(logits(load_model(tmp_path / "back")), logits(expected))
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
+from megatron_moe_lpr.commands import plan
 from megatron_moe_lpr.data.language_groups import groups_with_prior, learned_languages, original_languages
+from megatron_moe_lpr.errors import UserError
 from tests.conversion.helpers import checkpoint_tensors, run
 from tests.conversion.test_experts import write_adapter
 from tests.conversion.tiny_models import make_model
@@ -126,3 +129,35 @@ def test_known_languages_are_not_said_again(
     assert card["history"][0]["languages"] == ["el", "hu"]
     line = refuse("import", "--hf", tmp_path / "moe", "--save", tmp_path / "again", *LANGUAGES)
     assert "knows its languages; leave the flag out" in line
+
+
+GENUINE = {
+    "Qwen3-MoE": transformers.Qwen3MoeConfig,
+    "Qwen2-MoE": transformers.Qwen2MoeConfig,
+    "Mixtral": transformers.MixtralConfig,
+}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "moe_intermediate_size": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+}
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_a_model_that_was_trained_as_a_mixture_is_not_taken_for_an_upcycled_one(
+    name: str, tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+    """Its expert 0 is no original, and training the others would overwrite the model."""
+    transformers.AutoModelForCausalLM.from_config(GENUINE[name](**SIZES)).save_pretrained(tmp_path / "genuine")
+    line = refuse("import", "--hf", tmp_path / "genuine", "--save", tmp_path / "save")
+    assert f"{tmp_path / 'genuine'}: a mixture without" in line and "give its dense base model" in line
+    with pytest.raises(UserError, match=r"architecture .* is not supported"):
+        plan.find(plan.Flags(gpus=8, hf=str(tmp_path / "genuine")))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.conversion.helpers import (
+    UPCYCLED_ELSEWHERE,
     assert_same_tensors,
     change_hf,
     checkpoint_tensors,
@@ -87,7 +88,7 @@ def test_stock_moe_without_our_files_comes_back(name: str, dense_directory: Dens
     # Saved by transformers itself, so in the spelling of the version that is installed.
     stock = tmp_path / "stock"
     load_model(moe).save_pretrained(stock)
-    run("import", "--hf", stock, "--save", second)
+    run("import", "--hf", stock, "--save", second, *UPCYCLED_ELSEWHERE)
     run("export", "--load", second, "--hf", again)
     assert_same_tensors(checkpoint_tensors(first), checkpoint_tensors(second))
     assert torch.equal(logits(load_model(again)), logits(load_model(moe)))

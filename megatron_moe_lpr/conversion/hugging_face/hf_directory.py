@@ -131,7 +131,7 @@ def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
     if card and experts != card.experts_per_layer and experts == [card.num_experts] * len(card.experts_per_layer):
         layout, experts = dataclasses.replace(layout, experts_everywhere=True), card.experts_per_layer
     if architecture.family.moe_model_type != moe["model_type"] or (card and card.experts_per_layer != experts):
-        raise UserError(f"{path / SIDE_DIRECTORY}: does not belong to {source}; remove it to read the MoE as it is")
+        raise UserError(f"{path / SIDE_DIRECTORY}: does not belong to {source}; export the model again")
     width = moe.get("shared_expert_intermediate_size") or SHARED_EXPERT_WIDTH
     checked_integer(width, "shared_expert_intermediate_size", source, 1, MAX_SIZE)
     return HFDirectory(path, config, architecture, layout, experts, stock_top_k(moe, source), width, card)

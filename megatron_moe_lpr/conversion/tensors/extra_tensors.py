@@ -16,7 +16,7 @@ from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, Layout
 
 _SHARED_EXPERT = "a Qwen2-MoE with a real shared expert is not an upcycled dense model; give a dense one"
 _ATTENTION_BIAS = "the stock MoE architectures of this family have no place for attention biases"
-_DENSE_LAYER = "moe_lpr/card.json says that the layer is dense; remove moe_lpr/ to read the MoE as it is"
+_DENSE_LAYER = "moe_lpr/card.json says that the layer is dense; the weights are another model's"
 
 
 @dataclasses.dataclass(frozen=True)
