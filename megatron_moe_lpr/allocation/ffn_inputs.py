@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel
-from transformers.utils import logging
 
 from megatron_moe_lpr.allocation.dense_source import DenseSource
+from megatron_moe_lpr.conversion.hugging_face.quiet import quiet_transformers
 
 WINDOWS_PER_BATCH = 8
 
@@ -61,14 +61,9 @@ class _LayerRunner:
 def _skeleton(config: dict[str, Any]) -> torch.nn.Module:
     """transformers' model without its weights, in fp32."""
     fields = {name: value for name, value in config.items() if name not in ("model_type", "torch_dtype", "dtype")}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with torch.device("meta"):
-            configuration = AutoConfig.for_model(config["model_type"], **fields)
-            model = AutoModel.from_config(configuration, dtype=torch.float32, attn_implementation="sdpa").eval()
-    finally:
-        logging.set_verbosity(verbosity)
+    with quiet_transformers(), torch.device("meta"):
+        configuration = AutoConfig.for_model(config["model_type"], **fields)
+        model = AutoModel.from_config(configuration, dtype=torch.float32, attn_implementation="sdpa").eval()
     # Rotary frequencies are computed, not loaded, and there is nothing to compute on the meta device: build them again.
     model.rotary_emb = type(model.get_submodule("rotary_emb"))(configuration)
     return model

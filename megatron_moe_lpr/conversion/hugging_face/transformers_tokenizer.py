@@ -1,9 +1,10 @@
 """A directory's tokenizer as the installed transformers loads it."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_moe_lpr.conversion.hugging_face.quiet import quiet_transformers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ def load_with_transformers(
     """
     import transformers
 
-    with _quiet():
+    with quiet_transformers():
         try:
             tokenizer = getattr(transformers, class_name).from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False
@@ -46,15 +47,3 @@ def load_with_transformers(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else ""
     return TransformersTokenizer(transformers.__version__, list(texts), ids, ids_as_text, content)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

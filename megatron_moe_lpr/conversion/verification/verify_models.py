@@ -12,6 +12,7 @@ from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading.model import load_model
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
+from megatron_moe_lpr.conversion.hugging_face.quiet import quiet_transformers
 from megatron_moe_lpr.conversion.verification.verify import Comparison, Forward, Outputs, compare, random_tokens
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
@@ -88,15 +89,16 @@ def transformers_forward(directory: Path, dtype: torch.dtype, device: torch.devi
     """
     from transformers import AutoModelForCausalLM
 
-    # Annotated without `output_loading_info`, with which it returns a pair.
-    loaded: tuple[torch.nn.Module, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-        directory,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-        attn_implementation="eager",
-    )
+    with quiet_transformers():
+        # Annotated without `output_loading_info`, with which it returns a pair.
+        loaded: tuple[torch.nn.Module, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            attn_implementation="eager",
+        )
     model, information = loaded
     problems = {kind: list(names)[:3] for kind, names in information.items() if names}
     if problems:
