@@ -375,7 +375,7 @@ def test_what_is_no_adapter(dense: Path, tmp_path: Path, refuse: Callable[..., s
 def test_a_model_given_for_a_checkpoint(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("export", "--load", dense, "--hf", tmp_path / "out")
-    assert "is a Hugging Face directory, of which tools/convert_hf.py import makes one" in capsys.readouterr().err
+    assert "is a Hugging Face directory, of which moe-lpr import makes one" in capsys.readouterr().err
 
 
 def test_pointers_that_nobody_reads_are_no_obstacle(dense: Path, tmp_path: Path) -> None:

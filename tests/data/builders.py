@@ -22,6 +22,10 @@ LANGUAGES = ("el", "en", "es", "hu", "tr", "zh")
 EOD_TOKEN = "<|endoftext|>"
 
 
+OF_TORCH = "No CUDA runtime is found"
+"""Begins a line that torch, built for CUDA, writes to stderr where CUDA's toolkit is installed and no GPU is."""
+
+
 def corpus_texts(split: str, language: str) -> list[str]:
     """Texts of the demo corpus, read without the package's own reader."""
     with open(CORPUS / split / f"{language}.jsonl.zst", "rb") as file:

@@ -113,7 +113,7 @@ def _latest_iteration(root: Path) -> int | None:
     try:
         text = latest.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
-        form = "; it is a Hugging Face directory, of which tools/convert_hf.py import makes one"
+        form = f"; it is a Hugging Face directory, of which {command('import')} makes one"
         hint = form if (root / CONFIG_FILE).is_file() else ""
         raise UserError(f"{root}: no checkpoint here: neither {LATEST_FILE} nor .metadata exists{hint}") from None
     except (UnicodeDecodeError, OSError) as error:

@@ -73,11 +73,16 @@ def run_lock(save: Path, take_over: bool = False) -> Iterator[RunLock]:
     Raises:
         UserError: another run holds the lock, or may hold it.
     """
+    is_new = not os.path.lexists(save)
     lock = RunLock() if int(os.environ.get("RANK", 0)) else acquire(save, take_over)
     try:
         yield lock
     finally:
         lock.release()
+        if is_new:
+            # A start that was refused before it wrote anything leaves no directory; one with files stays.
+            with contextlib.suppress(OSError):
+                save.rmdir()
 
 
 def acquire(save: Path, take_over: bool = False) -> RunLock:

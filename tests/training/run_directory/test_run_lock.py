@@ -45,6 +45,17 @@ def test_a_second_run_is_refused_by_name_and_the_end_releases(tmp_path):
     assert not (tmp_path / "run" / LOCK_FILE).exists()
 
 
+def test_a_start_that_wrote_nothing_leaves_no_directory_of_its_own(tmp_path):
+    for name, file, stays in (("new", None, False), ("written", "metrics.jsonl", True), ("given", None, True)):
+        if name == "given":
+            (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match="no such checkpoint"), run_lock(tmp_path / name):
+            if file:
+                (tmp_path / name / file).touch()
+            raise UserError("no such checkpoint")
+        assert (tmp_path / name).exists() == stays
+
+
 def test_also_take_over_does_not_take_it_from_a_process_that_lives_here(tmp_path):
     write(tmp_path / "run")
     with pytest.raises(UserError, match="writes there"):
