@@ -68,7 +68,6 @@ def find_tensor_sources(options: ImportOptions) -> TensorSources:
         UserError: something does not fit.
     """
     model = open_hf_directory(options.hf)
-    _refuse_genuine_mixture(options, model)
     if options.expand_blocks is not None:
         _check_stays_dense(options, model)
         options = dataclasses.replace(options, num_experts=1)
@@ -83,6 +82,7 @@ def find_tensor_sources(options: ImportOptions) -> TensorSources:
     rows = _rows(model, adapter, experts, inserted, inserts)
     files = SafetensorsSource(weight_files(model.path) + ([adapter.weights] if adapter else []))
     check_tensors(rows, model.extra(), files, adapter.path if adapter else model.path)
+    _refuse_genuine_mixture(options, model)
     originals = [files.tensors[name] for row in rows if row.kind.is_original for name in row.names]
     dtype = common_dtype(originals, model.path)
     check_trained_dtypes((name for row in rows for name in row.names), files)
