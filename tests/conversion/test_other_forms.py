@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conversion.helpers import change_config, change_hf, hf_tensors, run
+from tests.conversion.helpers import UPCYCLED_ELSEWHERE, change_config, change_hf, hf_tensors, run
 from tests.conversion.tiny_models import load_model, logits, save_model
 
 Tensors = dict[str, torch.Tensor]
@@ -199,7 +199,7 @@ def test_experts_that_transformers_5_saved_fused(dense: Path, tmp_path: Path, re
     line = refuse(tmp_path / "fused")
     assert "all experts in one tensor" in line and "save_original_format=True" in line
     model.save_pretrained(tmp_path / "split", save_original_format=True)
-    run("import", "--hf", tmp_path / "split", "--save", tmp_path / "again")
+    run("import", "--hf", tmp_path / "split", "--save", tmp_path / "again", *UPCYCLED_ELSEWHERE)
 
 
 # Directories ------------------------------------------------------------------------------------------------------
