@@ -10,6 +10,7 @@ from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 if TYPE_CHECKING:
     import torch
 
+Kernel = Annotated[T, Free("which kernel computes it: rounding alone")]
 Recomputation = Annotated[T, Free("computes the same twice")]
 
 
@@ -30,6 +31,13 @@ class ComputeOptions:
     """Communication of tokens to new experts on other ranks. flex needs DeepEP."""
     original_expert_overlap: Overlap[bool] = False
     """With EP on GPUs, compute the original expert on its own stream during the all-to-all. Never timed on a GPU."""
+    moe_permute_fusion: Kernel[bool] = True
+    """On GPUs, sort tokens by expert in one kernel of Transformer Engine, from version 2.1 on."""
+    moe_router_fusion: Kernel[bool] = True
+    """On GPUs, softmax, top-k and renormalisation of the router in one kernel of Transformer Engine, from 2.7 on."""
+    gradient_accumulation_fusion: Kernel[bool] = True
+    """On GPUs, matrix products add weight gradients to the fp32 buffer themselves. The output matrix needs NVIDIA apex
+    for it."""
     recompute_granularity: Recomputation[Literal["full", "selective"] | None] = None
     """Recompute activations in the backward pass: whole layers, or --recompute-modules."""
     recompute_method: Recomputation[Literal["uniform", "block"] | None] = None
