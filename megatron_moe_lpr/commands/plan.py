@@ -91,17 +91,17 @@ def main(arguments: list[str] | None = None) -> None:
     from megatron_moe_lpr.planning.checkpoint_size import describe_needs
     from megatron_moe_lpr.planning.interconnect import Hardware
     from megatron_moe_lpr.planning.planned_run import PlannedRun
-    from megatron_moe_lpr.planning.report import print_communication, print_plan
+    from megatron_moe_lpr.planning.report import print_communication, print_launches, print_plan
     from megatron_moe_lpr.planning.routing import Routing, read_routing
-    from megatron_moe_lpr.planning.search import Machine
 
     routing = read_routing(flags.routing, flags.original_share) if flags.routing else Routing()
-    machine = Machine(flags.gpus, flags.gpus_per_node, flags.gpu_memory)
+    machine = _machine(flags)
     print_plan(shape, sizes, machine, candidates[: flags.show])
     if flags.gpus > 1:
         speeds = (flags.peak_tflops, flags.utilization, flags.node_bandwidth, flags.network_bandwidth)
         print_communication(shape, sizes, candidates[: flags.show], routing, Hardware(flags.gpus_per_node, *speeds))
     best = PlannedRun(shape, candidates[0].layout, sizes, candidates[0].recompute)
+    print_launches(best, machine)
     print(describe_needs(best, flags.gpus_per_node))
     if flags.experts_per_layer is not None:
         from megatron_moe_lpr.planning.allocation_savings import saving_against_uniform
@@ -116,7 +116,7 @@ def find(flags: Flags) -> tuple["ModelShape", "RunSizes", list["Candidate"]]:
         # A name on the hub becomes the file in the cache, which is then read twice.
         flags = dataclasses.replace(flags, hf=str(model_config_file(flags.hf, flags.revision)), revision=None)
     # Megatron takes seconds to import, which the checks above do not need.
-    from megatron_moe_lpr.planning.search import Choice, Machine, find_layouts
+    from megatron_moe_lpr.planning.search import Choice, find_layouts
 
     shape, sizes = read_shape(flags), read_sizes(flags)
     if flags.stage == "blocks" and not shape.inserted_blocks:
@@ -127,7 +127,15 @@ def find(flags: Flags) -> tuple["ModelShape", "RunSizes", list["Candidate"]]:
         _given(flags.expert_model_parallel_size),
         _given(flags.recompute),
     )
-    return shape, sizes, find_layouts(shape, sizes, Machine(flags.gpus, flags.gpus_per_node, flags.gpu_memory), choice)
+    return shape, sizes, find_layouts(shape, sizes, _machine(flags), choice)
+
+
+def _machine(flags: Flags):
+    """Return the GPUs that the run is planned for."""
+    from megatron_moe_lpr.planning.search import Machine
+
+    speed = flags.peak_tflops * 1e12 * flags.utilization
+    return Machine(flags.gpus, flags.gpus_per_node, flags.gpu_memory, speed)
 
 
 def _check(flags: Flags) -> None:

@@ -15,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 
 from megatron_moe_lpr.engine.finalizing import finalize_gradients
 from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
+from megatron_moe_lpr.engine.weight_gradients import fuse_weight_gradients
 from megatron_moe_lpr.megatron.overriding import replace
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.platform import Platform
@@ -31,11 +32,13 @@ def wrap_data_parallel(
         use_distributed_optimizer=options.use_distributed_optimizer,
         fp8_param_gather=config.fp8_new_expert_parameters,
     )
-    return [
+    wrapped = [
         # Only the first chunk's gradients are worth splitting into buckets: the others are reduced in its shadow.
         DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    fuse_weight_gradients(chunks, config.fuse_wgrad_accumulation)
+    return wrapped
 
 
 def build_optimizer(

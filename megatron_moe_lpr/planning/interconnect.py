@@ -1,7 +1,7 @@
 """Time of a training step on paper: operations at an assumed speed, sent bytes at the speed of the wires.
 
-Nothing here was ever measured. Latencies are left out, so small messages take longer in reality; so is other traffic
-on the same wires.
+Nothing here was ever measured. Latencies of messages are left out, so small ones take longer in reality; so is other
+traffic on the same wires. A micro-batch takes as long as the GPU computes and sends, or as the host launches.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.model.parameter_counts import count_parameters
 from megatron_moe_lpr.planning.communication import busiest_rank
+from megatron_moe_lpr.planning.launches import launching_seconds
 from megatron_moe_lpr.planning.moe_traffic import placement
 from megatron_moe_lpr.planning.planned_run import PlannedLayer, PlannedRun
 from megatron_moe_lpr.planning.routing import Routing
@@ -74,6 +75,8 @@ class StepTimes:
     expert: float
     """EP and expert TP."""
     pipeline: float
+    launches: float = 0.0
+    """For the host, which launches for longer than the GPU computes and sends; 0: it is ahead of the GPU."""
 
     @property
     def total(self) -> float:
@@ -84,7 +87,7 @@ class StepTimes:
     def bound(self) -> str:
         """Share of the computation, and the part beside it that takes longest."""
         names = {"imbalance": "EP imbalance", "data": "DP", "tensor": "TP", "expert": "EP", "pipeline": "PP"}
-        names["waiting"] = "pipeline bubble"
+        names |= {"waiting": "pipeline bubble", "launches": "launches"}
         longest = max(names, key=lambda name: getattr(self, name))
         share, longest_share = self.compute / self.total, getattr(self, longest) / self.total
         return f"compute {share:.0%}" + (f", {names[longest]} {longest_share:.0%}" if longest_share >= 0.005 else "")
@@ -99,15 +102,20 @@ def step_times(run: PlannedRun, routing: Routing, hardware: Hardware, original_i
     rate = hardware.peak_tflops * 1e12 * hardware.utilization
     compute = tokens * flops * (1 + recomputed_share(run)) / rate
     EP, ETP = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
+    imbalance = tokens * _surplus_flops(run, routing, original_in_ep_group) / rate
+    tensor = hardware.ring_seconds(traffic.tensor, layout.tensor_model_parallel_size, 1)
+    expert = hardware.exchange_seconds(traffic.expert, EP, ETP) + hardware.ring_seconds(traffic.expert_tensor, ETP, 1)
+    pipeline = hardware.neighbour_seconds(traffic.pipeline, sizes.gpus // layout.pipeline_model_parallel_size)
+    launches = max(0.0, launching_seconds(run) - (compute + imbalance + tensor + expert + pipeline))
     return StepTimes(
         compute=compute,
-        waiting=compute * waiting_share(run),
-        imbalance=tokens * _surplus_flops(run, routing, original_in_ep_group) / rate,
-        data=max(0.0, _data_seconds(run, traffic, hardware) - compute / run.num_microbatches),
-        tensor=hardware.ring_seconds(traffic.tensor, layout.tensor_model_parallel_size, 1),
-        expert=hardware.exchange_seconds(traffic.expert, EP, ETP)
-        + hardware.ring_seconds(traffic.expert_tensor, ETP, 1),
-        pipeline=hardware.neighbour_seconds(traffic.pipeline, sizes.gpus // layout.pipeline_model_parallel_size),
+        waiting=(compute + launches) * waiting_share(run),
+        imbalance=imbalance,
+        data=max(0.0, _data_seconds(run, traffic, hardware) - (compute + launches) / run.num_microbatches),
+        tensor=tensor,
+        expert=expert,
+        pipeline=pipeline,
+        launches=launches,
     )
 
 

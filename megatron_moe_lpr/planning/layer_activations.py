@@ -32,31 +32,26 @@ def recomputed_bytes_per_token(layer: PlannedLayer) -> float:
 def gradient_bytes(layer: PlannedLayer) -> float:
     """Bytes of a rank's gradients at the fullest moment of the FFN's backward pass, less what is freed by then.
 
-    Weight gradients of all the rank's experts appear in the weights' format and are then added to the fp32 buffer. A
-    rank that holds experts of several expansions computes them in one product; frozen ones have no weight gradient.
+    Weight gradients need no memory of their own: the products add them to the fp32 buffer. Of frozen experts no input
+    is kept for them.
     """
     run, sizes = layer.run, layer.run.sizes
     D, F, element = layer.architecture.hidden_size, layer.architecture.ffn_hidden_size, sizes.element_bytes
-    rows, ranks, experts, trains = (
-        run.rank_tokens,
-        run.layout.tensor_model_parallel_size,
-        1,
-        ParameterKind.DENSE_FFN in layer.trains,
-    )
+    rows, ranks = run.rank_tokens, run.layout.tensor_model_parallel_size
+    trains = ParameterKind.DENSE_FFN in layer.trains
     if layer.is_moe:
         rows *= rows_per_token(layer)[1]
+        ranks = run.layout.expert_tensor_parallel_size
         trained = layer.num_experts - 1 if ParameterKind.EARLIER_EXPERTS in layer.trains else layer.newest_experts
-        ranks, experts = run.layout.expert_tensor_parallel_size, trained // run.layout.expert_model_parallel_size
         trains = ParameterKind.NEW_EXPERTS in layer.trains and trained > 0
     # FP8 copies of an operand: one by rows for the input's gradient, one by columns for the weight's.
     fp8_copies = (2 if trains else 1) if sizes.precision == "fp8" else 0
     outer, inner = rows * D * ranks, rows * F  # values of the products' wide and narrow operands
-    matrix = experts * D * F / ranks * element if trains else 0.0
     freed = inner * _trained_share(layer) * _input_bytes(layer) if trains else 0.0
     # Of the down projection, of SwiGLU, of gate and up projection.
-    down = outer * (element + fp8_copies) + inner * element + matrix
+    down = outer * (element + fp8_copies) + inner * element
     activation = 3 * inner * element - freed
-    gate_and_up = 2 * inner * fp8_copies + outer * element + 2 * matrix - freed
+    gate_and_up = 2 * inner * fp8_copies + outer * element - freed
     return max(down, activation, gate_and_up) + run.rank_tokens * D * element
 
 

@@ -5,17 +5,20 @@ Weights in FP8, activations and logits are checked on Transformer Engine's emula
 """
 
 import dataclasses
+import math
 from collections.abc import Collection
 
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.parameter_counts import ParameterCounts
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import activation_bytes, logit_bytes
-from megatron_moe_lpr.planning.parameters import rank_parameters
+from megatron_moe_lpr.planning.parameters import held_parameters, rank_parameters
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import FP32, RunSizes
 
 GIB = 2**30
+UNFUSED = (ParameterKind.ROUTER, ParameterKind.EMBEDDING)
+"""Kinds whose matrices are not Transformer Engine's: their gradients are added to the buffer by Megatron's hook."""
 RESERVED_BYTES = 2 * GIB
 """CUDA context, NCCL's buffers and workspaces of the libraries: an assumption, not measured."""
 
@@ -26,6 +29,7 @@ class RankMemory:
 
     weights: float
     gradients: float
+    """The fp32 buffer, and placeholders of weight gradients."""
     optimizer: float
     activations: float
     """Kept activations, and what a layer's backward pass needs beyond the logits' memory."""
@@ -48,7 +52,7 @@ def rank_memory(run: PlannedRun, pipeline_rank: int) -> RankMemory:
     counts = rank_parameters(run.shape, run.layout, pipeline_rank)
     return RankMemory(
         weights=weight_bytes(counts, run.sizes),
-        gradients=gradient_bytes(counts, run.sizes.trains),
+        gradients=gradient_bytes(counts, run.sizes.trains) + placeholder_bytes(run, pipeline_rank),
         optimizer=optimizer_bytes(counts, run.layout, run.sizes),
         activations=activation_bytes(run, pipeline_rank),
         logits=logit_bytes(run, pipeline_rank),
@@ -81,6 +85,17 @@ def fp8_weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
 def gradient_bytes(counts: ParameterCounts, trains: Collection[ParameterKind]) -> int:
     """Bytes of the fp32 gradient buffer, which has a place for each parameter that trains."""
     return FP32 * sum(count for kind, count in counts.items() if kind in trains)
+
+
+def placeholder_bytes(run: PlannedRun, pipeline_rank: int) -> int:
+    """Bytes of what autograd is given in the place of weight gradients that a product has added to the buffer: a tensor
+    without values, one for all matrices of a shape (Transformer Engine, base.py `get_dummy_wgrad`)."""
+    shapes = {
+        parameter.rank_shape(run.layout)
+        for parameter in held_parameters(run.shape, run.layout, pipeline_rank)
+        if parameter.kind in run.sizes.trains and parameter.is_product and parameter.kind not in UNFUSED
+    }
+    return run.sizes.element_bytes * sum(map(math.prod, shapes))
 
 
 def optimizer_bytes(counts: ParameterCounts, layout: ParallelLayout, sizes: RunSizes) -> float:

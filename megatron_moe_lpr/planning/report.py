@@ -10,11 +10,12 @@ from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.model.parameter_counts import active_parameters, count_parameters
 from megatron_moe_lpr.planning.communication import busiest_rank
 from megatron_moe_lpr.planning.interconnect import Hardware, step_times
+from megatron_moe_lpr.planning.launches import LAUNCH_SECONDS, launches_per_micro_batch, launching_seconds
 from megatron_moe_lpr.planning.memory import GIB, worst_total
 from megatron_moe_lpr.planning.parameters import trainable
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.routing import Routing
-from megatron_moe_lpr.planning.search import Candidate, Machine
+from megatron_moe_lpr.planning.search import Candidate, Machine, launching_share, recomputed_share, without_launch_bound
 from megatron_moe_lpr.planning.sizes import RunSizes
 
 
@@ -60,6 +61,22 @@ def print_communication(
         "overlaps with the computation of one micro-batch, TP, EP and PP with nothing. "
         + (_routing_words(routing) if shape.num_moe_layers else "")
     )
+
+
+def print_launches(run: PlannedRun, machine: Machine) -> None:
+    """Print how many launches a layout needs and, where they take longer than its computation, what helps."""
+    most = max(launches_per_micro_batch(run, pipeline_rank) for pipeline_rank in run.pipeline_ranks)
+    host = launching_seconds(run) / run.num_microbatches
+    device = host / launching_share(run, machine) * (1 + recomputed_share(run))
+    words = (
+        f"The first layout launches {most:,} kernels a micro-batch, {1e3 * host:,.1f} ms of the host at "
+        f"{1e6 * LAUNCH_SECONDS:g} us each (assumed), and computes for {1e3 * device:,.1f} ms."
+    )
+    if host > device:
+        larger = without_launch_bound(run, machine)
+        hint = f"pass --micro-batch-size {larger}" if larger else "no larger --micro-batch-size fits"
+        words += f" The host sets the pace: {hint}."
+    print(words)
 
 
 def _communication_row(

@@ -12,6 +12,7 @@ from megatron_moe_lpr.model.configuration.recompute import NOT_DELAYED, check_re
 from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.model.parameter_counts import count_parameters
 from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.planning.launches import launching_seconds
 from megatron_moe_lpr.planning.memory import GIB, RankMemory, largest_rank
 from megatron_moe_lpr.planning.planned_run import PlannedRun, Recompute
 from megatron_moe_lpr.planning.sizes import RunSizes
@@ -32,6 +33,8 @@ class Machine:
     gpus_per_node: int
     gpu_memory: float
     """GiB of one GPU."""
+    flops: float = 0.4 * 989e12
+    """Operations a second that a GPU reaches; the default is that of `interconnect.Hardware`."""
 
     @property
     def usable_bytes(self) -> float:
@@ -47,7 +50,7 @@ class Candidate:
     recompute: Recompute
     memory: RankMemory
     cost: float
-    """Expected time of a step; 1: nothing is recomputed, communicated or waited for."""
+    """Expected time of a step; 1: nothing is recomputed, communicated or waited for, also not for launches."""
     reasons: tuple[str, ...]
 
 
@@ -122,14 +125,16 @@ def evaluate(run: PlannedRun, machine: Machine) -> Candidate:
     """Memory and expected cost of one layout."""
     memory = largest_rank(run)
     TP, EP = run.layout.tensor_model_parallel_size, run.layout.expert_model_parallel_size
-    waiting, recomputed = waiting_share(run), recomputed_share(run)
+    waiting, recomputed, launches = waiting_share(run), recomputed_share(run), launching_share(run, machine)
     tp_cost = COST_OF_TP * math.log2(TP)
     ep_cost = COST_OF_EP * math.log2(EP) * (ACROSS_NODES if max(TP, EP) > machine.gpus_per_node else 1)
-    cost = (1 + recomputed) * (1 + waiting) * (1 + tp_cost + ep_cost)
+    # What the GPU computes and sends, or what the host launches where that takes longer.
+    cost = max((1 + recomputed) * (1 + tp_cost + ep_cost), launches) * (1 + waiting)
     reasons = [f"{(machine.usable_bytes - memory.total) / GIB:.0f} GiB free"]
     nothing, recompute = run.recompute == "none", f"recompute {run.recompute} +{recomputed:.0%}"
     reasons += ["nothing recomputed" if nothing else recompute]
     reasons += [f"pipeline bubble +{waiting:.0%}"] if waiting else []
+    reasons += [f"launches take {launches:.1f} times the computation"] if launches > 1 + recomputed else []
     reasons += [f"TP communication +{tp_cost:.0%}"] if tp_cost else []
     reasons += [f"EP communication +{ep_cost:.0%}"] if ep_cost else []
     return Candidate(run.layout, run.recompute, memory, cost, tuple(reasons))
@@ -144,6 +149,31 @@ def waiting_share(run: PlannedRun) -> float:
     products = 3 if ParameterKind.EMBEDDING in run.sizes.trains else 2
     (output,) = (parameter for parameter in run.shape.parameters if parameter.layer is None and parameter.is_product)
     return (PP - 1) / run.num_microbatches + 2 * products * output.size / flops * (PP - 1)
+
+
+def launching_share(run: PlannedRun, machine: Machine) -> float:
+    """Time that the host launches, as a share of that in which the GPU computes a step without recomputation."""
+    flops = training_flops_per_token(run.shape, run.sizes.trains, run.sizes.seq_length)
+    tokens = run.sizes.global_batch_size * run.sizes.seq_length / run.sizes.gpus
+    return launching_seconds(run) / (flops * tokens / machine.flops)
+
+
+def without_launch_bound(run: PlannedRun, machine: Machine) -> int | None:
+    """A larger micro-batch size for a layout whose launches take longer than its computation: the smallest of those
+    twice, four times ... as large with which they do not, and which fits into memory and divides the global batch.
+    Where none does, the largest that fits. None: there is nothing to gain."""
+    larger, best = run, None
+    while launching_share(larger, machine) > 1 + recomputed_share(larger):
+        sizes = dataclasses.replace(larger.sizes, micro_batch_size=2 * larger.sizes.micro_batch_size)
+        larger = dataclasses.replace(larger, sizes=sizes)
+        try:
+            sizes.num_microbatches(run.layout)
+        except UserError:
+            break
+        if largest_rank(larger).total > machine.usable_bytes:
+            break
+        best = sizes.micro_batch_size
+    return best
 
 
 def recomputed_share(run: PlannedRun) -> float:

@@ -23,7 +23,7 @@ from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import activation_bytes, kept_bytes, logit_bytes
-from megatron_moe_lpr.planning.memory import weight_bytes
+from megatron_moe_lpr.planning.memory import placeholder_bytes, weight_bytes
 from megatron_moe_lpr.planning.parameters import rank_parameters
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import FP32, RunSizes
@@ -117,6 +117,8 @@ class Bytes:
     """Most that lived at once, kept and logits included."""
     weights: float
     """Parameters and their copies in FP8."""
+    placeholders: float
+    """What autograd is given for weight gradients that Transformer Engine has added to the buffer."""
 
 
 def measure(model: Model, case: Case, micro_batches: int = 4) -> tuple[Bytes, Bytes]:
@@ -132,12 +134,16 @@ def measure(model: Model, case: Case, micro_batches: int = 4) -> tuple[Bytes, By
             chunk.zero_grad_buffer()
         run_schedule(chunks, config, batches, LANGUAGE_GROUP.to(platform.device))
 
-    step()  # makes workspaces and FP8 copies that stay
+    from transformer_engine.pytorch.module.base import _dummy_wgrads
+
+    _dummy_wgrads.clear()  # those of models before
+    step()  # makes workspaces, FP8 copies and placeholders that stay
     for chunk in chunks:
         unwrap(chunk).rotary_pos_emb.forward.cache_clear()
     with _meter(chunks) as meter:
         step()
-    found = Bytes(*meter.largest(), meter.peak(), sum(_weight_bytes(chunk) for chunk in chunks))
+    weights, placeholders = sum(map(_weight_bytes, chunks)), sum(one.nbytes for one in _dummy_wgrads.values())
+    found = Bytes(*meter.largest(), meter.peak(), weights, placeholders)
     return found, plan(model, case, layout, micro_batches)
 
 
@@ -161,7 +167,8 @@ def plan(model: Model, case: Case, layout: ParallelLayout, micro_batches: int) -
     peak = activation_bytes(run, pipeline_rank) + logits
     # Of logits and softmax only the softmax, in fp32, is there when the backward pass begins.
     kept_logits = logits * FP32 / (sizes.element_bytes + FP32)
-    return Bytes(kept_bytes(run, pipeline_rank), kept_logits, peak, weight_bytes(counts, sizes))
+    held = weight_bytes(counts, sizes), placeholder_bytes(run, pipeline_rank)
+    return Bytes(kept_bytes(run, pipeline_rank), kept_logits, peak, *held)
 
 
 def _build(model: Model, case: Case, layout: ParallelLayout, platform: Platform) -> tuple[list, Any]:

@@ -1,16 +1,20 @@
 """The fused kernels that are on by default on GPUs are the ones that compute, emulated or not."""
 
+import dataclasses
 import functools
 import importlib
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 from tests.gpu import device
 from tests.gpu.compute import Step, compute
+from tests.gpu.device import TOLERANCES
+from tests.gpu.inputs import gradient_error, relative_error
 from tests.gpu.ranks import run
 from tests.gpu.test_layouts import EP2
 from tests.gpu.test_numerics import BF16, RECIPES
@@ -54,16 +58,16 @@ EMULATED = [
 ]
 
 
-def count_calls(checkpoint: Path, step: Step) -> tuple[Counter, Counter]:
-    """On every rank: how often a step enters each fused kernel, and calls each emulated one."""
+def count_calls(checkpoint: Path, step: Step) -> tuple[Counter, Counter, dict[str, Any]]:
+    """On every rank: how often a step enters each fused kernel, and calls each emulated one; what it computes."""
     entered: Counter = Counter()
     kernels = importlib.import_module("tests.emulation.kernels")
     kernels.CALLS.clear()
     with ExitStack() as stack:
         for name, place in ENTRANCES.items():
             stack.enter_context(_counting(name, place, entered))
-        compute("cuda", checkpoint, step)
-    return entered, Counter(kernels.CALLS)
+        computed = compute("cuda", checkpoint, step)
+    return entered, Counter(kernels.CALLS), computed
 
 
 def _counting(name: str, place: str, counts: Counter):
@@ -82,7 +86,7 @@ def _counting(name: str, place: str, counts: Counter):
 @pytest.mark.parametrize("recipe", [None, "tensorwise"])
 def test_they_compute_every_layer_of_every_pass(recipe, inputs):
     step = Step(precision=BF16, fp8=RECIPES.get(recipe, {}))
-    entered, emulated = run(1, count_calls, inputs[0], step)[0]
+    entered, emulated, _ = run(1, count_calls, inputs[0], step)[0]
     assert entered == EXPECTED
     if device.EMULATED:
         assert [name for name in EMULATED if not emulated[name]] == []
@@ -93,6 +97,27 @@ def test_they_compute_every_layer_of_every_pass(recipe, inputs):
 def test_ranks_that_exchange_tokens_sort_them_with_a_kernel_too(inputs):
     if device.count() < 2:
         pytest.skip("needs 2 GPUs")
-    for entered, emulated in run(2, count_calls, inputs[0], Step(precision=BF16, layout=EP2)):
+    for entered, emulated, _ in run(2, count_calls, inputs[0], Step(precision=BF16, layout=EP2)):
         assert entered["permutation"] == LAYERS * (BATCHES // 2 + FORWARD)
         assert not device.EMULATED or emulated["sort_chunks_by_map"] > 0
+
+
+PLAIN = {"moe_permute_fusion": False, "moe_router_fusion": False}
+
+
+@pytest.mark.parametrize(("recipe", "layout"), [(None, {}), ("tensorwise", EP2)])
+def test_switched_off_they_are_not_entered_and_nothing_else_changes(recipe, layout, inputs):
+    """--no-moe-permute-fusion and --no-moe-router-fusion: gathers and torch's softmax in their place."""
+    world = 2 if layout else 1
+    if device.count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    precision = BF16 if recipe else {"fp32": True}
+    fused = Step(precision=precision, fp8=RECIPES.get(recipe, {}), layout=layout, fixed_routing=True)
+    plain = dataclasses.replace(fused, precision=precision | PLAIN)
+    expected = run(world, compute, "cuda", inputs[0], fused)[0]
+    entered, _, found = run(world, count_calls, inputs[0], plain)[0]
+    # Weights of the router are rounded to bf16 at another place.
+    limit = TOLERANCES.bf16_layout if recipe else TOLERANCES.fp32
+    assert relative_error(found["logits"], expected["logits"]) < limit
+    assert gradient_error(found["gradients"], expected["gradients"]) < (TOLERANCES.fp8 if recipe else limit)
+    assert not entered["permutation"] + entered["permutation back"] + entered["router"]

@@ -84,7 +84,7 @@ def test_planned_and_measured(case, figures):
     wrong = []
     for rank, (found, planned) in enumerate(run(case.ranks, measure, MODELS[case.model], case)):
         cells = {}
-        for part in ("kept", "logits", "peak", "weights"):
+        for part in ("kept", "logits", "peak", "weights", "placeholders"):
             plan, real = getattr(planned, part), getattr(found, part)
             error = plan / real - 1 if real else float(plan > 0)
             cells[part] = f"{plan / 1e3:,.0f} / {real / 1e3:,.0f} {error:+.1%}"

@@ -21,6 +21,7 @@ from tests.planning.counted_step import SHARES, Case
 from tests.planning.test_routing import evaluation
 
 HARDWARE = Hardware(gpus_per_node=8, peak_tflops=1000.0, utilization=0.5, node_bandwidth=400.0, network_bandwidth=50.0)
+SLOW_GPU = dataclasses.replace(HARDWARE, peak_tflops=0.01)
 SHAPE = Case().shape
 SIZES = RunSizes(STAGES["1"].trains, 16, 128, 1, 64)
 EP4 = ParallelLayout(expert_model_parallel_size=4)
@@ -70,7 +71,20 @@ def test_balanced_routing_waits_for_nobody_and_one_rank_sends_nothing():
     assert times.imbalance == pytest.approx(0.0, abs=1e-18)
     alone = PlannedRun(SHAPE, ParallelLayout(), dataclasses.replace(SIZES, gpus=1))
     assert busiest_rank(alone, Routing()).total == 0
-    assert step_times(alone, Routing(), HARDWARE).bound == "compute 100%"
+    assert step_times(alone, Routing(), SLOW_GPU).bound == "compute 100%"
+
+
+def test_a_micro_batch_takes_as_long_as_the_slower_of_gpu_and_host():
+    """Four micro-batches of 398 launches, 4 us each; on a slow GPU the host is ahead."""
+    host = 4 * 398 * 4e-6
+    fast, slow = (step_times(RUN, Routing(), hardware) for hardware in (HARDWARE, SLOW_GPU))
+    sent = fast.tensor + fast.expert + fast.pipeline
+    assert fast.launches == pytest.approx(host - fast.compute - sent)
+    assert fast.launches > 0.9 * host
+    assert fast.compute + sent + fast.launches == pytest.approx(host)
+    assert "launches" in fast.bound
+    assert slow.compute > host
+    assert slow.launches == 0.0
 
 
 def test_computation_takes_its_operations():
@@ -94,8 +108,9 @@ def test_gradients_overlap_with_one_micro_batch():
     times = step_times(RUN, Routing(), slow)
     sent = busiest_rank(RUN, Routing())
     seconds = sent.data / 8e6 + sent.expert_data / 2e6
-    assert seconds > times.compute / 4
-    assert times.data == pytest.approx(seconds - times.compute / 4)
+    micro_batch = (times.compute + times.launches) / 4
+    assert seconds > micro_batch
+    assert times.data == pytest.approx(seconds - micro_batch)
 
 
 def test_the_busiest_rank_sends_at_least_what_each_rank_does():

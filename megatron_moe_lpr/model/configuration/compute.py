@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from megatron_moe_lpr.flag_marks import Free, Overlap, RecordedAs, T
 from megatron_moe_lpr.flag_ranges import PositiveInt
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
+from megatron_moe_lpr.model.configuration.refused import RefusedOptions
 
 if TYPE_CHECKING:
     import torch
 
+Kernel = Annotated[T, Free("which kernel computes it: rounding alone")]
 Recomputation = Annotated[T, Free("computes the same twice")]
 
 
@@ -30,6 +32,13 @@ class ComputeOptions:
     """Communication of tokens to new experts on other ranks. flex needs DeepEP."""
     original_expert_overlap: Overlap[bool] = False
     """With EP on GPUs, compute the original expert on its own stream during the all-to-all. Never timed on a GPU."""
+    moe_permute_fusion: Kernel[bool] = True
+    """On GPUs, sort tokens by expert in one kernel of Transformer Engine, from version 2.1 on."""
+    moe_router_fusion: Kernel[bool] = True
+    """On GPUs, softmax, top-k and renormalisation of the router in one kernel of Transformer Engine, from 2.7 on."""
+    gradient_accumulation_fusion: Kernel[bool] = True
+    """On GPUs, matrix products add weight gradients to the fp32 buffer themselves. The output matrix needs NVIDIA apex
+    for it."""
     recompute_granularity: Recomputation[Literal["full", "selective"] | None] = None
     """Recompute activations in the backward pass: whole layers, or --recompute-modules."""
     recompute_method: Recomputation[Literal["uniform", "block"] | None] = None
@@ -39,6 +48,7 @@ class ComputeOptions:
     recompute_modules: Recomputation[tuple[str, ...] | None] = None
     """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
     fp8: FP8Options = dataclasses.field(default_factory=FP8Options)
+    refused: RefusedOptions = dataclasses.field(default_factory=RefusedOptions)
 
     def requested_dtype(self) -> "torch.dtype | None":
         """Return the dtype that a flag names; None: no flag does. Raises UserError, see `dtype.requested_dtype`."""

@@ -14,9 +14,10 @@ from megatron_moe_lpr.megatron.versions import without_cuda_graphs
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.fp8 import check_fp8_device, check_fp8_flags, check_fp8_shapes
-from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, platform_fields
+from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, chosen_kernels, platform_fields
 from megatron_moe_lpr.model.configuration.parameters import Parameter, describe_model
 from megatron_moe_lpr.model.configuration.recompute import check_recompute
+from megatron_moe_lpr.model.configuration.refused import check_refused
 from megatron_moe_lpr.model.transformer.rope import attention_factor
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -40,6 +41,9 @@ class MoELPRConfig(TransformerConfig):
     """Compute the original expert during the all-to-all of the new experts."""
     fp8_new_expert_parameters: bool = False
     """Keep only the new experts' weights in FP8; Megatron's own `fp8_param` means every matrix."""
+    fuse_wgrad_accumulation: bool = False
+    """Transformer Engine's layers add weight gradients to the gradient buffer themselves. Megatron's own
+    `gradient_accumulation_fusion` also means Megatron's layers, which need NVIDIA apex for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +106,7 @@ def transformer_config(
     check_platform(shape, layout, options, platform)
     fields = _architecture_fields(shape.architecture)
     fields |= _expert_fields(shape, options) | _layout_fields(layout, options.dtype)
-    fields |= _recompute_fields(options) | platform_fields(platform, options.dtype)
+    fields |= _recompute_fields(options) | platform_fields(platform, options.dtype) | chosen_kernels(platform, options)
     fields |= options.fp8.transformer_fields()
     return MoELPRConfig(**(fields | overrides))
 
@@ -140,6 +144,7 @@ def check_options(
     Raises:
         UserError: naming the flag.
     """
+    check_refused(options.refused)
     check_fp8_flags(options.fp8, options.dtype)
     check_recompute(
         options.recompute_granularity,

@@ -10,6 +10,7 @@ from megatron.core.transformer.enums import AttnBackend
 from packaging.version import Version
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import GPUFacts, Platform
 
@@ -46,15 +47,26 @@ def _cuda_fields(gpu: GPUFacts, dtype: torch.dtype) -> dict[str, Any]:
         # rounds the gradients to bf16, whatever the logits are (fused_cross_entropy.py `calculate_gradients`).
         "cross_entropy_loss_fusion": dtype == torch.bfloat16,
         "cross_entropy_fusion_impl": "native",
-        # Sorting tokens by expert in one kernel, instead of a gather per expert.
-        "moe_permute_fusion": gpu.transformer_engine >= PERMUTE_FUSION,
-        # softmax, top-k and renormalisation of the router in one kernel.
-        "moe_router_fusion": gpu.transformer_engine >= ROUTER_FUSION,
         "persist_layer_norm": True,
-        # Weight gradients added to the fp32 buffer by the matrix product itself; apex's extension does it.
-        "gradient_accumulation_fusion": gpu.fused_weight_gradients,
         # A stage's output is freed as soon as NCCL has sent it; the next stage holds the copy.
         "deallocate_pipeline_outputs": True,
+    }
+
+
+def chosen_kernels(platform: Platform, options: ComputeOptions) -> dict[str, Any]:
+    """Fields of MoELPRConfig for kernels that a flag switches off. Empty where the platform has none of them."""
+    if platform.gpu is None or not platform.transformer_engine:
+        return {}
+    installed, fuses = platform.gpu.transformer_engine, options.gradient_accumulation_fusion
+    return {
+        # Sorting tokens by expert in one kernel, instead of a gather per expert.
+        "moe_permute_fusion": options.moe_permute_fusion and installed >= PERMUTE_FUSION,
+        # softmax, top-k and renormalisation of the router in one kernel.
+        "moe_router_fusion": options.moe_router_fusion and installed >= ROUTER_FUSION,
+        # Weight gradients added to the fp32 buffer by the matrix product itself: by Transformer Engine's, and by those
+        # of Megatron's own layers, the output matrix, for which apex's extension does it.
+        "fuse_wgrad_accumulation": fuses,
+        "gradient_accumulation_fusion": fuses and platform.gpu.fused_weight_gradients,
     }
 
 

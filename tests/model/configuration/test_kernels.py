@@ -5,7 +5,8 @@ import torch
 from packaging.version import Version
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, platform_fields
+from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, chosen_kernels, platform_fields
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import GPUFacts, Platform
 
@@ -27,12 +28,30 @@ def test_cpu_takes_local_layers_and_its_own_swiglu_alone():
 
 def test_fusions_follow_what_is_installed():
     old, new = (
-        platform_fields(found, torch.bfloat16) for found in (gpu("2.6.0"), gpu("2.7.0", fused_weight_gradients=True))
+        chosen_kernels(found, ComputeOptions()) for found in (gpu("2.6.0"), gpu("2.7.0", fused_weight_gradients=True))
     )
     assert (old["moe_router_fusion"], new["moe_router_fusion"]) == (False, True)
+    # Transformer Engine's own layers need no apex for it.
     assert (old["gradient_accumulation_fusion"], new["gradient_accumulation_fusion"]) == (False, True)
+    assert old["fuse_wgrad_accumulation"] and new["fuse_wgrad_accumulation"]
     assert old["moe_permute_fusion"]
-    assert not platform_fields(gpu("2.0"), torch.bfloat16)["moe_permute_fusion"]
+    assert not chosen_kernels(gpu("2.0"), ComputeOptions())["moe_permute_fusion"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "fields"),
+    [
+        ("moe_permute_fusion", ["moe_permute_fusion"]),
+        ("moe_router_fusion", ["moe_router_fusion"]),
+        ("gradient_accumulation_fusion", ["fuse_wgrad_accumulation", "gradient_accumulation_fusion"]),
+    ],
+)
+def test_a_flag_switches_its_kernels_off(flag, fields):
+    platform = gpu(fused_weight_gradients=True)
+    without = chosen_kernels(platform, ComputeOptions(**{flag: False}))
+    assert [name for name, on in without.items() if not on] == fields
+    assert all(chosen_kernels(platform, ComputeOptions()).values())
+    assert chosen_kernels(CPU, ComputeOptions()) == {}
 
 
 def test_fused_cross_entropy_is_for_bf16_alone():
