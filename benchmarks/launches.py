@@ -25,6 +25,7 @@ CASES = {
     "TP 2": {"layout": TP2},
     "recompute moe": {"recompute": "moe"},
     "FP8 tensorwise": {"number": "tensorwise"},
+    "a step that logs": {"logs": True},
 }
 ROWS = {
     "dispatched operations": "dispatched",

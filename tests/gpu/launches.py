@@ -24,7 +24,7 @@ from tests.gpu.storages import compiled_functions, places_of_kernels
 NOTHING = {
     *("alias", "detach", "empty", "empty_like", "empty_strided", "is_pinned", "lift_fresh", "new_empty"),
     *("new_empty_strided", "record_stream", "resize", "set", "_has_compatible_shallow_copy_type", "_reshape_alias"),
-    *("_unsafe_view", "_local_scalar_dense"),
+    *("_unsafe_view", "_local_scalar_dense", "squeeze", "unsqueeze"),
 }
 """Operations that allocate memory or make a view: no kernel."""
 KERNELS = {"cumsum": 2, "index_add": 2, "masked_select": 4, "nonzero": 4, "sort": 4, "topk": 3}

@@ -47,6 +47,8 @@ class Layer:
     layout: tuple[tuple[str, int], ...] = ()
     number: str = "bf16"
     recompute: str = "none"
+    logs: bool = False
+    """Whether the step's routing is logged."""
     hidden: int = 256
     ffn: int = 688
     sequence: int = 256
@@ -132,6 +134,7 @@ def _passes(layer: Layer) -> tuple[Callable[..., None], Any]:
     if layer.owner == "ours":
         everything = torch.ones(1, sizes[0], dtype=torch.bool)
         tags = token_tags(everything, everything, 1.0, torch.tensor(float(layer.sequence)))
+        mlp.router.counts_in_training = layer.logs
     route = _route_evenly(mlp.router, layer)
 
     def run(launches: Launches, between: Callable[[], None] = lambda: None) -> None:
