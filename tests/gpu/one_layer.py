@@ -12,6 +12,7 @@ from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -135,6 +136,7 @@ def _passes(layer: Layer) -> tuple[Callable[..., None], Any]:
         everything = torch.ones(1, sizes[0], dtype=torch.bool)
         tags = token_tags(everything, everything, 1.0, torch.tensor(float(layer.sequence)))
         mlp.router.counts_in_training = layer.logs
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as Megatron's schedule does
     route = _route_evenly(mlp.router, layer)
 
     def run(launches: Launches, between: Callable[[], None] = lambda: None) -> None:

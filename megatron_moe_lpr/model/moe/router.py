@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
-from megatron_moe_lpr.model.moe.attached_losses import AttachedLosses, Coefficients
+from megatron_moe_lpr.model.moe.attached_losses import AttachedLosses, RouterLosses
 from megatron_moe_lpr.model.moe.losses import load_balancing_loss, lpr_negative_log_likelihood
 from megatron_moe_lpr.model.moe.routing_statistics import RoutingStatistics
 from megatron_moe_lpr.model.moe.token_tags import GROUP, PRIOR, SHARE
@@ -55,7 +55,7 @@ class LPRRouter(TopKRouter):
     softmax over all experts, top-k and renormalisation over the k is Megatron's top-k-then-softmax
     (`moe_router_pre_softmax=False`) for k of 2 or more.
 
-    The losses are attached to the routing weights by `AttachedLosses`. Megatron's own load balancing is left
+    The losses are attached to the logits by `AttachedLosses`. Megatron's own load balancing is left
     off: it is normalised by k, summed over layers, and under `calculate_per_token_loss` with sequence parallelism
     scaled by this rank's tokens instead of the micro-batch's (router.py `attach_and_log_load_balancing_loss`).
     """
@@ -67,10 +67,6 @@ class LPRRouter(TopKRouter):
         self.statistics = RoutingStatistics(self.num_experts)
         self.counts_in_training = True
         """Whether training adds to the statistics: the training loop lets only steps that are logged do so."""
-        layers = max(config.num_moe_layers, 1)
-        self.coefficients = Coefficients(
-            config.load_balancing_coeff / layers, config.lpr_loss_coeff / layers, config.lpr_loss_form
-        )
         self.group_ends: list[int] | None = None
         """For each language group but the latest: how many experts it and the groups before it have. None before a
         second expansion: original languages have the original expert alone."""
@@ -118,18 +114,19 @@ class LPRRouter(TopKRouter):
             Weights [tokens, experts], fp32, zero where not chosen, and choices [tokens, experts], bool.
         """
         logits_TE = self._weigh_newest(self.gating(hidden_states).view(-1, self.num_experts))
-        weights_TE, choices_TE = self.routing(logits_TE.unsqueeze(1))
         # Activation recompute runs the layer twice, the first time without gradients: count once.
         if token_tags is None or (self.training and not torch.is_grad_enabled()):
-            return weights_TE, choices_TE
+            return self.routing(logits_TE.unsqueeze(1))
         tags_T4 = token_tags.reshape(-1, token_tags.shape[-1])
-        counts = self.counts_in_training or not self.training
-        balances = self.training and self.coefficients.load_balancing > 0
+        losses = self._losses(logits_TE, tags_T4)
+        attached_TE = logits_TE if losses is None else AttachedLosses.apply(logits_TE, tags_T4, losses)
+        weights_TE, choices_TE = self.routing(attached_TE.unsqueeze(1))
+        counts, balances = self.counts_in_training or not self.training, losses and losses.load_balancing_coeff > 0
         load_E = self._load(choices_TE, tags_T4) if counts or balances else None
+        if losses and balances:
+            losses.load = load_E
         if counts:
             self._record(logits_TE, choices_TE, tags_T4, load_E)
-        if self.training and logits_TE.requires_grad:
-            weights_TE = self._attach_losses(weights_TE, logits_TE, tags_T4, load_E if balances else None)
         return weights_TE, choices_TE
 
     def _weigh_newest(self, logits_TE: torch.Tensor) -> torch.Tensor:
@@ -157,18 +154,17 @@ class LPRRouter(TopKRouter):
             dist.all_reduce(load_E, group=self.tp_cp_group)
         return load_E
 
-    def _attach_losses(
-        self,
-        weights_TE: torch.Tensor,
-        logits_TE: torch.Tensor,
-        tags_T4: torch.Tensor,
-        load_E: torch.Tensor | None,
-    ) -> torch.Tensor:
-        coefficients = self.coefficients
-        if load_E is None and not coefficients.lpr:
-            return weights_TE
-        allowed_T = self._allowed(tags_T4) if coefficients.lpr else None
-        return AttachedLosses.apply(weights_TE, logits_TE, tags_T4, load_E, allowed_T, coefficients)
+    def _losses(self, logits_TE: torch.Tensor, tags_T4: torch.Tensor) -> RouterLosses | None:
+        """The losses of this micro-batch; None where nothing trains or no loss has a coefficient."""
+        config = self.config
+        coefficients = (
+            config.load_balancing_coeff / config.num_moe_layers,
+            config.lpr_loss_coeff / config.num_moe_layers,
+        )
+        if not self.training or not logits_TE.requires_grad or not any(coefficients):
+            return None
+        allowed_T = self._allowed(tags_T4) if config.lpr_loss_coeff else None
+        return RouterLosses(*coefficients, config.lpr_loss_form, allowed_T)
 
     @torch.no_grad()
     def _record(

@@ -7,8 +7,8 @@ PRIOR = 0
 expansion: the original ones and, after a second expansion, those of the earlier ones."""
 
 MICRO_BATCH = 1
-"""Tag 1: the token's part of its micro-batch's weight in the load balancing loss; above 0 exactly for tokens that are no
-padding."""
+"""Tag 1: the token's part of its micro-batch's weight in the load balancing loss; above 0 exactly for tokens that are
+no padding."""
 
 GROUP = 2
 """Tag 2: number of the token's language group, 0 for original languages; without meaning where tag 0 is 0."""
