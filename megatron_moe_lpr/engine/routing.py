@@ -26,6 +26,12 @@ def reset_routing(chunks: Sequence[torch.nn.Module]) -> None:
         router.statistics.reset()
 
 
+def count_routing(chunks: Sequence[torch.nn.Module], counts: bool) -> None:
+    """Say whether the training steps that follow add to the statistics of this rank's routers, which costs launches."""
+    for _, router in routers(chunks):
+        router.counts_in_training = counts
+
+
 def set_newest_weight(chunks: Sequence[torch.nn.Module], weight: float) -> None:
     """Set the weight of the latest expansion's experts, 0 to 1, in the softmax of every router with earlier ones."""
     for _, router in routers(chunks):

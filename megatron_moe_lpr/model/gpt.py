@@ -18,7 +18,7 @@ from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
 class MoELPRModel(GPTModel):
     """Megatron's GPT with Hugging Face's rotary frequencies, a masked padded vocabulary and tags for every token.
 
-    Token tags ([batch, sequence, 3], `model/moe/token_tags.py`) travel in Megatron's own `padding_mask` argument. As an
+    Token tags ([batch, sequence, 4], `model/moe/token_tags.py`) travel in Megatron's own `padding_mask` argument. As an
     argument they reach each router on every path, activation recompute and pipeline schedules included.
     """
 

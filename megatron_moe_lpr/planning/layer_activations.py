@@ -65,10 +65,17 @@ def rows_per_token(layer: PlannedLayer) -> tuple[float, float]:
 
 
 def original_expert_bytes(layer: PlannedLayer) -> float:
-    """Bytes of a row of the original expert: gate and up, output and weighted output; inputs where it trains."""
-    D, F = layer.architecture.hidden_size, layer.architecture.ffn_hidden_size
-    inputs = (D + F) * _input_bytes(layer) if ParameterKind.ORIGINAL_EXPERT in layer.trains else 0
-    return (2 * F + 2 * D) * layer.run.sizes.element_bytes + inputs
+    """Bytes of a row of the original expert: gate and up; with TP also the output, which the router's weight multiplies
+    there; inputs where it trains. Without them the token, where the new experts' weights need the sorted rows that both
+    lie in: on a rank that holds all experts and keeps no copy in FP8."""
+    D, F, layout = layer.architecture.hidden_size, layer.architecture.ffn_hidden_size, layer.run.layout
+    element = layer.run.sizes.element_bytes
+    weighted = D * element if layout.tensor_model_parallel_size > 1 else 0
+    if ParameterKind.ORIGINAL_EXPERT in layer.trains:
+        return 2 * F * element + weighted + (D + F) * _input_bytes(layer)
+    exchanges = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size > 1
+    shares = ParameterKind.NEW_EXPERTS in layer.trains and not exchanges and layer.run.sizes.precision != "fp8"
+    return 2 * F * element + weighted + (D * element if shares else 0)
 
 
 def _attention_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
@@ -104,16 +111,17 @@ def _dense_ffn_bytes(layer: PlannedLayer) -> float:
 def _moe_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
     """Router, dispatcher, and what the experts of a token keep."""
     original, new = rows_per_token(layer)
-    routing = _routing_bytes(layer.num_experts, original, new)
+    routing = _routing_bytes(layer, original, new)
     return routing + original * original_expert_bytes(layer) + new * _new_expert_bytes(layer, recompute)
 
 
-def _routing_bytes(num_experts: int, original: float, new: float) -> float:
-    """Logits and probabilities in fp32 and choices of the router; weights and rows of each copy of a token."""
-    router = 2 * FP32 * num_experts + num_experts
-    # The dispatcher holds these until the next micro-batch, recomputed or not: rows, weights and choices.
-    dispatcher = FP32 * (2 * (num_experts - 1) + 1) + (FP32 + 1) * (num_experts - 1)
-    return router + dispatcher + 2 * FP32 * new + 8 * original
+def _routing_bytes(layer: PlannedLayer, original: float, new: float) -> float:
+    """Logits and probabilities in fp32 and choices of the router; order and weights of each copy of a token, and again
+    of those that were sent."""
+    E, layout = layer.num_experts, layer.run.layout
+    exchanges = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size > 1
+    router, order = 2 * FP32 * E + E, FP32 * (2 * E + 1)
+    return router + order + FP32 * (original + new) + (2 * FP32 * new if exchanges else 0)
 
 
 def _new_expert_bytes(layer: PlannedLayer, recompute: Recompute) -> float:

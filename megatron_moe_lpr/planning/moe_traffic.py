@@ -25,8 +25,9 @@ def moe_layer_traffic(
     all_reduce = 2 * (TP - 1) / TP
     dispatched = E if original_in_ep_group else E - 1
     other_ranks = run.layout.expert_model_parallel_size * run.layout.expert_tensor_parallel_size - 1
-    # The router adds up its tokens by expert over the TP ranks, and the dispatcher gathers the tokens of each expert.
-    metadata = passes.ffn * COUNT * dispatched * other_ranks + FP32 * (E + 1) * all_reduce
+    # The router adds up the shares of the experts over the TP ranks, for the load balancing loss or a log, and the
+    # dispatcher gathers the tokens of each expert.
+    metadata = passes.ffn * COUNT * dispatched * other_ranks + FP32 * E * all_reduce
     tensor = 0.0
     if not original_in_ep_group:
         pair = tensor_pair(run, passes.ffn, passes.backward, ParameterKind.ORIGINAL_EXPERT in layer.trains)

@@ -35,14 +35,18 @@ class Interval:
         """Leave out the time since `since` (time.monotonic()), in which nothing was trained."""
         self.start += time.monotonic() - since
 
+    def ends_at(self, iteration: int) -> bool:
+        """Whether this step is a log step."""
+        config = self.run.config
+        return iteration % config.logging.log_interval == 0 or iteration == config.batch.train_iters
+
     def end_if_due(self, grad_norm: float) -> IntervalMetrics | None:
         """At a log step, return the metrics of this interval and begin a new one. Every rank must call it each step.
 
         Returns:
             None: no log step, or all steps were skipped.
         """
-        iteration, config = self.run.state.iteration, self.run.config
-        if iteration % config.logging.log_interval and iteration != config.batch.train_iters:
+        if not self.ends_at(self.run.state.iteration):
             return None
         metrics = self._metrics(self.sums, grad_norm) if self.sums is not None else None
         self._begin()

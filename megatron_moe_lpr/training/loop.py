@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_moe_lpr.checkpoint.saving.saver import Saved
 from megatron_moe_lpr.data.reading.batches import Batch
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
-from megatron_moe_lpr.engine.routing import reset_routing, set_newest_weight
+from megatron_moe_lpr.engine.routing import count_routing, reset_routing, set_newest_weight
 from megatron_moe_lpr.engine.step import StepResult, training_step
 from megatron_moe_lpr.training.batches import global_batches
 from megatron_moe_lpr.training.callbacks import Callbacks, Step
@@ -107,6 +107,7 @@ class Trainer:
         """Train on the next global batch. Raises UserError where a loss, a gradient or its absence is wrong."""
         run, state, batch = self.run, self.state, self.run.config.batch
         set_newest_weight(state.chunks, run.newest_weight(state.iteration + 1))
+        count_routing(state.chunks, self.interval.ends_at(state.iteration + 1))
         micro_batches = next(batches)
         self.evaluations.begin_step()
         self.result = result = training_step(

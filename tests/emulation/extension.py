@@ -21,6 +21,7 @@ from tests.emulation import (  # noqa: F401
     permutation,
     products,
     router,
+    router_losses,
 )
 from tests.emulation.kernels import FUNCTIONS, KernelRefuses, without_a_fit
 from tests.emulation.names import EXTENSION

@@ -69,13 +69,7 @@ class StorageLog(TorchDispatchMode):
     @contextlib.contextmanager
     def kernels(self) -> Iterator[None]:
         """Inside, emulated kernels count by their results."""
-        places = list(_places_of_kernels())
-        places += [(sys.modules[permutation.TRITON_MODULE], name) for name in permutation.TRITON]
-        # With torch.compile, which the emulation switches off, these are kernels too.
-        fusions = [module for name, module in sys.modules.items() if name.startswith("megatron.core.fusions.")]
-        for module in fusions:
-            compiled = (name for name, value in vars(module).items() if hasattr(value, "_torchdynamo_orig_callable"))
-            places += [(module, name) for name in compiled]
+        places = [*places_of_kernels(), *compiled_functions("megatron.core.fusions.")]
         before = [(module, name, getattr(module, name)) for module, name in places]
         for module, name, function in before:
             setattr(module, name, self._as_one(function))
@@ -103,8 +97,19 @@ class StorageLog(TorchDispatchMode):
         return called
 
 
-def _places_of_kernels() -> Iterator[tuple[ModuleType, str]]:
-    """The extension, and what imported a kernel from it by name, as Transformer Engine's norms do."""
+def compiled_functions(prefix: str = "megatron.core.") -> Iterator[tuple[ModuleType, str]]:
+    """Megatron's functions that torch compiles to kernels, which the emulation switches off."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith(prefix):
+            for name, value in list(vars(module).items()):
+                if hasattr(value, "_torchdynamo_orig_callable"):
+                    yield module, name
+
+
+def places_of_kernels() -> Iterator[tuple[ModuleType, str]]:
+    """The extension, what imported a kernel from it by name, as Transformer Engine's norms do, and Triton's."""
+    for name in permutation.TRITON:
+        yield sys.modules[permutation.TRITON_MODULE], name
     kernels = {name: getattr(sys.modules[EXTENSION], name) for name in FUNCTIONS}
     for module_name, module in list(sys.modules.items()):
         if module_name == EXTENSION or module_name.startswith("transformer_engine."):

@@ -9,5 +9,5 @@ Names of tensors inside the functions end in their shape, a letter for each dime
     C tokens that chose the original expert
     G language groups    L layers    M sums that the statistics hold (`routing_statistics.py`)
 
-`choices_TE` is true where a token chose an expert; a digit is a size of that number, as in `tags_T3`.
+`choices_TE` is true where a token chose an expert; a digit is a size of that number, as in `tags_T4`.
 """

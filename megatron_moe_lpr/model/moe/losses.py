@@ -1,30 +1,44 @@
-"""The router's losses, in the paper's units, per layer."""
+"""The router's losses and their gradients, in the paper's units, per layer.
+
+The gradients are closed forms: autograd would launch several kernels for each operation of a formula, on tensors so
+small that launching is what they cost.
+"""
 
 import torch
 
 from megatron_moe_lpr.model.configuration.config import LPRLossForm
 
 
-def load_balancing_loss(
-    probabilities: torch.Tensor, tokens_per_expert: torch.Tensor, num_tokens: torch.Tensor
-) -> torch.Tensor:
+def load_balancing_loss(mean_probabilities: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
     """N * sum_i f_i P_i (paper, section 3.1): k where the load is uniform.
 
-    f_i = tokens_per_expert_i / num_tokens counts all k choices of a token and carries no gradient;
-    P_i is the mean probability of expert i.
-
     Args:
-        probabilities: [tokens, experts] of the tokens that are no padding; other rows are zeros. Under sequence
-            parallelism this rank's tokens: the partial losses of the ranks add up.
-        tokens_per_expert: [experts], of the whole micro-batch.
-        num_tokens: tokens of the whole micro-batch.
+        mean_probabilities: [experts], P_i: mean probability of expert i over the tokens that are no padding; under
+            sequence parallelism this rank's part of the mean: the partial losses of the ranks add up.
+        load: [experts], f_i: share of the whole micro-batch's tokens with expert i among their k. No gradient.
 
     Returns:
         The loss, fp32, 0 for a micro-batch of padding alone.
     """
-    count = num_tokens.clamp(min=1.0)
-    load_E = tokens_per_expert / count
-    return len(load_E) * (load_E * probabilities.sum(dim=0) / count).sum()
+    return len(load) * (load * mean_probabilities).sum()
+
+
+def load_balancing_gradient(
+    probabilities: torch.Tensor, load: torch.Tensor, weights: torch.Tensor, coefficient: float
+) -> torch.Tensor:
+    """Gradient of coefficient * `load_balancing_loss` with respect to the logits.
+
+    Args:
+        probabilities: [tokens, experts], softmax of the logits.
+        load: [experts], as above.
+        weights: [tokens], the weight of each token in P_i.
+
+    Returns:
+        [tokens, experts].
+    """
+    # The product of a column and a row, times a number, in one kernel; with beta=0 the first argument is not read.
+    slope_TE = torch.addr(probabilities, weights, load, beta=0.0, alpha=coefficient * len(load))
+    return _through_softmax(slope_TE, probabilities)
 
 
 def lpr_negative_log_likelihood(
@@ -48,6 +62,39 @@ def lpr_negative_log_likelihood(
         logits = torch.softmax(logits, dim=-1)
     if allowed is None:
         return -torch.log_softmax(logits, dim=-1)[:, 0]
+    return torch.logsumexp(logits, dim=-1) - torch.logsumexp(_own(logits, allowed), dim=-1)
+
+
+def lpr_gradient(
+    logits: torch.Tensor, probabilities: torch.Tensor, form: LPRLossForm, allowed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Gradient of each token's `lpr_negative_log_likelihood` with respect to its logits.
+
+    Args:
+        probabilities: [tokens, experts], softmax of the logits; in the paper's form overwritten.
+
+    Returns:
+        [tokens, experts].
+    """
+    if form == "paper":
+        return _less_own(probabilities, logits, allowed)
+    return _through_softmax(_less_own(torch.softmax(probabilities, -1), probabilities, allowed), probabilities)
+
+
+def _less_own(probabilities: torch.Tensor, logits: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    """`probabilities`, the softmax of `logits`, less their softmax over the token's own experts alone; in place."""
+    if allowed is None:
+        probabilities[:, 0].sub_(1.0)
+        return probabilities
+    return probabilities.sub_(torch.softmax(_own(logits, allowed), dim=-1))
+
+
+def _own(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Logits of the token's own experts, -inf for the others."""
     foreign_TE = torch.arange(logits.shape[-1], device=logits.device) >= allowed[:, None]
-    own_TE = logits.masked_fill(foreign_TE, -torch.inf)
-    return torch.logsumexp(logits, dim=-1) - torch.logsumexp(own_TE, dim=-1)
+    return logits.masked_fill(foreign_TE, -torch.inf)
+
+
+def _through_softmax(gradient: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """Gradient of the logits from that of their softmax: p * (g - sum(g * p)), in one kernel."""
+    return torch.ops.aten._softmax_backward_data(gradient, probabilities, -1, probabilities.dtype)

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_moe_lpr.megatron.overriding import override, overrides_megatron, replace
 from megatron_moe_lpr.model.configuration.fp8 import row_alignment
 from megatron_moe_lpr.model.moe.expert_groups import dispatch_order
+from megatron_moe_lpr.model.moe.sorted_rows import SortedRows, sort_rows
 from megatron_moe_lpr.platform.side_stream import SideStream, behind_current
 
 
@@ -73,6 +74,7 @@ class MoELPRLayer(MoELayer):
             # optimizer state keeps one form for every EP size.
             weight.allreduce = False
         self.dispatch_order: list[int] | None = None
+        self._expert_columns: torch.Tensor | None = None
         if groups:
             self.router.set_groups(groups, newest_weight)
             if self.ep_group.size() > 1:
@@ -97,7 +99,7 @@ class MoELPRLayer(MoELayer):
         Args:
             hidden_states: [sequence / TP, batch, hidden] under sequence parallelism, else [sequence, batch, hidden].
             intermediate_tensors: Megatron's argument for CUDA graphs, which this layer does not support.
-            padding_mask: token tags, [batch, sequence / TP, 3] (`token_tags.py`), in Megatron's argument of this name.
+            padding_mask: token tags, [batch, sequence / TP, 4] (`token_tags.py`), in Megatron's argument of this name.
 
         Returns:
             [sequence / TP, batch, hidden] and no bias.
@@ -117,101 +119,184 @@ class MoELPRLayer(MoELayer):
 
     def _mixture(self, hidden_states: torch.Tensor, token_tags: torch.Tensor | None) -> torch.Tensor:
         weights_TE, choices_TE = self.router(hidden_states, token_tags)
-        counts = self._send_counts(choices_TE[:, 0])
-        new_weights_TN, new_choices_TN = weights_TE[:, 1:], choices_TE[:, 1:]
-        if self.dispatch_order:
-            new_weights_TN, new_choices_TN = (
-                new_weights_TN[:, self.dispatch_order],
-                new_choices_TN[:, self.dispatch_order],
-            )
-        original = partial(self._original_expert_output, hidden_states, weights_TE[:, 0], choices_TE[:, 0], counts)
-        new, (chosen_C, original_CD) = self._experts_and_original(
-            hidden_states, new_weights_TN.contiguous(), new_choices_TN.contiguous(), original
-        )
-        mixture_TD = new.reshape(-1, new.shape[-1]).index_add(0, chosen_C, original_CD)
-        return mixture_TD.view(new.shape)
+        if self.dispatch_order is not None:
+            columns = self._columns(weights_TE.device)
+            weights_TE, choices_TE = weights_TE.index_select(1, columns), choices_TE.index_select(1, columns)
+        tokens_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.token_dispatcher.ep_size * self.token_dispatcher.tp_size == 1:
+            mixture_TD = self._mixture_of_own_rows(tokens_TD, weights_TE, choices_TE)
+        elif isinstance(self.token_dispatcher, token_dispatcher.MoEAlltoAllTokenDispatcher):
+            mixture_TD = self._mixture_of_sent_rows(tokens_TD, weights_TE, choices_TE)
+        else:
+            mixture_TD = self._mixture_of_two(hidden_states, weights_TE, choices_TE)
+        return mixture_TD.view(hidden_states.shape)
 
-    def _experts_and_original(
-        self,
-        hidden_states: torch.Tensor,
-        weights_TN: torch.Tensor,
-        choices_TN: torch.Tensor,
-        original: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def _mixture_of_own_rows(
+        self, tokens_TD: torch.Tensor, weights_TE: torch.Tensor, choices_TE: torch.Tensor
+    ) -> torch.Tensor:
+        """Mixture where this rank holds all experts: one sort of the tokens' rows, those of the original expert first.
+
+        The sort is launched before the host waits for the counts.
+        """
+        counts = self._send_counts(choices_TE)
+        rows = self._sort(tokens_TD, weights_TE, choices_TE)
+        counts = self._received(counts)
+        (own_CD, own_weights_C), (new_RD, new_weights_R) = rows.split(int(counts[0]))
+        original_CD = self._original_expert_output(own_CD, own_weights_C, self._largest(counts))
+        new_outputs_RD, _ = self.experts(new_RD, counts[1 : choices_TE.shape[1]], new_weights_R)
+        return rows.sum_by_token(torch.cat((original_CD, new_outputs_RD)))
+
+    def _mixture_of_sent_rows(
+        self, tokens_TD: torch.Tensor, weights_TE: torch.Tensor, choices_TE: torch.Tensor
+    ) -> torch.Tensor:
+        """The same where new experts lie on other ranks: only their part of the rows enters the all-to-all.
+
+        Mirrors token_dispatcher.py `dispatch_preprocess` and `combine_postprocess` of the all-to-all dispatcher,
+        without what these keep in the dispatcher until the next micro-batch: after a recomputed layer that would hold
+        its graph, and with it the layer's input and that input's gradient, for every layer of a pipeline rank.
+        """
+        dispatcher = self.token_dispatcher
+        counts = self._send_counts(choices_TE[:, :1]) if self.config.sequence_parallel else None
+        tokens_per_expert = dispatcher.preprocess(choices_TE[:, 1:])
+        # Here the host waits, for the dispatcher's counts and for those of `_send_counts`.
+        dispatcher._maybe_update_cuda_sync_point("before_permutation_1")
+        dispatcher.tokens_per_expert = dispatcher._maybe_dtoh_and_synchronize("before_permutation_1", tokens_per_expert)
+        count = self._num_rows(tokens_TD) - int(sum(dispatcher.input_splits))
+        largest = count if counts is None else self._largest(counts)
+        dispatcher.probs = weights_TE.new_empty(0)  # `combine_preprocess` asks for the dtype
+        rows = self._sort(tokens_TD, weights_TE, choices_TE)
+        (own_CD, own_weights_C), (new_RD, new_weights_R) = rows.split(count)
+
+        def new(on_dispatched: Callable[[], None]) -> torch.Tensor:
+            received_RD, received_weights_R = self.dispatch(new_RD, new_weights_R)
+            on_dispatched()
+            return self.combine(self.routed_experts_compute(received_RD, received_weights_R)[0])
+
+        original = partial(self._original_expert_output, own_CD, own_weights_C, largest)
+        new_outputs_RD, original_CD = self._new_and_original(new, original)
+        return rows.sum_by_token(torch.cat((original_CD, new_outputs_RD)))
+
+    def _mixture_of_two(
+        self, hidden_states: torch.Tensor, weights_TE: torch.Tensor, choices_TE: torch.Tensor
+    ) -> torch.Tensor:
+        """The same with another dispatcher, which sorts the new experts' rows behind its exchange: two sums added up.
+
+        The dispatcher's attributes are restored: see `_mixture_of_sent_rows`.
+        """
+        counts = self._send_counts(choices_TE[:, :1])
+        new_weights_TN, new_choices_TN = weights_TE[:, 1:].contiguous(), choices_TE[:, 1:].contiguous()
+
+        def new(on_dispatched: Callable[[], None]) -> torch.Tensor:
+            with _restore_dispatcher_state(self.token_dispatcher):
+                tokens, token_weights = self.preprocess(hidden_states, new_weights_TN, new_choices_TN)
+                rows_RD, weights_R = self.dispatch(tokens, token_weights)
+                on_dispatched()
+                output_RD, _ = self.routed_experts_compute(rows_RD, weights_R)
+                return self.token_dispatcher.combine_postprocess(self.combine(output_RD))
+
+        def original() -> torch.Tensor:
+            received = self._received(counts)
+            tokens_TD, fused = hidden_states.reshape(-1, hidden_states.shape[-1]), self.config.moe_permute_fusion
+            weights_T1, choices_T1 = weights_TE[:, :1].contiguous(), choices_TE[:, :1].contiguous()
+            rows = sort_rows(tokens_TD, weights_T1, choices_T1, int(received[0]), fused)
+            return rows.sum_by_token(self._original_expert_output(rows.rows, rows.weights, self._largest(received)))
+
+        new_TD, original_TD = self._new_and_original(new, original)
+        return new_TD.view(original_TD.shape) + original_TD
+
+    def _columns(self, device: torch.device) -> torch.Tensor:
+        """Numbers of the experts, the original one first, then in the order in which the EP ranks hold them."""
+        # The host waits for the device when it copies numbers there: one copy for all steps.
+        if self._expert_columns is None or self._expert_columns.device != device:
+            self._expert_columns = torch.tensor([0, *(1 + column for column in self.dispatch_order)], device=device)
+        return self._expert_columns
+
+    def _sort(self, tokens_TD: torch.Tensor, weights_TE: torch.Tensor, choices_TE: torch.Tensor) -> SortedRows:
+        fused = self.config.moe_permute_fusion
+        return sort_rows(tokens_TD, weights_TE, choices_TE, self._num_rows(tokens_TD), fused)
+
+    def _num_rows(self, tokens_TD: torch.Tensor) -> int:
+        """Rows of all experts together: every token has its top k."""
+        return len(tokens_TD) * self.config.moe_router_topk
+
+    def _new_and_original(
+        self, new: Callable[[Callable[[], None]], torch.Tensor], original: Callable[[], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs of the new experts and of `original`, which needs nothing from other EP ranks.
 
         With overlap: dispatch the new experts' tokens first, then launch the original expert on the side stream, so
         that with one hardware queue too (CUDA_DEVICE_MAX_CONNECTIONS=1) it computes during the all-to-all.
+
+        Args:
+            new: is given a function to call when the tokens' all-to-all has been launched.
         """
         side = self.side_stream
         if side is None:
-            return self._new_experts(hidden_states, weights_TN, choices_TN), original()
-        outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+            return new(lambda: None), original()
+        outputs: list[tuple[torch.Tensor]] = []
         side.fork()
-        new = self._new_experts(hidden_states, weights_TN, choices_TN, lambda: outputs.append(side.run(original)))
-        return new, side.join(outputs[0])
+        new_outputs = new(lambda: outputs.append(side.run(lambda: (original(),))))
+        return new_outputs, side.join(outputs[0])[0]
 
-    def _send_counts(self, choice_T: torch.Tensor) -> torch.Tensor:
-        """Start the copy to the host of two numbers, [2]: how many tokens of this rank chose the original expert, and
-        the most on any TP rank.
+    def _send_counts(self, choices_TE: torch.Tensor) -> torch.Tensor:
+        """Start the copy to the host of some counts: how many tokens of this rank chose each expert, [experts], and,
+        under sequence parallelism, behind them the most that chose the first one on any TP rank.
 
         Sequence parallelism gathers pieces of equal size, but the ranks' parts of the sequence choose the original
         expert unequally often. The copy runs on the same stream as the all-to-all dispatcher's own copies, before them,
-        and has arrived when the dispatcher has waited for those (token_dispatcher.py `_maybe_dtoh_and_synchronize`;
-        with a capacity before its first permutation): one wait for both. Other dispatchers have no such stream, and
-        the host waits once more.
+        and has arrived when the host has waited for those (token_dispatcher.py `_maybe_dtoh_and_synchronize`): one wait
+        for both. Other dispatchers have no such stream, and the host waits once more.
         """
-        count = choice_T.sum()
-        largest = count
+        counts = choices_TE.sum(dim=0)
         if self.config.sequence_parallel:
-            largest = count.clone()
+            largest = counts[:1].clone()
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.attn_tp_group)
-        counts = torch.stack((count, largest))
-        stream = getattr(self.token_dispatcher, "cuda_dtoh_stream", None)
-        if stream is None:
+            counts = torch.cat((counts, largest))
+        if self._copy_stream() is None:
             return counts
-        with behind_current(stream):
+        with behind_current(self._copy_stream()):
             return token_dispatcher.maybe_move_tensor_to_cpu(counts, record_stream=True)
 
-    def _new_experts(
-        self,
-        hidden_states: torch.Tensor,
-        weights_TN: torch.Tensor,
-        choices_TN: torch.Tensor,
-        on_dispatched: Callable[[], None] = lambda: None,
-    ) -> torch.Tensor:
-        """Weighted sum of the new experts, zeros for tokens that chose none of them. `on_dispatched` is called when the
-        all-to-all of the tokens has been launched."""
-        with _restore_dispatcher_state(self.token_dispatcher):
-            tokens, token_weights = self.token_dispatcher.dispatch_preprocess(hidden_states, choices_TN, weights_TN)
-            rows_RD, weights_R = self.dispatch(tokens, token_weights)
-            on_dispatched()
-            output_RD, _ = self.routed_experts_compute(rows_RD, weights_R)
-            return self.token_dispatcher.combine_postprocess(self.combine(output_RD))
+    def _largest(self, counts: torch.Tensor) -> int:
+        """The most tokens of any TP rank that chose the original expert, from the counts on the host."""
+        return int(counts[-1 if self.config.sequence_parallel else 0])
 
-    def _original_expert_output(
-        self, hidden_states: torch.Tensor, weight_T: torch.Tensor, choice_T: torch.Tensor, counts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output of the original expert for the tokens that chose it.
+    def _received(self, counts: torch.Tensor) -> torch.Tensor:
+        """The counts on the host, which waits for their copy."""
+        stream = self._copy_stream()
+        if stream is None:
+            return counts.cpu()
+        stream.synchronize()
+        return counts
+
+    def _copy_stream(self) -> torch.cuda.Stream | None:
+        return getattr(self.token_dispatcher, "cuda_dtoh_stream", None)
+
+    def _original_expert_output(self, rows_CD: torch.Tensor, weights_C: torch.Tensor, largest: int) -> torch.Tensor:
+        """weight * original_expert(x) of each row.
 
         Args:
-            weight_T: the router's weight of the original expert.
-            choice_T: bool, whether the token chose the original expert.
-            counts: what `_send_counts` returned; the copy must have arrived.
+            rows_CD: the tokens that chose the original expert.
+            weights_C: the router's weight of the original expert for each.
+            largest: the most rows of any TP rank.
 
         Returns:
-            Numbers of those tokens, [C], and weight * original_expert(x) of each, [C, hidden].
+            [rows, hidden].
         """
-        count, largest = counts.tolist()
-        # The indices in order, like `nonzero`, for which the host would wait for the device.
-        chosen_C = choice_T.to(torch.uint8).argsort(descending=True, stable=True)[:count]
-        tokens_CD = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, chosen_C)
+        count, dtype = len(rows_CD), rows_CD.dtype
         # All TP ranks must bring equally many rows; the linear layers take [rows, 1, hidden].
         padding = self._original_expert_rows(largest) - count
-        padded = torch.nn.functional.pad(tokens_CD, (0, 0, 0, padding)).unsqueeze(1)
-        output, _ = self.original_expert(padded)
-        output_CD = output.squeeze(1)[:count] * weight_T.index_select(0, chosen_C).unsqueeze(1)
-        return chosen_C, output_CD.to(hidden_states.dtype)
+        if padding:
+            # Unlike `pad`, `cat` launches nothing in backward.
+            rows_CD = torch.cat((rows_CD, rows_CD.new_zeros(padding, rows_CD.shape[1])))
+            weights_C = torch.cat((weights_C, weights_C.new_zeros(padding)))
+        # Inside the expert each TP rank has a part of every row, and would need the weights of all ranks' rows.
+        is_split = self.attn_tp_group.size() > 1
+        output, _ = self.original_expert(rows_CD.unsqueeze(1), per_token_scale=None if is_split else weights_C)
+        output_CD = output.squeeze(1)
+        if is_split:
+            output_CD = (output_CD * weights_C.unsqueeze(1)).to(dtype)
+        return output_CD[:count] if padding else output_CD
 
     def _original_expert_rows(self, largest: int) -> int:
         """Rows that each TP rank brings to the original expert: at least 1, aligned for FP8, and on the CPU in bf16
@@ -229,8 +314,7 @@ class MoELPRLayer(MoELayer):
 @contextlib.contextmanager
 def _restore_dispatcher_state(dispatcher: MoETokenDispatcher) -> Iterator[None]:
     """Restore the dispatcher's attributes afterwards: Megatron's keeps a micro-batch's weights, choices and rows until
-    the next micro-batch. After a recomputed layer these would hold its graph and with it the layer's input and that
-    input's gradient, for every layer of a pipeline rank."""
+    the next micro-batch."""
     before = dict(vars(dispatcher))
     try:
         yield
@@ -268,9 +352,10 @@ def _build_for_all_experts(
 
 def _new_experts_config(config: TransformerConfig, num_experts: int) -> TransformerConfig:
     config = copy.copy(config)
-    # A token has 0 to k new experts, where the all-to-all dispatcher assumes k. With a capacity it counts the rows
-    # (token_dispatcher.py `preprocess`); an infinite capacity drops nothing.
-    replace(config, num_moe_experts=num_experts - 1, moe_expert_capacity_factor=math.inf)
+    # A token has 0 to k new experts, where the flex dispatcher assumes k unless there is a capacity; an infinite one
+    # drops nothing. The all-to-all dispatcher is given sorted rows, and need not count them.
+    capacity = math.inf if config.moe_token_dispatcher_type == "flex" else None
+    replace(config, num_moe_experts=num_experts - 1, moe_expert_capacity_factor=capacity)
     return config
 
 

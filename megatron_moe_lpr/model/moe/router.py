@@ -8,14 +8,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
+from megatron_moe_lpr.model.moe.attached_losses import AttachedLosses, RouterLosses
 from megatron_moe_lpr.model.moe.losses import load_balancing_loss, lpr_negative_log_likelihood
 from megatron_moe_lpr.model.moe.routing_statistics import RoutingStatistics
-from megatron_moe_lpr.model.moe.token_tags import GROUP, MICRO_BATCH, PRIOR
+from megatron_moe_lpr.model.moe.token_tags import GROUP, PRIOR, SHARE
 
 
 class RouterProduct(torch.autograd.Function):
@@ -55,7 +55,7 @@ class LPRRouter(TopKRouter):
     softmax over all experts, top-k and renormalisation over the k is Megatron's top-k-then-softmax
     (`moe_router_pre_softmax=False`) for k of 2 or more.
 
-    The losses are attached to the routing weights by `MoEAuxLossAutoScaler`. Megatron's own load balancing is left
+    The losses are attached to the logits by `AttachedLosses`. Megatron's own load balancing is left
     off: it is normalised by k, summed over layers, and under `calculate_per_token_loss` with sequence parallelism
     scaled by this rank's tokens instead of the micro-batch's (router.py `attach_and_log_load_balancing_loss`).
     """
@@ -65,6 +65,8 @@ class LPRRouter(TopKRouter):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, **options)
         self.statistics = RoutingStatistics(self.num_experts)
+        self.counts_in_training = True
+        """Whether training adds to the statistics: the training loop lets only steps that are logged do so."""
         self.group_ends: list[int] | None = None
         """For each language group but the latest: how many experts it and the groups before it have. None before a
         second expansion: original languages have the original expert alone."""
@@ -106,23 +108,25 @@ class LPRRouter(TopKRouter):
 
         Args:
             hidden_states: [sequence / TP, batch, hidden].
-            token_tags: [sequence / TP, batch, 3] (`model.token_tags`); None: neither losses nor statistics.
+            token_tags: [sequence / TP, batch, 4] (`model.token_tags`); None: neither losses nor statistics.
 
         Returns:
             Weights [tokens, experts], fp32, zero where not chosen, and choices [tokens, experts], bool.
         """
         logits_TE = self._weigh_newest(self.gating(hidden_states).view(-1, self.num_experts))
-        weights_TE, choices_TE = self.routing(logits_TE.unsqueeze(1))
         # Activation recompute runs the layer twice, the first time without gradients: count once.
         if token_tags is None or (self.training and not torch.is_grad_enabled()):
-            return weights_TE, choices_TE
-        tags_T3 = token_tags.reshape(-1, token_tags.shape[-1])
-        probabilities_TE = torch.softmax(logits_TE, dim=-1)
-        likelihood_T = lpr_negative_log_likelihood(logits_TE, self.config.lpr_loss_form, self._allowed(tags_T3))
-        balance = self._load_balancing(probabilities_TE, choices_TE, tags_T3)
-        self._record(probabilities_TE, choices_TE, tags_T3, likelihood_T, balance)
-        if self.training:
-            weights_TE = self._attach_losses(weights_TE, tags_T3, likelihood_T, balance)
+            return self.routing(logits_TE.unsqueeze(1))
+        tags_T4 = token_tags.reshape(-1, token_tags.shape[-1])
+        losses = self._losses(logits_TE, tags_T4)
+        attached_TE = logits_TE if losses is None else AttachedLosses.apply(logits_TE, tags_T4, losses)
+        weights_TE, choices_TE = self.routing(attached_TE.unsqueeze(1))
+        counts, balances = self.counts_in_training or not self.training, losses and losses.load_balancing_coeff > 0
+        load_E = self._load(choices_TE, tags_T4) if counts or balances else None
+        if losses and balances:
+            losses.load = load_E
+        if counts:
+            self._record(logits_TE, choices_TE, tags_T4, load_E)
         return weights_TE, choices_TE
 
     def _weigh_newest(self, logits_TE: torch.Tensor) -> torch.Tensor:
@@ -133,56 +137,47 @@ class LPRRouter(TopKRouter):
         shift_E[self.num_earlier :] = math.log(self.newest_weight) if self.newest_weight else -math.inf
         return logits_TE + shift_E
 
-    def _allowed(self, tags_T3: torch.Tensor) -> torch.Tensor | None:
+    def _allowed(self, tags_T4: torch.Tensor) -> torch.Tensor | None:
         """Number of experts of each token's language group and the groups before it, [tokens]; of a token of the latest
         group any number, since its weight in the LPR loss is 0."""
         if self.group_ends is None:
             return None
         # The host waits for the device when it copies numbers there: one copy for all steps.
-        if self._group_ends is None or self._group_ends.device != tags_T3.device:
-            self._group_ends = torch.tensor(self.group_ends, device=tags_T3.device)
-        return self._group_ends[tags_T3[:, GROUP].long()]
+        if self._group_ends is None or self._group_ends.device != tags_T4.device:
+            self._group_ends = torch.tensor(self.group_ends, device=tags_T4.device)
+        return self._group_ends[tags_T4[:, GROUP].long()]
 
-    def _load_balancing(
-        self, probabilities_TE: torch.Tensor, choices_TE: torch.Tensor, tags_T3: torch.Tensor
-    ) -> torch.Tensor:
-        valid_T1 = tags_T3[:, MICRO_BATCH, None] > 0
-        # Tokens of each expert and, last, all tokens: of the whole micro-batch, which sequence parallelism splits.
-        counts = torch.cat(((choices_TE & valid_T1).sum(dim=0), valid_T1.sum(dim=0))).float()
+    def _load(self, choices_TE: torch.Tensor, tags_T4: torch.Tensor) -> torch.Tensor:
+        """Share of the micro-batch's tokens that chose each expert, [experts]; sequence parallelism splits them."""
+        load_E = tags_T4[:, SHARE] @ choices_TE.to(tags_T4.dtype)
         if self.tp_cp_group.size() > 1:
-            dist.all_reduce(counts, group=self.tp_cp_group)
-        return load_balancing_loss(probabilities_TE * valid_T1, counts[:-1], counts[-1])
+            dist.all_reduce(load_E, group=self.tp_cp_group)
+        return load_E
 
-    def _attach_losses(
-        self, weights_TE: torch.Tensor, tags_T3: torch.Tensor, likelihood_T: torch.Tensor, balance: torch.Tensor
-    ) -> torch.Tensor:
+    def _losses(self, logits_TE: torch.Tensor, tags_T4: torch.Tensor) -> RouterLosses | None:
+        """The losses of this micro-batch; None where nothing trains or no loss has a coefficient."""
         config = self.config
-        loss = torch.zeros((), device=weights_TE.device)
-        if config.load_balancing_coeff:
-            # The loss is one for the micro-batch, whose weight each token that is no padding carries.
-            loss = loss + config.load_balancing_coeff * balance * tags_T3[:, MICRO_BATCH].max()
-        if config.lpr_loss_coeff:
-            loss = loss + config.lpr_loss_coeff * (likelihood_T * tags_T3[:, PRIOR]).sum()
-        if not loss.requires_grad:
-            return weights_TE
-        return MoEAuxLossAutoScaler.apply(weights_TE, loss / config.num_moe_layers)
+        coefficients = (
+            config.load_balancing_coeff / config.num_moe_layers,
+            config.lpr_loss_coeff / config.num_moe_layers,
+        )
+        if not self.training or not logits_TE.requires_grad or not any(coefficients):
+            return None
+        allowed_T = self._allowed(tags_T4) if config.lpr_loss_coeff else None
+        return RouterLosses(*coefficients, config.lpr_loss_form, allowed_T)
 
+    @torch.no_grad()
     def _record(
-        self,
-        probabilities_TE: torch.Tensor,
-        choices_TE: torch.Tensor,
-        tags_T3: torch.Tensor,
-        likelihood_T: torch.Tensor,
-        balance: torch.Tensor,
+        self, logits_TE: torch.Tensor, choices_TE: torch.Tensor, tags_T4: torch.Tensor, load_E: torch.Tensor
     ) -> None:
         """Add this micro-batch to the statistics, of which each rank counts its part under sequence parallelism."""
-        with torch.no_grad():
-            self.statistics.add(
-                original=(tags_T3[:, PRIOR] > 0) & (tags_T3[:, GROUP] == 0),
-                valid=tags_T3[:, MICRO_BATCH] > 0,
-                probability=probabilities_TE[:, 0],
-                likelihood=likelihood_T,
-                choices=choices_TE,
-                load_balancing=balance,
-                micro_batches=1.0 / self.tp_cp_group.size(),
-            )
+        probabilities_TE = torch.softmax(logits_TE, dim=-1)
+        self.statistics.add(
+            original=(tags_T4[:, PRIOR] > 0) & (tags_T4[:, GROUP] == 0),
+            valid=tags_T4[:, SHARE] > 0,
+            probability=probabilities_TE[:, 0],
+            likelihood=lpr_negative_log_likelihood(logits_TE, self.config.lpr_loss_form, self._allowed(tags_T4)),
+            choices=choices_TE,
+            load_balancing=load_balancing_loss(tags_T4[:, SHARE] @ probabilities_TE, load_E),
+            micro_batches=1.0 / self.tp_cp_group.size(),
+        )

@@ -7,11 +7,15 @@ PRIOR = 0
 expansion: the original ones and, after a second expansion, those of the earlier ones."""
 
 MICRO_BATCH = 1
-"""Tag 1: weight of the token's micro-batch in the load balancing loss; above 0 exactly for tokens that are no
-padding."""
+"""Tag 1: the token's part of its micro-batch's weight in the load balancing loss; above 0 exactly for tokens that are
+no padding."""
 
 GROUP = 2
 """Tag 2: number of the token's language group, 0 for original languages; without meaning where tag 0 is 0."""
+
+SHARE = 3
+"""Tag 3: 1 / tokens of the micro-batch that are no padding; 0 for padding. A sum with these weights is a mean over the
+micro-batch, without that a router counts its tokens."""
 
 
 def token_tags(
@@ -35,8 +39,10 @@ def token_tags(
         groups: [batch, sequence], language group of each token; None: only original languages have a prior.
 
     Returns:
-        [batch, sequence, 3], fp32.
+        [batch, sequence, 4], fp32.
     """
     valid_BS = valid.float()
+    share_BS = valid_BS / valid_BS.sum().clamp(min=1.0)
     groups_BS = torch.zeros_like(valid_BS) if groups is None else groups.clamp(min=0).float()
-    return torch.stack((original * valid_BS * lpr_weight, valid_BS * micro_batch_weight, groups_BS), dim=-1)
+    prior_BS = original * valid_BS * lpr_weight
+    return torch.stack((prior_BS, share_BS * micro_batch_weight, groups_BS, share_BS), dim=-1)

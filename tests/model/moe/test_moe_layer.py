@@ -3,6 +3,7 @@
 import pytest
 import torch
 from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
@@ -51,14 +52,10 @@ def test_beside_or_behind_gives_the_same_bits(name, checkpoint):
 
 
 def launches(path, case: dict, overlap: bool) -> str:
-    """On every rank: the launches of the first layer's first forward pass, a letter each: S all-to-all (tokens,
-    weights, and last the results), O original expert, N new experts."""
+    """On every rank: the first five launches, a letter each: S all-to-all (tokens, weights, and last the results), O
+    original expert, N new experts."""
     seen: list[str] = []
-    send, original, new = (
-        token_dispatcher.all_to_all,
-        MoELPRLayer._original_expert_output,
-        MoELPRLayer.routed_experts_compute,
-    )
+    send, original, new = token_dispatcher.all_to_all, MoELPRLayer._original_expert_output, TEGroupedMLP.forward
 
     def noting(letter, function):
         def noted(*arguments, **named):
@@ -69,18 +66,18 @@ def launches(path, case: dict, overlap: bool) -> str:
 
     token_dispatcher.all_to_all = noting("S", send)
     MoELPRLayer._original_expert_output = noting("O", original)
-    MoELPRLayer.routed_experts_compute = noting("N", new)
+    TEGroupedMLP.forward = noting("N", new)
     try:
         run_step(path, StepCase(**case, overlap=overlap))
     finally:
         token_dispatcher.all_to_all = send
-        MoELPRLayer._original_expert_output, MoELPRLayer.routed_experts_compute = original, new
+        MoELPRLayer._original_expert_output, TEGroupedMLP.forward = original, new
     return "".join(seen[:5])
 
 
 @pytest.mark.parametrize(
     ("layout", "overlap", "order"),
-    [(EP2, False, "SSNSO"), (EP2, True, "SSONS"), (TP2 | EP2, True, "SSONS"), ({}, True, "SSNSO")],
+    [(EP2, False, "SSNSO"), (EP2, True, "SSONS"), (TP2 | EP2, True, "SSONS"), ({}, True, "ONONO")],
 )
 def test_the_original_expert_is_launched_behind_the_sending(layout, overlap, order, checkpoint):
     """Of tokens and their weights; without expert parallelism nothing travels, and the flag changes nothing."""

@@ -132,6 +132,25 @@ def test_load_balancing_gradient(make_router, hidden, masks):
     torch.testing.assert_close(measured, loss.detach(), rtol=1e-6, atol=0)
 
 
+def test_both_losses_with_the_scale_of_the_main_loss(make_router, hidden, masks):
+    """The gradients add up, multiplied by the scale; beside them the weights have their own."""
+    router = make_router(load_balancing_coeff=0.02, lpr_loss_coeff=0.1, num_moe_layers=3)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 7.0))
+    original, valid = masks
+    logits, weight = reference_logits(router, hidden)
+    scores, chosen = torch.softmax(logits, -1), logits.topk(TOP_K, dim=-1)
+    load = torch.zeros_like(logits).scatter(1, chosen.indices, 1.0)[sequence_first(valid)].mean(0)
+    balance = 0.02 / 3 * EXPERTS * (load * scores[sequence_first(valid)].mean(0)).sum()
+    prior = 0.1 / 3 * -scores[:, 0].log()[sequence_first(original & valid)].sum()
+    weights = torch.zeros_like(logits).scatter(1, chosen.indices, torch.softmax(chosen.values, -1))
+    factors = torch.randn(weights.shape, generator=torch.Generator().manual_seed(4))
+    (7 * (balance * 5 + prior) + (weights * factors).sum()).backward()
+    tags = token_tags(original, valid, micro_batch_weight=5.0)
+    (router(hidden, tags.transpose(0, 1))[0] * factors).sum().backward()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    torch.testing.assert_close(router.weight.grad.double(), weight.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_papers_coefficient_in_megatrons_unit(make_router, hidden, masks):
     """The paper's c is Megatron's c * k / layers: Megatron divides by k and sums over layers."""
     coefficient, layers = 0.01, 3
@@ -157,9 +176,8 @@ def test_papers_coefficient_in_megatrons_unit(make_router, hidden, masks):
 def test_uniform_load_is_k(make_router):
     from megatron_moe_lpr.model.moe.losses import load_balancing_loss
 
-    uniform = torch.full((8, EXPERTS), 1 / EXPERTS)
-    counts = torch.full((EXPERTS,), 8 * TOP_K / EXPERTS)
-    assert load_balancing_loss(uniform, counts, torch.tensor(8.0)).item() == pytest.approx(TOP_K)
+    uniform, load = torch.full((EXPERTS,), 1 / EXPERTS), torch.full((EXPERTS,), TOP_K / EXPERTS)
+    assert load_balancing_loss(uniform, load).item() == pytest.approx(TOP_K)
 
 
 def test_no_original_token_and_padding_alone_give_zero(make_router, hidden, masks):
@@ -191,6 +209,17 @@ def test_losses_of_parts_add_up_to_the_whole(make_router, hidden, masks):
 def test_evaluation_attaches_nothing_and_counts(make_router, hidden, masks):
     router = make_router(load_balancing_coeff=0.01, lpr_loss_coeff=0.1).eval()
     assert gradient_of_attached_losses(router, hidden, token_tags(*masks)).abs().max() == 0
+    assert router.statistics.sums.sum() > 0
+
+
+def test_a_step_that_is_not_logged_counts_nothing_and_trains_alike(make_router, hidden, masks):
+    router = make_router(load_balancing_coeff=0.01, lpr_loss_coeff=0.1)
+    logged = gradient_of_attached_losses(router, hidden, token_tags(*masks)).clone()
+    router.statistics.reset()
+    router.counts_in_training = False
+    assert torch.equal(gradient_of_attached_losses(router, hidden, token_tags(*masks)), logged)
+    assert router.statistics.sums.abs().sum() == router.statistics.load_balancing.abs().sum() == 0
+    router.eval()(hidden, token_tags(*masks).transpose(0, 1))
     assert router.statistics.sums.sum() > 0
 
 

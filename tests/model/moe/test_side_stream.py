@@ -73,7 +73,7 @@ def planted(path, name: str):
 def test_streams_wait_for_each_other(name, checkpoint):
     for faults, beside in rank_pool(2).run(find_faults, checkpoint, name):
         assert not Counter(faults)
-        assert beside["aten::index_select"] and beside["aten::mm"]
+        assert beside["aten::mm"]
 
 
 @pytest.mark.parametrize("name", FAULTS)
