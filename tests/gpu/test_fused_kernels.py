@@ -11,6 +11,8 @@ import pytest
 
 from tests.gpu import device
 from tests.gpu.compute import Step, compute
+from tests.gpu.device import TOLERANCES
+from tests.gpu.inputs import gradient_error, relative_error
 from tests.gpu.ranks import run
 from tests.gpu.test_layouts import EP2
 from tests.gpu.test_numerics import BF16, RECIPES
@@ -88,6 +90,24 @@ def test_they_compute_every_layer_of_every_pass(recipe, inputs):
         assert [name for name in EMULATED if not emulated[name]] == []
         quantised = {name: emulated[name] > 0 for name in ("quantize", "split_quantize", "fused_multi_row_padding")}
         assert quantised == dict.fromkeys(quantised, recipe is not None)
+
+
+def count_router_calls(checkpoint: Path, step: Step) -> tuple[int, dict]:
+    """On every rank: how often a step enters the router's fused kernel, and what it computes."""
+    entered: Counter = Counter()
+    with _counting("router", ENTRANCES["router"], entered):
+        found = compute("cuda", checkpoint, step)
+    return entered["router"], found
+
+
+def test_the_router_without_its_kernel_computes_the_same(inputs):
+    (fused, expected), (unfused, found) = (
+        run(1, count_router_calls, inputs[0], Step(precision={"fp32": True, "moe_router_fusion": on}))[0]
+        for on in (True, False)
+    )
+    assert (fused > 0, unfused) == (True, 0)
+    assert relative_error(found["logits"], expected["logits"]) < TOLERANCES.fp32
+    assert gradient_error(found["gradients"], expected["gradients"]) < TOLERANCES.fp32
 
 
 def test_ranks_that_exchange_tokens_sort_them_with_a_kernel_too(inputs):

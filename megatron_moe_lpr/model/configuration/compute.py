@@ -28,6 +28,12 @@ class ComputeOptions:
         Literal["alltoall", "allgather", "flex"], Free("how tokens travel: rounding alone")
     ] = "alltoall"
     """Communication of tokens to new experts on other ranks. flex needs DeepEP."""
+    moe_flex_dispatcher_backend: Annotated[Literal["deepep", "hybridep"], Free("how tokens travel: rounding alone")] = (
+        "deepep"
+    )
+    """With --moe-token-dispatcher-type flex: DeepEP, or its HybridEP for nodes joined by NVLink. Never run."""
+    moe_router_fusion: Annotated[bool, Free("rounding alone")] = True
+    """On GPUs, softmax, top-k and renormalisation of the router in one kernel, from Transformer Engine 2.7 on."""
     original_expert_overlap: Overlap[bool] = False
     """With EP on GPUs, compute the original expert on its own stream during the all-to-all. Never timed on a GPU."""
     recompute_granularity: Recomputation[Literal["full", "selective"] | None] = None
