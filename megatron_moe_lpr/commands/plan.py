@@ -7,8 +7,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import tyro
+
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.hugging_face.hub import model_config_file
+from megatron_moe_lpr.engine.state_options import OptimizerStateOptions
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_ranges import PositiveFloat, PositiveInt, Range
 
@@ -60,6 +63,7 @@ class Flags:
     """With --precision fp8: keep the new experts' weights in FP8."""
     use_distributed_optimizer: bool = True
     """Split the optimizer's state over the data-parallel ranks."""
+    states: tyro.conf.OmitArgPrefixes[OptimizerStateOptions] = dataclasses.field(default_factory=OptimizerStateOptions)
     tensor_model_parallel_size: PositiveInt | None = None
     """TP. Default: searched."""
     pipeline_model_parallel_size: PositiveInt | None = None
@@ -151,6 +155,10 @@ def _check(flags: Flags) -> None:
         from megatron_moe_lpr.model.configuration.fp8 import FP8Options, check_fp8_flags
 
         check_fp8_flags(FP8Options("hybrid", flags.fp8_recipe, fp8_param_gather=True), torch.bfloat16)
+    if flags.states.use_precision_aware_optimizer and (
+        flags.precision == "fp32" or not flags.use_distributed_optimizer
+    ):
+        raise UserError("--use-precision-aware-optimizer needs bf16 or fp8, and --use-distributed-optimizer")
     if flags.original_share is not None and flags.routing is None:
         raise UserError("--original-share needs --routing")
 
@@ -192,6 +200,7 @@ def read_sizes(flags: Flags):
         distributed_optimizer=flags.use_distributed_optimizer,
         fp8_recipe=flags.fp8_recipe,
         fp8_param_gather=flags.fp8_param_gather,
+        states=flags.states,
         stored_dtype=_stored_dtype(flags),
     )
 

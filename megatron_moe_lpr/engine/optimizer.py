@@ -24,9 +24,12 @@ from megatron_moe_lpr.platform import Platform
 def wrap_data_parallel(
     chunks: Sequence[torch.nn.Module], config: MoELPRConfig, options: OptimizerOptions
 ) -> list[DistributedDataParallel]:
-    """Wrap each chunk in DistributedDataParallel: trainable parameters get fp32 gradient buffers, frozen ones none."""
+    """Wrap each chunk in DistributedDataParallel: trainable parameters get gradient buffers, frozen ones none.
+
+    The buffers are fp32; with --main-grads-dtype bf16 those of bf16 parameters are bf16.
+    """
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=options.states.gradients_in_fp32,
         overlap_grad_reduce=options.overlap_grad_reduce,
         overlap_param_gather=options.overlap_param_gather,
         use_distributed_optimizer=options.use_distributed_optimizer,
@@ -59,6 +62,7 @@ def build_optimizer(
         use_distributed_optimizer=options.use_distributed_optimizer,
         overlap_param_gather=options.overlap_param_gather,
         fp8_recipe=config.fp8_recipe if config.fp8 else None,
+        **options.states.optimizer_fields(),
     )
     # Routers are float32 beside bfloat16 weights. In a parameter group of both, the distributed optimizer of
     # Megatron-Core puts all float32 parameters first and then saves each one's state under another's name.

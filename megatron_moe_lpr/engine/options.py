@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated, Literal
 
+from megatron_moe_lpr.engine.state_options import OptimizerStateOptions
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_marks import Acceptable, Decides, Free, Overlap, Scheduled
 from megatron_moe_lpr.flag_ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
@@ -71,6 +72,7 @@ class OptimizerOptions:
     """Gather updated parameters during the next forward pass; needs the two above."""
     overlap_on_gpus: Overlap[bool] = True
     """On GPUs, turn the three flags above on: communication overlaps, and the optimizer's state is split."""
+    states: OptimizerStateOptions = dataclasses.field(default_factory=OptimizerStateOptions)
 
     def __post_init__(self) -> None:
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):

@@ -97,4 +97,9 @@ def _clip_gradients(optimizer: ChainedOptimizer, grad_norm: float) -> None:
     for part in optimizer.chained_optimizers:
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters and part.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )

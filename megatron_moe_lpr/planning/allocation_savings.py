@@ -27,9 +27,7 @@ def saving_against_uniform(shape: ModelShape, sizes: RunSizes, num_experts: int)
 def _model_bytes(shape: ModelShape, sizes: RunSizes) -> float:
     counts = count_parameters(shape.parameters)
     one = dataclasses.replace(sizes, distributed_optimizer=False)
-    return (
-        weight_bytes(counts, one) + gradient_bytes(counts, one.trains) + optimizer_bytes(counts, ParallelLayout(), one)
-    )
+    return weight_bytes(counts, one) + gradient_bytes(counts, one) + optimizer_bytes(counts, ParallelLayout(), one)
 
 
 def _change(value: float, reference: float) -> str:

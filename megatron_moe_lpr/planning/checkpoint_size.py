@@ -1,6 +1,7 @@
 """Size of a checkpoint: bytes on the disk, and bytes that a rank writes, which an asynchronous save holds once more in
-host memory. No save needs GPU memory, unless new experts' weights are in FP8 (--fp8-param-gather): these are converted
-to bf16 on the GPU until they are copied to the host.
+host memory. No save needs GPU memory, with two exceptions, until the copy to the host is made. New experts' weights in
+FP8 (--fp8-param-gather) are converted to bf16 on the GPU. Under --use-precision-aware-optimizer the fp32 weights are
+put together there, and Transformer Engine's FusedAdam casts moments in bf16 to fp32 while it describes its state.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.parameter_counts import ParameterCounts
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import GIB
+from megatron_moe_lpr.planning.optimizer_states import moments_size
 from megatron_moe_lpr.planning.parameters import rank_parameters
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import FP32, RunSizes
@@ -73,7 +75,8 @@ def _state_bytes(kind: ParameterKind, sizes: RunSizes) -> int:
     if kind not in sizes.trains:
         return 0
     # bf16 always trains under the distributed optimizer.
-    return FP32 * (3 if sizes.distributed_optimizer or sizes.precision != "fp32" else 2)
+    copied = sizes.distributed_optimizer or sizes.precision != "fp32"
+    return moments_size(sizes) + (FP32 if copied else 0)
 
 
 def _parts(kind: ParameterKind, layout: ParallelLayout) -> int:

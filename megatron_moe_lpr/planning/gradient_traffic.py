@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.planning.optimizer_states import gradient_size
 from megatron_moe_lpr.planning.parameters import held_parameters, rank_parameters
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import FP32, RunSizes
@@ -27,19 +28,23 @@ def gradient_traffic(run: PlannedRun, pipeline_rank: int, behaviour: PlatformBeh
     gathers = 1 if behaviour.overlap_param_gather or not (experts and trained) else 2
     expert_element = 1 if sizes.fp8_param_gather else sizes.element_bytes
     return Traffic(
-        data=sum(_reduced(size, element, data, sizes, gathers) for size, element in _buffers(trained, sizes)),
-        expert_data=_reduced(experts, expert_element, expert_data, sizes, gathers),
+        data=sum(_reduced(*buffer, data, sizes, gathers) for buffer in _buffers(trained, sizes)),
+        expert_data=_reduced(
+            experts, expert_element, gradient_size(ParameterKind.NEW_EXPERTS, sizes), expert_data, sizes, gathers
+        ),
         tensor=_replicated(run, pipeline_rank),
         pipeline=_tied(run, pipeline_rank, trained),
     )
 
 
-def _buffers(trained: Mapping[ParameterKind, int], sizes: RunSizes) -> list[tuple[int, int]]:
-    """Parameters of each gradient buffer and bytes of one: a buffer for each format of weights; routers are fp32."""
+def _buffers(trained: Mapping[ParameterKind, int], sizes: RunSizes) -> list[tuple[int, int, int]]:
+    """Parameters of each gradient buffer, bytes of one and of its gradient: a buffer for each format of weights;
+    routers are fp32."""
     total, routers = sum(trained.values()), trained.get(ParameterKind.ROUTER, 0)
     if sizes.element_bytes == FP32:
-        return [(total, FP32)]
-    return [(routers, FP32), (total - routers, sizes.element_bytes)]
+        return [(total, FP32, FP32)]
+    gradient = gradient_size(ParameterKind.NEW_EXPERTS, sizes)
+    return [(routers, FP32, FP32), (total - routers, sizes.element_bytes, gradient)]
 
 
 def _tied(run: PlannedRun, pipeline_rank: int, trained: Mapping[ParameterKind, int]) -> float:
@@ -48,16 +53,16 @@ def _tied(run: PlannedRun, pipeline_rank: int, trained: Mapping[ParameterKind, i
     tied = run.shape.architecture.tied_embeddings
     if last == 0 or pipeline_rank not in (0, last) or ParameterKind.EMBEDDING not in trained or not tied:
         return 0.0
-    return FP32 * trained[ParameterKind.EMBEDDING]
+    return gradient_size(ParameterKind.EMBEDDING, run.sizes) * trained[ParameterKind.EMBEDDING]
 
 
-def _reduced(size: int, element: int, ranks: int, sizes: RunSizes, gathers: int) -> float:
-    """fp32 gradients of a buffer over the ranks that hold the same parameters, and gathers of updated parameters."""
+def _reduced(size: int, element: int, gradient: int, ranks: int, sizes: RunSizes, gathers: int) -> float:
+    """Gradients of a buffer over the ranks that hold the same parameters, and gathers of updated parameters."""
     if not sizes.distributed_optimizer:
-        return 2 * FP32 * size * (ranks - 1) / ranks
+        return 2 * gradient * size * (ranks - 1) / ranks
     divisor = math.lcm(ranks, BUFFER_DIVISOR)
     padded = math.ceil(size / divisor) * divisor
-    return (FP32 + gathers * element) * padded * (ranks - 1) / ranks
+    return (gradient + gathers * element) * padded * (ranks - 1) / ranks
 
 
 def _replicated(run: PlannedRun, pipeline_rank: int) -> float:
@@ -68,4 +73,5 @@ def _replicated(run: PlannedRun, pipeline_rank: int) -> float:
     if not run.layout.uses_sequence_parallel:
         # Only norms of queries and keys, which each rank uses for its own heads.
         whole = [parameter for parameter in whole if parameter.name in QK_NORMS]
-    return FP32 * sum(parameter.size for parameter in whole) * 2 * (TP - 1) / TP
+    size = sum(gradient_size(parameter.kind, run.sizes) * parameter.size for parameter in whole)
+    return size * 2 * (TP - 1) / TP

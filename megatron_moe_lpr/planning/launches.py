@@ -28,7 +28,7 @@ class Launches:
         return self.forward + self.backward
 
 
-# Counted on the emulated device in bf16, where tests/gpu/test_launches.py compares them. In fp32, without fused
+# Counted on the emulated device in bf16, where tests/gpu/test_planned_launches.py compares them. In fp32, without fused
 # attention, there are some 35 more a layer. Collectives are left out: they are the estimate of communication.
 ATTENTION = Launches(12, 10)
 DENSE_FFN = Launches(4, 5)

@@ -13,8 +13,9 @@ from megatron_moe_lpr.model.parameter_counts import ParameterCounts
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import activation_bytes, logit_bytes
 from megatron_moe_lpr.planning.parameters import held_parameters, rank_parameters
+from megatron_moe_lpr.planning.optimizer_states import copy_size, gradient_size, moments_size, weight_size
 from megatron_moe_lpr.planning.planned_run import PlannedRun
-from megatron_moe_lpr.planning.sizes import FP32, RunSizes
+from megatron_moe_lpr.planning.sizes import RunSizes
 
 GIB = 2**30
 UNFUSED = (ParameterKind.ROUTER, ParameterKind.EMBEDDING)
@@ -52,7 +53,7 @@ def rank_memory(run: PlannedRun, pipeline_rank: int) -> RankMemory:
     counts = rank_parameters(run.shape, run.layout, pipeline_rank)
     return RankMemory(
         weights=weight_bytes(counts, run.sizes),
-        gradients=gradient_bytes(counts, run.sizes.trains) + placeholder_bytes(run, pipeline_rank),
+        gradients=gradient_bytes(counts, run.sizes) + placeholder_bytes(run, pipeline_rank),
         optimizer=optimizer_bytes(counts, run.layout, run.sizes),
         activations=activation_bytes(run, pipeline_rank),
         logits=logit_bytes(run, pipeline_rank),
@@ -69,7 +70,7 @@ def worst_total(run: PlannedRun) -> float:
 def weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
     """Bytes of a rank's weights and of their FP8 copies; routers are always fp32."""
     in_fp8 = counts[ParameterKind.NEW_EXPERTS] if sizes.fp8_param_gather else 0
-    wide = sum(count * _weight_size(kind, sizes) for kind, count in counts.items())
+    wide = sum(count * weight_size(kind, sizes) for kind, count in counts.items())
     return wide - in_fp8 * sizes.element_bytes + fp8_weight_bytes(counts, sizes)
 
 
@@ -82,9 +83,9 @@ def fp8_weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
     return 2 * sum(count for kind, count in counts.items() if kind not in without)
 
 
-def gradient_bytes(counts: ParameterCounts, trains: Collection[ParameterKind]) -> int:
-    """Bytes of the fp32 gradient buffer, which has a place for each parameter that trains."""
-    return FP32 * sum(count for kind, count in counts.items() if kind in trains)
+def gradient_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
+    """Bytes of the gradient buffers, which have a place for each parameter that trains."""
+    return sum(gradient_size(kind, sizes) * count for kind, count in counts.items() if kind in sizes.trains)
 
 
 def placeholder_bytes(run: PlannedRun, pipeline_rank: int) -> int:
@@ -103,13 +104,9 @@ def optimizer_bytes(counts: ParameterCounts, layout: ParallelLayout, sizes: RunS
     the same parameters under the distributed optimizer."""
     total = 0.0
     for kind in sizes.trains:
-        copies = 2 if _weight_size(kind, sizes) == FP32 else 3
-        total += copies * FP32 * counts[kind] / (_holders(kind, layout, sizes) if sizes.distributed_optimizer else 1)
+        one = moments_size(sizes) + copy_size(kind, sizes)
+        total += one * counts[kind] / (_holders(kind, layout, sizes) if sizes.distributed_optimizer else 1)
     return total
-
-
-def _weight_size(kind: ParameterKind, sizes: RunSizes) -> int:
-    return FP32 if kind is ParameterKind.ROUTER else sizes.element_bytes
 
 
 def _holders(kind: ParameterKind, layout: ParallelLayout, sizes: RunSizes) -> int:

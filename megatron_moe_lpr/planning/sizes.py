@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from megatron_moe_lpr.engine.state_options import OptimizerStateOptions
 from megatron_moe_lpr.model.configuration.fp8 import FP8Recipe
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -29,6 +30,8 @@ class RunSizes:
     fp8_recipe: FP8Recipe = "delayed"
     fp8_param_gather: bool = False
     """The new experts' weights are in FP8."""
+    states: OptimizerStateOptions = dataclasses.field(default_factory=OptimizerStateOptions)
+    """Formats of gradients and of the optimizer's state."""
     routing: Literal["balanced", "worst"] = "balanced"
     """balanced: every expert gets as many tokens as every other. worst: all tokens of an EP group choose experts of
     one rank, as many of them as a token may."""

@@ -44,6 +44,7 @@ def gpu_facts() -> GPUFacts:
         transformer_engine=Version(metadata.version("transformer-engine")),
         fused_weight_gradients=_imports("fused_weight_gradient_mlp_cuda"),
         deep_ep=_imports("deep_ep"),
+        hybrid_ep=_imports("deep_ep") and hasattr(importlib.import_module("deep_ep"), "HybridEPBuffer"),
     )
 
 

@@ -26,3 +26,5 @@ class GPUFacts:
     """NVIDIA apex's `fused_weight_gradient_mlp_cuda` imports."""
     deep_ep: bool = False
     """DeepEP imports."""
+    hybrid_ep: bool = False
+    """It has HybridEPBuffer."""

@@ -152,6 +152,10 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
         group.update(kept)
     if unwrap(state.chunks[0]).config.fp8_new_expert_parameters:
         _round_weights_again(state)
+    elif state.optimizer.config.use_precision_aware_optimizer:
+        # Each rank has set its part of the weights from the fp32 ones.
+        for chunk in state.chunks:
+            _gather_parameters(chunk)
     state.schedule.load_state_dict(loaded["schedule"])
     _set_counters(state, loaded["counters"], directory)
 

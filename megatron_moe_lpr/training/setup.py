@@ -16,6 +16,7 @@ from megatron_moe_lpr.data.reading.datasets import Datasets, build_datasets
 from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_moe_lpr.engine.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from megatron_moe_lpr.engine.state_options import check_optimizer_states
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout, check_options, check_platform
@@ -137,6 +138,7 @@ def _choose_platform(
     check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
     check_fp8_param_gather(options.fp8, stage)
     check_platform(shape, config.layout, options, platform)
+    check_optimizer_states(config.optimizer.states, options.dtype, platform)
     return platform, options
 
 

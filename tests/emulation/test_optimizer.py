@@ -46,6 +46,37 @@ def test_adam(mode, reference, masters, flag, tex):
         assert torch.equal(rounded, found.to(rounded.dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adam_on_the_bits_that_bf16_lacks(dtype, flag, tex):
+    """Three steps in fp32 of numbers of which only halves are kept: to the bit those of whole fp32 parameters."""
+    if dtype == torch.bfloat16 and not TABLE.at_least("2.17"):
+        pytest.skip("2.11's kernel takes moments in fp32 only; Transformer Engine casts them before")
+    whole = torch.randn(40)
+    lower = whole.view(torch.int16)[0::2].clone()
+    upper = (whole.view(torch.int16)[1::2] + (lower < 0).to(torch.int16)).view(torch.bfloat16)
+    rounded = whole.bfloat16()
+    assert torch.equal(upper, rounded)
+    kept, expected = ([torch.zeros(40, dtype=dtype) for _ in range(2)] for _ in range(2))
+    beta1, beta2 = SETTINGS["betas"]
+    for step in range(1, 4):
+        gradient = torch.randn(40)
+        step_all(tex, flag, [[gradient], [rounded], *([moment] for moment in expected), [whole]], step, 1)
+        settings = (SETTINGS["lr"], beta1, beta2, SETTINGS["eps"], step, 1, 1, SETTINGS["weight_decay"])
+        lists = [[gradient], [upper], *([moment] for moment in kept), [lower]]
+        tex.multi_tensor_adam_param_remainder(CHUNK, flag, lists, *settings)
+        assert torch.equal(lower, whole.view(torch.int16)[0::2])
+        assert torch.equal(upper, rounded)
+        assert all(torch.equal(found, moment) for found, moment in zip(kept, expected, strict=True))
+
+
+@pytest.mark.parametrize(("which", "dtype"), [(1, torch.float32), (3, torch.float16), (4, torch.float32)])
+def test_adam_on_bits_refuses_other_types(which, dtype, flag, tex):
+    lists = [[torch.ones(4)], [torch.ones(4).bfloat16()], [torch.zeros(4)], [torch.zeros(4)], [torch.zeros(4).short()]]
+    lists[which] = [torch.zeros(4, dtype=dtype)]
+    with pytest.raises(KernelRefuses, match=r"(parameter|remainder) is|moments are"):
+        tex.multi_tensor_adam_param_remainder(CHUNK, flag, lists, 0.1, 0.9, 0.95, 1e-8, 1, 1, 1, 0.0)
+
+
 def test_adam_lets_infinities_through_whatever_the_flag_says(flag, tex):
     """As the kernel says of itself; Megatron looks at the gradients before it steps."""
     flag.fill_(1)

@@ -94,6 +94,24 @@ def test_they_compute_every_layer_of_every_pass(recipe, inputs):
         assert quantised == dict.fromkeys(quantised, recipe is not None)
 
 
+def count_router_calls(checkpoint: Path, step: Step) -> tuple[int, dict]:
+    """On every rank: how often a step enters the router's fused kernel, and what it computes."""
+    entered: Counter = Counter()
+    with _counting("router", ENTRANCES["router"], entered):
+        found = compute("cuda", checkpoint, step)
+    return entered["router"], found
+
+
+def test_the_router_without_its_kernel_computes_the_same(inputs):
+    (fused, expected), (unfused, found) = (
+        run(1, count_router_calls, inputs[0], Step(precision={"fp32": True, "moe_router_fusion": on}))[0]
+        for on in (True, False)
+    )
+    assert (fused > 0, unfused) == (True, 0)
+    assert relative_error(found["logits"], expected["logits"]) < TOLERANCES.fp32
+    assert gradient_error(found["gradients"], expected["gradients"]) < TOLERANCES.fp32
+
+
 def test_ranks_that_exchange_tokens_sort_them_with_a_kernel_too(inputs):
     if device.count() < 2:
         pytest.skip("needs 2 GPUs")

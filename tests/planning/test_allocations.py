@@ -12,13 +12,14 @@ from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.conversion.importer import import_hf
 from megatron_moe_lpr.engine.optimizer import build_optimizer, wrap_data_parallel
 from megatron_moe_lpr.engine.options import OptimizerOptions
+from megatron_moe_lpr.engine.state_options import OptimizerStateOptions
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.memory import rank_memory
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import RunSizes
-from megatron_moe_lpr.platform import select_platform
+from megatron_moe_lpr.platform import PlatformName, select_platform
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
 from tests.conversion.tiny_models import COMMON
 from tests.distributed import rank_pool
@@ -36,6 +37,7 @@ class Case:
     stage: str = "1"
     dtype: str = "bfloat16"
     distributed: bool = True
+    states: OptimizerStateOptions = dataclasses.field(default_factory=OptimizerStateOptions)
 
 
 CASES = [
@@ -55,14 +57,14 @@ CASES = [
 ]
 
 
-def allocated(path, case: Case) -> dict[str, int]:
+def allocated(path, case: Case, platform_name: PlatformName = "cpu") -> dict[str, int]:
     """On every rank: bytes of parameters, gradient buffers and, after a step, optimizer state."""
-    platform, layout = select_platform("cpu"), ParallelLayout(**case.layout)
+    platform, layout = select_platform(platform_name), ParallelLayout(**case.layout)
     initialize_parallel(platform, layout)
     options = ComputeOptions().with_dtype(getattr(torch, case.dtype))
     model = load_model(path, layout, platform, options, calculate_per_token_loss=True)
     freeze(model.chunks, STAGES[case.stage], model.shape.inserted_blocks)
-    settings = OptimizerOptions(use_distributed_optimizer=case.distributed)
+    settings = OptimizerOptions(use_distributed_optimizer=case.distributed, states=case.states)
     chunks = wrap_data_parallel(model.chunks, model.config, settings)
     optimizer = build_optimizer(chunks, model.config, settings, platform)
     weights = sum(weight.nbytes for weight in chunks[0].parameters())

@@ -1,4 +1,4 @@
-"""Launches of a micro-batch by hand, and what a plan makes of them. The table itself: tests/gpu/test_launches.py."""
+"""Launches of a micro-batch by hand, and what a plan makes of them; tests/gpu/test_planned_launches.py has the table."""
 
 import dataclasses
 import json

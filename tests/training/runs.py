@@ -11,6 +11,7 @@ import torch
 from megatron_moe_lpr.checkpoint.format.directory import write_latest
 from megatron_moe_lpr.data.reading.config import DataConfig
 from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
+from megatron_moe_lpr.engine.state_options import OptimizerStateOptions
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -96,7 +97,7 @@ def training_config(
         checkpoint=part(CheckpointOptions),
         batch=part(BatchOptions),
         data=part(DataConfig),
-        optimizer=part(OptimizerOptions),
+        optimizer=part(OptimizerOptions, states=part(OptimizerStateOptions)),
         compute=part(ComputeOptions, fp8=part(FP8Options)),
         layout=part(ParallelLayout),
         logging=part(LoggingOptions),

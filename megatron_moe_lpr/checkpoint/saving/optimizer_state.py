@@ -18,11 +18,14 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
+from megatron_moe_lpr.checkpoint.saving.weight_bits import join_bits, split_bits
 from megatron_moe_lpr.megatron.overriding import replace
 
 STATE_PREFIX = "optimizer.state"
 WEIGHT = "fp32_param"
 """Name in the checkpoint of the optimizer's fp32 copy of a parameter."""
+MASTER = "master_param"
+"""Name of that copy, or of a part of its bits, in the state of an optimizer that keeps it itself."""
 
 
 def install_local_shard_state(optimizer: MegatronOptimizer) -> None:
@@ -114,11 +117,38 @@ def _local_parameters(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.n
 
 
 def _states(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """This rank's slices of the fp32 copy and of Adam's moments of a parameter, by their names in the checkpoint."""
-    tensors = dict(optimizer._get_main_param_and_optimizer_states(parameter))
+    """This rank's slices of the fp32 copy and of Adam's moments of a parameter, by their names in the checkpoint.
+
+    The moments are views. So is the fp32 copy, unless the optimizer keeps only the bits that the parameter lacks.
+    """
+    shard, state = _inner_state(optimizer, parameter)
     # `step` does not have the parameter's shape; the parameter groups hold it.
-    tensors.pop("step", None)
-    return {WEIGHT: tensors.pop("param"), **tensors}
+    moments = {name: value for name, value in state.items() if name not in ("step", MASTER)}
+    return {WEIGHT: _full_weight(shard, state.get(MASTER)), **moments}
+
+
+def _inner_state(
+    optimizer: DistributedOptimizer, parameter: torch.nn.Parameter
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """This rank's slice of a parameter as the inner optimizer steps it, and what the inner optimizer keeps for it.
+
+    As `DistributedOptimizer._get_main_param_and_optimizer_states`, without the fp32 copies of moments in bf16.
+    """
+    group, order = optimizer.model_param_group_index_map[parameter]
+    shard = optimizer.optimizer.param_groups[group]["params"][order]
+    return shard, optimizer.optimizer.state[shard]
+
+
+def _full_weight(shard: torch.Tensor, master: torch.Tensor | None) -> torch.Tensor:
+    """The fp32 weight of a slice.
+
+    Args:
+        master: what a precision-aware optimizer keeps: an fp32 weight or the 16 bits that a bf16 one lacks.
+    """
+    if master is None or shard.dtype == torch.float32:
+        # FusedAdam makes a copy of fp32 weights too, as routers are, and never updates it.
+        return shard.detach()
+    return join_bits(shard.detach(), master) if master.dtype == torch.int16 else master
 
 
 def _pieces(entry: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Parameter) -> Iterator[_Piece]:
@@ -175,6 +205,22 @@ def _load_local_shards(optimizer: DistributedOptimizer, state: dict[int, dict[st
         state: as `_local_shards` returned it, with loaded tensors in place of the sharded ones.
     """
     for index, (parameter, _) in enumerate(_local_parameters(optimizer)):
-        for name, values in _states(optimizer, parameter).items():
-            loaded = [tensor.reshape(-1).to(values.device) for tensor in state[index][name]]
-            values.copy_(torch.cat(loaded) if len(loaded) > 1 else loaded[0])
+        shard, kept = _inner_state(optimizer, parameter)
+        for name, parts in state[index].items():
+            loaded = torch.cat([tensor.reshape(-1).to(shard.device) for tensor in parts])
+            if name == WEIGHT:
+                _set_weight(shard, kept.get(MASTER), loaded)
+            else:
+                kept[name].copy_(loaded)
+
+
+def _set_weight(shard: torch.Tensor, master: torch.Tensor | None, full: torch.Tensor) -> None:
+    """Set a slice of a parameter, and what the optimizer keeps of its fp32 weight, from that weight."""
+    if master is not None and master.dtype == torch.int16 and shard.dtype == torch.bfloat16:
+        upper, lower = split_bits(full)
+        shard.copy_(upper)
+        master.copy_(lower)
+        return
+    shard.copy_(full)
+    if master is not None:
+        master.copy_(full)

@@ -30,6 +30,10 @@ class ComputeOptions:
         Literal["alltoall", "allgather", "flex"], Free("how tokens travel: rounding alone")
     ] = "alltoall"
     """Communication of tokens to new experts on other ranks. flex needs DeepEP."""
+    moe_flex_dispatcher_backend: Annotated[Literal["deepep", "hybridep"], Free("how tokens travel: rounding alone")] = (
+        "deepep"
+    )
+    """With --moe-token-dispatcher-type flex: DeepEP, or its HybridEP for nodes joined by NVLink. Never run."""
     original_expert_overlap: Overlap[bool] = False
     """With EP on GPUs, compute the original expert on its own stream during the all-to-all. Never timed on a GPU."""
     moe_permute_fusion: Kernel[bool] = True

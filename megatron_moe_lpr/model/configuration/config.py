@@ -167,7 +167,8 @@ def check_platform(shape: ModelShape, layout: ParallelLayout, options: ComputeOp
         UserError: naming the flag.
     """
     check_fp8_device(options.fp8, platform)
-    check_dispatcher(options.moe_token_dispatcher_type, layout, shape.max_experts, shape.top_k, platform)
+    dispatcher, backend = options.moe_token_dispatcher_type, options.moe_flex_dispatcher_backend
+    check_dispatcher(dispatcher, layout, shape.max_experts, shape.top_k, platform, backend)
 
 
 def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
@@ -217,6 +218,7 @@ def _expert_fields(shape: ModelShape, options: ComputeOptions) -> dict[str, Any]
         # Renormalising one probability would make every weight 1 and hide the router from the loss.
         "moe_router_pre_softmax": shape.top_k == 1,
         "moe_token_dispatcher_type": options.moe_token_dispatcher_type,
+        "moe_flex_dispatcher_backend": options.moe_flex_dispatcher_backend,
         "original_expert_overlap": options.original_expert_overlap,
         "moe_grouped_gemm": True,
     }

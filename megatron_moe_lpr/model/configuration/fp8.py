@@ -48,6 +48,11 @@ RECIPES: dict[FP8Recipe, RecipeNeeds] = {
 # Transformer Engine makes new scale tensors when the layer first computes in FP8, and the weight still refers to the
 # old ones.
 PARAMETERS_IN_FP8: tuple[FP8Recipe, ...] = ("tensorwise", "blockwise")
+PARAMETERS_NOT_IN_FP8: dict[FP8Recipe, str] = {
+    "delayed": "a weight would keep the scale that it was built with",
+    "mxfp8": "weights in MXFP8 were never emulated, and nothing shows that frozen experts would keep their bits",
+}
+"""Why not, by recipe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +120,8 @@ def check_fp8_flags(options: FP8Options, dtype: "torch.dtype") -> None:
         )
     if options.fp8_param_gather and options.fp8_recipe not in PARAMETERS_IN_FP8:
         raise UserError(
-            f"--fp8-param-gather is not supported with --fp8-recipe {options.fp8_recipe}; leave it out, or choose "
-            f"{' or '.join(PARAMETERS_IN_FP8)}"
+            f"--fp8-param-gather is not supported with --fp8-recipe {options.fp8_recipe}: "
+            f"{PARAMETERS_NOT_IN_FP8[options.fp8_recipe]}; leave it out, or choose {' or '.join(PARAMETERS_IN_FP8)}"
         )
 
 

@@ -70,13 +70,17 @@ def chosen_kernels(platform: Platform, options: ComputeOptions) -> dict[str, Any
     }
 
 
-def check_dispatcher(dispatcher: str, layout: ParallelLayout, max_experts: int, top_k: int, platform: Platform) -> None:
-    """Check that the flex dispatcher can run: DeepEP's kernels, over more than one rank.
+def check_dispatcher(
+    dispatcher: str, layout: ParallelLayout, max_experts: int, top_k: int, platform: Platform, backend: str = "deepep"
+) -> None:
+    """Check that the flex dispatcher can run: the backend's kernels, over more than one rank.
 
     Raises:
         UserError: naming what is missing.
     """
     if dispatcher != "flex":
+        if backend != "deepep":
+            raise UserError(f"--moe-flex-dispatcher-backend {backend}: needs --moe-token-dispatcher-type flex")
         return
     flag = "--moe-token-dispatcher-type flex"
     if platform.gpu is None:
@@ -85,5 +89,11 @@ def check_dispatcher(dispatcher: str, layout: ParallelLayout, max_experts: int, 
         raise UserError(f"{flag} needs the package deep_ep (DeepEP), which does not import; leave it at alltoall")
     if layout.expert_model_parallel_size * layout.expert_tensor_parallel_size == 1:
         raise UserError(f"{flag} needs --expert-model-parallel-size over 1; leave it at alltoall")
-    if max_experts - 1 < top_k:
+    if backend == "hybridep" and not platform.gpu.hybrid_ep:
+        raise UserError(
+            "--moe-flex-dispatcher-backend hybridep: needs HybridEPBuffer of the package deep_ep (DeepEP's branch "
+            "hybrid-ep), which does not import; leave it at deepep"
+        )
+    # HybridEP takes a table of choices, DeepEP the k best of a token, with weight 0 where it has fewer new experts.
+    if backend == "deepep" and max_experts - 1 < top_k:
         raise UserError(f"{flag}: top-{top_k} needs at least {top_k} new experts, and there are {max_experts - 1}")

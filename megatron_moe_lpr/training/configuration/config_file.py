@@ -13,6 +13,7 @@ from megatron_moe_lpr.command_line import flag_words, parse_flags, read_flags
 from megatron_moe_lpr.errors import UserError, fail
 from megatron_moe_lpr.files.json_files import write_json
 from megatron_moe_lpr.training.configuration.config import TrainingConfig
+from megatron_moe_lpr.training.configuration.megatron_flags import refuse_megatron_flags
 
 CONFIG_FILE = "config.json"
 """In --save."""
@@ -33,6 +34,7 @@ def parse_training_flags(arguments: Sequence[str] | None = None, description: st
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         words = _expand(words)
+        refuse_megatron_flags(words)
     except UserError as error:
         fail(str(error), code=2)
     return parse_flags(TrainingConfig, words, description)
@@ -51,9 +53,12 @@ def training_config(source: TrainingConfig | Mapping[str, Any] | Path | str) -> 
     if isinstance(source, TrainingConfig):
         return source
     if isinstance(source, Mapping):
-        return read_flags(TrainingConfig, flag_words(source, "configuration"))
-    path = Path(source)
-    return read_flags(TrainingConfig, flag_words(read_config_file(path), f"{FLAG} {path}"))
+        words = flag_words(source, "configuration")
+    else:
+        path = Path(source)
+        words = flag_words(read_config_file(path), f"{FLAG} {path}")
+    refuse_megatron_flags(words)
+    return read_flags(TrainingConfig, words)
 
 
 def config_values(config: TrainingConfig) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def test_without_fp8_nothing_is_asked():
         (
             options("delayed", fp8_param_gather=True),
             torch.bfloat16,
-            "not supported with --fp8-recipe delayed; .*tensorwise",
+            "not supported with --fp8-recipe delayed: .*tensorwise",
         ),
     ],
 )

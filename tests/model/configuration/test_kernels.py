@@ -76,6 +76,20 @@ def test_flex_dispatcher_without_what_it_needs(platform, layout, experts, messag
         check_dispatcher("flex", layout, experts, 2, platform)
 
 
+@pytest.mark.parametrize(
+    ("dispatcher", "platform", "message"),
+    [
+        ("alltoall", gpu(deep_ep=True, hybrid_ep=True), "hybridep: needs --moe-token-dispatcher-type flex"),
+        ("flex", gpu(), "needs the package deep_ep"),
+        ("flex", gpu(deep_ep=True), "needs HybridEPBuffer of the package deep_ep"),
+    ],
+)
+def test_hybridep_without_what_it_needs(dispatcher, platform, message):
+    with pytest.raises(UserError, match=message):
+        check_dispatcher(dispatcher, EP2, 5, 2, platform, "hybridep")
+
+
 def test_dispatchers_that_fit():
     check_dispatcher("flex", EP2, 5, 2, gpu(deep_ep=True))
+    check_dispatcher("flex", EP2, 2, 2, gpu(deep_ep=True, hybrid_ep=True), "hybridep")
     check_dispatcher("alltoall", ParallelLayout(), 5, 2, CPU)
