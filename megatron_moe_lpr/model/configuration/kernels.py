@@ -19,7 +19,7 @@ ROUTER_FUSION = Version("2.7.0")
 
 def platform_fields(platform: Platform, dtype: torch.dtype) -> dict[str, Any]:
     """Fields of TransformerConfig that choose kernels for weights and activations of `dtype`."""
-    if not platform.transformer_engine:
+    if not platform.on_gpus:
         # Outputs sent to the next pipeline rank are not freed: gloo still reads the memory when the send has returned.
         return {
             "transformer_impl": "local",
@@ -27,13 +27,29 @@ def platform_fields(platform: Platform, dtype: torch.dtype) -> dict[str, Any]:
             "attention_backend": AttnBackend.local,
             # SiLU, its gate and the expert's weight in few passes over memory (platform/cpu/activations.py).
             "bias_activation_fusion": True,
+            # bf16 products of few shapes (platform/cpu/expert_rows.py).
+            "padded_expert_rows": dtype == torch.bfloat16,
         }
     if platform.gpu is None:
-        raise ValueError("Transformer Engine's layers need the facts about the GPU")
-    return _cuda_fields(platform.gpu, dtype)
+        raise ValueError("layers on a GPU need the facts about it")
+    return _cuda_fields(platform.gpu, dtype) if platform.transformer_engine else _local_cuda_fields(platform.gpu, dtype)
+
+
+def _local_cuda_fields(gpu: GPUFacts, dtype: torch.dtype) -> dict[str, Any]:
+    """PyTorch alone: nothing that needs Transformer Engine, apex or a compiler at run time."""
+    return {
+        "transformer_impl": "local",
+        "attention_backend": AttnBackend.local,
+        # SwiGLU that keeps its input alone (platform/torch_only/swiglu.py).
+        "bias_activation_fusion": True,
+        # The products of all experts of a rank in one launch.
+        "grouped_products": gpu.grouped_products and dtype == torch.bfloat16,
+        "deallocate_pipeline_outputs": True,
+    }
 
 
 def _cuda_fields(gpu: GPUFacts, dtype: torch.dtype) -> dict[str, Any]:
+    engine = gpu.transformer_engine or Version("0")
     return {
         "transformer_impl": "transformer_engine",
         # Transformer Engine picks cuDNN's or Flash Attention by shape and device.
@@ -47,9 +63,9 @@ def _cuda_fields(gpu: GPUFacts, dtype: torch.dtype) -> dict[str, Any]:
         "cross_entropy_loss_fusion": dtype == torch.bfloat16,
         "cross_entropy_fusion_impl": "native",
         # Sorting tokens by expert in one kernel, instead of a gather per expert.
-        "moe_permute_fusion": gpu.transformer_engine >= PERMUTE_FUSION,
+        "moe_permute_fusion": engine >= PERMUTE_FUSION,
         # softmax, top-k and renormalisation of the router in one kernel.
-        "moe_router_fusion": gpu.transformer_engine >= ROUTER_FUSION,
+        "moe_router_fusion": engine >= ROUTER_FUSION,
         "persist_layer_norm": True,
         # Weight gradients added to the fp32 buffer by the matrix product itself; apex's extension does it.
         "gradient_accumulation_fusion": gpu.fused_weight_gradients,
