@@ -126,7 +126,9 @@ def free_port() -> int:
     raise OSError("no free port between 12000 and 32000")
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection, platform: str = "cpu") -> None:
+def _serve(
+    rank: int, world_size: int, port: int, pipe: Connection, platform: str = "cpu", layers: str | None = None
+) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["LOCAL_RANK"] = str(rank)
     warnings.filterwarnings("error", module=OURS)
@@ -140,7 +142,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, platform: st
     # Half a million objects of what has been imported: to look through them took half of a small test's time.
     gc.freeze()
     # With the largest TP that a test may ask for: it decides how kernels are launched.
-    initialize_parallel(select_platform(platform, tensor_parallel_size=world_size), ParallelLayout())
+    initialize_parallel(select_platform(platform, world_size, layers), ParallelLayout())
     while True:
         try:
             task = pipe.recv()

@@ -12,7 +12,7 @@ from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.flag_ranges import NonNegativeFloat, PositiveInt
-from megatron_moe_lpr.platform import PlatformName, select_platform
+from megatron_moe_lpr.platform import PlatformName, TransformerImpl, select_platform
 
 # torch, Megatron and transformers take seconds to import: each sub-command imports those that it needs.
 
@@ -138,6 +138,9 @@ class Verify:
     """Tokens in each of the two sequences."""
     platform: PlatformName = "auto"
     """Where to compute."""
+    transformer_impl: TransformerImpl | None = None
+    """Whose layers compute. local: PyTorch's alone. Default: Transformer Engine's on GPUs where it is installed, else
+    local."""
     verify: bool = True
     """Compare the checkpoint's files with their checksums before use."""
 
@@ -155,7 +158,7 @@ class Verify:
             self.load,
             hf,
             getattr(torch, self.dtype),
-            select_platform(self.platform),
+            select_platform(self.platform, transformer_impl=self.transformer_impl),
             self.seq_length,
             base=self.base_checkpoint,
             verified=self.verify,

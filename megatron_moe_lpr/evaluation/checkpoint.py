@@ -72,7 +72,7 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
     original = read_original_languages(options.original_languages, languages.names, original_languages(card.history))
     check_layout(shape, options.layout)
 
-    platform = select_platform(options.platform)
+    platform = select_platform(options.platform, options.layout.tensor_model_parallel_size, options.transformer_impl)
     initialize_parallel(platform, options.layout, timeout_minutes=options.distributed_timeout_minutes)
     dtype = choose_dtype(asked, card.compute_dtype, platform)
     report_dtype(asked, card.compute_dtype, card.dtype, platform)

@@ -8,7 +8,7 @@ import tyro
 
 from megatron_moe_lpr.flag_ranges import PositiveInt
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.platform import PlatformName
+from megatron_moe_lpr.platform import PlatformName, TransformerImpl
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,9 @@ class EvaluationOptions:
     layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
     platform: PlatformName = "auto"
     """Where to run. auto: CUDA if there is a device."""
+    transformer_impl: TransformerImpl | None = None
+    """Whose layers compute. local: PyTorch's alone. Default: Transformer Engine's on GPUs where it is installed, else
+    local."""
     base_checkpoint: Path | None = None
     """For a --load of --save-trainable-only: directory of the checkpoint that its run started from, if it has moved."""
     verify: bool = True

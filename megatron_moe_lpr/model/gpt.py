@@ -73,8 +73,11 @@ class MoELPRModel(GPTModel):
 
 def _needs_gradient_of_embedding(config: TransformerConfig) -> bool:
     """Whether a gradient would be lost without one of the embedding's output; see `_let_gradients_through`."""
-    on_gpu = config.transformer_impl == "transformer_engine"
-    return on_gpu or bool(config.recompute_granularity) or config.pipeline_model_parallel_size > 1
+    return (
+        config.transformer_impl == "transformer_engine"
+        or bool(config.recompute_granularity)
+        or config.pipeline_model_parallel_size > 1
+    )
 
 
 def _let_gradients_through(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:

@@ -6,14 +6,13 @@ Weights in FP8, activations and logits are checked on Transformer Engine's emula
 
 import dataclasses
 import math
-from collections.abc import Collection
 
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.parameter_counts import ParameterCounts
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import activation_bytes, logit_bytes
-from megatron_moe_lpr.planning.parameters import held_parameters, rank_parameters
 from megatron_moe_lpr.planning.optimizer_states import copy_size, gradient_size, moments_size, weight_size
+from megatron_moe_lpr.planning.parameters import held_parameters, rank_parameters
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import RunSizes
 

@@ -26,6 +26,11 @@ def usable_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: cannot be used here ({reason})") from None
 
 
+def parameter_device(on_host: bool) -> torch.device:
+    """Where a parameter is made: on the host, or on this rank's GPU."""
+    return torch.device("cpu") if on_host else torch.device(torch.cuda.current_device())
+
+
 def peak_memory_gigabytes(platform: Platform) -> float:
     """Peak memory of this rank in GB: of the device, or on a CPU of the process."""
     if platform.on_gpus:

@@ -20,8 +20,9 @@ from megatron_moe_lpr.checkpoint.format.directory import (
     SIDE_DIRECTORY,
     CheckpointDirectory,
 )
+from megatron_moe_lpr.checkpoint.format.reader import read_index
 from megatron_moe_lpr.checkpoint.format.retention import hold_checkpoint
-from megatron_moe_lpr.checkpoint.format.sharded_parts import trained_part
+from megatron_moe_lpr.checkpoint.format.sharded_parts import trained_part, without_foreign_objects
 from megatron_moe_lpr.checkpoint.format.writer import CONTENT_METADATA
 from megatron_moe_lpr.checkpoint.loading.distributed_loading import load_distributed
 from megatron_moe_lpr.checkpoint.loading.model_state import fill_model, parallel_load_strategy, sharded_model_state
@@ -136,10 +137,13 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
         UserError: `start` is not the base of `directory`.
     """
     settings = _optimizer_settings(state.optimizer)
+    before = [dict(group) for group in state.optimizer.param_groups]
     trainable_only = directory.card().parent is not None
     if trainable_only:
         find_parent(dataclasses.replace(directory, parent_path=start.path))
     content = sharded_state(state, is_loading=True, trainable_only=trainable_only)
+    keys = read_index(directory.path / ".metadata").state_dict_metadata
+    content |= {name: without_foreign_objects(content[name], keys) for name in _model_names(content)}
     with hold_checkpoint(directory.path):
         loaded = load_distributed(content, directory.path, parallel_load_strategy())
     for name, chunk in zip(_model_names(loaded), state.chunks, strict=True):
@@ -148,8 +152,9 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
     for group in (*state.optimizer.param_groups, *_param_groups(loaded["optimizer"])):
         group.update({name: None for name in LEARNING_RATES if name in group})
     state.optimizer.load_state_dict(loaded["optimizer"])
-    for group, kept in zip(state.optimizer.param_groups, settings, strict=True):
-        group.update(kept)
+    for group, kept, own in zip(state.optimizer.param_groups, settings, before, strict=True):
+        # What only this optimizer has: torch's or Transformer Engine's saved the state of the other.
+        group.update({name: value for name, value in own.items() if name not in group} | kept)
     if unwrap(state.chunks[0]).config.fp8_new_expert_parameters:
         _round_weights_again(state)
     elif state.optimizer.config.use_precision_aware_optimizer:

@@ -133,7 +133,9 @@ def _choose_platform(
     config: TrainingConfig, stage: Stage, shape: ModelShape, card: CheckpointCard
 ) -> tuple[Platform, ComputeOptions]:
     """Select the platform and the dtype to compute in, and check that the model can be computed so."""
-    platform = select_platform(config.platform, config.layout.tensor_model_parallel_size)
+    platform = select_platform(
+        config.platform, config.layout.tensor_model_parallel_size, config.compute.transformer_impl
+    )
     options = config.compute.with_dtype(choose_dtype(config.compute.requested_dtype(), card.compute_dtype, platform))
     check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
     check_fp8_param_gather(options.fp8, stage)

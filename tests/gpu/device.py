@@ -1,12 +1,16 @@
 """The device of these tests: real GPUs with NCCL, or the emulated one over gloo. What differs between them is here."""
 
 import dataclasses
+import importlib.util
+import os
 
 import torch
 
 from tests.emulation import extension
 
 EMULATED = extension.is_available()
+LOCAL = os.environ.get("TRANSFORMER_IMPL") == "local" or importlib.util.find_spec("transformer_engine") is None
+"""All tests run on layers of PyTorch alone: Transformer Engine is not installed, or TRANSFORMER_IMPL=local says so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,4 +39,5 @@ def count() -> int:
 
 def is_present() -> bool:
     """Whether there is a device."""
-    return EMULATED or (torch.version.cuda is not None and torch.cuda.is_available())
+    built_for_it = torch.version.cuda is not None or torch.version.hip is not None
+    return EMULATED or (built_for_it and torch.cuda.is_available())

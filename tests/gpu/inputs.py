@@ -10,7 +10,7 @@ import torch
 from tests.conversion.helpers import rewrite_checkpoint
 from tests.conversion.tiny_models import COMMON
 from tests.emulation import start
-from tests.gpu.device import EMULATED
+from tests.gpu.device import EMULATED, LOCAL
 from tests.training.runs import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def run_ranks(ranks: int, module: str, *arguments: object) -> str:
 def run_command(module: str, *arguments: object) -> str:
     """`python -m MODULE ARGUMENTS...`; its output, or an AssertionError with it."""
     command = [sys.executable, "-m", module, *(str(argument) for argument in arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (start.environment() if EMULATED else {})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (start.environment(not LOCAL) if EMULATED else {})
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
     return done.stdout

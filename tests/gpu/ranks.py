@@ -11,23 +11,31 @@ from typing import Any
 
 from tests.distributed import RankPool, _serve
 from tests.emulation.start import processes_on_the_device
-from tests.gpu.device import EMULATED
+from tests.gpu.device import EMULATED, LOCAL
 
 
 def _serve_cuda(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     _serve(rank, world_size, port, pipe, "cuda")
 
 
-_SERVERS = {"cuda": _serve_cuda, "cpu": _serve}
+def _serve_local(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    # On the emulated device Transformer Engine is missing there, which chooses the local layers.
+    _serve(rank, world_size, port, pipe, "cuda", None if EMULATED else "local")
+
+
+_SERVERS = {"cuda": _serve_cuda, "local": _serve_local, "cpu": _serve}
 _pools: dict[tuple[str, int], RankPool] = {}
 
 
 def ranks(world_size: int, platform: str = "cuda") -> RankPool:
-    """The session's pool of this kind and size, started on first use and again after a failure."""
-    key = (platform, world_size)
+    """The session's pool of this kind and size, started on first use and again after a failure. `local` is the device
+    without Transformer Engine, as `cuda` is where this session has none."""
+    kind = "local" if platform == "cuda" and LOCAL else platform
+    key = (kind, world_size)
     if key not in _pools or not all(process.is_alive() for process in _pools[key].processes):
-        with processes_on_the_device() if EMULATED else contextlib.nullcontext():
-            _pools[key] = RankPool(world_size, _SERVERS[platform])
+        with processes_on_the_device(kind != "local") if EMULATED else contextlib.nullcontext():
+            # A fork of a process that has imported Transformer Engine would find it.
+            _pools[key] = RankPool(world_size, _SERVERS[kind], preloaded=not EMULATED or kind != "local")
     return _pools[key]
 
 

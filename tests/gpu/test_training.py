@@ -36,10 +36,10 @@ CARRIED = ("new experts", "router")
 
 
 def start(inputs, save: Path, world: int = 1, platform: str = "cuda", **changes) -> dict[int, dict]:
-    """A run of stage 1 in ranks of a pool; its metrics by step."""
+    """A run of stage 1 in ranks of a pool of this kind; its metrics by step."""
     checkpoint, data = inputs
     fields = {
-        "platform": platform,
+        "platform": "cpu" if platform == "cpu" else "cuda",
         "fp32": False,
         **BF16,
         "lr": 1e-3,

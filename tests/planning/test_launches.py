@@ -1,4 +1,4 @@
-"""Launches of a micro-batch by hand, and what a plan makes of them; tests/gpu/test_planned_launches.py has the table."""
+"""Launches of a micro-batch by hand, and what a plan makes of them (the table: tests/gpu/test_planned_launches.py)."""
 
 import dataclasses
 import json

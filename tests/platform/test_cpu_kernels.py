@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megatron_moe_lpr.model.moe.grouped_linear import _GroupedProduct
+from megatron_moe_lpr.model.moe.grouped_product import GroupedProduct
 from megatron_moe_lpr.platform.cpu.activations import ROWS, SwiGLU
 from megatron_moe_lpr.platform.cpu.expert_rows import _Pad, _Unpad, bucket_size
-from megatron_moe_lpr.platform.cpu.optimizer import FusedAdam, _scale
+from megatron_moe_lpr.platform.torch_only.optimizer import FusedAdam, _scale
 
 generator = torch.Generator().manual_seed(5)
 
@@ -58,7 +58,7 @@ def test_swiglu_in_bf16_keeps_the_dtypes():
 @pytest.mark.parametrize("counts", [[3, 4], [0, 7], [7, 0]])
 def test_grouped_product(counts):
     def function(tokens, first, second):
-        return _GroupedProduct.apply(tokens, counts, first, second)
+        return GroupedProduct.apply(tokens, counts, False, first, second)
 
     def formula(tokens, first, second):
         pieces = tokens.split(counts)
@@ -70,14 +70,14 @@ def test_grouped_product(counts):
 def test_grouped_product_adds_to_the_optimizers_buffer():
     tokens, gradient = random(7, 6), random(7, 5)
     weights = [random(5, 6).requires_grad_() for _ in range(2)]
-    _GroupedProduct.apply(tokens, [3, 4], *weights).backward(gradient)
+    GroupedProduct.apply(tokens, [3, 4], False, *weights).backward(gradient)
     expected = [weight.grad.clone() for weight in weights]
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):
         rounded_weights = [weight.detach().to(dtype).requires_grad_() for weight in weights]
         for weight in rounded_weights:
             weight.main_grad = torch.ones(5, 6)
         for _ in range(2):
-            _GroupedProduct.apply(tokens.to(dtype), [3, 4], *rounded_weights).backward(gradient.to(dtype))
+            GroupedProduct.apply(tokens.to(dtype), [3, 4], False, *rounded_weights).backward(gradient.to(dtype))
         for weight, value in zip(rounded_weights, expected, strict=True):
             assert weight.grad_added_to_main_grad
             torch.testing.assert_close(weight.main_grad, 1 + 2 * value, rtol=tolerance, atol=tolerance)

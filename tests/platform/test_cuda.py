@@ -5,27 +5,73 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
+from megatron_moe_lpr import platform
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.platform import GPUFacts, Platform, select_platform
 from megatron_moe_lpr.platform.cuda import (
     MAX_CONNECTIONS,
     TF32_OVERRIDE,
     check_kernel_launch_order,
     gpu_facts,
     keep_fp32_products,
+    multiplies_groups,
     order_kernel_launches,
-    require_transformer_engine,
+    uses_transformer_engine,
 )
 
 ROOT = Path(__file__).parents[2]
-HOPPER, BLACKWELL = (9, 0), (10, 0)
+HOPPER, BLACKWELL = (GPUFacts(capability, (13, 0), None) for capability in ((9, 0), (10, 0)))
 
 
 def test_pytorch_for_other_devices_is_refused(monkeypatch):
     """ROCm's builds have a working torch.cuda too."""
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(UserError, match=r"--platform cuda: PyTorch .* is not built for CUDA; use the project's Docker"):
-        gpu_facts()
+        gpu_facts(transformer_engine=False)
+
+
+@pytest.fixture
+def rocm(monkeypatch):
+    """PyTorch as its builds for AMD's devices describe themselves, with an MI300X."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482-0f2d60242")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4))
+
+
+def test_rocm_is_the_same_platform_without_transformer_engine(rocm):
+    facts = gpu_facts(uses_transformer_engine(None))
+    assert (facts.rocm, facts.cuda, facts.transformer_engine, facts.grouped_products) == (True, (6, 4), None, False)
+    assert facts.multiplies_bf16
+    # The variable is CUDA's.
+    check_kernel_launch_order({MAX_CONNECTIONS: "32"}, 2, facts)
+    with pytest.raises(UserError, match="transformer_engine needs NVIDIA GPUs; on ROCm leave it out"):
+        uses_transformer_engine("transformer_engine")
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "has_it"),
+    [
+        ((9, 0), "2.7.1", False),
+        ((9, 0), "2.8.0+cu128", True),
+        ((9, 0), "2.13.0a0+git", True),
+        ((10, 0), "2.12.1", False),
+        ((10, 0), "2.13.0", True),
+        ((8, 0), "2.13.0", False),
+        ((12, 0), "2.13.0", False),
+    ],
+)
+def test_devices_with_grouped_products(capability, version, has_it):
+    assert multiplies_groups(capability, Version(version)) == has_it
+
+
+def test_bf16_begins_with_ampere():
+    assert [GPUFacts(found, (12, 8), None).multiplies_bf16 for found in ((7, 5), (8, 0), (12, 0))] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_tensor_parallelism_orders_kernel_launches():
@@ -79,15 +125,41 @@ def installed(tmp_path, monkeypatch):
 def test_another_package_named_apex_is_refused(file, installed):
     """PyPI's is a web library: Megatron would look for NVIDIA's kernels in it."""
     installed(file, "")
-    with pytest.raises(UserError, match="the installed package 'apex' is not NVIDIA's; run: pip uninstall apex"):
-        require_transformer_engine()
+    for choice in (None, "local", "transformer_engine"):
+        with pytest.raises(UserError, match="the installed package 'apex' is not NVIDIA's; run: pip uninstall apex"):
+            uses_transformer_engine(choice)
 
 
 def test_transformer_engine_without_its_libraries_is_named(installed):
     """Its bare wheel raises RuntimeError at import."""
     installed("transformer_engine/__init__.py", "raise RuntimeError('an empty package')")
-    with pytest.raises(UserError, match=r"Transformer Engine does not import \(an empty package\); use the project's"):
-        require_transformer_engine()
+    for choice in (None, "transformer_engine"):
+        with pytest.raises(UserError, match=r"\(an empty package\); use the .* or uninstall it to compute without"):
+            uses_transformer_engine(choice)
+    assert not uses_transformer_engine("local")
+
+
+def test_layers_without_transformer_engine(monkeypatch):
+    """Left open, the layers of PyTorch alone are chosen where it is not installed; asked for, it must be there."""
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    assert not uses_transformer_engine(None)
+    with pytest.raises(UserError, match=r"Transformer Engine does not import \(.*\); use the project's Docker image"):
+        uses_transformer_engine("transformer_engine")
+
+
+def test_a_second_choice_in_a_process_is_refused(monkeypatch):
+    chosen = Platform("cuda", "nccl", torch.device("cuda", 0), transformer_engine=False)
+    monkeypatch.setattr(platform, "_selected", chosen)
+    assert select_platform("cuda", transformer_impl="local") is chosen
+    assert select_platform("cuda") is chosen
+    with pytest.raises(UserError, match="--transformer-impl transformer_engine: this process has already chosen"):
+        select_platform("cuda", transformer_impl="transformer_engine")
+
+
+def test_the_cpu_has_local_layers_alone(cpu_platform, monkeypatch):
+    monkeypatch.setattr(platform, "_selected", None)
+    with pytest.raises(UserError, match="--transformer-impl transformer_engine needs NVIDIA GPUs"):
+        select_platform("cpu", transformer_impl="transformer_engine")
 
 
 def test_the_package_cannot_reach_the_emulated_transformer_engine():

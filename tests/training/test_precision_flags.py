@@ -104,7 +104,7 @@ def test_float16_arithmetic_is_refused_with_the_way_out(checkpoint, inputs, tmp_
 
 def test_ranks_with_other_processors_do_not_compute_in_another_dtype():
     found = rank_pool(2).run(refusal)
-    assert found[0] == found[1] and "the processors of ranks 1 have no instructions for bfloat16" in found[0]
+    assert found[0] == found[1] and "the devices of ranks 1 have no instructions for bfloat16" in found[0]
 
 
 def refusal() -> str:

@@ -1,4 +1,4 @@
-"""The entries of a sharded state that a checkpoint with only trained weights holds."""
+"""The entries of a sharded state that a checkpoint holds: one with only trained weights, or of other layers' states."""
 
 import dataclasses
 from collections.abc import Collection
@@ -16,6 +16,14 @@ def trained_part(state: dict[str, Any]) -> dict[str, Any]:
 def part_with_keys(state: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
     """The entries of a sharded model state that a checkpoint with these keys holds."""
     return _select(state, lambda entry: all(key in keys for key in _keys(entry)))
+
+
+def without_foreign_objects(state: dict[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """A sharded model state without the extra states that a checkpoint with these keys lacks: Transformer Engine's
+    layers have them, local ones not. Without FP8 they are empty."""
+    return {
+        name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject) or entry.unique_key in keys
+    }
 
 
 def _select(state: dict[str, Any], wanted) -> dict[str, Any]:

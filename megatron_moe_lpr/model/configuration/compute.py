@@ -7,6 +7,7 @@ from megatron_moe_lpr.flag_marks import Free, Overlap, RecordedAs, T
 from megatron_moe_lpr.flag_ranges import PositiveInt
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.configuration.refused import RefusedOptions
+from megatron_moe_lpr.platform import TransformerImpl
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,9 @@ class ComputeOptions:
     """Compute in fp32."""
     fp16: Annotated[bool, Free("refused")] = False
     """Not offered: float16 models train in bf16 or fp32, and frozen weights keep their float16 bits."""
+    transformer_impl: Annotated[TransformerImpl | None, Free("rounding alone")] = None
+    """Whose layers compute. local: PyTorch's alone, slower and without FP8. Default: Transformer Engine's on GPUs where
+    it is installed, else local."""
     moe_token_dispatcher_type: Annotated[
         Literal["alltoall", "allgather", "flex"], Free("how tokens travel: rounding alone")
     ] = "alltoall"

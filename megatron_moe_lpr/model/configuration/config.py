@@ -13,6 +13,7 @@ from megatron_moe_lpr.megatron.overriding import overrides_megatron
 from megatron_moe_lpr.megatron.versions import without_cuda_graphs
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+from megatron_moe_lpr.model.configuration.dtype import check_dtype_device
 from megatron_moe_lpr.model.configuration.fp8 import check_fp8_device, check_fp8_flags, check_fp8_shapes
 from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, chosen_kernels, platform_fields
 from megatron_moe_lpr.model.configuration.parameters import Parameter, describe_model
@@ -44,6 +45,10 @@ class MoELPRConfig(TransformerConfig):
     fuse_wgrad_accumulation: bool = False
     """Transformer Engine's layers add weight gradients to the gradient buffer themselves. Megatron's own
     `gradient_accumulation_fusion` also means Megatron's layers, which need NVIDIA apex for it."""
+    padded_expert_rows: bool = False
+    """Pad the original expert's rows to few sizes, as those of the new experts are on the CPU platform in bf16."""
+    grouped_products: bool = False
+    """Local layers multiply the matrices of several experts in one launch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +171,7 @@ def check_platform(shape: ModelShape, layout: ParallelLayout, options: ComputeOp
     Raises:
         UserError: naming the flag.
     """
+    check_dtype_device(options.dtype, platform)
     check_fp8_device(options.fp8, platform)
     dispatcher, backend = options.moe_token_dispatcher_type, options.moe_flex_dispatcher_backend
     check_dispatcher(dispatcher, layout, shape.max_experts, shape.top_k, platform, backend)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,32 +44,54 @@ def choose_dtype(requested: torch.dtype | None, default: str, platform: Platform
     return dtype if platform.multiplies_bf16 or dtype != torch.bfloat16 else torch.float32
 
 
+def check_dtype_device(dtype: torch.dtype, platform: Platform) -> None:
+    """Check that a GPU can compute in a dtype. A processor can in any, if slowly.
+
+    Raises:
+        UserError: bfloat16 on a GPU without instructions for it.
+    """
+    if dtype == torch.bfloat16 and platform.gpu and not platform.gpu.multiplies_bf16:
+        found = ".".join(map(str, platform.gpu.capability))
+        raise UserError(f"--bf16 needs compute capability 8.0, and this device has {found}; give --fp32")
+
+
 def report_dtype(requested: torch.dtype | None, default: str, stored: str, platform: Platform) -> None:
-    """Check that all ranks chose the same dtype; on rank 0 print one line where it may surprise the user or is slow.
-    With process groups every rank must call it.
+    """Check that all ranks chose the same dtype; on rank 0 print one line where it, or what the layers are made of, may
+    surprise the user or is slow. With process groups every rank must call it.
 
     Args:
         stored: the dtype of the dense model's weights (`CheckpointCard.dtype`).
 
     Raises:
-        UserError: on every rank: only some processors have instructions for bfloat16.
+        UserError: on every rank: only some devices have instructions for bfloat16, or some Transformer Engine.
     """
     if dist.is_initialized():
-        _check_agreement(choose_dtype(requested, default, platform))
+        _check_agreement(choose_dtype(requested, default, platform), platform.transformer_engine)
         if dist.get_rank() != 0:
             return
-    for words in (_note_on_default(requested, default, stored, platform), _warning_of_slow_bf16(requested, platform)):
+    for words in (
+        platform.note,
+        _note_on_default(requested, default, stored, platform),
+        _warning_of_slow_bf16(requested, platform),
+    ):
         if words:
             print(words, file=sys.stderr, flush=True)
 
 
-def _check_agreement(chosen: torch.dtype) -> None:
-    dtypes: list[torch.dtype | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(dtypes, chosen)
+def _check_agreement(chosen: torch.dtype, transformer_engine: bool) -> None:
+    choices: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(choices, (chosen, transformer_engine))
+    dtypes, engines = zip(*choices, strict=True)
+    if len(set(engines)) > 1:
+        without = [str(rank) for rank, has_it in enumerate(engines) if not has_it]
+        raise UserError(
+            f"ranks {', '.join(without)} have no Transformer Engine, and the others have: install it for all, or give "
+            "--transformer-impl local"
+        )
     if len(set(dtypes)) > 1:
         without = [str(rank) for rank, dtype in enumerate(dtypes) if dtype == torch.float32]
         raise UserError(
-            f"the processors of ranks {', '.join(without)} have no instructions for bfloat16, and the others' have: "
+            f"the devices of ranks {', '.join(without)} have no instructions for bfloat16, and the others' have: "
             "say what all shall compute in, --fp32 or --bf16"
         )
 
@@ -76,6 +99,8 @@ def _check_agreement(chosen: torch.dtype) -> None:
 def _note_on_default(requested: torch.dtype | None, default: str, stored: str, platform: Platform) -> str | None:
     chosen = choose_dtype(requested, default, platform)
     name = str(chosen).removeprefix("torch.")
+    if requested is None and name != default and platform.on_gpus:
+        return f"note: computing in {name}: this GPU has no instructions for bfloat16, the checkpoint's default"
     if requested is None and name != default:
         return (
             f"note: computing in {name}: this processor has no instructions for bfloat16, the checkpoint's default; "
@@ -87,7 +112,7 @@ def _note_on_default(requested: torch.dtype | None, default: str, stored: str, p
 
 
 def _warning_of_slow_bf16(requested: torch.dtype | None, platform: Platform) -> str | None:
-    if requested != torch.bfloat16 or platform.multiplies_bf16:
+    if requested != torch.bfloat16 or platform.multiplies_bf16 or platform.on_gpus:
         return None
     ratio = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
     return (

@@ -167,10 +167,15 @@ def check_fp8_device(options: FP8Options, platform: Platform) -> None:
         return
     if platform.gpu is None:
         raise UserError(f"--fp8-format needs NVIDIA GPUs, and this run is on --platform {platform.name}")
-    _check_gpu(options.fp8_recipe, platform.gpu)
+    if platform.gpu.transformer_engine is None:
+        raise UserError(
+            "--fp8-format needs the layers of Transformer Engine, and this run has --transformer-impl local, given or "
+            "because Transformer Engine is not installed; leave --fp8-format out"
+        )
+    _check_gpu(options.fp8_recipe, platform.gpu, platform.gpu.transformer_engine)
 
 
-def _check_gpu(recipe: FP8Recipe, gpu: GPUFacts) -> None:
+def _check_gpu(recipe: FP8Recipe, gpu: GPUFacts, engine: Version) -> None:
     needs = RECIPES[recipe]
     if gpu.capability < needs.capability:
         fitting = [name for name, other in RECIPES.items() if gpu.capability >= other.capability]
@@ -181,10 +186,9 @@ def _check_gpu(recipe: FP8Recipe, gpu: GPUFacts) -> None:
         )
     if recipe == "mxfp8" and gpu.capability >= (12, 0):
         raise UserError("--fp8-recipe mxfp8: Transformer Engine has no MXFP8 for compute capability 12; choose another")
-    if gpu.transformer_engine < Version(needs.transformer_engine):
+    if engine < Version(needs.transformer_engine):
         raise UserError(
-            f"--fp8-recipe {recipe} needs Transformer Engine {needs.transformer_engine}, "
-            f"and {gpu.transformer_engine} is installed"
+            f"--fp8-recipe {recipe} needs Transformer Engine {needs.transformer_engine}, and {engine} is installed"
         )
     if gpu.cuda < needs.cuda:
         raise UserError(

@@ -20,7 +20,7 @@ ROUTER_FUSION = Version("2.7.0")
 
 def platform_fields(platform: Platform, dtype: torch.dtype) -> dict[str, Any]:
     """Fields of TransformerConfig that choose kernels for weights and activations of `dtype`."""
-    if not platform.transformer_engine:
+    if not platform.on_gpus:
         # Outputs sent to the next pipeline rank are not freed: gloo still reads the memory when the send has returned.
         return {
             "transformer_impl": "local",
@@ -28,13 +28,28 @@ def platform_fields(platform: Platform, dtype: torch.dtype) -> dict[str, Any]:
             "attention_backend": AttnBackend.local,
             # SiLU, its gate and the expert's weight in few passes over memory (platform/cpu/activations.py).
             "bias_activation_fusion": True,
+            # bf16 products of few shapes (platform/cpu/expert_rows.py).
+            "padded_expert_rows": dtype == torch.bfloat16,
         }
     if platform.gpu is None:
-        raise ValueError("Transformer Engine's layers need the facts about the GPU")
-    return _cuda_fields(platform.gpu, dtype)
+        raise ValueError("layers on a GPU need the facts about it")
+    return _cuda_fields(dtype) if platform.transformer_engine else _local_cuda_fields(platform.gpu, dtype)
 
 
-def _cuda_fields(gpu: GPUFacts, dtype: torch.dtype) -> dict[str, Any]:
+def _local_cuda_fields(gpu: GPUFacts, dtype: torch.dtype) -> dict[str, Any]:
+    """PyTorch alone: nothing that needs Transformer Engine, apex or a compiler at run time."""
+    return {
+        "transformer_impl": "local",
+        "attention_backend": AttnBackend.local,
+        # SwiGLU that keeps its input alone (platform/torch_only/swiglu.py).
+        "bias_activation_fusion": True,
+        # The products of all experts of a rank in one launch.
+        "grouped_products": gpu.grouped_products and dtype == torch.bfloat16,
+        "deallocate_pipeline_outputs": True,
+    }
+
+
+def _cuda_fields(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "transformer_impl": "transformer_engine",
         # Transformer Engine picks cuDNN's or Flash Attention by shape and device.
@@ -57,7 +72,7 @@ def chosen_kernels(platform: Platform, options: ComputeOptions) -> dict[str, Any
     """Fields of MoELPRConfig for kernels that a flag switches off. Empty where the platform has none of them."""
     if platform.gpu is None or not platform.transformer_engine:
         return {}
-    installed, fuses = platform.gpu.transformer_engine, options.gradient_accumulation_fusion
+    installed, fuses = platform.gpu.transformer_engine or Version("0"), options.gradient_accumulation_fusion
     return {
         # Sorting tokens by expert in one kernel, instead of a gather per expert.
         "moe_permute_fusion": options.moe_permute_fusion and installed >= PERMUTE_FUSION,

@@ -1,5 +1,7 @@
 """Linear layers of several experts in plain PyTorch, in place of Transformer Engine's grouped ones.
 
+`grouped_product.py` computes them, on GPUs that have such a kernel by one product for all experts.
+
 Megatron's `TEGroupedMLP` uses them unchanged, with the same parameter names and checkpoint keys, so that the new
 experts are one module on both platforms.
 """
@@ -14,6 +16,9 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide, get_pg_rank, get_pg_size
+
+from megatron_moe_lpr.model.moe.grouped_product import GroupedProduct
+from megatron_moe_lpr.platform.devices import parameter_device
 
 
 class GroupedLinear(torch.nn.Module):
@@ -42,8 +47,9 @@ class GroupedLinear(torch.nn.Module):
         self.num_gemms, self.process_groups = num_gemms, pg_collection
         shape = [output_size, input_size]
         shape[self.partition_dimension] = divide(shape[self.partition_dimension], get_pg_size(pg_collection.expt_tp))
-        for expert in range(num_gemms):
-            weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+        self.in_one_launch = config.grouped_products
+        for expert, matrix in enumerate(_empty_matrices(num_gemms, shape, config)):
+            weight = torch.nn.Parameter(matrix)
             set_tensor_model_parallel_attributes(weight, True, self.partition_dimension, 1)
             self.register_parameter(f"weight{expert}", weight)
 
@@ -58,7 +64,7 @@ class GroupedLinear(torch.nn.Module):
             [tokens, output] and no bias.
         """
         weights_OI = [getattr(self, f"weight{expert}") for expert in range(self.num_gemms)]
-        return _GroupedProduct.apply(tokens, tokens_per_expert, *weights_OI), None
+        return GroupedProduct.apply(tokens, tokens_per_expert, self.in_one_launch, *weights_OI), None
 
     def backward_dw(self) -> None:
         """Do nothing: weight gradients are never delayed here."""
@@ -95,48 +101,12 @@ class GroupedLinear(torch.nn.Module):
         return sharded
 
 
-class _GroupedProduct(torch.autograd.Function):
-    """A product for each expert's rows, written into its slice of the output: no split copies, no concatenation."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_RI: torch.Tensor, counts: list[int], *weights_OI: torch.Tensor) -> torch.Tensor:
-        """Rows [rows, input], `counts` of each expert, and matrices [output, input] to [rows, output]."""
-        ctx.counts = counts
-        ctx.save_for_backward(rows_RI, *weights_OI)
-        output_RO = rows_RI.new_empty(len(rows_RI), weights_OI[0].shape[0])
-        for rows, output, weight in zip(rows_RI.split(counts), output_RO.split(counts), weights_OI, strict=True):
-            torch.mm(rows, weight.t(), out=output)
-        return output_RO
-
-    @staticmethod
-    def backward(ctx: Any, grad_output_RO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of the rows and of each matrix that trains; zeros for a matrix without rows."""
-        rows_RI, *weights_OI = ctx.saved_tensors
-        grad_outputs = grad_output_RO.split(ctx.counts)
-        grad_input_RI = None
-        if ctx.needs_input_grad[0]:
-            grad_input_RI = torch.empty_like(rows_RI)
-            for grad_output, grad_input, weight in zip(
-                grad_outputs, grad_input_RI.split(ctx.counts), weights_OI, strict=True
-            ):
-                torch.mm(grad_output, weight, out=grad_input)
-        experts = zip(grad_outputs, rows_RI.split(ctx.counts), weights_OI, ctx.needs_input_grad[2:], strict=True)
-        return grad_input_RI, None, *(_grad_weight(*expert) if trains else None for *expert, trains in experts)
-
-
-def _grad_weight(grad_output: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The gradient of a matrix. Where the optimizer keeps a gradient buffer it is added there, and the returned tensor
-    has no values: what Megatron's layers do under `gradient_accumulation_fusion`, whose mark is set."""
-    buffer = getattr(weight, "main_grad", None)
-    if buffer is None:
-        return torch.mm(grad_output.t(), rows)
-    if buffer.dtype == rows.dtype:
-        torch.addmm(buffer, grad_output.t(), rows, out=buffer)
-    else:
-        buffer.add_(torch.mm(grad_output.t(), rows))
-    # An attribute of Megatron's, which torch's class does not have.
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.empty_like(weight)
+def _empty_matrices(count: int, shape: list[int], config: TransformerConfig) -> list[torch.Tensor]:
+    """Matrices of this shape; for products in one launch behind each other in memory, as the kernel reads them."""
+    device = parameter_device(config.use_cpu_initialization)
+    if config.grouped_products:
+        return list(torch.empty(count, *shape, dtype=config.params_dtype, device=device))
+    return [torch.empty(shape, dtype=config.params_dtype, device=device) for _ in range(count)]
 
 
 class ColumnParallelGroupedLinear(GroupedLinear):

@@ -301,7 +301,7 @@ class MoELPRLayer(MoELayer):
     def _original_expert_rows(self, largest: int) -> int:
         """Rows that each TP rank brings to the original expert: at least 1, aligned for FP8, and on the CPU in bf16
         rounded up as the new experts' rows are. Rows of zeros come out as zeros."""
-        if self.config.transformer_impl == "local" and self.config.bf16:
+        if self.config.padded_expert_rows:
             from megatron_moe_lpr.platform.cpu.expert_rows import bucket_size
 
             return bucket_size(max(1, largest))

@@ -51,7 +51,7 @@ class LocalAttention(DotProductAttention):
         repeats = query.shape[2] // key.shape[2]
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
-        mask = self._window_mask(query.shape[0])
+        mask = self._window_mask(query.shape[0], query.device)
         context = scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
@@ -62,9 +62,10 @@ class LocalAttention(DotProductAttention):
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _window_mask(self, length: int) -> torch.Tensor | None:
+    def _window_mask(self, length: int, device: torch.device) -> torch.Tensor | None:
         """Boolean mask [query, key]: true for the position itself and the `window[0]` before it; None: all fit."""
         if self.window is None or length <= self.window[0] + 1:
             return None
-        distance = torch.arange(length)[:, None] - torch.arange(length)
+        positions = torch.arange(length, device=device)
+        distance = positions[:, None] - positions
         return (distance >= 0) & (distance <= self.window[0])

@@ -26,7 +26,8 @@ def install() -> None:
     devices.install()
     collectives.install()
     # Last, because it imports megatron-core, which reads torch.cuda while being imported.
-    from megatron_moe_lpr.platform.cpu import activations, expert_rows, gradient_buffer, internals, optimizer
+    from megatron_moe_lpr.platform.cpu import activations, expert_rows, gradient_buffer, internals
+    from megatron_moe_lpr.platform.torch_only import optimizer
 
     for module in (internals, optimizer, gradient_buffer, activations, expert_rows):
         module.install()

@@ -1,6 +1,5 @@
 """Functions inside megatron-core that only work with a CUDA device or with Transformer Engine."""
 
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +9,8 @@ import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_moe_lpr.megatron.overriding import replace, supply
-from megatron_moe_lpr.megatron.versions import shares_recomputed_storage
+from megatron_moe_lpr.megatron.overriding import replace
+from megatron_moe_lpr.platform.torch_only import recompute
 
 
 def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -31,33 +30,6 @@ def _init_data(self: ShardedTensor, device: Any, init_fn: Callable[..., torch.Te
         self.data = init_fn(self.local_shape, dtype=self.dtype, device="cpu")
 
 
-def _copy_storage(output: torch.Tensor, recomputed: torch.Tensor) -> None:
-    """Give a tensor whose memory was freed the recomputed values, as megatron-core 0.16 does.
-
-    Later versions let both share their memory, by C++ that needs a compiler at run time.
-    """
-    with torch.no_grad():
-        output.untyped_storage().resize_(recomputed.untyped_storage().size())
-        output.untyped_storage().copy_(recomputed.untyped_storage())
-
-
-class NoFP8:
-    """Stand-in for Transformer Engine's `FP8GlobalStateManager`: FP8 is never enabled."""
-
-    @staticmethod
-    def is_fp8_enabled() -> bool:
-        """Return False."""
-        return False
-
-    @staticmethod
-    def get_fp8_recipe() -> None:
-        """Return None."""
-
-
-def _no_context(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext()
-
-
 def install() -> None:
     """Replace the functions in the modules that call them."""
     # tensor_parallel/random.py: the tracker's states are CUDA generator states
@@ -66,13 +38,8 @@ def install() -> None:
     logging.getLogger(megatron_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
-    # tensor_parallel/random.py CheckpointWithoutOutput (recompute of norms and expert activations), likewise
-    if not hasattr(megatron_random, "FP8GlobalStateManager"):
-        supply(megatron_random, FP8GlobalStateManager=NoFP8)
-        supply(megatron_random, activation_recompute_forward=_no_context, fp8_autocast=_no_context)
+    recompute.install()
     # dist_checkpointing/exchange_utils.py: memory for a tensor that another rank has read
     replace(ShardedTensor, init_data=_init_data)
     # moe/token_dispatcher.py `_maybe_dtoh_and_synchronize`: a device-to-host copy of a tensor already on the host
     replace(token_dispatcher, maybe_move_tensor_to_cpu=_split_sizes_on_host)
-    if shares_recomputed_storage():
-        replace(megatron_random, _get_share_storage=lambda: _copy_storage)

@@ -9,13 +9,14 @@ import torch
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration import dtype as module
-from megatron_moe_lpr.model.configuration.dtype import choose_dtype, report_dtype, requested_dtype
-from megatron_moe_lpr.platform import CPUFacts, Platform
+from megatron_moe_lpr.model.configuration.dtype import check_dtype_device, choose_dtype, report_dtype, requested_dtype
+from megatron_moe_lpr.platform import CPUFacts, GPUFacts, Platform
 from megatron_moe_lpr.platform.cpu.processor import multiplies_bf16
 
 CPU = Platform("cpu", "gloo", torch.device("cpu"), transformer_engine=False, cpu=CPUFacts(multiplies_bf16=True))
 OLD_CPU = dataclasses.replace(CPU, cpu=CPUFacts(multiplies_bf16=False))
 GPU = Platform("cuda", "nccl", torch.device("cuda"), transformer_engine=True, cpu=CPUFacts(multiplies_bf16=False))
+OLD_GPU = dataclasses.replace(GPU, transformer_engine=False, gpu=GPUFacts((7, 5), (12, 8), None))
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ GPU = Platform("cuda", "nccl", torch.device("cuda"), transformer_engine=True, cp
         ("bfloat16", CPU, torch.bfloat16),
         ("bfloat16", GPU, torch.bfloat16),
         ("bfloat16", OLD_CPU, torch.float32),
+        ("bfloat16", OLD_GPU, torch.float32),
         ("float32", OLD_CPU, torch.float32),
         ("float32", CPU, torch.float32),
     ],
@@ -55,6 +57,31 @@ def test_a_note_where_the_default_is_not_the_checkpoints(capsys):
     found = said(capsys, None, "bfloat16", "bfloat16", OLD_CPU)
     assert found.startswith("note: computing in float32: this processor has no instructions for bfloat16")
     assert found.count("\n") == 1
+
+
+def test_a_gpu_without_bf16(capsys):
+    """The checkpoint's default gives way, with a note; asked for, bf16 is refused before anything is built."""
+    found = said(capsys, None, "bfloat16", "bfloat16", OLD_GPU)
+    assert found == "note: computing in float32: this GPU has no instructions for bfloat16, the checkpoint's default\n"
+    with pytest.raises(UserError, match=r"--bf16 needs compute capability 8\.0, and this device has 7\.5; give --fp32"):
+        check_dtype_device(torch.bfloat16, OLD_GPU)
+    check_dtype_device(torch.float32, OLD_GPU)
+    assert said(capsys, torch.float32, "bfloat16", "bfloat16", OLD_GPU) == ""
+
+
+def test_layers_that_no_flag_chose_are_named(capsys):
+    assert said(capsys, None, "bfloat16", "bfloat16", dataclasses.replace(GPU, note="note: local")) == "note: local\n"
+
+
+def test_ranks_with_and_without_transformer_engine_are_refused(monkeypatch):
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 3)
+
+    def gathered(choices, own):
+        choices[:] = [own, (torch.bfloat16, False), (torch.bfloat16, False)]
+
+    monkeypatch.setattr(module.dist, "all_gather_object", gathered)
+    with pytest.raises(UserError, match=r"^ranks 1, 2 have no Transformer Engine, .* --transformer-impl local$"):
+        module._check_agreement(torch.bfloat16, True)
 
 
 def test_a_note_where_a_float16_model_is_computed_otherwise(capsys):

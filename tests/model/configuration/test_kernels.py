@@ -26,6 +26,18 @@ def test_cpu_takes_local_layers_and_its_own_swiglu_alone():
     assert [name for name in fields if name.endswith("fusion")] == ["bias_activation_fusion"]
 
 
+@pytest.mark.parametrize(("dtype", "grouped"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_a_gpu_without_transformer_engine_takes_nothing_that_needs_it_or_a_compiler(dtype, grouped):
+    """Beside SwiGLU, which platform/torch_only/swiglu.py replaces, no fusion; apex's is left alone too."""
+    facts = GPUFacts((9, 0), (13, 0), None, fused_weight_gradients=True, grouped_products=True)
+    found = Platform("cuda", "nccl", torch.device("cuda", 0), transformer_engine=False, gpu=facts)
+    fields = platform_fields(found, dtype)
+    assert fields["transformer_impl"] == "local"
+    assert [name for name, value in fields.items() if "fusion" in name and value] == ["bias_activation_fusion"]
+    assert fields["grouped_products"] is grouped
+    assert not {"use_cpu_initialization", "padded_expert_rows"} & fields.keys()
+
+
 def test_fusions_follow_what_is_installed():
     old, new = (
         chosen_kernels(found, ComputeOptions()) for found in (gpu("2.6.0"), gpu("2.7.0", fused_weight_gradients=True))

@@ -1,7 +1,8 @@
 """torch's AdamW under Megatron's DistributedOptimizer, which expects Transformer Engine's or apex's.
 
-Where one of these is installed, Megatron chooses its kernels at import, and they cannot read host memory. torch keeps a
-`step` tensor per parameter and adds to it in place. distrib_optimizer.py of megatron-core gives all
+On the CPU platform, and on GPUs with `--transformer-impl local`. Where Transformer Engine or apex is installed,
+Megatron chooses its kernels at import, and they cannot read host memory. torch keeps a `step` tensor per parameter and
+adds to it in place. distrib_optimizer.py of megatron-core gives all
 parameters one and the same tensor on resume, fails where there is no state yet, and copies `step` like a moment.
 """
 
@@ -13,10 +14,7 @@ import torch.distributed as dist
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.utils import (
-    local_multi_tensor_applier,
-    local_multi_tensor_l2_norm,
-)
+from megatron.core.utils import local_multi_tensor_applier
 
 from megatron_moe_lpr.megatron.overriding import replace
 from megatron_moe_lpr.megatron.versions import scales_by_tensors
@@ -25,7 +23,7 @@ from megatron_moe_lpr.megatron.versions import scales_by_tensors
 def _steps_taken(optimizer: DistributedOptimizer) -> float:
     """Steps taken, the same on all ranks: a rank whose shard is empty has no state that holds the number."""
     steps = [float(state["step"]) for state in optimizer.optimizer.state.values() if "step" in state]
-    most = torch.tensor(max(steps, default=0.0))
+    most = torch.tensor(max(steps, default=0.0), device=torch.cuda.current_device())
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=optimizer.data_parallel_group)
     return most.item()
 
@@ -36,7 +34,8 @@ def _state_dict(self: DistributedOptimizer) -> dict[str, Any]:
         return {"optimizer": {"param_groups": []}}
     inner, step = self.optimizer.state_dict(), _steps_taken(self)
     groups = [{key: value for key, value in group.items() if key != "params"} for group in inner["param_groups"]]
-    return {"optimizer": {"param_groups": [group | {"step": step} for group in groups]}}
+    # A whole number, as Transformer Engine's kernel takes it where it continues the run.
+    return {"optimizer": {"param_groups": [group | {"step": int(step)} for group in groups]}}
 
 
 class FusedAdam(torch.optim.Adam):
@@ -48,11 +47,31 @@ class FusedAdam(torch.optim.Adam):
     def __init__(self, params: Any, *, adam_w_mode: bool, **kwargs: Any) -> None:
         super().__init__(params, fused=True, decoupled_weight_decay=adam_w_mode, **kwargs)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that torch's optimizer or Transformer Engine's has saved, whose groups have other settings."""
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        groups = [mine | loaded for mine, loaded in zip(own, state_dict["param_groups"], strict=True)]
+        super().load_state_dict(state_dict | {"param_groups": groups})
+
 
 def _scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
-    """`local_multi_tensor_scale` of megatron.core.utils without its temporary copy of all gradients."""
-    for source, target in zip(*tensor_lists, strict=True):
+    """`local_multi_tensor_scale` of megatron.core.utils without its temporary copy of all gradients; in place, as for
+    clipping, in few launches."""
+    sources, targets = tensor_lists
+    if sources and all(source is target for source, target in zip(sources, targets, strict=True)):
+        torch._foreach_mul_(targets, scale)
+        return
+    for source, target in zip(sources, targets, strict=True):
         torch.mul(source, scale, out=target)
+
+
+def _l2_norm(
+    chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Norm of all tensors together, [1], and no norms of each; `local_multi_tensor_l2_norm` of megatron.core.utils
+    without its wait for the device after every tensor."""
+    (tensors,) = tensor_lists
+    return torch.stack(torch._foreach_norm(tensors)).norm().view(1), None
 
 
 def _choose_torch() -> None:
@@ -63,7 +82,7 @@ def _choose_torch() -> None:
     replace(distrib_optimizer, USING_TE_OPTIMIZER=False, USING_APEX_OPTIMIZER=False)
     for module in (clip_grads, optimizer):
         replace(module, multi_tensor_applier=local_multi_tensor_applier, multi_tensor_scale_impl=_scale)
-    replace(clip_grads, l2_norm_impl=local_multi_tensor_l2_norm)
+    replace(clip_grads, l2_norm_impl=_l2_norm)
     if scales_by_tensors():
         # Transformer Engine's kernel for a norm that stays on the device.
         replace(clip_grads, multi_tensor_scale_tensor_impl=None)
