@@ -30,7 +30,7 @@ from megatron_moe_lpr.files.atomic_directory import atomic_directory
 from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE, write_checksums
 from megatron_moe_lpr.files.links import tree_inside
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
-from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, VOCABULARY_KEYS, Row, model_rows
+from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, Row, is_vocabulary_key, model_rows
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.progress import ProgressReport
 
@@ -156,4 +156,4 @@ def _tensor(row: Row, source: str | None, reader: TensorReader, seed: int) -> to
         raise UserError(f"{reader.directory}: the checkpoint has nothing to make {row.key} of")
     tensor = reader.read(source)
     # Training pads the vocabulary, a converted checkpoint does not.
-    return tensor[: row.shape[0]].clone() if row.key in VOCABULARY_KEYS else tensor
+    return tensor[: row.shape[0]].clone() if is_vocabulary_key(row.key) else tensor

@@ -22,12 +22,20 @@ from megatron_moe_lpr.model.spec import block_spec
 from megatron_moe_lpr.platform import Platform
 
 VOCABULARY_DIVISOR = 128
+NEW_ROWS_DIVISOR = 8
+"""Rows that a matrix product of bf16 on a GPU computes without a remainder."""
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
     """Rows of the embedding matrix: the next multiple of 128 x TP, as Megatron pads it."""
     multiple = VOCABULARY_DIVISOR * tensor_parallel_size
     return math.ceil(vocab_size / multiple) * multiple
+
+
+def padded_new_tokens(new_tokens: int, tensor_parallel_size: int) -> int:
+    """Rows of a vocabulary extension's matrix: the next multiple of 8 x TP."""
+    multiple = NEW_ROWS_DIVISOR * tensor_parallel_size
+    return math.ceil(new_tokens / multiple) * multiple
 
 
 def build_model(
