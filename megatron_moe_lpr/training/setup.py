@@ -85,7 +85,9 @@ def prepare(config: TrainingConfig) -> Run:
     shape = model_shape(start)
     tokenizer = load_tokenizer(start.side_directory) if card.tokenizer_files else None
     fingerprint = tokenizer.fingerprint if tokenizer else None
-    sources = read_data_sources(config.data, fingerprint, original_languages(card.history))
+    sources = read_data_sources(
+        config.data, fingerprint, original_languages(card.history), card.earlier_tokenizers
+    )
     _check_run(config, stage, start, card, sources)
     platform, options = _choose_platform(config, stage, shape, card)
     config = dataclasses.replace(config, optimizer=config.optimizer.with_platform_defaults(platform))
