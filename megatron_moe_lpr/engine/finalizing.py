@@ -43,6 +43,7 @@ def _sum_tied_new_rows(chunks: Sequence[DistributedDataParallel]) -> None:
     """
     group = parallel_state.get_embedding_group(check_initialized=False)
     pipeline = parallel_state.get_pipeline_model_parallel_group()
-    extensions = len(unwrap(chunks[0]).vocabulary.rows) - 1
-    for number in range(extensions if unwrap(chunks[0]).share_embeddings_and_output_weights else 0):
-        _allreduce_embedding_grad(chunks, group, pipeline, lambda model, number=number: unwrap(model).new_rows[number])
+    model = unwrap(chunks[0])
+    extensions = model.vocabulary.extensions if model.share_embeddings_and_output_weights else ()
+    for part, _ in enumerate(extensions):
+        _allreduce_embedding_grad(chunks, group, pipeline, lambda model, part=part: unwrap(model).new_rows[part])

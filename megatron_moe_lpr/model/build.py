@@ -42,9 +42,13 @@ def padded_new_tokens(new_tokens: int, tensor_parallel_size: int) -> int:
 def vocabulary_layout(shape: ModelShape, tensor_parallel_size: int) -> VocabularyLayout:
     """The rows that TP ranks hold of the base model's vocabulary and of each extension."""
     base = shape.architecture.vocab_size
-    padded = [padded_new_tokens(rows, tensor_parallel_size) for rows in shape.new_tokens]
+    extensions = {number: rows for number, rows in enumerate(shape.new_tokens) if rows}
+    padded = [padded_new_tokens(rows, tensor_parallel_size) for rows in extensions.values()]
     return VocabularyLayout(
-        (base, *shape.new_tokens), (padded_vocab_size(base, tensor_parallel_size), *padded), tensor_parallel_size
+        rows=(base, *extensions.values()),
+        padded=(padded_vocab_size(base, tensor_parallel_size), *padded),
+        ranks=tensor_parallel_size,
+        extensions=tuple(extensions),
     )
 
 

@@ -29,7 +29,7 @@ class ExtensionRows(MegatronModule):
 
     def __init__(self, config: TransformerConfig, layout: VocabularyLayout, group: Group) -> None:
         super().__init__(config=config)
-        for number, rows in enumerate(layout.padded[1:]):
+        for number, rows in zip(layout.extensions, layout.padded[1:], strict=True):
             part = VocabParallelEmbedding(
                 rows, config.hidden_size, init_method=config.init_method, config=config, tp_group=group
             )
@@ -49,7 +49,7 @@ class ExtendedEmbedding(VocabParallelEmbedding):
     def __init__(self, base: VocabParallelEmbedding, layout: VocabularyLayout, extensions: ExtensionRows) -> None:
         """Take the place of `base`, with its weight; `extensions` stays a module of the model, not of this one."""
         torch.nn.Module.__init__(self)
-        vars(self).update(vars(base))
+        self.__dict__.update(base.__dict__)
         self.layout = layout
         self.extensions = (extensions,)
 
@@ -84,7 +84,11 @@ class ExtendedOutputLayer(ColumnParallelLinear):
     columns: torch.Tensor
 
     def __init__(
-        self, base: ColumnParallelLinear, layout: VocabularyLayout, tied: ExtensionRows | None, config: TransformerConfig
+        self,
+        base: ColumnParallelLinear,
+        layout: VocabularyLayout,
+        tied: ExtensionRows | None,
+        config: TransformerConfig,
     ) -> None:
         """Take the place of `base`, with its weight.
 
@@ -92,7 +96,7 @@ class ExtendedOutputLayer(ColumnParallelLinear):
             tied: the embedding's rows where this rank has them and the output layer shares them; None: it has its own.
         """
         torch.nn.Module.__init__(self)
-        vars(self).update(vars(base))
+        self.__dict__.update(base.__dict__)
         self.layout = layout
         self.register_buffer("columns", layout.columns(), persistent=False)
         if tied is None:
@@ -177,18 +181,16 @@ class _LogitsOfParts(torch.autograd.Function):
                 grad_input.addmm_(part, weight)
             grad_input = _reduced(grad_input.view(*gradients[0].shape[:-1], -1), ctx.group, ctx.sequence_parallel)
         trained = ctx.needs_input_grad[4:]
-        rows = _whole_rows(input_, ctx.group, ctx.sequence_parallel) if any(trained) else None
-        grad_weights = [part.t() @ rows if trains else None for part, trains in zip(parts, trained, strict=True)]
+        grad_weights: list[torch.Tensor | None] = [None] * len(weights)
+        if any(trained):
+            whole = _gathered(input_, ctx.group) if ctx.sequence_parallel else input_
+            rows = whole.flatten(0, -2)
+            grad_weights = [part.t() @ rows if trains else None for part, trains in zip(parts, trained, strict=True)]
         return grad_input, None, None, None, *grad_weights
 
 
 def _gathered(input_: torch.Tensor, group: Group) -> torch.Tensor:
     return gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=group)
-
-
-def _whole_rows(input_: torch.Tensor, group: Group, sequence_parallel: bool) -> torch.Tensor:
-    """The input of all tokens, [tokens, hidden]."""
-    return (_gathered(input_, group) if sequence_parallel else input_).flatten(0, -2)
 
 
 def _reduced(grad_input: torch.Tensor, group: Group, sequence_parallel: bool) -> torch.Tensor:
@@ -226,5 +228,3 @@ MASS_TOKENS = 256
 def _log_sums(logits: torch.Tensor, base: int) -> torch.Tensor:
     """Logarithms of the sums of exp over all columns, and over those of new tokens, [2, tokens]."""
     return torch.stack((logits.logsumexp(-1), logits[:, base:].logsumexp(-1)))
-
-

@@ -97,7 +97,7 @@ class MoELPRModel(GPTModel):
         state = super().sharded_state_dict(*arguments, **options)
         if self.pre_process:
             return state
-        for number, weight in enumerate(self.new_rows):
+        for number, weight in zip(self.vocabulary.extensions, self.new_rows, strict=False):
             name = NEW_OUTPUT_KEY.format(extension=number)
             state[name] = make_tp_sharded_tensor_for_checkpoint(
                 weight,
@@ -116,13 +116,14 @@ class MoELPRModel(GPTModel):
             self.embedding.word_embeddings = ExtendedEmbedding(self.embedding.word_embeddings, self.vocabulary, rows)
         if self.post_process:
             tied = rows if self.share_embeddings_and_output_weights else None
-            self.output_layer = ExtendedOutputLayer(self.output_layer, self.vocabulary, tied, self.config)
+            base = self.get_submodule("output_layer")
+            self.output_layer = ExtendedOutputLayer(base, self.vocabulary, tied, self.config)
         if self.config.pipeline_model_parallel_size > 1:
             for weight in self.new_rows:
                 # As language_module.py `setup_embeddings_and_output_layer` marks the two copies of other rows: their
                 # optimizer states lie in buckets of their own, and the gradient norm counts only the first copy.
-                weight.shared_embedding = True
-                weight.shared = not self.pre_process
+                weight.shared_embedding = True  # type: ignore[attr-defined]
+                weight.shared = not self.pre_process  # type: ignore[attr-defined]
 
     def _mask_padded_vocabulary(self, vocab_size: int, padded_vocab_size: int) -> None:
         """Set the logits of padding rows to the lowest number: they would add to the sum of the softmax."""

@@ -19,6 +19,8 @@ class VocabularyLayout:
     """The same with the rows that pad them, multiples of `ranks`."""
     ranks: int
     """TP size."""
+    extensions: tuple[int, ...] = ()
+    """The numbers of the extensions that have rows, by which their parameters are named; the oldest one's is 0."""
 
     @property
     def is_extended(self) -> bool:

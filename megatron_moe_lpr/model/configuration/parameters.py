@@ -98,7 +98,8 @@ def _vocabulary(
     yield Parameter(base, ParameterKind.EMBEDDING, ((architecture.vocab_size, hidden),), None, 0, is_product)
     for number, rows in enumerate(new_tokens):
         kind = ParameterKind.NEW_ROWS if number == latest else ParameterKind.EARLIER_ROWS
-        yield Parameter(extension.format(extension=number), kind, ((rows, hidden),), None, 0, is_product)
+        if rows:  # An expansion that leaves the vocabulary as it is counts as an extension without new rows.
+            yield Parameter(extension.format(extension=number), kind, ((rows, hidden),), None, 0, is_product)
 
 
 def describe_layer(
