@@ -73,7 +73,7 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
         earlier_tokenizers=card.earlier_tokenizers,
     )
     languages = LanguageRegistry(entry.language for entry in entries)
-    check_token_ids(entries, shape.architecture.vocab_size, str(directory.path))
+    check_token_ids(entries, shape.total_vocab_size, str(directory.path))
     original = read_original_languages(options.original_languages, languages.names, original_languages(card.history))
     check_layout(shape, options.layout)
 

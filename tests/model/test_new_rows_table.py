@@ -6,7 +6,7 @@ import pytest
 
 from megatron_moe_lpr.model.build import padded_new_tokens
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
-from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, count_extensions, kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, kind_of
 from megatron_moe_lpr.model.configuration.parameters import describe_model
 from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, is_vocabulary_key, model_rows
 from tests.conversion.tiny_models import COMMON
@@ -55,12 +55,17 @@ def test_kinds_by_name():
 
 
 def test_kinds_agree_with_the_description():
-    names = [parameter.name for parameter in describe_model(UNTIED, [3] * UNTIED.num_layers, new_tokens=(5, 6, 7))]
-    assert count_extensions(names) == 3 and count_extensions(["decoder.final_layernorm.weight"]) == 0
     for parameter in describe_model(UNTIED, [3] * UNTIED.num_layers, new_tokens=(5, 6, 7)):
         if parameter.layer is None:
             assert kind_of(parameter.name, extensions=3) is parameter.kind
             assert is_vocabulary_key(parameter.name) == (parameter.kind is not ParameterKind.NORM)
+
+
+def test_an_extension_of_no_rows_freezes_those_before_it():
+    assert [(row.key, row.kind) for row in outer(TIED, new_tokens=(10, 0))][1:-1] == [
+        ("embedding.new_word_embeddings.0.weight", ParameterKind.EARLIER_ROWS)
+    ]
+    assert kind_of("embedding.new_word_embeddings.0.weight", extensions=2) is ParameterKind.EARLIER_ROWS
 
 
 @pytest.mark.parametrize(("rows", "ranks", "padded"), [(1, 1, 8), (8, 1, 8), (9, 2, 16), (17, 2, 32), (4000, 4, 4000)])

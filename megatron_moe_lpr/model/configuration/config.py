@@ -57,7 +57,8 @@ class ModelShape:
     inserted_blocks: tuple[int, ...] = ()
     """Dense layers that block expansion inserted."""
     new_tokens: tuple[int, ...] = ()
-    """Rows that each vocabulary extension added, the oldest one first. Their ids follow the base model's."""
+    """Rows that each vocabulary extension added, the oldest one first. Their ids follow the base model's. An expansion
+    that leaves the vocabulary as it is counts as an extension of 0 rows: the rows before it are frozen."""
 
     @property
     def total_vocab_size(self) -> int:

@@ -2,7 +2,7 @@
 
 import enum
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 
 class ParameterKind(str, enum.Enum):
@@ -103,14 +103,6 @@ def kind_of(name: str, inserted_blocks: Collection[int] = (), extensions: int = 
         if re.search(pattern, name):
             return kind
     raise ValueError(f"no kind of parameter covers {name}")
-
-
-def count_extensions(names: Iterable[str]) -> int:
-    """Number of vocabulary extensions of a model, from the names of its parameters or the keys of its checkpoint.
-
-    The names of a part of the model without embedding and output layer, as of a middle pipeline rank, give 0.
-    """
-    return max((int(rows[2]) + 1 for name in names if (rows := EXTENSION_ROWS.search(name))), default=0)
 
 
 def trained_in_layer(trains: Collection[ParameterKind], inserted: bool) -> frozenset[ParameterKind]:
