@@ -25,7 +25,7 @@ NEW = ("embedding.new_word_embeddings.0.weight", "output_layer.new_rows.0.weight
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A checkpoint with seven new tokens, and datasets: `el` has them; `en` and `es` are the base tokenizer's."""
+    """A checkpoint with seven new tokens, and datasets: `el` has them; `en` and `es` are the base tokenizer's, `hu` another's."""
     root = tmp_path_factory.mktemp("extended")
     tokenizers = make_tokenizers(root / "tokenizers")
     layers, COMMON["num_hidden_layers"] = COMMON["num_hidden_layers"], 4
@@ -40,7 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
             ("el", "el", extended, lambda start: [20 + (start + 5 * step) % 86 for step in range(80)]),
             ("en", "en", base, lambda start: [1 + (start + 7 * step) % 40 for step in range(80)]),
             ("es", "es", base, lambda start: [1 + (start + 3 * step) % 40 for step in range(80)]),
-            ("other", "el", "another", lambda start: [start + 1] * 80),
+            ("hu", "hu", "another", lambda start: [start + 1] * 80),
         )
     }
     return root, data
@@ -128,7 +128,7 @@ def test_the_review_takes_the_replay_of_a_guarded_language(
     rank_pool(2).run(functools.partial(train, trained, tmp_path / "review", data, **review, **TP2))
     for names, words in (
         (("es", "el"), "made with the tokenizer from before the vocabulary extension, which splits es"),
-        (("en", "other"), "other: was made with another tokenizer than the checkpoint's"),
+        (("en", "hu"), "hu: was made with another tokenizer than the checkpoint's"),
     ):
         changes = review | {"data_path": [data[name] for name in names]}
         outcome = rank_pool(1).run(functools.partial(train_outcome, trained, tmp_path / "none", data, **changes))[0]
@@ -136,7 +136,7 @@ def test_the_review_takes_the_replay_of_a_guarded_language(
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("en", None), ("es", "which splits es otherwise"), ("other", "another tok")]
+    ("name", "words"), [("en", None), ("es", "which splits es otherwise"), ("hu", "another tok")]
 )
 def test_evaluation_takes_the_same_datasets(
     name: str, words: str | None, inputs: tuple[Path, dict[str, str]], trained: Path
