@@ -21,7 +21,6 @@ MODELS = {"tied": "qwen2-tied", "untied": "llama"}
 
 CASES = {
     "TP2+SP": (2, StepCase(TP2)),
-    "TP2 without SP": (2, StepCase(TP2 | {"sequence_parallel": False}, stage="blocks")),
     "TP2+SP, recompute full, distributed optimizer": (2, StepCase(TP2, recompute=FULL, optimizer=DISTRIBUTED)),
     "PP2": (2, StepCase(PP2)),
     "PP2 interleaved, distributed optimizer": (2, StepCase(VPP, optimizer=DISTRIBUTED)),
