@@ -1,10 +1,12 @@
 """A vocabulary extension: a tokenizer with new tokens for further languages, and its record `extension.json`."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_moe_lpr.data.language_names import canonical_language
+from megatron_moe_lpr.checkpoint.format.card import EarlierTokenizer
+from megatron_moe_lpr.data.language_names import canonical_language, covered
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import abbreviated, is_integer, read_json
 
@@ -57,6 +59,21 @@ class VocabularyExtension:
         return sorted(name for name, is_unchanged in sure.items() if is_unchanged)
 
 
+def tokenizers_before(extension: VocabularyExtension, earlier: Sequence[EarlierTokenizer]) -> list[EarlierTokenizer]:
+    """Tokenizers whose datasets a model accepts after an extension, in some languages.
+
+    Args:
+        extension: the latest extension.
+        earlier: those that the model accepted before it.
+    """
+    unchanged = extension.unchanged_languages
+    still = [
+        dataclasses.replace(one, unchanged=[name for name in one.unchanged if covered([name], unchanged)])
+        for one in earlier
+    ]
+    return [*still, EarlierTokenizer(extension.base_fingerprint, unchanged)]
+
+
 def read_extension(directory: Path) -> VocabularyExtension:
     """Read and check `extension.json` of an extended tokenizer.
 
@@ -76,8 +93,9 @@ def read_extension(directory: Path) -> VocabularyExtension:
 
 
 def _parse(fields: dict[str, Any], place: str) -> VocabularyExtension:
-    if fields.get("format") != FORMAT:
-        raise UserError(f"{place}: format {abbreviated(fields.get('format'))} is not known to this version, only {FORMAT}")
+    version = fields.get("format")
+    if version != FORMAT:
+        raise UserError(f"{place}: format {abbreviated(version)} is not known to this version, only {FORMAT}")
     if different := sorted(KEYS ^ fields.keys()):
         what = "lacks" if different[0] in KEYS else "has an unknown field,"
         raise UserError(f"{place}: {what} {abbreviated(different[0])}; copy the file again")

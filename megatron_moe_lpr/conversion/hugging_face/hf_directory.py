@@ -150,7 +150,7 @@ def _without_new_rows(config: dict[str, Any], card: CheckpointCard | None, path:
         return config
     size = required_int(config, "vocab_size", str(path / CONFIG_FILE), 1, MAX_VOCABULARY)
     if size <= card.added_rows:
-        raise UserError(f"{path / SIDE_DIRECTORY}: does not belong to {path / CONFIG_FILE}; remove it to read the model")
+        raise UserError(f"{path / SIDE_DIRECTORY}: does not belong to {path / CONFIG_FILE}; remove it")
     return config | {"vocab_size": size - card.added_rows}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE
 from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
-from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files, tokenizer_digests
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files, tokenizer_digests
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_samples import TEXTS
 from megatron_moe_lpr.data.sentencepiece_conversion import SPACE
 from megatron_moe_lpr.data.tokenizer import (
@@ -21,18 +21,21 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import read_json
 
 
-def check_tokenizer(model: Path, exported_type: str, files: Mapping[str, Path], extended: Path | None = None) -> list[str]:
+def check_tokenizer(
+    model: Path, exported_type: str, files: Mapping[str, Path] | None = None, extended: Path | None = None
+) -> list[str]:
     """Export a model's tokenizer to a temporary directory, and return warnings for the user.
 
     Args:
         model: a Hugging Face directory.
         exported_type: `model_type` of the export, by which transformers chooses the tokenizer's class.
-        files: the files that are copied into the checkpoint, by relative path.
+        files: the files that are copied into the checkpoint, by relative path; by default the model's own.
         extended: directory of the extended tokenizer among them; None: they have the model's own.
 
     Raises:
         UserError: the files that are copied into the checkpoint make another tokenizer.
     """
+    files = carried_files(model) if files is None else files
     with tempfile.TemporaryDirectory() as name:
         trial = Path(name)
         carry_files(files, trial)
