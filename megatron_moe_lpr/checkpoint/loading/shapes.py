@@ -14,7 +14,9 @@ def check_sizes(directory: CheckpointDirectory, shape: ModelShape) -> None:
         UserError: naming the tensor, its shape, and the shape it should have.
     """
     stored = open_reader(directory).tensors
-    for row in model_rows(shape.architecture, shape.experts_per_layer, DENSE_LAYOUT, shape.expansions, shape.new_tokens):
+    for row in model_rows(
+        shape.architecture, shape.experts_per_layer, DENSE_LAYOUT, shape.expansions, shape.new_tokens
+    ):
         key, expected = row.key, row.shape
         if key not in stored:
             raise UserError(
