@@ -80,7 +80,7 @@ class MoELPRModel(GPTModel):
 
     @override
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The loss of each token, [batch, sequence]. In an evaluation `new_token_mass` then has the probability that new
+        """The loss of each token, [batch, sequence]. In an evaluation `new_token_mass` then is the probability that new
         tokens took, of the same shape."""
         if not self.vocabulary.is_extended:
             return super().compute_language_model_loss(labels, logits)

@@ -126,11 +126,11 @@ def run_step(path: Path, case: StepCase, table: torch.Tensor = LANGUAGE_GROUP) -
         lpr=routing.mean_over_layers(routing.lpr_loss, "original"),
         load_balancing=routing.load_balancing.nanmean().item(),
         grad_norm=float(optimizer.get_grad_norm()),
-        gradients=gather_gradients(chunks, model.shape.new_tokens),
+        gradients=gather_gradients(chunks, model.shape.architecture.vocab_size, model.shape.new_tokens),
     )
 
 
-def gather_gradients(chunks, new_tokens: Sequence[int] = ()) -> dict[str, torch.Tensor]:
+def gather_gradients(chunks, vocabulary: int = VOCABULARY, new_tokens: Sequence[int] = ()) -> dict[str, torch.Tensor]:
     """Every trainable parameter's whole gradient, on every rank, under the parameter's checkpoint key."""
     for chunk in chunks:
         _complete_shards(chunk)
@@ -150,15 +150,15 @@ def gather_gradients(chunks, new_tokens: Sequence[int] = ()) -> dict[str, torch.
         target = whole.setdefault(key, torch.full(shape, torch.nan))
         target[tuple(slice(start, start + length) for start, length in zip(offset, data.shape, strict=True))] = data
     # Rows of the padded vocabulary differ in number between layouts.
-    whole = {key: _unpadded(key, tensor, new_tokens) for key, tensor in whole.items()}
+    whole = {key: _unpadded(key, tensor, vocabulary, new_tokens) for key, tensor in whole.items()}
     return {key: tensor for key, tensor in whole.items() if tensor.abs().sum() > 0}
 
 
-def _unpadded(key: str, tensor: torch.Tensor, new_tokens: Sequence[int]) -> torch.Tensor:
+def _unpadded(key: str, tensor: torch.Tensor, vocabulary: int, new_tokens: Sequence[int]) -> torch.Tensor:
     if not is_vocabulary_key(key):
         return tensor
     extension = EXTENSION_ROWS.search(key)
-    return tensor[: new_tokens[int(extension[2])] if extension else VOCABULARY]
+    return tensor[: new_tokens[int(extension[2])] if extension else vocabulary]
 
 
 def _put_gradients(state: dict, chunk) -> None:
