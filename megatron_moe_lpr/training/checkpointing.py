@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ STATE_METADATA = CONTENT_METADATA | {
     "chained_optim_avoid_prefix": True,
 }
 
+PLACE = "is_decoupled_lr"
+"""A field of parameter groups by which Megatron matches them (optimizer.py `param_group_identifier_keys`), and which is
+false in all of ours."""
 LEARNING_RATES = ("max_lr", "min_lr")
 """Settings of a parameter group that a changed --lr or --min-lr makes differ from the checkpoint's."""
 
@@ -147,6 +151,8 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
     # Megatron-Core 0.19 matches groups by their learning rates too, which may have changed; they are restored below.
     for group in (*state.optimizer.param_groups, *_param_groups(loaded["optimizer"])):
         group.update({name: None for name in LEARNING_RATES if name in group})
+    for groups in (state.optimizer.param_groups, list(_param_groups(loaded["optimizer"]))):
+        _tell_apart(groups)
     state.optimizer.load_state_dict(loaded["optimizer"])
     for group, kept in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(kept)
@@ -167,8 +173,18 @@ def _set_counters(state: RunState, counters: Any, directory: CheckpointDirectory
 
 def _optimizer_settings(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
     """Settings of each parameter group that loading a checkpoint would overwrite."""
-    names = (*LEARNING_RATES, "betas", "eps")
+    names = (*LEARNING_RATES, "betas", "eps", PLACE)
     return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+
+
+def _tell_apart(groups: list[dict[str, Any]]) -> None:
+    """Number parameter groups that Megatron would take for one: routers, which have a group of their own, and matrices
+    outside of experts that train beside them (optimizer.py `_filter_and_reorder_param_groups`)."""
+    seen: Counter[tuple[object, ...]] = Counter()
+    for group in groups:
+        identity = tuple(group.get(name) for name in ("wd_mult", "lr_mult", "is_expert_parallel"))
+        group[PLACE] = seen[identity]
+        seen[identity] += 1
 
 
 def _param_groups(loaded: Any) -> Iterator[dict[str, Any]]:
