@@ -65,6 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
             losses = [f"{loss(states_, torch.cat([old, rows]), ids):.2f}" for states_, ids in with_new]
             table.add_row(f"{mean:g} mean + {centroid:g} centroid", *masses, *losses)
     Console(width=160).print(table)
+    mean_state = torch.cat([hidden[name].flatten(0, 1) for name in flags.original]).mean(0)
+    cosine = torch.nn.functional.cosine_similarity(old.mean(0), mean_state, dim=0).item()
+    print(f"cosine of the centroid and the mean hidden state of original languages: {cosine:.2f}")
 
 
 def windows(flags: Flags, tokenizer: Tokenizer, language: str) -> torch.Tensor:

@@ -25,7 +25,8 @@ NEW = ("embedding.new_word_embeddings.0.weight", "output_layer.new_rows.0.weight
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A checkpoint with seven new tokens, and datasets: `el` has them; `en` and `es` are the base tokenizer's, `hu` another's."""
+    """A checkpoint with seven new tokens, and datasets: `el` has them; `en` and `es` are the base tokenizer's, `hu`
+    another's."""
     root = tmp_path_factory.mktemp("extended")
     tokenizers = make_tokenizers(root / "tokenizers")
     layers, COMMON["num_hidden_layers"] = COMMON["num_hidden_layers"], 4
