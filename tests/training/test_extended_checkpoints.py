@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
+from megatron_moe_lpr.commands import build_index
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
+from megatron_moe_lpr.errors import UserError
 from tests.conversion.extended import make_tokenizers, save_with_tokenizer
 from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import checkpoint_tensors, hf_tensors, run
@@ -143,3 +145,15 @@ def test_evaluation_takes_the_same_datasets(
     data = {"el": inputs[1]["el"], name: inputs[1][name]}
     (outcome,) = rank_pool(1).run(evaluation_outcome, trained, data)
     assert (outcome is None) if words is None else words in outcome
+
+
+def test_index_maps_are_built_beforehand_for_a_mixed_blend(
+    inputs: tuple[Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, data = inputs
+    flags = ["--data-path", data["el"], data["en"], "--data-cache-path", tmp_path, "--seq-length", 32]
+    flags = [str(flag) for flag in (*flags, "--train-samples", 8)]
+    build_index.main([*flags, "--load", str(root / "checkpoint")])
+    assert "8 samples" in capsys.readouterr().out
+    with pytest.raises(UserError, match="they can't be mixed"):
+        build_index.main(flags)
