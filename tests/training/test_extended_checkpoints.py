@@ -122,6 +122,37 @@ def test_a_parent_with_another_vocabulary_is_refused(
     assert "its vocabulary has other new tokens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("further", [True, False])
+def test_an_expansion_freezes_the_rows_of_the_first_extension(
+    further: bool, inputs: tuple[Path, dict[str, str]], trained: Path, tmp_path: Path
+) -> None:
+    """To the bit and without optimizer state, whether or not it adds rows of its own."""
+    root, data = inputs
+    flags = ("--tokenizer", root / "tokenizers" / "second") if further else ()
+    run("expand", "--load", trained, "--save", tmp_path / "second", "--add-experts", 2, *flags)
+    tokenizer = load_tokenizer(root / "tokenizers" / ("second" if further else "first")).fingerprint
+    documents = [[(start + 9 * step) % (109 if further else 106) for step in range(80)] for start in range(30)]
+    prefix = write_dataset(tmp_path / "hu", "hu", documents, tokenizer)
+    changes = {"data_path": [prefix], "train_iters": 3}
+    rank_pool(2).run(functools.partial(train, tmp_path / "second", tmp_path / "run", data, **changes, **TP2))
+    before, after = checkpoint_tensors(tmp_path / "second"), checkpoint_tensors(tmp_path / "run")
+    rows = {key for key in before if "embedding" in key or "output_layer" in key}
+    moved = {key for key in rows if not torch.equal(after[key][: len(before[key])], before[key])}
+    assert moved == {key for key in rows if ".1.weight" in key} and len(moved) == (2 if further else 0)
+    states = {key for key in after if key.startswith("optimizer") and ("embedding" in key or "output_layer" in key)}
+    assert all(".1.weight" in key for key in states) and bool(states) == further
+
+
+def test_a_run_does_not_resume_with_another_vocabulary(
+    inputs: tuple[Path, dict[str, str]], trained: Path, tmp_path: Path
+) -> None:
+    root, data = inputs
+    run("import", "--hf", root / "hf", "--save", tmp_path / "plain", "--num-experts", 3)
+    changes = {"data_path": [data["en"]], "original_languages": []}
+    outcome = rank_pool(1).run(functools.partial(train_outcome, tmp_path / "plain", trained, data, **changes))[0]
+    assert "another run (with other new tokens than --load's)" in outcome
+
+
 def test_the_review_takes_the_replay_of_a_guarded_language(
     inputs: tuple[Path, dict[str, str]], trained: Path, tmp_path: Path
 ) -> None:
