@@ -46,9 +46,9 @@ NAMES = MOE_LAYOUTS["qwen3_moe"]
 def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> CheckpointCard:
     """Write the checkpoint `save`, which is `load` with new experts, and return its card.
 
-    New experts are copies of the original one. With `options.tokenizer` its new tokens get rows of their own; those of
-    earlier vocabulary extensions stay frozen, as the earlier experts do. Routers keep their rows and get a drawn row for each new expert, whose
-    weight in the routing is 0 at first, so that the model computes exactly what it did.
+    New experts are copies of the original one. Routers keep their rows and get a drawn row for each new expert, whose
+    weight in the routing is 0 at first, so that the model computes exactly what it did. With `options.tokenizer` its
+    new tokens get rows of their own; those of earlier vocabulary extensions stay frozen, as the earlier experts do.
 
     Raises:
         UserError: `load` cannot be expanded with these options; nothing is left at `save`.

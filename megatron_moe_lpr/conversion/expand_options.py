@@ -17,8 +17,8 @@ class ExpandOptions:
     add_experts: str
     """New experts: one number for every layer that has experts, or one for each layer (0: none), as in 0,2,2,1."""
     tokenizer: Path | None = None
-    """Directory of an extended tokenizer, made of the checkpoint's own by `moe-lpr extend-tokenizer`: its new tokens get
-    rows of their own, and rows that an earlier extension added stay frozen."""
+    """Directory of a tokenizer that `moe-lpr extend-tokenizer` made of the checkpoint's own: its new tokens get rows of
+    their own, and rows that an earlier extension added stay frozen."""
     seed: Seed = 1234
     """Seed of the routers' new rows."""
     expert_model_parallel_size: PositiveInt = 1

@@ -149,7 +149,8 @@ class _Producer:
         for row in self.rows[spec.name]:
             tensors = self._read(row)
             self._hash(row, tensors)
-            whole[slice(*row.rows)] = tensors[0]
+            first, end = row.rows or (0, len(whole))
+            whole[first:end] = tensors[0]
         return whole
 
     def _hash(self, row: Row, tensors: list[torch.Tensor]) -> None:

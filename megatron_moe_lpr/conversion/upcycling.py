@@ -4,7 +4,6 @@
 that gives the method its name.
 """
 
-import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -41,15 +40,19 @@ def upcycle(sources: TensorSources, writer: CheckpointWriter, progress: Progress
     fingerprint = OriginalFingerprint()
     # Hashing beside writing costs no time where a second core is free.
     with ThreadPoolExecutor(1) as pool:
+
+        def start_hashing(name: str, tensor: torch.Tensor) -> Future[None]:
+            return pool.submit(fingerprint.add, name, tensor)
+
         # Neighbouring rows that read the same names: the FFN matrix of the original expert and all its copies.
         for _, same_source in itertools.groupby(sources.rows, key=lambda row: row.names or row.key):
             rows = list(same_source)
             row = rows[0]
             if row.kind is ParameterKind.EMBEDDING:
-                _write_vocabulary(sources, rows, writer, progress, functools.partial(pool.submit, fingerprint.add))
+                _write_vocabulary(sources, rows, writer, progress, start_hashing)
                 continue
             parts = [_read_finite(sources, name).to(sources.stored_dtype(row)) for name in row.names]
-            hashing = [pool.submit(fingerprint.add, *pair) for pair in zip(row.dense_names, parts, strict=False)]
+            hashing = [start_hashing(*pair) for pair in zip(row.dense_names, parts, strict=False)]
             if row.kind is ParameterKind.ROUTER and row.layer is not None and not parts:
                 num_experts, hidden_size = row.shape
                 tensor = initial_router(num_experts, hidden_size, sources.seed, row.layer)

@@ -88,7 +88,8 @@ def read_extension(directory: Path) -> VocabularyExtension:
     if not isinstance(earlier, list) or not all(isinstance(one, dict) for one in earlier):
         raise UserError(f"{path}: {EARLIER} must be a list of extensions, not {abbreviated(earlier)}")
     for number, one in enumerate(earlier):
-        _parse({name: value for name, value in one.items() if name != EARLIER}, f"{path}: {EARLIER} {number}")
+        inner = {name: value for name, value in one.items() if name != EARLIER}
+        _parse({"format": FORMAT, **inner}, f"{path}: {EARLIER} {number}")
     return _parse(fields, str(path))
 
 

@@ -10,6 +10,7 @@ import torch
 from megatron_moe_lpr.checkpoint.format.card import EarlierTokenizer
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
+from tests.conversion.extended import make_tokenizers, save_with_tokenizer
 from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import (
     assert_same_tensors,
@@ -19,8 +20,8 @@ from tests.conversion.helpers import (
     rewrite_checkpoint,
     run,
 )
-from tests.conversion.tiny_models import MODELS, load_model, save_model
-from tests.data.extended_tokenizers import FIRST_MERGES, ROWS, SECOND_MERGES, TEXT, extend, give_tokenizer, make_base
+from tests.conversion.tiny_models import MODELS, load_model
+from tests.data.extended_tokenizers import ROWS, TEXT, extend
 
 EMBEDDING, NEW_EMBEDDING = "embedding.word_embeddings.weight", "embedding.new_word_embeddings.0.weight"
 OUTPUT, NEW_OUTPUT = "output_layer.weight", "output_layer.new_rows.0.weight"
@@ -30,10 +31,7 @@ TOKENIZERS = ("tokenizer.json", "extension.json")
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directories `base`, `first` (an extension of it) and `second` (an extension of that)."""
-    root = tmp_path_factory.mktemp("tokenizers")
-    extend(make_base(root / "base"), root / "first")
-    extend(root / "first", root / "second", SECOND_MERGES, ROWS + len(FIRST_MERGES), {"en": (20, 0)})
-    return root
+    return make_tokenizers(tmp_path_factory.mktemp("tokenizers"))
 
 
 @pytest.fixture
@@ -41,7 +39,7 @@ def model(tmp_path: Path, tokenizers: Path) -> Callable[..., Path]:
     """A function that saves a tiny model with the base tokenizer."""
 
     def get(name: str = "qwen2", dtype: torch.dtype = torch.float32) -> Path:
-        return give_tokenizer(save_model(name, tmp_path / "dense", dtype), tokenizers / "base")
+        return save_with_tokenizer(name, tmp_path / "dense", tokenizers, dtype)
 
     return get
 

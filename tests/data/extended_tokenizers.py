@@ -1,9 +1,13 @@
 """Hand-made tokenizers: words of Latin and Greek letters, and extensions of it by merges of Greek letters."""
 
+import itertools
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 
@@ -21,7 +25,22 @@ TEXT = "και το του της στο the"
 def make_base(directory: Path) -> Path:
     """The tokenizer before any extension: 54 tokens."""
     tokens = [EOD, "<unk>", *LETTERS, *("".join(pair) for pair in BASE_MERGES)]
-    _write(directory, {token: number for number, token in enumerate(tokens)}, BASE_MERGES)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content = {
+        "version": "1.0",
+        "added_tokens": [{"id": number, "content": tokens[number], "special": True} | flags for number in (0, 1)],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "BPE",
+            "vocab": {token: number for number, token in enumerate(tokens)},
+            "merges": [list(pair) for pair in BASE_MERGES],
+            "unk_token": "<unk>",
+        },
+    }
+    _write(directory, content)
     return directory
 
 
@@ -34,9 +53,11 @@ def extend(
 ) -> Path:
     """Write the tokenizer of `base` with further merges, and the record of the extension."""
     before = load_tokenizer(base)
-    content = json.loads((base / "tokenizer.json").read_text())["model"]
-    vocab = content["vocab"] | {"".join(pair): rows + number for number, pair in enumerate(merges)}
-    _write(directory, vocab, [*map(tuple, content["merges"]), *merges])
+    content = json.loads((base / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {"".join(pair): rows + number for number, pair in enumerate(merges)}
+    content["model"]["merges"] += [list(pair) for pair in merges]
+    _write(directory, content)
+    splitter = Tokenizer.from_file(str(base / "tokenizer.json")).model
     documents = {"en": (20, 0), "es": (20, 3)} if guarded is None else guarded
     record = {
         "format": 1,
@@ -45,7 +66,7 @@ def extend(
         "base_tokenizer_fingerprint": before.fingerprint,
         "tokenizer_fingerprint": load_tokenizer(directory).fingerprint,
         "guarded": {name: {"documents": count, "changed": changed} for name, (count, changed) in documents.items()},
-        "pieces": [before.encode_batch(["".join(pair)])[0] for pair in merges],
+        "pieces": [[token.id for token in splitter.tokenize("".join(pair))] for pair in merges],
     }
     (directory / "extension.json").write_text(json.dumps(record))
     return directory
@@ -58,22 +79,36 @@ def give_tokenizer(model: Path, tokenizer: Path) -> Path:
     return model
 
 
-def _write(directory: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
-    model = {"type": "BPE", "vocab": vocab, "merges": [list(pair) for pair in merges], "unk_token": "<unk>"}
-    added = [
-        {"id": number, "content": token, "special": True}
-        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for number, token in enumerate((EOD, "<unk>"))
-    ]
-    content = {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "post_processor": None,
-        "decoder": None,
-        "model": model,
-    }
+def learn_merges(base: Path, texts: Sequence[str], count: int) -> list[tuple[str, str]]:
+    """Continue the merges of a tokenizer without a normalizer: each time the pair that occurs most often."""
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    known = set(tokenizer.get_vocab())
+    words = Counter(word for text in texts for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    split = {word: [token.value for token in tokenizer.model.tokenize(word)] for word in words}
+    merges: list[tuple[str, str]] = []
+    while len(merges) < count:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, tokens in split.items():
+            for pair in itertools.pairwise(tokens):
+                pairs[pair] += words[word]
+        best = next(pair for pair, _ in pairs.most_common() if "".join(pair) not in known)
+        merges.append(best)
+        known.add("".join(best))
+        split = {word: _merged(tokens, best) for word, tokens in split.items()}
+    return merges
+
+
+def _merged(tokens: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for token in tokens:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] += token
+        else:
+            merged.append(token)
+    return merged
+
+
+def _write(directory: Path, content: Mapping[str, object]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
     settings = {"eos_token": EOD, "tokenizer_class": "PreTrainedTokenizerFast"}

@@ -30,7 +30,8 @@ def write(directory: Path, **changes: object) -> Path:
 
 
 def test_what_is_read(tmp_path: Path) -> None:
-    found = read_extension(write(tmp_path, earlier=[RECORD]))
+    inner = {name: value for name, value in RECORD.items() if name != "format"}
+    found = read_extension(write(tmp_path, earlier=[RECORD, inner | {"earlier": []}]))
     assert (found.base_vocab_size, found.new_tokens, found.end) == (10, 2, 12)
     assert (found.base_fingerprint, found.fingerprint, found.pieces) == ("aa", "bb", [[1, 2], [3, 4, 9]])
 

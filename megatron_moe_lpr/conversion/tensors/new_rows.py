@@ -38,11 +38,18 @@ def initial_output_rows(matrix: torch.Tensor, pieces: Sequence[Sequence[int]]) -
     Returns:
         [new tokens, hidden] in the dtype of `matrix`, computed in float32 and rounded once.
     """
+    return mixed_rows(matrix, pieces, OUTPUT_MEAN, OUTPUT_CENTROID)
+
+
+def mixed_rows(
+    matrix: torch.Tensor, pieces: Sequence[Sequence[int]], mean_weight: float, centroid_weight: float
+) -> torch.Tensor:
+    """For each new token a weighted sum of its pieces' mean row and of all rows' mean, see `initial_output_rows`."""
     total = torch.zeros(matrix.shape[1], dtype=torch.float32)
     for chunk in matrix.split(CHUNK):
         total += chunk.float().sum(dim=0)
-    centroid = OUTPUT_CENTROID * total / len(matrix)
-    return torch.cat([(OUTPUT_MEAN * mean + centroid).to(matrix.dtype) for mean in _means(matrix, pieces)])
+    centroid = centroid_weight * total / len(matrix)
+    return torch.cat([(mean_weight * mean + centroid).to(matrix.dtype) for mean in _means(matrix, pieces)])
 
 
 def _means(matrix: torch.Tensor, pieces: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
