@@ -43,7 +43,7 @@ of the vocabulary lie below the dense model's rows in the same Hugging Face tens
 
 def is_vocabulary_key(key: str) -> bool:
     """Whether a tensor has a row for each token: its rows may be padded in a training checkpoint, for TP."""
-    return key in (EMBEDDING_KEY, OUTPUT_KEY) or EXTENSION_ROWS.search(key) is not None
+    return key in (EMBEDDING_KEY, OUTPUT_KEY) or EXTENSION_ROWS.match(key) is not None
 
 
 @dataclasses.dataclass(frozen=True)

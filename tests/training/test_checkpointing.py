@@ -99,6 +99,16 @@ def test_bf16_with_fp32_routers_is_saved_and_resumed(trained, inputs, tmp_path):
     assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items() if key.startswith("decoder."))
 
 
+def test_fp32_with_two_equal_groups_of_parameters_is_resumed(inputs, tmp_path):
+    """Routers and embeddings have groups of their own with equal settings, by which Megatron's fp32 optimizer told
+    them apart: it ended with an error."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_pool(1, inputs[0], first, inputs[1], save_interval=3, train_embeddings=True, weight_decay=0.1)
+    run_pool(1, inputs[0], rewind(first, second, 3), inputs[1], train_embeddings=True, weight_decay=0.1)
+    tensors, again = checkpoint_tensors(first), checkpoint_tensors(second)
+    assert tensors.keys() == again.keys() and all(torch.equal(tensor, again[key]) for key, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("options", [{}, {"async_save": False}])
 def test_old_checkpoints_go_and_the_run_is_the_same(options, inputs, tmp_path):
     """With and without a writer beside training; the newest two stay."""
