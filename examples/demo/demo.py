@@ -21,6 +21,7 @@ from method import baselines, demo, full, report
 from other_evaluations import choices, other_text
 from paper_table import paper_table
 from scaling import scaling
+from vocabulary import vocabulary
 from workflow import Failed
 
 from megatron_moe_lpr.command_line import parse_flags
@@ -34,6 +35,7 @@ TARGETS: dict[str, Callable[[], object]] = {
     "paper-table": paper_table,
     "scaling": scaling,
     "growing": growing,
+    "vocabulary": vocabulary,
     "other-text": other_text,
     "choices": choices,
     "base-model": base_model,

@@ -28,6 +28,8 @@ class Settings:
     """Directory for datasets. Default: RUNS/data."""
     base: Path = Path("data/base_model")
     """Hugging Face directory of the dense model, which knows the original languages."""
+    tokenizer: Path | None = None
+    """Directory of the tokenizer of all datasets. Default: the base model's."""
     corpus: Path = Path("data/help_corpus")
     original: tuple[str, ...] = ("en", "es", "zh")
     expanded: tuple[str, ...] = ("el", "hu", "tr")
@@ -51,6 +53,8 @@ class Settings:
     stage2_batch: int = 2
     stage2_lr: str = "5e-3"
     lora_lr: str = "5e-3"
+    new_tokens: int = 2000
+    """Tokens that the target `vocabulary` adds to the base model's 1,024."""
     iters: int = 2000
     """Steps that train the base model itself."""
     replay: str = "replay"

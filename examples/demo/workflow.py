@@ -123,7 +123,8 @@ class Workflow:
         self, name: str, language: str, source: Path, title: str, *words: object, tokenizer: Path | None = None
     ) -> None:
         prefix = self.settings.datasets / f"{name}-{language}"
-        flags = ("--input", source, "--language", language, "--tokenizer", tokenizer or self.settings.base)
+        tokenizer = tokenizer or self.settings.tokenizer or self.settings.base
+        flags = ("--input", source, "--language", language, "--tokenizer", tokenizer)
         self.step(
             Path(f"{prefix}.json"),
             title,

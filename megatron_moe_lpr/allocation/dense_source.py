@@ -15,7 +15,7 @@ from megatron_moe_lpr.conversion.reading import check_model_tensors, read_row
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import read_json
 from megatron_moe_lpr.model.configuration.architecture import Architecture
-from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, Row, model_rows
+from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, EMBEDDING_NAME, Row, model_rows
 
 
 class DenseSource:
@@ -45,8 +45,14 @@ class DenseSource:
         }
 
     def embedding(self) -> torch.Tensor:
-        """[vocabulary, hidden] in the stored dtype."""
-        return self._read(self._rows[0])[0]
+        """[vocabulary, hidden] in the stored dtype, with the rows of vocabulary extensions."""
+        parts = [self._read(row)[0] for row in self._rows if row.names == (EMBEDDING_NAME,)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return sum(row.shape[0] for row in self._rows if row.names == (EMBEDDING_NAME,))
 
 
 def open_dense_source(path: Path) -> DenseSource:
@@ -61,16 +67,22 @@ def open_dense_source(path: Path) -> DenseSource:
     model = open_hf_directory(path)
     if model.is_moe:
         raise UserError(f"{path}: has experts; give the dense model it was made from, or import it first")
-    rows, source = model_rows(model.architecture, model.experts_per_layer, DENSE_LAYOUT), model.source()
+    architecture, source = model.architecture, model.source()
+    rows = model_rows(architecture, model.experts_per_layer, DENSE_LAYOUT, new_tokens=model.new_tokens)
     check_tensors(rows, [], source, path)
-    return DenseSource(model.config, model.architecture, rows, lambda row: [source.read(name) for name in row.names])
+
+    def read(row: Row) -> list[torch.Tensor]:
+        tensors = [source.read(name) for name in row.names]
+        return [tensor[slice(*row.rows)] for tensor in tensors] if row.rows else tensors
+
+    return DenseSource(model.config, architecture, rows, read)
 
 
 def _checkpoint_source(path: Path) -> DenseSource:
     with contextlib.ExitStack() as locks:
         checkpoint = open_checkpoint(locks.enter_context(resolve_and_hold(path)))
         card, architecture = checkpoint.card(), checkpoint.architecture()
-        rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)
+        rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions, card.new_tokens)
         reader = open_reader(checkpoint)
         check_model_tensors(rows, reader)
         config = read_json(checkpoint.side_directory / CONFIG_FILE)

@@ -79,7 +79,7 @@ def measure(flags: Flags) -> Measurement:
     source = open_dense_source(directory)
     # Errors in the flags must show before the work.
     allocate([1.0] * source.architecture.num_layers, flags.allocation)
-    windows = read_windows(flags, source.architecture)
+    windows = read_windows(flags, source.architecture, source.vocab_size)
     original = sorted(covered(windows, map(canonical_language, split_names(flags.original_languages))))
     similarity, separable = [], []
     for inputs in ffn_inputs(source, windows, device):
@@ -110,7 +110,7 @@ def check_outputs(flags: Flags) -> None:
         raise UserError(f"--output and --plot {flags.plot}: name two files")
 
 
-def read_windows(flags: Flags, architecture) -> "dict[str, torch.Tensor]":
+def read_windows(flags: Flags, architecture, vocab_size: int) -> "dict[str, torch.Tensor]":
     """Return the sample of each language, [sequences, tokens] token ids. Raises UserError.
 
     Original and expanded languages must both be in it.
@@ -134,6 +134,6 @@ def read_windows(flags: Flags, architecture) -> "dict[str, torch.Tensor]":
         raise UserError("--original-languages: --data-path must hold original languages and expanded ones")
     windows = sample_windows(entries, flags.tokens_per_language, flags.seq_length)
     largest = max(int(ids.max()) for ids in windows.values())
-    if largest >= architecture.vocab_size:
-        raise UserError(f"--data-path: has token {largest}, the model {architecture.vocab_size}; is it its tokenizer?")
+    if largest >= vocab_size:
+        raise UserError(f"--data-path: has token {largest}, the model {vocab_size}; is it its tokenizer?")
     return windows

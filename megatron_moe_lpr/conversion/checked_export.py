@@ -53,15 +53,19 @@ class CheckedExport:
     def specs(self) -> list[TensorSpec]:
         """All tensors of the Hugging Face checkpoint, in the order in which they are written.
 
-        Each keeps its dtype, so that no weight is rounded. Routers are float32: rounded to bfloat16, they would send a
-        few tokens to another expert.
+        Each keeps its dtype, so that no weight is rounded; an extended vocabulary has one that holds old and new rows.
+        Routers are float32: rounded to bfloat16, they would send a few tokens to another expert.
         """
-        written: list[TensorSpec] = []
+        written: dict[str, TensorSpec] = {}
         for row in self.rows:
             dtype = torch.float32 if row.kind is ParameterKind.ROUTER else self.reader.tensors[row.key].dtype
-            written += [TensorSpec(name, shape, dtype) for name, shape in zip(row.names, row.shapes, strict=True)]
-        dtypes = {spec.name: spec.dtype for spec in written}
-        return written + [
+            for name, shape in zip(row.names, row.shapes, strict=True):
+                if row.rows and name in written:
+                    # New rows of the vocabulary, below those that come before.
+                    dtype, shape = torch.promote_types(dtype, written[name].dtype), (row.rows[1], *shape[1:])
+                written[name] = TensorSpec(name, shape, dtype)
+        dtypes = {spec.name: spec.dtype for spec in written.values()}
+        return [*written.values()] + [
             TensorSpec(extra.name, extra.shape, self._extra_dtype(extra, dtypes)) for extra in self.extra()
         ]
 
@@ -105,7 +109,9 @@ def check_export(
         config = _dense_config(config, architecture)
     if engine == "llama.cpp":
         config, layout, warnings = llama_cpp_form(config, architecture, layout, card)
-    rows = model_rows(architecture, card.experts_per_layer, layout, card.expansions)
+    if card.added_rows:
+        config = config | {"vocab_size": architecture.vocab_size + card.added_rows}
+    rows = model_rows(architecture, card.experts_per_layer, layout, card.expansions, card.new_tokens)
     rows = mark_inserted(rows, architecture.num_layers, card.inserted_blocks)
     reader = open_reader(checkpoint)
     check_model_tensors(rows, reader)

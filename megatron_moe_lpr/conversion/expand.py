@@ -19,6 +19,12 @@ from megatron_moe_lpr.checkpoint.format.directory import (
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.expand_options import ExpandOptions, added_experts
+from megatron_moe_lpr.conversion.expanded_vocabulary import (
+    card_with_vocabulary,
+    further_rows,
+    open_extension_of_checkpoint,
+    side_files,
+)
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
 from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
 from megatron_moe_lpr.conversion.reading import check_model_tensors
@@ -27,10 +33,9 @@ from megatron_moe_lpr.conversion.upcycling import initial_router
 from megatron_moe_lpr.data.language_groups import EXPANSION, learned_languages
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.atomic_directory import atomic_directory
-from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE, write_checksums
-from megatron_moe_lpr.files.links import tree_inside
+from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
-from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, VOCABULARY_KEYS, Row, model_rows
+from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, Row, is_vocabulary_key, model_rows
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.progress import ProgressReport
 
@@ -42,13 +47,16 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
     """Write the checkpoint `save`, which is `load` with new experts, and return its card.
 
     New experts are copies of the original one. Routers keep their rows and get a drawn row for each new expert, whose
-    weight in the routing is 0 at first, so that the model computes exactly what it did.
+    weight in the routing is 0 at first, so that the model computes exactly what it did. With `options.tokenizer` its
+    new tokens get rows of their own; those of earlier vocabulary extensions stay frozen, as the earlier experts do.
 
     Raises:
         UserError: `load` cannot be expanded with these options; nothing is left at `save`.
         OSError: the disk is full; nothing is left at `save`.
     """
     check_separate(options.load, "--load", save, "--save")
+    if options.tokenizer:
+        check_separate(options.tokenizer, "--tokenizer", save, "--save")
     with contextlib.ExitStack() as lock:
         iteration = lock.enter_context(resolve_and_hold(options.load, options.base_checkpoint))
         return _write_expanded(dataclasses.replace(options, load=iteration), save, overwrite, lock)
@@ -62,27 +70,30 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
         check_separate(one.path, "the checkpoint", save, "--save")
     before, architecture = checkpoint.card(), checkpoint.architecture()
     added = added_experts(options.add_experts, before.experts_per_layer)
-    after = _card(before, options, added)
+    expanded = _card(before, options, added)
+    extension = open_extension_of_checkpoint(options.tokenizer, checkpoint, before) if options.tokenizer else None
+    files = side_files(checkpoint, options.tokenizer)
+    after = card_with_vocabulary(expanded, extension, files)
     reader = open_reader(checkpoint)
-    had = model_rows(architecture, before.experts_per_layer, NAMES, before.expansions)
+    had = model_rows(architecture, before.experts_per_layer, NAMES, before.expansions, before.new_tokens)
     check_model_tensors(had, reader)
-    rows = model_rows(architecture, after.experts_per_layer, NAMES, after.expansions)
+    rows = model_rows(architecture, after.experts_per_layer, NAMES, after.expansions, after.new_tokens)
     sources = _sources(had, rows)
     total = sum(math.prod(row.shape) * reader.tensors[sources[row.key] or had[0].key].dtype.itemsize for row in rows)
     for one in checkpoint_chain(checkpoint) if options.verify else ():
         verify_all(one.path)
-    files = tree_inside(checkpoint.side_directory, checkpoint.path)
     with name_file_in_oserror(save), atomic_directory(save, overwrite, (LATEST_FILE,)) as partial:
         check_disk_space(partial, total, save)
         iteration = partial / RELEASE
         with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("expanding", total) as progress:
             for row in rows:
-                tensor = _tensor(row, sources[row.key], reader, options.seed)
+                if extension and row.kind is ParameterKind.NEW_ROWS:
+                    tensor = further_rows(row, had, reader, extension)
+                else:
+                    tensor = _tensor(row, sources[row.key], reader, options.seed)
                 writer.write(row.key, tensor)
                 progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
-        carry_files(
-            {name: file for name, file in files.items() if name != CHECKSUM_FILE.name}, iteration / SIDE_DIRECTORY
-        )
+        carry_files(files, iteration / SIDE_DIRECTORY)
         after.write(iteration / SIDE_DIRECTORY / CARD_FILE)
         write_checksums(iteration, writer.checksums)
         write_latest(partial, None)
@@ -129,13 +140,19 @@ def _sources(had: list[Row], rows: list[Row]) -> dict[str, str | None]:
         rows: rows of the expanded checkpoint.
 
     Returns:
-        For a new expert the original expert's key; None for the router of a layer that was dense.
+        For a new expert the original expert's key; None for the router of a layer that was dense and for new rows of
+        the vocabulary.
     """
-    keys = {row.dense_names or row.names: row.key for row in had}
+    keys = {_identity(row): row.key for row in had}
     originals = {
         (row.layer, _matrix(row)): keys[row.dense_names] for row in rows if row.kind is ParameterKind.ORIGINAL_EXPERT
     }
-    return {row.key: keys.get(row.dense_names or row.names, originals.get((row.layer, _matrix(row)))) for row in rows}
+    return {row.key: keys.get(_identity(row), originals.get((row.layer, _matrix(row)))) for row in rows}
+
+
+def _identity(row: Row) -> tuple[str, ...]:
+    """What a tensor is called before and after the expansion alike; rows of a vocabulary share Hugging Face's name."""
+    return (row.key,) if is_vocabulary_key(row.key) else row.dense_names or row.names
 
 
 def _matrix(row: Row) -> str:
@@ -156,4 +173,4 @@ def _tensor(row: Row, source: str | None, reader: TensorReader, seed: int) -> to
         raise UserError(f"{reader.directory}: the checkpoint has nothing to make {row.key} of")
     tensor = reader.read(source)
     # Training pads the vocabulary, a converted checkpoint does not.
-    return tensor[: row.shape[0]].clone() if row.key in VOCABULARY_KEYS else tensor
+    return tensor[: row.shape[0]].clone() if is_vocabulary_key(row.key) else tensor

@@ -16,6 +16,9 @@ class ExpandOptions:
     """Checkpoint directory after stage 2, or one iteration in it."""
     add_experts: str
     """New experts: one number for every layer that has experts, or one for each layer (0: none), as in 0,2,2,1."""
+    tokenizer: Path | None = None
+    """Directory of a tokenizer that `moe-lpr extend-tokenizer` made of the checkpoint's own: its new tokens get rows of
+    their own, and rows that an earlier extension added stay frozen."""
     seed: Seed = 1234
     """Seed of the routers' new rows."""
     expert_model_parallel_size: PositiveInt = 1

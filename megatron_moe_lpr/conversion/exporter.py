@@ -116,7 +116,11 @@ class _Producer:
         self.export, self.progress = export, progress
         self.fingerprint, self.pool = fingerprint, pool
         self.hashing: list[Future[None]] = []
-        self.rows = {name: row for row in export.rows for name in row.names}
+        self.rows: dict[str, list[Row]] = {}
+        """By Hugging Face name: one row, or the parts of an extended vocabulary."""
+        for row in export.rows:
+            for name in row.names:
+                self.rows.setdefault(name, []).append(row)
         self.extra = {extra.name: extra.copy_of for extra in export.extra()}
         self.ready: dict[str, torch.Tensor] = {}
 
@@ -126,13 +130,28 @@ class _Producer:
             copied = self.extra[spec.name]
             if copied is None:
                 return torch.zeros(spec.shape, dtype=spec.dtype)
-            return read_row(self.rows[copied], self.export.reader, self.export.architecture)[0]
+            return self._read(self.rows[copied][0])[0]
+        if len(self.rows[spec.name]) > 1:
+            return self._whole_vocabulary(spec)
         if spec.name not in self.ready:
-            row = self.rows[spec.name]
-            tensors = read_row(row, self.export.reader, self.export.architecture)
+            row = self.rows[spec.name][0]
+            tensors = self._read(row)
             self.ready = dict(zip(row.names, tensors, strict=True))
             self._hash(row, tensors)
         return self.ready.pop(spec.name)
+
+    def _read(self, row: Row) -> list[torch.Tensor]:
+        return read_row(row, self.export.reader, self.export.architecture)
+
+    def _whole_vocabulary(self, spec: TensorSpec) -> torch.Tensor:
+        """The dense model's rows with those of all vocabulary extensions below them."""
+        whole = torch.empty(spec.shape, dtype=spec.dtype)
+        for row in self.rows[spec.name]:
+            tensors = self._read(row)
+            self._hash(row, tensors)
+            first, end = row.rows or (0, len(whole))
+            whole[first:end] = tensors[0]
+        return whole
 
     def _hash(self, row: Row, tensors: list[torch.Tensor]) -> None:
         """Hash a row's tensors while the next row is read: no more than two rows are in memory."""

@@ -34,6 +34,8 @@ class ImportOptions:
     """Seed of the routers' initial values."""
     adapter: Path | None = None
     """Take experts and routers from an adapter of the authors' implementation (peft_type MOE); --hf is its base."""
+    tokenizer: Path | None = None
+    """Directory of an extended tokenizer, made by `moe-lpr extend-tokenizer`: its new tokens get rows of their own."""
     allow_top_1: bool = False
     """Accept --top-k 1, although the upcycled model then differs from the dense one."""
     expert_model_parallel_size: PositiveInt = 1

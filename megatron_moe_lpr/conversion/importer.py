@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, tool_versions
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, EarlierTokenizer, tool_versions
 from megatron_moe_lpr.checkpoint.format.directory import (
     CARD_FILE,
     CONFIG_FILE,
@@ -18,7 +18,12 @@ from megatron_moe_lpr.checkpoint.format.directory import (
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.checkpoint.loading.verification import warn
 from megatron_moe_lpr.conversion.hugging_face.base_model import BASE_MODEL_FILE, find_base_model
-from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files, tokenizer_files
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import (
+    carried_files,
+    carry_files,
+    tokenizer_digests,
+    with_tokenizer,
+)
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_check import check_tokenizer
 from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
@@ -26,6 +31,7 @@ from megatron_moe_lpr.conversion.tensor_sources import TensorSources, find_tenso
 from megatron_moe_lpr.conversion.tensors.blocks import grown_config
 from megatron_moe_lpr.conversion.upcycling import upcycle
 from megatron_moe_lpr.data.language_groups import IMPORTED_ADAPTER, IMPORTED_MIXTURE
+from megatron_moe_lpr.data.vocabulary_extension import VocabularyExtension, tokenizers_before
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.atomic_directory import atomic_directory
 from megatron_moe_lpr.files.checksum_file import write_checksums
@@ -44,9 +50,12 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
     sources = find_tensor_sources(options)
     _check_extra_tensors(sources)
     family, is_moe = sources.model.architecture.family, max(sources.experts_per_layer) > 1
-    for line in check_tokenizer(sources.model.path, family.moe_model_type if is_moe else family.name):
+    extended = options.tokenizer if sources.extension else None
+    files = carried_files(sources.model.path)
+    files = with_tokenizer(files, extended) if extended else files
+    exported_type = family.moe_model_type if is_moe else family.name
+    for line in check_tokenizer(sources.model.path, exported_type, files, extended):
         warn(line)
-    files, tokenizer = carried_files(sources.model.path), tokenizer_files(sources.model.path)
     config = _changed_config(sources)
     base_model = find_base_model(sources.model.path, exported=sources.model.card is not None)
     total = sum(math.prod(row.shape) * sources.stored_dtype(row).itemsize for row in sources.rows)
@@ -55,7 +64,7 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
         iteration = partial / RELEASE
         with CheckpointWriter(iteration, {"iteration": 0}) as writer, ProgressReport("importing", total) as progress:
             fingerprint = upcycle(sources, writer, progress)
-        card = _card(sources, fingerprint, tokenizer)
+        card = _card(sources, fingerprint, tokenizer_digests(files))
         _write_side_files(sources, card, files, config, iteration / SIDE_DIRECTORY)
         write_json(base_model.as_json(), iteration / SIDE_DIRECTORY / BASE_MODEL_FILE)
         write_checksums(iteration, writer.checksums)
@@ -65,6 +74,8 @@ def import_hf(options: ImportOptions, save: Path, overwrite: bool = False) -> Ch
 
 def _check_separate(options: ImportOptions, save: Path) -> None:
     check_separate(options.hf, "--hf", save, "--save")
+    if options.tokenizer:
+        check_separate(options.tokenizer, "--tokenizer", save, "--save")
     if options.adapter:
         check_separate(options.adapter, "--adapter", save, "--save")
     if options.experts_per_layer and Path(options.experts_per_layer).is_file():
@@ -96,7 +107,14 @@ def _card(sources: TensorSources, fingerprint: str, tokenizer: dict[str, str]) -
         history=_history(sources),
         expansions=before.expansions if before and sources.model.is_moe else [],
         inserted_blocks=sources.inserted_blocks,
+        new_tokens=sources.new_tokens,
+        earlier_tokenizers=_earlier_tokenizers(before, sources.extension),
     )
+
+
+def _earlier_tokenizers(before: CheckpointCard | None, extension: VocabularyExtension | None) -> list[EarlierTokenizer]:
+    earlier = before.earlier_tokenizers if before else []
+    return tokenizers_before(extension, earlier) if extension else earlier
 
 
 def _history(sources: TensorSources) -> list[dict]:
@@ -112,7 +130,7 @@ def _changed_config(sources: TensorSources) -> dict[str, Any] | None:
     """The dense model's configuration where it is not the source's own file."""
     if sources.inserts:
         return grown_config(sources.model.config, len(sources.experts_per_layer), sources.inserted_blocks)
-    return sources.model.config if sources.model.is_moe else None
+    return sources.model.config if sources.model.is_moe or sources.model.new_tokens else None
 
 
 def _write_side_files(

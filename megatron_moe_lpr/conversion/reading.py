@@ -10,7 +10,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.finite import is_finite
-from megatron_moe_lpr.model.tensors import VOCABULARY_KEYS, Row
+from megatron_moe_lpr.model.tensors import Row, is_vocabulary_key
 
 
 def check_model_tensors(rows: list[Row], reader: TensorReader) -> None:
@@ -31,7 +31,7 @@ def check_model_tensors(rows: list[Row], reader: TensorReader) -> None:
         found = reader.tensors[key].shape
         if reader.tensors[key].dtype not in TRAINING_DTYPES:
             raise UserError(f"{reader.directory}: {key} has dtype {reader.tensors[key].dtype}, which no model here has")
-        padded = key in VOCABULARY_KEYS and found[0] >= shape[0] and found[1:] == shape[1:]
+        padded = is_vocabulary_key(key) and found[0] >= shape[0] and found[1:] == shape[1:]
         if found != shape and not padded:
             raise UserError(f"{reader.directory}: {key} has shape {list(found)}, the model wants {list(shape)}")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,8 @@ from megatron_moe_lpr.conversion.hugging_face.safetensors_source import Safetens
 from megatron_moe_lpr.conversion.import_options import ImportOptions, given_experts, upcycled_experts
 from megatron_moe_lpr.conversion.imported_languages import ImportedLanguages, read_imported_languages
 from megatron_moe_lpr.conversion.tensors.blocks import FLAG, inserted_positions, mark_inserted
+from megatron_moe_lpr.data.tokenizer import open_extension
+from megatron_moe_lpr.data.vocabulary_extension import VocabularyExtension
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.tensors import ADAPTER_LAYOUT, Row, model_rows
@@ -45,19 +48,31 @@ class TensorSources:
     """This import inserts these blocks; otherwise the source has them already."""
     languages: ImportedLanguages | None
     """Languages of experts that were trained elsewhere, where the user gives them."""
+    new_tokens: list[int]
+    """Rows that vocabulary extensions add, the oldest one first."""
+    extension: VocabularyExtension | None = None
+    """The extension that this import makes, the last one; None: it makes none."""
 
     @property
     def initialises_routers(self) -> bool:
         """The source has no routers, so that they are drawn."""
         return any(row.kind is ParameterKind.ROUTER and not row.names for row in self.rows)
 
+    def makes(self, row: Row) -> bool:
+        """Whether these rows of the vocabulary are made by this import and not read."""
+        return self.extension is not None and row.kind is ParameterKind.NEW_ROWS
+
     def stored_dtype(self, row: Row) -> torch.dtype:
         """The dtype of a tensor in the checkpoint: the source's own; routers are float32.
 
         Query, key and value become one tensor: where their biases differ in dtype, in one that holds them all exactly.
+        The dense model's rows of a vocabulary that training extended have the dtype of its other matrices: an export
+        writes them in one tensor with the new rows, whose dtype may be wider.
         """
         if row.kind is ParameterKind.ROUTER:
             return torch.float32
+        if row.kind is ParameterKind.EMBEDDING:
+            return self.dtype
         return functools.reduce(torch.promote_types, (self.files.tensors[name].dtype for name in row.names))
 
 
@@ -79,15 +94,37 @@ def find_tensor_sources(options: ImportOptions) -> TensorSources:
     inserted, inserts = _inserted_blocks(options, model, experts), options.expand_blocks is not None
     if inserts:
         experts = [1] * (len(experts) + len(inserted))
-    rows = _rows(model, adapter, experts, inserted, inserts)
+    extension = _extension(options.tokenizer, model) if options.tokenizer else None
+    new_tokens = [*model.new_tokens, *([extension.new_tokens] if extension else [])]
+    rows = _rows(model, adapter, experts, inserted, inserts, new_tokens)
     files = SafetensorsSource(weight_files(model.path) + ([adapter.weights] if adapter else []))
-    check_tensors(rows, model.extra(), files, adapter.path if adapter else model.path)
+    read = [row for row in rows if not (extension and row.kind is ParameterKind.NEW_ROWS)]
+    check_tensors(read, model.extra(), files, adapter.path if adapter else model.path)
     _refuse_genuine_mixture(options, model)
-    originals = [files.tensors[name] for row in rows if row.kind.is_original for name in row.names]
-    dtype = common_dtype(originals, model.path)
+    # What holds trained rows too says nothing about the dense model's dtype.
+    originals = [row for row in rows if row.kind.is_original and not (row.rows and model.new_tokens)]
+    dtype = common_dtype([files.tensors[name] for row in originals for name in row.names], model.path)
     check_trained_dtypes((name for row in rows for name in row.names), files)
-    languages = _languages(options, model, adapter)
-    return TensorSources(model, adapter, experts, top_k, options.seed, rows, files, dtype, inserted, inserts, languages)
+    return TensorSources(
+        model,
+        adapter,
+        experts,
+        top_k,
+        options.seed,
+        rows,
+        files,
+        dtype,
+        inserted,
+        inserts,
+        _languages(options, model, adapter),
+        new_tokens,
+        extension,
+    )
+
+
+def _extension(tokenizer: Path, model: HFDirectory) -> VocabularyExtension:
+    rows = model.architecture.vocab_size + sum(model.new_tokens)
+    return open_extension(tokenizer, model.path, rows, str(model.path))
 
 
 def _refuse_genuine_mixture(options: ImportOptions, model: HFDirectory) -> None:
@@ -102,11 +139,17 @@ def _refuse_genuine_mixture(options: ImportOptions, model: HFDirectory) -> None:
 
 
 def _rows(
-    model: HFDirectory, adapter: Adapter | None, experts: list[int], inserted: list[int], inserts: bool
+    model: HFDirectory,
+    adapter: Adapter | None,
+    experts: list[int],
+    inserted: list[int],
+    inserts: bool,
+    new_tokens: list[int],
 ) -> list[Row]:
     architecture = dataclasses.replace(model.architecture, num_layers=len(experts))
     expansions = model.card.expansions if model.is_moe and model.card else ()
-    rows = model_rows(architecture, experts, ADAPTER_LAYOUT if adapter else model.layout, expansions)
+    layout = ADAPTER_LAYOUT if adapter else model.layout
+    rows = model_rows(architecture, experts, layout, expansions, new_tokens)
     return mark_inserted(rows, len(experts), inserted, new=inserts) if inserted else rows
 
 

@@ -6,7 +6,8 @@ that gives the method its name.
 
 import hashlib
 import itertools
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -14,10 +15,12 @@ from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.tensor_sources import TensorSources
 from megatron_moe_lpr.conversion.tensors.blocks import ZEROED
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
+from megatron_moe_lpr.conversion.tensors.new_rows import initial_output_rows, initial_rows
 from megatron_moe_lpr.conversion.tensors.qkv import interleave_qkv
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.finite import is_finite
+from megatron_moe_lpr.model.tensors import OUTPUT_NAME, Row
 from megatron_moe_lpr.progress import ProgressReport
 
 
@@ -37,12 +40,19 @@ def upcycle(sources: TensorSources, writer: CheckpointWriter, progress: Progress
     fingerprint = OriginalFingerprint()
     # Hashing beside writing costs no time where a second core is free.
     with ThreadPoolExecutor(1) as pool:
+
+        def start_hashing(name: str, tensor: torch.Tensor) -> Future[None]:
+            return pool.submit(fingerprint.add, name, tensor)
+
         # Neighbouring rows that read the same names: the FFN matrix of the original expert and all its copies.
         for _, same_source in itertools.groupby(sources.rows, key=lambda row: row.names or row.key):
             rows = list(same_source)
             row = rows[0]
+            if row.kind is ParameterKind.EMBEDDING:
+                _write_vocabulary(sources, rows, writer, progress, start_hashing)
+                continue
             parts = [_read_finite(sources, name).to(sources.stored_dtype(row)) for name in row.names]
-            hashing = [pool.submit(fingerprint.add, *pair) for pair in zip(row.dense_names, parts, strict=False)]
+            hashing = [start_hashing(*pair) for pair in zip(row.dense_names, parts, strict=False)]
             if row.kind is ParameterKind.ROUTER and row.layer is not None and not parts:
                 num_experts, hidden_size = row.shape
                 tensor = initial_router(num_experts, hidden_size, sources.seed, row.layer)
@@ -60,6 +70,47 @@ def upcycle(sources: TensorSources, writer: CheckpointWriter, progress: Progress
                 future.result()
     _check_complete(sources, writer)
     return fingerprint.hexdigest()
+
+
+def _write_vocabulary(
+    sources: TensorSources,
+    rows: Sequence[Row],
+    writer: CheckpointWriter,
+    progress: ProgressReport,
+    start_hashing: Callable[[str, torch.Tensor], Future[None]],
+) -> None:
+    """Write a matrix over the vocabulary: the dense model's rows, then those of each extension as tensors of their own.
+
+    Args:
+        rows: the tensors that are made of one matrix of the source.
+    """
+    (name,) = rows[0].names
+    matrix = _read_finite(sources, name)
+    for row in rows:
+        if sources.extension and sources.makes(row):
+            make = initial_output_rows if name == OUTPUT_NAME else initial_rows
+            tensor = make(matrix, sources.extension.pieces)
+        else:
+            tensor = _old_rows(sources, row, matrix)
+        hashing = [start_hashing(dense_name, tensor) for dense_name in row.dense_names]
+        writer.write(row.key, tensor)
+        progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
+        for future in hashing:
+            future.result()
+
+
+def _old_rows(sources: TensorSources, row: Row, matrix: torch.Tensor) -> torch.Tensor:
+    if row.rows is None:
+        return matrix
+    values = matrix[slice(*row.rows)]
+    tensor = values.to(sources.stored_dtype(row))
+    if not torch.equal(tensor.to(values.dtype), values):
+        raise UserError(
+            f"{sources.files.file(row.names[0])}: {row.names[0]} has rows of the dense model that {tensor.dtype}, the "
+            "dtype of its other weights, does not hold exactly; save the model in one dtype"
+        )
+    # A part of a matrix would be saved with the storage of the whole.
+    return tensor if len(tensor) == len(matrix) else tensor.clone()
 
 
 def initial_router(num_experts: int, hidden_size: int, seed: int, layer: int) -> torch.Tensor:

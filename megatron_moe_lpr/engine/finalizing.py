@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed.finalize_model_grads import _allreduce_embedding_grad
+
+from megatron_moe_lpr.model.build import unwrap
 
 
 def finalize_gradients(
@@ -23,6 +26,7 @@ def finalize_gradients(
         options: further arguments of `finalize_model_grads`.
     """
     finalize_model_grads(chunks, None, **options)
+    _sum_tied_new_rows(chunks)
     if tokens is None:
         return
     last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -30,3 +34,16 @@ def finalize_gradients(
     dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     for chunk in chunks:
         chunk.scale_gradients(1.0 / tokens.clamp(min=1))
+
+
+def _sum_tied_new_rows(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Sum gradients of tied new rows of the vocabulary over the first and the last pipeline rank, which both hold them.
+
+    `finalize_model_grads` does so for the base model's rows alone. Frozen rows have no gradient and are left out.
+    """
+    group = parallel_state.get_embedding_group(check_initialized=False)
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    model = unwrap(chunks[0])
+    extensions = model.vocabulary.extensions if model.share_embeddings_and_output_weights else ()
+    for part, _ in enumerate(extensions):
+        _allreduce_embedding_grad(chunks, group, pipeline, lambda model, part=part: unwrap(model).new_rows[part])

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_moe_lpr.data.reading.batches import Batch
 from megatron_moe_lpr.liveness import advance, waiting_for
+from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.model.moe.token_tags import token_tags
 
@@ -40,6 +41,9 @@ class LossSums:
     text_loss: torch.Tensor | None = None
     """[languages], fp64: like `loss`, but over all tokens of the text, also those with a loss mask of 0; None: not
     summed."""
+    new_token_mass: torch.Tensor | None = None
+    """[languages], fp64: summed probability that new tokens took (`import --tokenizer`), over the tokens that `tokens`
+    counts; None: in training, and of a model without new tokens. Never without `text_loss`."""
 
     @property
     def mean(self) -> float:
@@ -55,10 +59,13 @@ class LossSums:
         return {name: self.language_loss(index) for index, name in enumerate(names) if self.tokens[index] > 0}
 
     def __add__(self, other: "LossSums") -> "LossSums":
-        text_loss = None
-        if self.text_loss is not None and other.text_loss is not None:
-            text_loss = self.text_loss + other.text_loss
-        return LossSums(self.loss + other.loss, self.tokens + other.tokens, text_loss)
+        return LossSums(*(mine + theirs for mine, theirs in zip(self.parts, other.parts, strict=False)))
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """What was summed, in the order of the fields."""
+        fields = (self.loss, self.tokens, self.text_loss, self.new_token_mass)
+        return [part for part in fields if part is not None]
 
     def reduced_unless_stopped(self, stops: bool) -> "LossSums | None":
         """Sum over all ranks like `reduced`, in the same exchange as a flag. Every rank must call it.
@@ -69,7 +76,7 @@ class LossSums:
         Returns:
             None on every rank where any rank wants to stop.
         """
-        parts = [part for part in (self.loss, self.tokens, self.text_loss) if part is not None]
+        parts = self.parts
         flag = torch.full((1,), float(stops), dtype=self.loss.dtype, device=self.loss.device)
         total = torch.cat((*parts, flag))
         with waiting_for("the losses of all ranks", on_peers=True):
@@ -79,7 +86,7 @@ class LossSums:
 
     def reduced(self) -> "LossSums":
         """Sum over all ranks; the host waits for the device and has the result. Every rank must call it."""
-        total = torch.stack([part for part in (self.loss, self.tokens, self.text_loss) if part is not None])
+        total = torch.stack(self.parts)
         with waiting_for("the losses of all ranks", on_peers=True):
             dist.all_reduce(total)
             return LossSums(*total.cpu())
@@ -160,7 +167,9 @@ def run_micro_batches(
         micro_batch_size=batch,
         forward_only=forward_only,
     )
-    return _rank_sums(reports, languages, batches[0]["tokens"].device)
+    rows = 4 if unwrap(chunks[0]).vocabulary.is_extended and not torch.is_grad_enabled() else 3
+    total = torch.zeros(rows, languages, dtype=torch.float64, device=batches[0]["tokens"].device)
+    return _rank_sums(reports, total)
 
 
 def _forward_step(
@@ -184,30 +193,36 @@ def _forward_step(
         groups = language_group[language]
         tags = token_tags(groups >= 0, language >= 0, weights.lpr, weights.micro_batch, groups)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], padding_mask=tags)
-    return output, partial(_loss, batch, len(language_group) - 1)
+    mass = None if torch.is_grad_enabled() else unwrap(model).new_token_mass
+    return output, partial(_loss, batch, len(language_group) - 1, mass)
 
 
-def _loss(batch: Batch, languages: int, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed loss and number of tokens of one micro-batch, and [3, languages]: loss, tokens and loss of all text.
+def _loss(
+    batch: Batch, languages: int, mass: torch.Tensor | None, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Summed loss and number of tokens of one micro-batch, and the sums by language that `LossSums` has.
 
     Args:
+        mass: probability of all new tokens in each token's prediction, [batch, sequence]; None: not measured.
         output: LM loss of each token in nats, [batch, sequence].
     """
     mask = batch["loss_mask"]
     losses = output.float() * mask
     tokens = mask.sum()
-    report = torch.zeros(3, languages, dtype=torch.float64, device=output.device)
+    report = torch.zeros(3 if mass is None else 4, languages, dtype=torch.float64, device=output.device)
     language = batch["language"].clamp(min=0).flatten()  # padding has no loss: its zeros may go anywhere
     report[0].index_add_(0, language, losses.detach().double().flatten())
     report[1].index_add_(0, language, mask.double().flatten())
     text = torch.where(batch["language"] >= 0, output.detach(), 0.0)
     report[2].index_add_(0, language, text.double().flatten())
+    if mass is not None:
+        report[3].index_add_(0, language, torch.where(mask > 0, mass, 0.0).double().flatten())
     return losses.sum(), tokens.to(torch.int), report
 
 
-def _rank_sums(reports: list[torch.Tensor], languages: int, device: torch.device) -> LossSums:
-    """Add up the reports of the last pipeline rank; equal on all its TP ranks, so that only one of these counts."""
-    total = torch.zeros(3, languages, dtype=torch.float64, device=device)
+def _rank_sums(reports: list[torch.Tensor], total: torch.Tensor) -> LossSums:
+    """Add the reports of the last pipeline rank to `total`; equal on all its TP ranks, so that only one of these
+    counts."""
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
         total += torch.stack(reports).sum(dim=0)
     return LossSums(*total)

@@ -66,9 +66,14 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
     shape, card = model_shape(directory), directory.card()
     _check_sizes(options, shape)
     fingerprint = load_tokenizer(directory.side_directory).fingerprint if card.tokenizer_files else None
-    entries = read_blend(options.valid_data_path, "--valid-data-path", tokenizer_fingerprint=fingerprint)
+    entries = read_blend(
+        options.valid_data_path,
+        "--valid-data-path",
+        tokenizer_fingerprint=fingerprint,
+        earlier_tokenizers=card.earlier_tokenizers,
+    )
     languages = LanguageRegistry(entry.language for entry in entries)
-    check_token_ids(entries, shape.architecture.vocab_size, str(directory.path))
+    check_token_ids(entries, shape.total_vocab_size, str(directory.path))
     original = read_original_languages(options.original_languages, languages.names, original_languages(card.history))
     check_layout(shape, options.layout)
 

@@ -33,6 +33,8 @@ class DatasetLoss:
     known, was evaluated."""
     routing: RoutingReport | None
     """Routing in each layer; None for a dense model."""
+    new_token_mass: float | None = None
+    """Mean probability that all new tokens together took; None for a model without a vocabulary extension."""
 
     @property
     def perplexity(self) -> float:
@@ -85,6 +87,7 @@ def evaluate_dataset(
 
 
 def _result(dataset: ValidationDataset, total: LossSums, routing: RoutingReport | None) -> DatasetLoss:
+    mass = total.new_token_mass
     bits = float(total.text_loss.sum()) / math.log(2) if total.text_loss is not None else None
     return DatasetLoss(
         name=dataset.name,
@@ -93,6 +96,7 @@ def _result(dataset: ValidationDataset, total: LossSums, routing: RoutingReport 
         tokens=int(total.tokens.sum()),
         bits_per_byte=bits / dataset.text_bytes if bits is not None and dataset.text_bytes else None,
         routing=routing,
+        new_token_mass=float(mass.sum() / total.tokens.sum()) if mass is not None else None,
     )
 
 

@@ -58,6 +58,7 @@ def _dataset_record(result: DatasetLoss, label: str, evaluation: Evaluation) -> 
         "loss": _number(result.loss),
         "perplexity": _number(result.perplexity),
         "bits_per_byte": _number(result.bits_per_byte),
+        "new_token_mass": _number(result.new_token_mass),
         "routing": _routing_record(result.routing, group) if result.routing else None,
     }
 
@@ -81,7 +82,7 @@ def _routing_record(routing: RoutingReport, group: str) -> dict[str, Any]:
 
 def _averages(datasets: list[dict[str, Any]]) -> dict[str, float | None]:
     """Return means over datasets, in which each dataset counts the same, of any size."""
-    values = {name: [one[name] for one in datasets] for name in ("loss", "bits_per_byte")}
+    values = {name: [one[name] for one in datasets] for name in ("loss", "bits_per_byte", "new_token_mass")}
     for name in ("mean_expert0_probability", "mean_expert0_top_k_share"):
         values[name.removeprefix("mean_")] = [(one["routing"] or {}).get(name) for one in datasets]
     return {
@@ -99,15 +100,21 @@ def print_evaluation(record: dict[str, Any], console: Console | None = None) -> 
 
 
 def _loss_table(record: dict[str, Any]) -> Table:
+    has_new_tokens = any(one["new_token_mass"] is not None for one in record["datasets"])
     table = Table("language", "", "tokens", "loss", "perplexity", "bits per byte", title_justify="left")
+    if has_new_tokens:
+        table.add_column("mass on new tokens")
     table.title = f"{record['checkpoint']}, sequences of {record['sequence_length']} tokens, {record['dtype']}"
     for one, label in zip(record["datasets"], record_labels(record), strict=True):
         numbers = (_text(one["loss"]), _text(one["perplexity"], 2), _text(one["bits_per_byte"]))
-        table.add_row(label, one["group"], f"{one['tokens']:,}", *numbers)
+        mass = [_text(one["new_token_mass"])] if has_new_tokens else []
+        table.add_row(label, one["group"], f"{one['tokens']:,}", *numbers, *mass)
     means_by_group = record["averages_by_language_group" if record["expansions"] else "averages"]
     for group, means in means_by_group.items():
         if means["loss"] is not None:
-            table.add_row("mean", group, "", _text(means["loss"]), "", _text(means["bits_per_byte"]), style="bold")
+            mass = [_text(means["new_token_mass"])] if has_new_tokens else []
+            numbers = (_text(means["loss"]), "", _text(means["bits_per_byte"]))
+            table.add_row("mean", group, "", *numbers, *mass, style="bold")
     return table
 
 

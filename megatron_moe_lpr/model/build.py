@@ -19,15 +19,37 @@ from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.model.gpt import MoELPRModel
 from megatron_moe_lpr.model.moe.expert_states import ExpertStates
 from megatron_moe_lpr.model.spec import block_spec
+from megatron_moe_lpr.model.vocabulary import VocabularyLayout
 from megatron_moe_lpr.platform import Platform
 
 VOCABULARY_DIVISOR = 128
+NEW_ROWS_DIVISOR = 8
+"""Rows that a matrix product of bf16 on a GPU computes without a remainder."""
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
     """Rows of the embedding matrix: the next multiple of 128 x TP, as Megatron pads it."""
     multiple = VOCABULARY_DIVISOR * tensor_parallel_size
     return math.ceil(vocab_size / multiple) * multiple
+
+
+def padded_new_tokens(new_tokens: int, tensor_parallel_size: int) -> int:
+    """Rows of a vocabulary extension's matrix: the next multiple of 8 x TP."""
+    multiple = NEW_ROWS_DIVISOR * tensor_parallel_size
+    return math.ceil(new_tokens / multiple) * multiple
+
+
+def vocabulary_layout(shape: ModelShape, tensor_parallel_size: int) -> VocabularyLayout:
+    """The rows that TP ranks hold of the base model's vocabulary and of each extension."""
+    base = shape.architecture.vocab_size
+    extensions = {number: rows for number, rows in enumerate(shape.new_tokens) if rows}
+    padded = [padded_new_tokens(rows, tensor_parallel_size) for rows in extensions.values()]
+    return VocabularyLayout(
+        rows=(base, *extensions.values()),
+        padded=(padded_vocab_size(base, tensor_parallel_size), *padded),
+        ranks=tensor_parallel_size,
+        extensions=tuple(extensions),
+    )
 
 
 def build_model(
@@ -56,7 +78,7 @@ def _build_chunk(
         config,
         shape.architecture,
         block_spec(config, shape, platform.transformer_engine, vp_stage),
-        padded_vocab_size(shape.architecture.vocab_size, config.tensor_model_parallel_size),
+        vocabulary_layout(shape, config.tensor_model_parallel_size),
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=not interleaved, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=not interleaved, vp_stage=vp_stage),
         vp_stage=vp_stage,
@@ -71,9 +93,8 @@ def _mark_split_weights(chunk: torch.nn.Module) -> None:
     (tensor_parallel/layers.py), and here they initialise none; of an unmarked weight the gradient norm would count
     one TP rank's part only. Transformer Engine's grouped layers mark them up to 2.11; newer ones leave out weights that
     are not one tensor (module/grouped_linear.py `set_tensor_parallel_attributes`)."""
-    dimensions = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in chunk.modules():
-        dimension = dimensions.get(type(module))
+        dimension = _split_dimension(module)
         weights = [getattr(module, "weight", None)]
         if isinstance(module, ExpertStates):
             dimension = 1 if module.parallel_mode == "row" else 0
@@ -81,6 +102,13 @@ def _mark_split_weights(chunk: torch.nn.Module) -> None:
         for weight in weights:
             if dimension is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)
+
+
+def _split_dimension(module: torch.nn.Module) -> int | None:
+    """The dimension of a local layer's weight that TP splits; None: another module."""
+    if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+        return 0
+    return 1 if isinstance(module, RowParallelLinear) else None
 
 
 def unwrap(module: torch.nn.Module) -> MoELPRModel:

@@ -10,13 +10,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from megatron_moe_lpr.model.configuration.architecture import Architecture
-from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
-from megatron_moe_lpr.model.configuration.parameters import Parameter, Shape, describe_model
+from megatron_moe_lpr.model.configuration.parameter_kinds import EXTENSION_ROWS, ParameterKind
+from megatron_moe_lpr.model.configuration.parameters import (
+    EMBEDDING_KEY,
+    OUTPUT_KEY,
+    Parameter,
+    Shape,
+    describe_model,
+)
 
-EMBEDDING_KEY = "embedding.word_embeddings.weight"
-OUTPUT_KEY = "output_layer.weight"
-# Their first dimension may be padded in a training checkpoint, for tensor parallelism.
-VOCABULARY_KEYS = (EMBEDDING_KEY, OUTPUT_KEY)
 EMBEDDING_NAME = "model.embed_tokens.weight"
 OUTPUT_NAME = "lm_head.weight"
 DENSE_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -35,7 +37,13 @@ NAMES = {
     "decoder.final_layernorm.weight": ("model.norm.weight",),
     OUTPUT_KEY: (OUTPUT_NAME,),
 }
-"""Hugging Face's names by Megatron's, of a layer's parameters without the layer; FFN and router: see `Layout`."""
+"""Hugging Face's names by Megatron's, of a layer's parameters without the layer; FFN and router: see `Layout`. New rows
+of the vocabulary lie below the dense model's rows in the same Hugging Face tensor (`Row.rows`)."""
+
+
+def is_vocabulary_key(key: str) -> bool:
+    """Whether a tensor has a row for each token: its rows may be padded in a training checkpoint, for TP."""
+    return key in (EMBEDDING_KEY, OUTPUT_KEY) or EXTENSION_ROWS.match(key) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +107,10 @@ class Row:
     kind: ParameterKind
     layer: int | None = None
     dense_names: tuple[str, ...] = ()
-    """Names in the dense checkpoint; empty for new experts and routers."""
+    """Names in the dense checkpoint; empty for new experts, routers and new rows of the vocabulary."""
+    rows: tuple[int, int] | None = None
+    """First row and the row after the last one in the Hugging Face tensor, which has the base model's rows and the new
+    ones of each vocabulary extension; None: the whole tensor."""
 
     @property
     def shape(self) -> Shape:
@@ -112,17 +123,19 @@ def model_rows(
     experts_per_layer: Sequence[int],
     layout: Layout,
     expansions: Sequence[Sequence[int]] = (),
+    new_tokens: Sequence[int] = (),
 ) -> list[Row]:
     """All tensors of a model, in the order in which they are converted (rows that share a source are neighbours).
 
     Args:
         expansions: new experts of each layer by expansion; empty: one expansion added them all.
+        new_tokens: rows that each vocabulary extension added, the oldest one first.
     """
-    parameters = describe_model(architecture, experts_per_layer, expansions)
+    parameters = describe_model(architecture, experts_per_layer, expansions, new_tokens=new_tokens)
     rows: list[Row] = []
     for layer, group in itertools.groupby(parameters, key=lambda parameter: parameter.layer):
         if layer is None:
-            rows += [_row(parameter.name, NAMES[parameter.name], parameter) for parameter in group]
+            rows += _outer_rows(list(group), extended=bool(new_tokens))
         else:
             rows += _layer_rows(list(group), layer, layout)
     return rows
@@ -131,6 +144,20 @@ def model_rows(
 def _row(key: str, names: tuple[str, ...], parameter: Parameter) -> Row:
     """A tensor of the dense model that has the same name in every Hugging Face layout."""
     return Row(key, names, parameter.parts, parameter.kind, parameter.layer, names)
+
+
+def _outer_rows(parameters: Sequence[Parameter], extended: bool) -> Iterator[Row]:
+    """Tensors outside of the layers; with an extended vocabulary several of them share a Hugging Face tensor."""
+    names: tuple[str, ...] = ()
+    end = 0
+    for parameter in parameters:
+        is_new = not parameter.kind.is_original
+        names, first = (names, end) if is_new else (NAMES[parameter.name], 0)
+        end = first + parameter.shape[0]
+        row = _row(parameter.name, names, parameter)
+        if extended and is_vocabulary_key(parameter.name):
+            row = dataclasses.replace(row, rows=(first, end), dense_names=() if is_new else names)
+        yield row
 
 
 def _layer_rows(parameters: Sequence[Parameter], layer: int, layout: Layout) -> Iterator[Row]:

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import gc
+import itertools
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.format.chain import find_parent
@@ -149,8 +152,9 @@ def load_run(state: RunState, directory: CheckpointDirectory, start: CheckpointD
     for name, chunk in zip(_model_names(loaded), state.chunks, strict=True):
         fill_model(chunk, loaded[name], is_complete=not trainable_only)
     # Megatron-Core 0.19 matches groups by their learning rates too, which may have changed; they are restored below.
-    for group in (*state.optimizer.param_groups, *_param_groups(loaded["optimizer"])):
+    for group in (*state.optimizer.param_groups, *itertools.chain(*_param_groups(loaded["optimizer"]))):
         group.update({name: None for name in LEARNING_RATES if name in group})
+    _number_equal_groups(state.optimizer, loaded["optimizer"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     for group, kept, own in zip(state.optimizer.param_groups, settings, before, strict=True):
         # What only this optimizer has: torch's or Transformer Engine's saved the state of the other.
@@ -176,15 +180,33 @@ def _set_counters(state: RunState, counters: Any, directory: CheckpointDirectory
 
 def _optimizer_settings(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
     """Settings of each parameter group that loading a checkpoint would overwrite."""
-    names = (*LEARNING_RATES, "betas", "eps")
+    names = (*LEARNING_RATES, "betas", "eps", "wd_mult")
     return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
 
 
-def _param_groups(loaded: Any) -> Iterator[dict[str, Any]]:
-    """Yield the parameter groups of a loaded optimizer state, at any level of Megatron's chained optimizers."""
+def _number_equal_groups(optimizer: MegatronOptimizer, loaded: Any) -> None:
+    """Number parameter groups of equal settings, as routers and other dense weights are in groups of their own.
+
+    Megatron's fp32 optimizer matches groups by these settings alone (optimizer.py `_filter_and_reorder_param_groups`)
+    and would give several groups the parameters of one. The number is put into `wd_mult`, which is restored later.
+    """
+    present = [part.param_groups for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    stored = list(_param_groups(loaded))
+    if sum(map(len, present)) != sum(map(len, stored)):
+        return
+    for groups in (*present, *stored):
+        seen: Counter[tuple] = Counter()
+        for group in groups:
+            settings = tuple(group.get(name) for name in param_group_identifier_keys)
+            group["wd_mult"] = (group["wd_mult"], seen[settings])
+            seen[settings] += 1
+
+
+def _param_groups(loaded: Any) -> Iterator[list[dict[str, Any]]]:
+    """Yield the lists of parameter groups in a loaded state of Megatron's chained optimizers, at any level."""
     children = loaded if isinstance(loaded, list) else []
     if isinstance(loaded, dict):
-        yield from loaded.get("param_groups", ())
+        yield loaded.get("param_groups", [])
         children = [value for name, value in loaded.items() if name != "param_groups"]
     for child in children:
         yield from _param_groups(child)

@@ -26,7 +26,8 @@ def _parameter_table(run: Run) -> Table:
     counts = dict.fromkeys(ParameterKind, 0)
     for key, info in open_reader(run.model.directory).tensors.items():
         if key.startswith(("embedding.", "decoder.", "output_layer.")):
-            counts[kind_of(key, run.model.shape.inserted_blocks)] += torch.Size(info.shape).numel()
+            kind = kind_of(key, run.model.shape.inserted_blocks, len(run.model.shape.new_tokens))
+            counts[kind] += torch.Size(info.shape).numel()
     layout = run.config.layout
     title = (
         f"Stage {run.stage.name}: {run.stage.title} on {run.platform.name}, TP {layout.tensor_model_parallel_size} "

@@ -32,11 +32,18 @@ class RunLog(Callback):
     def on_evaluation(self, iteration: int, result: DatasetLoss) -> None:
         """Print a line and write a record with the dataset's loss."""
         bits = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte is not None else ""
+        mass = (
+            f", {result.new_token_mass:.4f} of the probability on new tokens"
+            if result.new_token_mass is not None
+            else ""
+        )
         name = f"validation {result.language} ({result.name})"
-        self.writer.say(f"step {iteration:,} {name}: loss {result.loss:.4f}{bits}, {result.tokens:,} tokens")
+        self.writer.say(f"step {iteration:,} {name}: loss {result.loss:.4f}{bits}{mass}, {result.tokens:,} tokens")
         values = {"dataset": result.name, "language": result.language, "lm_loss": result.loss, "tokens": result.tokens}
         if result.bits_per_byte is not None:
             values["bits_per_byte"] = result.bits_per_byte
+        if result.new_token_mass is not None:
+            values["new_token_mass"] = result.new_token_mass
         if result.routing:
             scalars = routing_scalars(result.routing)
             values |= {name: value for name, value in scalars.items() if value == value}

@@ -86,7 +86,7 @@ def prepare(config: TrainingConfig) -> Run:
     shape = model_shape(start)
     tokenizer = load_tokenizer(start.side_directory) if card.tokenizer_files else None
     fingerprint = tokenizer.fingerprint if tokenizer else None
-    sources = read_data_sources(config.data, fingerprint, original_languages(card.history))
+    sources = read_data_sources(config.data, fingerprint, original_languages(card.history), card.earlier_tokenizers)
     _check_run(config, stage, start, card, sources)
     platform, options = _choose_platform(config, stage, shape, card)
     config = dataclasses.replace(config, optimizer=config.optimizer.with_platform_defaults(platform))
@@ -118,7 +118,7 @@ def _check_run(
 ) -> None:
     """Check flags, data and the checkpoint against each other, without a device."""
     shape = model_shape(start)
-    check_token_ids([*sources.train, *sources.valid], shape.architecture.vocab_size, str(start.path))
+    check_token_ids([*sources.train, *sources.valid], shape.total_vocab_size, str(start.path))
     earlier = groups_with_prior(card.history, sources.original_languages, shape.num_groups)[1:]
     check_stage(stage, card.is_moe, sources, earlier, bool(card.inserted_blocks))
     _check_expansion(config, stage, card)
@@ -172,7 +172,7 @@ def _build_model(
         calculate_per_token_loss=True,
         verified=config.checkpoint.verify and not resumes_whole,
     )
-    freeze(model.chunks, stage, model.shape.inserted_blocks)
+    freeze(model.chunks, stage, model.shape.inserted_blocks, len(model.shape.new_tokens))
     # Megatron's plain bf16 optimizer cannot save what is fp32 beside bf16, as the routers are.
     distributed = config.optimizer.use_distributed_optimizer or model.config.bf16
     optimizer_options = dataclasses.replace(config.optimizer, use_distributed_optimizer=distributed)

@@ -21,7 +21,7 @@ def checkpoint_fingerprint(load: Path, base: Path | None = None) -> str:
     with resolve_and_hold(load, base) as iteration:
         checkpoint = resolve_checkpoint(iteration, base)
         card, architecture = checkpoint.card(), checkpoint.architecture()
-        rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions)
+        rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions, card.new_tokens)
         rows = mark_inserted(rows, architecture.num_layers, card.inserted_blocks)
         reader = open_reader(checkpoint)
         check_model_tensors(rows, reader)

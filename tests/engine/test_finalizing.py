@@ -28,8 +28,8 @@ def checkpoint(tmp_path_factory):
 def both(path, case: StepCase, with_loss: bool) -> list[dict[str, torch.Tensor]]:
     """Gradients by Megatron's function and by ours, on every rank of a pool."""
 
-    def batches(size: int) -> list[dict[str, torch.Tensor]]:
-        return [batch | {"loss_mask": batch["loss_mask"] * with_loss} for batch in micro_batches(size)]
+    def batches(size: int, vocabulary: int) -> list[dict[str, torch.Tensor]]:
+        return [batch | {"loss_mask": batch["loss_mask"] * with_loss} for batch in micro_batches(size, vocabulary)]
 
     results = []
     for function in (finalize_model_grads, finalizing.finalize_gradients):

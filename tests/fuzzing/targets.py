@@ -14,13 +14,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
-from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, read_card
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, EarlierTokenizer, read_card
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory, resolve_checkpoint
 from megatron_moe_lpr.checkpoint.format.reader import CheckpointReader
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.conversion.hugging_face.adapter import open_adapter
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.conversion.hugging_face.safetensors_source import SafetensorsSource, weight_files
+from megatron_moe_lpr.conversion.tensors.new_rows import initial_rows
 from megatron_moe_lpr.conversion.verification.inspection import inspect_directory, print_inspection
 from megatron_moe_lpr.data.indexed import check_index, open_tokens
 from megatron_moe_lpr.data.manifest import read_manifest
@@ -30,6 +31,7 @@ from megatron_moe_lpr.data.preparation.merging import expand_prefixes
 from megatron_moe_lpr.data.preparation.sources import Block
 from megatron_moe_lpr.data.tokenizer import load_tokenizer, model_vocabulary
 from megatron_moe_lpr.data.tokenizer_settings import added_tokens
+from megatron_moe_lpr.data.vocabulary_extension import read_extension, tokenizers_before
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
 from megatron_moe_lpr.files import checksum_file
@@ -54,6 +56,11 @@ MOE = DENSE | {
     "shared_expert_intermediate_size": 128,
 }  # fmt: skip
 CARD = CheckpointCard("llama", [3, 1], 2, "float32", "sha256:00", 1, {"tokenizer.json": "00"}, {"torch": "2"}, [{}])
+CARD.new_tokens, CARD.earlier_tokenizers = [3, 5], [EarlierTokenizer("00", ["en"]), EarlierTokenizer("01", [])]
+EXTENSION = {
+    "format": 1, "base_vocab_size": 10, "new_tokens": 2, "base_tokenizer_fingerprint": "aa",
+    "tokenizer_fingerprint": "bb", "guarded": {"en": {"documents": 9, "changed": 0}}, "pieces": [[1, 2], [3, 4, 9]],
+}  # fmt: skip
 EVALUATION = {
     "datasets": [
         {"language": name, "group": group, "tokens": 10, "bits_per_byte": 2.0,
@@ -213,6 +220,12 @@ def _read_metrics(path: Path) -> None:
     read_inputs([f"t={path.with_name('e.json')}"], [f"t={path}"], None)
 
 
+def _read_extension(path: Path) -> None:
+    extension = read_extension(path.parent)
+    tokenizers_before(extension, CARD.earlier_tokenizers)
+    initial_rows(torch.zeros(10, 4), extension.pieces)
+
+
 def _read_evaluation(path: Path) -> None:
     build_page(read_inputs([f"a={path}", f"b={path}"], [], None))
 
@@ -244,6 +257,7 @@ TARGETS = {
         _json_file("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": "<|a|>", "special": True}}}),
         lambda path: added_tokens(path.parent),
     ),
+    "vocabulary extension": Target(_json_file("extension.json", EXTENSION | {"earlier": [EXTENSION]}), _read_extension),
     "metrics": Target(_metrics, _read_metrics),
     "evaluation": Target(_json_file("e.json", EVALUATION), _read_evaluation),
 }

@@ -53,7 +53,7 @@ def compare_model(report: Report, flags: argparse.Namespace, served: models.Serv
         return
     # llama-server ends at the end-of-text token, and the export promises nothing beyond a sliding window.
     cut = [one.cut(within_window(served), models.SIZES["eos_token_id"]) for one in reference]
-    megatron = functools.partial(by_megatron, place / "checkpoint", reference, models.SIZES["vocab_size"])
+    megatron = functools.partial(by_megatron, place / "checkpoint", reference, served.vocab_size)
     report.compare(served.name, "Megatron (this project)", megatron, reference)
     four = functools.partial(by_transformers4, flags.transformers4, place, reference)
     report.compare(served.name, "transformers 4", four, reference)

@@ -10,6 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conversion.helpers import perturb, rewrite_checkpoint, run
+from tests.data.builders import corpus_texts
+from tests.data.extended_tokenizers import extend, learn_merges
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "data" / "base_model"
@@ -48,6 +50,13 @@ class Served:
     model_type: str
     fields: dict
     layers: str = ALL
+    new_tokens: int = 0
+    """Tokens that a vocabulary extension adds."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the model."""
+        return SIZES["vocab_size"] + self.new_tokens
 
 
 MODELS = (
@@ -60,6 +69,8 @@ MODELS = (
     Served(
         f"Mistral, window {WINDOW}, layer 0 dense", "mistral", {"head_dim": 64, "sliding_window": WINDOW}, FIRST_DENSE
     ),
+    Served("Qwen2, 200 new tokens", "qwen2", {}, new_tokens=200),
+    Served("Llama, tied, 200 new tokens", "llama", {"tie_word_embeddings": True}, new_tokens=200),
 )
 
 
@@ -67,10 +78,23 @@ def make(served: Served, root: Path) -> Path:
     """Write `dense`, `checkpoint` and `stock` below `root` and return it."""
     make_dense(served.model_type, {**SIZES, **served.fields}, root / "dense")
     options = ("--num-experts", 5, "--moe-layer-freq", served.layers)
+    if served.new_tokens:
+        merges = learn_merges(TOKENIZER, corpus_texts("valid", "el")[:20], served.new_tokens)
+        extend(TOKENIZER, root / "tokenizer", merges, SIZES["vocab_size"], {})
+        options = (*options, "--tokenizer", root / "tokenizer")
     convert("import", "--hf", root / "dense", "--save", root / "checkpoint", *options)
-    rewrite_checkpoint(root / "checkpoint", perturb)
+    rewrite_checkpoint(root / "checkpoint", train)
     convert("export", "--load", root / "checkpoint", "--hf", root / "stock")
     return root
+
+
+def train(tensors: dict[str, torch.Tensor]) -> None:
+    """Change what training changes: experts and routers, and rows of new tokens, so that the model chooses some."""
+    perturb(tensors)
+    generator = torch.Generator().manual_seed(8)
+    for key, tensor in tensors.items():
+        if ".new_" in key:
+            tensors[key] = 0.1 * torch.randn(tensor.shape, generator=generator)
 
 
 def make_for_llama_cpp(root: Path) -> Path:

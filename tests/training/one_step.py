@@ -1,6 +1,7 @@
 """One optimizer step at any layout, with its losses and all its gradients gathered under checkpoint keys."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.engine.routing import collect_routing, reset_routing
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
-from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
+from megatron_moe_lpr.model.configuration.parameter_kinds import EXTENSION_ROWS, kind_of
+from megatron_moe_lpr.model.tensors import is_vocabulary_key
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
@@ -35,6 +37,7 @@ class StepCase:
     layout: dict = dataclasses.field(default_factory=dict)
     stage: str = "1"
     train_embeddings: bool = False
+    train_new_rows: bool = False
     micro_batch_size: int = 2
     load_balancing_coeff: float = 0.3
     lpr_loss_coeff: float = 0.5
@@ -61,10 +64,10 @@ class StepResult:
         return torch.cat([gradient.flatten() for gradient in chosen]).double().norm().item()
 
 
-def samples() -> dict[str, torch.Tensor]:
+def samples(vocabulary: int = VOCABULARY) -> dict[str, torch.Tensor]:
     """The global batch: every sample of one language, some ending in padding, some tokens without loss."""
     generator = torch.Generator().manual_seed(7)
-    tokens = torch.randint(0, VOCABULARY, (SAMPLES, SEQUENCE + 1), generator=generator)
+    tokens = torch.randint(0, vocabulary, (SAMPLES, SEQUENCE + 1), generator=generator)
     language = torch.tensor([0, 1, 2, 0, 1, 0, 2, 2])[:, None].expand(-1, SEQUENCE).clone()
     language[2, 20:] = -1
     language[5, 27:] = -1
@@ -79,10 +82,10 @@ def samples() -> dict[str, torch.Tensor]:
     }
 
 
-def micro_batches(size: int) -> list[dict[str, torch.Tensor]]:
+def micro_batches(size: int, vocabulary: int = VOCABULARY) -> list[dict[str, torch.Tensor]]:
     """This data-parallel rank's part of the global batch."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    whole = samples()
+    whole = samples(vocabulary)
     count = SAMPLES // size
     parts = [{key: value[i * size : (i + 1) * size].contiguous() for key, value in whole.items()} for i in range(count)]
     return parts[rank::ranks]
@@ -103,7 +106,8 @@ def run_step(path: Path, case: StepCase, table: torch.Tensor = LANGUAGE_GROUP) -
         lpr_loss_coeff=case.lpr_loss_coeff,
         calculate_per_token_loss=True,
     )
-    freeze(model.chunks, StageOptions(stage=case.stage, train_embeddings=case.train_embeddings).resolve())
+    stage = StageOptions(stage=case.stage, train_embeddings=case.train_embeddings, train_new_rows=case.train_new_rows)
+    freeze(model.chunks, stage.resolve(), extensions=len(model.shape.new_tokens))
     options = OptimizerOptions(**case.optimizer)
     chunks = wrap_data_parallel(model.chunks, model.config, options)
     optimizer = build_optimizer(chunks, model.config, options, platform)
@@ -112,7 +116,8 @@ def run_step(path: Path, case: StepCase, table: torch.Tensor = LANGUAGE_GROUP) -
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    sums = run_schedule(chunks, model.config, micro_batches(case.micro_batch_size), table)
+    batches = micro_batches(case.micro_batch_size, model.shape.total_vocab_size)
+    sums = run_schedule(chunks, model.config, batches, table)
     watch.check()
     routing = collect_routing(chunks, model.shape)
     optimizer.prepare_grads()
@@ -121,11 +126,11 @@ def run_step(path: Path, case: StepCase, table: torch.Tensor = LANGUAGE_GROUP) -
         lpr=routing.mean_over_layers(routing.lpr_loss, "original"),
         load_balancing=routing.load_balancing.nanmean().item(),
         grad_norm=float(optimizer.get_grad_norm()),
-        gradients=gather_gradients(chunks),
+        gradients=gather_gradients(chunks, model.shape.architecture.vocab_size, model.shape.new_tokens),
     )
 
 
-def gather_gradients(chunks) -> dict[str, torch.Tensor]:
+def gather_gradients(chunks, vocabulary: int = VOCABULARY, new_tokens: Sequence[int] = ()) -> dict[str, torch.Tensor]:
     """Every trainable parameter's whole gradient, on every rank, under the parameter's checkpoint key."""
     for chunk in chunks:
         _complete_shards(chunk)
@@ -145,8 +150,15 @@ def gather_gradients(chunks) -> dict[str, torch.Tensor]:
         target = whole.setdefault(key, torch.full(shape, torch.nan))
         target[tuple(slice(start, start + length) for start, length in zip(offset, data.shape, strict=True))] = data
     # Rows of the padded vocabulary differ in number between layouts.
-    whole = {key: tensor[:VOCABULARY] if kind_of(key) == "embedding" else tensor for key, tensor in whole.items()}
+    whole = {key: _unpadded(key, tensor, vocabulary, new_tokens) for key, tensor in whole.items()}
     return {key: tensor for key, tensor in whole.items() if tensor.abs().sum() > 0}
+
+
+def _unpadded(key: str, tensor: torch.Tensor, vocabulary: int, new_tokens: Sequence[int]) -> torch.Tensor:
+    if not is_vocabulary_key(key):
+        return tensor
+    extension = EXTENSION_ROWS.search(key)
+    return tensor[: new_tokens[int(extension[2])] if extension else vocabulary]
 
 
 def _put_gradients(state: dict, chunk) -> None:

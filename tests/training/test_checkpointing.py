@@ -70,6 +70,18 @@ def test_resume_at_the_same_layout_is_exact(original_run, inputs, tmp_path):
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
 
 
+def test_full_training_in_fp32_is_resumed(inputs, tmp_path):
+    """Routers and matrices outside of experts are two parameter groups that Megatron takes for one when it loads."""
+    changes = {"stage": "full", "train_iters": 4, "save_interval": 2}
+    run_pool(2, inputs[0], tmp_path / "first", inputs[1], **changes)
+    save = rewind(tmp_path / "first", tmp_path / "second", 2)
+    run_pool(2, inputs[0], save, inputs[1], **changes, **TP2)
+    expected, found = metrics(tmp_path / "first"), metrics(save)
+    assert sorted(found) == [3, 4]
+    for step, record in found.items():
+        assert record["lm_loss"] == pytest.approx(expected[step]["lm_loss"], rel=2e-5), step
+
+
 @pytest.mark.parametrize("trained", [{}, {"train_embeddings": True}, {"stage": "full"}])
 def test_bf16_with_fp32_routers_is_saved_and_resumed(trained, inputs, tmp_path):
     """Also where routers train beside dense bf16 weights: Megatron's optimizer mixed their states up. What is frozen
@@ -85,6 +97,16 @@ def test_bf16_with_fp32_routers_is_saved_and_resumed(trained, inputs, tmp_path):
     run_pool(2, inputs[0], rewind(first, second, 3), inputs[1], **EP2, **changes)
     again = checkpoint_tensors(second)
     assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items() if key.startswith("decoder."))
+
+
+def test_fp32_with_two_equal_groups_of_parameters_is_resumed(inputs, tmp_path):
+    """Routers and embeddings have groups of their own with equal settings, by which Megatron's fp32 optimizer told
+    them apart: it ended with an error."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_pool(1, inputs[0], first, inputs[1], save_interval=3, train_embeddings=True, weight_decay=0.1)
+    run_pool(1, inputs[0], rewind(first, second, 3), inputs[1], train_embeddings=True, weight_decay=0.1)
+    tensors, again = checkpoint_tensors(first), checkpoint_tensors(second)
+    assert tensors.keys() == again.keys() and all(torch.equal(tensor, again[key]) for key, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("options", [{}, {"async_save": False}])

@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, is_integer, is_number, read_json, write_json
-from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS
+from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS, MAX_VOCABULARY
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 PARENT_KEY = "base"
 """The name of `CheckpointCard.parent` in card.json."""
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
@@ -34,6 +34,21 @@ class ParentCheckpoint:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not isinstance(self.checksum, str):
             raise TypeError("base: path and checksum must be text")
+
+
+@dataclasses.dataclass
+class EarlierTokenizer:
+    """A tokenizer from before a vocabulary extension, and whose datasets still have the ids of the present one."""
+
+    fingerprint: str
+    """Fingerprint that datasets made with it record."""
+    unchanged: list[str]
+    """Languages of which the extension changed no document; datasets of them need not be made again."""
+
+    def __post_init__(self) -> None:
+        is_list = isinstance(self.unchanged, list) and all(isinstance(name, str) for name in self.unchanged)
+        if not isinstance(self.fingerprint, str) or not is_list:
+            raise TypeError("earlier_tokenizers: a fingerprint and a list of languages are expected")
 
 
 @dataclasses.dataclass
@@ -65,6 +80,11 @@ class CheckpointCard:
     """Weight of the latest expansion's experts in the routers' softmax, from 0 (not used yet) to 1."""
     inserted_blocks: list[int] = dataclasses.field(default_factory=list)
     """Layers that block expansion inserted, counted from 0 in the expanded model; empty: none."""
+    new_tokens: list[int] = dataclasses.field(default_factory=list)
+    """By vocabulary extension, oldest first: rows that it added to embedding and output layer; empty: none. 0: an
+    expansion that left the vocabulary as it was."""
+    earlier_tokenizers: list[EarlierTokenizer] = dataclasses.field(default_factory=list)
+    """Tokenizers from before each vocabulary extension, oldest first."""
     parent: ParentCheckpoint | None = None
     """The checkpoint with the weights that --save-trainable-only left out; None: this one holds all. `base` on disk."""
     format_version: int = FORMAT_VERSION
@@ -81,6 +101,11 @@ class CheckpointCard:
         recorded = (entry.get("dtype") for entry in reversed(self.history))
         dtype = next((name for name in recorded if name in MODEL_DTYPES), self.dtype)
         return "bfloat16" if dtype == "float16" else dtype
+
+    @property
+    def added_rows(self) -> int:
+        """Rows that vocabulary extensions have added to the dense model's embedding."""
+        return sum(self.new_tokens)
 
     @property
     def num_experts(self) -> int:
@@ -104,8 +129,12 @@ def read_card(path: Path) -> CheckpointCard:
     fields = read_json(path)
     _check_format(fields, path)
     try:
-        parent = fields.pop(PARENT_KEY, None)
-        card = CheckpointCard(**fields, parent=ParentCheckpoint(**parent) if parent else None)
+        parent, tokenizers = fields.pop(PARENT_KEY, None), fields.pop("earlier_tokenizers", [])
+        card = CheckpointCard(
+            **fields,
+            parent=ParentCheckpoint(**parent) if parent else None,
+            earlier_tokenizers=[EarlierTokenizer(**one) for one in tokenizers],
+        )
     except TypeError as error:
         raise UserError(f"{path}: not a valid card: {error}") from None
     check_experts(card.experts_per_layer, f"{path}: experts_per_layer")
@@ -188,6 +217,7 @@ _FIELD_CHECKS = {
     "history": _is_history,
     "expansions": _is_expansions,
     "inserted_blocks": _is_inserted_blocks,
+    "new_tokens": lambda value: isinstance(value, list) and all(is_integer(rows, 0, MAX_VOCABULARY) for rows in value),
     "openness": lambda value: is_number(value, 0, 1),
 }
 

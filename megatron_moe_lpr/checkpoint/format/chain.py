@@ -72,6 +72,8 @@ def _check_parent(directory: CheckpointDirectory, recorded: ParentCheckpoint, pa
         problem = "its layers have other numbers of experts"
     elif parent_card.inserted_blocks != card.inserted_blocks:
         problem = "its inserted blocks are others"
+    elif parent_card.new_tokens != card.new_tokens:
+        problem = "its vocabulary has other new tokens"
     elif weights_checksum(parent) != recorded.checksum and not _needs_only_dense_weights(directory, parent):
         problem = "its weights are others (checksum)"
     if problem:
@@ -89,9 +91,9 @@ def _needs_only_dense_weights(directory: CheckpointDirectory, parent: Checkpoint
     if parent.card().history or parent.card().parent:
         return False
     needed = set(CheckpointReader(parent.path).tensors) - set(CheckpointReader(directory.path).tensors)
-    trained = {"router", "new experts", "earlier experts", "inserted blocks"}
-    inserted = directory.card().inserted_blocks
-    return not any(kind_of(key, inserted) in trained for key in needed if is_model_key(key))
+    card = directory.card()
+    kinds = (kind_of(key, card.inserted_blocks, len(card.new_tokens)) for key in needed if is_model_key(key))
+    return all(kind.is_original for kind in kinds)
 
 
 def record_parent(directory: CheckpointDirectory) -> ParentCheckpoint:

@@ -48,6 +48,7 @@ def model_shape(directory: CheckpointDirectory) -> ModelShape:
         tuple(map(tuple, card.expansions)),
         card.openness,
         tuple(card.inserted_blocks),
+        tuple(card.new_tokens),
     )
 
 

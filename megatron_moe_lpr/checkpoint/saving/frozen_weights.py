@@ -25,7 +25,8 @@ def frozen_weights(directory: CheckpointDirectory, dtype: torch.dtype) -> "Froze
     """
     reader = open_reader(directory)
     # Routers compute in float32, in which they are stored.
-    weights = [key for key in reader.tensors if is_model_key(key) and kind_of(key) != "router"]
+    extensions = len(directory.card().new_tokens)
+    weights = [key for key in reader.tensors if is_model_key(key) and kind_of(key, (), extensions) != "router"]
     return FrozenWeights(reader) if any(reader.tensors[key].dtype != dtype for key in weights) else None
 
 

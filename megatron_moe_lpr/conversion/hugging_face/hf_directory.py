@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fnmatch
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ from megatron_moe_lpr.conversion.hugging_face.other_forms import refuse_other_di
 from megatron_moe_lpr.conversion.hugging_face.other_tensors import foreign_form
 from megatron_moe_lpr.conversion.hugging_face.safetensors_source import INDEX_FILE, SafetensorsSource, weight_files
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors, zero_attention_biases
+from megatron_moe_lpr.data.vocabulary_extension import EXTENSION_FILE
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksums import sha256_of_file
-from megatron_moe_lpr.files.json_files import checked_integer
+from megatron_moe_lpr.files.json_files import checked_integer, required_int
 from megatron_moe_lpr.files.lfs_pointers import refuse_lfs_pointers
 from megatron_moe_lpr.files.links import copy_private, file_inside, tree_inside
-from megatron_moe_lpr.model.configuration.architecture import MAX_SIZE, Architecture, read_architecture
+from megatron_moe_lpr.model.configuration.architecture import MAX_SIZE, MAX_VOCABULARY, Architecture, read_architecture
+from megatron_moe_lpr.model.configuration.parameters import Shape
 from megatron_moe_lpr.model.tensors import (
     DENSE_LAYOUT,
     EMBEDDING_NAME,
@@ -52,6 +55,19 @@ TOKENIZER_PATTERNS = (
     "chat_template*",
     "*.model",
     "tekken.json",
+    EXTENSION_FILE,
+)
+# Those of them that hold tokens: an extended tokenizer replaces them all.
+VOCABULARY_PATTERNS = (
+    "tokenizer.json",
+    "*.tiktoken",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "*.model",
+    "tekken.json",
+    EXTENSION_FILE,
 )
 CHAT_TEMPLATES = "additional_chat_templates"
 # README.md is the base model's model card, which names the licence for the export. Licences demand their files.
@@ -75,7 +91,7 @@ class HFDirectory:
 
     path: Path
     config: dict[str, Any]
-    """The dense model's configuration, also for a directory of an MoE."""
+    """The dense model's configuration, also for a directory of an MoE or of a model with an extended vocabulary."""
     architecture: Architecture
     layout: Layout
     experts_per_layer: list[int]
@@ -88,6 +104,11 @@ class HFDirectory:
     def is_moe(self) -> bool:
         """Whether the directory holds a stock MoE."""
         return self.layout is not DENSE_LAYOUT
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """Rows that vocabulary extensions added below those of `architecture.vocab_size`, the oldest one first."""
+        return self.card.new_tokens if self.card else []
 
     def extra(self) -> list[ExtraTensor]:
         """Return the tensors that the stock architecture has and the upcycled model does not."""
@@ -115,11 +136,22 @@ def open_hf_directory(path: Path) -> HFDirectory:
     model_type = config.get("model_type")
     if model_type == LLAMA_CPP_MODEL_TYPE:
         raise UserError(f"{config_path}: written for llama.cpp alone; use the export for transformers")
+    config = _without_new_rows(config, _card(path), path)
     if isinstance(model_type, str) and model_type in DENSE_FAMILY_OF_MOE:
         return _open_moe(path, config)
     architecture = read_architecture(config, str(config_path))
     layers = [1] * architecture.num_layers
     return HFDirectory(path, config, architecture, DENSE_LAYOUT, layers, 1, 0, _card(path))
+
+
+def _without_new_rows(config: dict[str, Any], card: CheckpointCard | None, path: Path) -> dict[str, Any]:
+    """The configuration with the dense model's `vocab_size`, without the rows of vocabulary extensions."""
+    if card is None or not card.added_rows:
+        return config
+    size = required_int(config, "vocab_size", str(path / CONFIG_FILE), 1, MAX_VOCABULARY)
+    if size <= card.added_rows:
+        raise UserError(f"{path / SIDE_DIRECTORY}: does not belong to {path / CONFIG_FILE}; remove it")
+    return config | {"vocab_size": size - card.added_rows}
 
 
 def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
@@ -169,7 +201,11 @@ def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: Safetensors
     Raises:
         UserError: a tensor is missing, unexpected or of the wrong shape; the message names it.
     """
-    expected = {name: shape for row in rows for name, shape in zip(row.names, row.shapes, strict=False)}
+    expected: dict[str, Shape] = {}
+    for row in rows:
+        # Of a tensor that several rows share, the last one tells where it ends.
+        shapes = [(row.rows[1], *shape[1:]) for shape in row.shapes] if row.rows else row.shapes
+        expected |= dict(zip(row.names, shapes, strict=False))
     expected |= {tensor.name: tensor.shape for tensor in extra}
     foreign = foreign_form(source.tensors)
     if foreign:
@@ -275,8 +311,24 @@ def carry_files(files: Mapping[str, Path], target: Path) -> None:
         copy_private(file, target / name)
 
 
-def tokenizer_files(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of each tokenizer file, by name."""
-    names = {path.name for pattern in TOKENIZER_PATTERNS for path in directory.glob(pattern)}
-    files = {name: file for name, file in carried_files(directory).items() if name in names}
-    return {name: sha256_of_file(file) for name, file in sorted(files.items())}
+def with_tokenizer(files: Mapping[str, Path], tokenizer: Path) -> dict[str, Path]:
+    """Return a model's files of `carried_files` with the tokenizer of another directory, an extended one.
+
+    Chat templates and settings that the directory lacks stay; no file with the old vocabulary does.
+    """
+    kept = {name: file for name, file in files.items() if not _matches(name, VOCABULARY_PATTERNS)}
+    return kept | _tokenizer_files(carried_files(tokenizer))
+
+
+def tokenizer_digests(files: Mapping[str, Path]) -> dict[str, str]:
+    """Return the SHA-256 of each tokenizer file among the files of `carried_files`, by name."""
+    return {name: sha256_of_file(file) for name, file in sorted(_tokenizer_files(files).items())}
+
+
+def _tokenizer_files(files: Mapping[str, Path]) -> dict[str, Path]:
+    return {name: file for name, file in files.items() if _matches(name, TOKENIZER_PATTERNS)}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    # Files in a directory, as further chat templates, have a slash in their names.
+    return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -68,6 +68,7 @@ def model_card(
         base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a dense base model",
         origin=_origin(base_model, source),
         card=card,
+        unchanged=card.earlier_tokenizers[0].unchanged if card.earlier_tokenizers else [],
         upcycled_layers=sum(experts > 1 for experts in card.experts_per_layer),
         original=original,
         expanded=expanded,

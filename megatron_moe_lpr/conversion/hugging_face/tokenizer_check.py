@@ -2,11 +2,12 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE
 from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
-from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files, tokenizer_files
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files, tokenizer_digests
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_samples import TEXTS
 from megatron_moe_lpr.data.sentencepiece_conversion import SPACE
 from megatron_moe_lpr.data.tokenizer import (
@@ -20,27 +21,32 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import read_json
 
 
-def check_tokenizer(model: Path, exported_type: str) -> list[str]:
+def check_tokenizer(
+    model: Path, exported_type: str, files: Mapping[str, Path] | None = None, extended: Path | None = None
+) -> list[str]:
     """Export a model's tokenizer to a temporary directory, and return warnings for the user.
 
     Args:
         model: a Hugging Face directory.
         exported_type: `model_type` of the export, by which transformers chooses the tokenizer's class.
+        files: the files that are copied into the checkpoint, by relative path; by default the model's own.
+        extended: directory of the extended tokenizer among them; None: they have the model's own.
 
     Raises:
         UserError: the files that are copied into the checkpoint make another tokenizer.
     """
+    files = carried_files(model) if files is None else files
     with tempfile.TemporaryDirectory() as name:
         trial = Path(name)
-        carry_files(carried_files(model), trial)
+        carry_files(files, trial)
         (trial / CONFIG_FILE).write_text(json.dumps({"model_type": exported_type}), encoding="utf-8")
         found = settle_tokenizer(trial)
-        found = [line.replace(f"{trial}/", f"{model}/") for line in found]
+        found = [line.replace(f"{trial}/", f"{extended or model}/") for line in found]
         try:
-            source = load_tokenizer(model)
+            source = load_tokenizer(extended or model)
         except UserError as error:
             # No warning for a model without tokenizer files: its token ids are made by another program.
-            return found or [str(error)] if tokenizer_files(model) else found
+            return found or [str(error)] if tokenizer_digests(files) else found
         if load_tokenizer(trial).fingerprint != source.fingerprint:
             raise UserError(f"{source.path}: the checkpoint would hold another tokenizer; move other tokenizers away")
     return [*found, *_end_of_document(source), *_space_before_text(source), *_two_tokenizers(source)]

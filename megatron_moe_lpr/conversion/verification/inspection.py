@@ -21,6 +21,7 @@ from megatron_moe_lpr.model.parameter_counts import active_parameters, count_par
 
 # Fields of a card's history that are for programs, too long for a screen.
 LONG_FIELDS = ("data",)
+ROWS = (ParameterKind.NEW_ROWS, ParameterKind.EARLIER_ROWS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,8 @@ def print_inspection(path: Path, inspection: Inspection, console: Console | None
 
 def _model_lines(inspection: Inspection) -> list[tuple[str, str]]:
     model = inspection.architecture
-    counts = count_parameters(describe_model(model, inspection.experts_per_layer))
+    added = inspection.card.new_tokens if inspection.card else []
+    counts = count_parameters(describe_model(model, inspection.experts_per_layer, new_tokens=added))
     active = active_parameters(counts, inspection.top_k)
     is_moe = max(inspection.experts_per_layer) > 1
     lines = [
@@ -90,7 +92,7 @@ def _model_lines(inspection: Inspection) -> list[tuple[str, str]]:
             "sizes",
             f"{model.num_layers} layers, hidden {model.hidden_size}, FFN {model.ffn_hidden_size}, "
             f"{model.num_attention_heads} heads in {model.num_query_groups} groups of dimension {model.head_dim}, "
-            f"vocabulary {model.vocab_size:,}{', tied' if model.tied_embeddings else ''}",
+            f"vocabulary {_vocabulary(model.vocab_size, added)}{', tied' if model.tied_embeddings else ''}",
         ),
         ("experts per layer", _runs(inspection.experts_per_layer) if is_moe else "dense"),
         ("dtype", inspection.dtype),
@@ -105,9 +107,16 @@ def _model_lines(inspection: Inspection) -> list[tuple[str, str]]:
         original = sum(count for kind, count in counts.items() if kind.is_original)
         new_experts, routers = counts[ParameterKind.NEW_EXPERTS], counts[ParameterKind.ROUTER]
         parts = {"original": original, "new experts": new_experts, "routers": routers}
+        if any(added):
+            parts["new rows"] = sum(counts.get(kind, 0) for kind in ROWS)
         lines.insert(4, ("top-k", str(inspection.top_k)))
         lines.append(("of which", ", ".join(f"{name} {_amount(count)}" for name, count in parts.items())))
     return lines
+
+
+def _vocabulary(size: int, added: Sequence[int]) -> str:
+    """`49,152`, or with the rows of each vocabulary extension `49,152 + 4,000 + 500 new`."""
+    return " + ".join(f"{rows:,}" for rows in (size, *filter(None, added))) + (" new" if any(added) else "")
 
 
 def _history_lines(card: CheckpointCard | None) -> list[tuple[str, str]]:

@@ -16,6 +16,8 @@ class Outputs:
     """[batch, sequence, vocabulary], without padding."""
     layers: list[torch.Tensor]
     """The residual stream after each layer, [batch, sequence, hidden]."""
+    new_token_mass: float | None = None
+    """Mean probability of the tokens that `logits` leaves out, those of vocabulary extensions; None: it has all."""
 
 
 Forward = Callable[[torch.Tensor], Outputs]
@@ -34,6 +36,8 @@ class Comparison:
     """Largest absolute value of the reference's residual stream, by layer."""
     same_choice: float
     """Fraction of positions with the same most likely token."""
+    new_token_mass: float | None = None
+    """Mean probability that our model gives to new tokens, which the reference lacks; None: it lacks none."""
 
     def agrees(self, tolerance: float) -> bool:
         """Logits differ by no more than `tolerance`; NaN never agrees."""
@@ -50,6 +54,7 @@ def compare(reference: Forward, ours: Forward, tokens: torch.Tensor) -> Comparis
         layers=[_distance(*pair) for pair in pairs],
         scale=[expected.float().abs().max().item() for expected, _ in pairs],
         same_choice=(expected.logits.argmax(-1) == found.logits.argmax(-1)).float().mean().item(),
+        new_token_mass=found.new_token_mass,
     )
 
 
@@ -66,6 +71,8 @@ def print_comparison(comparison: Comparison, tolerance: float, console: Console 
         f"logits {verdict}: largest difference {comparison.logits:.3g} (tolerance {tolerance:g}), "
         f"same most likely token at {comparison.same_choice:.2%} of the positions"
     )
+    if comparison.new_token_mass is not None:
+        console.print(f"mass on new tokens: {comparison.new_token_mass:.3g} of the probability, in text without them")
     if comparison.agrees(tolerance):
         return
     table = Table("layer", "largest difference", "largest value", title="residual stream after each layer")

@@ -1,6 +1,7 @@
 """The two models that `verify` compares: transformers' own class, and the Megatron model in this one process."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import torch
 
 from megatron_moe_lpr.checkpoint.format.chain import resolve_and_hold
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
-from megatron_moe_lpr.checkpoint.loading.model import load_model
+from megatron_moe_lpr.checkpoint.loading.model import load_model, model_shape
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.conversion.hugging_face.quiet import quiet_transformers
+from megatron_moe_lpr.conversion.hugging_face.tokenizer_samples import TEXTS
 from megatron_moe_lpr.conversion.verification.verify import Comparison, Forward, Outputs, compare, random_tokens
+from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
@@ -36,6 +39,9 @@ def verify_checkpoint(
 ) -> Comparison:
     """Compare a checkpoint with a Hugging Face directory on random tokens.
 
+    A dense model is compared with a checkpoint of an extended vocabulary in the logits of its own tokens, on text that
+    its own tokenizer splits, where it has one.
+
     Raises:
         UserError: one of them cannot be loaded, or `sequence_length` is more than its positions.
     """
@@ -52,10 +58,8 @@ def _compare(
     batch_and_length: tuple[int, int],
     verified: bool,
 ) -> Comparison:
-    vocab_size = checkpoint.architecture().vocab_size
-    reference = open_hf_directory(hf).architecture
-    if reference.vocab_size != vocab_size:
-        raise UserError(f"{hf}: vocabulary of {reference.vocab_size:,} tokens, the checkpoint has {vocab_size:,}")
+    vocab_size, model = _compared_tokens(checkpoint, hf), open_hf_directory(hf)
+    reference = model.architecture
     longest = min(reference.max_position_embeddings, checkpoint.architecture().max_position_embeddings)
     if batch_and_length[1] > longest:
         raise UserError(f"--seq-length {batch_and_length[1]}: the model has only {longest} positions")
@@ -66,8 +70,33 @@ def _compare(
     card = checkpoint.card()
     report_dtype(dtype, card.compute_dtype, card.dtype, platform)
     tokens = random_tokens(vocab_size, *batch_and_length)
-    ours = megatron_forward(checkpoint, dtype, platform, verified)
+    if vocab_size < model_shape(checkpoint).total_vocab_size:
+        tokens = _sample_tokens(hf, vocab_size, *batch_and_length)
+    ours = megatron_forward(checkpoint, dtype, platform, verified, vocab_size)
     return compare(transformers_forward(hf, dtype, platform.device), _without(ours, left_out), tokens)
+
+
+def _compared_tokens(checkpoint: CheckpointDirectory, hf: Path) -> int:
+    """Number of token ids that both models have: all of the checkpoint's, or the dense model's where it has more."""
+    shape, model = model_shape(checkpoint), open_hf_directory(hf)
+    found = model.architecture.vocab_size + sum(model.new_tokens)
+    if found not in (shape.total_vocab_size, shape.architecture.vocab_size):
+        raise UserError(f"{hf}: vocabulary of {found:,} tokens, the checkpoint has {shape.total_vocab_size:,}")
+    return found
+
+
+def _sample_tokens(hf: Path, vocab_size: int, batch: int, sequence: int) -> torch.Tensor:
+    """Text in several scripts, split by the tokenizer of a Hugging Face directory, int64 [batch, sequence]; random
+    tokens where it has no tokenizer that can be read."""
+    try:
+        encoded = load_tokenizer(hf).encode_batch(TEXTS)
+    except UserError:
+        return random_tokens(vocab_size, batch, sequence)
+    ids = [number for text in encoded for number in text if number < vocab_size]
+    if not ids:
+        return random_tokens(vocab_size, batch, sequence)
+    repeated = torch.tensor(ids).repeat(-(-batch * sequence // len(ids)))
+    return repeated[: batch * sequence].view(batch, sequence)
 
 
 def _without(forward: Forward, layers: list[int]) -> Forward:
@@ -76,7 +105,7 @@ def _without(forward: Forward, layers: list[int]) -> Forward:
     def fewer(tokens: torch.Tensor) -> Outputs:
         outputs = forward(tokens)
         kept = [output for layer, output in enumerate(outputs.layers) if layer not in layers]
-        return Outputs(outputs.logits, kept)
+        return dataclasses.replace(outputs, layers=kept)
 
     return fewer
 
@@ -114,9 +143,16 @@ def transformers_forward(directory: Path, dtype: torch.dtype, device: torch.devi
 
 
 def megatron_forward(
-    checkpoint: CheckpointDirectory, dtype: torch.dtype, platform: Platform, verified: bool = True
+    checkpoint: CheckpointDirectory,
+    dtype: torch.dtype,
+    platform: Platform,
+    verified: bool = True,
+    vocab_size: int | None = None,
 ) -> Forward:
     """The model of a checkpoint, whole in this process.
+
+    Args:
+        vocab_size: token ids whose logits are returned; None: all.
 
     Raises:
         UserError: the checkpoint does not fit the model that its card describes.
@@ -124,12 +160,14 @@ def megatron_forward(
     initialize_parallel(platform, ParallelLayout())
     options = ComputeOptions().with_dtype(dtype)
     loaded = load_model(checkpoint, ParallelLayout(), platform, options, verified=verified)
-    vocab_size = loaded.shape.architecture.vocab_size
+    total = loaded.shape.total_vocab_size
+    wanted = total if vocab_size is None else vocab_size
 
     def forward(tokens: torch.Tensor) -> Outputs:
         with _recorded(unwrap(loaded.chunks[0]).decoder.layers) as layers:
-            logits = compute_logits(loaded.chunks, loaded.config, tokens.to(platform.device), vocab_size)
-        return Outputs(logits, [layer.transpose(0, 1) for layer in layers])
+            logits = compute_logits(loaded.chunks, loaded.config, tokens.to(platform.device), total)
+        mass = logits.softmax(-1)[..., wanted:].sum(-1).mean().item() if wanted < total else None
+        return Outputs(logits[..., :wanted], [layer.transpose(0, 1) for layer in layers], mass)
 
     return forward
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_moe_lpr.checkpoint.format.card import EarlierTokenizer
 from megatron_moe_lpr.data.indexed import check_index, read_lengths
+from megatron_moe_lpr.data.language_names import covered
 from megatron_moe_lpr.data.manifest import (
     Manifest,
     check_agreement,
@@ -93,6 +95,7 @@ def read_blend(
     flag: str = "--data-path",
     documents: tuple[float, float] = (0.0, 1.0),
     tokenizer_fingerprint: str | None = None,
+    earlier_tokenizers: Sequence[EarlierTokenizer] = (),
 ) -> list[BlendEntry]:
     """Read the manifests of a blend and check them against each other.
 
@@ -100,7 +103,10 @@ def read_blend(
         arguments: values of the flag. Without weights, datasets are drawn in proportion to their tokens.
         flag: name of the flag, for error messages.
         documents: (start, end) of the documents to use of each dataset, as fractions.
-        tokenizer_fingerprint: fingerprint of the checkpoint's tokenizer, which the data must have; None: not compared.
+        tokenizer_fingerprint: fingerprint of the checkpoint's tokenizer, which the data must have; None: the datasets
+            are only compared with each other.
+        earlier_tokenizers: tokenizers from before vocabulary extensions of the checkpoint, with which datasets of the
+            languages that they name may have been made.
 
     Raises:
         UserError: bad weights, a missing or damaged dataset, an empty part, or two tokenizers.
@@ -113,13 +119,25 @@ def read_blend(
     manifests = {prefix: read_manifest(prefix) for prefix in prefixes}
     if tokenizer_fingerprint is not None:
         for prefix, manifest in manifests.items():
-            check_tokenizer(prefix, manifest, tokenizer_fingerprint, "the checkpoint's")
-    check_agreement(manifests, ("tokenizer", "eod"))
+            _check_tokenizer(prefix, manifest, tokenizer_fingerprint, earlier_tokenizers)
+    check_agreement(manifests, ("tokenizer", "eod") if tokenizer_fingerprint is None else ("eod",))
     entries = [_entry(prefix, manifests[prefix], weight, documents, flag) for weight, prefix in pairs]
     total = sum(entry.weight for entry in entries)
     if not math.isfinite(total):
         raise UserError(f"{flag}: the weights add up to more than a number holds; give smaller ones")
     return [dataclasses.replace(entry, weight=entry.weight / total) for entry in entries]
+
+
+def _check_tokenizer(prefix: str, manifest: Manifest, fingerprint: str, earlier: Sequence[EarlierTokenizer]) -> None:
+    """Refuse a dataset that has other token ids than the checkpoint's tokenizer gives its language."""
+    known = [one for one in earlier if one.fingerprint == manifest.tokenizer]
+    if not known or manifest.tokenizer == fingerprint:
+        check_tokenizer(prefix, manifest, fingerprint, "the checkpoint's")
+    elif not any(covered([manifest.language], one.unchanged) for one in known):
+        raise UserError(
+            f"{prefix}: was made with the tokenizer from before the vocabulary extension, which splits "
+            f"{manifest.language} otherwise than the checkpoint's; preprocess again with that one"
+        )
 
 
 def _entry(

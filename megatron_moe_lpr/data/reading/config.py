@@ -1,10 +1,11 @@
 """Flags of the training data, and the datasets they name, checked before any index is built."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
+from megatron_moe_lpr.checkpoint.format.card import EarlierTokenizer
 from megatron_moe_lpr.data.language_names import covered
 from megatron_moe_lpr.data.original_languages import read_original_languages
 from megatron_moe_lpr.data.reading.blend import (
@@ -73,7 +74,10 @@ class DataSources:
 
 
 def read_data_sources(
-    config: DataConfig, tokenizer_fingerprint: str | None = None, recorded_original: Collection[str] = ()
+    config: DataConfig,
+    tokenizer_fingerprint: str | None = None,
+    recorded_original: Collection[str] = (),
+    earlier_tokenizers: Sequence[EarlierTokenizer] = (),
 ) -> DataSources:
     """Read and check the manifests of all datasets. Cheap: builds no index map.
 
@@ -81,6 +85,7 @@ def read_data_sources(
         config: the flags.
         tokenizer_fingerprint: fingerprint of the checkpoint's tokenizer; datasets made with another are refused.
         recorded_original: original languages that the checkpoint's history records.
+        earlier_tokenizers: tokenizers from before its vocabulary extensions, see `blend.read_blend`.
 
     Raises:
         UserError: see `blend.read_blend`; or `--original-languages` has a misspelled language.
@@ -90,13 +95,13 @@ def read_data_sources(
     if config.split and config.valid_data_path:
         raise UserError("--split and --valid-data-path: give one of them")
     train_part, valid_part = parse_split(config.split or "1,0")
-    train = read_blend(config.data_path, "--data-path", train_part, tokenizer_fingerprint)
-    expected = train[0].manifest.tokenizer
+    train = read_blend(config.data_path, "--data-path", train_part, tokenizer_fingerprint, earlier_tokenizers)
+    expected = tokenizer_fingerprint or train[0].manifest.tokenizer
     valid: list[BlendEntry] = []
     if config.valid_data_path:
-        valid = read_blend(config.valid_data_path, "--valid-data-path", tokenizer_fingerprint=expected)
+        valid = read_blend(config.valid_data_path, "--valid-data-path", (0, 1), expected, earlier_tokenizers)
     elif valid_part[1] > valid_part[0]:
-        valid = read_blend(config.data_path, "--data-path", valid_part)
+        valid = read_blend(config.data_path, "--data-path", valid_part, expected, earlier_tokenizers)
     languages = LanguageRegistry(entry.language for entry in (*train, *valid))
     return with_original(DataSources(train, valid, languages, ()), config, recorded_original)
 

@@ -65,6 +65,14 @@ class ModelShape:
     """Weight of the latest expansion's experts in the routers' softmax, 0 to 1."""
     inserted_blocks: tuple[int, ...] = ()
     """Dense layers that block expansion inserted."""
+    new_tokens: tuple[int, ...] = ()
+    """Rows that each vocabulary extension added, the oldest one first. Their ids follow the base model's. An expansion
+    that leaves the vocabulary as it is counts as an extension of 0 rows: the rows before it are frozen."""
+
+    @property
+    def total_vocab_size(self) -> int:
+        """Number of token ids: the base model's rows, `architecture.vocab_size`, and all new ones."""
+        return self.architecture.vocab_size + sum(self.new_tokens)
 
     @property
     def num_groups(self) -> int:
@@ -92,7 +100,8 @@ class ModelShape:
     @functools.cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """All parameters of the model; those of inserted blocks are of the kind INSERTED_BLOCKS."""
-        return tuple(describe_model(self.architecture, self.experts_per_layer, self.expansions, self.inserted_blocks))
+        experts, blocks = self.experts_per_layer, self.inserted_blocks
+        return tuple(describe_model(self.architecture, experts, self.expansions, blocks, self.new_tokens))
 
 
 def transformer_config(

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 
 class ParameterKind(str, enum.Enum):
-    """What a parameter belongs to. New experts, routers and inserted blocks were added to the dense model; all other
-    parameters are the dense model's own."""
+    """What a parameter belongs to. New experts, routers, new rows of the vocabulary and inserted blocks were added to
+    the dense model; all other parameters are the dense model's own."""
 
     ROUTER = "router"
     NEW_EXPERTS = "new experts"
@@ -21,7 +21,11 @@ class ParameterKind(str, enum.Enum):
     ATTENTION = "attention"
     NORM = "norm"
     EMBEDDING = "embedding"
-    """The embedding, and the output layer where the model has one of its own."""
+    """The dense model's rows of the embedding, and of the output layer where the model has one of its own."""
+    NEW_ROWS = "new vocabulary rows"
+    """Rows of the embedding and of the output layer that the latest vocabulary extension added."""
+    EARLIER_ROWS = "earlier vocabulary rows"
+    """Rows that vocabulary extensions before the latest one added."""
 
     # Printed and compared as the plain text, as tables of parameters and tests write it.
     __str__ = str.__str__
@@ -48,9 +52,14 @@ ADDED = frozenset(
         ParameterKind.NEW_EXPERTS,
         ParameterKind.EARLIER_EXPERTS,
         ParameterKind.INSERTED_BLOCKS,
+        ParameterKind.NEW_ROWS,
+        ParameterKind.EARLIER_ROWS,
     }
 )
 """Kinds that the dense model does not have."""
+
+VOCABULARY = frozenset({ParameterKind.EMBEDDING, ParameterKind.NEW_ROWS, ParameterKind.EARLIER_ROWS})
+"""Kinds of the rows of the embedding and of the output layer."""
 
 IN_INSERTED_BLOCKS = frozenset({ParameterKind.DENSE_FFN, ParameterKind.ATTENTION, ParameterKind.NORM})
 """Kinds of a dense layer's parameters, which in an inserted block are all of the kind INSERTED_BLOCKS."""
@@ -66,18 +75,26 @@ PATTERNS = (
     (r"\.self_attention\.", ParameterKind.ATTENTION),
     (r"embedding\.word_embeddings\.|output_layer\.", ParameterKind.EMBEDDING),
 )
+EXTENSION_ROWS = re.compile(r"\b(embedding\.new_word_embeddings|output_layer\.new_rows)\.(\d+)\.")
+"""Parameters of vocabulary extensions; the second group is the extension's number, the oldest one's 0."""
 
 
-def kind_of(name: str, inserted_blocks: Collection[int] = ()) -> ParameterKind:
+def kind_of(name: str, inserted_blocks: Collection[int] = (), extensions: int = 1) -> ParameterKind:
     """Kind of a parameter, from its name in the model or its key in a checkpoint.
 
     Args:
         inserted_blocks: layers that block expansion inserted, in the numbers that `name` uses: on a later pipeline
             rank the names in the model begin with 0 again.
+        extensions: number of vocabulary extensions of the model; rows of all but the last one are EARLIER_ROWS.
 
     Raises:
-        ValueError: a name no kind covers, which training would neither freeze nor train on purpose.
+        ValueError: a name no kind covers, which training would neither freeze nor train on purpose, or rows of an
+            extension that the model does not have.
     """
+    if rows := EXTENSION_ROWS.search(name):
+        if int(rows[2]) >= extensions:
+            raise ValueError(f"{name} belongs to another vocabulary extension than the {extensions} of the model")
+        return ParameterKind.NEW_ROWS if int(rows[2]) == extensions - 1 else ParameterKind.EARLIER_ROWS
     # Not at the beginning: Float16Module puts "module." before the names of a bf16 model.
     layer = re.search(r"\bdecoder\.layers\.(\d+)\.", name)
     if layer and int(layer[1]) in inserted_blocks:

@@ -14,6 +14,12 @@ from megatron_moe_lpr.parallel.layout import ParallelLayout
 
 Shape = tuple[int, ...]
 
+EMBEDDING_KEY = "embedding.word_embeddings.weight"
+OUTPUT_KEY = "output_layer.weight"
+NEW_EMBEDDING_KEY = "embedding.new_word_embeddings.{extension}.weight"
+NEW_OUTPUT_KEY = "output_layer.new_rows.{extension}.weight"
+"""Rows that a vocabulary extension added, the oldest extension's number is 0. Tied ones have the embedding's key."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
@@ -61,6 +67,7 @@ def describe_model(
     experts_per_layer: Sequence[int],
     expansions: Sequence[Sequence[int]] = (),
     inserted_blocks: Collection[int] = (),
+    new_tokens: Sequence[int] = (),
 ) -> Iterator[Parameter]:
     """All parameters of a model, in the order of its forward pass.
 
@@ -68,11 +75,11 @@ def describe_model(
         experts_per_layer: experts of each layer, the original one counted; 1 is a dense layer.
         expansions: new experts of each layer by expansion; empty: one expansion added them all.
         inserted_blocks: dense layers that block expansion inserted.
+        new_tokens: rows that each vocabulary extension added, the oldest one first; empty: no extension.
     """
-    vocabulary = ((architecture.vocab_size, architecture.hidden_size),)
     # A tied embedding is the weight of the output layer's product too; looking up rows is no product.
-    tied, kind = architecture.tied_embeddings, ParameterKind.EMBEDDING
-    yield Parameter("embedding.word_embeddings.weight", kind, vocabulary, split=0, is_product=tied)
+    tied = architecture.tied_embeddings
+    yield from _vocabulary(architecture, EMBEDDING_KEY, NEW_EMBEDDING_KEY, new_tokens, is_product=tied)
     for layer, experts in enumerate(experts_per_layer):
         earlier = sum(added[layer] for added in expansions[:-1])
         for parameter in describe_layer(architecture, experts, earlier, layer):
@@ -80,7 +87,19 @@ def describe_model(
             yield dataclasses.replace(parameter, kind=ParameterKind.INSERTED_BLOCKS) if inserted else parameter
     yield Parameter("decoder.final_layernorm.weight", ParameterKind.NORM, ((architecture.hidden_size,),))
     if not tied:
-        yield Parameter("output_layer.weight", kind, vocabulary, split=0, is_product=True)
+        yield from _vocabulary(architecture, OUTPUT_KEY, NEW_OUTPUT_KEY, new_tokens, is_product=True)
+
+
+def _vocabulary(
+    architecture: Architecture, base: str, extension: str, new_tokens: Sequence[int], is_product: bool
+) -> Iterator[Parameter]:
+    """The dense model's rows of one matrix over the vocabulary, and those of each extension."""
+    hidden, latest = architecture.hidden_size, len(new_tokens) - 1
+    yield Parameter(base, ParameterKind.EMBEDDING, ((architecture.vocab_size, hidden),), None, 0, is_product)
+    for number, rows in enumerate(new_tokens):
+        kind = ParameterKind.NEW_ROWS if number == latest else ParameterKind.EARLIER_ROWS
+        if rows:  # An expansion that leaves the vocabulary as it is counts as an extension without new rows.
+            yield Parameter(extension.format(extension=number), kind, ((rows, hidden),), None, 0, is_product)
 
 
 def describe_layer(

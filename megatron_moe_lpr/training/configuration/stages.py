@@ -45,7 +45,7 @@ STAGES: dict[StageName, Stage] = {
     "1": Stage(
         "1",
         "post-pretraining",
-        frozenset({ParameterKind.ROUTER, ParameterKind.NEW_EXPERTS}),
+        frozenset({ParameterKind.ROUTER, ParameterKind.NEW_EXPERTS, ParameterKind.NEW_ROWS}),
         load_balancing_coeff=0.01,
         lpr_loss_coeff=0.0,
         original_languages="refused",
@@ -72,7 +72,7 @@ STAGES: dict[StageName, Stage] = {
     "blocks": Stage(
         "blocks",
         "training of inserted blocks (LLaMA-Pro)",
-        frozenset({ParameterKind.INSERTED_BLOCKS}),
+        frozenset({ParameterKind.INSERTED_BLOCKS, ParameterKind.NEW_ROWS}),
         load_balancing_coeff=0.0,
         lpr_loss_coeff=0.0,
         original_languages="allowed",
@@ -87,7 +87,8 @@ class StageOptions:
     """Stage and losses. Coefficients are in the paper's units."""
 
     stage: Decides[StageName]
-    """What trains. 1: new experts and routers; 2: routers; full: everything; blocks: inserted blocks (LLaMA-Pro)."""
+    """What trains. 1: new experts, routers, new vocabulary rows; 2: routers; full: everything; blocks: inserted blocks
+    (LLaMA-Pro), new vocabulary rows."""
     load_balancing_coeff: Acceptable[NonNegativeFloat | None] = None
     """Weight of the load balancing loss, mean over layers of N * sum f_i P_i. Default: 0.01, in stage 2 0."""
     lpr_loss_coeff: Acceptable[NonNegativeFloat | None] = None
@@ -95,7 +96,9 @@ class StageOptions:
     lpr_loss_form: Acceptable[Literal["paper", "reference"]] = "paper"
     """reference: an earlier implementation's form, for comparison only (docs/training.md)."""
     train_embeddings: Decides[bool] = False
-    """Stage 1: train input and output embeddings too."""
+    """Stage 1: train input and output embeddings too, the dense model's rows of them."""
+    train_new_rows: Decides[bool] = False
+    """Stage 2: train the rows of new tokens too (`import --tokenizer`)."""
     allow_original_languages: Annotated[bool, Free("only checked against the data, which are recorded")] = False
     """Stage 1: accept training data of original languages."""
     open_experts_iters: Decides[PositiveInt | None] = None
@@ -110,13 +113,16 @@ class StageOptions:
         stage = STAGES[self.stage]
         if self.train_embeddings and self.stage != "1":
             raise UserError("--train-embeddings is for --stage 1 only")
+        if self.train_new_rows and self.stage != "2":
+            raise UserError("--train-new-rows is for --stage 2 only: the other stages train new rows without it")
         if self.allow_original_languages:
             stage = dataclasses.replace(stage, original_languages="allowed")
+        given = {ParameterKind.EMBEDDING: self.train_embeddings, ParameterKind.NEW_ROWS: self.train_new_rows}
         coefficients = stage.coefficients
         coefficients |= {name: _given(getattr(self, name), default) for name, default in coefficients.items()}
         return dataclasses.replace(
             stage,
-            trains=stage.trains | {ParameterKind.EMBEDDING} if self.train_embeddings else stage.trains,
+            trains=stage.trains | {kind for kind, trains in given.items() if trains},
             **coefficients,
         )
 
@@ -182,16 +188,19 @@ def _check_languages(stage: Stage, sources: DataSources, earlier: Sequence[Seque
         raise UserError(f"--data-path: stage {stage.name} wants text of expanded languages beside the replay")
 
 
-def freeze(chunks: "Iterable[torch.nn.Module]", stage: Stage, inserted_blocks: Collection[int] = ()) -> None:
+def freeze(
+    chunks: "Iterable[torch.nn.Module]", stage: Stage, inserted_blocks: Collection[int] = (), extensions: int = 1
+) -> None:
     """Set requires_grad on the parameters that the stage trains, and on no others.
 
     Args:
         inserted_blocks: layers of the whole model, from 0, that block expansion inserted.
+        extensions: number of vocabulary extensions of the model; only rows of the latest one are new.
     """
     for chunk in chunks:
         inserted = _numbers_in_chunk(chunk, inserted_blocks)
         for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(kind_of(name, inserted) in stage.trains)
+            parameter.requires_grad_(kind_of(name, inserted, extensions) in stage.trains)
 
 
 def _numbers_in_chunk(chunk: "torch.nn.Module", layers: Collection[int]) -> set[int]:

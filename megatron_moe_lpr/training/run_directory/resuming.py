@@ -126,6 +126,8 @@ def _recorded(card: CheckpointCard, start: CheckpointCard, save: Path) -> dict[s
         raise UserError(f"--save {save}: holds a checkpoint of another run (with other experts than --load's)")
     if card.inserted_blocks != start.inserted_blocks:
         raise UserError(f"--save {save}: holds a checkpoint of another run (with other inserted blocks than --load's)")
+    if card.new_tokens != start.new_tokens:
+        raise UserError(f"--save {save}: holds a checkpoint of another run (with other new tokens than --load's)")
     return {"dtype": card.dtype} | (card.history[-1] if card.history else {})
 
 

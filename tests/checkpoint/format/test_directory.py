@@ -1,11 +1,18 @@
 """Looking up checkpoints, and reading cards."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
-from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, ParentCheckpoint, read_card, tool_versions
+from megatron_moe_lpr.checkpoint.format.card import (
+    CheckpointCard,
+    EarlierTokenizer,
+    ParentCheckpoint,
+    read_card,
+    tool_versions,
+)
 from megatron_moe_lpr.checkpoint.format.directory import finish_iteration, resolve_checkpoint, write_latest
 from megatron_moe_lpr.errors import UserError
 
@@ -63,7 +70,7 @@ def test_card_round_trip(tmp_path: Path) -> None:
     [
         ("[]", "a JSON object"),
         ("{", "not valid JSON"),
-        ('{"format_version": 5}', "install a newer"),
+        ('{"format_version": 6}', "install a newer"),
         ('{"format_version": 1}', "not a valid card"),
         ('{"format_version": 1, "colour": 3}', "not a valid card"),
     ],
@@ -100,6 +107,37 @@ def test_card_of_a_second_expansion(tmp_path: Path) -> None:
     card = dataclasses.replace(CARD, expansions=[[3, 0, 1], [2, 0, 4]], openness=0.25)
     card.write(tmp_path / "card.json")
     assert read_card(tmp_path / "card.json") == card
+
+
+def test_card_of_an_extended_vocabulary(tmp_path: Path) -> None:
+    tokenizers = [EarlierTokenizer("aa", ["en", "zh"]), EarlierTokenizer("bb", [])]
+    card = dataclasses.replace(CARD, new_tokens=[4000, 0, 200], earlier_tokenizers=tokenizers)
+    card.write(tmp_path / "card.json")
+    assert read_card(tmp_path / "card.json") == card and card.added_rows == 4200
+    assert CARD.new_tokens == [] and CARD.added_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"new_tokens": 5}, "new_tokens cannot be 5"),
+        ({"new_tokens": [1, -1]}, "new_tokens cannot be"),
+        ({"new_tokens": [1.0]}, "new_tokens cannot be"),
+        ({"new_tokens": [2**40]}, "new_tokens cannot be"),
+        ({"new_tokens": None}, "new_tokens cannot be"),
+        ({"earlier_tokenizers": 5}, "not a valid card"),
+        ({"earlier_tokenizers": ["x"]}, "not a valid card"),
+        ({"earlier_tokenizers": [{"fingerprint": "aa"}]}, "not a valid card"),
+        ({"earlier_tokenizers": [{"fingerprint": "aa", "unchanged": "en"}]}, "not a valid card"),
+        ({"earlier_tokenizers": [{"fingerprint": 1, "unchanged": []}]}, "not a valid card"),
+    ],
+)
+def test_cards_with_another_vocabulary(fields: dict, words: str, tmp_path: Path) -> None:
+    CARD.write(tmp_path / "card.json")
+    changed = json.loads((tmp_path / "card.json").read_text()) | fields
+    (tmp_path / "card.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=words):
+        read_card(tmp_path / "card.json")
 
 
 def test_card_of_trained_weights_names_its_parent(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import pytest
 
+from megatron_moe_lpr.checkpoint.format.card import EarlierTokenizer
 from megatron_moe_lpr.data.reading.blend import parse_blend, parse_split, read_blend
 from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
 from megatron_moe_lpr.errors import UserError
@@ -19,6 +20,37 @@ def datasets(tmp_path):
 def sources(datasets, *path, fingerprint=None, **flags):
     path = [str(datasets / part) if part[0].isalpha() else part for part in path]
     return read_data_sources(DataConfig(data_path=path, **flags), fingerprint)
+
+
+def test_datasets_from_before_a_vocabulary_extension(tmp_path):
+    """Accepted where the extension changed none of their documents, also in a blend with new ones."""
+    for name, language, tokenizer in (
+        ("new", "el", "extended"),
+        ("en", "en-US", "base"),
+        ("es", "es", "base"),
+        ("zh", "zh", "first"),
+        ("x", "en", "x"),
+    ):
+        write_dataset(tmp_path / name, language, [[1] * 9], tokenizer=tokenizer)
+    write_dataset(tmp_path / "ends", "en", [[1] * 9], tokenizer="base", eod=5)
+    earlier = [EarlierTokenizer("base", ["en"]), EarlierTokenizer("first", ["en", "zh"])]
+
+    def read(names, valid=(), fingerprint="extended"):
+        train, other = ([str(tmp_path / name) for name in some] for some in (names, valid))
+        return read_data_sources(DataConfig(train, other), fingerprint, (), earlier)
+
+    assert [entry.language for entry in read(["new", "en", "zh"]).train] == ["el", "en-US", "zh"]
+    assert len(read(["en"], ["new", "zh"]).valid) == 2
+    for names, valid, words in (
+        (["new", "es"], [], "es: was made with the tokenizer from before the vocabulary extension, which splits es"),
+        (["new"], ["es"], "es: was made with the tokenizer from before the vocabulary extension"),
+        (["new", "x"], [], "x: was made with another tokenizer than the checkpoint's"),
+        (["new", "ends"], [], "eod is 5"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read(names, valid)
+    with pytest.raises(UserError, match="tokenizer is base, but extended"):
+        read(["new", "en"], fingerprint=None)
 
 
 def test_both_forms():
