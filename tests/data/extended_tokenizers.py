@@ -47,6 +47,10 @@ def extend(
         "guarded": {name: {"documents": count, "changed": changed} for name, (count, changed) in documents.items()},
         "pieces": [before.encode_batch(["".join(pair)])[0] for pair in merges],
     }
+    former = base / "extension.json"
+    if former.is_file():
+        earlier = json.loads(former.read_text())
+        record["earlier"] = [*earlier.pop("earlier", []), earlier]
     (directory / "extension.json").write_text(json.dumps(record))
     return directory
 

@@ -135,9 +135,7 @@ def test_the_review_takes_the_replay_of_a_guarded_language(
         assert words in outcome
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("en", None), ("es", "which splits es otherwise"), ("hu", "another tok")]
-)
+@pytest.mark.parametrize(("name", "words"), [("en", None), ("es", "which splits es otherwise"), ("hu", "another tok")])
 def test_evaluation_takes_the_same_datasets(
     name: str, words: str | None, inputs: tuple[Path, dict[str, str]], trained: Path
 ) -> None:
