@@ -38,6 +38,7 @@ COMMANDS = (
     Command("launch", "launch", "start ranks: moe-lpr launch --nproc-per-node 8 train --stage 1 ..."),
     Command("evaluate", "commands.evaluate", "loss, bits per byte and routing by language of a checkpoint"),
     Command("expand", "commands.convert", "add experts for a second group of languages"),
+    Command("graft", "commands.convert", "put an instruct model in the base model's place, without training"),
     Command("export", "commands.convert", "write a stock Hugging Face model from a checkpoint"),
     Command("benchmarks", "commands.benchmarks", "run the paper's benchmarks by lm_eval on exported models"),
     Command("report", "commands.report", "compare evaluations in one HTML file"),

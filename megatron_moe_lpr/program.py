@@ -11,6 +11,7 @@ SCRIPTS = {
     "inspect": "convert_hf.py inspect",
     "export": "convert_hf.py export",
     "expand": "convert_hf.py expand",
+    "graft": "convert_hf.py graft",
     "preprocess": "preprocess_data.py",
     "merge-datasets": "merge_datasets.py",
     "inspect-data": "inspect_data.py",

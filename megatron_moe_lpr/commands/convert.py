@@ -8,6 +8,7 @@ import tyro
 
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.expand_options import ExpandOptions
+from megatron_moe_lpr.conversion.graft_options import GraftOptions
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.errors import UserError, run_command
@@ -62,6 +63,28 @@ class Expand:
         from megatron_moe_lpr.conversion.expand import expand
 
         expand(self.expansion, self.save, self.overwrite)
+        show(self.save)
+
+
+@dataclasses.dataclass(frozen=True)
+class Graft:
+    """Put an instruct model in place of the base model that a checkpoint was upcycled from, without training."""
+
+    grafting: tyro.conf.OmitArgPrefixes[GraftOptions]
+    save: Path
+    """Checkpoint directory to write."""
+    overwrite: bool = False
+    """Replace what is at --save."""
+
+    def run(self) -> None:
+        """Graft, then print a summary of the checkpoint."""
+        from megatron_moe_lpr.conversion.hugging_face.hub import model_directory
+
+        base = model_directory(self.grafting.base, flag="--base")
+        instruct = model_directory(self.grafting.instruct, flag="--instruct")
+        from megatron_moe_lpr.conversion.graft import graft
+
+        graft(dataclasses.replace(self.grafting, base=base, instruct=instruct), self.save, self.overwrite)
         show(self.save)
 
 
@@ -192,6 +215,7 @@ def show(path: Path, read_from: Path | None = None, verified: bool = False) -> N
 Command = (
     Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Expand, tyro.conf.subcommand("expand")]
+    | Annotated[Graft, tyro.conf.subcommand("graft")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]

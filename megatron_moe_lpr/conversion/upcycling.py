@@ -51,7 +51,7 @@ def upcycle(sources: TensorSources, writer: CheckpointWriter, progress: Progress
             if row.kind is ParameterKind.EMBEDDING:
                 _write_vocabulary(sources, rows, writer, progress, start_hashing)
                 continue
-            parts = [_read_finite(sources, name).to(sources.stored_dtype(row)) for name in row.names]
+            parts = [read_finite(sources, name).to(sources.stored_dtype(row)) for name in row.names]
             hashing = [start_hashing(*pair) for pair in zip(row.dense_names, parts, strict=False)]
             if row.kind is ParameterKind.ROUTER and row.layer is not None and not parts:
                 num_experts, hidden_size = row.shape
@@ -85,7 +85,7 @@ def _write_vocabulary(
         rows: the tensors that are made of one matrix of the source.
     """
     (name,) = rows[0].names
-    matrix = _read_finite(sources, name)
+    matrix = read_finite(sources, name)
     for row in rows:
         if sources.extension and sources.makes(row):
             make = initial_output_rows if name == OUTPUT_NAME else initial_rows
@@ -124,7 +124,8 @@ def initial_router(num_experts: int, hidden_size: int, seed: int, layer: int) ->
     return torch.nn.init.xavier_normal_(weight, generator=generator)
 
 
-def _read_finite(sources: TensorSources, name: str) -> torch.Tensor:
+def read_finite(sources: TensorSources, name: str) -> torch.Tensor:
+    """Read a tensor by its Hugging Face name. Raises UserError where it holds NaN or infinite values."""
     tensor = sources.files.read(name)
     if not is_finite(tensor):
         raise UserError(

@@ -80,6 +80,11 @@ def read_extension(directory: Path) -> VocabularyExtension:
     Raises:
         UserError: no such file, or a field is missing, unknown or wrong.
     """
+    return read_extensions(directory)[-1]
+
+
+def read_extensions(directory: Path) -> list[VocabularyExtension]:
+    """Read all extensions that `extension.json` records, the oldest first; errors as of `read_extension`."""
     path = Path(directory) / EXTENSION_FILE
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the directory of an extended tokenizer")
@@ -87,10 +92,11 @@ def read_extension(directory: Path) -> VocabularyExtension:
     earlier = fields.pop(EARLIER, [])
     if not isinstance(earlier, list) or not all(isinstance(one, dict) for one in earlier):
         raise UserError(f"{path}: {EARLIER} must be a list of extensions, not {abbreviated(earlier)}")
+    before = []
     for number, one in enumerate(earlier):
         inner = {name: value for name, value in one.items() if name != EARLIER}
-        _parse({"format": FORMAT, **inner}, f"{path}: {EARLIER} {number}")
-    return _parse(fields, str(path))
+        before.append(_parse({"format": FORMAT, **inner}, f"{path}: {EARLIER} {number}"))
+    return [*sorted(before, key=lambda one: one.base_vocab_size), _parse(fields, str(path))]
 
 
 def _parse(fields: dict[str, Any], place: str) -> VocabularyExtension:

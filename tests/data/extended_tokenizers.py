@@ -68,6 +68,10 @@ def extend(
         "guarded": {name: {"documents": count, "changed": changed} for name, (count, changed) in documents.items()},
         "pieces": [[token.id for token in splitter.tokenize("".join(pair))] for pair in merges],
     }
+    former = base / "extension.json"
+    if former.is_file():
+        earlier = json.loads(former.read_text())
+        record["earlier"] = [*earlier.pop("earlier", []), earlier]
     (directory / "extension.json").write_text(json.dumps(record))
     return directory
 

@@ -320,6 +320,16 @@ def with_tokenizer(files: Mapping[str, Path], tokenizer: Path) -> dict[str, Path
     return kept | _tokenizer_files(carried_files(tokenizer))
 
 
+def with_vocabulary(files: Mapping[str, Path], tokenizer: Path) -> dict[str, Path]:
+    """Return a model's files of `carried_files` with the vocabulary of another directory, an extended one.
+
+    Chat template, settings and special tokens' roles are the model's.
+    """
+    kept = {name: file for name, file in files.items() if not _matches(name, VOCABULARY_PATTERNS)}
+    other = {name: file for name, file in carried_files(tokenizer).items() if _matches(name, VOCABULARY_PATTERNS)}
+    return kept | other
+
+
 def tokenizer_digests(files: Mapping[str, Path]) -> dict[str, str]:
     """Return the SHA-256 of each tokenizer file among the files of `carried_files`, by name."""
     return {name: sha256_of_file(file) for name, file in sorted(_tokenizer_files(files).items())}

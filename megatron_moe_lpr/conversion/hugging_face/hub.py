@@ -33,7 +33,7 @@ class _Download:
     missing_bytes: int
 
 
-def model_directory(model: Path | str, revision: str | None = None) -> Path:
+def model_directory(model: Path | str, revision: str | None = None, flag: str = "--hf") -> Path:
     """Return a directory with a model's files: `model` itself, or the snapshot of that name on the hub.
 
     The hub's own client downloads what its cache lacks, with its settings: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE.
@@ -41,6 +41,7 @@ def model_directory(model: Path | str, revision: str | None = None) -> Path:
     Args:
         model: a directory, or ORGANIZATION/NAME where there is no such directory.
         revision: branch, tag or commit on the hub. Default: its main branch.
+        flag: names the model in messages.
 
     Raises:
         UserError: the hub does not answer, refuses access, or has no safetensors weights under that name; or
@@ -48,7 +49,7 @@ def model_directory(model: Path | str, revision: str | None = None) -> Path:
     """
     if _is_local(model, revision):
         return Path(model)
-    with _as_hub_name(model):
+    with _as_hub_name(model, flag):
         return _snapshot(str(model), revision)
 
 
@@ -80,12 +81,12 @@ def _is_local(model: Path | str, revision: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def _as_hub_name(model: Path | str) -> Iterator[None]:
+def _as_hub_name(model: Path | str, flag: str = "--hf") -> Iterator[None]:
     """Say in front of a UserError that there is no such directory either."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"--hf {model}: no such directory, and as a name on the Hugging Face hub: {error}") from None
+        raise UserError(f"{flag} {model}: no such directory, and as a name on the Hugging Face hub: {error}") from None
 
 
 def _snapshot(name: str, revision: str | None) -> Path:

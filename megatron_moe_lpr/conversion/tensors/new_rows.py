@@ -52,6 +52,40 @@ def mixed_rows(
     return torch.cat([(mean_weight * mean + centroid).to(matrix.dtype) for mean in _means(matrix, pieces)])
 
 
+class RowDifferences:
+    """How post-training changed the rows of tokens: of the base model's own, and of those that extensions added."""
+
+    def __init__(self, base: torch.Tensor, instruct: torch.Tensor) -> None:
+        """`base` and `instruct` are the same matrix of two models, [tokens, hidden]."""
+        self.base, self.instruct = base, instruct
+        self.added: list[torch.Tensor] = []
+
+    def extend(self, pieces: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the differences of an extension's rows, each the mean of those of the tokens that it replaces.
+
+        Args:
+            pieces: by new token their ids, of which some may belong to extensions before this one.
+
+        Returns:
+            [new tokens, hidden] float32, which further extensions may name.
+        """
+        parts = []
+        for start in range(0, len(pieces), CHUNK):
+            chunk = pieces[start : start + CHUNK]
+            rows = self._rows(torch.tensor(list(itertools.chain.from_iterable(chunk))))
+            parts.append(torch.segment_reduce(rows, "mean", lengths=torch.tensor([len(ids) for ids in chunk])))
+        self.added.append(torch.cat(parts))
+        return self.added[-1]
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        is_old = ids < len(self.base)
+        rows = torch.empty(len(ids), self.base.shape[1])
+        rows[is_old] = self.instruct[ids[is_old]].float() - self.base[ids[is_old]].float()
+        if not is_old.all():
+            rows[~is_old] = torch.cat(self.added)[ids[~is_old] - len(self.base)]
+        return rows
+
+
 def _means(matrix: torch.Tensor, pieces: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
     """Means of the rows of each new token's pieces, float32, in chunks of new tokens."""
     for start in range(0, len(pieces), CHUNK):
