@@ -15,7 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 
 from megatron_moe_lpr.engine.finalizing import finalize_gradients
 from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
-from megatron_moe_lpr.engine.weight_gradients import fuse_weight_gradients
+from megatron_moe_lpr.engine.weight_gradients import fuse_weight_gradients, may_fuse
 from megatron_moe_lpr.megatron.overriding import replace
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.platform import Platform
@@ -40,7 +40,7 @@ def wrap_data_parallel(
         DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
-    fuse_weight_gradients(chunks, config.fuse_wgrad_accumulation)
+    fuse_weight_gradients(chunks, may_fuse(config))
     return wrapped
 
 

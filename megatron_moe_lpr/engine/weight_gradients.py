@@ -2,15 +2,31 @@
 
 Otherwise each product writes its gradient in the format of the weights, and Megatron's hook adds that to the fp32
 buffer: one more pass over every trained matrix in each micro-batch, and one more rounding.
+
+A product that has added sets `grad_added_to_main_grad` and gives autograd a tensor without values, so that Megatron's
+hook and the first step's check of gradients run as usual, and the hook adds nothing. Under FP8 the first micro-batch of
+a step overwrites the buffer instead, which is zero then (`DistributedDataParallel.zero_grad_buffer`). An expert without
+a token adds nothing, or overwrites with zeros.
 """
 
 from collections.abc import Iterable
 
 import torch
 
+from megatron_moe_lpr.model.configuration.config import MoELPRConfig
+
 SWITCH = "fuse_wgrad_accumulation"
 """Attribute of Transformer Engine's linear layers that their forward pass reads (linear.py, layernorm_linear.py,
 grouped_linear.py)."""
+
+
+def may_fuse(config: MoELPRConfig) -> bool:
+    """Whether layers may add at all: asked for, and no activations are offloaded to the host.
+
+    Offloading saves tensors for the backward pass through hooks of torch, which hand parameters back as plain tensors.
+    Transformer Engine then finds no `grad_added_to_main_grad`, and autograd gets no gradient (linear.py).
+    """
+    return config.fuse_wgrad_accumulation and not config.fine_grained_activation_offloading
 
 
 def fuse_weight_gradients(chunks: Iterable[torch.nn.Module], enabled: bool) -> int:

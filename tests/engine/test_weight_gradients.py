@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_moe_lpr.engine.weight_gradients import SWITCH, fuse_weight_gradients
+from megatron_moe_lpr.engine.weight_gradients import SWITCH, fuse_weight_gradients, may_fuse
+from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 
 
 class Grouped(torch.nn.Module):
@@ -34,3 +35,11 @@ def test_a_layer_adds_only_if_all_its_matrices_train(frozen, enabled, adds):
     assert fuse_weight_gradients([chunk], enabled) == adds
     assert getattr(chunk["grouped"], SWITCH) is adds
     assert not hasattr(chunk["other"], SWITCH)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("offloads", [True, False])
+def test_offloaded_activations_exclude_it(asked, offloads):
+    config = MoELPRConfig(num_layers=1, hidden_size=16, num_attention_heads=1, fuse_wgrad_accumulation=asked)
+    config.fine_grained_activation_offloading = offloads
+    assert may_fuse(config) == (asked and not offloads)
