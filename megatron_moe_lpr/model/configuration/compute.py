@@ -30,6 +30,9 @@ class ComputeOptions:
     """Communication of tokens to new experts on other ranks. flex needs DeepEP."""
     original_expert_overlap: Overlap[bool] = False
     """With EP on GPUs, compute the original expert on its own stream during the all-to-all. Never timed on a GPU."""
+    deterministic_mode: Annotated[bool, Free("the order of sums: rounding alone")] = False
+    """On GPUs, add up in the same order in every run, so that a resumed run has the bits of one without a break. Slower
+    by an unknown amount; never run on a GPU. CPUs do so anyway."""
     recompute_granularity: Recomputation[Literal["full", "selective"] | None] = None
     """Recompute activations in the backward pass: whole layers, or --recompute-modules."""
     recompute_method: Recomputation[Literal["uniform", "block"] | None] = None

@@ -102,7 +102,7 @@ def transformer_config(
     check_platform(shape, layout, options, platform)
     fields = _architecture_fields(shape.architecture)
     fields |= _expert_fields(shape, options) | _layout_fields(layout, options.dtype)
-    fields |= _recompute_fields(options) | platform_fields(platform, options.dtype)
+    fields |= _recompute_fields(options) | platform_fields(platform, options.dtype, options.deterministic_mode)
     fields |= options.fp8.transformer_fields()
     return MoELPRConfig(**(fields | overrides))
 
@@ -163,6 +163,8 @@ def check_platform(shape: ModelShape, layout: ParallelLayout, options: ComputeOp
     """
     check_fp8_device(options.fp8, platform)
     check_dispatcher(options.moe_token_dispatcher_type, layout, shape.max_experts, shape.top_k, platform)
+    if options.deterministic_mode and options.moe_token_dispatcher_type == "flex":
+        raise UserError("--deterministic-mode: the order of DeepEP's sums is not known; use the dispatcher alltoall")
 
 
 def _architecture_fields(architecture: Architecture) -> dict[str, Any]:

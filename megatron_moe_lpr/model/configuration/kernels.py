@@ -17,8 +17,12 @@ PERMUTE_FUSION = Version("2.1.0")
 ROUTER_FUSION = Version("2.7.0")
 
 
-def platform_fields(platform: Platform, dtype: torch.dtype) -> dict[str, Any]:
-    """Fields of TransformerConfig that choose kernels for weights and activations of `dtype`."""
+def platform_fields(platform: Platform, dtype: torch.dtype, deterministic: bool = False) -> dict[str, Any]:
+    """Fields of TransformerConfig that choose kernels for weights and activations of `dtype`.
+
+    Args:
+        deterministic: only kernels that add up in the same order in every run; on a CPU all do.
+    """
     if not platform.transformer_engine:
         # Outputs sent to the next pipeline rank are not freed: gloo still reads the memory when the send has returned.
         return {
@@ -30,7 +34,9 @@ def platform_fields(platform: Platform, dtype: torch.dtype) -> dict[str, Any]:
         }
     if platform.gpu is None:
         raise ValueError("Transformer Engine's layers need the facts about the GPU")
-    return _cuda_fields(platform.gpu, dtype)
+    fields = _cuda_fields(platform.gpu, dtype)
+    # Megatron refuses its fused cross entropy together with this mode (training/arguments.py).
+    return fields | {"deterministic_mode": True, "cross_entropy_loss_fusion": False} if deterministic else fields
 
 
 def _cuda_fields(gpu: GPUFacts, dtype: torch.dtype) -> dict[str, Any]:
