@@ -1,6 +1,7 @@
 """Build a run from its flags: checks, model, data, optimizer, and the checkpoint to resume from."""
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.platform import Platform, select_platform
+from megatron_moe_lpr.platform.determinism import fix_order_of_sums
 from megatron_moe_lpr.training.checkpointing import RunState, load_run
 from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.description import accepted_names, describe_run, recorded_schedule
@@ -136,6 +138,8 @@ def _choose_platform(
     platform = select_platform(
         config.platform, config.layout.tensor_model_parallel_size, config.compute.transformer_impl
     )
+    if config.compute.deterministic_mode and platform.on_gpus:
+        fix_order_of_sums(os.environ)
     options = config.compute.with_dtype(choose_dtype(config.compute.requested_dtype(), card.compute_dtype, platform))
     check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
     check_fp8_param_gather(options.fp8, stage)

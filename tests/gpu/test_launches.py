@@ -56,7 +56,7 @@ def test_megatrons_layer_launches_as_many_as_when_this_was_written(case, stage):
     assert (found.launches, found.others) == MEGATRONS[case, stage]
 
 
-def planted() -> Counts:
+def planted() -> list[tuple[str, int, int, str]]:
     """Operations whose launches and bytes are known, in a rank."""
     tensor, log = torch.ones(8, 4), Launches()
     with log.active():

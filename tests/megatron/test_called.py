@@ -25,6 +25,7 @@ ELSEWHERE = {
     ),
     "megatron.core.optimizer.optimizer.multi_tensor_applier": "for fp16, and gradients in bf16",
     "megatron.core.optimizer.optimizer.multi_tensor_scale_impl": "the same",
+    "megatron.core.transformer.mlp.bias_swiglu_impl": "for dense layers, and the original expert with TP",
     "megatron_moe_lpr.model.moe.expert_groups.ExpertGroups.forward": "after a second expansion",
     "megatron_moe_lpr.model.moe.router.LPRRouter.gating": "called by this router's own forward",
     f"{SAVER}background.BackgroundWriter.close": "called by CheckpointSaver.close",

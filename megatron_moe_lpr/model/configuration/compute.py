@@ -47,6 +47,9 @@ class ComputeOptions:
     gradient_accumulation_fusion: Kernel[bool] = True
     """On GPUs, matrix products add weight gradients to the fp32 buffer themselves. The output matrix needs NVIDIA apex
     for it."""
+    deterministic_mode: Annotated[bool, Free("the order of sums: rounding alone")] = False
+    """On GPUs, add up in the same order in every run, so that a resumed run has the bits of one without a break. Slower
+    by an unknown amount; never run on a GPU. CPUs do so anyway."""
     recompute_granularity: Recomputation[Literal["full", "selective"] | None] = None
     """Recompute activations in the backward pass: whole layers, or --recompute-modules."""
     recompute_method: Recomputation[Literal["uniform", "block"] | None] = None

@@ -120,7 +120,8 @@ def transformer_config(
     check_platform(shape, layout, options, platform)
     fields = _architecture_fields(shape.architecture)
     fields |= _expert_fields(shape, options) | _layout_fields(layout, options.dtype)
-    fields |= _recompute_fields(options) | platform_fields(platform, options.dtype) | chosen_kernels(platform, options)
+    fields |= _recompute_fields(options)
+    fields |= platform_fields(platform, options.dtype, options.deterministic_mode) | chosen_kernels(platform, options)
     fields |= options.fp8.transformer_fields()
     return MoELPRConfig(**(fields | overrides))
 
@@ -184,6 +185,8 @@ def check_platform(shape: ModelShape, layout: ParallelLayout, options: ComputeOp
     check_fp8_device(options.fp8, platform)
     dispatcher, backend = options.moe_token_dispatcher_type, options.moe_flex_dispatcher_backend
     check_dispatcher(dispatcher, layout, shape.max_experts, shape.top_k, platform, backend)
+    if options.deterministic_mode and dispatcher == "flex":
+        raise UserError("--deterministic-mode: the order of DeepEP's sums is not known; use the dispatcher alltoall")
 
 
 def _architecture_fields(architecture: Architecture) -> dict[str, Any]:

@@ -18,8 +18,12 @@ PERMUTE_FUSION = Version("2.1.0")
 ROUTER_FUSION = Version("2.7.0")
 
 
-def platform_fields(platform: Platform, dtype: torch.dtype) -> dict[str, Any]:
-    """Fields of TransformerConfig that choose kernels for weights and activations of `dtype`."""
+def platform_fields(platform: Platform, dtype: torch.dtype, deterministic: bool = False) -> dict[str, Any]:
+    """Fields of TransformerConfig that choose kernels for weights and activations of `dtype`.
+
+    Args:
+        deterministic: only kernels that add up in the same order in every run; on a CPU all do.
+    """
     if not platform.on_gpus:
         # Outputs sent to the next pipeline rank are not freed: gloo still reads the memory when the send has returned.
         return {
@@ -33,7 +37,9 @@ def platform_fields(platform: Platform, dtype: torch.dtype) -> dict[str, Any]:
         }
     if platform.gpu is None:
         raise ValueError("layers on a GPU need the facts about it")
-    return _cuda_fields(dtype) if platform.transformer_engine else _local_cuda_fields(platform.gpu, dtype)
+    fields = _cuda_fields(dtype) if platform.transformer_engine else _local_cuda_fields(platform.gpu, dtype)
+    # Megatron refuses its fused cross entropy together with this mode (training/arguments.py).
+    return fields | {"deterministic_mode": True, "cross_entropy_loss_fusion": False} if deterministic else fields
 
 
 def _local_cuda_fields(gpu: GPUFacts, dtype: torch.dtype) -> dict[str, Any]:

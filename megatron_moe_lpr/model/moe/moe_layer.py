@@ -188,11 +188,12 @@ class MoELPRLayer(MoELayer):
 
         def new(on_dispatched: Callable[[], None]) -> torch.Tensor:
             with _restore_dispatcher_state(self.token_dispatcher):
-                tokens, token_weights = self.preprocess(hidden_states, new_weights_TN, new_choices_TN)
+                dispatcher = self.token_dispatcher
+                tokens, token_weights = dispatcher.dispatch_preprocess(hidden_states, new_choices_TN, new_weights_TN)
                 rows_RD, weights_R = self.dispatch(tokens, token_weights)
                 on_dispatched()
                 output_RD, _ = self.routed_experts_compute(rows_RD, weights_R)
-                return self.token_dispatcher.combine_postprocess(self.combine(output_RD))
+                return dispatcher.combine_postprocess(self.combine(output_RD))
 
         def original() -> torch.Tensor:
             received = self._received(counts)
@@ -208,7 +209,8 @@ class MoELPRLayer(MoELayer):
         """Numbers of the experts, the original one first, then in the order in which the EP ranks hold them."""
         # The host waits for the device when it copies numbers there: one copy for all steps.
         if self._expert_columns is None or self._expert_columns.device != device:
-            self._expert_columns = torch.tensor([0, *(1 + column for column in self.dispatch_order)], device=device)
+            order = self.dispatch_order or []
+            self._expert_columns = torch.tensor([0, *(1 + column for column in order)], device=device)
         return self._expert_columns
 
     def _sort(self, tokens_TD: torch.Tensor, weights_TE: torch.Tensor, choices_TE: torch.Tensor) -> SortedRows:
@@ -252,9 +254,10 @@ class MoELPRLayer(MoELayer):
             largest = counts[:1].clone()
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.attn_tp_group)
             counts = torch.cat((counts, largest))
-        if self._copy_stream() is None:
+        stream = self._copy_stream()
+        if stream is None:
             return counts
-        with behind_current(self._copy_stream()):
+        with behind_current(stream):
             return token_dispatcher.maybe_move_tensor_to_cpu(counts, record_stream=True)
 
     def _largest(self, counts: torch.Tensor) -> int:
@@ -269,7 +272,8 @@ class MoELPRLayer(MoELayer):
         stream.synchronize()
         return counts
 
-    def _copy_stream(self) -> torch.cuda.Stream | None:
+    def _copy_stream(self) -> Any:
+        """The all-to-all dispatcher's stream of copies to the host; None with another dispatcher."""
         return getattr(self.token_dispatcher, "cuda_dtoh_stream", None)
 
     def _original_expert_output(self, rows_CD: torch.Tensor, weights_C: torch.Tensor, largest: int) -> torch.Tensor:

@@ -121,12 +121,14 @@ class LPRRouter(TopKRouter):
         losses = self._losses(logits_TE, tags_T4)
         attached_TE = logits_TE if losses is None else AttachedLosses.apply(logits_TE, tags_T4, losses)
         weights_TE, choices_TE = self.routing(attached_TE.unsqueeze(1))
-        counts, balances = self.counts_in_training or not self.training, losses and losses.load_balancing_coeff > 0
-        load_E = self._load(choices_TE, tags_T4) if counts or balances else None
-        if losses and balances:
-            losses.load = load_E
-        if counts:
-            self._record(logits_TE, choices_TE, tags_T4, load_E)
+        counts = self.counts_in_training or not self.training
+        balances = losses is not None and losses.load_balancing_coeff > 0
+        if counts or balances:
+            load_E = self._load(choices_TE, tags_T4)
+            if losses and balances:
+                losses.load = load_E
+            if counts:
+                self._record(logits_TE, choices_TE, tags_T4, load_E)
         return weights_TE, choices_TE
 
     def _weigh_newest(self, logits_TE: torch.Tensor) -> torch.Tensor:
