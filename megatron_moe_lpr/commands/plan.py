@@ -107,6 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
         print_communication(shape, sizes, candidates[: flags.show], routing, Hardware(flags.gpus_per_node, *speeds))
     best = PlannedRun(shape, candidates[0].layout, sizes, candidates[0].recompute)
     print(describe_needs(best, flags.gpus_per_node))
+    if flags.states.optimizer_cpu_offload:
+        from megatron_moe_lpr.planning.host_state import describe_host_state
+
+        print(describe_host_state(best, flags.gpus_per_node))
     if flags.experts_per_layer is not None:
         from megatron_moe_lpr.planning.allocation_savings import saving_against_uniform
 
