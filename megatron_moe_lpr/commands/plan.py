@@ -107,6 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
     best = PlannedRun(shape, candidates[0].layout, sizes, candidates[0].recompute)
     print_launches(best, machine)
     print(describe_needs(best, flags.gpus_per_node))
+    if flags.states.optimizer_cpu_offload:
+        from megatron_moe_lpr.planning.host_state import describe_host_state
+
+        print(describe_host_state(best, flags.gpus_per_node))
     if flags.experts_per_layer is not None:
         from megatron_moe_lpr.planning.allocation_savings import saving_against_uniform
 

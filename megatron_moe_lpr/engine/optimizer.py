@@ -13,6 +13,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
+from megatron_moe_lpr.engine import host_optimizer
 from megatron_moe_lpr.engine.finalizing import finalize_gradients
 from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
 from megatron_moe_lpr.engine.weight_gradients import fuse_weight_gradients, may_fuse
@@ -69,6 +70,8 @@ def build_optimizer(
     overrides = get_standard_config_overrides(settings) | {
         ParamKey(name="*.router.weight"): ParamGroupOverride(wd_mult=1.0)
     }
+    if options.states.optimizer_cpu_offload:
+        host_optimizer.install()
     optimizer = get_megatron_optimizer(
         settings,
         list(chunks),

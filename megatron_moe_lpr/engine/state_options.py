@@ -4,7 +4,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.flag_marks import Acceptable, Free
+from megatron_moe_lpr.flag_marks import Acceptable, Free, Overlap
+from megatron_moe_lpr.flag_ranges import Range
 from megatron_moe_lpr.platform import Platform
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ class OptimizerStateOptions:
     """Dtype in which gradients are added up and sent; those of routers stay fp32."""
     main_params_dtype: Annotated[WeightDtype, Free("only fp32 is taken")] = "fp32"
     """Dtype of the optimizer's own weights: fp32."""
+    optimizer_cpu_offload: Annotated[bool, Free("where the state lies: rounding alone")] = False
+    """Keep fp32 weights and moments in host memory and step there; needs --use-precision-aware-optimizer."""
+    optimizer_offload_fraction: Annotated[float, Range(0, 1), Free("only 1 is taken")] = 1.0
+    """With --optimizer-cpu-offload: the share of the state that lies on the host: 1."""
+    overlap_cpu_optimizer_d2h_h2d: Overlap[bool] = False
+    """With --optimizer-cpu-offload: step each parameter while others are copied."""
 
     def __post_init__(self) -> None:
         """Raises UserError: a format that is not offered, or one that --use-precision-aware-optimizer must allow."""
@@ -45,6 +52,24 @@ class OptimizerStateOptions:
                 raise UserError(f"{flag} {value}: {SCALED} {offered}")
             if value != "fp32" and not self.use_precision_aware_optimizer:
                 raise UserError(f"{flag} {value}: needs --use-precision-aware-optimizer")
+        self._check_offload()
+
+    def _check_offload(self) -> None:
+        flag, fraction = "--optimizer-cpu-offload", self.optimizer_offload_fraction
+        if not self.optimizer_cpu_offload:
+            if self.overlap_cpu_optimizer_d2h_h2d:
+                raise UserError(f"--overlap-cpu-optimizer-d2h-h2d: needs {flag}")
+            if fraction != 1.0:
+                raise UserError(f"--optimizer-offload-fraction: needs {flag}")
+        elif not self.use_precision_aware_optimizer:
+            raise UserError(f"{flag}: needs --use-precision-aware-optimizer, whose code Megatron uses for it")
+        elif fraction != 1.0:
+            raise UserError(
+                f"--optimizer-offload-fraction {fraction}: after a resume Megatron would correct Adam's bias in every "
+                "step of the part on the GPU as in the first one; leave it at 1"
+            )
+        elif (self.exp_avg_dtype, self.exp_avg_sq_dtype) != ("fp32", "fp32"):
+            raise UserError(f"{flag}: moments on the host are fp32; leave --exp-avg-dtype and --exp-avg-sq-dtype out")
 
     @property
     def gradients_in_fp32(self) -> bool:
@@ -63,6 +88,9 @@ class OptimizerStateOptions:
                 name: getattr(torch, TORCH_NAMES[getattr(self, name)])
                 for name in ("exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype", "main_params_dtype")
             },
+            "optimizer_cpu_offload": self.optimizer_cpu_offload,
+            "optimizer_offload_fraction": self.optimizer_offload_fraction,
+            "overlap_cpu_optimizer_d2h_h2d": self.overlap_cpu_optimizer_d2h_h2d,
         }
 
 

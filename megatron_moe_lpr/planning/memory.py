@@ -100,15 +100,17 @@ def placeholder_bytes(run: PlannedRun, pipeline_rank: int) -> int:
 
 def optimizer_bytes(counts: ParameterCounts, layout: ParallelLayout, sizes: RunSizes) -> float:
     """AdamW's two moments and, for weights that are not fp32 themselves, an fp32 copy; split over the ranks that hold
-    the same parameters under the distributed optimizer."""
+    the same parameters under the distributed optimizer. None of it where it lies on the host."""
     total = 0.0
+    if sizes.states.optimizer_cpu_offload:
+        return total
     for kind in sizes.trains:
         one = moments_size(sizes) + copy_size(kind, sizes)
-        total += one * counts[kind] / (_holders(kind, layout, sizes) if sizes.distributed_optimizer else 1)
+        total += one * counts[kind] / (holders(kind, layout, sizes) if sizes.distributed_optimizer else 1)
     return total
 
 
-def _holders(kind: ParameterKind, layout: ParallelLayout, sizes: RunSizes) -> int:
+def holders(kind: ParameterKind, layout: ParallelLayout, sizes: RunSizes) -> int:
     """Ranks that hold the same parameters of a kind."""
     ranks = layout.model_parallel_size
     if kind.is_expert_parallel:

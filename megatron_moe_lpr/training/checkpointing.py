@@ -32,6 +32,7 @@ from megatron_moe_lpr.checkpoint.loading.model_state import fill_model, parallel
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
 from megatron_moe_lpr.checkpoint.saving.optimizer_state import install_local_shard_state
 from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver, Saved
+from megatron_moe_lpr.engine.host_optimizer import without_classes
 from megatron_moe_lpr.engine.step import TrainingState
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE
@@ -233,6 +234,7 @@ def sharded_state(state: RunState, is_loading: bool = False, trainable_only: boo
     install_local_shard_state(state.optimizer)
     with _without_garbage_collection():
         optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(STATE_METADATA))
+    without_classes(_param_groups(optimizer))
     if trainable_only:
         model = {name: trained_part(part) for name, part in model.items()}
     elif state.frozen and not is_loading:

@@ -92,6 +92,8 @@ def prepare(config: TrainingConfig) -> Run:
     _check_run(config, stage, start, card, sources)
     platform, options = _choose_platform(config, stage, shape, card)
     config = dataclasses.replace(config, optimizer=config.optimizer.with_platform_defaults(platform))
+    if options.fp8.fp8_param_gather and config.optimizer.states.optimizer_cpu_offload:
+        raise UserError("--optimizer-cpu-offload: the host has no FP8 weights; leave --fp8-param-gather out")
     if options.fp8.fp8_param_gather and not config.optimizer.use_distributed_optimizer:
         raise UserError("--fp8-param-gather needs --use-distributed-optimizer")
 

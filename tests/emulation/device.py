@@ -66,7 +66,10 @@ class _OneGenerator:
 
 def _say_cuda() -> None:
     def is_cuda(tensor: torch.Tensor) -> bool:
-        path = sys._getframe(1).f_code.co_filename
+        frame = sys._getframe(1)
+        path = frame.f_code.co_filename
+        if path.endswith("/hybrid_optimizer.py") and frame.f_locals.get("cpu_copy"):
+            return False  # the copy of a parameter that it has just made in host memory
         return not _host_is_chosen() and ("/transformer_engine/" in path or "/megatron/" in path)
 
     lies_on_the_host = torch.Tensor.is_cpu.__get__
@@ -78,6 +81,8 @@ def _say_cuda() -> None:
 
     torch.Tensor.is_cuda, torch.Tensor.is_cpu = property(is_cuda), property(is_cpu)
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    empty = torch.empty
+    torch.empty = lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs)
     same_place = torch.Tensor.to
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

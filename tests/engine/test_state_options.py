@@ -13,6 +13,7 @@ from megatron_moe_lpr.training.configuration.description import ACCEPTABLE
 CPU = Platform("cpu", "gloo", torch.device("cpu"), transformer_engine=False)
 GPU = dataclasses.replace(CPU, name="cuda", backend="nccl", transformer_engine=True)
 PRECISE = OptimizerStateOptions(use_precision_aware_optimizer=True)
+OFFLOAD = {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,11 @@ PRECISE = OptimizerStateOptions(use_precision_aware_optimizer=True)
         ({"exp_avg_dtype": "fp8"}, "--exp-avg-dtype fp8: is scaled .* choose fp32 or bf16"),
         ({"exp_avg_sq_dtype": "fp16"}, "--exp-avg-sq-dtype fp16: is scaled .* choose fp32 or bf16"),
         ({"main_params_dtype": "fp16"}, "--main-params-dtype fp16: is scaled .* choose fp32$"),
+        ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload: needs --use-precision-aware-optimizer"),
+        ({"overlap_cpu_optimizer_d2h_h2d": True}, "--overlap-cpu-optimizer-d2h-h2d: needs --optimizer-cpu-offload"),
+        ({"optimizer_offload_fraction": 0.5}, "--optimizer-offload-fraction: needs --optimizer-cpu-offload"),
+        (OFFLOAD | {"optimizer_offload_fraction": 0.5}, "--optimizer-offload-fraction 0.5: .* leave it at 1"),
+        (OFFLOAD | {"exp_avg_dtype": "bf16"}, "moments on the host are fp32"),
     ],
 )
 def test_formats_that_are_refused(fields, message):

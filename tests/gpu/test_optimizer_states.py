@@ -10,7 +10,9 @@ from megatron_moe_lpr.checkpoint.format.reader import CheckpointReader
 from megatron_moe_lpr.checkpoint.loading.model import model_shape
 from megatron_moe_lpr.engine.state_options import OptimizerStateOptions
 from megatron_moe_lpr.parallel.layout import ParallelLayout
+from megatron_moe_lpr.planning.host_state import host_state
 from megatron_moe_lpr.planning.memory import rank_memory
+from megatron_moe_lpr.planning.parameters import rank_parameters
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.training.configuration.stages import STAGES
@@ -25,6 +27,7 @@ STEPS, SAVED = 4, 2
 BITS = {"use_precision_aware_optimizer": True}
 BF16_MOMENTS = BITS | {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
 BF16_GRADIENTS = BITS | {"main_grads_dtype": "bf16"}
+HOST = BITS | {"optimizer_cpu_offload": True}
 LENGTH = {"train_iters": STEPS, "save_interval": SAVED, "weight_decay": 0.1}
 EVERY_STEP = LENGTH | {"save_interval": 1}
 NEAR = 2e-3
@@ -149,6 +152,17 @@ def test_a_resumed_run_changes_the_state_s_formats_only_by_consent(ordinary, inp
     assert sorted(back) == [STEPS + 1]
 
 
+@pytest.mark.parametrize("there", [HOST, {}], ids=["from the host", "to the host"])
+def test_a_run_moves_its_state_to_the_host_and_back(there, ordinary, inputs, tmp_path):
+    save, whole = ordinary(1)
+    if there:
+        save = tmp_path / "run"
+        start(inputs, save, **LENGTH, **there)
+    expected = losses({step: whole[step] for step in range(SAVED + 1, STEPS + 1)})
+    moved = start(inputs, rewind(save, tmp_path / "again", SAVED), **LENGTH, **({} if there else HOST))
+    assert losses(moved) == pytest.approx(expected, rel=NEAR)
+
+
 @pytest.mark.parametrize("fields", [{}, BITS, BF16_MOMENTS, BF16_GRADIENTS | BF16_MOMENTS], ids=str)
 def test_plan_counts_what_the_formats_save(fields, inputs):
     """Gradients and optimizer state of two data-parallel ranks."""
@@ -162,6 +176,43 @@ def test_plan_counts_what_the_formats_save(fields, inputs):
             assert getattr(plan, part) == pytest.approx(found[part], rel=0.006), part
 
 
+def test_plan_counts_what_lies_on_the_host(inputs):
+    if device.count() < 2:
+        pytest.skip("needs 2 GPUs")
+    case = Case({}, states=OptimizerStateOptions(**HOST))
+    sizes = RunSizes(STAGES["1"].trains, 2, states=case.states)
+    planned = PlannedRun(model_shape(resolve_checkpoint(inputs[0])), ParallelLayout(), sizes)
+    assert rank_memory(planned, 0).optimizer == 0
+    counts = rank_parameters(planned.shape, planned.layout, 0)
+    plan = host_state(counts, planned.layout, sizes)
+    assert (plan.to_host, plan.gradients) == (plan.state / 3, plan.state / 3)
+    assert plan.to_device == pytest.approx(plan.to_host / 2, rel=0.01)
+    for found in run(2, allocated, inputs[0], case, "cuda"):
+        assert plan.state == pytest.approx(found["optimizer"], rel=0.006)
+
+
 def test_fp32_refuses_the_precision_aware_optimizer(inputs, tmp_path):
     with pytest.raises(Exception, match="--use-precision-aware-optimizer: needs bf16"):
         start(inputs, tmp_path / "run", **LENGTH, **BITS, bf16=False, fp32=True)
+
+
+@pytest.mark.parametrize(("world", "overlap"), [(1, False), (2, True)])
+def test_states_on_the_host_step_as_on_the_device(world, overlap, ordinary, inputs, tmp_path):
+    """Losses, every weight and moment after a step up to the rounding of another AdamW; a resumed run to the bit."""
+    if device.count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    save, expected = ordinary(world)
+    fields = HOST | {"overlap_cpu_optimizer_d2h_h2d": overlap} | (GATHERING if world > 1 else {})
+    found = start(inputs, tmp_path / "run", world, **EVERY_STEP, **fields)
+    assert losses(found) == pytest.approx(losses(expected), rel=NEAR)
+    first, second = step_tensors(tmp_path / "run", 1), step_tensors(save, 1)
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        if key.startswith("optimizer.state."):
+            torch.testing.assert_close(tensor, second[key], rtol=1e-5, atol=1e-7)
+    again = rewind(tmp_path / "run", tmp_path / "again", SAVED)
+    resumed = start(inputs, again, world, **EVERY_STEP, **fields)
+    whole = losses({step: found[step] for step in resumed})
+    assert losses(resumed) == (whole if device.EMULATED else pytest.approx(whole, rel=1e-3))
+    if device.EMULATED:
+        assert_same_tensors(step_tensors(again, STEPS), step_tensors(tmp_path / "run", STEPS))

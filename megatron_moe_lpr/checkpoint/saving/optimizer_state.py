@@ -210,6 +210,10 @@ def _load_local_shards(optimizer: DistributedOptimizer, state: dict[int, dict[st
             loaded = torch.cat([tensor.reshape(-1).to(shard.device) for tensor in parts])
             if name == WEIGHT:
                 _set_weight(shard, kept.get(MASTER), loaded)
+                # On the host the weight that steps is another than the one that is kept, until the next step.
+                inner = getattr(optimizer.optimizer, "param_to_inner_param", {}).get(shard)
+                if inner is not None:
+                    inner.data.copy_(loaded)
             else:
                 kept[name].copy_(loaded)
 

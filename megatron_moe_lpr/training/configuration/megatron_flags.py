@@ -14,10 +14,6 @@ _KERNELS = "follows from what is installed (docs/gpu.md); leave it out"
 _OFFLOAD = (
     "is not offered: it was never emulated beside the layer that holds the original expert; use --recompute-granularity"
 )
-_HYBRID = (
-    "is not offered: Megatron's optimizer on the host cannot resume fp32 weights beside bf16 ones, as routers are; use "
-    "--use-precision-aware-optimizer with --exp-avg-dtype bf16 and --exp-avg-sq-dtype bf16"
-)
 _FSDP = (
     "is not offered: the distributed optimizer is what freezes and resumes to the bit; use --use-distributed-optimizer"
 )
@@ -80,12 +76,9 @@ _REASONS: dict[str, str] = {
     "activation-offload-fraction": _OFFLOAD,
     "cpu-offloading": _OFFLOAD,
     "cpu-offloading-num-layers": _OFFLOAD,
-    "optimizer-cpu-offload": _HYBRID,
-    "optimizer-offload-fraction": _HYBRID,
-    "overlap-cpu-optimizer-d2h-h2d": _HYBRID,
-    "use-torch-optimizer-for-cpu-offload": _HYBRID,
-    "pin-cpu-grads": _HYBRID,
-    "pin-cpu-params": _HYBRID,
+    "use-torch-optimizer-for-cpu-offload": "is always so with --optimizer-cpu-offload; leave it out",
+    "pin-cpu-grads": "is always so with --optimizer-cpu-offload; leave it out",
+    "pin-cpu-params": "is always so with --optimizer-cpu-offload; leave it out",
     "reuse-grad-buf-for-mxfp8-param-ag": (
         "is for weights in MXFP8, which are not offered: --fp8-param-gather takes the recipes tensorwise and blockwise"
     ),

@@ -15,11 +15,11 @@ from megatron_moe_lpr.training.configuration.description import FLAGS
 from megatron_moe_lpr.training.configuration.megatron_flags import REFUSED, refuse_megatron_flags
 
 NEEDED = ["--stage", "1", "--load", "a", "--save", "s", "--train-iters", "7", "--data-path", "x"]
-OF_A_RUN = {f"--{flag.name.replace('_', '-')}" for flag in FLAGS}
+TAKEN = {f"--{flag.name.replace('_', '-')}" for flag in FLAGS}
 
 
 def test_no_flag_of_a_run_is_refused():
-    assert not REFUSED.keys() & OF_A_RUN
+    assert not REFUSED.keys() & TAKEN
 
 
 def test_every_router_option_of_megatron_s_is_offered_or_has_its_reason():
@@ -29,7 +29,7 @@ def test_every_router_option_of_megatron_s_is_offered_or_has_its_reason():
     router = {
         f"--{name.replace('_', '-')}" for name in fields if name.startswith(("moe_router", "moe_expert_", "moe_z"))
     }
-    assert not router - OF_A_RUN - REFUSED.keys()
+    assert not router - TAKEN - REFUSED.keys()
 
 
 @pytest.mark.parametrize(
