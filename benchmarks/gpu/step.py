@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import torch
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
@@ -55,6 +56,9 @@ def build_step(task: StepTask) -> BuiltStep:
     """
     platform = select_platform("cuda", 1, task.transformer_impl)
     initialize_parallel(platform, ParallelLayout())
+    if task.stock and task.transformer_impl == "local":
+        # RouterGatingLinearFunction of megatron-core asks for this name, which is undefined without Transformer Engine.
+        vars(moe_utils)["te_general_gemm"] = None
     shape = ModelShape(read_architecture(task.config), (EXPERTS,) * task.layers, TOP_K)
     with _megatrons_moe_layer() if task.stock else contextlib.nullcontext():
         state = _build_state(task, shape, platform)
