@@ -31,8 +31,8 @@ def print_plan(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates:
     )
     console.print(_layouts(shape, sizes, machine, candidates))
     console.print(
-        "Activations are those of Transformer Engine's layers; with --transformer-impl local, as on GPUs without it, up "
-        "to two fifths more, with recompute of moe up to three quarters (docs/planning.md)."
+        "Activations are those of Transformer Engine's layers; with --transformer-impl local, as on GPUs without it, "
+        "up to two fifths more, with recompute of moe up to three quarters (docs/planning.md)."
     )
     if shape.num_moe_layers:
         console.print(
