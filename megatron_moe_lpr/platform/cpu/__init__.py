@@ -22,7 +22,7 @@ def install() -> None:
         os.environ.setdefault(variable, capacity)
     from megatron_moe_lpr.platform.cpu import collectives, devices, memory, streams
 
-    memory.install()
+    memory.keep_freed_memory()
     streams.install()
     devices.install()
     collectives.install()
