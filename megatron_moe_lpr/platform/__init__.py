@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 # Flags need this module before torch has been imported, which is therefore imported in functions.
 
+# Tensors of 2 MB and more in host memory ask for transparent huge pages (torch's c10/core/impl/alloc_cpu.cpp). torch
+# reads the variable when the process allocates its first tensor, while megatron-core is imported: before
+# `select_platform` is called.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 __all__ = ["CPUFacts", "GPUFacts", "Platform", "PlatformName", "TransformerImpl", "select_platform"]
 
 PlatformName = Literal["auto", "cpu", "cuda"]

@@ -234,7 +234,7 @@ def sharded_state(state: RunState, is_loading: bool = False, trainable_only: boo
     install_local_shard_state(state.optimizer)
     with _without_garbage_collection():
         optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(STATE_METADATA))
-    without_classes(_param_groups(optimizer))
+    without_classes(itertools.chain(*_param_groups(optimizer)))
     if trainable_only:
         model = {name: trained_part(part) for name, part in model.items()}
     elif state.frozen and not is_loading:

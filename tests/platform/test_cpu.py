@@ -1,6 +1,7 @@
 """The CPU platform's stand-ins against what NCCL and CUDA would give."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,34 @@ def test_kernels_of_few_shapes_are_kept_unless_the_user_says_otherwise(chosen, e
     environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name} | chosen
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
     assert done.stdout.split() == [expected, "64"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are those of glibc's malloc")
+def test_freed_memory_of_large_tensors_is_used_again():
+    code = (
+        "from megatron_moe_lpr.platform import select_platform; select_platform('cpu'); import resource, torch\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def make(): return [torch.ones(size).sum() for size in (20_000_000, 15_000_000, 10_000_000)]\n"
+        "for _ in range(5): make()\n"
+        "before = faults(); make()\n"
+        "print(faults() - before)"
+    )
+    # Without large pages, which have few faults anyway: fresh memory would cost 44,000. In the first rounds malloc
+    # joins pieces of the heap.
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 1000
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
+def test_large_pages_are_asked_for_before_megatron_core_makes_a_tensor(chosen, expected):
+    code = (
+        "import megatron_moe_lpr.training.configuration.config, os, sys\n"
+        "print(os.environ['THP_MEM_ALLOC_ENABLE'], 'megatron.core' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"} | chosen
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [expected, "False"]
 
 
 def test_random_state_round_trip(cpu_platform):

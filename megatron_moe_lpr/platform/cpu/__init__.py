@@ -20,8 +20,9 @@ def install() -> None:
         return
     for variable, capacity in CACHED_SHAPES.items():
         os.environ.setdefault(variable, capacity)
-    from megatron_moe_lpr.platform.cpu import collectives, devices, streams
+    from megatron_moe_lpr.platform.cpu import collectives, devices, memory, streams
 
+    memory.keep_freed_memory()
     streams.install()
     devices.install()
     collectives.install()
