@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameter_kinds import VOCABULARY, ParameterKind
 from megatron_moe_lpr.planning.parameters import held_parameters, rank_parameters
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import FP32, RunSizes
@@ -46,9 +46,9 @@ def _tied(run: PlannedRun, pipeline_rank: int, trained: Mapping[ParameterKind, i
     """Gradients of tied embeddings, added up between the first and the last pipeline rank, each with a copy."""
     last = run.layout.pipeline_model_parallel_size - 1
     tied = run.shape.architecture.tied_embeddings
-    if last == 0 or pipeline_rank not in (0, last) or ParameterKind.EMBEDDING not in trained or not tied:
+    if last == 0 or pipeline_rank not in (0, last) or not tied:
         return 0.0
-    return FP32 * trained[ParameterKind.EMBEDDING]
+    return FP32 * sum(trained.get(kind, 0) for kind in VOCABULARY)
 
 
 def _reduced(size: int, element: int, ranks: int, sizes: RunSizes, gathers: int) -> float:
