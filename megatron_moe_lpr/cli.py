@@ -27,6 +27,7 @@ COMMANDS = (
     Command("download", "commands.download", "fetch the paper's corpora from the Hugging Face hub"),
     Command("plan", "commands.plan", "find parallel layouts that fit into GPU memory, and what they send"),
     Command("allocate", "commands.allocate", "measure how many experts each layer should get"),
+    Command("extend-tokenizer", "commands.extend_tokenizer", "add tokens for new languages to a model's tokenizer"),
     Command("import", "commands.convert", "upcycle a dense Hugging Face model to a MoE checkpoint"),
     Command("verify", "commands.convert", "compare a checkpoint's logits with the Hugging Face model's"),
     Command("inspect", "commands.convert", "summarise a checkpoint or a Hugging Face directory"),

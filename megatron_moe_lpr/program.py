@@ -22,6 +22,7 @@ SCRIPTS = {
     "plan": "plan.py",
     "allocate": "allocate_experts.py",
     "download": "download_data.py",
+    "extend-tokenizer": "extend_tokenizer.py",
 }
 """Subcommand of `moe-lpr` to the script in tools/ that does the same in a clone."""
 

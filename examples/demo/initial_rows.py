@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.tensors import new_rows
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_moe_lpr.data.vocabulary_extension import read_extension
-from megatron_moe_lpr.errors import run_command
+from megatron_moe_lpr.data.tokenizer_extension import read_extension
+from megatron_moe_lpr.errors import UserError, run_command
 
 MEANS, CENTROIDS = (1.0, 0.5, 0.25, 0.0), (0.0, 1.0, 2.0, 3.0)
 
@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parse_flags(Flags, arguments, __doc__)
     model = AutoModelForCausalLM.from_pretrained(flags.hf, dtype=torch.float32, local_files_only=True).eval()
     extension = read_extension(flags.tokenizer)
+    if extension is None:
+        raise UserError(f"--tokenizer {flags.tokenizer}: holds no extension.json")
     old = model.get_output_embeddings().weight
     embedding = model.get_input_embeddings().weight
     embedding = torch.cat([embedding, new_rows.initial_rows(embedding, extension.pieces)])

@@ -45,10 +45,13 @@ class Flags:
     experts_per_layer: str | None = None
     """Experts of each layer, instead of --num-experts and --moe-layer-freq: 5,4,3,... or the JSON file of
     allocate_experts.py. The plan then also shows what that saves against --num-experts in every layer."""
+    new_tokens: PositiveInt | None = None
+    """With --hf: tokens that an extended tokenizer adds, whose rows train (`import --tokenizer`)."""
     load: Path | None = None
     """A converted checkpoint, instead of --hf."""
     stage: Literal["1", "2", "full", "blocks"] = "1"
-    """1 trains new experts and routers, 2 routers, full everything, blocks the inserted blocks of --load."""
+    """1 trains new experts, routers and rows of new tokens, 2 routers, full everything, blocks the inserted blocks of
+    --load."""
     seq_length: PositiveInt = 1024
     """Tokens of a sequence."""
     micro_batch_size: PositiveInt = 1
@@ -179,6 +182,8 @@ def read_shape(flags: Flags):
     if flags.hf is None and flags.load is not None:
         if flags.experts_per_layer is not None:
             raise UserError("--experts-per-layer: the checkpoint given by --load knows its experts; leave the flag out")
+        if flags.new_tokens is not None:
+            raise UserError("--new-tokens: the checkpoint given by --load knows its new tokens; leave the flag out")
         return model_shape(resolve_checkpoint(flags.load))
     path = Path(flags.hf or "")
     architecture = read_architecture(read_json(path), str(path))
@@ -186,7 +191,7 @@ def read_shape(flags: Flags):
     if flags.experts_per_layer is not None:
         options = ImportOptions(path, top_k=flags.top_k, experts_per_layer=flags.experts_per_layer)
     experts, top_k = upcycled_experts(options, architecture.num_layers)
-    return ModelShape(architecture, tuple(experts), top_k)
+    return ModelShape(architecture, tuple(experts), top_k, new_tokens=_given(flags.new_tokens))
 
 
 def read_sizes(flags: Flags):

@@ -11,8 +11,8 @@ from megatron_moe_lpr.checkpoint.format.chain import TensorReader
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import tokenizer_digests, with_tokenizer
 from megatron_moe_lpr.conversion.tensors.new_rows import initial_output_rows, initial_rows
-from megatron_moe_lpr.data.tokenizer import open_extension
-from megatron_moe_lpr.data.vocabulary_extension import VocabularyExtension, tokenizers_before
+from megatron_moe_lpr.data.tokenizer_extension import TokenizerExtension
+from megatron_moe_lpr.data.vocabulary_extension import open_extension, tokenizers_before
 from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE
 from megatron_moe_lpr.files.links import tree_inside
 from megatron_moe_lpr.model.tensors import OUTPUT_NAME, Row
@@ -20,7 +20,7 @@ from megatron_moe_lpr.model.tensors import OUTPUT_NAME, Row
 
 def open_extension_of_checkpoint(
     tokenizer: Path, checkpoint: CheckpointDirectory, card: CheckpointCard
-) -> VocabularyExtension:
+) -> TokenizerExtension:
     """Read an extended tokenizer and check that it extends the one of a checkpoint. Raises UserError."""
     rows = checkpoint.architecture().vocab_size + card.added_rows
     return open_extension(tokenizer, checkpoint.side_directory, rows, str(checkpoint.path))
@@ -34,7 +34,7 @@ def side_files(checkpoint: CheckpointDirectory, tokenizer: Path | None) -> dict[
 
 
 def card_with_vocabulary(
-    card: CheckpointCard, extension: VocabularyExtension | None, files: Mapping[str, Path]
+    card: CheckpointCard, extension: TokenizerExtension | None, files: Mapping[str, Path]
 ) -> CheckpointCard:
     """The card after an expansion: rows of earlier extensions are frozen, also where it adds no further ones.
 
@@ -55,7 +55,7 @@ def card_with_vocabulary(
     )
 
 
-def further_rows(row: Row, had: Sequence[Row], reader: TensorReader, extension: VocabularyExtension) -> torch.Tensor:
+def further_rows(row: Row, had: Sequence[Row], reader: TensorReader, extension: TokenizerExtension) -> torch.Tensor:
     """The new tensor `row`, made from the rows that the checkpoint has in the same matrix.
 
     Args:

@@ -49,7 +49,7 @@ from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
 from megatron_moe_lpr.conversion.tensors.new_rows import RowDifferences
 from megatron_moe_lpr.conversion.tensors.qkv import interleave_qkv
 from megatron_moe_lpr.conversion.upcycling import read_finite
-from megatron_moe_lpr.data.vocabulary_extension import VocabularyExtension, read_extensions
+from megatron_moe_lpr.data.tokenizer_extension import TokenizerExtension, read_extension
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.atomic_directory import atomic_directory
 from megatron_moe_lpr.files.checksum_file import write_checksums
@@ -180,15 +180,16 @@ class _GraftedTensors:
         return self.row_differences[1][first]
 
 
-def _extensions(checkpoint: CheckpointDirectory, rows: list[Row], options: GraftOptions) -> list[VocabularyExtension]:
+def _extensions(checkpoint: CheckpointDirectory, rows: list[Row], options: GraftOptions) -> list[TokenizerExtension]:
     """The vocabulary extensions whose rows change. Raises UserError where the record of one is missing."""
     starts = {row.rows[0] for row in rows if row.kind in NEW_ROWS and row.rows and row.rows[1] > row.rows[0]}
     if not starts or options.new_rows == "unchanged":
         return []
-    found = read_extensions(checkpoint.side_directory)
+    latest = read_extension(checkpoint.side_directory)
+    found = [*latest.earlier, latest] if latest else []
     if starts - {one.base_vocab_size for one in found}:
         raise UserError(
-            f"{checkpoint.side_directory}: the record of an earlier vocabulary extension is missing, and with it which "
+            f"{checkpoint.side_directory}: the record of a vocabulary extension is missing, and with it which "
             "tokens its new tokens replace; give --new-rows unchanged"
         )
     return found

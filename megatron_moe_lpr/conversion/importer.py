@@ -31,7 +31,8 @@ from megatron_moe_lpr.conversion.tensor_sources import TensorSources, find_tenso
 from megatron_moe_lpr.conversion.tensors.blocks import grown_config
 from megatron_moe_lpr.conversion.upcycling import upcycle
 from megatron_moe_lpr.data.language_groups import IMPORTED_ADAPTER, IMPORTED_MIXTURE
-from megatron_moe_lpr.data.vocabulary_extension import VocabularyExtension, tokenizers_before
+from megatron_moe_lpr.data.tokenizer_extension import TokenizerExtension
+from megatron_moe_lpr.data.vocabulary_extension import tokenizers_before
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.atomic_directory import atomic_directory
 from megatron_moe_lpr.files.checksum_file import write_checksums
@@ -112,7 +113,7 @@ def _card(sources: TensorSources, fingerprint: str, tokenizer: dict[str, str]) -
     )
 
 
-def _earlier_tokenizers(before: CheckpointCard | None, extension: VocabularyExtension | None) -> list[EarlierTokenizer]:
+def _earlier_tokenizers(before: CheckpointCard | None, extension: TokenizerExtension | None) -> list[EarlierTokenizer]:
     earlier = before.earlier_tokenizers if before else []
     return tokenizers_before(extension, earlier) if extension else earlier
 

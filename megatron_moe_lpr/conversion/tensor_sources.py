@@ -19,8 +19,8 @@ from megatron_moe_lpr.conversion.hugging_face.safetensors_source import Safetens
 from megatron_moe_lpr.conversion.import_options import ImportOptions, given_experts, upcycled_experts
 from megatron_moe_lpr.conversion.imported_languages import ImportedLanguages, read_imported_languages
 from megatron_moe_lpr.conversion.tensors.blocks import FLAG, inserted_positions, mark_inserted
-from megatron_moe_lpr.data.tokenizer import open_extension
-from megatron_moe_lpr.data.vocabulary_extension import VocabularyExtension
+from megatron_moe_lpr.data.tokenizer_extension import TokenizerExtension
+from megatron_moe_lpr.data.vocabulary_extension import open_extension
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.tensors import ADAPTER_LAYOUT, Row, model_rows
@@ -50,7 +50,7 @@ class TensorSources:
     """Languages of experts that were trained elsewhere, where the user gives them."""
     new_tokens: list[int]
     """Rows that vocabulary extensions add, the oldest one first."""
-    extension: VocabularyExtension | None = None
+    extension: TokenizerExtension | None = None
     """The extension that this import makes, the last one; None: it makes none."""
 
     @property
@@ -122,7 +122,7 @@ def find_tensor_sources(options: ImportOptions) -> TensorSources:
     )
 
 
-def _extension(tokenizer: Path, model: HFDirectory) -> VocabularyExtension:
+def _extension(tokenizer: Path, model: HFDirectory) -> TokenizerExtension:
     rows = model.architecture.vocab_size + sum(model.new_tokens)
     return open_extension(tokenizer, model.path, rows, str(model.path))
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from megatron_moe_lpr.data.other_tokenizers import other_model_file, other_tokenizer
 from megatron_moe_lpr.data.sentencepiece_conversion import convert_sentencepiece
+from megatron_moe_lpr.data.tokenizer_extension import read_extension
 from megatron_moe_lpr.data.tokenizer_settings import CONFIG, AddedToken, added_tokens, eos_ids, eos_token
-from megatron_moe_lpr.data.vocabulary_extension import EXTENSION_FILE, VocabularyExtension, read_extension
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import read_json, required_int
 from megatron_moe_lpr.files.lfs_pointers import refuse_lfs_pointers
@@ -323,38 +323,5 @@ def model_vocabulary(path: Path) -> int | None:
     if "vocab_size" not in fields:
         return None
     size = required_int(fields, "vocab_size", str(file), 1, 2**31 - 1)
-    if path.with_name(EXTENSION_FILE).is_file():
-        size = max(size, read_extension(path.parent).end)
-    return size
-
-
-def open_extension(directory: Path, base: Path, rows: int, place: str) -> VocabularyExtension:
-    """Read the record of an extended tokenizer and check that it extends a model's own tokenizer.
-
-    Args:
-        directory: the extended tokenizer with its `extension.json`.
-        base: directory with the model's tokenizer.
-        rows: token ids that the model has.
-        place: the model, for messages.
-
-    Raises:
-        UserError: no such record, or the tokenizer beside it or the model's own is another one.
-    """
-    extension, extended = read_extension(directory), load_tokenizer(directory)
-    if extended.fingerprint != extension.fingerprint or extended.vocab_size != extension.end:
-        raise UserError(
-            f"{directory / EXTENSION_FILE}: records another tokenizer than {extended.path.name} beside it; copy the "
-            "directory again"
-        )
-    if extension.base_vocab_size != rows:
-        raise UserError(
-            f"{directory}: extends a vocabulary of {extension.base_vocab_size:,} ids, and {place} has {rows:,}; extend "
-            "that model's own tokenizer"
-        )
-    own = load_tokenizer(base).fingerprint
-    if own != extension.base_fingerprint:
-        raise UserError(
-            f"{directory}: extends another tokenizer than {place} has ({extension.base_fingerprint[:12]} is not "
-            f"{own[:12]}); extend that model's own tokenizer"
-        )
-    return extension
+    extension = read_extension(path.parent)
+    return size if extension is None else max(size, extension.vocab_size)

@@ -24,13 +24,24 @@ Group = torch.distributed.ProcessGroup
 
 
 @overrides_megatron
+class _OneExtensionRows(VocabParallelEmbedding):
+    """The rows of one extension on a rank. Whoever computes with them calls the module, which returns its weight."""
+
+    @override
+    def forward(self) -> torch.nn.Parameter:
+        """The rows, [padded rows / TP, hidden]. DistributedDataParallel's hook before this call waits until updated
+        parameters have been gathered (--overlap-param-gather)."""
+        return self.weight
+
+
+@overrides_megatron
 class ExtensionRows(MegatronModule):
     """A rank's rows of each vocabulary extension, the oldest one first, split over TP ranks as Megatron's embedding."""
 
     def __init__(self, config: TransformerConfig, layout: VocabularyLayout, group: Group) -> None:
         super().__init__(config=config)
         for number, rows in zip(layout.extensions, layout.padded[1:], strict=True):
-            part = VocabParallelEmbedding(
+            part = _OneExtensionRows(
                 rows, config.hidden_size, init_method=config.init_method, config=config, tp_group=group
             )
             part.weight.is_embedding_or_output_parameter = True  # as Megatron marks the base model's rows
@@ -38,8 +49,13 @@ class ExtensionRows(MegatronModule):
 
     @property
     def weights(self) -> list[torch.nn.Parameter]:
-        """The rows of each extension, [padded rows / TP, hidden] each."""
+        """The rows of each extension as parameters, [padded rows / TP, hidden] each."""
         return [part.get_parameter("weight") for part in self.children()]
+
+    @override
+    def forward(self) -> list[torch.nn.Parameter]:
+        """The rows of each extension to compute with, see `_OneExtensionRows.forward`."""
+        return [part() for part in self.children()]
 
 
 @overrides_megatron
@@ -60,7 +76,7 @@ class ExtendedEmbedding(VocabParallelEmbedding):
         Returns:
             [batch, sequence, hidden], or with sequence parallelism [sequence / TP, batch, hidden].
         """
-        weights, rank = (self.weight, *self.extensions[0].weights), self.tp_group.rank()
+        weights, rank = (self.weight, *self.extensions[0]()), self.tp_group.rank()
         output = None
         for part, weight in enumerate(weights):
             row = input_ - self.layout.first_ids[part] - rank * self.layout.rank_rows[part]
@@ -118,7 +134,7 @@ class ExtendedOutputLayer(ColumnParallelLinear):
             This rank's logits [sequence, batch, `VocabularyLayout.width`], the lowest number in columns of no token; or
             gathered ones, [sequence, batch, token ids] in the order of token ids. And no bias.
         """
-        weights = (self.weight if weight is None else weight, *self.extensions[0].weights)
+        weights = (self.weight if weight is None else weight, *self.extensions[0]())
         logits = _LogitsOfParts.apply(input_, self.layout, self.tp_group, self.sequence_parallel, *weights)
         gathers = self.gather_output if runtime_gather_output is None else runtime_gather_output
         if gathers:

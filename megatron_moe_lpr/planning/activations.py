@@ -5,8 +5,7 @@ holds on its emulation (docs/planning.md). A frozen matrix does not keep its inp
 Left out: the rows by which each expert's tokens are padded for FP8, at most 15 an expert (with blockwise under TP 127).
 """
 
-from megatron_moe_lpr.model.build import padded_vocab_size
-from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.build import vocabulary_layout
 from megatron_moe_lpr.planning.layer_activations import (
     gradient_bytes,
     kept_bytes_per_token,
@@ -66,7 +65,7 @@ def logit_bytes(run: PlannedRun, pipeline_rank: int) -> float:
     """Logits and their fp32 softmax, then the softmax and their gradient, on the last pipeline rank."""
     if not run.is_last(pipeline_rank):
         return 0.0
-    columns = padded_vocab_size(run.shape.architecture.vocab_size, run.layout.tensor_model_parallel_size)
+    columns = sum(vocabulary_layout(run.shape, run.layout.tensor_model_parallel_size).padded)
     return (run.sizes.element_bytes + FP32) * (run.rank_tokens * columns)
 
 
@@ -77,4 +76,4 @@ def _outside_layers(run: PlannedRun, pipeline_rank: int) -> float:
     """
     if not run.is_last(pipeline_rank):
         return 0.0
-    return run.hidden_bytes + (run.hidden_bytes if ParameterKind.EMBEDDING in run.sizes.trains else 0)
+    return run.hidden_bytes + (run.hidden_bytes if run.trained_vocabulary else 0)

@@ -68,7 +68,7 @@ def _passes(layer: PlannedLayer, behaviour: PlatformBehaviour) -> Passes:
         behaviour.gradient_of_embedding
         or run.recompute != "none"
         or run.layout.pipeline_model_parallel_size > 1
-        or ParameterKind.EMBEDDING in trains
+        or bool(run.trained_vocabulary)
     )
     # Below the lowest weight that trains nothing needs a gradient. In a layer with a router that weight is the router,
     # so that the layer's own attention needs none; an inserted block begins with a norm, which trains.
@@ -91,7 +91,7 @@ def _outside_layers(run: PlannedRun, pipeline_rank: int) -> Traffic:
     """Embedding, output matrix and loss over the TP ranks; what a micro-batch sends to the next and previous ranks of
     the pipeline."""
     ranks, chunks = run.layout.pipeline_model_parallel_size, run.layout.num_virtual_stages_per_pipeline_rank
-    sequence_parallel, trains = run.layout.uses_sequence_parallel, ParameterKind.EMBEDDING in run.sizes.trains
+    sequence_parallel, trains = run.layout.uses_sequence_parallel, bool(run.trained_vocabulary)
     first, last = pipeline_rank == 0, run.is_last(pipeline_rank)
     units = 0
     tensor = 0.0

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, VOCABULARY
 from megatron_moe_lpr.planning.optimizer_states import gradient_size
 from megatron_moe_lpr.planning.parameters import held_parameters, rank_parameters
 from megatron_moe_lpr.planning.planned_run import PlannedRun
@@ -51,9 +51,9 @@ def _tied(run: PlannedRun, pipeline_rank: int, trained: Mapping[ParameterKind, i
     """Gradients of tied embeddings, added up between the first and the last pipeline rank, each with a copy."""
     last = run.layout.pipeline_model_parallel_size - 1
     tied = run.shape.architecture.tied_embeddings
-    if last == 0 or pipeline_rank not in (0, last) or ParameterKind.EMBEDDING not in trained or not tied:
+    if last == 0 or pipeline_rank not in (0, last) or not tied:
         return 0.0
-    return gradient_size(ParameterKind.EMBEDDING, run.sizes) * trained[ParameterKind.EMBEDDING]
+    return sum(gradient_size(kind, run.sizes) * trained.get(kind, 0) for kind in VOCABULARY)
 
 
 def _reduced(size: int, element: int, gradient: int, ranks: int, sizes: RunSizes, gathers: int) -> float:

@@ -7,7 +7,7 @@ Weights in FP8, activations and logits are checked on Transformer Engine's emula
 import dataclasses
 import math
 
-from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameter_kinds import VOCABULARY, ParameterKind
 from megatron_moe_lpr.model.parameter_counts import ParameterCounts
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.activations import activation_bytes, logit_bytes
@@ -78,7 +78,7 @@ def fp8_weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
     only by rows. With --fp8-param-gather the new experts have these two and no bf16 weight."""
     if sizes.precision != "fp8":
         return 0
-    without = (ParameterKind.ROUTER, ParameterKind.NORM, ParameterKind.EMBEDDING)
+    without = {ParameterKind.ROUTER, ParameterKind.NORM} | VOCABULARY
     return 2 * sum(count for kind, count in counts.items() if kind not in without)
 
 

@@ -3,12 +3,11 @@
 import dataclasses
 from collections.abc import Collection, Iterator
 
-from megatron_moe_lpr.model.build import padded_vocab_size
+from megatron_moe_lpr.model.build import padded_new_tokens, padded_vocab_size
 from megatron_moe_lpr.model.configuration.config import ModelShape
-from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameter_kinds import VOCABULARY, ParameterKind
 from megatron_moe_lpr.model.configuration.parameters import Parameter
 from megatron_moe_lpr.model.parameter_counts import ParameterCounts
-from megatron_moe_lpr.model.tensors import EMBEDDING_KEY
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 
 
@@ -32,14 +31,15 @@ def held_parameters(shape: ModelShape, layout: ParallelLayout, pipeline_rank: in
     for parameter in shape.parameters:
         if parameter.layer is not None:
             on_rank = parameter.layer in layers
-        elif parameter.name == EMBEDDING_KEY:
+        elif parameter.name.startswith("embedding."):
             # The last pipeline rank has a copy of tied embeddings, unless it is the first one too.
             on_rank = first or (last and shape.architecture.tied_embeddings)
         else:
             on_rank = last
-        if on_rank and parameter.kind is ParameterKind.EMBEDDING:
+        if on_rank and parameter.kind in VOCABULARY:
             rows, hidden = parameter.shape
-            rows = padded_vocab_size(rows, layout.tensor_model_parallel_size)
+            pad = padded_vocab_size if parameter.kind is ParameterKind.EMBEDDING else padded_new_tokens
+            rows = pad(rows, layout.tensor_model_parallel_size)
             yield dataclasses.replace(parameter, parts=((rows, hidden),))
         elif on_rank:
             yield parameter

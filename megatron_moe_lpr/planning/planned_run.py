@@ -5,7 +5,7 @@ from typing import Literal
 
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.config import ModelShape
-from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, trained_in_layer
+from megatron_moe_lpr.model.configuration.parameter_kinds import VOCABULARY, ParameterKind, trained_in_layer
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.parameters import pipeline_rank_layers
 from megatron_moe_lpr.planning.sizes import RunSizes
@@ -33,6 +33,12 @@ class PlannedRun:
     def hidden_bytes(self) -> int:
         """Bytes of the residual stream of one token."""
         return self.shape.architecture.hidden_size * self.sizes.element_bytes
+
+    @property
+    def trained_vocabulary(self) -> frozenset[ParameterKind]:
+        """Kinds of rows of the embedding and of the output layer that the model has and that train; empty: none."""
+        kinds = {parameter.kind for parameter in self.shape.parameters} & VOCABULARY
+        return frozenset(kinds & self.sizes.trains)
 
     @property
     def num_microbatches(self) -> int:

@@ -146,9 +146,12 @@ def waiting_share(run: PlannedRun) -> float:
     PP = run.layout.pipeline_model_parallel_size
     flops = training_flops_per_token(run.shape, run.sizes.trains, run.sizes.seq_length)
     # Forward, for the input's gradient, and for the weight's.
-    products = 3 if ParameterKind.EMBEDDING in run.sizes.trains else 2
-    (output,) = (parameter for parameter in run.shape.parameters if parameter.layer is None and parameter.is_product)
-    return (PP - 1) / run.num_microbatches + 2 * products * output.size / flops * (PP - 1)
+    output = sum(
+        (3 if parameter.kind in run.sizes.trains else 2) * parameter.size
+        for parameter in run.shape.parameters
+        if parameter.layer is None and parameter.is_product
+    )
+    return (PP - 1) / run.num_microbatches + 2 * output / flops * (PP - 1)
 
 
 def launching_share(run: PlannedRun, machine: Machine) -> float:

@@ -30,8 +30,9 @@ from megatron_moe_lpr.data.preparation.inspection import counts_table
 from megatron_moe_lpr.data.preparation.merging import expand_prefixes
 from megatron_moe_lpr.data.preparation.sources import Block
 from megatron_moe_lpr.data.tokenizer import load_tokenizer, model_vocabulary
+from megatron_moe_lpr.data.tokenizer_extension import read_extension
 from megatron_moe_lpr.data.tokenizer_settings import added_tokens
-from megatron_moe_lpr.data.vocabulary_extension import read_extension, tokenizers_before
+from megatron_moe_lpr.data.vocabulary_extension import tokenizers_before
 from megatron_moe_lpr.evaluation.report.inputs import read_inputs
 from megatron_moe_lpr.evaluation.report.page import build_page
 from megatron_moe_lpr.files import checksum_file

@@ -51,6 +51,7 @@ class Case:
     """Of each layer."""
     expansions: tuple[tuple[int, ...], ...] = ()
     inserted_blocks: tuple[int, ...] = ()
+    new_tokens: tuple[int, ...] = ()
     recompute: str = "none"
     optimizer: dict[str, bool] = dataclasses.field(default_factory=dict)
     bf16: bool = False
@@ -75,7 +76,13 @@ class Case:
         }
         architecture = read_architecture(fields | self.model)
         blocks = self.inserted_blocks
-        return ModelShape(architecture, self.experts, expansions=self.expansions, inserted_blocks=blocks)
+        return ModelShape(
+            architecture,
+            self.experts,
+            expansions=self.expansions,
+            inserted_blocks=blocks,
+            new_tokens=self.new_tokens,
+        )
 
 
 def sent_and_planned(case: Case, platform_name: str = "cpu") -> tuple[dict[str, float], dict[str, float]]:
@@ -105,7 +112,7 @@ def _step(case: Case, layout: ParallelLayout, platform: Platform, options: Optim
             weight.copy_(torch.randn(weight.shape) * 0.02)
     for router in (part for chunk in chunks for part in unwrap(chunk).modules() if isinstance(part, LPRRouter)):
         router.routing = chosen(router.routing)
-    freeze(chunks, STAGES[case.stage], case.inserted_blocks)
+    freeze(chunks, STAGES[case.stage], case.inserted_blocks, len(case.new_tokens))
     chunks = wrap_data_parallel(chunks, config, options)
     optimizer = build_optimizer(chunks, config, options, platform)
     state = TrainingState(chunks, optimizer, build_schedule(optimizer, options, BatchOptions(train_iters=100)))

@@ -24,6 +24,7 @@ from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
 from tests.conversion.tiny_models import COMMON
 from tests.distributed import rank_pool
 from tests.launching.builders import prepare_inputs
+from tests.training.new_rows import extend_checkpoint
 
 LARGEST_ERROR, PADDING = 0.006, 512
 """Of each part, and the bytes by which Megatron pads small buffers, so that they split over the ranks."""
@@ -37,6 +38,7 @@ class Case:
     stage: str = "1"
     dtype: str = "bfloat16"
     distributed: bool = True
+    new_tokens: bool = False
     states: OptimizerStateOptions = dataclasses.field(default_factory=OptimizerStateOptions)
 
 
@@ -54,6 +56,9 @@ CASES = [
     Case({}, stage="blocks"),
     Case({"tensor_model_parallel_size": 2}, stage="blocks"),
     Case({"pipeline_model_parallel_size": 2}, stage="blocks"),
+    Case({"tensor_model_parallel_size": 2}, new_tokens=True),
+    Case({"pipeline_model_parallel_size": 2}, new_tokens=True),
+    Case({}, stage="2", new_tokens=True),
 ]
 
 
@@ -63,7 +68,7 @@ def allocated(path, case: Case, platform_name: PlatformName = "cpu") -> dict[str
     initialize_parallel(platform, layout)
     options = ComputeOptions().with_dtype(getattr(torch, case.dtype))
     model = load_model(path, layout, platform, options, calculate_per_token_loss=True)
-    freeze(model.chunks, STAGES[case.stage], model.shape.inserted_blocks)
+    freeze(model.chunks, STAGES[case.stage], model.shape.inserted_blocks, len(model.shape.new_tokens))
     settings = OptimizerOptions(use_distributed_optimizer=case.distributed, states=case.states)
     chunks = wrap_data_parallel(model.chunks, model.config, settings)
     optimizer = build_optimizer(chunks, model.config, settings, platform)
@@ -94,12 +99,14 @@ def checkpoints(tmp_path_factory):
     config = AutoConfig.for_model("llama", **COMMON | {"hidden_size": 64, "num_hidden_layers": 2})
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "wider")
     import_hf(ImportOptions(hf=root / "wider", expand_blocks=2), root / "grown")
+    import_hf(ImportOptions(hf=root / "wider", num_experts=5), root / "extended")
+    extend_checkpoint(root / "extended", (90, 60))
     return root
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_allocations(checkpoints, case):
-    checkpoint = checkpoints / ("grown" if case.stage == "blocks" else "moe")
+    checkpoint = checkpoints / ("extended" if case.new_tokens else "grown" if case.stage == "blocks" else "moe")
     shape, layout = model_shape(resolve_checkpoint(checkpoint)), ParallelLayout(**case.layout)
     precision = "bf16" if case.dtype == "bfloat16" else "fp32"
     sizes = RunSizes(STAGES[case.stage].trains, 2, precision=precision, distributed_optimizer=case.distributed)

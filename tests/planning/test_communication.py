@@ -14,6 +14,7 @@ OVERLAPPED = SHARDED | {"overlap_grad_reduce": True, "overlap_param_gather": Tru
 QK_NORM = {"model_type": "qwen3", "head_dim": 16}
 TIED = {"tie_word_embeddings": True}
 INSERTED = {"stage": "blocks", "experts": (1,) * 3, "inserted_blocks": (1,)}
+NEW_TOKENS = {"new_tokens": (90, 60)}
 EXPANDED_TWICE = {"expansions": ((2, 2), (2, 2))}
 
 CASES = {
@@ -53,6 +54,14 @@ CASES = {
     "inserted blocks, TP2+SP": Case(TP2, **INSERTED, model=QK_NORM),
     "inserted blocks, TP2 without SP": Case(TP2 | {"sequence_parallel": False}, **INSERTED, model=QK_NORM),
     "inserted blocks, PP2": Case(PP2, **INSERTED | {"experts": (1,) * 4}),
+    "new tokens, DP2, distributed optimizer": Case(optimizer=SHARDED, **NEW_TOKENS),
+    "new tokens, TP2+SP": Case(TP2, **NEW_TOKENS),
+    "new tokens, TP2+SP, tied": Case(TP2, **NEW_TOKENS, model=TIED),
+    "new tokens, stage 2, TP2+SP": Case(TP2, stage="2", **NEW_TOKENS),
+    "new tokens, PP2": Case(PP2, **NEW_TOKENS),
+    "new tokens, PP2, tied": Case(PP2, **NEW_TOKENS, model=TIED),
+    "new tokens, full, PP2, tied": Case(PP2, stage="full", **NEW_TOKENS, model=TIED),
+    "new tokens, TP2xEP2xPP2, tied": Case(TP2 | EP2 | PP2, ranks=4, **NEW_TOKENS, model=TIED),
     "TP2xEP2xDP2": Case(TP2 | EP2, ranks=4),
     "TP2xEP2xPP2, distributed optimizer": Case(TP2 | EP2 | PP2, ranks=4, optimizer=SHARDED),
     "EP4, bf16": Case({"expert_model_parallel_size": 4}, ranks=4, bf16=True),

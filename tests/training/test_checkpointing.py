@@ -70,18 +70,6 @@ def test_resume_at_the_same_layout_is_exact(original_run, inputs, tmp_path):
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
 
 
-def test_full_training_in_fp32_is_resumed(inputs, tmp_path):
-    """Routers and matrices outside of experts are two parameter groups that Megatron takes for one when it loads."""
-    changes = {"stage": "full", "train_iters": 4, "save_interval": 2}
-    run_pool(2, inputs[0], tmp_path / "first", inputs[1], **changes)
-    save = rewind(tmp_path / "first", tmp_path / "second", 2)
-    run_pool(2, inputs[0], save, inputs[1], **changes, **TP2)
-    expected, found = metrics(tmp_path / "first"), metrics(save)
-    assert sorted(found) == [3, 4]
-    for step, record in found.items():
-        assert record["lm_loss"] == pytest.approx(expected[step]["lm_loss"], rel=2e-5), step
-
-
 @pytest.mark.parametrize("trained", [{}, {"train_embeddings": True}, {"stage": "full"}])
 def test_bf16_with_fp32_routers_is_saved_and_resumed(trained, inputs, tmp_path):
     """Also where routers train beside dense bf16 weights: Megatron's optimizer mixed their states up. What is frozen

@@ -36,7 +36,10 @@ PP2 = {"pipeline_model_parallel_size": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 BF16 = {"fp32": False, "bf16": True}
 LAYOUTS = {
-    "one process": (1, {}),
+    "DP2, parameters gathered beside the forward pass": (
+        2,
+        DISTRIBUTED | {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    ),
     "TP2xEP2, distributed optimizer": (2, TP2 | EP2 | DISTRIBUTED),
     "PP2, recompute full": (2, PP2 | {"recompute_granularity": "full"}),
     "PP2xDP2, distributed optimizer, bf16": (4, PP2 | DISTRIBUTED | BF16),
@@ -72,7 +75,7 @@ def data(tmp_path_factory) -> dict[str, str]:
 
 NEW_ROWS = {"train_new_rows": True}
 RUNS = [
-    ("one process", "qwen2-tied", "1", {}),
+    ("DP2, parameters gathered beside the forward pass", "qwen2-tied", "1", {}),
     ("TP2xEP2, distributed optimizer", "qwen2-tied", "1", {}),
     ("PP2, recompute full", "qwen2-tied", "1", {}),
     ("PP2xDP2, distributed optimizer, bf16", "qwen2-tied", "1", {}),

@@ -27,7 +27,7 @@ from megatron_moe_lpr.conversion.hugging_face.other_forms import refuse_other_di
 from megatron_moe_lpr.conversion.hugging_face.other_tensors import foreign_form
 from megatron_moe_lpr.conversion.hugging_face.safetensors_source import INDEX_FILE, SafetensorsSource, weight_files
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors, zero_attention_biases
-from megatron_moe_lpr.data.vocabulary_extension import EXTENSION_FILE
+from megatron_moe_lpr.data.tokenizer_extension import EXTENSION_FILE
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksums import sha256_of_file
 from megatron_moe_lpr.files.json_files import checked_integer, required_int

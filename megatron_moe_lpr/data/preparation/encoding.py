@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -100,7 +101,7 @@ class BlockEncoder:
 
     def _encode_texts(self, texts: list[str], counts: Counter) -> EncodedDocuments:
         tokens, lengths, sizes = array.array("i"), [], []
-        encoded = (ids for batch in _batches(texts) for ids in self.tokenizer.encode_batch(batch))
+        encoded = (ids for batch in text_batches(texts) for ids in self.tokenizer.encode_batch(batch))
         for text, ids in zip(texts, encoded, strict=True):
             if not ids:
                 counts[NO_TOKENS] += 1
@@ -123,7 +124,7 @@ class BlockEncoder:
         )
 
 
-def _batches(texts: list[str]) -> Iterator[list[str]]:
+def text_batches(texts: list[str]) -> Iterator[list[str]]:
     """Split texts into short lists: while a batch is tokenized, it needs about 170 bytes of memory a character."""
     batch, characters = [], 0
     for text in texts:
@@ -136,10 +137,21 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
         yield batch
 
 
-_worker_encoder: BlockEncoder | None = None
+Result_co = TypeVar("Result_co", covariant=True)
 
 
-def _start_worker(encoder: BlockEncoder) -> None:
+class BlockTask(Protocol[Result_co]):
+    """Work on blocks in worker processes, which get a copy of it: tokenizing as `BlockEncoder`, or counting."""
+
+    def encode(self, block: Block) -> Result_co:
+        """Return the result of one block."""
+        ...
+
+
+_worker_encoder: BlockTask | None = None
+
+
+def _start_worker(encoder: BlockTask) -> None:
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -148,7 +160,7 @@ def _start_worker(encoder: BlockEncoder) -> None:
     _worker_encoder = encoder
 
 
-def _encode_in_worker(block: Block) -> EncodedBlock:
+def _encode_in_worker(block: Block) -> Any:
     assert _worker_encoder is not None
     return _worker_encoder.encode(block)
 
@@ -158,7 +170,7 @@ def _is_ready() -> bool:
 
 
 @contextlib.contextmanager
-def worker_pool(encoder: BlockEncoder, workers: int) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(encoder: BlockTask, workers: int) -> Iterator[ProcessPoolExecutor]:
     """Start worker processes. Call it before starting threads, so that forking is safe."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder,))
@@ -171,12 +183,12 @@ def worker_pool(encoder: BlockEncoder, workers: int) -> Iterator[ProcessPoolExec
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def encode_blocks(pool: ProcessPoolExecutor, blocks: Iterable[Block], workers: int) -> Iterator[EncodedBlock]:
-    """Tokenize blocks and yield results in the order of the blocks, for any number of workers.
+def encode_blocks(pool: ProcessPoolExecutor, blocks: Iterable[Block], workers: int) -> Iterator[Any]:
+    """Run the pool's `BlockTask` on blocks and yield results in the order of the blocks, for any number of workers.
 
     At most `BLOCKS_AHEAD` blocks per worker wait in memory.
     """
-    waiting: deque[Future[EncodedBlock]] = deque()
+    waiting: deque[Future[Any]] = deque()
     for block in blocks:
         waiting.append(pool.submit(_encode_in_worker, block))
         if len(waiting) > workers * BLOCKS_AHEAD:

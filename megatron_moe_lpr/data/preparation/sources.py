@@ -51,8 +51,8 @@ class Slice:
     end: int
 
 
-def expand_inputs(inputs: Sequence[str]) -> list[str]:
-    """Return the files of `--input`: each glob is replaced by its sorted matches, the order of arguments is kept.
+def expand_inputs(inputs: Sequence[str], flag: str = "--input") -> list[str]:
+    """Return the files of a flag: each glob is replaced by its sorted matches, the order of arguments is kept.
 
     Raises:
         UserError: a pattern matches nothing, or names a directory, an unknown suffix, or a file twice.
@@ -64,22 +64,22 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
             continue
         matches = sorted(glob.glob(pattern, recursive=True))
         if not matches:
-            raise UserError(f"--input {pattern}: no such file")
+            raise UserError(f"{flag} {pattern}: no such file")
         names += matches
     for name in names:
-        _check_name(name, names)
+        _check_name(name, names, flag)
     return names
 
 
-def _check_name(name: str, names: list[str]) -> None:
+def _check_name(name: str, names: list[str], flag: str) -> None:
     if names.count(name) > 1:
-        raise UserError(f"--input {name}: given twice")
+        raise UserError(f"{flag} {name}: given twice")
     if name == STANDARD_INPUT:
         return
     if Path(name).is_dir():
-        raise UserError(f"--input {name}: is a directory; give its files, for example '{name}/*.jsonl.gz'")
+        raise UserError(f"{flag} {name}: is a directory; give its files, for example '{name}/*.jsonl.gz'")
     if not name.endswith((*_SUFFIXES, ".parquet")):
-        raise UserError(f"--input {name}: unknown suffix; known are {', '.join((*_SUFFIXES, '.parquet'))} and -")
+        raise UserError(f"{flag} {name}: unknown suffix; known are {', '.join((*_SUFFIXES, '.parquet'))} and -")
 
 
 def disk_bytes(name: str) -> int:

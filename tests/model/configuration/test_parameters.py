@@ -1,5 +1,7 @@
 """The description of the model's parameters against closed forms, and what derives from it."""
 
+import dataclasses
+
 import pytest
 
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
@@ -41,6 +43,8 @@ def test_parameters_of_each_kind(family, extra, tied):
         "attention": 3 * (ATTENTION + (extra if family == "qwen2" else 0)),
         "norm": norms + (3 * extra if family == "qwen3" else 0),
         "embedding": (1 if tied else 2) * V * D,
+        "new vocabulary rows": 0,
+        "earlier vocabulary rows": 0,
     }
 
 
@@ -57,6 +61,20 @@ def test_flops(tied):
     assert training_flops_per_token(model, frozenset(ParameterKind), 128) == (
         3 * (6 * ATTENTION + scores) + 6 * D * V + 6 * D * (7 + 6) + 6 * FFN * 5
     )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_new_tokens(tied):
+    """Each costs 2 products of a token with its output row, and a third where it trains; looking it up costs none."""
+    model = dataclasses.replace(shape((7,), tie_word_embeddings=tied), new_tokens=(30, 20))
+    plain, matrices = shape((7,), tie_word_embeddings=tied), 1 if tied else 2
+    assert model.total_vocab_size == V + 50
+    sizes = {kind: sum(one.size for one in model.parameters if one.kind is kind) for kind in ParameterKind}
+    assert sizes["new vocabulary rows"] == matrices * 20 * D and sizes["embedding"] == matrices * V * D
+    assert sizes["earlier vocabulary rows"] == matrices * 30 * D
+    trains = {"router", "new experts", "new vocabulary rows"}
+    more = training_flops_per_token(model, trains, 128) - training_flops_per_token(plain, trains, 128)
+    assert more == pytest.approx(2 * D * (2 * 30 + 3 * 20))
 
 
 def test_flops_of_an_inserted_block():

@@ -1,0 +1,1 @@
+"""New tokens for new languages: learned, added to a tokenizer, and measured."""
