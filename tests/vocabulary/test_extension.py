@@ -211,6 +211,16 @@ def test_whole_words_of_the_vocabulary(texts, tmp_path):
     assert sum(map(len, ids_of_texts(load(directory), greek))) < 0.9 * sum(map(len, ids_of_texts(load(base), greek)))
 
 
+def test_documents_that_change_are_counted(byte_level, texts, tmp_path):
+    """Guarding only what is frequent lets some documents change, and the record says how many."""
+    base = byte_level[0]
+    directory = extend(base, tmp_path / "extended", texts, "--guard-min-count", "1000")
+    for language, recorded in read_extension(directory).guarded.items():
+        documents = [json.loads(line)["text"] for line in texts[language].read_text().splitlines()]
+        pairs = zip(ids_of_texts(load(directory), documents), base_ids(base, documents), strict=True)
+        assert recorded.changed == sum(new != old for new, old in pairs) > 0
+
+
 def test_report(byte_level):
     directory = byte_level[1]
     report = json.loads((directory / "extension_report.json").read_text())
