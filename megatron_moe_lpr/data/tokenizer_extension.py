@@ -76,10 +76,23 @@ def parse_extension(fields: Mapping[str, Any], source: str) -> TokenizerExtensio
         )
     rows = required_int(fields, "base_vocab_size", source, 1, MAX_ID)
     new = required_int(fields, "new_tokens", source, 1, MAX_ID - rows)
-    names = ("base_tokenizer_fingerprint", "tokenizer_fingerprint")
+    if not _is_whole(fields, rows, new):
+        raise UserError(f"{source}: damaged: not what {command('extend-tokenizer')} writes; copy it again")
+    return TokenizerExtension(
+        rows,
+        new,
+        fields["base_tokenizer_fingerprint"],
+        fields["tokenizer_fingerprint"],
+        {language: GuardedLanguage(one["documents"], one["changed"]) for language, one in fields["guarded"].items()},
+        fields["pieces"],
+        [parse_extension(one, source) for one in fields.get("earlier", [])],
+    )
+
+
+def _is_whole(fields: Mapping[str, Any], rows: int, new: int) -> bool:
     guarded, pieces, earlier = fields.get("guarded"), fields.get("pieces"), fields.get("earlier", [])
-    is_valid = (
-        all(isinstance(fields.get(name), str) for name in names)
+    return (
+        all(isinstance(fields.get(f"{name}tokenizer_fingerprint"), str) for name in ("base_", ""))
         and isinstance(guarded, dict)
         and all(map(_is_guarded, guarded.values()))
         and isinstance(pieces, list)
@@ -87,17 +100,6 @@ def parse_extension(fields: Mapping[str, Any], source: str) -> TokenizerExtensio
         and all(isinstance(one, list) and one and all(is_integer(each, 0, rows - 1) for each in one) for one in pieces)
         and isinstance(earlier, list)
         and all(isinstance(one, dict) for one in earlier)
-    )
-    if not is_valid:
-        raise UserError(f"{source}: damaged: not what {command('extend-tokenizer')} writes; copy it again")
-    return TokenizerExtension(
-        rows,
-        new,
-        fields[names[0]],
-        fields[names[1]],
-        {language: GuardedLanguage(one["documents"], one["changed"]) for language, one in fields["guarded"].items()},
-        fields["pieces"],
-        [parse_extension(one, source) for one in fields.get("earlier", [])],
     )
 
 

@@ -1,9 +1,11 @@
 """Read and count the text of one language, with a number of worker processes and bounded memory."""
 
+import contextlib
 import dataclasses
+import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,7 +113,24 @@ def each_block(source: LanguageFiles, task: BlockTask, options: DocumentOptions,
     slices = partition_slices(source.files, 1, 1)
     blocks = (block for piece in slices for block in read_blocks(piece, [options.json_key], options.max_line_bytes))
     total = sum(piece.end - piece.start for piece in slices) or None
-    with worker_pool(task, workers) as pool, ProgressReport(name, total) as progress:
+    with _silent_forks(), worker_pool(task, workers) as pool, ProgressReport(name, total) as progress:
         for result in encode_blocks(pool, blocks, workers):
             progress.advance(result.disk_bytes, {"documents": result.documents})
             yield result
+
+
+@contextlib.contextmanager
+def _silent_forks() -> Iterator[None]:
+    """Keep the tokenizers library from a warning in each worker, which is forked after the library has used threads.
+
+    The workers use none: `encoding.worker_pool` turns them off there.
+    """
+    name = "TOKENIZERS_PARALLELISM"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        del os.environ[name]

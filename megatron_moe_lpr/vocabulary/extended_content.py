@@ -28,8 +28,21 @@ def extend_content(base: BaseTokenizer, tokens: Sequence[str], merges: Sequence[
     return {**base.content, "model": model}
 
 
-def check_content(base: BaseTokenizer, content: dict[str, Any], tokens: Sequence[str]) -> None:
+def expand(ids: Sequence[int], pieces: Sequence[Sequence[int]], rows: int) -> list[int]:
+    """Return ids with each new one, from `rows` on, replaced by its pieces."""
+    return [one for number in ids for one in (pieces[number - rows] if number >= rows else (number,))]
+
+
+def check_content(
+    base: BaseTokenizer, content: dict[str, Any], tokens: Sequence[str], pieces: Sequence[Sequence[int]]
+) -> None:
     """Check that all ids are as they should be, and that added and reserved tokens are still found where they were.
+
+    Args:
+        base: the tokenizer before.
+        content: the extended tokenizer.json.
+        tokens: the new tokens.
+        pieces: the base ids that each of them replaces.
 
     Raises:
         UserError: the library reads another id, or the tokenizer finds an added token in a text as it did not before.
@@ -49,5 +62,5 @@ def check_content(base: BaseTokenizer, content: dict[str, Any], tokens: Sequence
         old.encode_special_tokens = new.encode_special_tokens = as_text
         before, after = (each.encode_batch(names, add_special_tokens=False) for each in (old, new))
         for name, one, two in zip(names, before, after, strict=True):
-            if one.ids != two.ids:
+            if one.ids != expand(two.ids, pieces, base.rows):
                 raise UserError(f"{base.path}: cannot be extended: the text {name!r} would be split otherwise")

@@ -1,7 +1,6 @@
 """Extend a tokenizer: count text, learn merges, measure them and write the directory of the extended tokenizer."""
 
 import dataclasses
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,8 +53,6 @@ def extend_tokenizer(options: ExtensionOptions) -> ExtensionFigures:
     Raises:
         UserError: bad input; nothing is left behind.
     """
-    # The library asks for this where a process that has used its threads forks workers, which use none.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     base = read_base(options.directory)
     if base.rows + options.new_tokens > MAX_IDS:
         raise UserError(f"--new-tokens {options.new_tokens}: more than {MAX_IDS - base.rows:,} cannot be learned here")
@@ -66,7 +63,7 @@ def extend_tokenizer(options: ExtensionOptions) -> ExtensionFigures:
         texts = [count_text(one, base, options.documents, options.seed, options.workers) for one in options.sources]
         learner, changed = learn_tokens(base, texts, options)
         content = extend_content(base, learner.tokens, learner.merges)
-        check_content(base, content, learner.tokens)
+        check_content(base, content, learner.tokens, learner.pieces)
         figures = measure_extension(base, content, learner, texts, changed)
         guarded = {
             one.language: check_guarded(one, base, content, options.documents, options.workers)

@@ -13,6 +13,7 @@ from megatron_moe_lpr.data.tokenizer_extension import GuardedLanguage
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.vocabulary.base_tokenizer import BaseTokenizer, rust_tokenizer
 from megatron_moe_lpr.vocabulary.corpus import LanguageFiles, LanguageText, each_block
+from megatron_moe_lpr.vocabulary.extended_content import expand
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
@@ -59,8 +60,7 @@ def check_old_splits(
         if old == new:
             continue
         changed += 1
-        parts = (pieces[number - base.rows] if number >= base.rows else [number] for number in new)
-        if [number for part in parts for number in part] != old:
+        if expand(new, pieces, base.rows) != old:
             raise UserError(
                 f"{base.path}: cannot be extended: it splits text of {text.language} otherwise by itself when merges "
                 "are added"
