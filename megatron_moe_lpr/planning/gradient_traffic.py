@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, VOCABULARY
+from megatron_moe_lpr.model.configuration.parameter_kinds import VOCABULARY, ParameterKind
 from megatron_moe_lpr.planning.optimizer_states import gradient_size
 from megatron_moe_lpr.planning.parameters import held_parameters, rank_parameters
 from megatron_moe_lpr.planning.planned_run import PlannedRun
