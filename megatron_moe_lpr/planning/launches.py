@@ -28,29 +28,32 @@ class Launches:
         return self.forward + self.backward
 
 
-# Counted on the emulated device in bf16, where tests/gpu/test_planned_launches.py compares them. In fp32, without fused
-# attention, there are some 35 more a layer. Collectives are left out: they are the estimate of communication.
-ATTENTION = Launches(12, 10)
+# Counted on the emulated device in bf16, where tests/gpu/test_planned_launches.py compares them, of a step that does not
+# log its routing. In fp32, without fused attention, there are some 35 more a layer. Collectives are left out: they are
+# the estimate of communication.
+ATTENTION = Launches(11, 13)
+"""With its norm, and both residual additions of the layer."""
 DENSE_FFN = Launches(4, 5)
 MOE_NORM = Launches(1, 2)
-MOE = Launches(34, 103)
-"""Router with its losses and statistics, dispatcher, original expert."""
+MOE = Launches(14, 27)
+"""Router with the gradients of both its losses, dispatcher, original expert. In backward too: the share of the tokens
+at each expert, which recomputation adds nothing to. A stage that has one of the losses alone launches up to 5 less."""
 NEW_EXPERT = Launches(2, 2)
 """Its two products; every expert is taken to have rows."""
-EXPERT_PARALLEL = Launches(6, 0)
+EXPERT_PARALLEL = Launches(10, 2)
 """In each MoE layer, with EP over 1."""
-TENSOR_PARALLEL = Launches(1, 1)
-"""In each layer, with TP over 1."""
-FP8 = 18
-"""To round the operands of a layer's products and to pad rows; the recipes differ by one."""
-EVERY_RANK, TAGS = 4, 13
-"""Of a micro-batch; the tags of its tokens, which a model with experts needs."""
+TENSOR_PARALLEL_ATTENTION, TENSOR_PARALLEL_FFN, TENSOR_PARALLEL_MOE = Launches(0, 1), Launches(1, 1), Launches(9, 8)
+"""More of each with TP over 1. Every rank is taken to pad the original expert's rows: all but the one with most do."""
+FP8, FP8_MOE = 6, 18
+"""To round the operands of a layer's products; more with MoE, where rows are padded too. The recipes differ by one."""
+EVERY_RANK, TAGS = 4, 16
+"""Of a micro-batch; the tags of its tokens and the scale of its losses, which a model with experts needs."""
 FIRST_RANK, LAST_RANK = 1, 32
 """The embedding; final norm, output matrix and loss."""
-SPLIT_VOCABULARY = 8, 6
+SPLIT_VOCABULARY = 9, 1
 """More of both with TP over 1."""
-TRAINED_VOCABULARY = 2
-"""The gradient of the embedding or of the output matrix, and its addition to the buffer."""
+TRAINED_VOCABULARY, TRAINED_SPLIT_EMBEDDING = 2, 2
+"""The gradient of the embedding or of the output matrix, and its addition to the buffer; more with TP over 1."""
 
 
 def launches_per_micro_batch(run: PlannedRun, pipeline_rank: int) -> int:
@@ -67,14 +70,16 @@ def launching_seconds(run: PlannedRun) -> float:
 
 def _layer_launches(layer: PlannedLayer) -> int:
     run, recompute = layer.run, layer.run.recompute
-    outside, ffn = [ATTENTION], [DENSE_FFN]
+    is_split = run.layout.tensor_model_parallel_size > 1
+    outside, ffn = [ATTENTION, *[TENSOR_PARALLEL_ATTENTION] * is_split], [DENSE_FFN, *[TENSOR_PARALLEL_FFN] * is_split]
     if layer.is_moe:
         ranks = run.layout.expert_model_parallel_size
         outside.append(MOE_NORM)
-        ffn = [MOE, *[NEW_EXPERT] * ((layer.num_experts - 1) // ranks), *[EXPERT_PARALLEL] * (ranks > 1)]
-    if run.layout.tensor_model_parallel_size > 1:
-        outside.append(TENSOR_PARALLEL)
-    total = sum(part.total for part in (*outside, *ffn)) + FP8 * (run.sizes.precision == "fp8")
+        ffn = [MOE, *[NEW_EXPERT] * ((layer.num_experts - 1) // ranks)]
+        ffn += [*[EXPERT_PARALLEL] * (ranks > 1), *[TENSOR_PARALLEL_MOE] * is_split]
+    total = sum(part.total for part in (*outside, *ffn))
+    if run.sizes.precision == "fp8":
+        total += FP8 + FP8_MOE * layer.is_moe
     if recompute == "full":
         total += sum(part.forward for part in outside)
     if recompute in ("full", "moe" if layer.is_moe else "mlp"):
@@ -98,5 +103,7 @@ def _for_weight_gradients(run: PlannedRun, pipeline_rank: int) -> int:
             ranks = run.layout.expert_model_parallel_size if parameter.kind.is_expert_parallel else 1
             total += parameter.copies // ranks
     if ParameterKind.EMBEDDING in trains:
-        total += TRAINED_VOCABULARY * ((pipeline_rank == 0) + run.is_last(pipeline_rank))
+        is_first, is_split = pipeline_rank == 0, run.layout.tensor_model_parallel_size > 1
+        total += TRAINED_VOCABULARY * (is_first + run.is_last(pipeline_rank))
+        total += TRAINED_SPLIT_EMBEDDING * (is_first and is_split)
     return total

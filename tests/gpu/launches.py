@@ -43,6 +43,10 @@ CONSTANTS = {"arange", "fill", "full", "full_like", "new_full", "new_ones", "new
 MAIN_GRADIENT = "distributed_data_parallel.py"
 """Megatron's file whose hooks add gradients to the fp32 buffer."""
 
+ON_THE_HOST = {("platform/cpu/collectives.py", ""), ("emulation/device.py", "isend"), ("tensor_parallel/random.py", "fork")}
+"""File and function of operations that launch nothing on a GPU: Python that does part of an emulated collective's work,
+the copy of a tensor that gloo sends, Megatron's comparison of the host's own random states."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
@@ -125,7 +129,6 @@ class Launches(TorchDispatchMode):
 
     def _record(self, name: str, launches: int, size: int, kind: str) -> None:
         place = _place()
-        # On the emulated device Python does part of a collective's work.
         if place is None:
             return
         kind = "main gradient" if place.startswith(MAIN_GRADIENT) else kind
@@ -186,13 +189,13 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def _place() -> str | None:
-    """File:line:function that launches, with autograd's node in backward; None: a part of an emulated collective."""
+    """File:line:function that launches, with autograd's node in backward; None: of `ON_THE_HOST`."""
     node = torch._C._current_autograd_node()
     suffix = f" ({node.name()})" if node is not None else ""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
-        if path.endswith("platform/cpu/collectives.py"):
+        if any(path.endswith(file) and name in ("", frame.f_code.co_name) for file, name in ON_THE_HOST):
             return None
         is_wrapped = any(part in path for part in ("/emulation/", "/platform/cpu/", "/site-packages/torch/"))
         if not is_wrapped and any(
