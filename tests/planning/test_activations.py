@@ -8,7 +8,8 @@ import pytest
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
 from megatron_moe_lpr.model.configuration.config import ModelShape
 from megatron_moe_lpr.parallel.layout import ParallelLayout
-from megatron_moe_lpr.planning.activations import kept_bytes, working_bytes
+from megatron_moe_lpr.planning.activations import kept_bytes
+from megatron_moe_lpr.planning.memory import placeholder_bytes
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.training.configuration.stages import STAGES
@@ -35,8 +36,11 @@ def test_rows_of_earlier_experts_keep_no_input():
     assert difference == pytest.approx(TOKENS * 2 * 4 / 7 * inputs)
 
 
-def test_they_have_no_weight_gradients():
-    assert planned(EXPANDED, "1", needs=working_bytes) < planned(SHAPE, "1", needs=working_bytes)
+@pytest.mark.parametrize(("stage", "matrices"), [("1", 3), ("2", 0)])
+def test_one_placeholder_stands_for_all_weight_gradients_of_a_shape(stage, matrices):
+    """Of new experts: gate and up together, and down, in bf16, however many experts train."""
+    size = 2 * matrices * SHAPE.architecture.hidden_size * SHAPE.architecture.ffn_hidden_size
+    assert planned(EXPANDED, stage, needs=placeholder_bytes) == planned(SHAPE, stage, needs=placeholder_bytes) == size
 
 
 @pytest.mark.parametrize(("stage", "routing"), [("2", "balanced"), ("full", "balanced"), ("1", "worst")])
@@ -57,11 +61,10 @@ def test_only_inserted_blocks_keep_inputs():
     assert planned(everywhere, "blocks") == planned(grown, "full") - TOKENS * output_matrix
 
 
-def test_their_weight_gradients_count_where_they_are():
-    """Few tokens, so that they outweigh activations. The fullest layer decides: on a pipeline stage that has inserted
-    blocks it is as under `full`; on one that has none, as where nothing trains."""
+def test_placeholders_of_inserted_blocks_are_where_they_are():
+    """On a pipeline rank that has inserted blocks as under `full`; on one that has none, none."""
     grown = dataclasses.replace(DENSE_SHAPE, inserted_blocks=(3,))
     halves = ParallelLayout(pipeline_model_parallel_size=2)
-    working = functools.partial(planned, grown, needs=working_bytes, layout=halves, tokens=8)
-    assert working("blocks", rank=1) == working("full", rank=1)
-    assert working("blocks", rank=0) == working("2", rank=0) < working("blocks", rank=1)
+    held = functools.partial(planned, grown, needs=placeholder_bytes, layout=halves, tokens=8)
+    assert held("blocks", rank=1) == held("full", rank=1) > 0
+    assert held("blocks", rank=0) == held("2", rank=0) == 0
