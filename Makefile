@@ -87,8 +87,8 @@ ifndef SYSTEM_PYTHON
 endif
 	$(BIN)/python -m pytest $(or $(TESTS),tests/evaluation/lm_eval tests/data/preparation/test_hub.py tests/data/preparation/test_sources.py)
 
-# As the Docker image's has; installs nothing.
-## Run the GPU tests on GPUs; needs a Python with Transformer Engine; installs nothing.
+# Those of Transformer Engine are skipped where it is missing.
+## Run the GPU tests on GPUs, of NVIDIA or AMD; installs nothing.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(or $(TESTS),tests/gpu) -rs -s
 

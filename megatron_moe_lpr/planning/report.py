@@ -30,6 +30,10 @@ def print_plan(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates:
         "(no weight gradients where frozen)"
     )
     console.print(_layouts(shape, sizes, machine, candidates))
+    console.print(
+        "Activations are those of Transformer Engine's layers; with --transformer-impl local, as on GPUs without it, "
+        "up to two fifths more, with recompute of moe up to three quarters (docs/planning.md)."
+    )
     if shape.num_moe_layers:
         console.print(
             "Routing is taken as balanced, every expert with as many tokens as every other; worst: total where all "

@@ -43,14 +43,17 @@ class PlatformBehaviour:
     """Platform differences that change what is sent."""
 
     gradient_of_embedding: bool = True
-    """Input gradients are computed down to the embedding's output, although nothing trains there. On GPUs always; on
-    CPUs with recompute or PP, else only down to the lowest layer that trains something (model/gpt.py)."""
+    """Input gradients are computed down to the embedding's output, although nothing trains there. With Transformer
+    Engine always; with local layers with recompute or PP, else only down to the lowest layer that trains something
+    (model/gpt.py)."""
     overlap_param_gather: bool = True
     """Parameters are gathered once. Otherwise Megatron gathers all of them after each of its optimizers, that of the
     experts and that of the rest (distrib_optimizer.py `step_with_ready_grads`)."""
 
 
 GPU, CPU = PlatformBehaviour(), PlatformBehaviour(gradient_of_embedding=False, overlap_param_gather=False)
+LOCAL_GPU = PlatformBehaviour(gradient_of_embedding=False)
+"""GPUs without Transformer Engine."""
 
 
 @dataclasses.dataclass(frozen=True)

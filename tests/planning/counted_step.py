@@ -23,7 +23,7 @@ from megatron_moe_lpr.planning.communication import rank_traffic
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import RunSizes
-from megatron_moe_lpr.planning.traffic import CPU, GPU
+from megatron_moe_lpr.planning.traffic import CPU, GPU, LOCAL_GPU
 from megatron_moe_lpr.platform import Platform, select_platform
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
 from tests.planning.traffic import counted
@@ -157,7 +157,8 @@ def planned(case: Case, layout: ParallelLayout, options: OptimizerOptions, platf
         fp8_recipe=case.fp8.get("fp8_recipe", "delayed"),
         fp8_param_gather=case.fp8.get("fp8_param_gather", False),
     )
-    behaviour = GPU if platform.name == "cuda" else CPU
+    on_gpu = GPU if platform.transformer_engine else LOCAL_GPU
+    behaviour = on_gpu if platform.name == "cuda" else CPU
     traffic = rank_traffic(
         PlannedRun(case.shape, layout, sizes, case.recompute),
         Routing((SHARES,)),

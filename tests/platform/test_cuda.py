@@ -134,9 +134,7 @@ def test_transformer_engine_without_its_libraries_is_named(installed):
     """Its bare wheel raises RuntimeError at import."""
     installed("transformer_engine/__init__.py", "raise RuntimeError('an empty package')")
     for choice in (None, "transformer_engine"):
-        with pytest.raises(
-            UserError, match=r"\(an empty package\); use the .* or uninstall it to compute without"
-        ):
+        with pytest.raises(UserError, match=r"\(an empty package\); use the .* or uninstall it to compute without"):
             uses_transformer_engine(choice)
     assert not uses_transformer_engine("local")
 

@@ -25,7 +25,8 @@ class GroupedProduct(torch.autograd.Function):
         """
         aligned = all(size * rows_RI.element_size() % ALIGNMENT == 0 for size in weights_OI[0].shape)
         ctx.counts, ctx.grouped = counts, in_one_launch and aligned and len(rows_RI) > 0
-        ctx.save_for_backward(rows_RI, *weights_OI)
+        # The rows are for the gradients of weights: where all are frozen, none are kept.
+        ctx.save_for_backward(rows_RI if any(ctx.needs_input_grad[3:]) else None, *weights_OI)
         stacked_EOI = _stacked(weights_OI) if ctx.grouped else None
         if stacked_EOI is not None:
             return grouped_mm(rows_RI, stacked_EOI.transpose(1, 2), _ends(counts, rows_RI.device))
@@ -39,12 +40,13 @@ class GroupedProduct(torch.autograd.Function):
         """Gradients of the rows and of each matrix that trains; zeros for a matrix without rows."""
         rows_RI, *weights_OI = ctx.saved_tensors
         grad_output_RO = grad_output_RO.contiguous() if ctx.grouped else grad_output_RO
-        ends = _ends(ctx.counts, rows_RI.device) if ctx.grouped else None
+        ends = _ends(ctx.counts, grad_output_RO.device) if ctx.grouped else None
         grad_input_RI = None
         if ctx.needs_input_grad[0]:
-            grad_input_RI = _grad_rows(grad_output_RO, rows_RI, weights_OI, ctx.counts, ends)
-        grad_weights = _grad_weights(grad_output_RO, rows_RI, weights_OI, ctx, ends)
-        return grad_input_RI, None, None, *grad_weights
+            grad_input_RI = _grad_rows(grad_output_RO, weights_OI, ctx.counts, ends)
+        if rows_RI is None:
+            return grad_input_RI, None, None, *(None for _ in weights_OI)
+        return grad_input_RI, None, None, *_grad_weights(grad_output_RO, rows_RI, weights_OI, ctx, ends)
 
 
 def grouped_mm(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -75,7 +77,6 @@ def _stacked(weights_OI: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 def _grad_rows(
     grad_output_RO: torch.Tensor,
-    rows_RI: torch.Tensor,
     weights_OI: Sequence[torch.Tensor],
     counts: list[int],
     ends: torch.Tensor | None,
@@ -83,7 +84,7 @@ def _grad_rows(
     stacked_EOI = None if ends is None else _stacked(weights_OI)
     if ends is not None and stacked_EOI is not None:
         return grouped_mm(grad_output_RO, stacked_EOI, ends)
-    grad_input_RI = torch.empty_like(rows_RI)
+    grad_input_RI = grad_output_RO.new_empty(len(grad_output_RO), weights_OI[0].shape[1])
     grad_slices = zip(grad_output_RO.split(counts), grad_input_RI.split(counts), weights_OI, strict=True)
     for grad_output, grad_input, weight in grad_slices:
         torch.mm(grad_output, weight, out=grad_input)

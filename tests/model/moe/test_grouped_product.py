@@ -53,6 +53,16 @@ def test_an_expert_without_rows_gets_zeros_and_leaves_the_buffer():
     assert torch.equal(weights[1].main_grad, torch.full((8, 8), 6.0))
 
 
+@pytest.mark.parametrize("in_one_launch", [False, True])
+@pytest.mark.parametrize("trains", [False, True])
+def test_rows_are_kept_for_weights_that_train_alone(trains, in_one_launch):
+    kept = []
+    rows, stack = torch.ones(4, 8, requires_grad=True), torch.ones(2, 8, 8)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: (kept.append(tuple(saved.shape)), saved)[1], id):
+        GroupedProduct.apply(rows, [1, 3], in_one_launch, *(matrix.requires_grad_(trains) for matrix in stack))
+    assert ((4, 8) in kept) == trains
+
+
 def test_rows_that_do_not_fill_16_bytes_are_multiplied_one_by_one(monkeypatch):
     monkeypatch.setattr(grouped_product, "grouped_mm", None)
     rows, weights = torch.ones(4, 6).bfloat16(), list(torch.ones(2, 8, 6).bfloat16())
