@@ -52,7 +52,13 @@ def gradient_bytes(layer: PlannedLayer) -> float:
     down = outer * (element + fp8_copies) + inner * element
     activation = 3 * inner * element - freed
     gate_and_up = 2 * inner * fp8_copies + outer * element - freed
-    return max(down, activation, gate_and_up) + run.rank_tokens * D * element
+    return max(down, activation, gate_and_up) + (1 + _own_gradients(layer)) * run.rank_tokens * D * element
+
+
+def _own_gradients(layer: PlannedLayer) -> float:
+    """Rows for each token that the new experts' backward pass finds the original expert's gradients in: those of its
+    inputs and, where all rows lie in one tensor, of its outputs."""
+    return 2 * rows_per_token(layer)[0] if layer.is_moe else 0.0
 
 
 def rows_per_token(layer: PlannedLayer) -> tuple[float, float]:

@@ -25,8 +25,8 @@ _COMBINED = (
 )
 # transformer/transformer_layer.py `_te_cuda_graph_replay`
 _GRAPH = (
-    "is not offered: a layer that Megatron replays calls its MoE layer without the language tags of the tokens, so that "
-    "the LPR loss would be lost; no GPU has captured a layer of this project"
+    "is not offered: a layer that Megatron replays calls its MoE layer without the language tags of the tokens, and "
+    "so without the LPR loss; no GPU has captured a layer of this project"
 )
 _STATIC = "is not offered: Megatron's fixed buffers need a capacity, which would drop tokens; leave it out"
 
