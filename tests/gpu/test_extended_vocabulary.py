@@ -1,4 +1,4 @@
-"""An extended vocabulary on the device: the fused loss over both parts, frozen rows to the bit, old logits unchanged."""
+"""An extended vocabulary on the device: the fused loss over both parts, frozen rows and old logits to the bit."""
 
 import shutil
 from functools import partial

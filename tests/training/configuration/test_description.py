@@ -73,6 +73,8 @@ def another(value, kind):
 
 @pytest.mark.parametrize("flag", [flag for flag in FLAGS if "." in flag.path], ids=lambda flag: flag.path)
 def test_every_flag_that_is_marked_as_deciding_numbers_is_recorded_and_no_other(flag, config):
+    if flag.path == "stage.train_new_rows":  # of the review alone
+        config = dataclasses.replace(config, stage=dataclasses.replace(config.stage, stage="2"))
     found = differences(described(config), described(changed(config, flag.path)))
     assert bool(found) == isinstance(flag.mark, Change), f"{flag.path}: {flag.mark} and recorded as {found}"
     assert not found or flag.recorded_as in found
