@@ -10,7 +10,6 @@ from megatron_moe_lpr.planning.layer_activations import (
     gradient_bytes,
     kept_bytes_per_token,
     original_expert_bytes,
-    original_expert_comes_last,
     recomputed_bytes_per_token,
     rows_per_token,
 )
@@ -43,9 +42,9 @@ def working_bytes(run: PlannedRun, pipeline_rank: int) -> float:
     most = 0.0
     for layer in run.layers(pipeline_rank):
         recomputed = recomputed_bytes_per_token(layer)
-        # Where the new experts' backward pass comes after the original expert's, its recomputed part is freed by then.
+        # The new experts' backward pass comes after the original expert's, whose recomputed part is freed by then.
         freed = 0.0
-        if run.recompute in ("moe", "full") and layer.is_moe and not original_expert_comes_last(layer):
+        if run.recompute in ("moe", "full") and layer.is_moe:
             freed = rows_per_token(layer)[0] * original_expert_bytes(layer)
         at_output = (recomputed + run.hidden_bytes) * run.rank_tokens
         in_experts = (recomputed - freed) * run.rank_tokens + gradient_bytes(layer)

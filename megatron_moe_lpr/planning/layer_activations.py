@@ -48,26 +48,17 @@ def gradient_bytes(layer: PlannedLayer) -> float:
     fp8_copies = (2 if trains else 1) if sizes.precision == "fp8" else 0
     outer, inner = rows * D * ranks, rows * F  # values of the products' wide and narrow operands
     freed = inner * _trained_share(layer) * _input_bytes(layer) if trains else 0.0
-    whole = _sorted_rows_gradient(layer)
     # Of the down projection, of SwiGLU, of gate and up projection.
-    down = max(outer * element, whole) + outer * fp8_copies + inner * element
-    activation = 3 * inner * element - freed + whole
-    gate_and_up = 2 * inner * fp8_copies + outer * element - freed + whole
-    return max(down, activation, gate_and_up) + run.rank_tokens * D * element
+    down = outer * (element + fp8_copies) + inner * element
+    activation = 3 * inner * element - freed
+    gate_and_up = 2 * inner * fp8_copies + outer * element - freed
+    return max(down, activation, gate_and_up) + (1 + _own_gradients(layer)) * run.rank_tokens * D * element
 
 
-def original_expert_comes_last(layer: PlannedLayer) -> bool:
-    """Whether backward passes the new experts before the original one: on a rank that holds all experts, whose forward
-    pass has the opposite order (moe_layer.py `_mixture_of_own_rows`). Behind an exchange it is the other way round."""
-    layout = layer.run.layout
-    return layout.expert_model_parallel_size * layout.expert_tensor_parallel_size == 1
-
-
-def _sorted_rows_gradient(layer: PlannedLayer) -> float:
-    """Bytes of the gradient of all experts' outputs, one tensor, where the original expert holds it to the end."""
-    if not layer.is_moe or not original_expert_comes_last(layer):
-        return 0.0
-    return layer.run.rank_tokens * sum(rows_per_token(layer)) * layer.run.hidden_bytes
+def _own_gradients(layer: PlannedLayer) -> float:
+    """Rows for each token that the new experts' backward pass finds the original expert's gradients in: those of its
+    inputs and, where all rows lie in one tensor, of its outputs."""
+    return 2 * rows_per_token(layer)[0] if layer.is_moe else 0.0
 
 
 def rows_per_token(layer: PlannedLayer) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import pytest
 from megatron_moe_lpr.megatron.overriding import REPLACEMENTS
 from megatron_moe_lpr.megatron.versions import has_common_strategies
 from tests.distributed import rank_pool
+from tests.training.new_rows import extend_checkpoint
 from tests.training.runs import make_checkpoint, make_data, train
 
 LIBRARIES = ("/megatron/core/", "/torch/")
@@ -27,6 +28,7 @@ ELSEWHERE = {
     "megatron.core.optimizer.optimizer.multi_tensor_scale_impl": "the same",
     "megatron.core.transformer.mlp.bias_swiglu_impl": "for dense layers, and the original expert with TP",
     "megatron_moe_lpr.model.moe.expert_groups.ExpertGroups.forward": "after a second expansion",
+    "megatron_moe_lpr.model.gpt.MoELPRModel.sharded_state_dict": "called by sharded_model_state",
     "megatron_moe_lpr.model.moe.router.LPRRouter.gating": "called by this router's own forward",
     f"{SAVER}background.BackgroundWriter.close": "called by CheckpointSaver.close",
     f"{SAVER}background.BackgroundWriter.__del__": "called by the interpreter",
@@ -92,7 +94,9 @@ def names_called(load: Path, save: Path, data: dict[str, str]) -> tuple[list[str
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("called")
-    return rank_pool(2).run(names_called, make_checkpoint(root), root / "run", make_data(root))
+    checkpoint = make_checkpoint(root)
+    extend_checkpoint(checkpoint, (7,))  # what looks up and computes with new rows of the vocabulary runs too
+    return rank_pool(2).run(names_called, checkpoint, root / "run", make_data(root))
 
 
 def test_every_replacement_is_the_one_that_is_called(runs):

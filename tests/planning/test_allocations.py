@@ -114,7 +114,7 @@ def test_allocations(checkpoints, case):
         pipeline_rank = rank if layout.pipeline_model_parallel_size > 1 else 0
         run = PlannedRun(shape, layout, sizes)
         planned = rank_memory(run, pipeline_rank)
-        # Transformer Engine's, of which the CPU has none (tests/gpu/test_memory.py).
+        # Transformer Engine's, which the CPU lacks; tests/gpu/test_memory.py compares them.
         planned = dataclasses.replace(planned, gradients=planned.gradients - placeholder_bytes(run, pipeline_rank))
         for part, size in real.items():
             plan = getattr(planned, part)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from megatron_moe_lpr.flag_marks import Free, Overlap, RecordedAs, T
 from megatron_moe_lpr.flag_ranges import PositiveInt
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
-from megatron_moe_lpr.model.configuration.refused import RefusedOptions
 from megatron_moe_lpr.platform import TransformerImpl
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ class ComputeOptions:
     recompute_modules: Recomputation[tuple[str, ...] | None] = None
     """Selective recompute: core_attn, moe_act, layernorm, mlp, moe. Default: core_attn."""
     fp8: FP8Options = dataclasses.field(default_factory=FP8Options)
-    refused: RefusedOptions = dataclasses.field(default_factory=RefusedOptions)
 
     def requested_dtype(self) -> "torch.dtype | None":
         """Return the dtype that a flag names; None: no flag does. Raises UserError, see `dtype.requested_dtype`."""

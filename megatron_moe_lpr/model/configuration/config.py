@@ -18,7 +18,6 @@ from megatron_moe_lpr.model.configuration.fp8 import check_fp8_device, check_fp8
 from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, chosen_kernels, platform_fields
 from megatron_moe_lpr.model.configuration.parameters import Parameter, describe_model
 from megatron_moe_lpr.model.configuration.recompute import check_recompute
-from megatron_moe_lpr.model.configuration.refused import check_refused
 from megatron_moe_lpr.model.transformer.rope import attention_factor
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -159,7 +158,6 @@ def check_options(
     Raises:
         UserError: naming the flag.
     """
-    check_refused(options.refused)
     check_fp8_flags(options.fp8, options.dtype)
     check_recompute(
         options.recompute_granularity,

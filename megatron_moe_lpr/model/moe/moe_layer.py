@@ -142,8 +142,9 @@ class MoELPRLayer(MoELayer):
         rows = self._sort(tokens_TD, weights_TE, choices_TE)
         counts = self._received(counts)
         (own_CD, own_weights_C), (new_RD, new_weights_R) = rows.split(int(counts[0]))
-        original_CD = self._original_expert_output(own_CD, own_weights_C, self._largest(counts))
         new_outputs_RD, _ = self.experts(new_RD, counts[1 : choices_TE.shape[1]], new_weights_R)
+        # Last, so that its backward pass comes first, and frees what it kept before the gradients of weights appear.
+        original_CD = self._original_expert_output(own_CD, own_weights_C, self._largest(counts))
         return rows.sum_by_token(torch.cat((original_CD, new_outputs_RD)))
 
     def _mixture_of_sent_rows(

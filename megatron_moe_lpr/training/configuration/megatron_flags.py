@@ -18,6 +18,16 @@ _FSDP = (
     "is not offered: the distributed optimizer is what freezes and resumes to the bit; use --use-distributed-optimizer"
 )
 _RESUME = "is not needed: --load gives weights alone, and --save resumes a run with its optimizer; leave it out"
+# models/gpt/fine_grained_callables.py `submodule_attn_forward`
+_COMBINED = (
+    "is not offered: Megatron's combined schedule calls parts of its own MoE layer, without the language tags of the "
+    "tokens and without the original expert; use --original-expert-overlap"
+)
+# transformer/transformer_layer.py `_te_cuda_graph_replay`
+_GRAPH = (
+    "is not offered: a layer that Megatron replays calls its MoE layer without the language tags of the tokens, and "
+    "so without the LPR loss; no GPU has captured a layer of this project"
+)
 _STATIC = "is not offered: Megatron's fixed buffers need a capacity, which would drop tokens; leave it out"
 
 _REASONS: dict[str, str] = {
@@ -62,13 +72,20 @@ _REASONS: dict[str, str] = {
     "moe-apply-probs-on-input": _EXACT,
     "moe-use-upcycling": "is what moe-lpr import does, before training; leave it out",
     "moe-grouped-gemm": _ALWAYS,
-    "moe-permute-fusion": _KERNELS,
     "moe-layer-recompute": "is --recompute-granularity selective --recompute-modules moe",
     "moe-enable-deepep": "is --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep",
     "moe-deepep-num-sms": "is not offered: DeepEP was never run; leave it at Megatron's value",
     "moe-hybridep-num-sms": "is not offered: HybridEP was never run; leave it at Megatron's value",
     "moe-flex-dispatcher-num-sms": "is not offered: neither backend was ever run; leave it at Megatron's value",
     "moe-paged-stash": _STATIC,
+    # The schedule.
+    "overlap-moe-expert-parallel-comm": _COMBINED,
+    "delay-wgrad-compute": "is a part of --overlap-moe-expert-parallel-comm, which is not offered; leave it out",
+    "cuda-graph-impl": _GRAPH,
+    "enable-cuda-graph": _GRAPH,
+    "external-cuda-graph": _GRAPH,
+    "cuda-graph-scope": "is for --cuda-graph-impl, which is not offered; leave it out",
+    "cuda-graph-modules": "is for --cuda-graph-impl, which is not offered; leave it out",
     # Memory.
     "fine-grained-activation-offloading": _OFFLOAD,
     "offload-modules": _OFFLOAD,
@@ -101,7 +118,6 @@ _REASONS: dict[str, str] = {
     "loss-scale": "is for float16, in which nothing trains here; leave it out",
     "attention-backend": _KERNELS,
     "use-flash-attn": _KERNELS,
-    "transformer-impl": "follows from --platform: Transformer Engine's layers on GPUs, Megatron's own on CPUs",
     "cross-entropy-loss-fusion": _KERNELS,
     "tp-comm-overlap": "is not offered: neither emulated nor run; leave it out",
     "calculate-per-token-loss": _ALWAYS,

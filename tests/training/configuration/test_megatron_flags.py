@@ -1,13 +1,16 @@
 """Flags of Megatron's that a run does not take end in one line with the reason, wherever they are given."""
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.gpt import fine_grained_callables
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.training.configuration.config_file import parse_training_flags, training_config
@@ -81,3 +84,10 @@ def test_values_and_other_flags_pass():
 def test_a_reason_is_one_sentence_that_begins_with_the_flag(flag):
     reason = REFUSED[flag].removeprefix(f"{flag} ")
     assert "\n" not in reason and reason.startswith(("is ", "would ", "follows ", "does ")) and len(reason) < 200
+
+
+def test_the_reasons_against_graphs_and_the_combined_schedule_still_hold():
+    """Should Megatron pass the tags on there, in `padding_mask`, these flags can be tried again."""
+    replay = inspect.getsource(TransformerLayer._te_cuda_graph_replay)
+    assert "layer.mlp.route(pre_mlp_layernorm_output)" in inspect.getsource(fine_grained_callables)
+    assert "self._forward_mlp(*cuda_graph_output)" in replay and "padding_mask" not in replay
