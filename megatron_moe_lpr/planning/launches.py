@@ -28,9 +28,9 @@ class Launches:
         return self.forward + self.backward
 
 
-# Counted on the emulated device in bf16, where tests/gpu/test_planned_launches.py compares them, of a step that does not
-# log its routing. In fp32, without fused attention, there are some 35 more a layer. Collectives are left out: they are
-# the estimate of communication.
+# Counted on the emulated device in bf16, where tests/gpu/test_planned_launches.py compares them, in a step that does
+# not log its routing. In fp32, without fused attention, there are some 35 more a layer. Collectives are left out: they
+# are the estimate of communication.
 ATTENTION = Launches(11, 13)
 """With its norm, and both residual additions of the layer."""
 DENSE_FFN = Launches(4, 5)

@@ -43,7 +43,11 @@ CONSTANTS = {"arange", "fill", "full", "full_like", "new_full", "new_ones", "new
 MAIN_GRADIENT = "distributed_data_parallel.py"
 """Megatron's file whose hooks add gradients to the fp32 buffer."""
 
-ON_THE_HOST = {("platform/cpu/collectives.py", ""), ("emulation/device.py", "isend"), ("tensor_parallel/random.py", "fork")}
+ON_THE_HOST = {
+    ("platform/cpu/collectives.py", ""),
+    ("emulation/device.py", "isend"),
+    ("tensor_parallel/random.py", "fork"),
+}
 """File and function of operations that launch nothing on a GPU: Python that does part of an emulated collective's work,
 the copy of a tensor that gloo sends, Megatron's comparison of the host's own random states."""
 
