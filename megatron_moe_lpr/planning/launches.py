@@ -36,8 +36,9 @@ ATTENTION = Launches(11, 13)
 DENSE_FFN = Launches(4, 5)
 MOE_NORM = Launches(1, 2)
 MOE = Launches(14, 27)
-"""Router with the gradients of both its losses, dispatcher, original expert. In backward too: the share of the tokens
-at each expert, which recomputation adds nothing to. A stage that has one of the losses alone launches up to 5 less."""
+"""Router with the gradients of both its losses, dispatcher, original expert. Backward includes each expert's share of
+the tokens, which is computed once under recomputation too. A stage that has one of the losses alone launches 3 to 5
+less."""
 NEW_EXPERT = Launches(2, 2)
 """Its two products; every expert is taken to have rows."""
 EXPERT_PARALLEL = Launches(10, 2)
