@@ -22,7 +22,7 @@ LANGUAGES = ("el", "en", "es", "hu", "tr", "zh")
 EOD_TOKEN = "<|endoftext|>"
 
 
-OF_TORCH = "No CUDA runtime is found"
+NO_CUDA_LINE = "No CUDA runtime is found"
 """Begins a line that torch, built for CUDA, writes to stderr where CUDA's toolkit is installed and no GPU is."""
 
 

@@ -44,7 +44,7 @@ CASES = {
     "fp8 delayed": (MORE, Case(number="delayed")),
     "fp8 tensorwise": (MOE, Case(number="tensorwise", stage="2")),
 }
-OF_FP8 = 1
+FP8_DIFFERENCE = 1
 """Launches a layer by which the recipes differ."""
 
 
@@ -92,4 +92,6 @@ def test_planned_and_counted(name):
         operations = ", ".join(f"{operation} {count}" for operation, count in counted.most_common() if count)
         found = sum(counted.values())
         print(f"\n{name}: counted {found}, planned {planned}: {operations}")
-        assert abs(found - planned) <= (OF_FP8 * len(model.shape.experts_per_layer) if case.number != "bf16" else 0)
+        assert abs(found - planned) <= (
+            FP8_DIFFERENCE * len(model.shape.experts_per_layer) if case.number != "bf16" else 0
+        )

@@ -13,7 +13,7 @@ import torch
 
 from megatron_moe_lpr.data.reading.batches import BATCH_KEYS, build_data_iterator
 from megatron_moe_lpr.data.reading.loading import explain_failure
-from tests.data.builders import OF_TORCH
+from tests.data.builders import NO_CUDA_LINE
 
 ALL = [[2 * index, 2 * index + 1] for index in range(50)]
 
@@ -130,6 +130,6 @@ def test_a_loader_process_that_hangs_ends_the_rank_with_both_stacks():
         [sys.executable, "-c", HANGS], env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 1
-    line = next(line for line in done.stderr.splitlines() if not line.startswith(OF_TORCH))
+    line = next(line for line in done.stderr.splitlines() if not line.startswith(NO_CUDA_LINE))
     assert line.startswith("error: step 0: rank 0 hangs reading a batch of Numbers in its 2 loader processes")
     assert "_try_get_data" in done.stderr and "in wait_for_a_disk" in done.stderr
