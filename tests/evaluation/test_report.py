@@ -235,6 +235,16 @@ def test_evaluations_of_different_text_are_refused(files):
         write_report(files)
 
 
+def test_the_same_text_in_fewer_tokens_of_another_tokenizer_is_compared(files):
+    for name in ("base", "one", "two"):
+        record = json.loads((files / f"{name}.json").read_text())
+        data = record["datasets"][0]
+        data |= {"tokens": data["tokens"] // (2 if name == "two" else 1), "bits_per_byte": 1.5}
+        data["loss"] = 3.0 * 1000 / data["tokens"]
+        (files / f"{name}.json").write_text(json.dumps(record))
+    write_report(files)
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 512000), (3.9, 6.2), (0.011, 0.012)])
 def test_ticks_are_round_and_inside(low, high):
     found = ticks(low, high)

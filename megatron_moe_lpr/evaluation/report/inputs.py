@@ -12,6 +12,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.report.record import (
     Costs,
     CurveFile,
+    Dataset,
     EvaluationRecord,
     Sample,
     read_bytes,
@@ -197,13 +198,14 @@ def _evaluation(title: str, paths: Iterable[Path]) -> NamedEvaluation:
 
 
 def _check_comparable(first: NamedEvaluation, other: NamedEvaluation) -> None:
-    def text(record: EvaluationRecord) -> tuple:
-        return record.sequence_length, [(data.language, data.group, data.tokens) for data in record.datasets]
-
-    if any(text(record) != text(first.record) for record in other.records):
-        raise UserError(
-            f"--evaluation: {first.title!r} and {other.title!r} were evaluated on different texts or sequence lengths"
-        )
+    expected = first.record
+    for record in other.records:
+        is_same = record.sequence_length == expected.sequence_length and len(record.datasets) == len(expected.datasets)
+        if not is_same or not all(map(Dataset.is_text_of, record.datasets, expected.datasets)):
+            raise UserError(
+                f"--evaluation: {first.title!r} and {other.title!r} were evaluated on different texts or sequence "
+                "lengths"
+            )
 
 
 def read_training_log(title: str, path: Path) -> TrainingLog:

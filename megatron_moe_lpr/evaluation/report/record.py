@@ -1,5 +1,6 @@
 """The JSON files that a report is made from, as pydantic models, and how they are read."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -41,8 +42,23 @@ class Dataset(_Model):
     name: str = ""
     group: str
     tokens: NonNegativeInt
+    loss: float | None = None
+    """Mean negative log-likelihood of a token, in nats."""
     bits_per_byte: float | None
     routing: Routing | None
+
+    def is_text_of(self, other: "Dataset") -> bool:
+        """Whether both were measured on the same text: as many tokens or, of two tokenizers, as many bytes."""
+        if (self.language, self.group) != (other.language, other.group):
+            return False
+        if self.text_bytes is None or other.text_bytes is None:
+            return self.tokens == other.tokens
+        return math.isclose(self.text_bytes, other.text_bytes, rel_tol=1e-6)
+
+    @property
+    def text_bytes(self) -> float | None:
+        """Bytes of the text, from the two means over it; None: it was not measured."""
+        return self.loss * self.tokens / math.log(2) / self.bits_per_byte if self.loss and self.bits_per_byte else None
 
 
 class Averages(_Model):
