@@ -23,7 +23,7 @@ EOD_TOKEN = "<|endoftext|>"
 
 
 NO_CUDA_LINE = "No CUDA runtime is found"
-"""Begins a line that torch, built for CUDA, writes to stderr where CUDA's toolkit is installed and no GPU is."""
+"""In a line that torch, built for CUDA, writes to stderr where CUDA's toolkit is installed and no GPU is."""
 
 
 def corpus_texts(split: str, language: str) -> list[str]:
