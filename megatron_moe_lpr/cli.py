@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the subcommand that the first argument names."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(help_page())
+        run_command(lambda: print(help_page()))
         return
     if words[0] == "--version":
         print(f"{NAME} {__version__}")

@@ -2,13 +2,16 @@
 
 import importlib
 import importlib.metadata
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_moe_lpr import cli, program
+from megatron_moe_lpr.errors import BROKEN_PIPE_CODE
 from megatron_moe_lpr.launch import spell_out
 from megatron_moe_lpr.program import SCRIPTS, command
 
@@ -98,3 +101,12 @@ def test_ranks_are_started_by_the_name_of_their_command(arguments, expected):
     module = "megatron_moe_lpr.pretrain"
     found = [word if word != module else "M" for word in spell_out([module if w == "M" else w for w in arguments])]
     assert found == expected
+
+
+def test_help_into_a_closed_pipe_is_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "megatron_moe_lpr.cli", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (BROKEN_PIPE_CODE, "")

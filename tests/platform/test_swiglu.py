@@ -1,9 +1,12 @@
 """SwiGLU of GPUs without Transformer Engine against the plain formula in float64."""
 
+import megatron.core.transformer.mlp as megatron_mlp
+import megatron.core.transformer.moe.experts as megatron_experts
 import pytest
 import torch
+from megatron.core.fusions import fused_bias_swiglu
 
-from megatron_moe_lpr.platform.torch_only.swiglu import SwiGLU, swiglu, weighted_swiglu
+from megatron_moe_lpr.platform.torch_only.swiglu import SwiGLU, install, swiglu, weighted_swiglu
 from tests.platform.test_cpu_kernels import agree, plain_swiglu, random
 
 
@@ -13,6 +16,25 @@ def test_output_and_gradients(rows):
     agree(
         lambda states, weights: weighted_swiglu(states, None, weights), plain_swiglu, random(rows, 20), random(rows, 1)
     )
+    agree(  # as the original expert has its rows
+        lambda states, weights: weighted_swiglu(states, None, weights),
+        lambda states, weights: plain_swiglu(states, weights.unsqueeze(1)),
+        random(rows, 1, 20),
+        random(rows, 1),
+    )
+
+
+def test_no_swiglu_that_megatron_would_compile_is_left(monkeypatch):
+    """Neither in the experts nor in the original expert, whose MLP takes the router's weight too."""
+    places = [
+        (megatron_mlp, "bias_swiglu_impl", swiglu),
+        (megatron_mlp, "weighted_bias_swiglu_impl", weighted_swiglu),
+        (megatron_experts, "weighted_bias_swiglu_impl", weighted_swiglu),
+    ]
+    for module, name, _ in places:
+        monkeypatch.setattr(module, name, getattr(fused_bias_swiglu, name))
+    install()
+    assert all(getattr(module, name) is ours for module, name, ours in places)
 
 
 def test_dtypes_and_a_frozen_router():

@@ -52,11 +52,11 @@ def swiglu(
 def weighted_swiglu(
     gate_and_up: torch.Tensor, bias: None, weights: torch.Tensor, fp8_input_store: bool = False
 ) -> torch.Tensor:
-    """`weighted_bias_swiglu_impl`, without a bias."""
-    return SwiGLU.apply(gate_and_up, weights)
+    """`weighted_bias_swiglu_impl`, without a bias: [rows, ..., 2 * FFN] and [rows, 1]."""
+    return SwiGLU.apply(gate_and_up, weights.view(*gate_and_up.shape[:-1], 1))
 
 
 def install() -> None:
     """Replace SwiGLU in mlp.py `MLP.forward` and moe/experts.py `TEGroupedMLP.forward` (`bias_activation_fusion`)."""
-    replace(megatron_mlp, bias_swiglu_impl=swiglu)
+    replace(megatron_mlp, bias_swiglu_impl=swiglu, weighted_bias_swiglu_impl=weighted_swiglu)
     replace(megatron_experts, weighted_bias_swiglu_impl=weighted_swiglu)
