@@ -20,6 +20,8 @@ from megatron.core.datasets.utils import Split
 
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.config import DataConfig, DataSources, cache_directory
+from megatron_moe_lpr.data.reading.document_options import DocumentOptions
+from megatron_moe_lpr.data.reading.documents import document_keys, mask_last_tokens, starts_in_sample
 from megatron_moe_lpr.data.reading.index_cache import build_directory
 from megatron_moe_lpr.data.reading.index_maps import are_intact, refuse_pickles
 from megatron_moe_lpr.errors import UserError
@@ -58,10 +60,18 @@ class TaggedGPTDataset(GPTDataset):
         language: number of the dataset's language.
         num_samples: minimum number of samples; documents repeat in epochs, each in another order.
         config: megatron-core's dataset configuration.
+        documents_apart: whether its documents see each other.
     """
 
-    def __init__(self, entry: BlendEntry, language: int, num_samples: int, config: GPTDatasetConfig) -> None:
-        self.language = language
+    def __init__(
+        self,
+        entry: BlendEntry,
+        language: int,
+        num_samples: int,
+        config: GPTDatasetConfig,
+        documents_apart: DocumentOptions,
+    ) -> None:
+        self.language, self.documents_apart = language, documents_apart
         documents = np.arange(entry.first_document, entry.end_document, dtype=np.int32)
         # megatron-core uses the path as key of cached index maps. They depend on document lengths only, so this key
         # finds them for a dataset that was moved or preprocessed again.
@@ -70,9 +80,24 @@ class TaggedGPTDataset(GPTDataset):
 
     @override
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        """Return `tokens`, `labels`, `position_ids`, `language` (int64) and `loss_mask` (float32), each [sequence]."""
+        """Return `tokens`, `labels`, `position_ids`, `language` (int64) and `loss_mask` (float32), each [sequence];
+        with --reset-attention-mask also `document` (int32)."""
         sample = super().__getitem__(idx)
+        if self.documents_apart.reset_attention_mask:
+            sample |= self._documents(idx or 0, sample)
         return {**sample, "language": torch.full_like(sample["tokens"], self.language)}
+
+    def _documents(self, idx: int, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The keys that keep a sample's documents apart, and the loss mask with --eod-mask-loss."""
+        row = self.shuffle_index[idx]
+        (first, offset), (last, _) = self.sample_index[row], self.sample_index[row + 1]
+        lengths = self.dataset.sequence_lengths[self.document_index[first:last]]
+        boundaries = np.cumsum(lengths, dtype=np.int64) - offset
+        starts = starts_in_sample(boundaries, sample["tokens"], self.config.tokenizer.eod)
+        keys = document_keys(starts, len(sample["tokens"]), self.documents_apart)
+        if self.config.eod_mask_loss:
+            keys["loss_mask"] = mask_last_tokens(sample["loss_mask"], starts)
+        return keys
 
 
 def build_training_dataset(
@@ -101,7 +126,7 @@ def build_training_dataset(
     def build(path: Path) -> BlendedDataset:
         settings.path_to_cache = str(path)
         datasets = [
-            TaggedGPTDataset(entry, sources.languages.id(entry.language), count, settings)
+            TaggedGPTDataset(entry, sources.languages.id(entry.language), count, settings, config.documents)
             for entry, count in zip(sources.train, counts, strict=True)
         ]
         return BlendedDataset(datasets, [entry.weight for entry in sources.train], train_samples, settings)
