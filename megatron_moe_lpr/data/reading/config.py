@@ -11,6 +11,7 @@ from megatron_moe_lpr.data.original_languages import read_original_languages
 from megatron_moe_lpr.data.reading.blend import (
     BlendEntry,
     LanguageTokens,
+    check_chat_templates,
     language_tokens,
     parse_blend,
     parse_split,
@@ -102,6 +103,7 @@ def read_data_sources(
         valid = read_blend(config.valid_data_path, "--valid-data-path", (0, 1), expected, earlier_tokenizers)
     elif valid_part[1] > valid_part[0]:
         valid = read_blend(config.data_path, "--data-path", valid_part, expected, earlier_tokenizers)
+    check_chat_templates({entry.prefix: entry.manifest for entry in (*train, *valid)})
     languages = LanguageRegistry(entry.language for entry in (*train, *valid))
     return with_original(DataSources(train, valid, languages, ()), config, recorded_original)
 

@@ -18,6 +18,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_moe_lpr.data.indexed import open_loss_mask
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.config import DataConfig, DataSources, cache_directory
 from megatron_moe_lpr.data.reading.index_cache import build_directory
@@ -62,6 +63,9 @@ class TaggedGPTDataset(GPTDataset):
 
     def __init__(self, entry: BlendEntry, language: int, num_samples: int, config: GPTDatasetConfig) -> None:
         self.language = language
+        # Of conversations: which tokens count in the loss.
+        self.counted = open_loss_mask(entry.prefix) if entry.manifest.chat else None
+        self.token_bytes = np.dtype(entry.manifest.dtype).itemsize
         documents = np.arange(entry.first_document, entry.end_document, dtype=np.int32)
         # megatron-core uses the path as key of cached index maps. They depend on document lengths only, so this key
         # finds them for a dataset that was moved or preprocessed again.
@@ -72,7 +76,22 @@ class TaggedGPTDataset(GPTDataset):
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         """Return `tokens`, `labels`, `position_ids`, `language` (int64) and `loss_mask` (float32), each [sequence]."""
         sample = super().__getitem__(idx)
+        if self.counted is not None:
+            sample["loss_mask"] = sample["loss_mask"] * self._counted_labels(self.counted, idx or 0)
         return {**sample, "language": torch.full_like(sample["tokens"], self.language)}
+
+    def _counted_labels(self, counted: np.ndarray, idx: int) -> torch.Tensor:
+        """Return 1 for each label of a sample that counts in the loss, else 0, float32 [sequence]."""
+        row = self.shuffle_index[idx]
+        (first, offset), (last, end) = self.sample_index[row], self.sample_index[row + 1]
+        parts = []
+        for place in range(first, last + 1):
+            document = self.document_index[place]
+            begin = self.dataset.index.sequence_pointers[document] // self.token_bytes
+            # The sample's last label lies behind its last token.
+            length = end + 1 if place == last else self.dataset.index.sequence_lengths[document]
+            parts.append(counted[begin + (offset if place == first else 0) : begin + length])
+        return torch.from_numpy(np.concatenate(parts)[1:].astype(np.float32))
 
 
 def build_training_dataset(

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from megatron_moe_lpr.data.indexed import open_tokens, read_lengths
+from megatron_moe_lpr.data.indexed import open_loss_mask, open_tokens, read_lengths
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.languages import PADDING_LANGUAGE
 
@@ -40,6 +40,7 @@ class ValidationDataset(torch.utils.data.Dataset):
         self.predicted_tokens = predicted if max_samples is None else min(predicted, max_samples * sequence_length)
         self._end_token = self._first_token + self.predicted_tokens + 1
         self._tokens = open_tokens(entry.prefix, np.dtype(entry.manifest.dtype))
+        self._counted = open_loss_mask(entry.prefix) if entry.manifest.chat else None
         is_whole = self.predicted_tokens + 1 == entry.manifest.tokens
         self.text_bytes = entry.manifest.text_bytes if is_whole else None
 
@@ -56,6 +57,9 @@ class ValidationDataset(torch.utils.data.Dataset):
         is_real = torch.arange(self.sequence_length) < real
         tokens, labels = padded[:-1].clone(), padded[1:].clone()
         loss_mask = is_real.float()
+        if self._counted is not None:
+            labels_counted = self._counted[start + 1 : start + 1 + real].astype(np.float32)
+            loss_mask[:real] = torch.from_numpy(labels_counted)
         if self._eod_mask_loss:
             loss_mask[tokens == self._eod] = 0.0
         return {
