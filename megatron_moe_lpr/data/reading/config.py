@@ -17,6 +17,7 @@ from megatron_moe_lpr.data.reading.blend import (
     parse_split,
     read_blend,
 )
+from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.data.reading.languages import LanguageRegistry
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_marks import Acceptable, Decides, Free, RecordedAs
@@ -41,6 +42,7 @@ class DataConfig:
     """All languages that the dense model already knows, by code or name. The checkpoint's history adds its own."""
     eod_mask_loss: Acceptable[bool] = False
     """Do not train on predicting the token after an end of document."""
+    documents: DocumentOptions = dataclasses.field(default_factory=DocumentOptions)
     num_workers: Annotated[int, Range(0, 256), Free("who loads, not what")] = 2
     """Data loader processes on each rank; 0: load in the training process."""
     seed: Decides[Seed] = 1234
@@ -89,10 +91,12 @@ def read_data_sources(
         earlier_tokenizers: tokenizers from before its vocabulary extensions, see `blend.read_blend`.
 
     Raises:
-        UserError: see `blend.read_blend`; or `--original-languages` has a misspelled language.
+        UserError: see `blend.read_blend`; or `--original-languages` has a misspelled language; or flags contradict
+            each other.
     """
     if not config.data_path:
         raise UserError("--data-path: give the datasets to train on")
+    config.documents.check()
     if config.split and config.valid_data_path:
         raise UserError("--split and --valid-data-path: give one of them")
     train_part, valid_part = parse_split(config.split or "1,0")

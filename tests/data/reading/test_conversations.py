@@ -13,6 +13,7 @@ from megatron_moe_lpr.data.preparation.inspection import conversation_text
 from megatron_moe_lpr.data.preparation.merging import merge
 from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
 from megatron_moe_lpr.data.reading.datasets import build_validation_datasets
+from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
@@ -94,3 +95,17 @@ def test_inspect_data_marks_what_counts(hf_tokenizer, tmp_path, capsys):
     pair = open_tokens(str(tmp_path / "x"), np.dtype(manifest.dtype)), open_loss_mask(str(tmp_path / "x"))
     text = conversation_text(tokenizer, *pair, has_styles=True)
     assert [text.plain[span.start : span.end] for span in text.spans] == ["two<|im_end|>", "four [5]<|im_end|>"]
+
+
+def test_an_eod_inside_a_conversation_does_not_end_it(tmp_path):
+    """It ends each turn where a template uses it, as Llama's and Mistral's do."""
+    prefix = write_dataset(tmp_path / "x", "el", [[5, 0, 6, 7, 0], [8, 0, 9]] * 9, chat=True)
+    config = DataConfig(data_path=[prefix], valid_data_path=[prefix], data_cache_path=str(tmp_path / "cache"))
+    config.documents = DocumentOptions(reset_attention_mask=True, reset_position_ids=True)
+    sources = read_data_sources(config)
+    (valid,) = build_validation_datasets(sources, config, SEQUENCE)
+    assert valid[0]["document"][:10].tolist() == [0] * 5 + [1] * 3 + [2] * 2
+    sample = build_training_dataset(sources, config, SEQUENCE, 2)[0]
+    begins = (sample["tokens"] == 5) | (sample["tokens"] == 8)
+    begins[0] = False
+    assert torch.equal(sample["document"], begins.cumsum(0).int())
