@@ -41,19 +41,19 @@ def document_keys(starts: Iterable[int], sequence_length: int, options: Document
     return keys
 
 
-def starts_in_sample(boundaries: np.ndarray, tokens: torch.Tensor, eod: int) -> list[int]:
+def starts_in_sample(boundaries: np.ndarray, tokens: torch.Tensor, eod: int | None) -> list[int]:
     """Return where documents begin in a sample of plain text: at their real beginnings, which --no-append-eod leaves
     unmarked, and after each end of document (EOD), as in Megatron (gpt_dataset.py `_get_ltor_masks_and_position_ids`).
 
     Args:
         boundaries: indices of the real beginnings.
         tokens: the sample's tokens without padding, int64 [tokens].
-        eod: token id of the end of document.
+        eod: token id of the end of document; None: it may occur inside of documents, as it does in conversations.
 
     Returns:
         Indices from 1 to the number of tokens, sorted.
     """
-    after_eod = (torch.nonzero(tokens == eod).flatten() + 1).tolist()
+    after_eod = [] if eod is None else (torch.nonzero(tokens == eod).flatten() + 1).tolist()
     return sorted({start for start in (*boundaries.tolist(), *after_eod) if 0 < start <= len(tokens)})
 
 
