@@ -40,6 +40,8 @@ class Evaluation:
     card: CheckpointCard
     dtype: str
     seq_length: int
+    reset_attention_mask: bool
+    """Whether no document saw another."""
     original_languages: tuple[str, ...]
     """All original languages, with or without a dataset."""
     notes: tuple[str, ...]
@@ -89,7 +91,13 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
     table = languages.group_table(groups).to(platform.device)
     results = []
     for entry in entries:
-        dataset = ValidationDataset(entry, languages.id(entry.language), options.seq_length, entry.manifest.eod)
+        dataset = ValidationDataset(
+            entry,
+            languages.id(entry.language),
+            options.seq_length,
+            entry.manifest.eod,
+            documents_apart=options.documents,
+        )
         result = evaluate_dataset(
             model.chunks, model.config, shape, dataset, table, platform.device, options.micro_batch_size
         )
@@ -98,7 +106,8 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
     check_finite_losses(results, directory.path, dtype)
     precision = str(dtype).removeprefix("torch.")
     notes = (*original.notes, *unknown_languages(languages.names, original.names, card.history))
-    return Evaluation(directory, card, precision, options.seq_length, original.names, notes, groups, results)
+    apart = options.documents.reset_attention_mask
+    return Evaluation(directory, card, precision, options.seq_length, apart, original.names, notes, groups, results)
 
 
 def unknown_languages(names: Sequence[str], original: Sequence[str], history: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -126,5 +135,6 @@ def _check_sizes(options: EvaluationOptions, shape: ModelShape) -> None:
     if options.micro_batch_size < 1:
         raise UserError(f"--micro-batch-size {options.micro_batch_size}: must be at least 1")
     options.layout.check_sequence(options.seq_length)
+    options.documents.check()
     if not options.valid_data_path:
         raise UserError("--valid-data-path: give the datasets to evaluate on")

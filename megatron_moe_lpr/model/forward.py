@@ -11,7 +11,12 @@ from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 
 
 def compute_logits(
-    chunks: Sequence[torch.nn.Module], config: MoELPRConfig, tokens: torch.Tensor, vocab_size: int
+    chunks: Sequence[torch.nn.Module],
+    config: MoELPRConfig,
+    tokens: torch.Tensor,
+    vocab_size: int,
+    cu_seqlens: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits of a batch, the same on every rank. Every rank must call it, with the same tokens on all of them.
 
@@ -19,6 +24,8 @@ def compute_logits(
         chunks: this rank's part of the model.
         tokens: [batch, sequence].
         vocab_size: columns to keep; the padded vocabulary has more.
+        cu_seqlens: documents that do not see each other, see `MoELPRModel.forward`.
+        position_ids: [batch, sequence]; None: counted from 0 in each sample.
 
     Returns:
         [batch, sequence, vocab_size], fp32, on the platform's device.
@@ -27,13 +34,14 @@ def compute_logits(
     collected: list[torch.Tensor] = []
 
     def step(iterator: object, model: torch.nn.Module) -> tuple:
-        positions = torch.arange(sequence, device=tokens.device).expand(batch, -1)
-        return model(tokens, positions, None, runtime_gather_output=True), _keep
+        return model(tokens, positions, None, runtime_gather_output=True, cu_seqlens=cu_seqlens), _keep
 
     def _keep(output: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
         collected.append(output[..., :vocab_size].float().contiguous())
         return output
 
+    positions = torch.arange(sequence, device=tokens.device).expand(batch, -1) if position_ids is None else position_ids
+    shape = (batch, sequence) if cu_seqlens is None else (1, batch * sequence)
     for chunk in chunks:
         chunk.eval()
     interleaved = len(chunks) > 1
@@ -43,8 +51,8 @@ def compute_logits(
         data_iterator=[None] * len(chunks) if interleaved else None,
         model=list(chunks) if interleaved else chunks[0],
         num_microbatches=parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1,
-        seq_length=sequence,
-        micro_batch_size=batch,
+        seq_length=shape[1],
+        micro_batch_size=shape[0],
         forward_only=True,
         collect_non_loss_data=True,
     )

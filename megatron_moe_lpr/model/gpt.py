@@ -19,6 +19,7 @@ from megatron_moe_lpr.model.extended_vocabulary import (
     ExtensionRows,
     measure_new_token_mass,
 )
+from megatron_moe_lpr.model.transformer.packed_documents import DocumentLengths, packed_documents
 from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
 from megatron_moe_lpr.model.vocabulary import VocabularyLayout
 
@@ -60,9 +61,62 @@ class MoELPRModel(GPTModel):
             self._mask_padded_vocabulary(vocabulary.rows[0], vocabulary.padded[0])
 
     @override
-    def _preprocess(self, *, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> tuple:
-        """Split the token tags for sequence parallelism on every pipeline rank; GPTModel does so on the first only."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: None,
+        *,
+        labels: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Compute this pipeline rank's part.
+
+        Args:
+            input_ids, position_ids, labels: [batch, sequence].
+            padding_mask: token tags, [batch, sequence, 4].
+            cu_seqlens: documents that do not see each other, int32 [documents + 1]: where each begins in
+                `input_ids.flatten()`, then the number of tokens. None: all tokens of a sample see those before them.
+            kwargs: further arguments of GPTModel.
+
+        Returns:
+            On the last pipeline rank the loss of each token, [batch, sequence], or without labels the logits, [batch,
+            sequence, vocabulary]. On the others hidden states, [sequence / TP, batch, hidden], with `cu_seqlens`
+            [batch x sequence / TP, 1, hidden].
+        """
+        if cu_seqlens is None:
+            given = {"labels": labels, "padding_mask": padding_mask}
+            return super().forward(input_ids, position_ids, attention_mask, **given, **kwargs)
+        packed = packed_documents(cu_seqlens, input_ids.shape[1], self.config.transformer_impl == "transformer_engine")
+        tensors = (input_ids, position_ids, labels, padding_mask)
+        flat = [None if tensor is None else tensor.flatten(0, 1)[None] for tensor in tensors]
+        given = {"labels": flat[2], "padding_mask": flat[3], "packed_seq_params": packed}
+        output = super().forward(flat[0], flat[1], attention_mask, **given, **kwargs)
+        if not self.post_process:
+            return output
+        if self.new_token_mass is not None:
+            self.new_token_mass = self.new_token_mass.view(input_ids.shape)
+        return output.view(*input_ids.shape, *output.shape[2:])
+
+    @override
+    def _preprocess(
+        self,
+        *,
+        position_ids: torch.Tensor,
+        packed_seq_params: Any = None,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple:
+        """Split the token tags for sequence parallelism on every pipeline rank; GPTModel does so on the first only.
+
+        Where local attention keeps documents apart, take each token's rotary angles by its position; GPTModel counts.
+        """
+        kwargs |= {"position_ids": position_ids, "packed_seq_params": packed_seq_params}
         prepared = super()._preprocess(padding_mask=None, **kwargs)
+        if isinstance(packed_seq_params, DocumentLengths):
+            prepared = (prepared[0], prepared[1][position_ids.flatten()], *prepared[2:])
         if padding_mask is not None and self.config.sequence_parallel:
             sequence_first = padding_mask.transpose(0, 1).contiguous()
             own = tensor_parallel.scatter_to_sequence_parallel_region(sequence_first, group=self.pg_collection.tp)

@@ -11,6 +11,7 @@ from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, ParentCheckp
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading.model import LoadedModel, load_model, model_shape
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import frozen_weights
+from megatron_moe_lpr.data.chat_template import template_note
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
 from megatron_moe_lpr.data.reading.config import DataSources, read_data_sources, with_original
 from megatron_moe_lpr.data.reading.datasets import Datasets, build_datasets
@@ -110,7 +111,9 @@ def prepare(config: TrainingConfig) -> Run:
         if config.checkpoint.use_checkpoint_opt_param_scheduler:
             config = dataclasses.replace(config, optimizer=recorded_schedule(resume_from.recorded, config))
     description = describe_run(config, stage, sources, options.dtype)
-    sources = dataclasses.replace(sources, notes=(*sources.notes, *_end_of_document(sources, tokenizer)))
+    other_template = template_note({entry.prefix: entry.manifest for entry in sources.train}, start.side_directory)
+    notes = (*sources.notes, *_end_of_document(sources, tokenizer), *filter(None, [other_template]))
+    sources = dataclasses.replace(sources, notes=notes)
     datasets = _build_datasets(config, sources, resume_from)
     model, state = _build_model(config, stage, platform, options, start, resume_from)
     model = dataclasses.replace(model, card=card)

@@ -51,7 +51,13 @@ def build_validation_datasets(
     """Build the validation datasets alone. `max_samples`: first samples to use of each; 0: no datasets."""
     return [
         ValidationDataset(
-            entry, sources.languages.id(entry.language), sequence_length, sources.eod, config.eod_mask_loss, max_samples
+            entry,
+            sources.languages.id(entry.language),
+            sequence_length,
+            sources.eod,
+            config.eod_mask_loss,
+            max_samples,
+            config.documents,
         )
         for entry in (sources.valid if max_samples != 0 else [])
     ]

@@ -18,8 +18,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_moe_lpr.data.indexed import open_loss_mask
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.config import DataConfig, DataSources, cache_directory
+from megatron_moe_lpr.data.reading.document_options import DocumentOptions
+from megatron_moe_lpr.data.reading.documents import document_keys, mask_last_tokens, starts_in_sample
 from megatron_moe_lpr.data.reading.index_cache import build_directory
 from megatron_moe_lpr.data.reading.index_maps import are_intact, refuse_pickles
 from megatron_moe_lpr.errors import UserError
@@ -58,10 +61,21 @@ class TaggedGPTDataset(GPTDataset):
         language: number of the dataset's language.
         num_samples: minimum number of samples; documents repeat in epochs, each in another order.
         config: megatron-core's dataset configuration.
+        documents_apart: whether its documents see each other.
     """
 
-    def __init__(self, entry: BlendEntry, language: int, num_samples: int, config: GPTDatasetConfig) -> None:
-        self.language = language
+    def __init__(
+        self,
+        entry: BlendEntry,
+        language: int,
+        num_samples: int,
+        config: GPTDatasetConfig,
+        documents_apart: DocumentOptions,
+    ) -> None:
+        self.language, self.documents_apart = language, documents_apart
+        # Of conversations: which tokens count in the loss.
+        self.counted = open_loss_mask(entry.prefix) if entry.manifest.chat else None
+        self.token_bytes = np.dtype(entry.manifest.dtype).itemsize
         documents = np.arange(entry.first_document, entry.end_document, dtype=np.int32)
         # megatron-core uses the path as key of cached index maps. They depend on document lengths only, so this key
         # finds them for a dataset that was moved or preprocessed again.
@@ -70,9 +84,41 @@ class TaggedGPTDataset(GPTDataset):
 
     @override
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        """Return `tokens`, `labels`, `position_ids`, `language` (int64) and `loss_mask` (float32), each [sequence]."""
+        """Return `tokens`, `labels`, `position_ids`, `language` (int64) and `loss_mask` (float32), each [sequence];
+        with --reset-attention-mask also `document` (int32)."""
         sample = super().__getitem__(idx)
+        if self.counted is not None:
+            sample["loss_mask"] = sample["loss_mask"] * self._counted_labels(self.counted, idx or 0)
+        if self.documents_apart.reset_attention_mask:
+            sample |= self._documents(idx or 0, sample)
         return {**sample, "language": torch.full_like(sample["tokens"], self.language)}
+
+    def _counted_labels(self, counted: np.ndarray, idx: int) -> torch.Tensor:
+        """Return 1 for each label of a sample that counts in the loss, else 0, float32 [sequence]."""
+        row = self.shuffle_index[idx]
+        (first, offset), (last, end) = self.sample_index[row], self.sample_index[row + 1]
+        parts = []
+        for place in range(first, last + 1):
+            document = self.document_index[place]
+            begin = self.dataset.index.sequence_pointers[document] // self.token_bytes
+            # The sample's last label lies behind its last token.
+            length = end + 1 if place == last else self.dataset.index.sequence_lengths[document]
+            parts.append(counted[begin + (offset if place == first else 0) : begin + length])
+        return torch.from_numpy(np.concatenate(parts)[1:].astype(np.float32))
+
+    def _documents(self, idx: int, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The keys that keep a sample's documents apart, and the loss mask with --eod-mask-loss."""
+        row = self.shuffle_index[idx]
+        (first, offset), (last, _) = self.sample_index[row], self.sample_index[row + 1]
+        lengths = self.dataset.sequence_lengths[self.document_index[first:last]]
+        boundaries = np.cumsum(lengths, dtype=np.int64) - offset
+        # An end of document may end each turn of a conversation.
+        eod = self.config.tokenizer.eod if self.counted is None else None
+        starts = starts_in_sample(boundaries, sample["tokens"], eod)
+        keys = document_keys(starts, len(sample["tokens"]), self.documents_apart)
+        if self.config.eod_mask_loss:
+            keys["loss_mask"] = mask_last_tokens(sample["loss_mask"], starts)
+        return keys
 
 
 def build_training_dataset(
@@ -101,7 +147,7 @@ def build_training_dataset(
     def build(path: Path) -> BlendedDataset:
         settings.path_to_cache = str(path)
         datasets = [
-            TaggedGPTDataset(entry, sources.languages.id(entry.language), count, settings)
+            TaggedGPTDataset(entry, sources.languages.id(entry.language), count, settings, config.documents)
             for entry, count in zip(sources.train, counts, strict=True)
         ]
         return BlendedDataset(datasets, [entry.weight for entry in sources.train], train_samples, settings)

@@ -200,11 +200,15 @@ def _evaluation(title: str, paths: Iterable[Path]) -> NamedEvaluation:
 def _check_comparable(first: NamedEvaluation, other: NamedEvaluation) -> None:
     expected = first.record
     for record in other.records:
-        is_same = record.sequence_length == expected.sequence_length and len(record.datasets) == len(expected.datasets)
+        is_same = (
+            record.sequence_length == expected.sequence_length
+            and record.reset_attention_mask == expected.reset_attention_mask
+            and len(record.datasets) == len(expected.datasets)
+        )
         if not is_same or not all(map(Dataset.is_text_of, record.datasets, expected.datasets)):
             raise UserError(
                 f"--evaluation: {first.title!r} and {other.title!r} were evaluated on different texts or sequence "
-                "lengths"
+                "lengths, or one of them with --reset-attention-mask"
             )
 
 

@@ -72,6 +72,8 @@ class EvaluationRecord(_Model):
     """A file of `moe-lpr evaluate --output`, as far as the report reads it."""
 
     sequence_length: PositiveInt
+    reset_attention_mask: bool = False
+    """Whether no document saw another."""
     top_k: PositiveInt
     experts_per_layer: Annotated[list[PositiveInt], Field(min_length=1)]
     averages: dict[str, Averages]

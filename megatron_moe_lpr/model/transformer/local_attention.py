@@ -8,6 +8,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
+from megatron_moe_lpr.model.transformer.document_attention import attend_within_documents
+from megatron_moe_lpr.model.transformer.packed_documents import DocumentLengths
 
 
 @overrides_megatron
@@ -36,7 +38,13 @@ class LocalAttention(DotProductAttention):
 
     @override
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **kwargs: object
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None,
+        packed_seq_params: DocumentLengths | None = None,
+        **kwargs: object,
     ) -> torch.Tensor:
         """Attend.
 
@@ -44,6 +52,7 @@ class LocalAttention(DotProductAttention):
             query: [sequence, batch, heads / TP, head dimension].
             key, value: [sequence, batch, query groups / TP, head dimension].
             attention_mask: None; every position sees itself and those before it.
+            packed_seq_params: documents that are kept apart, in a batch of 1; None: those of a sample see each other.
 
         Returns:
             [sequence, batch, heads / TP x head dimension].
@@ -51,6 +60,11 @@ class LocalAttention(DotProductAttention):
         repeats = query.shape[2] // key.shape[2]
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
+        if packed_seq_params is not None:
+            window = None if self.window is None else self.window[0]
+            tensors = (query.squeeze(1), key.squeeze(1), value.squeeze(1))
+            within = attend_within_documents(*tensors, packed_seq_params.lengths, window, self.softmax_scale)
+            return within.flatten(1)[:, None]
         mask = self._window_mask(query.shape[0], query.device)
         context = scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),

@@ -24,6 +24,9 @@ ACCEPTABLE = tuple(dict.fromkeys(flag.recorded_as for flag in FLAGS if flag.reco
 """Flags that --accept-changes accepts. Another value of any other makes it another run: the optimizer's state or the
 place in the data would mean nothing."""
 
+ALWAYS_BEFORE = {"reset_attention_mask": False, "reset_position_ids": False}
+"""Values of runs of older versions, which had no flag for them."""
+
 
 def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dtype: torch.dtype) -> dict[str, Any]:
     """Return everything that decides a run's numbers besides its layout, in JSON's types.
@@ -73,8 +76,9 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
 
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The description with canonical names of languages, which older versions did not use."""
-    compared = dict(description)
+    """The description with canonical names of languages, which older versions did not use, and with what they always
+    did and did not record."""
+    compared = ALWAYS_BEFORE | dict(description)
     if isinstance(compared.get("data"), list):
         compared["data"] = [_with_canonical_language(str(line)) for line in compared["data"]]
     if "languages" in compared:
