@@ -5,13 +5,18 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 
 
 def compute_logits(
-    chunks: Sequence[torch.nn.Module], config: MoELPRConfig, tokens: torch.Tensor, vocab_size: int
+    chunks: Sequence[torch.nn.Module],
+    config: MoELPRConfig,
+    tokens: torch.Tensor,
+    vocab_size: int,
+    cache: StaticInferenceContext | None = None,
 ) -> torch.Tensor:
     """Logits of a batch, the same on every rank. Every rank must call it, with the same tokens on all of them.
 
@@ -19,16 +24,20 @@ def compute_logits(
         chunks: this rank's part of the model.
         tokens: [batch, sequence].
         vocab_size: columns to keep; the padded vocabulary has more.
+        cache: keys and values of the tokens before these, to which those of these are added (see `model/decoding.py`);
+            None: the tokens begin a text.
 
     Returns:
-        [batch, sequence, vocab_size], fp32, on the platform's device.
+        [batch, sequence, vocab_size], fp32, on the platform's device; with a cache only of the last token,
+        [batch, 1, vocab_size].
     """
     batch, sequence = tokens.shape
+    first = cache.sequence_len_offset if cache else 0
     collected: list[torch.Tensor] = []
 
     def step(iterator: object, model: torch.nn.Module) -> tuple:
-        positions = torch.arange(sequence, device=tokens.device).expand(batch, -1)
-        return model(tokens, positions, None, runtime_gather_output=True), _keep
+        positions = torch.arange(first, first + sequence, device=tokens.device).expand(batch, -1)
+        return model(tokens, positions, None, inference_context=cache, runtime_gather_output=True), _keep
 
     def _keep(output: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
         collected.append(output[..., :vocab_size].float().contiguous())
@@ -48,7 +57,9 @@ def compute_logits(
         forward_only=True,
         collect_non_loss_data=True,
     )
-    logits = collected[0] if collected else torch.empty(batch, sequence, vocab_size, device=tokens.device)
+    logits = (
+        collected[0] if collected else torch.empty(batch, 1 if cache else sequence, vocab_size, device=tokens.device)
+    )
     dist.broadcast(
         logits,
         parallel_state.get_pipeline_model_parallel_last_rank(),
