@@ -30,6 +30,8 @@ class Stage:
     """Default of --load-balancing-coeff."""
     lpr_loss_coeff: float
     """Default of --lpr-loss-coeff."""
+    new_token_loss_coeff: float
+    """Default of --new-token-loss-coeff."""
     original_languages: Literal["refused", "required", "allowed"]
     """Whether the stage accepts training data of original languages."""
     needs_experts: bool
@@ -48,15 +50,17 @@ STAGES: dict[StageName, Stage] = {
         frozenset({ParameterKind.ROUTER, ParameterKind.NEW_EXPERTS, ParameterKind.NEW_ROWS}),
         load_balancing_coeff=0.01,
         lpr_loss_coeff=0.0,
+        new_token_loss_coeff=0.0,
         original_languages="refused",
         needs_experts=True,
     ),
     "2": Stage(
         "2",
         "review",
-        frozenset({ParameterKind.ROUTER}),
+        frozenset({ParameterKind.ROUTER, ParameterKind.NEW_ROWS}),
         load_balancing_coeff=0.0,
         lpr_loss_coeff=0.1,
+        new_token_loss_coeff=0.0,
         original_languages="required",
         needs_experts=True,
     ),
@@ -66,6 +70,7 @@ STAGES: dict[StageName, Stage] = {
         frozenset(ParameterKind),
         load_balancing_coeff=0.01,
         lpr_loss_coeff=0.0,
+        new_token_loss_coeff=0.0,
         original_languages="allowed",
         needs_experts=False,
     ),
@@ -75,6 +80,7 @@ STAGES: dict[StageName, Stage] = {
         frozenset({ParameterKind.INSERTED_BLOCKS, ParameterKind.NEW_ROWS}),
         load_balancing_coeff=0.0,
         lpr_loss_coeff=0.0,
+        new_token_loss_coeff=0.0,
         original_languages="allowed",
         needs_experts=False,
         needs_inserted_blocks=True,
@@ -87,18 +93,20 @@ class StageOptions:
     """Stage and losses. Coefficients are in the paper's units."""
 
     stage: Decides[StageName]
-    """What trains. 1: new experts, routers, new vocabulary rows; 2: routers; full: everything; blocks: inserted blocks
-    (LLaMA-Pro), new vocabulary rows."""
+    """What trains. 1: new experts, routers, new vocabulary rows; 2: routers, new vocabulary rows; full: everything;
+    blocks: inserted blocks (LLaMA-Pro), new vocabulary rows."""
     load_balancing_coeff: Acceptable[NonNegativeFloat | None] = None
     """Weight of the load balancing loss, mean over layers of N * sum f_i P_i. Default: 0.01, in stage 2 0."""
     lpr_loss_coeff: Acceptable[NonNegativeFloat | None] = None
     """Weight of the LPR loss. Default: 0.1 in stage 2, else 0."""
+    new_token_loss_coeff: Acceptable[NonNegativeFloat | None] = None
+    """Weight of -log(1 - probability of all new tokens), mean over tokens of original languages. Default: 0."""
     lpr_loss_form: Acceptable[Literal["paper", "reference"]] = "paper"
     """reference: an earlier implementation's form, for comparison only (docs/training.md)."""
     train_embeddings: Decides[bool] = False
     """Stage 1: train input and output embeddings too, the dense model's rows of them."""
-    train_new_rows: Decides[bool] = False
-    """Stage 2: train the rows of new tokens too (`import --tokenizer`)."""
+    train_new_rows: Decides[bool] = True
+    """Stage 2: train the rows of new tokens too, where the model has any (`import --tokenizer`)."""
     allow_original_languages: Annotated[bool, Free("only checked against the data, which are recorded")] = False
     """Stage 1: accept training data of original languages."""
     open_experts_iters: Decides[PositiveInt | None] = None
@@ -113,16 +121,17 @@ class StageOptions:
         stage = STAGES[self.stage]
         if self.train_embeddings and self.stage != "1":
             raise UserError("--train-embeddings is for --stage 1 only")
-        if self.train_new_rows and self.stage != "2":
-            raise UserError("--train-new-rows is for --stage 2 only: the other stages train new rows without it")
+        if not self.train_new_rows and self.stage != "2":
+            raise UserError("--no-train-new-rows is for --stage 2 only: the other stages always train new rows")
         if self.allow_original_languages:
             stage = dataclasses.replace(stage, original_languages="allowed")
-        given = {ParameterKind.EMBEDDING: self.train_embeddings, ParameterKind.NEW_ROWS: self.train_new_rows}
+        given = {ParameterKind.EMBEDDING} if self.train_embeddings else set()
+        left_out = set() if self.train_new_rows else {ParameterKind.NEW_ROWS}
         coefficients = stage.coefficients
         coefficients |= {name: _given(getattr(self, name), default) for name, default in coefficients.items()}
         return dataclasses.replace(
             stage,
-            trains=stage.trains | {kind for kind, trains in given.items() if trains},
+            trains=(stage.trains | given) - left_out,
             **coefficients,
         )
 
