@@ -106,7 +106,8 @@ class StageOptions:
     train_embeddings: Decides[bool] = False
     """Stage 1: train input and output embeddings too, the dense model's rows of them."""
     train_new_rows: Decides[bool] = True
-    """Stage 2: train the rows of new tokens too, where the model has any (`import --tokenizer`)."""
+    """Stage 2: train the rows of new tokens too, where the model has any (`import --tokenizer`). Other stages always
+    do."""
     allow_original_languages: Annotated[bool, Free("only checked against the data, which are recorded")] = False
     """Stage 1: accept training data of original languages."""
     open_experts_iters: Decides[PositiveInt | None] = None
@@ -121,12 +122,11 @@ class StageOptions:
         stage = STAGES[self.stage]
         if self.train_embeddings and self.stage != "1":
             raise UserError("--train-embeddings is for --stage 1 only")
-        if not self.train_new_rows and self.stage != "2":
-            raise UserError("--no-train-new-rows is for --stage 2 only: the other stages always train new rows")
         if self.allow_original_languages:
             stage = dataclasses.replace(stage, original_languages="allowed")
         given = {ParameterKind.EMBEDDING} if self.train_embeddings else set()
-        left_out = set() if self.train_new_rows else {ParameterKind.NEW_ROWS}
+        # Recipes of other stages that an older version wrote say false, its default for the review.
+        left_out = {ParameterKind.NEW_ROWS} if self.stage == "2" and not self.train_new_rows else set()
         coefficients = stage.coefficients
         coefficients |= {name: _given(getattr(self, name), default) for name, default in coefficients.items()}
         return dataclasses.replace(
