@@ -220,4 +220,6 @@ def test_flag_of_the_review_alone():
     """A recipe that an older version wrote of another stage says false, and must mean what it meant."""
     for stage in ("1", "full", "blocks"):
         assert StageOptions(stage, train_new_rows=False).resolve() == StageOptions(stage).resolve()
-    assert StageOptions("2", train_new_rows=False).resolve().trains == {ParameterKind.ROUTER}
+    frozen = StageOptions("2", train_new_rows=False).resolve()
+    assert frozen.trains == {ParameterKind.ROUTER} and frozen.new_token_loss_coeff == 0
+    assert StageOptions("2", new_token_loss_coeff=0.5, train_new_rows=False).resolve().new_token_loss_coeff == 0.5

@@ -60,7 +60,7 @@ STAGES: dict[StageName, Stage] = {
         frozenset({ParameterKind.ROUTER, ParameterKind.NEW_ROWS}),
         load_balancing_coeff=0.0,
         lpr_loss_coeff=0.1,
-        new_token_loss_coeff=0.0,
+        new_token_loss_coeff=3.0,
         original_languages="required",
         needs_experts=True,
     ),
@@ -100,7 +100,8 @@ class StageOptions:
     lpr_loss_coeff: Acceptable[NonNegativeFloat | None] = None
     """Weight of the LPR loss. Default: 0.1 in stage 2, else 0."""
     new_token_loss_coeff: Acceptable[NonNegativeFloat | None] = None
-    """Weight of -log(1 - probability of all new tokens), mean over tokens of original languages. Default: 0."""
+    """Weight of -log(1 - probability of all new tokens), mean over tokens of original languages.
+    Default: 3 in a review that trains rows of new tokens, else 0."""
     lpr_loss_form: Acceptable[Literal["paper", "reference"]] = "paper"
     """reference: an earlier implementation's form, for comparison only (docs/training.md)."""
     train_embeddings: Decides[bool] = False
@@ -120,18 +121,18 @@ class StageOptions:
             UserError: a flag that the stage does not offer.
         """
         stage = STAGES[self.stage]
+        if self.stage == "2" and not self.train_new_rows:
+            stage = dataclasses.replace(stage, trains=stage.trains - {ParameterKind.NEW_ROWS}, new_token_loss_coeff=0.0)
         if self.train_embeddings and self.stage != "1":
             raise UserError("--train-embeddings is for --stage 1 only")
         if self.allow_original_languages:
             stage = dataclasses.replace(stage, original_languages="allowed")
         given = {ParameterKind.EMBEDDING} if self.train_embeddings else set()
-        # Recipes of other stages that an older version wrote say false, its default for the review.
-        left_out = {ParameterKind.NEW_ROWS} if self.stage == "2" and not self.train_new_rows else set()
         coefficients = stage.coefficients
         coefficients |= {name: _given(getattr(self, name), default) for name, default in coefficients.items()}
         return dataclasses.replace(
             stage,
-            trains=(stage.trains | given) - left_out,
+            trains=stage.trains | given,
             **coefficients,
         )
 
