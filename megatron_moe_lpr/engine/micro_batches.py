@@ -19,7 +19,8 @@ from megatron_moe_lpr.model.moe.token_tags import token_tags
 
 @dataclasses.dataclass(frozen=True)
 class StepWeights:
-    """Weight of one token in the router's losses, so that their sum over the step is a mean over the global batch.
+    """Weight of one token in the router's losses and the new-token loss, so that their sum over the step is a mean over
+    the global batch.
 
     Megatron divides every gradient by the number of tokens with a loss (`calculate_per_token_loss`), so the weights
     have that number as a factor.
@@ -154,7 +155,7 @@ def run_micro_batches(
         _forward_step,
         weights=step_weights(batches, language_group),
         language_group=language_group,
-        has_routers=config.num_moe_experts is not None,
+        has_tags=config.num_moe_experts is not None or config.new_token_loss_coeff > 0,
     )
     interleaved = len(chunks) > 1
     iterators = [iter(batches) for _ in chunks]
@@ -181,7 +182,7 @@ def _forward_step(
     *,
     weights: StepWeights,
     language_group: torch.Tensor,
-    has_routers: bool,
+    has_tags: bool,
 ) -> tuple:
     """Megatron's forward_step_func.
 
@@ -191,7 +192,7 @@ def _forward_step(
     batch = next(iterator)
     advance()
     tags = None
-    if has_routers:
+    if has_tags:
         language = batch["language"]
         groups = language_group[language]
         tags = token_tags(groups >= 0, language >= 0, weights.lpr, weights.micro_batch, groups)

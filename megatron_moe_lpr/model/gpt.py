@@ -19,6 +19,8 @@ from megatron_moe_lpr.model.extended_vocabulary import (
     ExtensionRows,
     measure_new_token_mass,
 )
+from megatron_moe_lpr.model.moe.token_tags import PRIOR
+from megatron_moe_lpr.model.new_token_loss import CrossEntropyWithNewTokenLoss
 from megatron_moe_lpr.model.transformer.packed_documents import DocumentLengths, packed_documents
 from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
 from megatron_moe_lpr.model.vocabulary import VocabularyLayout
@@ -55,6 +57,7 @@ class MoELPRModel(GPTModel):
             self.embedding.register_forward_hook(_let_gradients_through)
         self.vocabulary = vocabulary
         self.new_token_mass: torch.Tensor | None = None
+        self._prior: torch.Tensor | None = None
         if vocabulary.is_extended:
             self._extend_vocabulary()
         elif self.post_process and vocabulary.padded > vocabulary.rows:
@@ -117,6 +120,9 @@ class MoELPRModel(GPTModel):
         prepared = super()._preprocess(padding_mask=None, **kwargs)
         if isinstance(packed_seq_params, DocumentLengths):
             prepared = (prepared[0], prepared[1][position_ids.flatten()], *prepared[2:])
+        self._prior = None if padding_mask is None else padding_mask[..., PRIOR]
+        if self.config.num_moe_experts is None:
+            padding_mask = None  # The loss reads the tags; a dense layer has no router that would.
         if padding_mask is not None and self.config.sequence_parallel:
             sequence_first = padding_mask.transpose(0, 1).contiguous()
             own = tensor_parallel.scatter_to_sequence_parallel_region(sequence_first, group=self.pg_collection.tp)
@@ -138,11 +144,33 @@ class MoELPRModel(GPTModel):
         tokens took, of the same shape."""
         if not self.vocabulary.is_extended:
             return super().compute_language_model_loss(labels, logits)
+        columns = self.output_layer.columns[labels]
+        if torch.is_grad_enabled() and self.config.new_token_loss_coeff and self._prior is not None:
+            return self._loss_with_new_token_loss(labels, columns, logits, self._prior)
         if not torch.is_grad_enabled():
             # Before the loss, which overwrites fp32 logits.
             mass = measure_new_token_mass(logits, self.vocabulary, self.pg_collection.tp)
             self.new_token_mass = mass.transpose(0, 1).contiguous()
-        return super().compute_language_model_loss(self.output_layer.columns[labels], logits)
+        return super().compute_language_model_loss(columns, logits)
+
+    def _loss_with_new_token_loss(
+        self, labels: torch.Tensor, columns: torch.Tensor, logits: torch.Tensor, prior: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of each token, [batch, sequence]. Its gradient has that of the new-token loss of languages with a
+        prior too, where the next token is none of the latest extension.
+
+        Args:
+            labels: token ids, [batch, sequence].
+            columns: the same as columns of the logits.
+            logits: this TP rank's, [sequence, batch, `VocabularyLayout.width`].
+            prior: tag `PRIOR` of each token, [batch, sequence].
+        """
+        is_known = labels < self.vocabulary.first_ids[-1]
+        weights = (prior * is_known * self.config.new_token_loss_coeff).transpose(0, 1).contiguous()
+        first_new, _ = self.vocabulary.rank_columns[-1]
+        columns = columns.transpose(0, 1).contiguous()
+        loss = CrossEntropyWithNewTokenLoss.apply(logits, columns, weights, first_new, self.pg_collection.tp)
+        return loss.transpose(0, 1).contiguous()
 
     @override
     def sharded_state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class NamedEvaluation:
         return summarize(record.datasets[position].bits_per_byte for record in self.records)
 
     def average(self, group: str, name: str = "bits_per_byte") -> Summary | None:
-        """Return the mean over a language group of `bits_per_byte` or `expert0_top_k_share`."""
+        """Return the mean over a language group of a field of `Averages`."""
         return summarize(getattr(record.averages[group], name) for record in self.records)
 
     def change(self, group: str, reference: "NamedEvaluation") -> Summary | None:
@@ -104,6 +104,11 @@ class ReportInputs:
     costs: dict[str, Costs]
     """By title of an evaluation."""
     curves: list[Curve]
+
+    @property
+    def has_new_tokens(self) -> bool:
+        """Whether any of the models has an extended vocabulary."""
+        return any(one.average("original", "new_token_mass") for one in self.evaluations)
 
     def languages(self, group: str) -> list[str]:
         """Return the languages of a group in the order of the first evaluation."""

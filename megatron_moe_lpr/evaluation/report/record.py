@@ -66,6 +66,7 @@ class Averages(_Model):
 
     bits_per_byte: float | None
     expert0_top_k_share: float | None = None
+    new_token_mass: float | None = None
 
 
 class EvaluationRecord(_Model):

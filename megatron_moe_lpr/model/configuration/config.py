@@ -36,6 +36,8 @@ class MoELPRConfig(TransformerConfig):
     lpr_loss_coeff: float = 0.0
     """Weight of the LPR loss, the mean over MoE layers and tokens of original languages."""
     lpr_loss_form: LPRLossForm = "paper"
+    new_token_loss_coeff: float = 0.0
+    """Weight of the new-token loss, the mean over tokens of original languages of -log(1 - mass on new tokens)."""
     num_moe_layers: int = 0
     original_expert_overlap: bool = False
     """Compute the original expert during the all-to-all of the new experts."""
@@ -72,6 +74,11 @@ class ModelShape:
     def total_vocab_size(self) -> int:
         """Number of token ids: the base model's rows, `architecture.vocab_size`, and all new ones."""
         return self.architecture.vocab_size + sum(self.new_tokens)
+
+    @property
+    def has_new_rows(self) -> bool:
+        """The latest expansion or import added rows to the vocabulary, which train."""
+        return bool(self.new_tokens and self.new_tokens[-1])
 
     @property
     def num_groups(self) -> int:

@@ -24,15 +24,20 @@ ACCEPTABLE = tuple(dict.fromkeys(flag.recorded_as for flag in FLAGS if flag.reco
 """Flags that --accept-changes accepts. Another value of any other makes it another run: the optimizer's state or the
 place in the data would mean nothing."""
 
-ALWAYS_BEFORE = {"reset_attention_mask": False, "reset_position_ids": False}
+ALWAYS_BEFORE = {"reset_attention_mask": False, "reset_position_ids": False, "new_token_loss_coeff": 0.0}
 """Values of runs of older versions, which had no flag for them."""
 
 
-def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dtype: torch.dtype) -> dict[str, Any]:
+def describe_run(
+    config: TrainingConfig, stage: Stage, sources: DataSources, dtype: torch.dtype, has_new_rows: bool
+) -> dict[str, Any]:
     """Return everything that decides a run's numbers besides its layout, in JSON's types.
 
     That is each flag that is marked as deciding numbers (`flag_marks`), by its name, and values that the run derives
     from other flags: coefficients of losses, dtype, languages and datasets.
+
+    Args:
+        has_new_rows: `ModelShape.has_new_rows`.
     """
     values = config_values(config)
     return {
@@ -40,6 +45,7 @@ def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dty
         **_apart(config, sources),
         **stage.coefficients,
         **_fp8(config.compute.fp8),
+        **_new_rows(stage, has_new_rows),
         "languages": sorted({entry.language for entry in sources.train}),
         "original_languages": list(sources.original_languages),
         "dtype": str(dtype).removeprefix("torch."),
@@ -61,6 +67,12 @@ def _fp8(options: FP8Options) -> dict[str, Any]:
     if not (options.enabled and options.first_last_layers_bf16):
         recorded |= {"num_layers_at_start_in_bf16": None, "num_layers_at_end_in_bf16": None}
     return recorded
+
+
+def _new_rows(stage: Stage, has_new_rows: bool) -> dict[str, Any]:
+    """--train-new-rows counts only in the review of a model that has new rows. Elsewhere it is recorded as off, its
+    default in older versions, whose runs so resume."""
+    return {} if has_new_rows and stage.name == "2" else {"train_new_rows": False}
 
 
 def _dataset(entry: BlendEntry) -> str:
@@ -133,8 +145,8 @@ def refuse_differences(recorded: Mapping[str, Any], now: Mapping[str, Any], acce
     foreign = {name: pair for name, pair in refused.items() if name not in ACCEPTABLE}
     if foreign:
         raise UserError(
-            f"{place}: holds a checkpoint of another run ({_listed(foreign)}); choose another "
-            "directory; --load takes a checkpoint's weights into a new run"
+            f"{place}: holds a checkpoint of another run ({_listed(foreign)}); give what it was started with, or "
+            "choose another directory; --load takes a checkpoint's weights into a new run"
         )
     if refused:
         names = " ".join(_flag(name) for name in refused)

@@ -30,6 +30,8 @@ class Stage:
     """Default of --load-balancing-coeff."""
     lpr_loss_coeff: float
     """Default of --lpr-loss-coeff."""
+    new_token_loss_coeff: float
+    """Default of --new-token-loss-coeff."""
     original_languages: Literal["refused", "required", "allowed"]
     """Whether the stage accepts training data of original languages."""
     needs_experts: bool
@@ -50,15 +52,17 @@ STAGES: dict[StageName, Stage] = {
         frozenset({ParameterKind.ROUTER, ParameterKind.NEW_EXPERTS, ParameterKind.NEW_ROWS}),
         load_balancing_coeff=0.01,
         lpr_loss_coeff=0.0,
+        new_token_loss_coeff=0.0,
         original_languages="refused",
         needs_experts=True,
     ),
     "2": Stage(
         "2",
         "review",
-        frozenset({ParameterKind.ROUTER}),
+        frozenset({ParameterKind.ROUTER, ParameterKind.NEW_ROWS}),
         load_balancing_coeff=0.0,
         lpr_loss_coeff=0.1,
+        new_token_loss_coeff=3.0,
         original_languages="required",
         needs_experts=True,
     ),
@@ -70,6 +74,7 @@ STAGES: dict[StageName, Stage] = {
         frozenset({ParameterKind.ROUTER, ParameterKind.NEW_EXPERTS, ParameterKind.NEW_ROWS}),
         load_balancing_coeff=0.0,
         lpr_loss_coeff=0.1,
+        new_token_loss_coeff=3.0,
         original_languages="allowed",
         needs_experts=True,
         flags={"lr": "2e-5", "lr_decay_style": "linear"},
@@ -80,6 +85,7 @@ STAGES: dict[StageName, Stage] = {
         frozenset(ParameterKind),
         load_balancing_coeff=0.01,
         lpr_loss_coeff=0.0,
+        new_token_loss_coeff=0.0,
         original_languages="allowed",
         needs_experts=False,
     ),
@@ -89,6 +95,7 @@ STAGES: dict[StageName, Stage] = {
         frozenset({ParameterKind.INSERTED_BLOCKS, ParameterKind.NEW_ROWS}),
         load_balancing_coeff=0.0,
         lpr_loss_coeff=0.0,
+        new_token_loss_coeff=0.0,
         original_languages="allowed",
         needs_experts=False,
         needs_inserted_blocks=True,
@@ -101,19 +108,23 @@ class StageOptions:
     """Stage and losses. Coefficients are in the paper's units."""
 
     stage: Decides[StageName]
-    """What trains. 1: new experts, routers, new vocabulary rows; 2: routers; sft: as 1, on conversations; full:
-    everything; blocks: inserted blocks (LLaMA-Pro), new vocabulary rows."""
+    """What trains. 1: new experts, routers, new vocabulary rows; 2: routers, new vocabulary rows; sft: as 1, on
+    conversations; full: everything; blocks: inserted blocks (LLaMA-Pro), new vocabulary rows."""
     load_balancing_coeff: Acceptable[NonNegativeFloat | None] = None
     """Weight of the load balancing loss, mean over layers of N * sum f_i P_i. Default: 0.01 in stages 1 and full, else
     0."""
     lpr_loss_coeff: Acceptable[NonNegativeFloat | None] = None
     """Weight of the LPR loss. Default: 0.1 in stages 2 and sft, else 0."""
+    new_token_loss_coeff: Acceptable[NonNegativeFloat | None] = None
+    """Weight of -log(1 - probability of all new tokens), mean over tokens of original languages.
+    Default: 3 in sft, and in a review that trains rows of new tokens; else 0."""
     lpr_loss_form: Acceptable[Literal["paper", "reference"]] = "paper"
     """reference: an earlier implementation's form, for comparison only (docs/training.md)."""
     train_embeddings: Decides[bool] = False
     """Stages 1 and sft: train input and output embeddings too, the dense model's rows of them."""
-    train_new_rows: Decides[bool] = False
-    """Stage 2: train the rows of new tokens too (`import --tokenizer`)."""
+    train_new_rows: Decides[bool] = True
+    """Stage 2: train the rows of new tokens too, where the model has any (`import --tokenizer`). Other stages always
+    do."""
     allow_original_languages: Annotated[bool, Free("only checked against the data, which are recorded")] = False
     """Stage 1: accept training data of original languages."""
     open_experts_iters: Decides[PositiveInt | None] = None
@@ -126,18 +137,18 @@ class StageOptions:
             UserError: a flag that the stage does not offer.
         """
         stage = STAGES[self.stage]
+        if self.stage == "2" and not self.train_new_rows:
+            stage = dataclasses.replace(stage, trains=stage.trains - {ParameterKind.NEW_ROWS}, new_token_loss_coeff=0.0)
         if self.train_embeddings and self.stage not in ("1", "sft"):
             raise UserError("--train-embeddings is for --stage 1 and sft only")
-        if self.train_new_rows and self.stage != "2":
-            raise UserError("--train-new-rows is for --stage 2 only: the other stages train new rows without it")
         if self.allow_original_languages:
             stage = dataclasses.replace(stage, original_languages="allowed")
-        given = {ParameterKind.EMBEDDING: self.train_embeddings, ParameterKind.NEW_ROWS: self.train_new_rows}
+        given = {ParameterKind.EMBEDDING} if self.train_embeddings else set()
         coefficients = stage.coefficients
         coefficients |= {name: _given(getattr(self, name), default) for name, default in coefficients.items()}
         return dataclasses.replace(
             stage,
-            trains=stage.trains | {kind for kind, trains in given.items() if trains},
+            trains=stage.trains | given,
             **coefficients,
         )
 
