@@ -3,12 +3,15 @@
 `test_parity.py` and `test_round_trip.py` have further cases of the four first families.
 """
 
+import shutil
+
 import pytest
 import torch
 
 from tests.conversion.helpers import (
     assert_same_tensors,
     change_config,
+    change_hf,
     checkpoint_tensors,
     hf_tensors,
     perturb,
@@ -98,3 +101,35 @@ def test_layouts_and_gradients(paths):
             found = differences(result, reference)
             worst = max(found, key=found.get)
             assert found[worst] < 1e-5, f"{layout}: {worst}: {found[worst]:.2e}"
+
+
+def test_dense_layers_and_instruct_models(paths, cpu_platform):
+    """A layer without experts in the stock class, and a graft of an instruct model: what an import of it gives."""
+    _, root = paths
+    run("import", "--hf", root / "hf", "--save", root / "some", "--num-experts", 3, "--moe-layer-freq", "[0,1]")
+    rewrite_checkpoint(root / "some", perturb)
+    run("export", "--load", root / "some", "--hf", root / "some stock")
+    assert_close(megatron_logits(root / "some", {}), hf_logits(load_hf(root / "some stock")))
+    run("import", "--hf", root / "some stock", "--save", root / "some again")
+    assert_same_tensors(checkpoint_tensors(root / "some"), checkpoint_tensors(root / "some again"))
+    shutil.copytree(root / "hf", root / "instruct")
+    change_hf(root / "instruct", lambda tensors: tensors.update({name: 1.1 * tensors[name] for name in tensors}))
+    run("import", "--hf", root / "instruct", "--save", root / "wanted", "--num-experts", 3)
+    models = ("--base", root / "hf", "--instruct", root / "instruct")
+    run("graft", "--load", root / "moe", *models, "--save", root / "grafted")
+    found, wanted = checkpoint_tensors(root / "grafted"), checkpoint_tensors(root / "wanted")
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, msg=name)
+
+
+def test_inserted_blocks(paths, cpu_platform):
+    """LLaMA-Pro's start is exact, also where layers differ in kind; norms of outputs would undo it after one step."""
+    name, root = paths
+    if name == "olmo2":
+        with pytest.raises(SystemExit):
+            run("import", "--hf", root / "hf", "--save", root / "grown", "--expand-blocks", 1)
+        return
+    run("import", "--hf", root / "hf", "--save", root / "grown", "--expand-blocks", 1)
+    assert_close(megatron_logits(root / "grown", {}), hf_logits(make_model(name)))
+    run("export", "--load", root / "grown", "--hf", root / "grown hf")
+    assert_close(hf_logits(load_hf(root / "grown hf")), hf_logits(make_model(name)))

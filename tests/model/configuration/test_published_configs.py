@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoConfig
 
 from megatron_moe_lpr.conversion.hugging_face.hf_config import dense_config, moe_config
+from megatron_moe_lpr.conversion.tensors.blocks import grown_config
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
 from megatron_moe_lpr.model.configuration.config import ModelShape
@@ -273,6 +274,8 @@ def test_layers_of_command_r7b():
     architecture = read_architecture(PUBLISHED["c4ai-command-r7b-12-2024"], "config.json")
     assert architecture.full_attention_layers == tuple(range(3, 32, 4))
     assert [architecture.window(layer) for layer in (2, 3)] == [4096, None]
+    grown = read_architecture(grown_config(PUBLISHED["c4ai-command-r7b-12-2024"], 36, (8, 17, 26, 35)), "config.json")
+    assert grown.full_attention_layers == (3, 7, 8, 12, 16, 17, 21, 25, 26, 30, 34, 35)
 
 
 MINI = {
