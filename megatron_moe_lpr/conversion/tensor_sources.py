@@ -99,7 +99,7 @@ def find_tensor_sources(options: ImportOptions) -> TensorSources:
     rows = _rows(model, adapter, experts, inserted, inserts, new_tokens)
     files = SafetensorsSource(weight_files(model.path) + ([adapter.weights] if adapter else []))
     read = [row for row in rows if not (extension and row.kind is ParameterKind.NEW_ROWS)]
-    check_tensors(read, model.extra(), files, adapter.path if adapter else model.path)
+    files = check_tensors(read, model.extra(), files, adapter.path if adapter else model.path, model.model_type)
     _refuse_genuine_mixture(options, model)
     # What holds trained rows too says nothing about the dense model's dtype.
     originals = [row for row in rows if row.kind.is_original and not (row.rows and model.new_tokens)]
@@ -197,6 +197,11 @@ def _check_stays_dense(options: ImportOptions, model: HFDirectory) -> None:
             raise UserError(f"{FLAG} and {name}: a model with inserted blocks stays dense; give one of them")
     if model.is_moe:
         raise UserError(f"{FLAG}: {model.path} has experts; blocks are inserted into dense models")
+    if model.architecture.family.norms == "after":
+        raise UserError(
+            f"{FLAG}: {model.architecture.family.architecture} normalises what a block adds, so that an inserted block "
+            "would add a vector of full size after one step; use experts"
+        )
 
 
 def _experts(options: ImportOptions, model: HFDirectory, adapter: Adapter | None) -> tuple[list[int], int]:

@@ -12,6 +12,7 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.model.configuration.parameters import NEW_EMBEDDING_KEY, NEW_OUTPUT_KEY
 from megatron_moe_lpr.model.extended_vocabulary import (
     ExtendedEmbedding,
@@ -36,7 +37,7 @@ class MoELPRModel(GPTModel):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: MoELPRConfig,
         architecture: Architecture,
         layers: ModuleSpec | TransformerBlockSubmodules,
         vocabulary: VocabularyLayout,
@@ -53,6 +54,7 @@ class MoELPRModel(GPTModel):
         )
         frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
         self.rotary_pos_emb.inv_freq = frequencies.to(self.rotary_pos_emb.inv_freq.device)
+        self._multiply(config)
         if self.pre_process and _needs_gradient_of_embedding(config):
             self.embedding.register_forward_hook(_let_gradients_through)
         self.vocabulary = vocabulary
@@ -188,6 +190,14 @@ class MoELPRModel(GPTModel):
                 allow_shape_mismatch=True,
             )
         return state
+
+    def _multiply(self, config: MoELPRConfig) -> None:
+        """Multiply the embedding's output and the logits, by way of the output layer's input, which is smaller."""
+        embedding, logits = config.multipliers.embedding, config.multipliers.of_logits
+        if self.pre_process and embedding != 1.0:
+            self.embedding.register_forward_hook(lambda module, inputs, output: output * embedding)
+        if self.post_process and logits != 1.0:
+            self.decoder.register_forward_hook(lambda module, inputs, output: output * logits)
 
     def _extend_vocabulary(self) -> None:
         """Give the embedding and the output layer the rows of vocabulary extensions."""

@@ -14,7 +14,6 @@ from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, CONFIG_FILE,
 from megatron_moe_lpr.checkpoint.format.reader import TensorInfo
 from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     DENSE_FAMILY_OF_MOE,
-    SHARED_EXPERT_WIDTH,
     dense_config,
     moe_config,
     stock_experts_per_layer,
@@ -26,7 +25,10 @@ from megatron_moe_lpr.conversion.hugging_face.llama_cpp import LLAMA_CPP_MODEL_T
 from megatron_moe_lpr.conversion.hugging_face.other_forms import refuse_other_directories
 from megatron_moe_lpr.conversion.hugging_face.other_tensors import foreign_form
 from megatron_moe_lpr.conversion.hugging_face.safetensors_source import INDEX_FILE, SafetensorsSource, weight_files
+from megatron_moe_lpr.conversion.hugging_face.split_source import SplitSource
+from megatron_moe_lpr.conversion.hugging_face.stock_fields import SHARED_EXPERT_WIDTH
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors, zero_attention_biases
+from megatron_moe_lpr.conversion.tensors.fused import stored_tensors
 from megatron_moe_lpr.data.tokenizer_extension import EXTENSION_FILE
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksums import sha256_of_file
@@ -104,6 +106,12 @@ class HFDirectory:
     def is_moe(self) -> bool:
         """Whether the directory holds a stock MoE."""
         return self.layout is not DENSE_LAYOUT
+
+    @property
+    def model_type(self) -> str:
+        """The `model_type` of its `config.json`."""
+        family = self.architecture.family
+        return family.moe_model_type if self.is_moe else family.name
 
     @property
     def new_tokens(self) -> list[int]:
@@ -192,21 +200,32 @@ def _card(path: Path) -> CheckpointCard | None:
     return read_card(card) if card.is_file() else None
 
 
-def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: SafetensorsSource, place: Path) -> None:
+def check_tensors(
+    rows: list[Row], extra: list[ExtraTensor], source: SafetensorsSource, place: Path, model_type: str
+) -> SafetensorsSource:
     """Check that `source` holds exactly the tensors of `rows` and `extra`, in their shapes.
 
     Args:
         place: directory for messages.
+        model_type: the checkpoint's, which says which tensors it stores as one.
+
+    Returns:
+        The tensors under the names of `rows`, parts of fused ones apart.
 
     Raises:
         UserError: a tensor is missing, unexpected or of the wrong shape; the message names it.
     """
-    expected: dict[str, Shape] = {}
+    parts: dict[str, Shape] = {}
     for row in rows:
         # Of a tensor that several rows share, the last one tells where it ends.
         shapes = [(row.rows[1], *shape[1:]) for shape in row.shapes] if row.rows else row.shapes
-        expected |= dict(zip(row.names, shapes, strict=False))
-    expected |= {tensor.name: tensor.shape for tensor in extra}
+        parts |= dict(zip(row.names, shapes, strict=False))
+    parts |= {tensor.name: tensor.shape for tensor in extra}
+    fused = stored_tensors(parts, model_type)
+    expected = parts | {tensor.name: tensor.shape(parts) for tensor in fused}
+    for tensor in fused:
+        for part in tensor.parts:
+            del expected[part]
     foreign = foreign_form(source.tensors)
     if foreign:
         raise UserError(f"{place}: {foreign}")
@@ -223,6 +242,7 @@ def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: Safetensors
             reason = f"{source.file(name)}: {name} has shape {list(found)}, config.json wants {list(shape)}"
             is_vocabulary = name in (EMBEDDING_NAME, OUTPUT_NAME) and found[1:] == shape[1:]
             raise UserError(reason + (f"; correct its vocab_size of {shape[0]}" if is_vocabulary else ""))
+    return SplitSource(source, fused, parts) if fused else source
 
 
 def _refuse_output_layer(missing: list[str], unexpected: list[str], source: SafetensorsSource, place: Path) -> None:

@@ -5,6 +5,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
@@ -34,7 +35,8 @@ class LocalAttention(DotProductAttention):
         super().__init__(config, layer_number, attn_mask_type, attention_type, pg_collection=pg_collection, **kwargs)
         if attn_mask_type is not AttnMaskType.causal or config.attention_dropout:
             raise ValueError("local attention is causal and without dropout")
-        self.window = config.window_size
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size if has_window else None
 
     @override
     def forward(
