@@ -33,6 +33,8 @@ OVERLAP = {"original_expert_overlap": True}
 CASES = {
     "one rank": (1, {}),
     "one rank, fp32": (1, {"fp32": True, "bf16": False}),
+    # Their boundaries are found on the host, by a loader process.
+    "one rank, documents apart": (1, {"reset_attention_mask": True, "reset_position_ids": True, "num_workers": 1}),
     "one rank, stage 2": (1, {"stage": "2"}),
     "one rank, fp8 tensorwise": (1, RECIPES["tensorwise"]),
     "EP2": (2, EP2 | SHARDED),
