@@ -26,6 +26,7 @@ from megatron_moe_lpr.data.preparation.chat_rendering import (
     without_marks,
 )
 from megatron_moe_lpr.data.preparation.documents import (
+    MALFORMED,
     REPAIRED,
     DocumentError,
     DocumentOptions,
@@ -98,7 +99,10 @@ class ChatEncoder:
         groups: dict[str, list[EncodedConversation]] = {}
 
         def convert(document: dict) -> EncodedConversation:
-            return self._encode_object(document, block, counts, first)
+            try:
+                return self._encode_object(document, block, counts, first)
+            except RecursionError:
+                raise DocumentError(MALFORMED, "nested too deeply") from None
 
         for language, conversation in read_objects(block, options, counts, first, convert):
             groups.setdefault(language, []).append(conversation)

@@ -164,6 +164,7 @@ BAD = {
     "must be a text or a list of parts of type text": turns([{"type": "image", "url": "x"}], "two"),
     "must be a list of messages": {"messages": "text"},
     "no 'messages' \\(--json-key\\), nor 'prompt' and 'completion'.*: it has text": {"text": "one"},
+    "nested too deeply": {"messages": turns("one", "two"), "tools": json.loads("[" * 900 + "]" * 900)},
     "'tools' is a text that is not JSON": {"messages": turns("one", "two"), "tools": "["},
     "the chat template refuses it \\(only one question\\)": turns("one", "two", "three", "four"),
 }
