@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conversion.helpers import change_config
 from tests.evaluation.lm_eval.local_sets import QUESTIONS, write_further_sets, write_local_sets
 from tests.launching.builders import run_script, save_dense_model
 
@@ -88,6 +89,7 @@ def test_further_benchmarks_through_the_chat_template(work, tmp_path):
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}<assistant>"
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
     (model / "generation_config.json").write_text('{"eos_token_id": 0}')
+    change_config(model, max_position_embeddings=1024)  # lm_eval keeps 256 of them for an answer
     places = {"HF": model, "HF_OUT": model, "OUT": tmp_path / "out", "ORIGINAL": "de", "EXPANDED": "el", "LIMIT": 1}
     done = evaluate(tmp_path, "--num-fewshot", "2", BENCHMARKS="include mgsm", **places)
     assert done.returncode == 0, done.stderr[-3000:]
