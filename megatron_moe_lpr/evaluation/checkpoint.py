@@ -15,8 +15,10 @@ from megatron_moe_lpr.data.language_groups import groups_with_prior, original_la
 from megatron_moe_lpr.data.language_names import covered, language_title
 from megatron_moe_lpr.data.original_languages import read_original_languages
 from megatron_moe_lpr.data.reading.blend import read_blend
+from megatron_moe_lpr.data.reading.config import packed
 from megatron_moe_lpr.data.reading.languages import LanguageRegistry
-from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
+from megatron_moe_lpr.data.reading.packed_samples import packing_notes
+from megatron_moe_lpr.data.reading.validation_dataset import open_validation_dataset
 from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
@@ -68,12 +70,13 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
     shape, card = model_shape(directory), directory.card()
     _check_sizes(options, shape)
     fingerprint = load_tokenizer(directory.side_directory).fingerprint if card.tokenizer_files else None
-    entries = read_blend(
+    blend = read_blend(
         options.valid_data_path,
         "--valid-data-path",
         tokenizer_fingerprint=fingerprint,
         earlier_tokenizers=card.earlier_tokenizers,
     )
+    entries = packed(blend, options.documents)
     languages = LanguageRegistry(entry.language for entry in entries)
     check_token_ids(entries, shape.total_vocab_size, str(directory.path))
     original = read_original_languages(options.original_languages, languages.names, original_languages(card.history))
@@ -91,7 +94,7 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
     table = languages.group_table(groups).to(platform.device)
     results = []
     for entry in entries:
-        dataset = ValidationDataset(
+        dataset = open_validation_dataset(
             entry,
             languages.id(entry.language),
             options.seq_length,
@@ -105,7 +108,11 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
         results.append(result)
     check_finite_losses(results, directory.path, dtype)
     precision = str(dtype).removeprefix("torch.")
-    notes = (*original.notes, *unknown_languages(languages.names, original.names, card.history))
+    notes = (
+        *original.notes,
+        *unknown_languages(languages.names, original.names, card.history),
+        *packing_notes(entries, options.seq_length),
+    )
     apart = options.documents.reset_attention_mask
     return Evaluation(directory, card, precision, options.seq_length, apart, original.names, notes, groups, results)
 

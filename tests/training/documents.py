@@ -1,6 +1,7 @@
 """A step over samples of several documents, kept apart or each computed alone, at any layout."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,14 +53,18 @@ class DocumentCase:
     platform: str = "cpu"
 
 
-def documents_checkpoint(root: Path, model: str = "mistral", **changes: object) -> Path:
+def documents_checkpoint(
+    root: Path, change: Callable[[dict[str, torch.Tensor]], None] = perturb, **sizes: object
+) -> Path:
     """Four layers of five different experts; Mistral has a sliding window of 8 and here yarn's rotary frequencies."""
-    layers, COMMON["num_hidden_layers"] = COMMON["num_hidden_layers"], 4
-    save_model(model, root / "hf")
-    COMMON["num_hidden_layers"] = layers
-    change_config(root / "hf", **({"rope_parameters": YARN} | changes))
+    before = dict(COMMON)
+    COMMON.update(sizes, num_hidden_layers=4)
+    save_model("mistral", root / "hf")
+    COMMON.clear()
+    COMMON.update(before)
+    change_config(root / "hf", rope_parameters=YARN)
     run("import", "--hf", root / "hf", "--save", root / "moe", "--num-experts", 5)
-    rewrite_checkpoint(root / "moe", perturb)
+    rewrite_checkpoint(root / "moe", change)
     return root / "moe"
 
 

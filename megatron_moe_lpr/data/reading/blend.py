@@ -29,6 +29,7 @@ class BlendEntry:
         manifest: its manifest.
         weight: fraction of the samples drawn from it; the entries sum to 1.
         tokens: tokens in these documents.
+        is_packed: samples hold whole documents (best-fit), see `packing.py`.
     """
 
     prefix: str
@@ -37,6 +38,7 @@ class BlendEntry:
     first_document: int
     end_document: int
     tokens: int
+    is_packed: bool = False
 
     @property
     def language(self) -> str:

@@ -62,6 +62,11 @@ class DataSources:
     """Messages about how language names were interpreted."""
 
     @property
+    def is_packed(self) -> bool:
+        """Whether any of the training data is packed best-fit."""
+        return any(entry.is_packed for entry in self.train)
+
+    @property
     def eod(self) -> int:
         """Token id that ends a document."""
         return self.train[0].manifest.eod
@@ -107,9 +112,15 @@ def read_data_sources(
         valid = read_blend(config.valid_data_path, "--valid-data-path", (0, 1), expected, earlier_tokenizers)
     elif valid_part[1] > valid_part[0]:
         valid = read_blend(config.data_path, "--data-path", valid_part, expected, earlier_tokenizers)
+    train, valid = packed(train, config.documents), packed(valid, config.documents)
     check_chat_templates({entry.prefix: entry.manifest for entry in (*train, *valid)})
     languages = LanguageRegistry(entry.language for entry in (*train, *valid))
     return with_original(DataSources(train, valid, languages, ()), config, recorded_original)
+
+
+def packed(entries: Sequence[BlendEntry], options: DocumentOptions) -> list[BlendEntry]:
+    """Return datasets marked as packed best-fit or not."""
+    return [dataclasses.replace(entry, is_packed=options.packs(entry.manifest.chat)) for entry in entries]
 
 
 def with_original(sources: DataSources, config: DataConfig, recorded: Collection[str]) -> DataSources:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import megatron.core
 import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -25,6 +27,8 @@ from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.data.reading.documents import document_keys, mask_last_tokens, starts_in_sample
 from megatron_moe_lpr.data.reading.index_cache import build_directory
 from megatron_moe_lpr.data.reading.index_maps import are_intact, refuse_pickles
+from megatron_moe_lpr.data.reading.packed_samples import PackedReader, packing_notes
+from megatron_moe_lpr.data.reading.packing import PackedIndex, build_packed_index
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
@@ -62,6 +66,9 @@ class TaggedGPTDataset(GPTDataset):
         num_samples: minimum number of samples; documents repeat in epochs, each in another order.
         config: megatron-core's dataset configuration.
         documents_apart: whether its documents see each other.
+
+    Attributes:
+        reader: makes samples of whole documents; None: documents are concatenated, as by Megatron.
     """
 
     def __init__(
@@ -73,6 +80,10 @@ class TaggedGPTDataset(GPTDataset):
         documents_apart: DocumentOptions,
     ) -> None:
         self.language, self.documents_apart = language, documents_apart
+        self.reader: PackedReader | None = None
+        if entry.is_packed:
+            length, eod = config.sequence_length, config.tokenizer.eod
+            self.reader = PackedReader(entry, language, length, eod, config.eod_mask_loss, documents_apart)
         # Of conversations: which tokens count in the loss.
         self.counted = open_loss_mask(entry.prefix) if entry.manifest.chat else None
         self.token_bytes = np.dtype(entry.manifest.dtype).itemsize
@@ -80,18 +91,39 @@ class TaggedGPTDataset(GPTDataset):
         # megatron-core uses the path as key of cached index maps. They depend on document lengths only, so this key
         # finds them for a dataset that was moved or preprocessed again.
         key = f"{entry.manifest.index_sha256}-{entry.first_document}-{entry.end_document}"
+        key += "-best-fit" if entry.is_packed else ""
         super().__init__(IndexedDataset(entry.prefix), key, documents, num_samples, Split.train, config)
 
     @override
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         """Return `tokens`, `labels`, `position_ids`, `language` (int64) and `loss_mask` (float32), each [sequence];
         with --reset-attention-mask also `document` (int32)."""
+        if self.reader is not None:
+            return self.reader.read(self.packed_index.sample(idx or 0))
         sample = super().__getitem__(idx)
         if self.counted is not None:
             sample["loss_mask"] = sample["loss_mask"] * self._counted_labels(self.counted, idx or 0)
         if self.documents_apart.reset_attention_mask:
             sample |= self._documents(idx or 0, sample)
         return {**sample, "language": torch.full_like(sample["tokens"], self.language)}
+
+    @override
+    def __len__(self) -> int:
+        return super().__len__() if self.reader is None else len(self.packed_index.order)
+
+    @override
+    def _build_document_sample_shuffle_indices(self) -> tuple:
+        """Build or load the index maps: Megatron's, or those of best-fit packing, in the same directory."""
+        if self.reader is None:
+            return super()._build_document_sample_shuffle_indices()
+        stem = f"{self.config.path_to_cache}/{self.unique_description_hash}-{type(self).__name__}"
+        index = PackedIndex.load(stem)
+        if index is None:
+            lengths, seed = self.dataset.sequence_lengths, self.config.random_seed
+            index = build_packed_index(lengths, self.indices, self.reader.capacity, seed, self.num_samples)
+            index.save(stem)
+        self.packed_index = index
+        return None, None, None
 
     def _counted_labels(self, counted: np.ndarray, idx: int) -> torch.Tensor:
         """Return 1 for each label of a sample that counts in the loss, else 0, float32 [sequence]."""
@@ -142,12 +174,13 @@ def build_training_dataset(
     _check_memory(train_samples)
     counts = [math.ceil(math.ceil(entry.weight * train_samples) * (1 + SURPLUS)) + 1 for entry in sources.train]
     settings = _megatron_config(sources, config, sequence_length)
+    documents = config.documents.apart(sources.is_packed)
     directory = cache_directory(config) / _cache_key(sources.train, settings, counts, train_samples)
 
     def build(path: Path) -> BlendedDataset:
         settings.path_to_cache = str(path)
         datasets = [
-            TaggedGPTDataset(entry, sources.languages.id(entry.language), count, settings, config.documents)
+            TaggedGPTDataset(entry, sources.languages.id(entry.language), count, settings, documents)
             for entry, count in zip(sources.train, counts, strict=True)
         ]
         return BlendedDataset(datasets, [entry.weight for entry in sources.train], train_samples, settings)
@@ -155,7 +188,11 @@ def build_training_dataset(
     # Only megatron-core's builder is replaced: killed, it leaves half-written maps, and after an error all other ranks
     # wait in a barrier.
     _build_on_first_rank(directory, build)
-    return build(directory)
+    dataset = build(directory)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for note in packing_notes([*sources.train, *sources.valid], sequence_length):
+            print(f"note: {note}", file=sys.stderr)
+    return dataset
 
 
 def _check_memory(train_samples: int) -> None:
@@ -185,7 +222,11 @@ def _megatron_config(sources: DataSources, config: DataConfig, sequence_length: 
 def _cache_key(
     blend: Sequence[BlendEntry], settings: GPTDatasetConfig, counts: Sequence[int], train_samples: int
 ) -> str:
-    parts = [(entry.manifest.index_sha256, entry.first_document, entry.end_document, entry.weight) for entry in blend]
+    parts = [
+        (entry.manifest.index_sha256, entry.first_document, entry.end_document, entry.weight)
+        + (("best-fit",) if entry.is_packed else ())
+        for entry in blend
+    ]
     content = [
         megatron.core.__version__,
         settings.random_seed,

@@ -1,4 +1,4 @@
-"""Validation samples: each dataset in order, every token predicted exactly once."""
+"""Validation samples: each dataset in order, every token predicted exactly once, or whole documents."""
 
 import numpy as np
 import torch
@@ -8,8 +8,29 @@ from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.data.reading.documents import document_keys, mask_last_tokens, starts_in_sample
 from megatron_moe_lpr.data.reading.languages import PADDING_LANGUAGE
+from megatron_moe_lpr.data.reading.packed_samples import PackedReader
+from megatron_moe_lpr.data.reading.packing import build_packed_index, cut_documents
 
 NOT_APART = DocumentOptions()
+
+
+def open_validation_dataset(
+    entry: BlendEntry,
+    language: int,
+    sequence_length: int,
+    eod: int,
+    eod_mask_loss: bool = False,
+    max_samples: int | None = None,
+    documents_apart: DocumentOptions = NOT_APART,
+) -> "ValidationDataset":
+    """Open a validation dataset, packed best-fit or not; arguments as for both classes.
+
+    Args:
+        documents_apart: the flags, which packing adds to.
+    """
+    kind = PackedValidationDataset if entry.is_packed else ValidationDataset
+    apart = documents_apart.apart(entry.is_packed)
+    return kind(entry, language, sequence_length, eod, eod_mask_loss, max_samples, apart)
 
 
 class ValidationDataset(torch.utils.data.Dataset):
@@ -94,3 +115,42 @@ class ValidationDataset(torch.utils.data.Dataset):
         within = np.searchsorted(self._first_tokens, (first, first + len(tokens)), side="right")
         eod = self._eod if self._counted is None else None  # it may end each turn of a conversation
         return starts_in_sample(self._first_tokens[slice(*within)] - first, tokens, eod)
+
+
+class PackedValidationDataset(ValidationDataset):
+    """The documents of one dataset, whole, packed best-fit; each once, in an order that no seed changes.
+
+    `predicted_tokens` are the labels within documents, and `text_bytes` is None if a document is cut.
+    """
+
+    def __init__(
+        self,
+        entry: BlendEntry,
+        language: int,
+        sequence_length: int,
+        eod: int,
+        eod_mask_loss: bool = False,
+        max_samples: int | None = None,
+        documents_apart: DocumentOptions = NOT_APART,
+    ) -> None:
+        """`max_samples`: number of samples to use, from the first; None: all."""
+        self.name, self.language = entry.prefix, entry.language
+        self.sequence_length = sequence_length
+        self._reader = PackedReader(entry, language, sequence_length, eod, eod_mask_loss, documents_apart)
+        lengths, capacity = read_lengths(entry.prefix), self._reader.capacity
+        documents = np.arange(entry.first_document, entry.end_document, dtype=np.int32)
+        self._index = build_packed_index(lengths, documents, capacity, None)
+        samples = len(self._index.order)
+        self._count = samples if max_samples is None else min(samples, max_samples)
+        used = lengths[self._index.documents[: self._index.ends[self._count]]]
+        self.predicted_tokens = int((np.minimum(used, capacity) - 1).sum(dtype=np.int64))
+        is_whole = self._count == samples and len(used) == entry.manifest.documents
+        is_cut = cut_documents(used, capacity)[0] > 0
+        self.text_bytes = entry.manifest.text_bytes if is_whole and not is_cut else None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Return a sample, see `PackedReader.read`; of padding alone from `len(dataset)` on."""
+        return self._reader.read(self._index.sample(index) if index < self._count else [])

@@ -37,6 +37,7 @@ def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dty
     values = config_values(config)
     return {
         **{flag.name: values[flag.name] for flag in FLAGS if isinstance(flag.mark, Change)},
+        **_apart(config, sources),
         **stage.coefficients,
         **_fp8(config.compute.fp8),
         "languages": sorted({entry.language for entry in sources.train}),
@@ -44,6 +45,12 @@ def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dty
         "dtype": str(dtype).removeprefix("torch."),
         "data": [_dataset(entry) for entry in sources.train],
     }
+
+
+def _apart(config: TrainingConfig, sources: DataSources) -> dict[str, Any]:
+    """Whether documents are kept apart, by a flag or by packing."""
+    documents = config.data.documents.apart(any(entry.is_packed for entry in sources.train))
+    return {name: getattr(documents, name) for name in ("reset_attention_mask", "reset_position_ids")}
 
 
 def _fp8(options: FP8Options) -> dict[str, Any]:
@@ -60,6 +67,9 @@ def _dataset(entry: BlendEntry) -> str:
     """A dataset's language, weight, documents and checksums, without its path, which may change."""
     manifest = entry.manifest
     content = f"index {manifest.index_sha256[:16]} text {(manifest.bin_xxh3_128 or 'unknown')[:16]}"
+    if manifest.chat:
+        content += f" loss mask {(manifest.loss_mask_xxh3_128 or 'unknown')[:16]}"
+    content += " packed best-fit" if entry.is_packed else ""
     return f"{entry.language} {entry.weight:.6g} documents {entry.first_document}-{entry.end_document} {content}"
 
 

@@ -27,6 +27,7 @@ def test_the_mask_of_the_next_token_belongs_to_each_position(tmp_path):
     chat = numbered_dataset(tmp_path / "chat", "el", 1000, 40, chat=True)
     plain = numbered_dataset(tmp_path / "plain", "en", 2000, 40)
     config = DataConfig(data_path=[chat, plain], valid_data_path=[chat], data_cache_path=str(tmp_path / "cache"))
+    config.documents = DocumentOptions(pack="concatenate")
     sources = read_data_sources(config)
     dataset = build_training_dataset(sources, config, SEQUENCE, 120)
     languages = set()
@@ -101,7 +102,7 @@ def test_an_eod_inside_a_conversation_does_not_end_it(tmp_path):
     """It ends each turn where a template uses it, as Llama's and Mistral's do."""
     prefix = write_dataset(tmp_path / "x", "el", [[5, 0, 6, 7, 0], [8, 0, 9]] * 9, chat=True)
     config = DataConfig(data_path=[prefix], valid_data_path=[prefix], data_cache_path=str(tmp_path / "cache"))
-    config.documents = DocumentOptions(reset_attention_mask=True, reset_position_ids=True)
+    config.documents = DocumentOptions(True, True, pack="concatenate")
     sources = read_data_sources(config)
     (valid,) = build_validation_datasets(sources, config, SEQUENCE)
     assert valid[0]["document"][:10].tolist() == [0] * 5 + [1] * 3 + [2] * 2

@@ -85,12 +85,29 @@ def test_flags_of_the_run_itself_are_free():
 
 
 def test_what_comes_of_other_flags_is_recorded_under_the_name_that_they_say(config):
-    entry = SimpleNamespace(language="el", weight=1.0, first_document=0, end_document=9)
-    entry.manifest = SimpleNamespace(index_sha256="ab" * 32, bin_xxh3_128=None)
+    entry = SimpleNamespace(language="el", weight=1.0, first_document=0, end_document=9, is_packed=False)
+    entry.manifest = SimpleNamespace(index_sha256="ab" * 32, bin_xxh3_128=None, chat=False)
     sources = SimpleNamespace(train=[entry], original_languages=("el",))
     other = describe_run(config, config.stage.resolve(), sources, torch.float32)
     elsewhere = {flag.recorded_as for flag in FLAGS if isinstance(flag.mark, RecordedAs)}
     assert elsewhere | {"languages"} == differences(described(config), other).keys()
+
+
+def test_packing_and_loss_masks_are_recorded(config):
+    """Also what packing implies; data that has neither is described as before there were conversations."""
+    manifest = SimpleNamespace(index_sha256="ab" * 32, bin_xxh3_128="cd" * 16, chat=True, loss_mask_xxh3_128="ef" * 16)
+    entry = SimpleNamespace(language="el", weight=1.0, first_document=0, end_document=9, manifest=manifest)
+
+    def description(chat, is_packed):
+        manifest.chat, entry.is_packed = chat, is_packed
+        sources = SimpleNamespace(train=[entry], original_languages=("el",))
+        return describe_run(config, config.stage.resolve(), sources, torch.float32)
+
+    plain, chat, packed = (description(*kind) for kind in ((False, False), (True, False), (True, True)))
+    assert plain["data"] == ["el 1 documents 0-9 index abababababababab text cdcdcdcdcdcdcdcd"]
+    assert chat["data"] == [f"{plain['data'][0]} loss mask efefefefefefefef"]
+    assert packed["data"] == [f"{chat['data'][0]} packed best-fit"]
+    assert set(differences(chat, packed)) == {"data", "reset_attention_mask", "reset_position_ids"}
 
 
 def test_the_names_that_older_checkpoints_recorded_stay(config):
