@@ -17,6 +17,7 @@ from typing import Literal
 import tyro
 from base_model import base_model
 from growing import growing
+from instruct import instruct
 from method import baselines, demo, full, report
 from other_evaluations import choices, other_text
 from paper_table import paper_table
@@ -38,6 +39,7 @@ TARGETS: dict[str, Callable[[], object]] = {
     "growing": growing,
     "vocabulary": vocabulary,
     "vocabulary-reviews": vocabulary_reviews,
+    "instruct": instruct,
     "other-text": other_text,
     "choices": choices,
     "base-model": base_model,
