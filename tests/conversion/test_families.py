@@ -8,7 +8,9 @@ import shutil
 import pytest
 import torch
 
+from megatron_moe_lpr.conversion.hugging_face.hf_config import DENSE_FAMILY_OF_MOE
 from tests.conversion.helpers import (
+    UPCYCLED_ELSEWHERE,
     assert_same_tensors,
     change_config,
     change_hf,
@@ -85,6 +87,10 @@ def test_edited_export_comes_back(paths):
     run("export", "--load", root / "edited", "--hf", root / "stock again")
     first, second = (hf_logits(load_hf(root / part)) for part in ("stock", "stock again"))
     assert torch.equal(first, second)
+    if name in DENSE_FAMILY_OF_MOE.values():
+        load_hf(root / "stock").save_pretrained(root / "without card")
+        run("import", "--hf", root / "without card", "--save", root / "elsewhere", *UPCYCLED_ELSEWHERE)
+        assert_same_tensors(checkpoint_tensors(root / "trained"), checkpoint_tensors(root / "elsewhere"))
 
 
 def test_layouts_and_gradients(paths):
