@@ -42,8 +42,8 @@ def test_logits_and_gradients(family, figures, tmp_path):
             errors = {}
             for what, error in (("logits", relative_error), ("gradients", gradient_error)):
                 errors[what] = error(found[what], exact[what])
-                of_bf16 = error(measure[what], exact[what])
-                limit = TOLERANCES.fp32 if name == "fp32" else (FEWER_BITS if step.fp8 else 2.0) * of_bf16
+                bf16_error = error(measure[what], exact[what])
+                limit = TOLERANCES.fp32 if name == "fp32" else (FEWER_BITS if step.fp8 else 2.0) * bf16_error
                 assert errors[what] < limit, (name, what)
             figures.add(f"{family}: {name}", **errors)
 
