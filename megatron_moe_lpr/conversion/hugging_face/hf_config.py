@@ -281,8 +281,10 @@ def stock_experts_per_layer(moe: Mapping[str, Any], source: str) -> list[int]:
     layers = required_int(moe, "num_hidden_layers", source, 1, MAX_LAYERS)
     dense = moe.get("mlp_only_layers") or []
     if moe["model_type"] == "cohere2_moe":
-        kinds = moe.get("mlp_layer_types") or []
-        dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"] if isinstance(kinds, list) else kinds
+        kinds = moe.get("mlp_layer_types") or ["sparse"] * layers
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise UserError(f"{source}: mlp_layer_types must be a list of {layers} layers' kinds")
+        dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"]
     if not isinstance(dense, list) or not all(is_integer(layer, 0, layers - 1) for layer in dense):
         raise UserError(f"{source}: mlp_only_layers must be a list of layers from 0 to {layers - 1}")
     chosen = set(dense)
