@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -51,8 +52,8 @@ def block_spec(
     layer = _transformer_engine_layer if transformer_engine else _local_layer
     layers = [layer(config, shape.experts_per_layer[index]) for index in range(first, first + count)]
     for index, spec in enumerate(layers, start=first):
-        if shape.earlier_experts(index):
-            _with_groups(spec.submodules.mlp, shape.expert_groups(index), shape.newest_weight)
+        if shape.experts_per_layer[index] > 1 and len(shape.dispatched_groups(index)) > 1:
+            _with_groups(spec.submodules.mlp, shape, index)
     if config.fp8 and config.fp8_new_expert_parameters:
         _keep_new_experts_in_fp8(config, layers, first)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(transformer_engine))
@@ -69,12 +70,13 @@ def _keep_new_experts_in_fp8(config: TransformerConfig, layers: Sequence[ModuleS
             mlp.params["fp8_parameters"] = True
 
 
-def _with_groups(mlp: ModuleSpec, groups: tuple[int, ...], newest_weight: float) -> None:
-    """Compute the experts of earlier expansions and the latest one's by separate grouped products."""
-    mlp.params |= {"groups": groups, "newest_weight": newest_weight}
+def _with_groups(mlp: ModuleSpec, shape: ModelShape, layer: int) -> None:
+    """Compute a mixture base's experts, those of earlier expansions and the latest one's by separate products."""
+    base, groups = shape.base_experts(layer), shape.expert_groups(layer)
+    mlp.params |= {"groups": groups, "newest_weight": shape.newest_weight, "base": base if base > 1 else 0}
     grouped = mlp.submodules.experts
-    params = {"earlier": sum(groups[:-1]), "newest": groups[-1]}
-    mlp.submodules.experts = ModuleSpec(module=ExpertGroups, params=params, submodules=grouped.submodules)
+    counts = {"base": mlp.params["base"], "earlier": sum(groups[:-1]), "newest": groups[-1]}
+    mlp.submodules.experts = ModuleSpec(module=ExpertGroups, params={"groups": counts}, submodules=grouped.submodules)
 
 
 def _final_norm(transformer_engine: bool) -> type:
@@ -119,6 +121,7 @@ def _with_experts(spec: ModuleSpec, num_experts: int, dense: MLPSubmodules, grou
     submodules = MoELPRSubmodules(
         router=LPRRouter,
         original_expert=ModuleSpec(module=MLP, submodules=dense),
+        shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=dense),
         experts=ModuleSpec(module=TEGroupedMLP, submodules=grouped),
     )
     layer = dataclasses.replace(

@@ -19,6 +19,7 @@ from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     moe_config,
     stock_experts_per_layer,
     stock_top_k,
+    with_expert_count,
     without_dtype,
     without_foreign_fields,
 )
@@ -91,7 +92,8 @@ class HFDirectory:
 
     path: Path
     config: dict[str, Any]
-    """The dense model's configuration, also for a directory of an MoE or of a model with an extended vocabulary."""
+    """The base model's configuration, also for a directory of an upcycled model or of one with more experts or an
+    extended vocabulary."""
     architecture: Architecture
     layout: Layout
     experts_per_layer: list[int]
@@ -122,11 +124,15 @@ class HFDirectory:
         return SafetensorsSource(weight_files(self.path))
 
 
-def open_hf_directory(path: Path) -> HFDirectory:
+def open_hf_directory(path: Path, upcycled_elsewhere: bool = False) -> HFDirectory:
     """Read the configuration files of a Hugging Face directory.
 
+    Args:
+        upcycled_elsewhere: a stock MoE without a card is a dense model that another program upcycled, with the dense
+            FFN as expert 0; otherwise it is a mixture, all of whose experts are original ones.
+
     Raises:
-        UserError: not such a directory, an unsupported architecture, or an MoE that was not upcycled.
+        UserError: not such a directory, or an unsupported architecture.
     """
     path = Path(path)
     refuse_other_directories(path)
@@ -138,7 +144,7 @@ def open_hf_directory(path: Path) -> HFDirectory:
         raise UserError(f"{config_path}: written for llama.cpp alone; use the export for transformers")
     config = _without_new_rows(config, _card(path), path)
     if isinstance(model_type, str) and model_type in DENSE_FAMILY_OF_MOE:
-        return _open_moe(path, config)
+        return _open_moe(path, config, upcycled_elsewhere)
     architecture = read_architecture(config, str(config_path))
     layers = [1] * architecture.num_layers
     return HFDirectory(path, config, architecture, DENSE_LAYOUT, layers, 1, 0, _card(path))
@@ -154,9 +160,14 @@ def _without_new_rows(config: dict[str, Any], card: CheckpointCard | None, path:
     return config | {"vocab_size": size - card.added_rows}
 
 
-def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
+def _open_moe(path: Path, moe: dict[str, Any], upcycled_elsewhere: bool) -> HFDirectory:
     source = str(path / CONFIG_FILE)
     experts, card = stock_experts_per_layer(moe, source), _card(path)
+    if not card and not upcycled_elsewhere:
+        mixture = read_architecture(moe, source)
+        return HFDirectory(
+            path, moe, mixture, MOE_LAYOUTS[moe["model_type"]], experts, stock_top_k(moe, source), 0, None
+        )
     config = _dense_configuration(path, moe, card)
     architecture = read_architecture(config, source)
     layout = MOE_LAYOUTS[moe["model_type"]]
@@ -184,6 +195,8 @@ def _dense_configuration(path: Path, moe: dict[str, Any], card: CheckpointCard |
         written = moe_config(kept, architecture, card.experts_per_layer, card.top_k)
         if without_dtype(without_foreign_fields(moe)) == without_dtype(written):
             return kept
+    if card.has_mixture_base:
+        return with_expert_count(moe, max(card.base_experts))
     return dense_config(moe, str(path / CONFIG_FILE), card.family)
 
 

@@ -6,14 +6,20 @@ from typing import Any
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, optional_bool, optional_float, required_int
+from megatron_moe_lpr.model.configuration.mixtures import (
+    DEFAULTS,
+    MAX_LAYERS,
+    MAX_SIZE,
+    Mixture,
+    read_mixture,
+    with_mixture_defaults,
+)
 from megatron_moe_lpr.model.configuration.quantisation import refuse_quantisation
-from megatron_moe_lpr.model.configuration.rope_parameters import read_rope
+from megatron_moe_lpr.model.configuration.rope_parameters import DEFAULT_THETA, read_rope
 
 HFConfig = Mapping[str, Any]
 
 # Far above any model, and low enough that a hostile configuration allocates little before any tensor is checked.
-MAX_LAYERS = 1000
-MAX_SIZE = 1 << 24
 MAX_POSITIONS = 1 << 40
 MAX_VOCABULARY = (1 << 31) - 1
 
@@ -52,16 +58,26 @@ FAMILIES = {
         Family("mistral", "MistralForCausalLM", "mixtral", "MixtralForCausalLM", qkv_bias=False, qk_norm=False),
     )
 }
+MIXTURES = {
+    family.name: family
+    for family in (
+        Family("mixtral", "MixtralForCausalLM", "mixtral", "MixtralForCausalLM", qkv_bias=False, qk_norm=False),
+        Family("qwen2_moe", "Qwen2MoeForCausalLM", "qwen2_moe", "Qwen2MoeForCausalLM", qkv_bias=True, qk_norm=False),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM", "qwen3_moe", "Qwen3MoeForCausalLM", qkv_bias=False, qk_norm=True),
+    )
+}
+"""Families of base models that are mixtures: the model with more experts is of the same architecture."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Sizes and switches of a dense model, read from its Hugging Face configuration."""
+    """Sizes and switches of a base model, read from its Hugging Face configuration."""
 
     family: Family
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Width of the FFN, in a mixture that of an expert."""
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
@@ -73,15 +89,24 @@ class Architecture:
     """`rope_type`, `rope_theta` and the type's own parameters, in transformers' names."""
     sliding_window: int | None
     """A token attends to itself and the `sliding_window - 1` tokens before it; None: to all before it."""
+    mixture: Mixture | None = None
+    """Experts of a base model that is a mixture itself; None: a dense model."""
+
+    def base_experts(self, layer: int) -> int:
+        """Original experts of a layer: all that a mixture base has, or 1, the dense model's FFN."""
+        return self.mixture.experts[layer] if self.mixture else 1
 
 
 def read_architecture(config: HFConfig, source: str = "config.json") -> Architecture:
-    """Read a dense configuration; `source` names the file in error messages.
+    """Read the configuration of a dense model or of a mixture base; `source` names the file in error messages.
 
     Raises:
         UserError: an architecture or a switch this project does not support, or a missing field.
     """
     family = _family(config, source)
+    is_mixture = family.name in MIXTURES
+    if is_mixture:
+        config = with_mixture_defaults(config, source)
     _refuse_unsupported(config, family, source)
     hidden = required_int(config, "hidden_size", source, 1, MAX_SIZE)
     heads = required_int(config, "num_attention_heads", source, 1, MAX_SIZE)
@@ -97,13 +122,16 @@ def read_architecture(config: HFConfig, source: str = "config.json") -> Architec
         max_position_embeddings=required_int(config, "max_position_embeddings", source, 1, MAX_POSITIONS),
         norm_epsilon=optional_float(config, "rms_norm_eps", 1e-6, source, 0.0, 1.0),
         tied_embeddings=optional_bool(config, "tie_word_embeddings", source),
-        rope=read_rope(config, source),
+        rope=read_rope(config, source, DEFAULTS.get(family.name, {}).get("rope_theta", DEFAULT_THETA)),
         sliding_window=_sliding_window(config, family, source),
+        mixture=read_mixture(config, source) if is_mixture else None,
     )
 
 
 def _family(config: HFConfig, source: str) -> Family:
     model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in MIXTURES:
+        return MIXTURES[model_type]
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
         raise UserError(f"{source}: architecture {abbreviated(model_type)} is not supported; supported are {supported}")
@@ -146,8 +174,8 @@ def _head_dim(config: HFConfig, family: Family, hidden: int, heads: int, source:
 
 def _sliding_window(config: HFConfig, family: Family, source: str) -> int | None:
     """The window that all layers share; None: full attention. A window in some layers only is refused."""
-    if family.name == "mistral":
-        window = config.get("sliding_window", MISTRAL_SLIDING_WINDOW)
+    if family.name in ("mistral", "mixtral"):
+        window = config.get("sliding_window", MISTRAL_SLIDING_WINDOW if family.name == "mistral" else None)
         window = None if window is None else checked_integer(window, "sliding_window", source, 1, MAX_POSITIONS)
     else:
         # transformers gives a window to the layers from max_window_layers on.

@@ -99,6 +99,8 @@ class StageOptions:
     """Stage 1: train input and output embeddings too, the dense model's rows of them."""
     train_new_rows: Decides[bool] = False
     """Stage 2: train the rows of new tokens too (`import --tokenizer`)."""
+    train_base_router: Decides[bool] = False
+    """Stages 1 and 2 of a mixture (`import --add-experts`): train the routers' rows of its own experts too."""
     allow_original_languages: Annotated[bool, Free("only checked against the data, which are recorded")] = False
     """Stage 1: accept training data of original languages."""
     open_experts_iters: Decides[PositiveInt | None] = None
@@ -115,9 +117,15 @@ class StageOptions:
             raise UserError("--train-embeddings is for --stage 1 only")
         if self.train_new_rows and self.stage != "2":
             raise UserError("--train-new-rows is for --stage 2 only: the other stages train new rows without it")
+        if self.train_base_router and self.stage not in ("1", "2"):
+            raise UserError("--train-base-router is for --stage 1 and 2 only")
         if self.allow_original_languages:
             stage = dataclasses.replace(stage, original_languages="allowed")
-        given = {ParameterKind.EMBEDDING: self.train_embeddings, ParameterKind.NEW_ROWS: self.train_new_rows}
+        given = {
+            ParameterKind.EMBEDDING: self.train_embeddings,
+            ParameterKind.NEW_ROWS: self.train_new_rows,
+            ParameterKind.BASE_ROUTER: self.train_base_router,
+        }
         coefficients = stage.coefficients
         coefficients |= {name: _given(getattr(self, name), default) for name, default in coefficients.items()}
         return dataclasses.replace(
