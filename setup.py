@@ -53,8 +53,10 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "eval": ["lm-eval[hf]>=0.4.10"],
+        "gguf": ["gguf"],
         "logging": ["tensorboard", "wandb"],
         "test": [
+            "gguf",
             "hypothesis",
             "mypy",
             "peft",

@@ -41,6 +41,8 @@ RECOMPUTE = {
 }
 DATASET = re.compile(r"(?P<directory>.*/)?(?P<part>[a-z]+)-(?P<language>[^/]+)")
 """A prefix as preprocess.sh writes it, such as datasets/llama3-8b/train-el."""
+PARTS = ("train", "review", "valid")
+"""What preprocess.sh writes of each language."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,11 +163,14 @@ def check_inputs(config: TrainingConfig) -> None:
     """Check that the checkpoint and the datasets are there, and name the script that writes them."""
     load = config.checkpoint.load
     if not load.exists():
-        writer = "a convert_*.sh writes it" if config.stage.stage == "1" else "it is SAVE of stage1_*.sh"
+        writer = {"1": "a convert_*.sh writes it", "sft": "it is SAVE of stage2_*.sh"}.get(
+            config.stage.stage, "it is SAVE of stage1_*.sh"
+        )
         raise UserError(f"LOAD: {load} does not exist; {writer}")
     for _, prefix in parse_blend(config.data.valid_data_path) + parse_blend(config.data.data_path):
         if not Path(f"{prefix}.idx").exists():
-            raise UserError(f"DATA: {prefix}.idx does not exist; preprocess.sh writes it")
+            writer = "preprocess.sh" if Path(prefix).name.partition("-")[0] in PARTS else "moe-lpr preprocess"
+            raise UserError(f"DATA: {prefix}.idx does not exist; {writer} writes it")
 
 
 def estimate(config: TrainingConfig, machine: Machine) -> None:

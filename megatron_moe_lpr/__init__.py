@@ -5,9 +5,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_moe_lpr.api import Callback, UserError, evaluate, export, plan, preprocess, train, upcycle
+    from megatron_moe_lpr.api import Callback, UserError, evaluate, export, generate, plan, preprocess, train, upcycle
 
-__all__ = ["Callback", "UserError", "evaluate", "export", "plan", "preprocess", "train", "upcycle"]
+__all__ = ["Callback", "UserError", "evaluate", "export", "generate", "plan", "preprocess", "train", "upcycle"]
 __version__ = "0.1.0"
 
 # megatron-core warns at every import that NVIDIA's libraries are missing. The CUDA platform checks for those it needs.

@@ -1,4 +1,4 @@
-"""The Python API: six functions, one for each step from a dense model to an exported MoE (docs/python.md).
+"""The Python API: seven functions, from a dense model to an exported MoE and its text (docs/python.md).
 
 Each function takes the most important flags of a `moe-lpr` command as arguments and its other flags as keywords, with
 underscores. Bad input raises `UserError`, whose text is the command's `error:` line.
@@ -15,10 +15,11 @@ from megatron_moe_lpr.training.callbacks import Callback, check_callbacks
 
 if TYPE_CHECKING:
     from megatron_moe_lpr.data.manifest import Manifest
+    from megatron_moe_lpr.generation.output import Answer
     from megatron_moe_lpr.planning.search import Candidate
     from megatron_moe_lpr.training.configuration.config import TrainingConfig
 
-__all__ = ["Callback", "UserError", "evaluate", "export", "plan", "preprocess", "train", "upcycle"]
+__all__ = ["Callback", "UserError", "evaluate", "export", "generate", "plan", "preprocess", "train", "upcycle"]
 
 # torch and Megatron take seconds to import: each function imports what it needs.
 
@@ -139,6 +140,28 @@ def export(load: str | Path, hf: str | Path, **flags: Any) -> Path:
     for warning in _read(Export, "export", load=load, hf=hf, **flags).convert():
         warnings.warn(warning, stacklevel=2)
     return Path(hf)
+
+
+def generate(
+    prompt: str | None = None, load: str | Path | None = None, hf: str | Path | None = None, **flags: Any
+) -> "list[Answer]":
+    """Continue a prompt, or those of a file, with a checkpoint (at any layout, see `train`) or an export.
+
+    Args:
+        prompt: text to continue, with `chat=True` what a user says; None: `prompts` or `messages` names a file.
+        load: checkpoint directory; or
+        hf: directory of an export, run by transformers.
+        flags: further flags of `moe-lpr generate`.
+
+    Returns:
+        An answer for each prompt, with `text`, `tokens` and `finish_reason` (stop or length).
+
+    Raises:
+        UserError: a model, prompt or layout that does not fit.
+    """
+    from megatron_moe_lpr.commands import generate as command
+
+    return command.generate(_read(command.Flags, "generate", prompt=prompt, load=load, hf=hf, **flags))
 
 
 def plan(gpus: int, hf: str | Path | None = None, load: str | Path | None = None, **flags: Any) -> "list[Candidate]":

@@ -38,6 +38,7 @@ COMMANDS = (
     Command("train", "pretrain", "run a stage of training as one rank (torchrun or launch start several)"),
     Command("launch", "launch", "start ranks: moe-lpr launch --nproc-per-node 8 train --stage 1 ..."),
     Command("evaluate", "commands.evaluate", "loss, bits per byte and routing by language of a checkpoint"),
+    Command("generate", "commands.generate", "continue a prompt, or converse, with a checkpoint or an export"),
     Command("expand", "commands.convert", "add experts for a second group of languages"),
     Command("graft", "commands.convert", "put an instruct model in the base model's place, without training"),
     Command("export", "commands.convert", "write a stock Hugging Face model from a checkpoint"),
@@ -71,7 +72,6 @@ def help_page() -> str:
     return "\n".join(
         [
             f"usage: {NAME} COMMAND ...",
-            "",
             "Teach a language model new languages without losing the ones it knows (MoE-LPR, arXiv 2408.11396).",
             "",
             *lines,

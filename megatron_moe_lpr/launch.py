@@ -4,7 +4,7 @@ torchrun itself dies of SIGUSR1, kills workers 30 seconds after SIGTERM, and ret
 
     moe-lpr launch --nproc-per-node 8 train --stage 1 ...
 
-torchrun's own flags come before `train` (or `evaluate`). Without the installed command the same is:
+torchrun's own flags come before `train` (or `evaluate`, `generate`). Without the installed command the same is:
 
     python -m megatron_moe_lpr.launch --nproc-per-node 8 -m megatron_moe_lpr.pretrain --stage 1 ...
 """
@@ -20,14 +20,20 @@ from types import ModuleType
 
 import psutil
 
-from megatron_moe_lpr.errors import UserError, fail
+from megatron_moe_lpr.errors import BROKEN_PIPE_CODE, INTERRUPTED_CODE, UserError, fail
 from megatron_moe_lpr.launch_checks import check_launch
 from megatron_moe_lpr.pretrain import LAUNCHER
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE, StopRequest
 
 TRAINING = "megatron_moe_lpr.pretrain"
-RANK_COMMANDS = {"train": ("-m", TRAINING), "evaluate": ("-m", "megatron_moe_lpr.commands.evaluate")}
+RANK_COMMANDS = {
+    "train": ("-m", TRAINING),
+    "evaluate": ("-m", "megatron_moe_lpr.commands.evaluate"),
+    "generate": ("-m", "megatron_moe_lpr.commands.generate"),
+}
 """Subcommands that run on several ranks, by what torchrun must start for them."""
+ENDED_BY_USER = (BROKEN_PIPE_CODE, INTERRUPTED_CODE)
+"""Exit codes that say all: the reader of the output has gone, or Ctrl-C."""
 FLAGS_WITHOUT_VALUE = ("--standalone", "--no-python", "--no_python", "--run-path", "--run_path", "-m", "--module")
 """Flags of torchrun without a value in the next word."""
 SIGNALS_OF_TORCHRUN = "--signals-to-handle"
@@ -102,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         torchrun.main(_keep_signals(torchrun, arguments))
     except ChildFailedError as error:
         code = exit_code([failure.exitcode for failure in error.failures.values()], stop.received is not None)
-        if code != EXIT_REQUEUE:
+        if code not in (EXIT_REQUEUE, *ENDED_BY_USER):
             print(error, file=sys.stderr)
             _print_last_lines(flags, since)
         sys.exit(code)

@@ -17,6 +17,7 @@ SCRIPTS = {
     "inspect-data": "inspect_data.py",
     "build-index": "build_index.py",
     "evaluate": "evaluate.py",
+    "generate": "generate.py",
     "benchmarks": "benchmarks.py",
     "report": "report.py",
     "plan": "plan.py",

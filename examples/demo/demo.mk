@@ -1,6 +1,6 @@
 # The demo's targets, included by the Makefile.
 
-.PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing demo-vocabulary paper-table paper-scaling base-model
+.PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing demo-vocabulary demo-vocabulary-reviews paper-table paper-scaling base-model
 
 ## Run the whole method on real text, up to runs/demo/report.html; resumes if interrupted.
 demo: $(INSTALLED)
@@ -40,6 +40,10 @@ demo-growing: $(INSTALLED)
 ## Compare the demo with and without new tokens for the new languages, at equal bytes of text.
 demo-vocabulary: $(INSTALLED)
 	$(BIN)/python examples/demo/demo.py vocabulary
+
+## Compare reviews of the demo with new tokens, which keep probability from these in the original languages.
+demo-vocabulary-reviews: $(INSTALLED)
+	$(BIN)/python examples/demo/demo.py vocabulary-reviews
 
 ## Train data/base_model again from a random initialisation, in runs/base_model/hf.
 base-model: $(INSTALLED)

@@ -22,6 +22,7 @@ from other_evaluations import choices, other_text
 from paper_table import paper_table
 from scaling import scaling
 from vocabulary import vocabulary
+from vocabulary_reviews import vocabulary_reviews
 from workflow import Failed
 
 from megatron_moe_lpr.command_line import parse_flags
@@ -36,6 +37,7 @@ TARGETS: dict[str, Callable[[], object]] = {
     "scaling": scaling,
     "growing": growing,
     "vocabulary": vocabulary,
+    "vocabulary-reviews": vocabulary_reviews,
     "other-text": other_text,
     "choices": choices,
     "base-model": base_model,

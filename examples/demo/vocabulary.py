@@ -14,10 +14,29 @@ from workflow import Training, Workflow
 
 RUNS = Path("runs/demo-vocabulary")
 TITLES = {"without": "old vocabulary", "with": "new tokens"}
+FROZEN = "new tokens, their rows frozen in the review"
 
 
 def vocabulary() -> None:
     """Train both arms, measure them, and print the comparison."""
+    flow, arms = prepare()
+    settings, tokenizer = flow.settings, arms["with"].settings.tokenizer
+    arms["without"].dense()
+    arms["without"].evaluate("base")
+    trained = {name: train(arm, arms["without"]) for name, arm in arms.items()}
+    trained["with"].train(Training("frozen", f"{FROZEN}: stage 2", "2", "stage1", ("--no-train-new-rows",)))
+    trained["with"].evaluate("frozen")
+    costs = settings.runs / "costs.json"
+    exports = [f"{TITLES[name]}={arm.settings.runs / 'hf'}" for name, arm in trained.items()]
+    flow.step(costs, "tokens a second when generating", lambda: flow.demo("costs", "--hf", *exports, "--output", costs))
+    initial = ("--hf", settings.base, "--tokenizer", tokenizer, "--corpus", settings.corpus)
+    initial = (*initial, "--original", *settings.original, "--expanded", *settings.expanded)
+    flow.step(settings.runs / ".initial", "first rows of new tokens", lambda: flow.demo("initial_rows", *initial))
+    report(flow, trained, json.loads(costs.read_text()))
+
+
+def prepare() -> tuple[Workflow, dict[str, Workflow]]:
+    """Make the tokenizer and the datasets. Returns the workflow, and those of both arms."""
     settings = read_settings(runs=RUNS)
     flow = Workflow(settings)
     tokenizer = settings.runs / "tokenizer"
@@ -28,16 +47,7 @@ def vocabulary() -> None:
     }
     for arm in arms.values():
         arm.demo_tokens()
-    arms["without"].dense()
-    arms["without"].evaluate("base")
-    trained = {name: train(arm, arms["without"]) for name, arm in arms.items()}
-    costs = settings.runs / "costs.json"
-    exports = [f"{TITLES[name]}={arm.settings.runs / 'hf'}" for name, arm in trained.items()]
-    flow.step(costs, "tokens a second when generating", lambda: flow.demo("costs", "--hf", *exports, "--output", costs))
-    initial = ("--hf", settings.base, "--tokenizer", tokenizer, "--corpus", settings.corpus)
-    initial = (*initial, "--original", *settings.original, "--expanded", *settings.expanded)
-    flow.step(settings.runs / ".initial", "first rows of new tokens", lambda: flow.demo("initial_rows", *initial))
-    report(flow, trained, json.loads(costs.read_text()))
+    return flow, arms
 
 
 def extension(settings: Settings) -> tuple[object, ...]:
@@ -52,18 +62,27 @@ def extension(settings: Settings) -> tuple[object, ...]:
 
 def train(arm: Workflow, reference: Workflow) -> Workflow:
     """Train, evaluate and export an arm. Returns its workflow, with the numbers of steps that it took."""
+    arm, settings = train_stage1(arm, reference), arm.settings
+    arm.train(Training("stage2", f"{arm_title(arm)}: stage 2", "2", "stage1"))
+    for name in ("stage1", "stage2"):
+        arm.evaluate(name)
+    arm.export(settings.runs / "stage2", settings.runs / "hf", f"{arm_title(arm)}: export")
+    return arm
+
+
+def train_stage1(arm: Workflow, reference: Workflow) -> Workflow:
+    """Train stage 1 of an arm. Returns its workflow, with the numbers of steps for as many bytes as in `reference`."""
     old, settings = reference.settings, arm.settings
     steps = {"stage1_iters": old.stage1_iters * stage1_bytes(reference) / stage1_bytes(arm)}
     steps["stage2_iters"] = old.stage2_iters * review_bytes(reference) / review_bytes(arm)
     arm = arm.change(**{name: round(number) for name, number in steps.items()})
-    title = TITLES["with" if settings.tokenizer else "without"]
     arm.mixture(*(("--tokenizer", settings.tokenizer) if settings.tokenizer else ()))
-    arm.train(Training("stage1", f"{title}: stage 1", "1", "moe", share_experts=True))
-    arm.train(Training("stage2", f"{title}: stage 2", "2", "stage1"))
-    for name in ("stage1", "stage2"):
-        arm.evaluate(name)
-    arm.export(settings.runs / "stage2", settings.runs / "hf", f"{title}: export")
+    arm.train(Training("stage1", f"{arm_title(arm)}: stage 1", "1", "moe", share_experts=True))
     return arm
+
+
+def arm_title(arm: Workflow) -> str:
+    return TITLES["with" if arm.settings.tokenizer else "without"]
 
 
 def stage1_bytes(arm: Workflow) -> float:
@@ -102,31 +121,38 @@ def training_seconds(metrics: Path, tokens_per_step: int) -> float:
 
 
 def row(arm: Workflow, costs: Mapping[str, float]) -> dict[str, float]:
-    """What is compared of an arm; bits per byte after the review."""
+    """What is compared of an arm."""
     settings = arm.settings
     step = settings.stage1_batch * settings.length
-    evaluation = json.loads(arm.evaluation("stage2").read_text())["averages"]
     width = bytes_per_token(arm.prefixes("valid", settings.expanded))
     return {
         "stage1_tokens": settings.stage1_iters * step,
         "stage1_seconds": training_seconds(settings.runs / "stage1" / "metrics.jsonl", step),
         "bytes_per_token": width,
-        "original_bits_per_byte": evaluation["original"]["bits_per_byte"],
-        "expanded_bits_per_byte": evaluation["expanded"]["bits_per_byte"],
+        **quality(arm.evaluation("stage2")),
         "generated_bytes_per_second": width * costs["generated_tokens_per_second"],
         "parameters": costs["parameters"],
     }
 
 
+def quality(evaluation: Path) -> dict[str, float]:
+    """Bits per byte of both language groups and, with new tokens, the probability that these take."""
+    averages = json.loads(evaluation.read_text())["averages"]
+    names = [(group, name) for name in ("bits_per_byte", "new_token_mass") for group in ("original", "expanded")]
+    return {f"{group}_{name}": averages[group][name] for group, name in names if averages[group].get(name) is not None}
+
+
 def report(flow: Workflow, arms: Mapping[str, Workflow], costs: Mapping[str, Mapping[str, float]]) -> None:
     """Print the comparison, write it to vocabulary.json, and write the report."""
     rows = {TITLES[name]: row(arm, costs[TITLES[name]]) for name, arm in arms.items()}
+    rows[FROZEN] = quality(arms["with"].evaluation("frozen"))
     (flow.settings.runs / "vocabulary.json").write_text(json.dumps(rows, indent=2) + "\n")
     table = Table("", *rows, title="equal bytes of text; bits per byte after the review")
-    for name in next(iter(rows.values())):
-        table.add_row(name.replace("_", " "), *(f"{one[name]:,.4g}" for one in rows.values()))
+    for name in rows[TITLES["with"]]:
+        table.add_row(name.replace("_", " "), *(f"{one[name]:,.4g}" if name in one else "" for one in rows.values()))
     Console().print(table)
     evaluations: dict[str, Path | list[Path]] = {"Base model": arms["without"].evaluation("base")}
     for name, arm in arms.items():
         evaluations |= {f"{TITLES[name]}, stage {stage}": arm.evaluation(f"stage{stage}") for stage in (1, 2)}
+    evaluations[FROZEN] = arms["with"].evaluation("frozen")
     flow.report(flow.settings.runs / "report.html", evaluations)

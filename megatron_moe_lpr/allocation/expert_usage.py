@@ -71,7 +71,7 @@ def open_mixture_source(path: Path) -> MixtureSource:
     if mixture is None:
         raise UserError(f"--sample: is for a base model that is a mixture, and {path} is dense")
     rows = model_rows(model.architecture, model.experts_per_layer, model.layout)
-    check_tensors(rows, [], source, path)
+    source = check_tensors(rows, [], source, path, model.model_type)
 
     def read(row: Row) -> list[torch.Tensor]:
         return [source.read(name) for name in row.names]

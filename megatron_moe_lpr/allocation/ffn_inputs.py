@@ -27,13 +27,14 @@ def ffn_inputs(
     """
     model = _skeleton(source.config)
     embedding = source.embedding()
-    stream = {name: torch.nn.functional.embedding(ids, embedding).float() for name, ids in windows.items()}
+    factor = source.architecture.multipliers.embedding
+    stream = {name: torch.nn.functional.embedding(ids, embedding).float() * factor for name, ids in windows.items()}
     del embedding
     length = next(iter(windows.values())).shape[1]
     for index in range(source.architecture.num_layers):
         layer = model.get_submodule(f"layers.{index}").to_empty(device=device)
         layer.load_state_dict(source.layer(index), strict=True)
-        runner = _LayerRunner(layer, _arguments(model, source.architecture.sliding_window, length, device))
+        runner = _LayerRunner(layer, _arguments(model, source.architecture.window(index), length, device))
         inputs = {name: runner(stream, name, device) for name in stream}
         layer.to("meta")
         yield inputs

@@ -119,7 +119,7 @@ class Graft:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Megatron -> Hugging Face: stock Mixtral, Qwen2-MoE or Qwen3-MoE; a dense checkpoint becomes its own family."""
+    """Megatron -> Hugging Face: a stock mixture, as Mixtral; a dense checkpoint becomes its own family."""
 
     load: Path
     """Checkpoint directory, or one iteration in it."""

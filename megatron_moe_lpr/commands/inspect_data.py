@@ -16,7 +16,9 @@ from megatron_moe_lpr.flag_ranges import NonNegativeInt, PositiveInt
 
 @dataclasses.dataclass
 class Flags:
-    """Print counts of indexed datasets and some of their documents."""
+    """Print counts of indexed datasets and some of their documents.
+
+    What counts in the loss of a conversation is bold in a terminal, and [[in brackets]] elsewhere."""
 
     input: list[str]
     """Dataset prefixes, or a quoted glob."""
@@ -46,14 +48,16 @@ def main(arguments: list[str] | None = None) -> None:
     for prefix, manifest in manifests.items():
         count = min(flags.samples, manifest.documents)
         documents = flags.documents or np.linspace(0, manifest.documents - 1, count).astype(int).tolist()
-        console.print(samples_table(prefix, manifest, tokenizer, documents, flags.max_tokens))
+        shown = samples_table(prefix, manifest, tokenizer, documents, flags.max_tokens, console.is_terminal)
+        console.print(shown)
 
 
 def verify(manifests: dict[str, Manifest]) -> None:
     """Compare index and tokens of each dataset with their checksums. Raises UserError: a file is damaged."""
     for prefix, manifest in manifests.items():
         verify_index(prefix, manifest)
-        size = f"{(manifest.bin_bytes + manifest.idx_bytes) / 1e6:,.1f} MB"
+        mask_bytes = manifest.tokens if manifest.chat else 0
+        size = f"{(manifest.bin_bytes + manifest.idx_bytes + mask_bytes) / 1e6:,.1f} MB"
         if verify_tokens(prefix, manifest):
             print(f"{prefix}: intact ({size})")
         else:

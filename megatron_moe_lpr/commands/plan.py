@@ -51,9 +51,9 @@ class Flags:
     """With --hf: tokens that an extended tokenizer adds, whose rows train (`import --tokenizer`)."""
     load: Path | None = None
     """A converted checkpoint, instead of --hf."""
-    stage: Literal["1", "2", "full", "blocks"] = "1"
-    """1 trains new experts, routers and rows of new tokens, 2 routers, full everything, blocks the inserted blocks of
-    --load."""
+    stage: Literal["1", "2", "sft", "full", "blocks"] = "1"
+    """1 and sft train new experts and routers, 2 routers, full everything, blocks the inserted blocks of --load; each
+    trains rows of new tokens too."""
     seq_length: PositiveInt = 1024
     """Tokens of a sequence."""
     micro_batch_size: PositiveInt = 1

@@ -1,7 +1,8 @@
 """Turn text into Megatron indexed datasets, one language a prefix.
 
 Writes PREFIX.bin, PREFIX.idx and PREFIX.json (the manifest) for --language, or PREFIX_LANGUAGE.* for each language that
---language-key finds. Reads .jsonl, .jsonl.gz, .jsonl.zst, .txt (a document a line) and .parquet.
+--language-key finds. Reads .jsonl, .jsonl.gz, .jsonl.zst, .txt (a document a line) and .parquet. With --chat documents
+are conversations, and PREFIX.loss_mask says which of their tokens the assistant writes.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -40,8 +42,12 @@ class Flags:
     """The language of the whole input, for example el; by code or English name, or a tag of your own."""
     language_key: str | None = None
     """The JSON key (or parquet column) of each document's language; one PREFIX_LANGUAGE each."""
-    json_key: str = "text"
-    """The JSON key (or parquet column) of the text."""
+    json_key: str = DocumentOptions.json_key
+    """The JSON key (or parquet column) of the text; with --chat of the messages, by default messages."""
+    chat: bool = False
+    """Read conversations: messages, or prompt and completion. Only what the assistant writes counts in the loss."""
+    chat_template: str | None = None
+    """With --chat: a file with the chat template, in Jinja. Default: the tokenizer's own."""
     workers: Annotated[int, Range(1, 4096)] = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     )
@@ -53,7 +59,7 @@ class Flags:
     partitions: Annotated[str, tyro.conf.arg(metavar="I/N")] = "1/1"
     """Convert only partition I (from 1) of N, to PREFIX-0000I-of-0000N; merge-datasets joins them."""
     append_eod: bool = True
-    """End each document with the end-of-document token."""
+    """End each document with the end-of-document token; with --chat only where the template writes no end of turn."""
     eod_token: str | None = None
     """The end-of-document token. Default: the tokenizer's end-of-sequence token."""
     split_special_tokens: bool = True
@@ -72,12 +78,13 @@ def main(arguments: list[str] | None = None) -> None:
     # A batch system's SIGTERM cleans up like an error does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     checked = plan(flags)
-    if note := begin_note(flags.tokenizer):
+    if not flags.chat and (note := begin_note(flags.tokenizer)):
         print(f"note: {note}", file=sys.stderr)
     for prefix, manifest in preprocess(checked).items():
         print(
             f"{prefix}: {manifest.language}, {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
-            f"{manifest.text_bytes / 1e6:,.1f} MB of text"
+            + (f"{manifest.loss_tokens:,} of them in the loss, " if manifest.chat else "")
+            + f"{manifest.text_bytes / 1e6:,.1f} MB of text"
         )
         if flags.language_key and not is_known(manifest.language):
             meaning = likely_meaning(manifest.language, ())
@@ -92,6 +99,10 @@ def plan(flags: Flags) -> PreprocessingOptions:
     language = None if flags.language is None else parse_language(flags.language)
     if flags.language_key and any(".txt" in name for name in flags.input):
         raise UserError("--language-key: a .txt has no keys; pass --language")
+    if flags.chat_template is not None and not flags.chat:
+        raise UserError("--chat-template: is for conversations; pass --chat")
+    if flags.chat and any(".txt" in Path(name).suffixes for name in flags.input):
+        raise UserError("--chat: a .txt holds no conversations; give JSON lines or parquet")
     partition = parse_partition(flags.partitions)
     for name in ("max_documents", "shuffle_seed"):
         if partition[1] > 1 and getattr(flags, name) is not None:
@@ -100,7 +111,15 @@ def plan(flags: Flags) -> PreprocessingOptions:
     documents = DocumentOptions(
         flags.json_key, language, flags.language_key, flags.on_error == "stop", flags.max_line_bytes
     )
-    encoder = EncoderOptions(flags.tokenizer, flags.eod_token, flags.append_eod, documents, flags.split_special_tokens)
+    encoder = EncoderOptions(
+        flags.tokenizer,
+        flags.eod_token,
+        flags.append_eod,
+        documents,
+        flags.split_special_tokens,
+        chat=flags.chat,
+        chat_template=flags.chat_template,
+    )
     return PreprocessingOptions(
         inputs=flags.input,
         output_prefix=flags.output_prefix,

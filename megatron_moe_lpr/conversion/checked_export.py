@@ -13,13 +13,13 @@ from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, CONFIG_FILE,
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
 from megatron_moe_lpr.conversion.hugging_face.engine import Engine
 from megatron_moe_lpr.conversion.hugging_face.hf_config import (
-    SHARED_EXPERT_WIDTH,
     moe_config,
     with_both_rope_spellings,
     without_foreign_fields,
 )
 from megatron_moe_lpr.conversion.hugging_face.llama_cpp import llama_cpp_form
 from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSpec
+from megatron_moe_lpr.conversion.hugging_face.stock_fields import SHARED_EXPERT_WIDTH
 from megatron_moe_lpr.conversion.reading import check_model_tensors
 from megatron_moe_lpr.conversion.tensors.blocks import mark_inserted
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors

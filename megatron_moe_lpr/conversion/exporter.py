@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSp
 from megatron_moe_lpr.conversion.reading import read_row
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
+from megatron_moe_lpr.conversion.tensors.fused import stored_tensors
 from megatron_moe_lpr.errors import name_file_in_oserror
 from megatron_moe_lpr.files.atomic_directory import atomic_directory
 from megatron_moe_lpr.files.links import copy_private
@@ -86,7 +87,8 @@ def _write_weights(export: CheckedExport, partial: Path, max_shard_bytes: int, t
     check_disk_space(partial, total, target)
     with ProgressReport("exporting", total) as progress, ThreadPoolExecutor(1) as pool:
         producer = _Producer(export, progress, fingerprint, pool)
-        write_safetensors(partial, specs, producer, max_shard_bytes)
+        stored, produce = _fused(specs, producer, str(export.config["model_type"]))
+        write_safetensors(partial, stored, produce, max_shard_bytes)
         producer.finish()
     return _with_fingerprint(export, fingerprint.hexdigest())
 
@@ -104,6 +106,30 @@ def _with_fingerprint(export: CheckedExport, fingerprint: str) -> CheckedExport:
             "trained them: versions before format 4 rounded them to what a run computed in; the model card says so",
         )
     return dataclasses.replace(export, is_original=is_original, warnings=warnings)
+
+
+def _fused(
+    specs: Sequence[TensorSpec], produce: Callable[[TensorSpec], torch.Tensor], model_type: str
+) -> tuple[list[TensorSpec], Callable[[TensorSpec], torch.Tensor]]:
+    """Specifications and producer of the tensors that a checkpoint of `model_type` stores, some of several parts."""
+    by_name = {spec.name: spec for spec in specs}
+    shapes, fused = {spec.name: spec.shape for spec in specs}, stored_tensors(by_name, model_type)
+    parts = {part: tensor for tensor in fused for part in tensor.parts}
+    stored: dict[str, TensorSpec] = {}
+    for spec in specs:
+        name, shape = spec.name, spec.shape
+        if tensor := parts.get(spec.name):
+            name, shape = tensor.name, tensor.shape(shapes)
+        dtype = torch.promote_types(spec.dtype, stored[name].dtype) if name in stored else spec.dtype
+        stored[name] = TensorSpec(name, shape, dtype)
+    joined = {tensor.name: tensor for tensor in fused}
+
+    def produce_stored(spec: TensorSpec) -> torch.Tensor:
+        if spec.name not in joined:
+            return produce(spec)
+        return joined[spec.name].join(lambda part: produce(by_name[part]))
+
+    return [*stored.values()], produce_stored
 
 
 class _Producer:

@@ -115,7 +115,7 @@ def find_tensor_sources(options: ImportOptions) -> TensorSources:
         rows = copied_rows(rows, added, model.architecture.mixture, model.layout)
     files = SafetensorsSource(weight_files(model.path) + ([adapter.weights] if adapter else []))
     read = [row for row in rows if not (extension and row.kind is ParameterKind.NEW_ROWS)]
-    check_tensors(read, model.extra(), files, adapter.path if adapter else model.path)
+    files = check_tensors(read, model.extra(), files, adapter.path if adapter else model.path, model.model_type)
     _refuse_untouched_mixture(options, model)
     # What holds trained rows too says nothing about the dense model's dtype.
     originals = [row for row in rows if row.kind.is_original and not (row.rows and model.new_tokens)]
@@ -172,7 +172,8 @@ def added_experts(options: ImportOptions, model: HFDirectory) -> AddedExperts | 
 
 def _refuse_untouched_mixture(options: ImportOptions, model: HFDirectory) -> None:
     """Refuse a mixture that nothing is added to: none of its experts may train, since all are original ones."""
-    if model.architecture.mixture and not model.card and options.add_experts is None:
+    given_languages = options.original_languages and options.expanded_languages
+    if model.is_moe and not model.card and options.add_experts is None and not given_languages:
         raise UserError(
             f"{model.path}: a mixture, none of whose experts this project has added; {ADD_FLAG} N keeps all of them "
             "frozen and adds new ones. Only if another program upcycled it, with the dense FFN as expert 0, give the "
@@ -248,6 +249,11 @@ def _check_stays_dense(options: ImportOptions, model: HFDirectory) -> None:
             raise UserError(f"{FLAG} and {name}: a model with inserted blocks stays dense; give one of them")
     if model.is_moe:
         raise UserError(f"{FLAG}: {model.path} has experts; blocks are inserted into dense models")
+    if model.architecture.family.norms == "after":
+        raise UserError(
+            f"{FLAG}: {model.architecture.family.architecture} normalises what a block adds, so that an inserted block "
+            "would add a vector of full size after one step; use experts"
+        )
 
 
 def _experts(options: ImportOptions, model: HFDirectory, adapter: Adapter | None) -> tuple[list[int], int]:

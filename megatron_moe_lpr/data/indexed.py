@@ -1,5 +1,7 @@
 """Read and write Megatron's indexed datasets (.bin: token ids, .idx: document positions) with numpy alone.
 
+Beside the .bin of conversations lies a .loss_mask, a byte for each token: 1 where the token counts in the loss.
+
 megatron-core's builder takes one torch tensor per document and builds the index in a Python loop; this one takes whole
 blocks. The bytes are the same (tests/data/test_indexed.py).
 """
@@ -12,7 +14,7 @@ from types import TracebackType
 
 import numpy as np
 
-from megatron_moe_lpr.data.manifest import bin_path, idx_path
+from megatron_moe_lpr.data.manifest import bin_path, idx_path, loss_mask_path
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksums import ChecksumStream
 
@@ -31,30 +33,44 @@ class IndexedWriter:
     Args:
         prefix: path without `.bin` and `.idx`.
         dtype: dtype of token ids, uint16 or int32.
+        has_loss_mask: write a .loss_mask too.
     """
 
-    def __init__(self, prefix: str, dtype: np.dtype) -> None:
+    def __init__(self, prefix: str, dtype: np.dtype, has_loss_mask: bool = False) -> None:
         self.prefix, self.dtype = prefix, np.dtype(dtype)
         self.lengths: list[np.ndarray] = []
-        self.documents = self.tokens = 0
+        self.documents = self.tokens = self.loss_tokens = 0
         bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
         self._file = ChecksumStream(open(bin_path(prefix), "wb"))  # noqa: SIM115 (closed by close)
+        self._mask = ChecksumStream(open(loss_mask_path(prefix), "wb")) if has_loss_mask else None  # noqa: SIM115
 
     def __enter__(self) -> "IndexedWriter":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
+        if self._mask is not None:
+            self._mask.close()
 
-    def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: `tokens` [sum of lengths] one after the other, `lengths` [documents]."""
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, loss_mask: np.ndarray | None = None) -> None:
+        """Append documents: `tokens` [sum of lengths] one after the other, `lengths` [documents].
+
+        `loss_mask` [sum of lengths], 1 or 0, is required if the dataset has one.
+        """
         self._file.write(tokens.astype(self.dtype, copy=False).data)
+        if self._mask is not None:
+            assert loss_mask is not None and len(loss_mask) == len(tokens)
+            self._mask.write(loss_mask.astype(np.uint8, copy=False).data)
+            self.loss_tokens += int(np.count_nonzero(loss_mask))
         self._count(lengths)
 
     def append_dataset(self, prefix: str) -> None:
         """Append all documents of another dataset of the same dtype."""
         with open(bin_path(prefix), "rb") as source:
             shutil.copyfileobj(source, self._file, COPY_BYTES)
+        if self._mask is not None:
+            with open(loss_mask_path(prefix), "rb") as source:
+                shutil.copyfileobj(source, self._mask, COPY_BYTES)
         self._count(read_lengths(prefix))
 
     @property
@@ -62,9 +78,16 @@ class IndexedWriter:
         """Checksum of the .bin written so far."""
         return self._file.entry().checksum
 
+    @property
+    def loss_mask_checksum(self) -> str | None:
+        """Checksum of the .loss_mask written so far; None if there is none."""
+        return None if self._mask is None else self._mask.entry().checksum
+
     def finish(self) -> None:
-        """Flush the .bin to the disk and write the .idx."""
+        """Flush the .bin and the .loss_mask to the disk and write the .idx."""
         self._file.close()
+        if self._mask is not None:
+            self._mask.close()
         lengths = np.concatenate(self.lengths) if self.lengths else np.empty(0, np.int32)
         write_index(idx_path(self.prefix), lengths, self.dtype)
 
@@ -157,20 +180,37 @@ def open_tokens(prefix: str, dtype: np.dtype) -> np.ndarray:
     return np.memmap(bin_path(prefix), dtype=dtype, mode="r")
 
 
-def shuffle_documents(source: str, target: str, dtype: np.dtype, seed: int) -> str:
-    """Write the documents of prefix `source` to prefix `target` in a random order; return the checksum of the .bin.
+def open_loss_mask(prefix: str) -> np.ndarray:
+    """Return the loss mask of all tokens of a dataset of conversations, uint8 [tokens], memory-mapped."""
+    if not loss_mask_path(prefix).stat().st_size:
+        return np.empty(0, np.uint8)
+    return np.memmap(loss_mask_path(prefix), dtype=np.uint8, mode="r")
+
+
+def shuffle_documents(source: str, target: str, dtype: np.dtype, seed: int) -> tuple[str, str | None]:
+    """Write the documents of prefix `source` to prefix `target` in a random order.
 
     The order depends only on `seed` and the number of documents. Needs 20 bytes of memory per document.
+
+    Returns:
+        The checksums of the .bin and of the .loss_mask, None where `source` has no loss mask.
     """
     lengths = read_lengths(source)
-    sizes = lengths.astype(np.int64) * np.dtype(dtype).itemsize
-    offsets = np.cumsum(sizes) - sizes
     # RandomState instead of default_rng: numpy guarantees that its stream never changes.
     order = np.random.RandomState(seed).permutation(len(lengths))
-    file = open(bin_path(target), "wb", buffering=COPY_BYTES)  # noqa: SIM115 (closed by the stream)
-    with open(bin_path(source), "rb") as reader, ChecksumStream(file) as writer:
+    checksum = _reorder(bin_path(source), bin_path(target), lengths.astype(np.int64) * np.dtype(dtype).itemsize, order)
+    mask, shuffled = loss_mask_path(source), loss_mask_path(target)
+    mask_checksum = _reorder(mask, shuffled, lengths.astype(np.int64), order) if mask.exists() else None
+    write_index(idx_path(target), lengths[order], dtype)
+    return checksum, mask_checksum
+
+
+def _reorder(source: Path, target: Path, sizes: np.ndarray, order: np.ndarray) -> str:
+    """Copy the documents of a file, of `sizes` bytes each, in another order; return the checksum of the copy."""
+    offsets = np.cumsum(sizes) - sizes
+    file = open(target, "wb", buffering=COPY_BYTES)  # noqa: SIM115 (closed by the stream)
+    with open(source, "rb") as reader, ChecksumStream(file) as writer:
         descriptor = reader.fileno()
         for document in order:
             writer.write(os.pread(descriptor, sizes[document], offsets[document]))
-    write_index(idx_path(target), lengths[order], dtype)
     return writer.entry().checksum

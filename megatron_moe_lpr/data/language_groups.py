@@ -26,8 +26,9 @@ def trained_languages(entry: Mapping[str, Any]) -> set[str]:
 def learned_languages(history: Sequence[Mapping[str, Any]]) -> list[set[str]]:
     """Return the languages added by the first upcycling, by the second expansion, and so on.
 
-    A language is added by its first stage 1, here or before trained experts were imported. `--stage full` trains the
-    dense model, so its languages do not count. The last set is empty if nothing was trained after the expansion.
+    A language is added by the first run that trains new experts on it: stage 1 or sft, here or before trained experts
+    were imported. `--stage full` trains the dense model, so its languages do not count. The last set is empty if
+    nothing was trained after the expansion.
     """
     original = original_languages(history)
     seen: set[str] = set()
@@ -35,7 +36,7 @@ def learned_languages(history: Sequence[Mapping[str, Any]]) -> list[set[str]]:
     for entry in history:
         if entry.get("stage") == EXPANSION:
             groups.append(set())
-        elif entry.get("stage") in ("1", IMPORTED_ADAPTER, IMPORTED_MIXTURE):
+        elif entry.get("stage") in ("1", "sft", IMPORTED_ADAPTER, IMPORTED_MIXTURE):
             trained = trained_languages(entry)
             new = trained - covered(trained, original) - seen
             groups[-1] |= new

@@ -1,4 +1,4 @@
-"""The dataset manifest PREFIX.json: language, tokenizer, counts and checksums of PREFIX.bin and PREFIX.idx."""
+"""The dataset manifest PREFIX.json: language, tokenizer, counts and checksums of the dataset's other files."""
 
 import dataclasses
 import functools
@@ -63,10 +63,25 @@ class Manifest:
     shuffle_seed: int | None = None
     version: str = megatron_moe_lpr.__version__
     """Version of this package that wrote the dataset."""
+    chat: bool = False
+    """Whether the documents are conversations, with `PREFIX.loss_mask` beside the tokens."""
+    chat_template: str | None = None
+    """Fingerprint of the chat template (`chat_template.ChatTemplate`); None where no template was there."""
+    loss_tokens: int | None = None
+    """Tokens of the conversations that count in the loss; None if `chat` is false."""
+    loss_mask_xxh3_128: str | None = None
+    """Checksum of `PREFIX.loss_mask`; None if `chat` is false."""
 
     def write(self, prefix: str) -> None:
-        """Write `PREFIX.json` atomically. Call it last, after the other two files are complete."""
-        write_json({"format": FORMAT, **dataclasses.asdict(self)}, manifest_path(prefix))
+        """Write `PREFIX.json` atomically. Call it last, after the other files are complete."""
+        content = dataclasses.asdict(self)
+        if not self.chat:
+            # Manifests of plain text stay readable by versions that know no conversations.
+            content = {name: value for name, value in content.items() if name not in CHAT_FIELDS}
+        write_json({"format": FORMAT, **content}, manifest_path(prefix))
+
+
+CHAT_FIELDS = ("chat", "chat_template", "loss_tokens", "loss_mask_xxh3_128")
 
 
 def manifest_path(prefix: str) -> Path:
@@ -84,28 +99,39 @@ def idx_path(prefix: str) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def loss_mask_path(prefix: str) -> Path:
+    """`PREFIX.loss_mask`, which only datasets of conversations have: uint8 of each token of the .bin, 1 or 0."""
+    return Path(f"{prefix}.loss_mask")
+
+
+FILES = (manifest_path, bin_path, idx_path, loss_mask_path)
+
+
 def dataset_files(prefixes: Sequence[str]) -> list[Path]:
-    """Return the paths of the three files of each dataset, whether or not they exist."""
-    return [place(strip_suffix(prefix)) for prefix in prefixes for place in (manifest_path, bin_path, idx_path)]
+    """Return the paths of all files that each dataset may have, whether or not they exist."""
+    return [place(strip_suffix(prefix)) for prefix in prefixes for place in FILES]
 
 
 def strip_suffix(prefix: str) -> str:
-    """Return the prefix of a dataset, given the prefix or one of its three files."""
-    for suffix in (".json", ".bin", ".idx"):
+    """Return the prefix of a dataset, given the prefix or one of its files."""
+    for suffix in (".json", ".bin", ".idx", ".loss_mask"):
         if prefix.endswith(suffix):
             return prefix[: -len(suffix)]
     return prefix
 
 
 def read_manifest(prefix: str) -> Manifest:
-    """Read `PREFIX.json` and check the sizes of `PREFIX.bin` and `PREFIX.idx` against it.
+    """Read `PREFIX.json` and check the sizes of the dataset's other files against it.
 
     Raises:
-        UserError: one of the three is missing, truncated or not what the manifest says.
+        UserError: one of the files is missing, truncated or not what the manifest says.
     """
     path = manifest_path(prefix)
     manifest = _parse(path)
-    for file, size in ((bin_path(prefix), manifest.bin_bytes), (idx_path(prefix), manifest.idx_bytes)):
+    sizes = {bin_path(prefix): manifest.bin_bytes, idx_path(prefix): manifest.idx_bytes}
+    if manifest.chat:
+        sizes[loss_mask_path(prefix)] = manifest.tokens
+    for file, size in sizes.items():
         if not file.is_file():
             raise UserError(f"{file}: missing, though {path} describes it; run {command('preprocess')} again")
         found = file.stat().st_size
@@ -131,15 +157,21 @@ def verify_index(prefix: str, manifest: Manifest) -> None:
 
 
 def verify_tokens(prefix: str, manifest: Manifest) -> bool:
-    """Compare all of `PREFIX.bin` with its checksum. Returns False if an older version recorded none.
+    """Compare all of `PREFIX.bin`, and of `PREFIX.loss_mask` where there is one, with their checksums.
+
+    Returns False if an older version recorded none.
 
     Raises:
         UserError: the content differs.
     """
     if manifest.bin_xxh3_128 is None:
         return False
-    if checksum_of_file(bin_path(prefix)).checksum != manifest.bin_xxh3_128:
-        raise UserError(f"{bin_path(prefix)}: damaged: its checksum is another one; copy it or preprocess again")
+    checksums = {bin_path(prefix): manifest.bin_xxh3_128}
+    if manifest.chat:
+        checksums[loss_mask_path(prefix)] = manifest.loss_mask_xxh3_128 or ""
+    for path, checksum in checksums.items():
+        if checksum_of_file(path).checksum != checksum:
+            raise UserError(f"{path}: damaged: its checksum is another one; copy it or preprocess again")
     return True
 
 
@@ -215,4 +247,8 @@ _FIELD_CHECKS = {
     "partition": _is_partition,
     "shuffle_seed": lambda value: value is None or is_integer(value),
     "version": _is_text,
+    "chat": lambda value: isinstance(value, bool),
+    "chat_template": lambda value: value is None or isinstance(value, str),
+    "loss_tokens": lambda value: value is None or is_integer(value),
+    "loss_mask_xxh3_128": lambda value: value is None or isinstance(value, str),
 }

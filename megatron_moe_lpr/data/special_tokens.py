@@ -19,3 +19,9 @@ class SpecialTokenSearch:
             return None
         match = self._pattern.search(text)
         return match[0] if match else None
+
+    def surround(self, text: str, before: str, after: str) -> str:
+        """Return the text with `before` and `after` around each special token that occurs in it."""
+        if self._pattern is None or self.first(text) is None:
+            return text
+        return self._pattern.sub(lambda match: f"{before}{match[0]}{after}", text)

@@ -106,6 +106,11 @@ class Tokenizer(ABC):
         """Return the text of token ids, including special tokens."""
 
     @property
+    @abstractmethod
+    def rust(self) -> "RustTokenizer":
+        """The tokenizer as one of Hugging Face's `tokenizers`, which knows the characters of each token."""
+
+    @property
     def dtype(self) -> np.dtype:
         """Dtype of stored ids: uint16 for small vocabularies, else int32 (Megatron's rule)."""
         return np.dtype(np.uint16) if self.vocab_size < 65500 else np.dtype(np.int32)
@@ -192,6 +197,10 @@ class HuggingFaceTokenizer(Tokenizer):
         )
         self._tokenizer.encode_special_tokens = self.split_special_tokens
 
+    @property
+    def rust(self) -> "RustTokenizer":
+        return self._tokenizer
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [item.ids for item in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
@@ -231,6 +240,12 @@ class SentencePieceTokenizer(Tokenizer):
         self._converted = None if split_special_tokens and not ordinary else self.converted()
         if self._converted is not None:
             self._converted.encode_special_tokens = split_special_tokens
+
+    @functools.cached_property
+    def rust(self) -> "RustTokenizer":
+        tokenizer = self._converted or self.converted()
+        tokenizer.encode_special_tokens = self.split_special_tokens
+        return tokenizer
 
     def converted(self) -> "RustTokenizer":
         """Return the same tokenizer as one of Hugging Face's library, for the tokenizer.json of an export."""

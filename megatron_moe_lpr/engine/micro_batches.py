@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_moe_lpr.data.reading.batches import Batch
+from megatron_moe_lpr.data.reading.documents import BOUNDARIES
 from megatron_moe_lpr.liveness import advance, waiting_for
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
@@ -18,7 +19,8 @@ from megatron_moe_lpr.model.moe.token_tags import token_tags
 
 @dataclasses.dataclass(frozen=True)
 class StepWeights:
-    """Weight of one token in the router's losses, so that their sum over the step is a mean over the global batch.
+    """Weight of one token in the router's losses and the new-token loss, so that their sum over the step is a mean over
+    the global batch.
 
     Megatron divides every gradient by the number of tokens with a loss (`calculate_per_token_loss`), so the weights
     have that number as a factor.
@@ -153,18 +155,20 @@ def run_micro_batches(
         _forward_step,
         weights=step_weights(batches, language_group),
         language_group=language_group,
-        has_routers=config.num_moe_experts is not None,
+        has_tags=config.num_moe_experts is not None or config.new_token_loss_coeff > 0,
     )
     interleaved = len(chunks) > 1
     iterators = [iter(batches) for _ in chunks]
     batch, sequence = batches[0]["tokens"].shape
+    # Where documents are kept apart, the layers compute one sequence of all the micro-batch's tokens (`MoELPRModel`).
+    shape = (1, batch * sequence) if BOUNDARIES in batches[0] else (batch, sequence)
     reports = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=iterators if interleaved else iterators[0],
         model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(batches),
-        seq_length=sequence,
-        micro_batch_size=batch,
+        seq_length=shape[1],
+        micro_batch_size=shape[0],
         forward_only=forward_only,
     )
     rows = 4 if unwrap(chunks[0]).vocabulary.is_extended and not torch.is_grad_enabled() else 3
@@ -178,7 +182,7 @@ def _forward_step(
     *,
     weights: StepWeights,
     language_group: torch.Tensor,
-    has_routers: bool,
+    has_tags: bool,
 ) -> tuple:
     """Megatron's forward_step_func.
 
@@ -188,11 +192,18 @@ def _forward_step(
     batch = next(iterator)
     advance()
     tags = None
-    if has_routers:
+    if has_tags:
         language = batch["language"]
         groups = language_group[language]
         tags = token_tags(groups >= 0, language >= 0, weights.lpr, weights.micro_batch, groups)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], padding_mask=tags)
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        padding_mask=tags,
+        cu_seqlens=batch.get(BOUNDARIES),
+    )
     mass = None if torch.is_grad_enabled() else unwrap(model).new_token_mass
     return output, partial(_loss, batch, len(language_group) - 1, mass)
 

@@ -41,11 +41,11 @@ class OptimizerOptions:
     """AdamW, its learning rate over time, and gradient clipping. Defaults are the paper's."""
 
     lr: Scheduled[NonNegativeFloat] = 5e-5
-    """Highest learning rate."""
+    """Highest learning rate. In stage sft by default 2e-5."""
     min_lr: Scheduled[NonNegativeFloat] = 0.0
     """Learning rate at the end."""
     lr_decay_style: Scheduled[Literal["cosine", "linear", "WSD", "constant"]] = "cosine"
-    """WSD: warm up, stay, decay in the last --lr-wsd-decay-iters steps."""
+    """WSD: warm up, stay, decay in the last --lr-wsd-decay-iters steps. In stage sft by default linear."""
     lr_decay_iters: Scheduled[PositiveInt | None] = None
     """Steps until --min-lr, at which later ones stay. Default: --train-iters."""
     lr_warmup_iters: Scheduled[NonNegativeInt] = 0

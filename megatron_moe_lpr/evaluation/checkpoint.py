@@ -15,8 +15,9 @@ from megatron_moe_lpr.data.language_groups import groups_with_prior, original_la
 from megatron_moe_lpr.data.language_names import covered, language_title
 from megatron_moe_lpr.data.original_languages import read_original_languages
 from megatron_moe_lpr.data.reading.blend import read_blend
+from megatron_moe_lpr.data.reading.config import packed
 from megatron_moe_lpr.data.reading.languages import LanguageRegistry
-from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
+from megatron_moe_lpr.data.reading.validation_dataset import open_validation_dataset
 from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
@@ -40,6 +41,8 @@ class Evaluation:
     card: CheckpointCard
     dtype: str
     seq_length: int
+    reset_attention_mask: bool
+    """Whether no document saw another."""
     original_languages: tuple[str, ...]
     """All original languages, with or without a dataset."""
     notes: tuple[str, ...]
@@ -66,12 +69,13 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
     shape, card = model_shape(directory), directory.card()
     _check_sizes(options, shape)
     fingerprint = load_tokenizer(directory.side_directory).fingerprint if card.tokenizer_files else None
-    entries = read_blend(
+    blend = read_blend(
         options.valid_data_path,
         "--valid-data-path",
         tokenizer_fingerprint=fingerprint,
         earlier_tokenizers=card.earlier_tokenizers,
     )
+    entries = packed(blend, options.documents)
     languages = LanguageRegistry(entry.language for entry in entries)
     check_token_ids(entries, shape.total_vocab_size, str(directory.path))
     original = read_original_languages(options.original_languages, languages.names, original_languages(card.history))
@@ -89,7 +93,13 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
     table = languages.group_table(groups).to(platform.device)
     results = []
     for entry in entries:
-        dataset = ValidationDataset(entry, languages.id(entry.language), options.seq_length, entry.manifest.eod)
+        dataset = open_validation_dataset(
+            entry,
+            languages.id(entry.language),
+            options.seq_length,
+            entry.manifest.eod,
+            documents_apart=options.documents,
+        )
         result = evaluate_dataset(
             model.chunks, model.config, shape, dataset, table, platform.device, options.micro_batch_size
         )
@@ -98,7 +108,8 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
     check_finite_losses(results, directory.path, dtype)
     precision = str(dtype).removeprefix("torch.")
     notes = (*original.notes, *unknown_languages(languages.names, original.names, card.history))
-    return Evaluation(directory, card, precision, options.seq_length, original.names, notes, groups, results)
+    apart = options.documents.reset_attention_mask
+    return Evaluation(directory, card, precision, options.seq_length, apart, original.names, notes, groups, results)
 
 
 def unknown_languages(names: Sequence[str], original: Sequence[str], history: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -126,5 +137,6 @@ def _check_sizes(options: EvaluationOptions, shape: ModelShape) -> None:
     if options.micro_batch_size < 1:
         raise UserError(f"--micro-batch-size {options.micro_batch_size}: must be at least 1")
     options.layout.check_sequence(options.seq_length)
+    options.documents.check()
     if not options.valid_data_path:
         raise UserError("--valid-data-path: give the datasets to evaluate on")

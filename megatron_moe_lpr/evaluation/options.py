@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.flag_ranges import PositiveInt
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import PlatformName, TransformerImpl
@@ -36,6 +37,7 @@ class EvaluationOptions:
     fp16: bool = False
     """Not offered: give --bf16 or --fp32."""
     layout: tyro.conf.OmitArgPrefixes[ParallelLayout] = dataclasses.field(default_factory=ParallelLayout)
+    documents: tyro.conf.OmitArgPrefixes[DocumentOptions] = dataclasses.field(default_factory=DocumentOptions)
     platform: PlatformName = "auto"
     """Where to run. auto: CUDA if there is a device."""
     transformer_impl: TransformerImpl | None = None

@@ -32,6 +32,7 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
         "top_k": card.top_k,
         "dtype": evaluation.dtype,
         "sequence_length": evaluation.seq_length,
+        "reset_attention_mask": evaluation.reset_attention_mask,
         "original_languages": list(evaluation.original_languages),
         "history": card.history,
         "datasets": datasets,
@@ -105,7 +106,9 @@ def _loss_table(record: dict[str, Any]) -> Table:
     table = Table("language", "", "tokens", "loss", "perplexity", "bits per byte", title_justify="left")
     if has_new_tokens:
         table.add_column("mass on new tokens")
-    table.title = f"{record['checkpoint']}, sequences of {record['sequence_length']} tokens, {record['dtype']}"
+    apart = ", documents apart" if record["reset_attention_mask"] else ""
+    length = record["sequence_length"]
+    table.title = f"{record['checkpoint']}, sequences of {length} tokens{apart}, {record['dtype']}"
     for one, label in zip(record["datasets"], record_labels(record), strict=True):
         numbers = (_text(one["loss"]), _text(one["perplexity"], 2), _text(one["bits_per_byte"]))
         mass = [_text(one["new_token_mass"])] if has_new_tokens else []

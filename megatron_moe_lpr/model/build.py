@@ -13,9 +13,8 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moe_lpr.model.configuration.config import ModelShape
+from megatron_moe_lpr.model.configuration.config import ModelShape, MoELPRConfig
 from megatron_moe_lpr.model.gpt import MoELPRModel
 from megatron_moe_lpr.model.moe.expert_states import ExpertStates
 from megatron_moe_lpr.model.spec import block_spec
@@ -52,9 +51,7 @@ def vocabulary_layout(shape: ModelShape, tensor_parallel_size: int) -> Vocabular
     )
 
 
-def build_model(
-    shape: ModelShape, config: TransformerConfig, platform: Platform, **kwargs: Any
-) -> list[torch.nn.Module]:
+def build_model(shape: ModelShape, config: MoELPRConfig, platform: Platform, **kwargs: Any) -> list[torch.nn.Module]:
     """Build this rank's model chunks, unfilled: one, or several for an interleaved pipeline.
 
     Args:
@@ -71,7 +68,7 @@ def build_model(
 
 
 def _build_chunk(
-    shape: ModelShape, config: TransformerConfig, platform: Platform, vp_stage: int | None, kwargs: dict[str, Any]
+    shape: ModelShape, config: MoELPRConfig, platform: Platform, vp_stage: int | None, kwargs: dict[str, Any]
 ) -> torch.nn.Module:
     interleaved = vp_stage is not None
     chunk = MoELPRModel(

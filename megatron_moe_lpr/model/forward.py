@@ -5,13 +5,20 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 
 
 def compute_logits(
-    chunks: Sequence[torch.nn.Module], config: MoELPRConfig, tokens: torch.Tensor, vocab_size: int
+    chunks: Sequence[torch.nn.Module],
+    config: MoELPRConfig,
+    tokens: torch.Tensor,
+    vocab_size: int,
+    cu_seqlens: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cache: StaticInferenceContext | None = None,
 ) -> torch.Tensor:
     """Logits of a batch, the same on every rank. Every rank must call it, with the same tokens on all of them.
 
@@ -19,21 +26,30 @@ def compute_logits(
         chunks: this rank's part of the model.
         tokens: [batch, sequence].
         vocab_size: columns to keep; the padded vocabulary has more.
+        cu_seqlens: documents that do not see each other, see `MoELPRModel.forward`.
+        position_ids: [batch, sequence]; None: counted from 0 in each sample, or on from the cache's tokens.
+        cache: keys and values of the tokens before these, to which those of these are added (see `model/decoding.py`);
+            None: the tokens begin a text.
 
     Returns:
-        [batch, sequence, vocab_size], fp32, on the platform's device.
+        [batch, sequence, vocab_size], fp32, on the platform's device; with a cache only of the last token,
+        [batch, 1, vocab_size].
     """
     batch, sequence = tokens.shape
+    first = cache.sequence_len_offset if cache else 0
     collected: list[torch.Tensor] = []
 
     def step(iterator: object, model: torch.nn.Module) -> tuple:
-        positions = torch.arange(sequence, device=tokens.device).expand(batch, -1)
-        return model(tokens, positions, None, runtime_gather_output=True), _keep
+        given = {"inference_context": cache, "runtime_gather_output": True, "cu_seqlens": cu_seqlens}
+        return model(tokens, positions, None, **given), _keep
 
     def _keep(output: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
         collected.append(output[..., :vocab_size].float().contiguous())
         return output
 
+    counted = torch.arange(first, first + sequence, device=tokens.device).expand(batch, -1)
+    positions = counted if position_ids is None else position_ids
+    shape = (batch, sequence) if cu_seqlens is None else (1, batch * sequence)
     for chunk in chunks:
         chunk.eval()
     interleaved = len(chunks) > 1
@@ -43,12 +59,14 @@ def compute_logits(
         data_iterator=[None] * len(chunks) if interleaved else None,
         model=list(chunks) if interleaved else chunks[0],
         num_microbatches=parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1,
-        seq_length=sequence,
-        micro_batch_size=batch,
+        seq_length=shape[1],
+        micro_batch_size=shape[0],
         forward_only=True,
         collect_non_loss_data=True,
     )
-    logits = collected[0] if collected else torch.empty(batch, sequence, vocab_size, device=tokens.device)
+    logits = (
+        collected[0] if collected else torch.empty(batch, 1 if cache else sequence, vocab_size, device=tokens.device)
+    )
     dist.broadcast(
         logits,
         parallel_state.get_pipeline_model_parallel_last_rank(),

@@ -12,6 +12,7 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 from megatron_moe_lpr.model.configuration.architecture import Architecture
+from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.model.configuration.parameters import NEW_EMBEDDING_KEY, NEW_OUTPUT_KEY
 from megatron_moe_lpr.model.extended_vocabulary import (
     ExtendedEmbedding,
@@ -19,6 +20,9 @@ from megatron_moe_lpr.model.extended_vocabulary import (
     ExtensionRows,
     measure_new_token_mass,
 )
+from megatron_moe_lpr.model.moe.token_tags import PRIOR
+from megatron_moe_lpr.model.new_token_loss import CrossEntropyWithNewTokenLoss
+from megatron_moe_lpr.model.transformer.packed_documents import DocumentLengths, packed_documents
 from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
 from megatron_moe_lpr.model.vocabulary import VocabularyLayout
 
@@ -33,7 +37,7 @@ class MoELPRModel(GPTModel):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: MoELPRConfig,
         architecture: Architecture,
         layers: ModuleSpec | TransformerBlockSubmodules,
         vocabulary: VocabularyLayout,
@@ -50,19 +54,77 @@ class MoELPRModel(GPTModel):
         )
         frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
         self.rotary_pos_emb.inv_freq = frequencies.to(self.rotary_pos_emb.inv_freq.device)
+        self._multiply(config)
         if self.pre_process and _needs_gradient_of_embedding(config):
             self.embedding.register_forward_hook(_let_gradients_through)
         self.vocabulary = vocabulary
         self.new_token_mass: torch.Tensor | None = None
+        self._prior: torch.Tensor | None = None
         if vocabulary.is_extended:
             self._extend_vocabulary()
         elif self.post_process and vocabulary.padded > vocabulary.rows:
             self._mask_padded_vocabulary(vocabulary.rows[0], vocabulary.padded[0])
 
     @override
-    def _preprocess(self, *, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> tuple:
-        """Split the token tags for sequence parallelism on every pipeline rank; GPTModel does so on the first only."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: None,
+        *,
+        labels: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Compute this pipeline rank's part.
+
+        Args:
+            input_ids, position_ids, labels: [batch, sequence].
+            padding_mask: token tags, [batch, sequence, 4].
+            cu_seqlens: documents that do not see each other, int32 [documents + 1]: where each begins in
+                `input_ids.flatten()`, then the number of tokens. None: all tokens of a sample see those before them.
+            kwargs: further arguments of GPTModel.
+
+        Returns:
+            On the last pipeline rank the loss of each token, [batch, sequence], or without labels the logits, [batch,
+            sequence, vocabulary]. On the others hidden states, [sequence / TP, batch, hidden], with `cu_seqlens`
+            [batch x sequence / TP, 1, hidden].
+        """
+        if cu_seqlens is None:
+            given = {"labels": labels, "padding_mask": padding_mask}
+            return super().forward(input_ids, position_ids, attention_mask, **given, **kwargs)
+        packed = packed_documents(cu_seqlens, input_ids.shape[1], self.config.transformer_impl == "transformer_engine")
+        tensors = (input_ids, position_ids, labels, padding_mask)
+        flat = [None if tensor is None else tensor.flatten(0, 1)[None] for tensor in tensors]
+        given = {"labels": flat[2], "padding_mask": flat[3], "packed_seq_params": packed}
+        output = super().forward(flat[0], flat[1], attention_mask, **given, **kwargs)
+        if not self.post_process:
+            return output
+        if self.new_token_mass is not None:
+            self.new_token_mass = self.new_token_mass.view(input_ids.shape)
+        return output.view(*input_ids.shape, *output.shape[2:])
+
+    @override
+    def _preprocess(
+        self,
+        *,
+        position_ids: torch.Tensor,
+        packed_seq_params: Any = None,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple:
+        """Split the token tags for sequence parallelism on every pipeline rank; GPTModel does so on the first only.
+
+        Where local attention keeps documents apart, take each token's rotary angles by its position; GPTModel counts.
+        """
+        kwargs |= {"position_ids": position_ids, "packed_seq_params": packed_seq_params}
         prepared = super()._preprocess(padding_mask=None, **kwargs)
+        if isinstance(packed_seq_params, DocumentLengths):
+            prepared = (prepared[0], prepared[1][position_ids.flatten()], *prepared[2:])
+        self._prior = None if padding_mask is None else padding_mask[..., PRIOR]
+        if self.config.num_moe_experts is None:
+            padding_mask = None  # The loss reads the tags; a dense layer has no router that would.
         if padding_mask is not None and self.config.sequence_parallel:
             sequence_first = padding_mask.transpose(0, 1).contiguous()
             own = tensor_parallel.scatter_to_sequence_parallel_region(sequence_first, group=self.pg_collection.tp)
@@ -84,11 +146,33 @@ class MoELPRModel(GPTModel):
         tokens took, of the same shape."""
         if not self.vocabulary.is_extended:
             return super().compute_language_model_loss(labels, logits)
+        columns = self.output_layer.columns[labels]
+        if torch.is_grad_enabled() and self.config.new_token_loss_coeff and self._prior is not None:
+            return self._loss_with_new_token_loss(labels, columns, logits, self._prior)
         if not torch.is_grad_enabled():
             # Before the loss, which overwrites fp32 logits.
             mass = measure_new_token_mass(logits, self.vocabulary, self.pg_collection.tp)
             self.new_token_mass = mass.transpose(0, 1).contiguous()
-        return super().compute_language_model_loss(self.output_layer.columns[labels], logits)
+        return super().compute_language_model_loss(columns, logits)
+
+    def _loss_with_new_token_loss(
+        self, labels: torch.Tensor, columns: torch.Tensor, logits: torch.Tensor, prior: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of each token, [batch, sequence]. Its gradient has that of the new-token loss of languages with a
+        prior too, where the next token is none of the latest extension.
+
+        Args:
+            labels: token ids, [batch, sequence].
+            columns: the same as columns of the logits.
+            logits: this TP rank's, [sequence, batch, `VocabularyLayout.width`].
+            prior: tag `PRIOR` of each token, [batch, sequence].
+        """
+        is_known = labels < self.vocabulary.first_ids[-1]
+        weights = (prior * is_known * self.config.new_token_loss_coeff).transpose(0, 1).contiguous()
+        first_new, _ = self.vocabulary.rank_columns[-1]
+        columns = columns.transpose(0, 1).contiguous()
+        loss = CrossEntropyWithNewTokenLoss.apply(logits, columns, weights, first_new, self.pg_collection.tp)
+        return loss.transpose(0, 1).contiguous()
 
     @override
     def sharded_state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
@@ -106,6 +190,14 @@ class MoELPRModel(GPTModel):
                 allow_shape_mismatch=True,
             )
         return state
+
+    def _multiply(self, config: MoELPRConfig) -> None:
+        """Multiply the embedding's output and the logits, by way of the output layer's input, which is smaller."""
+        embedding, logits = config.multipliers.embedding, config.multipliers.of_logits
+        if self.pre_process and embedding != 1.0:
+            self.embedding.register_forward_hook(lambda module, inputs, output: output * embedding)
+        if self.post_process and logits != 1.0:
+            self.decoder.register_forward_hook(lambda module, inputs, output: output * logits)
 
     def _extend_vocabulary(self) -> None:
         """Give the embedding and the output layer the rows of vocabulary extensions."""

@@ -36,6 +36,9 @@ NAMES = {
     "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
     "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
     "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    "post_self_attn_layernorm.weight": ("post_attention_layernorm.weight",),
+    "post_mlp_layernorm.weight": ("post_feedforward_layernorm.weight",),
+    "shared_layernorm.weight": ("input_layernorm.weight",),
     "decoder.final_layernorm.weight": ("model.norm.weight",),
     OUTPUT_KEY: (OUTPUT_NAME,),
 }
@@ -94,6 +97,16 @@ MOE_LAYOUTS = {
     ),
     "qwen2_moe": Layout("qwen2_moe", _QWEN_EXPERT, _QWEN_EXPERT, router=_QWEN_ROUTER, shared_expert=True),
     "qwen3_moe": Layout("qwen3_moe", _QWEN_EXPERT, _QWEN_EXPERT, router=_QWEN_ROUTER),
+    "olmoe": Layout("olmoe", _QWEN_EXPERT, _QWEN_EXPERT, router=_QWEN_ROUTER),
+    "flex_olmo": Layout("flex_olmo", _QWEN_EXPERT, _QWEN_EXPERT, router=_QWEN_ROUTER, experts_everywhere=True),
+    "cohere2_moe": Layout("cohere2_moe", _QWEN_EXPERT, _QWEN_EXPERT, router=_QWEN_ROUTER),
+    "granitemoe": Layout(
+        "granitemoe",
+        _MIXTRAL_EXPERT,
+        _MIXTRAL_EXPERT,
+        router="model.layers.{layer}.block_sparse_moe.router.layer.weight",
+        experts_everywhere=True,
+    ),
 }
 
 

@@ -35,6 +35,7 @@ def rank_traffic(
     for layer in run.layers(pipeline_rank):
         passes = _passes(layer, behaviour)
         micro_batch += _pair_traffic(layer, passes.attention, passes.backward, ParameterKind.ATTENTION in layer.trains)
+        micro_batch += _qk_norm_traffic(layer, passes)
         if layer.is_moe:
             micro_batch += moe_layer_traffic(layer, passes, routing, expert_rank, original_in_ep_group)
         else:
@@ -85,6 +86,14 @@ def _pair_traffic(layer: PlannedLayer, forward: int, backward: bool, trains: boo
     """Attention or a dense FFN: a matrix split by columns and one split by rows after it."""
     pair = tensor_pair(layer.run, forward, backward, trains)
     return Traffic(tensor=tensor_unit(layer.run, layer.architecture.hidden_size * pair))
+
+
+def _qk_norm_traffic(layer: PlannedLayer, passes: Passes) -> Traffic:
+    """All-reduces of a token's sums of squares, of queries and of keys, where all heads are normalised together."""
+    if layer.architecture.family.qk_norm != "all heads":
+        return Traffic()
+    reductions = 2 * (passes.attention + passes.backward)
+    return Traffic(tensor=reductions * 2 * tensor_unit(layer.run, FP32))
 
 
 def _outside_layers(run: PlannedRun, pipeline_rank: int) -> Traffic:

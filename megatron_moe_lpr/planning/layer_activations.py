@@ -13,8 +13,18 @@ def kept_bytes_per_token(layer: PlannedLayer, recompute: Recompute) -> float:
     attention = _attention_bytes(layer, recompute)
     if not layer.is_moe:
         return 2 * hidden + attention + (0 if recompute == "mlp" else _dense_ffn_bytes(layer))
-    norm_output = 0 if recompute == "layernorm" else hidden
-    return 2 * hidden + attention + norm_output + (0 if recompute == "moe" else _moe_bytes(layer, recompute))
+    return _stream_bytes(layer, recompute) + attention + (0 if recompute == "moe" else _moe_bytes(layer, recompute))
+
+
+def _stream_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
+    """Bytes that the residual stream and its norms keep in a MoE layer: inputs of both norms, and the router's input.
+
+    Where norms stand after attention and FFN, these put out the norms' inputs, and the router's is the stream itself.
+    In a parallel block there is one norm. Only norms in front of attention or FFN can be recomputed.
+    """
+    hidden, norms = layer.run.hidden_bytes, layer.architecture.family.norms
+    inputs = hidden if norms == "shared" else 2 * hidden
+    return inputs + (0 if norms == "before" and recompute == "layernorm" else hidden)
 
 
 def recomputed_bytes_per_token(layer: PlannedLayer) -> float:
@@ -94,8 +104,11 @@ def _attention_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
     key = value = architecture.num_query_groups * architecture.head_dim
     trains = ParameterKind.ATTENTION in layer.trains
     before = architecture.hidden_size * _input_bytes(layer) if trains else 0
-    if architecture.family.qk_norm:
+    if architecture.family.qk_norm == "heads":
         before += element * (query + key)
+    elif architecture.family.qk_norm == "all heads":
+        # Computed by PyTorch, in fp32; where the norm trains, normalised ones too.
+        before += FP32 * (query + key) * (2 if ParameterKind.NORM in layer.trains else 1)
     if sizes.precision == "fp32":
         softmax, mask = H * S, S
         return before + element * (3 * query + softmax) + mask

@@ -11,6 +11,7 @@ from megatron_moe_lpr.checkpoint.format.card import CheckpointCard, ParentCheckp
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading.model import LoadedModel, load_model, model_shape
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import frozen_weights
+from megatron_moe_lpr.data.chat_template import template_note
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages
 from megatron_moe_lpr.data.reading.config import DataSources, read_data_sources, with_original
 from megatron_moe_lpr.data.reading.datasets import Datasets, build_datasets
@@ -86,6 +87,8 @@ def prepare(config: TrainingConfig) -> Run:
     accepted_names(config.checkpoint.accept_changes, config.checkpoint.override_opt_param_scheduler)
     start, card = open_start(config.checkpoint, stage.name)
     shape = model_shape(start)
+    if not shape.has_new_rows:
+        stage = dataclasses.replace(stage, new_token_loss_coeff=0.0)
     tokenizer = load_tokenizer(start.side_directory) if card.tokenizer_files else None
     fingerprint = tokenizer.fingerprint if tokenizer else None
     sources = read_data_sources(config.data, fingerprint, original_languages(card.history), card.earlier_tokenizers)
@@ -102,15 +105,18 @@ def prepare(config: TrainingConfig) -> Run:
     report_dtype(config.compute.requested_dtype(), card.compute_dtype, card.dtype, platform)
     num_microbatches = _num_microbatches(config)
     check_same_directory(config.checkpoint.save)
-    resume_from = find_resume_point(config.checkpoint, describe_run(config, stage, sources, options.dtype), card)
+    described = describe_run(config, stage, sources, options.dtype, shape.has_new_rows)
+    resume_from = find_resume_point(config.checkpoint, described, card)
     if resume_from:
         start, card = find_start(resume_from, start, card, config.checkpoint.save)
         # Original languages that --original-languages named at the start stay so where the flag is not given again.
         sources = with_original(sources, config.data, original_languages([*card.history, resume_from.recorded]))
         if config.checkpoint.use_checkpoint_opt_param_scheduler:
             config = dataclasses.replace(config, optimizer=recorded_schedule(resume_from.recorded, config))
-    description = describe_run(config, stage, sources, options.dtype)
-    sources = dataclasses.replace(sources, notes=(*sources.notes, *_end_of_document(sources, tokenizer)))
+    description = describe_run(config, stage, sources, options.dtype, shape.has_new_rows)
+    other_template = template_note({entry.prefix: entry.manifest for entry in sources.train}, start.side_directory)
+    notes = (*sources.notes, *_end_of_document(sources, tokenizer), *filter(None, [other_template]))
+    sources = dataclasses.replace(sources, notes=notes)
     datasets = _build_datasets(config, sources, resume_from)
     model, state = _build_model(config, stage, platform, options, start, resume_from)
     model = dataclasses.replace(model, card=card)

@@ -12,7 +12,7 @@ from megatron_moe_lpr.allocation.similarity import layer_similarity, mean_unit_v
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.errors import UserError
 from tests.conversion.helpers import change_hf, perturb, rewrite_checkpoint, run
-from tests.conversion.tiny_models import MODELS, load_model, save_model
+from tests.conversion.tiny_models import FURTHER_MODELS, MODELS, load_model, save_model
 from tests.data.builders import write_dataset
 from tests.evaluation.tools import load_tool
 
@@ -34,7 +34,7 @@ def direct_inputs(directory, ids: torch.Tensor) -> list[torch.Tensor]:
     return kept
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *FURTHER_MODELS])
 def test_layer_by_layer_is_what_the_whole_model_computes(name, tmp_path):
     save_model(name, tmp_path / "hf")
     layers = list(ffn_inputs(open_dense_source(tmp_path / "hf"), windows(), CPU))

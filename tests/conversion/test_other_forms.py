@@ -328,7 +328,7 @@ DIRECTORIES: dict[str, tuple[Build, list[str]]] = {
     "LFS tokenizer.json": (pointer("tokenizer.json"), ["tokenizer.json: is a Git LFS pointer"]),
     "LFS tokenizer.model": (pointer("tokenizer.model"), ["tokenizer.model: is a Git LFS pointer"]),
     "LFS config.json": (pointer("config.json"), ["config.json: is a Git LFS pointer"]),
-    "GGUF": (only("model-q4.gguf"), ["only GGUF", "gguf_file"]),
+    "GGUF": (only("model-q4.gguf"), ["only GGUF", "the GGUF file itself"]),
     "GGUF with config.json": (only("model-q4.gguf", config=True), ["only GGUF"]),
     "pickles": (only("pytorch_model.bin", config=True), [".bin", "save_pretrained"]),
     "Mistral's own form": (

@@ -36,6 +36,22 @@ MODELS = {
     "mistral": ("mistral", {"head_dim": 24, "sliding_window": 8}),
     "mistral-full": ("mistral", {"sliding_window": None, "num_key_value_heads": 4}),
 }
+GRANITE = {
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 4.0,
+    "tie_word_embeddings": True,
+}
+FURTHER_MODELS = {
+    "seed_oss": ("seed_oss", {"head_dim": 16}),
+    "phi3": ("phi3", {"sliding_window": 8, "pad_token_id": None}),
+    "granite": ("granite", GRANITE),
+    "olmo2": ("olmo2", {}),
+    "cohere": ("cohere", {"logit_scale": 0.25}),
+    "cohere2": ("cohere2", {"logit_scale": 0.5, "sliding_window": 8, "sliding_window_pattern": 2}),
+}
+"""Families whose tests share few processes (`test_families.py`)."""
 _EXPERTS = {"num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 MIXTURES = {
     "qwen3_moe": ("qwen3_moe", _EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
@@ -47,13 +63,15 @@ MIXTURES = {
     "qwen2_moe": ("qwen2_moe", _EXPERTS | {"norm_topk_prob": False, "shared_expert_intermediate_size": 56}),
     "qwen2_moe-renormalised": ("qwen2_moe", _EXPERTS | {"norm_topk_prob": True, "shared_expert_intermediate_size": 32}),
     "mixtral": ("mixtral", {"num_hidden_layers": 4, "num_local_experts": 8, "sliding_window": 24}),
+    "olmoe": ("olmoe", {"num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 3}),
+    "granitemoe": ("granitemoe", GRANITE | {"num_hidden_layers": 4, "num_local_experts": 8, "num_experts_per_tok": 3}),
 }
 """Base models that are mixtures."""
 
 
 def make_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A model with random weights, norms and biases included."""
-    model_type, fields = (MODELS | MIXTURES)[name]
+    model_type, fields = {**MODELS, **FURTHER_MODELS, **MIXTURES}[name]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**COMMON, **fields}))
     with torch.no_grad():

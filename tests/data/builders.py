@@ -97,13 +97,24 @@ def run_plan(*args, **kwargs) -> Manifest:
     return manifest
 
 
-def write_dataset(prefix: Path, language: str, documents: list[list[int]], tokenizer: str = "t", eod: int = 0) -> str:
-    """A dataset of given token ids (EOD included, where wanted), with its manifest."""
+def write_dataset(
+    prefix: Path,
+    language: str,
+    documents: list[list[int]],
+    tokenizer: str = "t",
+    eod: int = 0,
+    chat: bool = False,
+    chat_template: str | None = None,
+) -> str:
+    """A dataset of given token ids (EOD included, where wanted), with its manifest.
+
+    `chat`: of conversations; the even tokens count in the loss.
+    """
     partial = str(prefix.parent / f"partial-{prefix.name}")
     lengths = np.array([len(document) for document in documents], np.int32)
     tokens = np.concatenate([np.array(document, np.int32) for document in documents])
-    with IndexedWriter(partial, np.dtype(np.int32)) as writer:
-        writer.append(tokens, lengths)
+    with IndexedWriter(partial, np.dtype(np.int32), chat) as writer:
+        writer.append(tokens, lengths, tokens % 2 == 0)
         writer.finish()
     manifest = Manifest(
         language=language,
@@ -121,16 +132,21 @@ def write_dataset(prefix: Path, language: str, documents: list[list[int]], token
         skipped={},
         sources=[],
         bin_xxh3_128=writer.checksum,
+        chat=chat,
+        chat_template=chat_template,
+        loss_tokens=writer.loss_tokens if chat else None,
+        loss_mask_xxh3_128=writer.loss_mask_checksum,
     )
     publish(partial, str(prefix), manifest)
     return str(prefix)
 
 
-def numbered_dataset(prefix: Path, language: str, base: int, documents: int, seed: int = 0) -> str:
+def numbered_dataset(prefix: Path, language: str, base: int, documents: int, seed: int = 0, **options) -> str:
     """Documents of 5 to 60 tokens out of base..base+999, each ending with EOD (0): a token tells its dataset."""
     random = np.random.default_rng(seed + base)
     return write_dataset(
         prefix,
         language,
         [[*random.integers(base, base + 1000, random.integers(4, 60)).tolist(), 0] for _ in range(documents)],
+        **options,
     )

@@ -22,6 +22,7 @@ TRAINED = [*SECOND, {"stage": "1", "languages": ["el", "tr"], "original_language
         (FIRST, [{"el", "hu"}]),
         (SECOND, [{"el", "hu"}, set()]),
         (TRAINED, [{"el", "hu"}, {"tr"}]),  # el belongs where it was first learned
+        ([*FIRST, {"stage": "sft", "languages": ["el", "en", "cs"]}], [{"el", "hu", "cs"}]),
     ],
 )
 def test_languages_belong_to_the_expansion_that_learned_them(history, groups):

@@ -4,6 +4,7 @@ import torch
 
 from tests.emulation.kernels import contiguous, kernel, refuse_unless
 from tests.emulation.names import NVTE_QKV_Format
+from tests.emulation.packed import sequences
 
 LONGEST_ROW = 16384
 
@@ -99,18 +100,35 @@ def scaled_softmax_backward(
 
 
 def _rotate(
-    tensor: torch.Tensor, freqs: torch.Tensor, layout: NVTE_QKV_Format, interleaved: bool, sign: int
+    tensor: torch.Tensor,
+    freqs: torch.Tensor,
+    layout: NVTE_QKV_Format,
+    interleaved: bool,
+    cu_seqlens: torch.Tensor | None,
+    sign: int,
 ) -> torch.Tensor:
     refuse_unless(not interleaved, "fused_rope: interleaved halves are not emulated")
     refuse_unless(freqs.dtype == torch.float32, f"fused_rope: frequencies in {freqs.dtype}")
     refuse_unless(freqs.dim() == 4 and freqs.shape[1:3] == (1, 1), f"fused_rope: frequencies {tuple(freqs.shape)}")
-    refuse_unless(tensor.dim() == 4, f"fused_rope: {tensor.dim()} dimensions")
+    packed = layout == NVTE_QKV_Format.NVTE_THD
+    refuse_unless(tensor.dim() == (3 if packed else 4), f"fused_rope: {tensor.dim()} dimensions")
     refuse_unless(tensor.shape[-1] >= freqs.shape[-1], "fused_rope: more frequencies than a head has numbers")
+    if packed:
+        # Each sequence from the first position on. Tokens past the last one keep what is in the memory.
+        places = sequences("fused_rope", cu_seqlens, len(tensor), len(freqs))
+        refuse_unless(places and places[-1].stop == len(tensor), "fused_rope: tokens after the last sequence")
+        angles = torch.cat([freqs[: place.stop - place.start] for place in places])
+        return _turned(tensor[:, None], angles, sign)[:, 0]
+    refuse_unless(cu_seqlens is None, "fused_rope: cu_seqlens beside another format than thd")
     sequence = tensor.shape[0 if layout == NVTE_QKV_Format.NVTE_SBHD else 1]
     refuse_unless(freqs.shape[0] >= sequence, f"fused_rope: {freqs.shape[0]} positions for {sequence} tokens")
     angles = freqs[:sequence]  # [sequence, 1, 1, dim]
     if layout == NVTE_QKV_Format.NVTE_BSHD:
         angles = angles.transpose(0, 1)
+    return _turned(tensor, angles, sign)
+
+
+def _turned(tensor: torch.Tensor, angles: torch.Tensor, sign: int) -> torch.Tensor:
     width = angles.shape[-1]
     turned, rest = tensor[..., :width].float(), tensor[..., width:]
     first, second = turned.chunk(2, -1)
@@ -131,9 +149,9 @@ def fused_rope_forward(
     cp_rank: int,
 ) -> torch.Tensor:
     """Rotary embedding of [sequence, batch, heads, dim]; any strides."""
-    absent = cu_seqlens is None and start_positions is None and cp_size == 1
-    refuse_unless(absent, "fused_rope: packed sequences and context parallelism are not emulated")
-    return _rotate(input.detach(), freqs, qkv_format, interleaved, 1)
+    absent = start_positions is None and cp_size == 1
+    refuse_unless(absent, "fused_rope: starting positions and context parallelism are not emulated")
+    return _rotate(input.detach(), freqs, qkv_format, interleaved, cu_seqlens, 1)
 
 
 @kernel("attention/rope.py FusedRoPEFunc")
@@ -148,4 +166,4 @@ def fused_rope_backward(
     cp_rank: int,
 ) -> torch.Tensor:
     """The rotation back."""
-    return _rotate(output_grads, freqs, qkv_format, interleaved, -1)
+    return _rotate(output_grads, freqs, qkv_format, interleaved, cu_seqlens, -1)

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from tests.emulation.fused_attention import CAUSAL, SEQUENCE_FIRST
+from tests.emulation.fused_attention import MASK_OF_LAYOUT, format_of
 from tests.emulation.kernels import kernel
 from tests.emulation.names import (
     DType,
     NVTE_Bias_Type,
     NVTE_Fused_Attn_Backend,
     NVTE_Mask_Type,
-    NVTE_QKV_Format,
     NVTE_QKV_Layout,
     NVTE_Softmax_Type,
 )
@@ -38,13 +37,14 @@ PARAMETERS = {
 
 
 def _backend(facts: dict[str, Any]) -> NVTE_Fused_Attn_Backend:
-    """cuDNN's kernel where it has one: half precision, heads of a multiple of 8 up to 256, causal, no bias."""
+    """cuDNN's kernel where it has one: half precision, heads of a multiple of 8 up to 256, causal, no bias;
+    sequences of one length, or packed ones."""
     fits = (
         facts["q_dtype"] == facts["kv_dtype"]
         and facts["q_dtype"] in HALF
-        and facts["qkv_layout"] in SEQUENCE_FIRST
+        and facts["qkv_layout"] in MASK_OF_LAYOUT
         and facts["bias_type"] == NVTE_Bias_Type["NVTE_NO_BIAS"]
-        and facts["attn_mask_type"] == CAUSAL
+        and facts["attn_mask_type"] == MASK_OF_LAYOUT[facts["qkv_layout"]]
         and facts["softmax_type"] == NVTE_Softmax_Type["NVTE_VANILLA_SOFTMAX"]
         and facts["head_dim_qk"] == facts["head_dim_v"]
         and facts["head_dim_qk"] % 8 == 0
@@ -116,7 +116,7 @@ def get_fused_attn_backend_2_20(fused_attn_params: object) -> tuple[NVTE_Fused_A
             if not check_for(kind)(value):
                 raise TypeError(f"get_fused_attn_backend: {name} is {kind}, not {type(value).__name__}")
     facts = {name: getattr(fused_attn_params, name) for names in PARAMETERS.values() for name in names}
-    usual = NVTE_QKV_Format["NVTE_SBHD"]
+    usual = format_of(facts["qkv_layout"])
     backend = _backend(facts | {"q_dtype": facts["qkv_dtype"], "kv_dtype": facts["qkv_dtype"]})
     if facts["o_format"] != usual or facts["do_format"] != usual or facts["dqkv_layout"] != facts["qkv_layout"]:
         backend = NVTE_Fused_Attn_Backend["NVTE_No_Backend"]

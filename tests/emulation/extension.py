@@ -18,6 +18,7 @@ from tests.emulation import (  # noqa: F401
     fused_attention,
     norms,
     optimizer,
+    packed,
     permutation,
     products,
     router,

@@ -99,7 +99,7 @@ def test_what_backward_gets_is_the_logarithm_of_the_sums(tex):
     [
         ({"attn_mask_type": NVTE_Mask_Type.NVTE_NO_MASK}, "fused attention: mask"),
         ({"p_dropout": 0.1}, "dropout is not emulated"),
-        ({"qkv_layout": NVTE_QKV_Layout.NVTE_THD_THD_THD}, "layout .* is not emulated"),
+        ({"qkv_layout": NVTE_QKV_Layout.NVTE_BSHD_BSHD_BSHD}, "layout .* is not emulated"),
         ({"Bias": torch.zeros(1)}, "paging, FP8, bias and the largest logit are not"),
         ({"Q": torch.randn(SEQUENCE, BATCH, HEADS, DIM)}, r"fused attention in torch\.float32"),
         ({"Q": torch.randn(SEQUENCE, BATCH, DIM, HEADS).bfloat16().transpose(2, 3)}, "do not lie side by side"),
@@ -132,6 +132,10 @@ def test_refusals_of_fused_attention(changes, message, tex):
 )
 def test_the_kernel_is_chosen_by_shape(changes, fused, tex):
     """fp32 goes to the unfused path; heads come in eights up to 256."""
+    check_choice(changes, fused)
+
+
+def check_choice(changes, fused):
     fields = KIND | {"is_training": True, "q_dtype": DType.kBFloat16, "kv_dtype": DType.kBFloat16, "p_dropout": 0.0}
     fields |= {"qkv_layout": SEPARATE, "attn_mask_type": CAUSAL, "num_attn_heads": HEADS, "num_gqa_groups": GROUPS}
     fields |= {"max_seqlen_q": 512, "max_seqlen_kv": 512, "head_dim_qk": 64, "head_dim_v": 64}
@@ -154,7 +158,8 @@ def chosen(fields) -> object:
 def description(q_dtype, kv_dtype, p_dropout, **fields):
     from transformer_engine.pytorch.attention.dot_product_attention.utils import FusedAttentionParams
 
-    formats = {"o_format": FORMATS["NVTE_SBHD"], "do_format": FORMATS["NVTE_SBHD"], "dqkv_layout": fields["qkv_layout"]}
+    form = FORMATS["NVTE_THD" if "THD" in fields["qkv_layout"].name else "NVTE_SBHD"]
+    formats = {"o_format": form, "do_format": form, "dqkv_layout": fields["qkv_layout"]}
     return FusedAttentionParams(**(formats | {"qkv_dtype": q_dtype, "dropout": p_dropout} | fields))
 
 

@@ -144,6 +144,16 @@ def test_costs_are_columns(files):
         write_report(files, **{"--costs": str(files / "costs.json")})
 
 
+def test_mass_on_new_tokens_is_a_column_where_some_model_has_them(files, capsys):
+    assert "mass on new tokens" not in write_report(files).lower()
+    record = json.loads((files / "two.json").read_text())
+    record["averages"]["original"]["new_token_mass"] = 0.0341
+    (files / "two.json").write_text(json.dumps(record))
+    page = write_report(files)
+    assert "<td>97.0%</td><td>3.4%</td>" in page and "<td>40.0%</td><td>–</td>" in page
+    assert "mass on new tokens<br>(original)</th>" in page and "3.4%" in capsys.readouterr().out
+
+
 def test_curves_are_drawn_for_both_groups(files):
     points = [
         {"value": value, "evaluations": [str(files / f"{name}.json")]} for value, name in (("3", "one"), ("5", "two"))

@@ -15,6 +15,7 @@ from tests.data.extended_tokenizers import TEXT
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "demo"))
 import initial_rows
 import vocabulary
+import vocabulary_reviews
 from settings import Settings
 from workflow import Workflow
 
@@ -64,7 +65,8 @@ class Recorder:
             short = value["--tokenizer"].endswith("tokenizer") and value["--language"] in ("el", "hu", "tr")
             write_manifest(Path(value["--output-prefix"]), 1200, 200 if short else 400)
         elif "tools/evaluate.py" in command:
-            averages = {name: {"bits_per_byte": 2.0} for name in ("original", "expanded")}
+            mass = 0.25 if "with" in Path(value["--load"]).parts else None
+            averages = {key: {"bits_per_byte": 2.0, "new_token_mass": mass} for key in ("original", "expanded")}
             Path(value["--output"]).write_text(json.dumps({"averages": averages}))
         elif "examples/demo/costs.py" in command:
             cost = {"generated_tokens_per_second": 10.0, "parameters": 7}
@@ -77,15 +79,19 @@ class Recorder:
             (save / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
 
-def test_both_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    recorder = Recorder()
+def replace_commands(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Workflow, "run", lambda *words, **environment: recorder(*words, **environment))
     for name, text in {"RUNS": str(tmp_path / "runs"), "STAGE1_ITERS": "280", "STAGE2_ITERS": "900"}.items():
         monkeypatch.setenv(name, text)
     for name in ("TOKENIZER", "DATA", "EXPANDED", "ORIGINAL", "NEW_TOKENS"):
         monkeypatch.delenv(name, raising=False)
+
+
+def test_both_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = Recorder()
+    replace_commands(recorder, tmp_path, monkeypatch)
     vocabulary.vocabulary()
-    capsys.readouterr()
+    printed = capsys.readouterr().out
     steps = {
         (Path(command[command.index("--save") + 1]).parts[-2:]): int(command[command.index("--train-iters") + 1])
         for command in recorder.commands
@@ -97,15 +103,40 @@ def test_both_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ("without", "stage2"): 900,
         ("with", "stage1"): 140,
         ("with", "stage2"): round(900 * 3 / 5),
+        ("with", "frozen"): round(900 * 3 / 5),
     }
+    frozen = next(command for command in recorder.commands if any(word.endswith("/frozen") for word in command))
+    assert "--no-train-new-rows" in frozen
     imports = {command[command.index("--save") + 1]: command for command in recorder.commands if "import" in command}
     extended = {Path(save).parts[-2:]: "--tokenizer" in command for save, command in imports.items()}
     assert extended == {("without", "base"): False, ("without", "moe"): False, ("with", "moe"): True}
     found = json.loads((tmp_path / "runs" / "vocabulary.json").read_text())
     assert found["old vocabulary"]["stage1_tokens"] == 2 * found["new tokens"]["stage1_tokens"]
     assert found["new tokens"]["stage1_seconds"] == pytest.approx(140)
-    assert [one["generated_bytes_per_second"] for one in found.values()] == [30, 60]
+    assert [one.get("generated_bytes_per_second") for one in found.values()] == [30, 60, None]
+    assert [one.get("original_new_token_mass") for one in found.values()] == [None, 0.25, 0.25]
+    assert all(title.split(",")[0] in printed for title in found) and printed.count("0.25") == 4
     assert (tmp_path / "runs" / "tokenizer" / "extension.json").exists()
+
+
+def test_reviews_from_one_stage_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As long as the review of the arm with new tokens; each differs in its flags."""
+    recorder = Recorder()
+    replace_commands(recorder, tmp_path, monkeypatch)
+    vocabulary_reviews.vocabulary_reviews()
+    trained = [command for command in recorder.commands if "megatron_moe_lpr.pretrain" in command]
+    stage1, *reviews = trained
+    assert len(reviews) == len(vocabulary_reviews.REVIEWS) and len(set(map(tuple, reviews))) == len(reviews)
+    for review, flags in zip(reviews, vocabulary_reviews.REVIEWS.values(), strict=True):
+        start, length = review[review.index("--load") + 1], int(review[review.index("--train-iters") + 1])
+        assert (start, length) == (stage1[stage1.index("--save") + 1], round(900 * 3 / 5))
+        assert set(flags) <= set(review)
+    found = json.loads((tmp_path / "runs" / "reviews.json").read_text())
+    assert list(found) == ["stage 1", *vocabulary_reviews.REVIEWS]
+    printed = capsys.readouterr().out
+    assert all(title in printed for title in found) and "0.2500" in printed
 
 
 def test_mass_and_loss_of_zero_states() -> None:

@@ -26,11 +26,11 @@ def gpu_checkpoint(root: Path, model: str = "qwen2-tied") -> Path:
         checkpoint = make_checkpoint(root, model, perturbed=False)
     finally:
         COMMON.update(before)
-    rewrite_checkpoint(checkpoint, _perturb_a_little)
+    rewrite_checkpoint(checkpoint, perturb_a_little)
     return checkpoint
 
 
-def _perturb_a_little(tensors: dict[str, torch.Tensor]) -> None:
+def perturb_a_little(tensors: dict[str, torch.Tensor]) -> None:
     """Experts differ, but not by much: a token whose two best experts change places by rounding must not decide."""
     generator = torch.Generator().manual_seed(7)
     for key, tensor in tensors.items():

@@ -1,4 +1,5 @@
-"""Every family's own parts on the device against the local layers: QK norm, sliding window, head size, rope scaling."""
+"""Every family's own parts on the device against the local layers: QK norm, sliding window, head size, rope
+scaling, multipliers, norms of outputs, the parallel block, layers without positions."""
 
 import pytest
 
@@ -9,7 +10,7 @@ from tests.gpu.inputs import gpu_checkpoint, gradient_error, relative_error
 from tests.gpu.ranks import run
 from tests.gpu.test_numerics import BF16
 
-FAMILIES = ("qwen3", "llama3-tied", "mistral")  # all other tests take Qwen2
+FAMILIES = ("qwen3", "llama3-tied", "mistral", "granite", "olmo2", "cohere2")  # all other tests take Qwen2
 FP32 = {"fp32": True}
 
 

@@ -47,7 +47,8 @@ def work(tmp_path_factory):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_a_whole_run_with_a_reason_for_each_group_of_settings(recipe):
     config = parse_training_flags(["--config", str(recipe)])
-    assert recipe.stem.endswith(f"-stage{config.stage.stage}")
+    stage = config.stage.stage
+    assert recipe.stem.endswith(f"-{stage}" if stage == "sft" else f"-stage{stage}")
     assert config.batch.num_microbatches(config.layout.data_parallel_size(8)) >= 1
     lines = recipe.read_text().splitlines()
     for name in ("train_iters", "lr", "micro_batch_size", "global_batch_size", "expert_model_parallel_size", "bf16"):

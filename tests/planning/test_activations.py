@@ -36,6 +36,15 @@ def test_rows_of_earlier_experts_keep_no_input():
     assert difference == pytest.approx(TOKENS * 2 * 4 / 7 * inputs)
 
 
+@pytest.mark.parametrize(("family", "values"), [("granite", 0), ("olmo2", 4 * (32 + 16) // 2), ("cohere", -32)])
+def test_norms_of_other_families(family, values):
+    """OLMo 2 keeps queries and keys in fp32 as its norm of all heads gets them; a parallel block has one norm less."""
+    fields = DENSE | {"model_type": family, "tie_word_embeddings": False}
+    other = dataclasses.replace(SHAPE, architecture=read_architecture(fields, "config"), experts_per_layer=(7,) * 2)
+    llama = dataclasses.replace(other, architecture=read_architecture(fields | {"model_type": "llama"}, "config"))
+    assert planned(other, "2") - planned(llama, "2") == pytest.approx(TOKENS * 2 * 2 * values)
+
+
 @pytest.mark.parametrize(("stage", "matrices"), [("1", 3), ("2", 0)])
 def test_one_placeholder_stands_for_all_weight_gradients_of_a_shape(stage, matrices):
     """Of new experts: gate and up together, and down, in bf16, however many experts train."""

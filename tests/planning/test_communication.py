@@ -48,6 +48,9 @@ CASES = {
     "full, TP2 without SP, dense, norms of queries and keys": Case(
         TP2 | {"sequence_parallel": False}, stage="full", experts=(1, 1), model=QK_NORM
     ),
+    "full, TP2+SP, norms of outputs and of all heads": Case(TP2, stage="full", model={"model_type": "olmo2"}),
+    "TP2xEP2, norms of outputs and of all heads": Case(TP2 | EP2, model={"model_type": "olmo2"}),
+    "full, TP2+SP, parallel block": Case(TP2, stage="full", model={"model_type": "cohere2"} | TIED),
     "full, PP2, tied": Case(PP2, stage="full", model=TIED),
     "full, TP2xEP2": Case(TP2 | EP2, stage="full", optimizer=SHARDED),
     "inserted blocks, DP2, distributed optimizer": Case(optimizer=SHARDED, **INSERTED),

@@ -55,12 +55,15 @@ def compare_model(report: Report, flags: argparse.Namespace, served: models.Serv
     cut = [one.cut(within_window(served), models.SIZES["eos_token_id"]) for one in reference]
     megatron = functools.partial(by_megatron, place / "checkpoint", reference, served.vocab_size)
     report.compare(served.name, "Megatron (this project)", megatron, reference)
+    without, name = served.without, served.name
     four = functools.partial(by_transformers4, flags.transformers4, place, reference)
-    report.compare(served.name, "transformers 4", four, reference)
+    if "transformers 4" not in without:
+        report.compare(name, "transformers 4", four, reference)
     llama_cpp = functools.partial(by_llama_cpp, flags.llama_cpp, served, place)
     window = ", within the window" if "sliding_window" in served.fields else ""
-    report.compare(served.name, f"llama.cpp{window}", llama_cpp, cut)
-    report.compare(served.name, "vLLM", functools.partial(by_vllm, flags.vllm, place), reference)
+    if "llama.cpp" not in without:
+        report.compare(name, f"llama.cpp{window}", llama_cpp, cut)
+    report.compare(name, "vLLM", functools.partial(by_vllm, flags.vllm, place), reference)
 
 
 def within_window(served: models.Served) -> int:

@@ -38,6 +38,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0, "original_max_position_embeddings": 64}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.0625,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+    "tie_word_embeddings": True,
+}
+NO_COHERE = ("transformers 4", "llama.cpp")
 FIRST_DENSE = "[0,1,1,1]"
 ALL = "[1,1,1,1]"
 
@@ -52,6 +60,8 @@ class Served:
     layers: str = ALL
     new_tokens: int = 0
     """Tokens that a vocabulary extension adds."""
+    without: tuple[str, ...] = ()
+    """Engines that do not have the architecture, or for which no form of it is known: they are not asked."""
 
     @property
     def vocab_size(self) -> int:
@@ -71,6 +81,12 @@ MODELS = (
     ),
     Served("Qwen2, 200 new tokens", "qwen2", {}, new_tokens=200),
     Served("Llama, tied, 200 new tokens", "llama", {"tie_word_embeddings": True}, new_tokens=200),
+    Served("Seed-OSS", "seed_oss", {"head_dim": 32}),
+    Served("Phi-3, layer 0 dense", "phi3", {}, FIRST_DENSE),
+    Served("Granite, tied, 200 new tokens", "granite", GRANITE, new_tokens=200, without=("llama.cpp",)),
+    Served("OLMo 2", "olmo2", {}, without=("llama.cpp",)),
+    Served("Cohere", "cohere", {"logit_scale": 0.25}, without=NO_COHERE),
+    Served(f"Cohere2, window {WINDOW}", "cohere2", {"logit_scale": 0.25, "sliding_window": WINDOW}, without=NO_COHERE),
 )
 
 

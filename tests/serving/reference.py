@@ -17,6 +17,8 @@ from megatron_moe_lpr.platform import select_platform
 NEW_TOKENS = 96
 # Of router logits, whose rounding differs by 1e-6 between engines.
 SMALLEST_GAP = 1e-4
+ROUTERS = (".mlp.gate", ".block_sparse_moe.router")
+"""Ends of the names of routers in transformers' classes."""
 PROMPTS = ([17, 301, 45, 902, 77, 512, 8], [640, 33, 214])
 
 
@@ -80,7 +82,7 @@ def smallest_gap(model: PreTrainedModel, text: list[int]) -> float:
             best = logits.topk(3).values
             gaps.append(float((best[:, 1] - best[:, 2]).min()))
 
-    routers = [module for name, module in model.named_modules() if name.endswith(".mlp.gate")]
+    routers = [module for name, module in model.named_modules() if name.endswith(ROUTERS)]
     hooks = [router.register_forward_hook(look) for router in routers]
     model(torch.tensor([text]), use_cache=False)
     for hook in hooks:

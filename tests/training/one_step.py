@@ -37,10 +37,11 @@ class StepCase:
     layout: dict = dataclasses.field(default_factory=dict)
     stage: str = "1"
     train_embeddings: bool = False
-    train_new_rows: bool = False
+    train_new_rows: bool = True
     micro_batch_size: int = 2
     load_balancing_coeff: float = 0.3
     lpr_loss_coeff: float = 0.5
+    new_token_loss_coeff: float = 0.0
     recompute: dict = dataclasses.field(default_factory=dict)
     optimizer: dict = dataclasses.field(default_factory=dict)
     dispatcher: str = "alltoall"
@@ -104,6 +105,7 @@ def run_step(path: Path, case: StepCase, table: torch.Tensor = LANGUAGE_GROUP) -
         ),
         load_balancing_coeff=case.load_balancing_coeff,
         lpr_loss_coeff=case.lpr_loss_coeff,
+        new_token_loss_coeff=case.new_token_loss_coeff,
         calculate_per_token_loss=True,
     )
     stage = StageOptions(stage=case.stage, train_embeddings=case.train_embeddings, train_new_rows=case.train_new_rows)

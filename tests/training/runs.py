@@ -72,7 +72,7 @@ def training_config(
     load: Path, save: Path, data: dict[str, str], stage: str = "1", platform: PlatformName = "cpu", **changes
 ) -> TrainingConfig:
     """A short run. `changes` go to the dataclass that has the field."""
-    languages = {"1": ("el", "hu"), "2": LANGUAGES, "full": LANGUAGES, "blocks": ("el", "hu")}[stage]
+    languages = {"1": ("el", "hu"), "2": LANGUAGES, "full": LANGUAGES, "sft": LANGUAGES, "blocks": ("el", "hu")}[stage]
     fields = {
         "train_iters": 6,
         "micro_batch_size": 2,

@@ -34,8 +34,13 @@ CASES = {
     "TP2xPP2": (4, StepCase(TP2 | PP2)),
     "PP2xDP2, distributed optimizer": (4, StepCase(PP2, optimizer=DISTRIBUTED)),
     "EP2xPP2, recompute full, distributed optimizer": (4, StepCase(EP2 | PP2, recompute=FULL, optimizer=DISTRIBUTED)),
-    "stage 2 with new rows, TP2xPP2": (4, StepCase(TP2 | PP2, stage="2", train_new_rows=True)),
-    "stage 2, TP2": (2, StepCase(TP2, stage="2")),
+    "stage 2, TP2xPP2": (4, StepCase(TP2 | PP2, stage="2")),
+    "stage 2, new-token loss, TP2+SP": (2, StepCase(TP2, stage="2", new_token_loss_coeff=2.0)),
+    "stage 2, new-token loss, PP2xDP2, recompute full, distributed optimizer": (
+        4,
+        StepCase(PP2, "2", recompute=FULL, optimizer=DISTRIBUTED, new_token_loss_coeff=2.0),
+    ),
+    "stage 2 without new rows, TP2": (2, StepCase(TP2, stage="2", train_new_rows=False)),
     "full training, TP2xPP2": (4, StepCase(TP2 | PP2, stage="full")),
 }
 
@@ -55,7 +60,8 @@ def references(checkpoints):
     known: dict[tuple[str, StepCase], StepResult] = {}
 
     def get(model: str, case: StepCase) -> StepResult:
-        alone = StepCase({}, case.stage, train_new_rows=case.train_new_rows)
+        chosen = {"train_new_rows": case.train_new_rows, "new_token_loss_coeff": case.new_token_loss_coeff}
+        alone = StepCase({}, case.stage, **chosen)
         if (key := (model, str(alone))) not in known:
             known[key] = rank_pool(1).run(run_step, checkpoints[model], alone)[0]
         return known[key]
@@ -76,19 +82,19 @@ def test_layout_equals_one_process(name, model, checkpoints, references):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_only_rows_of_the_latest_extension_get_a_gradient(model, references):
-    """In stage 1; in stage 2 none, unless --train-new-rows; in full training all."""
+    """In stages 1 and 2; in stage 2 none with --no-train-new-rows; in full training all."""
     outer = {
         name: {key for key in references(model, case).gradients if ".layers." not in key}
         for name, case in {
             "1": StepCase(),
             "2": StepCase(stage="2"),
-            "2, new rows": StepCase(stage="2", train_new_rows=True),
+            "2, no new rows": StepCase(stage="2", train_new_rows=False),
             "full": StepCase(stage="full"),
         }.items()
     }
     matrices = (EMBEDDING, OUTPUT) if model == "untied" else (EMBEDDING,)
-    assert outer["1"] == outer["2, new rows"] == {f"{rows[2]}.weight" for rows in matrices}
-    assert outer["2"] == set()
+    assert outer["1"] == outer["2"] == {f"{rows[2]}.weight" for rows in matrices}
+    assert outer["2, no new rows"] == set()
     everything = {f"{part}.weight" for rows in matrices for part in rows}
     assert outer["full"] == everything | {"decoder.final_layernorm.weight"}
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, is_integer, is_number, read_json, write_json
-from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_LAYERS, MAX_VOCABULARY, MIXTURES
+from megatron_moe_lpr.model.configuration.architecture import MAX_LAYERS, MAX_VOCABULARY
+from megatron_moe_lpr.model.configuration.families import FAMILIES, MIXTURES
 
 FORMAT_VERSION = 5
 PARENT_KEY = "base"
@@ -57,7 +58,7 @@ class CheckpointCard:
     """Facts about a checkpoint that cannot be read from its tensors."""
 
     family: str
-    """The base model's `model_type`: llama, mistral, qwen2 or qwen3; mixtral, qwen2_moe or qwen3_moe of a mixture."""
+    """The base model's `model_type`, a name of `model/configuration/families.py`."""
     experts_per_layer: list[int]
     """By layer: the number of experts including the original ones; 1: a dense layer."""
     top_k: int

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub.repocard import metadata_load
 
 from megatron_moe_lpr.checkpoint.format.directory import SIDE_DIRECTORY
+from megatron_moe_lpr.conversion.hugging_face.gguf_record import read_gguf_record
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import read_json
 
@@ -28,6 +29,8 @@ class BaseModel:
     """Name on the hub; None: unknown. Not `_name_or_path` of config.json: in a fine-tuned model that is its parent."""
     revision: str | None = None
     """Commit on the hub."""
+    quantised: str | None = None
+    """The types of quantisation that the weights had, for example `Q4_1, Q8_0`; None: they had none."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of `BASE_MODEL_FILE`."""
@@ -44,12 +47,18 @@ def find_base_model(path: Path, exported: bool) -> BaseModel:
         UserError: the record is damaged.
     """
     if not exported:
-        return _in_hub_cache(Path(path).resolve())
+        return from_gguf(path) or _in_hub_cache(Path(path).resolve())
     recorded = read_base_model(path / SIDE_DIRECTORY)
     name = named_by_card(path)
     if recorded is None:
         return BaseModel(Path(path).resolve().name, name)
     return recorded if recorded.name else dataclasses.replace(recorded, name=name)
+
+
+def from_gguf(path: Path) -> BaseModel | None:
+    """Return the GGUF file that a directory was made from; None: it was made from none."""
+    record = read_gguf_record(path)
+    return BaseModel(record.file, quantised=", ".join(record.quantised) or None) if record else None
 
 
 def read_base_model(side_directory: Path) -> BaseModel | None:
@@ -64,7 +73,7 @@ def read_base_model(side_directory: Path) -> BaseModel | None:
     fields = read_json(path)
     if not all(value is None or isinstance(value, str) for value in fields.values()) or not fields.get("directory"):
         raise UserError(f"{path}: not the record of a base model; copy the file again")
-    return BaseModel(fields["directory"], fields.get("name"), fields.get("revision"))
+    return BaseModel(fields["directory"], fields.get("name"), fields.get("revision"), fields.get("quantised"))
 
 
 def named_by_card(directory: Path) -> str | None:

@@ -8,16 +8,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_moe_lpr.checkpoint.format.card import MAX_EXPERTS, check_experts
+from megatron_moe_lpr.conversion.hugging_face.stock_fields import STOCK_FIELDS
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, required_int
-from megatron_moe_lpr.model.configuration.architecture import FAMILIES, MAX_SIZE, Architecture
+from megatron_moe_lpr.model.configuration.architecture import MAX_POSITIONS, MAX_SIZE, Architecture, layer_kinds
+from megatron_moe_lpr.model.configuration.families import FAMILIES
 from megatron_moe_lpr.model.configuration.mixtures import EXPERT_COUNTS, experts_by_layer
 from megatron_moe_lpr.model.configuration.rope_parameters import DEFAULT_THETA, read_rope
 from megatron_moe_lpr.program import command
 
-# Wide enough that tensor-parallel servers can split it; all its weights are zero.
-SHARED_EXPERT_WIDTH = 128
-DENSE_FAMILY_OF_MOE = {"mixtral": "mistral", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
+DENSE_FAMILY_OF_MOE = {
+    "mixtral": "mistral",
+    "qwen2_moe": "qwen2",
+    "qwen3_moe": "qwen3",
+    "granitemoe": "granite",
+    "flex_olmo": "olmo2",
+    "cohere2_moe": "cohere2",
+}
+"""The family as which a stock MoE is read that names none: several may become the same stock architecture."""
+MOE_NAMES = {"mixtral": "Mixtral", "granitemoe": "GraniteMoE", "cohere2_moe": "Cohere2-MoE"}
+WEIGHTS_OF_ONE = frozenset(MOE_NAMES)
+"""Stock architectures that weight a single expert by 1: the softmax runs over the chosen ones."""
 MOE_FIELDS = (
     *EXPERT_COUNTS,
     "num_experts_per_tok",
@@ -29,6 +40,13 @@ MOE_FIELDS = (
     "mlp_only_layers",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
+    "expert_selection_fn",
+    "num_shared_experts",
+    "shared_expert_combination_strategy",
+    "mlp_layer_types",
+    "prefix_dense_intermediate_size",
+    "prefix_dense_sliding_window_pattern",
+    "first_k_dense_replace",
 )
 # Fields that make a reader run code of the model; an export has no code.
 CODE_FIELDS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
@@ -47,6 +65,9 @@ MOE_DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {"num_key_value_heads": 16, "num_experts_per_tok": 4},
     "qwen3_moe": {"num_key_value_heads": 4, "num_experts_per_tok": 8},
+    "granitemoe": {"num_experts_per_tok": 2},
+    "flex_olmo": {"rms_norm_eps": 1e-6, "rope_theta": 5e5, "num_experts_per_tok": 5},
+    "cohere2_moe": {"num_experts_per_tok": 2},
 }
 
 
@@ -64,8 +85,8 @@ def moe_config(
     if architecture.mixture:
         return with_expert_count(with_both_rope_spellings(config, architecture), num_experts)
     config |= {"model_type": family.moe_model_type, "architectures": [family.moe_architecture]}
+    config[family.norm_epsilon[0]] = architecture.norm_epsilon
     config.update(
-        rms_norm_eps=architecture.norm_epsilon,
         num_key_value_heads=architecture.num_query_groups,
         num_experts_per_tok=top_k,
         output_router_logits=False,
@@ -76,9 +97,9 @@ def moe_config(
         config["head_dim"] = architecture.head_dim  # transformers reads null as none at all
     if config.get("attention_bias"):
         config["attention_bias"] = False  # Zero, or the import would have refused them.
-    if family.moe_model_type == "mixtral":
-        return {**config, **mixtral_fields(architecture, num_experts, top_k)}
-    return {**config, **_qwen_fields(architecture, experts_per_layer, num_experts, top_k)}
+    if family.qkv_bias:
+        config.pop("attention_bias", None)  # The stock architecture has these biases without a field for them.
+    return {**config, **STOCK_FIELDS[family.moe_model_type](architecture, experts_per_layer, num_experts, top_k)}
 
 
 def with_expert_count(moe: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
@@ -123,45 +144,6 @@ def _common_number_of_experts(experts_per_layer: Sequence[int], architecture: Ar
     return counts[0]
 
 
-def mixtral_fields(architecture: Architecture, num_experts: int, top_k: int) -> dict[str, Any]:
-    """Return the fields that MixtralForCausalLM reads beside those of every family.
-
-    Raises:
-        UserError: top-k 1, which MixtralForCausalLM computes in another way.
-    """
-    if top_k == 1:
-        raise UserError(
-            "cannot export: with top-k 1 the expert is weighted by its probability, and MixtralForCausalLM weights a "
-            "single expert by 1; use --top-k 2"
-        )
-    return {
-        "num_local_experts": num_experts,
-        "head_dim": architecture.head_dim,
-        "sliding_window": architecture.sliding_window,
-        "router_jitter_noise": 0.0,
-    }
-
-
-def _qwen_fields(
-    architecture: Architecture, experts_per_layer: Sequence[int], num_experts: int, top_k: int
-) -> dict[str, Any]:
-    fields = {
-        "num_experts": num_experts,
-        # With a single expert its probability is the weight: renormalised it would always be 1.
-        "norm_topk_prob": top_k > 1,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer, experts in enumerate(experts_per_layer) if experts == 1],
-        "moe_intermediate_size": architecture.ffn_hidden_size,
-        "use_sliding_window": False,
-    }
-    if architecture.family.moe_model_type == "qwen2_moe":
-        if architecture.family.explicit_head_dim:
-            # Qwen2-MoE reads an absent one as hidden size / heads.
-            fields["head_dim"] = architecture.head_dim
-        return {**fields, "qkv_bias": True, "shared_expert_intermediate_size": SHARED_EXPERT_WIDTH}
-    return {**fields, "head_dim": architecture.head_dim}
-
-
 def dense_config(moe: Mapping[str, Any], source: str, family_name: str | None = None) -> dict[str, Any]:
     """Return the configuration of the dense model that a stock MoE model was upcycled from.
 
@@ -186,24 +168,45 @@ def dense_config(moe: Mapping[str, Any], source: str, family_name: str | None = 
     if model_type == "mixtral":
         # Mistral reads an absent window as 4096, Mixtral as none.
         dense["sliding_window"] = moe.get("sliding_window")
-        if family.name == "llama" and dense["sliding_window"] is not None:
+        if family.window == "none" and dense["sliding_window"] is not None:
             raise UserError(
                 f"{source}: sliding_window {abbreviated(dense['sliding_window'])}, but the model was a Llama, which "
                 "has none; set it to null, or remove moe_lpr/ to read the MoE as a Mistral"
             )
-    else:
+    elif model_type in ("qwen2_moe", "qwen3_moe"):
         dense["intermediate_size"] = _qwen_intermediate_size(moe, source)
     if model_type == "qwen3_moe" and not moe.get("head_dim"):
         # Qwen3 reads an absent head_dim as 128.
         heads = required_int(moe, "num_attention_heads", source, 1, MAX_SIZE)
         dense["head_dim"] = required_int(moe, "hidden_size", source, 1, MAX_SIZE) // heads
+    if model_type == "cohere2_moe":
+        dense.pop("rms_norm_eps", None)
+        dense["layer_types"] = layer_kinds(moe, source)
+        if family.window == "none":
+            # The window over the whole context that `stock_fields.py` writes.
+            _check_whole_context(moe, source)
+            for name in ("sliding_window", "layer_types", "sliding_window_pattern"):
+                dense.pop(name, None)
     return dense
 
 
+def _check_whole_context(moe: Mapping[str, Any], source: str) -> None:
+    window = required_int(moe, "sliding_window", source, 1, MAX_POSITIONS)
+    if window < required_int(moe, "max_position_embeddings", source, 1, MAX_POSITIONS):
+        raise UserError(
+            f"{source}: sliding_window {window}, but the model was a Cohere, whose layers see the whole context; set "
+            "it to max_position_embeddings"
+        )
+
+
 def _refuse_foreign_moe(moe: Mapping[str, Any], model_type: str, source: str) -> None:
-    if model_type == "mixtral":
+    """Refuse a stock mixture that routes or computes otherwise than an upcycled model."""
+    if model_type == "cohere2_moe":
+        _refuse_foreign_cohere(moe, source)
+    if model_type in WEIGHTS_OF_ONE:
         if stock_top_k(moe, source) == 1:
-            raise UserError(f"{source}: a Mixtral with one expert per token weights it by 1, not by its probability")
+            name = MOE_NAMES[model_type]
+            raise UserError(f"{source}: a {name} with one expert per token weights it by 1, not by its probability")
         return
     if moe.get("use_sliding_window"):
         raise UserError(
@@ -219,6 +222,24 @@ def _refuse_foreign_moe(moe: Mapping[str, Any], model_type: str, source: str) ->
         raise UserError(f"{source}: norm_topk_prob=true with one expert per token weights it by 1, not its probability")
     if model_type == "qwen2_moe" and not moe.get("qkv_bias", True):
         raise UserError(f"{source}: qkv_bias=false is not supported for qwen2_moe")
+
+
+def _refuse_foreign_cohere(moe: Mapping[str, Any], source: str) -> None:
+    """Refuse fields of a Cohere2-MoE that no upcycled model has."""
+    only = {
+        "expert_selection_fn": "softmax",
+        "num_shared_experts": 0,
+        "first_k_dense_replace": 0,
+        "rms_norm_eps": None,
+    }
+    for name, value in only.items():
+        if moe.get(name, value) != value:
+            raise UserError(f"{source}: {name}={abbreviated(moe[name])} is not supported for cohere2_moe")
+    if "dense" in (moe.get("mlp_layer_types") or ()) and moe.get("prefix_dense_sliding_window_pattern", 1) == 1:
+        raise UserError(
+            f"{source}: prefix_dense_sliding_window_pattern=1 is not supported beside dense layers: they would have a "
+            "rotary embedding whatever their attention is"
+        )
 
 
 def _qwen_intermediate_size(moe: Mapping[str, Any], source: str) -> int:

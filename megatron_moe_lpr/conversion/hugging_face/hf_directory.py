@@ -14,7 +14,6 @@ from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, CONFIG_FILE,
 from megatron_moe_lpr.checkpoint.format.reader import TensorInfo
 from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     DENSE_FAMILY_OF_MOE,
-    SHARED_EXPERT_WIDTH,
     dense_config,
     moe_config,
     stock_experts_per_layer,
@@ -27,7 +26,10 @@ from megatron_moe_lpr.conversion.hugging_face.llama_cpp import LLAMA_CPP_MODEL_T
 from megatron_moe_lpr.conversion.hugging_face.other_forms import refuse_other_directories
 from megatron_moe_lpr.conversion.hugging_face.other_tensors import foreign_form
 from megatron_moe_lpr.conversion.hugging_face.safetensors_source import INDEX_FILE, SafetensorsSource, weight_files
+from megatron_moe_lpr.conversion.hugging_face.split_source import SplitSource
+from megatron_moe_lpr.conversion.hugging_face.stock_fields import SHARED_EXPERT_WIDTH
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors, zero_attention_biases
+from megatron_moe_lpr.conversion.tensors.fused import stored_tensors
 from megatron_moe_lpr.data.tokenizer_extension import EXTENSION_FILE
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksums import sha256_of_file
@@ -35,6 +37,7 @@ from megatron_moe_lpr.files.json_files import checked_integer, required_int
 from megatron_moe_lpr.files.lfs_pointers import refuse_lfs_pointers
 from megatron_moe_lpr.files.links import copy_private, file_inside, tree_inside
 from megatron_moe_lpr.model.configuration.architecture import MAX_SIZE, MAX_VOCABULARY, Architecture, read_architecture
+from megatron_moe_lpr.model.configuration.families import MIXTURES
 from megatron_moe_lpr.model.configuration.parameters import Shape
 from megatron_moe_lpr.model.tensors import (
     DENSE_LAYOUT,
@@ -108,6 +111,12 @@ class HFDirectory:
         return self.layout is not DENSE_LAYOUT
 
     @property
+    def model_type(self) -> str:
+        """The `model_type` of its `config.json`."""
+        family = self.architecture.family
+        return family.moe_model_type if self.is_moe else family.name
+
+    @property
     def new_tokens(self) -> list[int]:
         """Rows that vocabulary extensions added below those of `architecture.vocab_size`, the oldest one first."""
         return self.card.new_tokens if self.card else []
@@ -143,7 +152,7 @@ def open_hf_directory(path: Path, upcycled_elsewhere: bool = False) -> HFDirecto
     if model_type == LLAMA_CPP_MODEL_TYPE:
         raise UserError(f"{config_path}: written for llama.cpp alone; use the export for transformers")
     config = _without_new_rows(config, _card(path), path)
-    if isinstance(model_type, str) and model_type in DENSE_FAMILY_OF_MOE:
+    if isinstance(model_type, str) and (model_type in DENSE_FAMILY_OF_MOE or model_type in MIXTURES):
         return _open_moe(path, config, upcycled_elsewhere)
     architecture = read_architecture(config, str(config_path))
     layers = [1] * architecture.num_layers
@@ -163,21 +172,18 @@ def _without_new_rows(config: dict[str, Any], card: CheckpointCard | None, path:
 def _open_moe(path: Path, moe: dict[str, Any], upcycled_elsewhere: bool) -> HFDirectory:
     source = str(path / CONFIG_FILE)
     experts, card = stock_experts_per_layer(moe, source), _card(path)
-    if not card and not upcycled_elsewhere:
-        mixture = read_architecture(moe, source)
-        return HFDirectory(
-            path, moe, mixture, MOE_LAYOUTS[moe["model_type"]], experts, stock_top_k(moe, source), 0, None
-        )
-    config = _dense_configuration(path, moe, card)
+    is_mixture = card.has_mixture_base if card else moe["model_type"] in MIXTURES and not upcycled_elsewhere
+    config = moe if is_mixture and not card else _dense_configuration(path, moe, card)
     architecture = read_architecture(config, source)
     layout = MOE_LAYOUTS[moe["model_type"]]
+    top_k = architecture.mixture.top_k if architecture.mixture else stock_top_k(moe, source)
     if card and experts != card.experts_per_layer and experts == [card.num_experts] * len(card.experts_per_layer):
         layout, experts = dataclasses.replace(layout, experts_everywhere=True), card.experts_per_layer
     if architecture.family.moe_model_type != moe["model_type"] or (card and card.experts_per_layer != experts):
         raise UserError(f"{path / SIDE_DIRECTORY}: does not belong to {source}; export the model again")
     width = moe.get("shared_expert_intermediate_size") or SHARED_EXPERT_WIDTH
     checked_integer(width, "shared_expert_intermediate_size", source, 1, MAX_SIZE)
-    return HFDirectory(path, config, architecture, layout, experts, stock_top_k(moe, source), width, card)
+    return HFDirectory(path, config, architecture, layout, experts, top_k, width, card)
 
 
 def _dense_configuration(path: Path, moe: dict[str, Any], card: CheckpointCard | None) -> dict[str, Any]:
@@ -187,6 +193,8 @@ def _dense_configuration(path: Path, moe: dict[str, Any], card: CheckpointCard |
         UserError: the configuration is not that of an upcycled model.
     """
     if not card:
+        if moe["model_type"] not in DENSE_FAMILY_OF_MOE:
+            raise UserError(f"{path / CONFIG_FILE}: no dense model that is known here becomes a mixture of this kind")
         return dense_config(moe, str(path / CONFIG_FILE))
     side = path / SIDE_DIRECTORY / CONFIG_FILE
     kept = read_json(file_inside(side, path))
@@ -205,21 +213,32 @@ def _card(path: Path) -> CheckpointCard | None:
     return read_card(card) if card.is_file() else None
 
 
-def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: SafetensorsSource, place: Path) -> None:
+def check_tensors(
+    rows: list[Row], extra: list[ExtraTensor], source: SafetensorsSource, place: Path, model_type: str
+) -> SafetensorsSource:
     """Check that `source` holds exactly the tensors of `rows` and `extra`, in their shapes.
 
     Args:
         place: directory for messages.
+        model_type: the checkpoint's, which says which tensors it stores as one.
+
+    Returns:
+        The tensors under the names of `rows`, parts of fused ones apart.
 
     Raises:
         UserError: a tensor is missing, unexpected or of the wrong shape; the message names it.
     """
-    expected: dict[str, Shape] = {}
+    parts: dict[str, Shape] = {}
     for row in rows:
         # Of a tensor that several rows share, the last one tells where it ends.
         shapes = [(row.rows[1], *shape[1:]) for shape in row.shapes] if row.rows else row.shapes
-        expected |= dict(zip(row.names, shapes, strict=False))
-    expected |= {tensor.name: tensor.shape for tensor in extra}
+        parts |= dict(zip(row.names, shapes, strict=False))
+    parts |= {tensor.name: tensor.shape for tensor in extra}
+    fused = stored_tensors(parts, model_type)
+    expected = parts | {tensor.name: tensor.shape(parts) for tensor in fused}
+    for tensor in fused:
+        for part in tensor.parts:
+            del expected[part]
     foreign = foreign_form(source.tensors)
     if foreign:
         raise UserError(f"{place}: {foreign}")
@@ -236,6 +255,7 @@ def check_tensors(rows: list[Row], extra: list[ExtraTensor], source: Safetensors
             reason = f"{source.file(name)}: {name} has shape {list(found)}, config.json wants {list(shape)}"
             is_vocabulary = name in (EMBEDDING_NAME, OUTPUT_NAME) and found[1:] == shape[1:]
             raise UserError(reason + (f"; correct its vocab_size of {shape[0]}" if is_vocabulary else ""))
+    return SplitSource(source, fused, parts) if fused else source
 
 
 def _refuse_output_layer(missing: list[str], unexpected: list[str], source: SafetensorsSource, place: Path) -> None:

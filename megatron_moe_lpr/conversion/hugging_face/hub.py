@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+from megatron_moe_lpr.conversion.hugging_face.gguf_directory import dequantised_directory, is_gguf
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.hub_errors import explain_hub_errors, is_client_error
 
@@ -39,7 +40,8 @@ def model_directory(model: Path | str, revision: str | None = None, flag: str = 
     The hub's own client downloads what its cache lacks, with its settings: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE.
 
     Args:
-        model: a directory, or ORGANIZATION/NAME where there is no such directory.
+        model: a directory, a GGUF file, which is dequantised once into such a directory, or ORGANIZATION/NAME where
+            there is neither.
         revision: branch, tag or commit on the hub. Default: its main branch.
         flag: names the model in messages.
 
@@ -48,7 +50,7 @@ def model_directory(model: Path | str, revision: str | None = None, flag: str = 
             `revision` is given for a directory.
     """
     if _is_local(model, revision):
-        return Path(model)
+        return dequantised_directory(Path(model)) if is_gguf(model) else Path(model)
     with _as_hub_name(model, flag):
         return _snapshot(str(model), revision)
 
@@ -57,14 +59,15 @@ def model_config_file(model: Path | str, revision: str | None = None) -> Path:
     """Return the config.json of a model; of one on the hub nothing else is downloaded.
 
     Args:
-        model: a directory, its config.json, or ORGANIZATION/NAME where there is no such directory.
+        model: a directory, its config.json, a GGUF file, or ORGANIZATION/NAME where there is no such directory.
         revision: branch, tag or commit on the hub. Default: its main branch.
 
     Raises:
         UserError: the hub does not answer, refuses access, or has no such model; or `revision` is given for a path.
     """
     if _is_local(model, revision):
-        return Path(model) / CONFIG_FILE if Path(model).is_dir() else Path(model)
+        place = dequantised_directory(Path(model)) if is_gguf(model) else Path(model)
+        return place / CONFIG_FILE if place.is_dir() else place
     from huggingface_hub import constants, hf_hub_download
 
     name = str(model)

@@ -19,12 +19,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
-from megatron_moe_lpr.conversion.hugging_face.hf_config import MOE_FIELDS, mixtral_fields
+from megatron_moe_lpr.conversion.hugging_face.hf_config import MOE_FIELDS
+from megatron_moe_lpr.conversion.hugging_face.stock_fields import mixtral_fields
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, Layout
 
 LLAMA_CPP_MODEL_TYPE = "mixtral_for_llama_cpp"
+TRIED = ("mixtral", "qwen2_moe", "qwen3_moe")
+"""Stock architectures whose form for llama.cpp is known to compute the same."""
 ATTENTION_FACTOR = "attention_factor"
 QWEN_FIELDS = ("qkv_bias", "layer_types", "max_window_layers", "use_sliding_window")
 
@@ -43,6 +46,8 @@ def llama_cpp_form(
     config, warnings = _without_window(_without_attention_factor(config, architecture), architecture)
     if not card.is_moe:
         return config, layout, warnings
+    if architecture.family.moe_model_type not in TRIED:
+        raise UserError(f"--for llama.cpp: not tried with {architecture.family.moe_architecture}; leave the flag out")
     if card.top_k == 1:
         raise UserError("--for llama.cpp: it weights a single expert by 1, not by its probability; use --top-k 2")
     if architecture.family.moe_model_type == "qwen2_moe":

@@ -113,7 +113,9 @@ def _origin(base_model: str | None, source: BaseModel) -> str:
     if base_model:
         is_recorded = source.revision and base_model == source.name
         return f"{base_model}" + (f", commit {source.revision}" if is_recorded else "")
-    where = f"imported from a directory `{source.directory}`; " if source.directory else ""
+    where = f"imported from `{source.directory}`; " if source.directory else ""
+    if source.quantised:
+        where = f"imported from `{source.directory}`, whose weights were quantised ({source.quantised}); "
     return f"{where}its name on the hub is not known (`export --base-model` writes it here)"
 
 

@@ -50,8 +50,8 @@ def other_weights(path: Path) -> str:
         )
     if has("*.gguf"):
         return (
-            ": only GGUF here, llama.cpp's form; give the model that it was made of (AutoModelForCausalLM"
-            ".from_pretrained(DIR, gguf_file=FILE) and save_pretrained write it, but quantised weights stay rounded)"
+            ": only GGUF here, llama.cpp's form; give the model that it was made of, or the GGUF file itself, whose "
+            "quantised weights stay rounded"
         )
     if has("consolidated*"):
         return (

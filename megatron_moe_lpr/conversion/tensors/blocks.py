@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.model.configuration.architecture import MAX_LAYERS
+from megatron_moe_lpr.model.configuration.architecture import MAX_LAYERS, layer_kinds
+from megatron_moe_lpr.model.configuration.families import FAMILIES
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.tensors import Row
 
@@ -68,8 +69,10 @@ def mark_inserted(rows: Iterable[Row], num_layers: int, inserted: Collection[int
 def grown_config(config: dict[str, Any], num_layers: int, inserted: Collection[int]) -> dict[str, Any]:
     """The dense model's configuration for `num_layers` layers, with its lists of a value for each layer."""
     grown = config | {"num_hidden_layers": num_layers}
-    if config.get("layer_types"):
-        grown["layer_types"] = [config["layer_types"][layer] for layer in source_layers(num_layers, inserted)]
+    has_kinds = FAMILIES[config["model_type"]].window == "some layers"
+    kinds = layer_kinds(config, "config.json") if has_kinds else config.get("layer_types")
+    if kinds:
+        grown["layer_types"] = [kinds[layer] for layer in source_layers(num_layers, inserted)]
     if config.get("max_window_layers") is not None:
         # With use_sliding_window, transformers gives a window to the layers from this number on; none may get one here.
         grown["max_window_layers"] = max(config["max_window_layers"], num_layers)

@@ -4,12 +4,15 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from megatron_moe_lpr.data.language_names import canonical_language
 from megatron_moe_lpr.data.manifest import LANGUAGE_PATTERN
 from megatron_moe_lpr.data.preparation.sources import MAX_LINE_BYTES, Block, count_lines
 from megatron_moe_lpr.errors import UserError
+
+T = TypeVar("T")
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _LINE = re.compile(rb"[^\n]+")
@@ -59,11 +62,57 @@ def read_documents(
     Raises:
         UserError: a line is not a document and `stop_on_error` is set; names file and line.
     """
+
+    def read(line: bytes | None) -> tuple[str, str | None]:
+        language, text = _read_line(line, block, options)
+        if not text or text.isspace():
+            return language, None
+        repaired = replace_surrogates(text)
+        counts[REPAIRED] += repaired is not text
+        return language, repaired
+
+    return _read_lines(block, options, counts, first, read)
+
+
+def read_objects(
+    block: Block, options: DocumentOptions, counts: Counter, first: dict[str, str], convert: Callable[[dict], T]
+) -> Iterator[tuple[str, T]]:
+    """Yield (language, converted JSON object) of each line of a block; arguments as for `read_documents`.
+
+    Args:
+        convert: returns what is wanted of an object, or raises DocumentError.
+
+    Raises:
+        UserError: a line is no JSON object or `convert` refuses it, and `stop_on_error` is set; names file and line.
+    """
+
+    def read(line: bytes | None) -> tuple[str, T | None]:
+        decoded = _decode(line, options)
+        if not decoded or decoded.isspace():
+            return options.language or "", None
+        document = _parse_object(decoded)
+        return options.language or _language(document, options.language_key), convert(document)
+
+    return _read_lines(block, options, counts, first, read)
+
+
+def _read_lines(
+    block: Block,
+    options: DocumentOptions,
+    counts: Counter,
+    first: dict[str, str],
+    read: Callable[[bytes | None], tuple[str, T | None]],
+) -> Iterator[tuple[str, T]]:
+    """Yield (language, document) of each line that is not left out.
+
+    Args:
+        read: returns a line's language and document (None: empty), or raises DocumentError.
+    """
     counts[EMPTY] += block.lines.count(b"\n") + (not block.lines.endswith(b"\n"))
     for begin, line in _lines(block):
         counts[EMPTY] -= 1
         try:
-            language, text = _read_line(line, block, options)
+            language, document = read(line)
         except DocumentError as error:
             counts[error.reason] += 1
             if options.stop_on_error or error.reason not in first:
@@ -71,15 +120,13 @@ def read_documents(
             if options.stop_on_error:
                 raise UserError(f"{first[error.reason]}; correct it or pass --on-error skip") from None
             continue
-        if not text or text.isspace():
+        if document is None:
             counts[EMPTY] += 1
             continue
-        repaired = replace_surrogates(text)
-        counts[REPAIRED] += repaired is not text
         name = language if options.language else canonical_language(language)
         if name != language:
             counts[f"{KEPT}language_{language.strip()}_read_as_{name}"] += 1
-        yield name, repaired
+        yield name, document
 
 
 def _lines(block: Block) -> Iterator[tuple[int, bytes | None]]:
@@ -105,18 +152,17 @@ def replace_surrogates(text: str) -> str:
     return text
 
 
-def _read_line(line: bytes | None, block: Block, options: DocumentOptions) -> tuple[str, str]:
+def _decode(line: bytes | None, options: DocumentOptions) -> str:
     if line is None or len(line) > options.max_line_bytes:
         raise DocumentError(TOO_LONG, f"longer than {options.max_line_bytes:,} bytes (--max-line-bytes)")
     try:
         # Files may begin with a byte order mark.
-        decoded = line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
+        return line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
     except UnicodeDecodeError as error:
         raise DocumentError(MALFORMED, f"not UTF-8 (byte {error.start + 1} of the line)") from None
-    if block.plain_text:
-        return options.language or "", decoded.removesuffix("\r")
-    if not decoded or decoded.isspace():
-        return options.language or "", ""
+
+
+def _parse_object(decoded: str) -> dict[str, Any]:
     try:
         document = json.loads(decoded)
     except (ValueError, RecursionError) as error:
@@ -124,6 +170,16 @@ def _read_line(line: bytes | None, block: Block, options: DocumentOptions) -> tu
         raise DocumentError(MALFORMED, f"malformed JSON ({reason})") from None
     if not isinstance(document, dict):
         raise DocumentError(MALFORMED, "not a JSON object")
+    return document
+
+
+def _read_line(line: bytes | None, block: Block, options: DocumentOptions) -> tuple[str, str]:
+    decoded = _decode(line, options)
+    if block.plain_text:
+        return options.language or "", decoded.removesuffix("\r")
+    if not decoded or decoded.isspace():
+        return options.language or "", ""
+    document = _parse_object(decoded)
     text = document.get(options.json_key)
     if not isinstance(text, str):
         known = f"it has {', '.join(list(document)[:8]) or 'none'}" if options.json_key not in document else "not text"

@@ -46,6 +46,15 @@ class EncoderOptions:
     """Encode special tokens that occur in a text as plain text; otherwise as special tokens. Both are counted."""
     model_vocabulary: int | None = None
     """Vocabulary size of the model, if known; larger ids are refused."""
+    chat: bool = False
+    """Documents are conversations, see `chat_encoding.ChatEncoder`."""
+    chat_template: str | None = None
+    """File with the chat template; None: the tokenizer's own."""
+
+    @property
+    def mention_reason(self) -> str:
+        """The count of documents that mention a special token."""
+        return MENTIONS_AS_TEXT if self.split_special_tokens else MENTIONS_AS_TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +65,20 @@ class EncodedDocuments:
         tokens: ids of all documents, one after the other.
         lengths: tokens of each document [documents], EOD included.
         text_bytes: UTF-8 bytes of each document [documents].
+        loss_mask: of conversations, 1 for each token that counts in the loss, else 0, uint8, as long as `tokens`.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     text_bytes: np.ndarray
+    loss_mask: np.ndarray | None = None
 
     def head(self, documents: int) -> "EncodedDocuments":
         """Return the first `documents` documents."""
         lengths = self.lengths[:documents]
-        return EncodedDocuments(self.tokens[: int(lengths.sum())], lengths, self.text_bytes[:documents])
+        tokens = int(lengths.sum())
+        mask = None if self.loss_mask is None else self.loss_mask[:tokens]
+        return EncodedDocuments(self.tokens[:tokens], lengths, self.text_bytes[:documents], mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +97,6 @@ class BlockEncoder:
     def __init__(self, tokenizer: Tokenizer, options: EncoderOptions) -> None:
         self.tokenizer, self.options = tokenizer, options
         self._mentions = SpecialTokenSearch(tokenizer.special_tokens)
-        self._mention_reason = MENTIONS_AS_TEXT if options.split_special_tokens else MENTIONS_AS_TOKENS
 
     def encode(self, block: Block) -> EncodedBlock:
         """Tokenize a block. Raises UserError for a bad line if `stop_on_error` is set."""
@@ -94,8 +106,8 @@ class BlockEncoder:
         for language, text in read_documents(block, self.options.documents, counts, first):
             texts.setdefault(language, []).append(text)
             if (token := self._mentions.first(text)) is not None:
-                counts[self._mention_reason] += 1
-                first.setdefault(self._mention_reason, f"{block.source}: {token}")
+                counts[self.options.mention_reason] += 1
+                first.setdefault(self.options.mention_reason, f"{block.source}: {token}")
         languages = {language: self._encode_texts(group, counts) for language, group in texts.items()}
         return EncodedBlock(languages, counts, first, block.disk_bytes)
 
@@ -113,14 +125,19 @@ class BlockEncoder:
             lengths.append(len(ids) + self.options.append_eod)
             sizes.append(len(text) if text.isascii() else len(text.encode("utf-8")))
         joined = np.frombuffer(tokens, dtype=np.int32) if tokens else np.empty(0, np.int32)
-        limit = self.options.model_vocabulary
-        if limit is not None and len(joined) and int(joined.max()) >= limit:
-            raise UserError(
-                f"{self.tokenizer.path}: gives the token id {int(joined.max())}, and config.json beside it says that "
-                f"the model has {limit:,} ids (vocab_size); use the model's own tokenizer"
-            )
+        check_vocabulary(joined, self.tokenizer, self.options)
         return EncodedDocuments(
             joined.astype(self.tokenizer.dtype), np.array(lengths, np.int32), np.array(sizes, np.int64)
+        )
+
+
+def check_vocabulary(tokens: np.ndarray, tokenizer: Tokenizer, options: EncoderOptions) -> None:
+    """Raise UserError if one of the token ids is larger than those of the model."""
+    limit = options.model_vocabulary
+    if limit is not None and len(tokens) and int(tokens.max()) >= limit:
+        raise UserError(
+            f"{tokenizer.path}: gives the token id {int(tokens.max())}, and config.json beside it says that "
+            f"the model has {limit:,} ids (vocab_size); use the model's own tokenizer"
         )
 
 

@@ -14,6 +14,7 @@ from megatron_moe_lpr.data.manifest import (
     Source,
     bin_path,
     check_agreement,
+    loss_mask_path,
     read_manifest,
     strip_suffix,
     verify_index,
@@ -24,7 +25,7 @@ from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.atomic_file import is_same_file
 from megatron_moe_lpr.progress import ProgressReport
 
-_MUST_AGREE = ("language", "tokenizer", "eod", "append_eod", "dtype", "vocab_size")
+_MUST_AGREE = ("language", "tokenizer", "eod", "append_eod", "dtype", "vocab_size", "chat", "chat_template")
 
 
 def merge(
@@ -46,8 +47,9 @@ def merge(
     manifests = {prefix: read_manifest(prefix) for prefix in prefixes}
     for prefix, manifest in manifests.items():
         verify_index(prefix, manifest)
-        with open(bin_path(prefix), "rb"):
-            pass
+        for path in (bin_path(prefix), *((loss_mask_path(prefix),) if manifest.chat else ())):
+            with open(path, "rb"):
+                pass
         check_index(prefix, manifest.dtype, manifest.tokens)
     check_agreement(manifests, _MUST_AGREE)
     prefixes = _in_partition_order(manifests, allow_missing_partitions)
@@ -65,18 +67,22 @@ def _write(
     dtype, shuffle_seed = np.dtype(manifest.dtype), manifest.shuffle_seed
     with partial_directory(output_prefix) as directory:
         merged = str(directory / "merged")
-        with IndexedWriter(merged, dtype) as writer, ProgressReport("merging", _gigabytes(manifests)) as progress:
+        with (
+            IndexedWriter(merged, dtype, manifest.chat) as writer,
+            ProgressReport("merging", _gigabytes(manifests)) as progress,
+        ):
             for prefix in prefixes:
                 writer.append_dataset(prefix)
                 progress.advance(manifests[prefix].bin_bytes / 1e9, {"tokens": manifests[prefix].tokens})
             writer.finish()
-        checksum = writer.checksum
+        checksum, mask_checksum = writer.checksum, writer.loss_mask_checksum
         if shuffle_seed is not None:
-            checksum = shuffle_documents(merged, f"{merged}.shuffled", dtype, shuffle_seed)
+            checksum, mask_checksum = shuffle_documents(merged, f"{merged}.shuffled", dtype, shuffle_seed)
             bin_path(merged).unlink()
             merged = f"{merged}.shuffled"
         refuse_existing(output_prefix, overwrite)
-        return publish(merged, output_prefix, dataclasses.replace(manifest, bin_xxh3_128=checksum))
+        manifest = dataclasses.replace(manifest, bin_xxh3_128=checksum, loss_mask_xxh3_128=mask_checksum)
+        return publish(merged, output_prefix, manifest)
 
 
 def expand_prefixes(inputs: Sequence[str]) -> list[str]:
@@ -125,6 +131,7 @@ def _merged(manifests: list[Manifest], shuffle_seed: int | None) -> Manifest:
         skipped=dict(sorted(skipped.items())),
         sources=list(sources.values()),
         largest_token=max(largest) if len(largest) == len(manifests) else None,
+        loss_tokens=sum(manifest.loss_tokens or 0 for manifest in manifests) if manifests[0].chat else None,
         partition=None,
         shuffle_seed=shuffle_seed,
     )

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_moe_lpr.data.chat_template import read_chat_template
 from megatron_moe_lpr.data.indexed import IndexedWriter, shuffle_documents
 from megatron_moe_lpr.data.manifest import Manifest, Source, bin_path, manifest_path
+from megatron_moe_lpr.data.preparation.chat_conversations import conversation_columns
+from megatron_moe_lpr.data.preparation.chat_encoding import ChatEncoder, messages_key
 from megatron_moe_lpr.data.preparation.documents import KEPT
 from megatron_moe_lpr.data.preparation.encoding import (
     BlockEncoder,
@@ -27,6 +30,7 @@ from megatron_moe_lpr.data.preparation.sources import (
     check_beginning,
     disk_bytes,
     expand_inputs,
+    parquet_columns,
     partition_slices,
     read_blocks,
 )
@@ -75,7 +79,7 @@ class PartialDatasets:
         writer = self.writers.get(language) or self.open(language)
         if self.plan.max_documents is not None:
             documents = documents.head(self.plan.max_documents - writer.documents)
-        writer.append(documents.tokens, documents.lengths)
+        writer.append(documents.tokens, documents.lengths, documents.loss_mask)
         self.largest_token[language] = max(self.largest_token.get(language, 0), int(documents.tokens.max(initial=0)))
         self.text_bytes[language] += int(documents.text_bytes.sum())
         self.documents += len(documents.lengths)
@@ -86,16 +90,16 @@ class PartialDatasets:
         language = self.plan.encoder.documents.language
         return language in self.writers and self.writers[language].documents == self.plan.max_documents
 
-    def finish(self, language: str) -> tuple[str, str]:
-        """Complete the files of a language; return their prefix and the .bin's checksum."""
+    def finish(self, language: str) -> tuple[str, str, str | None]:
+        """Complete the files of a language; return their prefix and the checksums of .bin and (of chat) .loss_mask."""
         writer = self.writers[language]
         writer.finish()
         if self.plan.shuffle_seed is None:
-            return writer.prefix, writer.checksum
+            return writer.prefix, writer.checksum, writer.loss_mask_checksum
         shuffled = f"{writer.prefix}.shuffled"
-        checksum = shuffle_documents(writer.prefix, shuffled, writer.dtype, self.plan.shuffle_seed)
+        checksums = shuffle_documents(writer.prefix, shuffled, writer.dtype, self.plan.shuffle_seed)
         bin_path(writer.prefix).unlink()
-        return shuffled, checksum
+        return shuffled, *checksums
 
     def close(self) -> None:
         """Close all files, finished or not, and release the locks of their prefixes."""
@@ -112,12 +116,12 @@ class PartialDatasets:
             raise UserError(f"--output-prefix {prefix}: its manifest would replace the input {prefix}.json")
         self.locks.enter_context(output_lock(prefix))
         refuse_existing(prefix, self.plan.overwrite)
-        self.writers[language] = IndexedWriter(str(self.directory / language), self.dtype)
+        self.writers[language] = IndexedWriter(str(self.directory / language), self.dtype, self.plan.encoder.chat)
         return self.writers[language]
 
 
 def preprocess(plan: PreprocessingOptions) -> dict[str, Manifest]:
-    """Write PREFIX.bin, .idx and .json for each language; return the manifests by prefix.
+    """Write PREFIX.bin, .idx, .json and, of conversations, .loss_mask for each language; return manifests by prefix.
 
     The result does not depend on the number of workers. Memory grows with the input only by 4 bytes per document (20
     while shuffling).
@@ -127,9 +131,9 @@ def preprocess(plan: PreprocessingOptions) -> dict[str, Manifest]:
     """
     names = expand_inputs(plan.inputs)
     slices = partition_slices(names, *plan.partition)
-    encoder = plan.encoder
-    tokenizer = load_tokenizer(encoder.tokenizer, encoder.eod_token, encoder.split_special_tokens)
+    tokenizer = plan_tokenizer(plan)
     check_inputs(plan, slices, tokenizer)
+    encoder = block_encoder(plan, tokenizer)
     if note := tokenizer.eod_note():
         print(f"note: {note}", file=sys.stderr)
     language = plan.encoder.documents.language
@@ -138,11 +142,31 @@ def preprocess(plan: PreprocessingOptions) -> dict[str, Manifest]:
         try:
             if language:
                 datasets.open(language)
-            skipped = _encode_into(datasets, slices, tokenizer)
-            template = _manifest_template(plan, tokenizer, names, skipped)
+            skipped = _encode_into(datasets, slices, encoder)
+            template = _manifest_template(plan, encoder, names, skipped)
             return {plan.prefix(each): _publish(datasets, each, template) for each in sorted(datasets.writers)}
         finally:
             datasets.close()
+
+
+def plan_tokenizer(plan: PreprocessingOptions) -> Tokenizer:
+    """Return the tokenizer of the run. Special tokens are recognised in conversations: the template writes them."""
+    options = plan.encoder
+    return load_tokenizer(options.tokenizer, options.eod_token, options.split_special_tokens and not options.chat)
+
+
+def block_encoder(plan: PreprocessingOptions, tokenizer: Tokenizer) -> BlockEncoder | ChatEncoder:
+    """Return what tokenizes the run's blocks, checked.
+
+    Raises:
+        UserError: the chat template is not valid, or it is not clear which part of a conversation the assistant writes.
+    """
+    options = dataclasses.replace(plan.encoder, model_vocabulary=model_vocabulary(tokenizer.path))
+    if not options.chat:
+        return BlockEncoder(tokenizer, options)
+    encoder = ChatEncoder(tokenizer, options, read_chat_template(tokenizer.path.parent, options.chat_template))
+    encoder.check_template()
+    return encoder
 
 
 def check_inputs(plan: PreprocessingOptions, slices: Sequence[Slice], tokenizer: Tokenizer) -> None:
@@ -154,28 +178,32 @@ def check_inputs(plan: PreprocessingOptions, slices: Sequence[Slice], tokenizer:
         OSError: an input cannot be read.
     """
     for piece in slices:
-        check_beginning(piece.source, wanted_columns(plan))
+        check_beginning(piece.source, wanted_columns(plan, piece.source))
     model_vocabulary(tokenizer.path)
     if not 0 <= tokenizer.eod < tokenizer.vocab_size:
         raise UserError(f"{tokenizer.path}: has no id {tokenizer.eod} to end documents with; pass --eod-token")
 
 
-def wanted_columns(plan: PreprocessingOptions) -> list[str]:
-    """Return the columns read of a parquet file: text and, with --language-key, language."""
+def wanted_columns(plan: PreprocessingOptions, source: str) -> list[str]:
+    """Return the columns to read of a parquet file: text or conversation and, with --language-key, language."""
     options = plan.encoder.documents
-    return [options.json_key, *([options.language_key] if options.language_key else [])]
+    columns = [options.json_key]
+    if plan.encoder.chat and source.endswith(".parquet"):
+        columns = conversation_columns(parquet_columns(source), messages_key(options))
+    return [*columns, *([options.language_key] if options.language_key else [])]
 
 
 def _manifest_template(
-    plan: PreprocessingOptions, tokenizer: Tokenizer, names: list[str], skipped: Counter
+    plan: PreprocessingOptions, encoder: BlockEncoder | ChatEncoder, names: list[str], skipped: Counter
 ) -> Manifest:
     """Return a manifest with the fields that all languages of a run share."""
+    tokenizer = encoder.tokenizer
     return Manifest(
         language="",
         tokenizer=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
-        append_eod=plan.encoder.append_eod,
+        append_eod=plan.encoder.append_eod and not plan.encoder.chat,
         dtype=tokenizer.dtype.name,
         documents=0,
         tokens=0,
@@ -187,19 +215,18 @@ def _manifest_template(
         sources=[Source(name, disk_bytes(name)) for name in names],
         partition="/".join(map(str, plan.partition)) if plan.partition[1] > 1 else None,
         shuffle_seed=plan.shuffle_seed,
+        chat=plan.encoder.chat,
+        chat_template=encoder.template.fingerprint if isinstance(encoder, ChatEncoder) and encoder.template else None,
     )
 
 
-def _encode_into(datasets: PartialDatasets, slices: list[Slice], tokenizer: Tokenizer) -> Counter:
+def _encode_into(datasets: PartialDatasets, slices: list[Slice], encoder: BlockEncoder | ChatEncoder) -> Counter:
     skipped: Counter[str] = Counter()
     first: dict[str, str] = {}
     plan = datasets.plan
     total = sum(piece.end - piece.start for piece in slices) or None
-    columns, longest = wanted_columns(plan), plan.encoder.documents.max_line_bytes
-    blocks = (block for piece in slices for block in read_blocks(piece, columns, longest))
-    encoder = BlockEncoder(
-        tokenizer, dataclasses.replace(plan.encoder, model_vocabulary=model_vocabulary(tokenizer.path))
-    )
+    longest = plan.encoder.documents.max_line_bytes
+    blocks = (block for piece in slices for block in read_blocks(piece, wanted_columns(plan, piece.source), longest))
     with worker_pool(encoder, plan.workers) as pool, ProgressReport("preprocessing", total) as progress:
         for block in encode_blocks(pool, blocks, plan.workers):
             skipped.update(block.counts)
@@ -223,7 +250,7 @@ def _append_block(datasets: PartialDatasets, block: EncodedBlock, progress: Prog
 
 
 def _publish(datasets: PartialDatasets, language: str, template: Manifest) -> Manifest:
-    (partial, checksum), writer = datasets.finish(language), datasets.writers[language]
+    (partial, checksum, mask_checksum), writer = datasets.finish(language), datasets.writers[language]
     manifest = dataclasses.replace(
         template,
         language=language,
@@ -232,6 +259,8 @@ def _publish(datasets: PartialDatasets, language: str, template: Manifest) -> Ma
         text_bytes=datasets.text_bytes[language],
         largest_token=datasets.largest_token.get(language, 0),
         bin_xxh3_128=checksum,
+        loss_tokens=writer.loss_tokens if template.chat else None,
+        loss_mask_xxh3_128=mask_checksum,
     )
     # Check again, because not every file system supports the lock of the prefix.
     refuse_existing(datasets.plan.prefix(language), datasets.plan.overwrite)

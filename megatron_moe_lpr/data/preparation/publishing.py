@@ -1,4 +1,4 @@
-"""Move a finished dataset (.bin, .idx, manifest) into place; an existing one is replaced as a whole or kept."""
+"""Move a finished dataset (a manifest and the files it describes) into place; an old one is replaced as a whole."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_moe_lpr.data.manifest import Manifest, bin_path, idx_path, manifest_path
+from megatron_moe_lpr.data.manifest import (
+    FILES,
+    Manifest,
+    bin_path,
+    idx_path,
+    loss_mask_path,
+    manifest_path,
+)
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.atomic_file import real_target
 from megatron_moe_lpr.files.checksums import sha256_of_file
@@ -26,7 +33,7 @@ def partial_directory(output_prefix: str) -> Iterator[Path]:
 
 def refuse_existing(prefix: str, overwrite: bool) -> None:
     """Raise UserError if `prefix` holds a dataset and `overwrite` is off, or holds something that is not a dataset."""
-    for path in (manifest_path(prefix), bin_path(prefix), idx_path(prefix)):
+    for path in (place(prefix) for place in FILES):
         if path.is_symlink():
             raise UserError(f"{path}: is a symbolic link; remove it, or choose another --output-prefix")
         if path.exists() and not path.is_file():
@@ -38,7 +45,7 @@ def refuse_existing(prefix: str, overwrite: bool) -> None:
 
 
 def publish(partial: str, prefix: str, manifest: Manifest) -> Manifest:
-    """Move finished files to `prefix` and a manifest with their sizes, the last of the three.
+    """Move finished files to `prefix` and a manifest with their sizes, the last of all.
 
     An existing dataset stays complete until the first rename. If a rename fails it is restored at once; after a kill
     between renames, the next run that takes the `output_lock` of this prefix restores it.
@@ -50,11 +57,12 @@ def publish(partial: str, prefix: str, manifest: Manifest) -> Manifest:
         index_sha256=sha256_of_file(idx_path(partial)),
     )
     target, name = Path(prefix).parent, Path(prefix).name
-    present = [place(prefix).name for place in (bin_path, idx_path, manifest_path) if place(prefix).exists()]
+    # The loss mask of an old dataset of conversations goes too, if the new one is plain text.
+    present = [place(prefix).name for place in FILES if place(prefix).exists()]
     with unique_work_directory(target, name) as work:
         complete = str(work / CONTENT / name)
         (work / CONTENT).mkdir()
-        for place in (bin_path, idx_path):
+        for place in (bin_path, idx_path, *((loss_mask_path,) if manifest.chat else ())):
             os.rename(place(partial), place(complete))
         manifest.write(complete)
         exchange_entries(work, target, present, [manifest_path(prefix).name])

@@ -259,16 +259,21 @@ def check_beginning(name: str, columns: Sequence[str]) -> None:
         next(_chunks(Slice(name, 0, disk_bytes(name)), columns), None)
 
 
-def _check_columns(name: str, columns: Sequence[str]) -> None:
+def parquet_columns(name: str) -> list[str]:
+    """Return the names of a parquet file's columns. Raises UserError if it cannot be read."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{name}: reading parquet needs pyarrow; pip install pyarrow") from None
     try:
-        present = pyarrow.parquet.read_schema(name).names
+        return pyarrow.parquet.read_schema(name).names
     except (pyarrow.ArrowException, OSError) as error:  # pyarrow raises OSError for damage too, without the file name
         raise UserError(f"{name}: not a readable parquet file ({_first_line(error)})") from None
+
+
+def _check_columns(name: str, columns: Sequence[str]) -> None:
+    present = parquet_columns(name)
     missing = [column for column in columns if column not in present]
     if missing:
         raise UserError(f"{name}: no column {missing[0]!r}; it has {', '.join(present)}")

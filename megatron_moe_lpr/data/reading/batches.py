@@ -4,13 +4,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from megatron_moe_lpr.data.reading.documents import BOUNDARIES, DOCUMENT, cumulative_lengths
 from megatron_moe_lpr.data.reading.loading import Batch, BatchIterator
 from megatron_moe_lpr.data.reading.training_dataset import TrainingDataset
 from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
 from megatron_moe_lpr.errors import UserError
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "language")
-"""Keys of a `Batch`. All tensors are [batch, sequence]; `loss_mask` is float32, the others int64."""
+"""Keys of a `Batch`. All tensors are [batch, sequence]; `loss_mask` is float32, the others int64. Where documents are
+kept apart there are `documents.DOCUMENT` and `documents.BOUNDARIES` too."""
 
 
 def build_data_iterator(
@@ -95,5 +97,10 @@ class _Indices(Sequence):
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
-    """Stack samples [sequence] to a batch [batch, sequence]."""
-    return {key: torch.stack([sample[key] for sample in samples]) for key in BATCH_KEYS}
+    """Stack samples [sequence] to a batch [batch, sequence]; add the boundaries of documents where samples have any.
+
+    The boundaries are found here, on the host: their number differs between batches, and finding them on a GPU would
+    make the host wait."""
+    keys = (*BATCH_KEYS, DOCUMENT) if DOCUMENT in samples[0] else BATCH_KEYS
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in keys}
+    return batch | {BOUNDARIES: cumulative_lengths(batch[DOCUMENT])} if DOCUMENT in batch else batch

@@ -29,6 +29,7 @@ class BlendEntry:
         manifest: its manifest.
         weight: fraction of the samples drawn from it; the entries sum to 1.
         tokens: tokens in these documents.
+        is_packed: samples hold whole documents (best-fit), see `packing.py`.
     """
 
     prefix: str
@@ -37,6 +38,7 @@ class BlendEntry:
     first_document: int
     end_document: int
     tokens: int
+    is_packed: bool = False
 
     @property
     def language(self) -> str:
@@ -121,11 +123,22 @@ def read_blend(
         for prefix, manifest in manifests.items():
             _check_tokenizer(prefix, manifest, tokenizer_fingerprint, earlier_tokenizers)
     check_agreement(manifests, ("tokenizer", "eod") if tokenizer_fingerprint is None else ("eod",))
+    check_chat_templates(manifests)
     entries = [_entry(prefix, manifests[prefix], weight, documents, flag) for weight, prefix in pairs]
     total = sum(entry.weight for entry in entries)
     if not math.isfinite(total):
         raise UserError(f"{flag}: the weights add up to more than a number holds; give smaller ones")
     return [dataclasses.replace(entry, weight=entry.weight / total) for entry in entries]
+
+
+def check_chat_templates(manifests: dict[str, Manifest]) -> None:
+    """Raise UserError if two datasets of conversations were written with different chat templates; names both.
+
+    Plain text goes with any of them, and so do pairs of texts, which no template has written.
+    """
+    written = {prefix: manifest for prefix, manifest in manifests.items() if manifest.chat_template}
+    if written:
+        check_agreement(written, ("chat_template",))
 
 
 def _check_tokenizer(prefix: str, manifest: Manifest, fingerprint: str, earlier: Sequence[EarlierTokenizer]) -> None:
@@ -154,6 +167,8 @@ def _entry(
     if tokens < 2:
         part = "" if whole else f" in documents {first:,} to {end:,} of {len(lengths):,}, which --split gives it"
         raise UserError(f"{flag} {prefix}: no text{part}")
+    if manifest.chat and not manifest.loss_tokens:
+        raise UserError(f"{flag} {prefix}: no token of these conversations counts in the loss")
     return BlendEntry(prefix, manifest, float(tokens) if weight is None else weight, first, end, tokens)
 
 

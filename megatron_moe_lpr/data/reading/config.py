@@ -11,11 +11,13 @@ from megatron_moe_lpr.data.original_languages import read_original_languages
 from megatron_moe_lpr.data.reading.blend import (
     BlendEntry,
     LanguageTokens,
+    check_chat_templates,
     language_tokens,
     parse_blend,
     parse_split,
     read_blend,
 )
+from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.data.reading.languages import LanguageRegistry
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_marks import Acceptable, Decides, Free, RecordedAs
@@ -40,6 +42,7 @@ class DataConfig:
     """All languages that the dense model already knows, by code or name. The checkpoint's history adds its own."""
     eod_mask_loss: Acceptable[bool] = False
     """Do not train on predicting the token after an end of document."""
+    documents: DocumentOptions = dataclasses.field(default_factory=DocumentOptions)
     num_workers: Annotated[int, Range(0, 256), Free("who loads, not what")] = 2
     """Data loader processes on each rank; 0: load in the training process."""
     seed: Decides[Seed] = 1234
@@ -57,6 +60,11 @@ class DataSources:
     """Languages that the dense model knows, whether or not the run has data of them."""
     notes: tuple[str, ...] = ()
     """Messages about how language names were interpreted."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any of the training data is packed best-fit."""
+        return any(entry.is_packed for entry in self.train)
 
     @property
     def eod(self) -> int:
@@ -88,10 +96,12 @@ def read_data_sources(
         earlier_tokenizers: tokenizers from before its vocabulary extensions, see `blend.read_blend`.
 
     Raises:
-        UserError: see `blend.read_blend`; or `--original-languages` has a misspelled language.
+        UserError: see `blend.read_blend`; or `--original-languages` has a misspelled language; or flags contradict
+            each other.
     """
     if not config.data_path:
         raise UserError("--data-path: give the datasets to train on")
+    config.documents.check()
     if config.split and config.valid_data_path:
         raise UserError("--split and --valid-data-path: give one of them")
     train_part, valid_part = parse_split(config.split or "1,0")
@@ -102,8 +112,15 @@ def read_data_sources(
         valid = read_blend(config.valid_data_path, "--valid-data-path", (0, 1), expected, earlier_tokenizers)
     elif valid_part[1] > valid_part[0]:
         valid = read_blend(config.data_path, "--data-path", valid_part, expected, earlier_tokenizers)
+    train, valid = packed(train, config.documents), packed(valid, config.documents)
+    check_chat_templates({entry.prefix: entry.manifest for entry in (*train, *valid)})
     languages = LanguageRegistry(entry.language for entry in (*train, *valid))
     return with_original(DataSources(train, valid, languages, ()), config, recorded_original)
+
+
+def packed(entries: Sequence[BlendEntry], options: DocumentOptions) -> list[BlendEntry]:
+    """Return datasets marked as packed best-fit or not."""
+    return [dataclasses.replace(entry, is_packed=options.packs(entry.manifest.chat)) for entry in entries]
 
 
 def with_original(sources: DataSources, config: DataConfig, recorded: Collection[str]) -> DataSources:

@@ -7,7 +7,10 @@ import torch
 
 from megatron_moe_lpr.data.reading.config import DataConfig, DataSources
 from megatron_moe_lpr.data.reading.training_dataset import TrainingDataset, build_training_dataset
-from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
+from megatron_moe_lpr.data.reading.validation_dataset import (
+    ValidationDataset,
+    open_validation_dataset,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +53,14 @@ def build_validation_datasets(
 ) -> list[ValidationDataset]:
     """Build the validation datasets alone. `max_samples`: first samples to use of each; 0: no datasets."""
     return [
-        ValidationDataset(
-            entry, sources.languages.id(entry.language), sequence_length, sources.eod, config.eod_mask_loss, max_samples
+        open_validation_dataset(
+            entry,
+            sources.languages.id(entry.language),
+            sequence_length,
+            sources.eod,
+            config.eod_mask_loss,
+            max_samples,
+            config.documents,
         )
         for entry in (sources.valid if max_samples != 0 else [])
     ]

@@ -53,7 +53,7 @@ class NamedEvaluation:
         return summarize(record.datasets[position].bits_per_byte for record in self.records)
 
     def average(self, group: str, name: str = "bits_per_byte") -> Summary | None:
-        """Return the mean over a language group of `bits_per_byte` or `expert0_top_k_share`."""
+        """Return the mean over a language group of a field of `Averages`."""
         return summarize(getattr(record.averages[group], name) for record in self.records)
 
     def change(self, group: str, reference: "NamedEvaluation") -> Summary | None:
@@ -104,6 +104,11 @@ class ReportInputs:
     costs: dict[str, Costs]
     """By title of an evaluation."""
     curves: list[Curve]
+
+    @property
+    def has_new_tokens(self) -> bool:
+        """Whether any of the models has an extended vocabulary."""
+        return any(one.average("original", "new_token_mass") for one in self.evaluations)
 
     def languages(self, group: str) -> list[str]:
         """Return the languages of a group in the order of the first evaluation."""
@@ -200,11 +205,15 @@ def _evaluation(title: str, paths: Iterable[Path]) -> NamedEvaluation:
 def _check_comparable(first: NamedEvaluation, other: NamedEvaluation) -> None:
     expected = first.record
     for record in other.records:
-        is_same = record.sequence_length == expected.sequence_length and len(record.datasets) == len(expected.datasets)
+        is_same = (
+            record.sequence_length == expected.sequence_length
+            and record.reset_attention_mask == expected.reset_attention_mask
+            and len(record.datasets) == len(expected.datasets)
+        )
         if not is_same or not all(map(Dataset.is_text_of, record.datasets, expected.datasets)):
             raise UserError(
                 f"--evaluation: {first.title!r} and {other.title!r} were evaluated on different texts or sequence "
-                "lengths"
+                "lengths, or one of them with --reset-attention-mask"
             )
 
 

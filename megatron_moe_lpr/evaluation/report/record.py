@@ -67,12 +67,15 @@ class Averages(_Model):
 
     bits_per_byte: float | None
     expert0_top_k_share: float | None = None
+    new_token_mass: float | None = None
 
 
 class EvaluationRecord(_Model):
     """A file of `moe-lpr evaluate --output`, as far as the report reads it."""
 
     sequence_length: PositiveInt
+    reset_attention_mask: bool = False
+    """Whether no document saw another."""
     top_k: PositiveInt
     experts_per_layer: Annotated[list[PositiveInt], Field(min_length=1)]
     base_experts: list[PositiveInt] = []

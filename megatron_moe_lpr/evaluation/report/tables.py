@@ -34,7 +34,8 @@ def _with_spread(value: Summary | None, mean: str, spread: str, scale: float = 1
 
 
 def rows(inputs: ReportInputs) -> Iterator[tuple[NamedEvaluation, list[str]]]:
-    """Yield each model's cells: for each group its datasets, their mean and its change; expert 0's fraction; costs."""
+    """Yield each model's cells: for each group its datasets, their mean and its change; expert 0's fraction;
+    where some model has new tokens, their probability; costs."""
     first = inputs.evaluations[0]
     for one in inputs.evaluations:
         cells = []
@@ -44,6 +45,8 @@ def rows(inputs: ReportInputs) -> Iterator[tuple[NamedEvaluation, list[str]]]:
             cells += [number(value and Summary(value.mean)) for value in bits]
             cells += [number(one.average(group)), "" if one is first else percent(one.change(group, first))]
         cells.append(fraction(one.average("original", "expert0_top_k_share")))
+        if inputs.has_new_tokens:
+            cells.append(fraction(one.average("original", "new_token_mass")))
         yield one, [*cells, *(_costs(one.title, inputs) if inputs.costs else [])]
 
 
@@ -68,6 +71,8 @@ def print_table(inputs: ReportInputs, console: Console | None = None) -> None:
         table.add_column("change", justify="right")
     original = "base experts" if inputs.subject.record.has_mixture_base else "expert 0"
     table.add_column(f"{original} chosen, original", justify="right")
+    if inputs.has_new_tokens:
+        table.add_column("mass on new tokens, original", justify="right")
     for name in COSTS if inputs.costs else ():
         table.add_column(name, justify="right")
     for one, cells in rows(inputs):

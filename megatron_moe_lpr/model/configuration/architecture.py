@@ -6,8 +6,15 @@ from typing import Any
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, optional_bool, optional_float, required_int
+from megatron_moe_lpr.model.configuration.families import (
+    FAMILIES,
+    MIXTURES,
+    NO_MULTIPLIERS,
+    REFUSED,
+    Family,
+    Multipliers,
+)
 from megatron_moe_lpr.model.configuration.mixtures import (
-    DEFAULTS,
     MAX_LAYERS,
     MAX_SIZE,
     Mixture,
@@ -15,58 +22,13 @@ from megatron_moe_lpr.model.configuration.mixtures import (
     with_mixture_defaults,
 )
 from megatron_moe_lpr.model.configuration.quantisation import refuse_quantisation
-from megatron_moe_lpr.model.configuration.rope_parameters import DEFAULT_THETA, read_rope
+from megatron_moe_lpr.model.configuration.rope_parameters import read_rope
 
 HFConfig = Mapping[str, Any]
 
 # Far above any model, and low enough that a hostile configuration allocates little before any tensor is checked.
 MAX_POSITIONS = 1 << 40
 MAX_VOCABULARY = (1 << 31) - 1
-
-MISTRAL_SLIDING_WINDOW = 4096
-"""transformers' default where a Mistral configuration has no `sliding_window`; null means no window."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One line of the table of supported dense architectures."""
-
-    name: str
-    """The `model_type` of the dense checkpoint."""
-    architecture: str
-    """The transformers class of the dense checkpoint."""
-    moe_model_type: str
-    """The `model_type` of the stock architecture that holds the upcycled model."""
-    moe_architecture: str
-    """The transformers class of the upcycled model."""
-    qkv_bias: bool
-    """Query, key and value projections have a bias."""
-    qk_norm: bool
-    """Queries and keys are normalised per head."""
-    explicit_head_dim: int | None = None
-    """The head dimension where the configuration names none; None: hidden size / heads."""
-
-
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family("qwen2", "Qwen2ForCausalLM", "qwen2_moe", "Qwen2MoeForCausalLM", qkv_bias=True, qk_norm=False),
-        Family(
-            "qwen3", "Qwen3ForCausalLM", "qwen3_moe", "Qwen3MoeForCausalLM", False, qk_norm=True, explicit_head_dim=128
-        ),
-        Family("llama", "LlamaForCausalLM", "mixtral", "MixtralForCausalLM", qkv_bias=False, qk_norm=False),
-        Family("mistral", "MistralForCausalLM", "mixtral", "MixtralForCausalLM", qkv_bias=False, qk_norm=False),
-    )
-}
-MIXTURES = {
-    family.name: family
-    for family in (
-        Family("mixtral", "MixtralForCausalLM", "mixtral", "MixtralForCausalLM", qkv_bias=False, qk_norm=False),
-        Family("qwen2_moe", "Qwen2MoeForCausalLM", "qwen2_moe", "Qwen2MoeForCausalLM", qkv_bias=True, qk_norm=False),
-        Family("qwen3_moe", "Qwen3MoeForCausalLM", "qwen3_moe", "Qwen3MoeForCausalLM", qkv_bias=False, qk_norm=True),
-    )
-}
-"""Families of base models that are mixtures: the model with more experts is of the same architecture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +51,15 @@ class Architecture:
     """`rope_type`, `rope_theta` and the type's own parameters, in transformers' names."""
     sliding_window: int | None
     """A token attends to itself and the `sliding_window - 1` tokens before it; None: to all before it."""
+    full_attention_layers: tuple[int, ...] = ()
+    """Layers without the window that the others have, and without rotary embedding."""
+    multipliers: Multipliers = NO_MULTIPLIERS
     mixture: Mixture | None = None
     """Experts of a base model that is a mixture itself; None: a dense model."""
+
+    def window(self, layer: int) -> int | None:
+        """Return the sliding window of a layer; None: a token attends to all before it."""
+        return None if layer in self.full_attention_layers else self.sliding_window
 
     def base_experts(self, layer: int) -> int:
         """Original experts of a layer: all that a mixture base has, or 1, the dense model's FFN."""
@@ -110,6 +79,7 @@ def read_architecture(config: HFConfig, source: str = "config.json") -> Architec
     _refuse_unsupported(config, family, source)
     hidden = required_int(config, "hidden_size", source, 1, MAX_SIZE)
     heads = required_int(config, "num_attention_heads", source, 1, MAX_SIZE)
+    window, full_attention_layers = _windows(config, family, source)
     return Architecture(
         family=family,
         num_layers=required_int(config, "num_hidden_layers", source, 1, MAX_LAYERS),
@@ -120,16 +90,20 @@ def read_architecture(config: HFConfig, source: str = "config.json") -> Architec
         head_dim=_head_dim(config, family, hidden, heads, source),
         vocab_size=required_int(config, "vocab_size", source, 1, MAX_VOCABULARY),
         max_position_embeddings=required_int(config, "max_position_embeddings", source, 1, MAX_POSITIONS),
-        norm_epsilon=optional_float(config, "rms_norm_eps", 1e-6, source, 0.0, 1.0),
-        tied_embeddings=optional_bool(config, "tie_word_embeddings", source),
-        rope=read_rope(config, source, DEFAULTS.get(family.name, {}).get("rope_theta", DEFAULT_THETA)),
-        sliding_window=_sliding_window(config, family, source),
+        norm_epsilon=optional_float(config, *family.norm_epsilon, source, 0.0, 1.0),
+        tied_embeddings=optional_bool(config, "tie_word_embeddings", source, family.tied),
+        rope=_rope(config, family, source),
+        sliding_window=window,
+        full_attention_layers=full_attention_layers,
+        multipliers=_multipliers(config, family, source),
         mixture=read_mixture(config, source) if is_mixture else None,
     )
 
 
 def _family(config: HFConfig, source: str) -> Family:
     model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in REFUSED:
+        raise UserError(f"{source}: architecture {model_type!r} is not supported: {REFUSED[model_type]}")
     if isinstance(model_type, str) and model_type in MIXTURES:
         return MIXTURES[model_type]
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -143,6 +117,13 @@ def _refuse_unsupported(config: HFConfig, family: Family, source: str) -> None:
         raise UserError(f"{source}: hidden_act={abbreviated(config['hidden_act'])} is not supported, only 'silu'")
     if family.name != "qwen2" and config.get("mlp_bias"):
         raise UserError(f"{source}: mlp_bias=true is not supported for {family.architecture}")
+    for name, value in family.fixed:
+        # None is what transformers takes for absent.
+        if config.get(name) not in (None, value):
+            raise UserError(
+                f"{source}: {name}={abbreviated(config[name])} is not supported for {family.architecture}, only "
+                f"{abbreviated(value)}"
+            )
     if config.get("is_causal", True) is not True:
         raise UserError(
             f"{source}: is_causal={abbreviated(config['is_causal'])} is not supported: attention is causal here"
@@ -153,9 +134,9 @@ def _refuse_unsupported(config: HFConfig, family: Family, source: str) -> None:
 
 
 def _num_query_groups(config: HFConfig, family: Family, heads: int, source: str) -> int:
-    """Null means one group per head; so does an absent field for Llama. The other families' defaults vary: required."""
+    """Null means one group per head; so does an absent field in some families. The others' defaults vary: required."""
     groups = config.get("num_key_value_heads")
-    if "num_key_value_heads" not in config and family.name != "llama":
+    if "num_key_value_heads" not in config and not family.groups_may_be_absent:
         raise UserError(f"{source}: the field 'num_key_value_heads' is missing")
     groups = heads if groups is None else checked_integer(groups, "num_key_value_heads", source, 1, heads)
     if heads % groups:
@@ -172,10 +153,27 @@ def _head_dim(config: HFConfig, family: Family, hidden: int, heads: int, source:
     return size
 
 
-def _sliding_window(config: HFConfig, family: Family, source: str) -> int | None:
-    """The window that all layers share; None: full attention. A window in some layers only is refused."""
-    if family.name in ("mistral", "mixtral"):
-        window = config.get("sliding_window", MISTRAL_SLIDING_WINDOW if family.name == "mistral" else None)
+def _rope(config: HFConfig, family: Family, source: str) -> dict[str, Any]:
+    rope = read_rope(config, source, family.rope_theta)
+    if family.rope_types and rope["rope_type"] not in family.rope_types:
+        raise UserError(f"{source}: rope_type {rope['rope_type']!r} is not supported for {family.architecture}")
+    return rope
+
+
+def _multipliers(config: HFConfig, family: Family, source: str) -> Multipliers:
+    values = {
+        part: optional_float(config, field, default, source, 1e-30, 1e30) for part, field, default in family.multipliers
+    }
+    return Multipliers(**values)
+
+
+def _windows(config: HFConfig, family: Family, source: str) -> tuple[int | None, tuple[int, ...]]:
+    """The window and the layers without it; None: full attention in all. Other mixtures of the two are refused."""
+    if family.window == "some layers":
+        return _window_of_some_layers(config, family, source)
+    window = None
+    if family.window == "all layers":
+        window = config.get("sliding_window", family.default_window)
         window = None if window is None else checked_integer(window, "sliding_window", source, 1, MAX_POSITIONS)
     else:
         # transformers gives a window to the layers from max_window_layers on.
@@ -183,19 +181,47 @@ def _sliding_window(config: HFConfig, family: Family, source: str) -> int | None
         checked_integer(first, "max_window_layers", source, 0, MAX_POSITIONS)
         if config.get("use_sliding_window") and first < layers:
             raise UserError(f"{source}: use_sliding_window=true (a window in some layers only) is not supported")
-        window = None
     _check_layer_types(config, window, source)
-    return window
+    return window, ()
+
+
+def _window_of_some_layers(config: HFConfig, family: Family, source: str) -> tuple[int, tuple[int, ...]]:
+    """The window and the layers without it, by `layer_types` or, without it, each `sliding_window_pattern`-th one."""
+    window = config.get("sliding_window", family.default_window)
+    window = checked_integer(window, "sliding_window", source, 1, MAX_POSITIONS)
+    kinds = layer_kinds(config, source)
+    if any(kind not in ("sliding_attention", "full_attention") for kind in kinds):
+        raise UserError(f"{source}: layer_types must name sliding_attention and full_attention alone")
+    return window, tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
+
+
+def layer_kinds(config: HFConfig, source: str) -> list[str]:
+    """Return the kind of attention of each layer of a model with a window in some layers, in transformers' words.
+
+    Raises:
+        UserError: fields that do not fit the number of layers.
+    """
+    layers = required_int(config, "num_hidden_layers", source, 1, MAX_LAYERS)
+    kinds = config.get("layer_types")
+    if kinds is None:
+        pattern = checked_integer(
+            config.get("sliding_window_pattern", 4), "sliding_window_pattern", source, 1, MAX_SIZE
+        )
+        return ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)]
+    _check_number_of_kinds(kinds, layers, source)
+    return list(kinds)
+
+
+def _check_number_of_kinds(kinds: Any, layers: int, source: str) -> None:
+    if not isinstance(kinds, list | tuple):
+        raise UserError(f"{source}: layer_types must be a list, not {abbreviated(kinds)}")
+    if kinds and len(kinds) != layers:
+        raise UserError(f"{source}: layer_types names {len(kinds)} layers, and num_hidden_layers is {layers}")
 
 
 def _check_layer_types(config: HFConfig, window: int | None, source: str) -> None:
     kinds = config.get("layer_types") or ()
-    if not isinstance(kinds, list | tuple):
-        raise UserError(f"{source}: layer_types must be a list, not {abbreviated(kinds)}")
-    if kinds and len(kinds) != config["num_hidden_layers"]:
-        raise UserError(
-            f"{source}: layer_types names {len(kinds)} layers, and num_hidden_layers is {config['num_hidden_layers']}"
-        )
+    _check_number_of_kinds(kinds, config["num_hidden_layers"], source)
     unlike = {str(kind) for kind in kinds} - {"sliding_attention" if window else "full_attention"}
     if unlike:
         raise UserError(

@@ -14,6 +14,7 @@ from megatron_moe_lpr.megatron.versions import without_cuda_graphs
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.dtype import check_dtype_device
+from megatron_moe_lpr.model.configuration.families import FAMILIES, NO_MULTIPLIERS, Family, Multipliers
 from megatron_moe_lpr.model.configuration.fp8 import check_fp8_device, check_fp8_flags, check_fp8_shapes
 from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, chosen_kernels, platform_fields
 from megatron_moe_lpr.model.configuration.parameters import Parameter, describe_model
@@ -36,6 +37,8 @@ class MoELPRConfig(TransformerConfig):
     lpr_loss_coeff: float = 0.0
     """Weight of the LPR loss, the mean over MoE layers and tokens of original languages."""
     lpr_loss_form: LPRLossForm = "paper"
+    new_token_loss_coeff: float = 0.0
+    """Weight of the new-token loss, the mean over tokens of original languages of -log(1 - mass on new tokens)."""
     num_moe_layers: int = 0
     original_expert_overlap: bool = False
     """Compute the original expert during the all-to-all of the new experts."""
@@ -48,6 +51,9 @@ class MoELPRConfig(TransformerConfig):
     """Pad the original expert's rows to few sizes, as those of the new experts are on the CPU platform in bf16."""
     grouped_products: bool = False
     """Local layers multiply the matrices of several experts in one launch."""
+    family: Family = FAMILIES["llama"]
+    """What the layers compute, where Megatron has no field for it."""
+    multipliers: Multipliers = NO_MULTIPLIERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +78,11 @@ class ModelShape:
     def total_vocab_size(self) -> int:
         """Number of token ids: the base model's rows, `architecture.vocab_size`, and all new ones."""
         return self.architecture.vocab_size + sum(self.new_tokens)
+
+    @property
+    def has_new_rows(self) -> bool:
+        """The latest expansion or import added rows to the vocabulary, which train."""
+        return bool(self.new_tokens and self.new_tokens[-1])
 
     @property
     def num_groups(self) -> int:
@@ -135,6 +146,9 @@ def transformer_config(
     fields |= _recompute_fields(options)
     fields |= platform_fields(platform, options.dtype, options.deterministic_mode) | chosen_kernels(platform, options)
     fields |= options.fp8.transformer_fields()
+    if shape.architecture.family.rotary_interleaved:
+        # Transformer Engine's kernel for neighbouring dimensions has never run here.
+        fields["apply_rope_fusion"] = False
     return MoELPRConfig(**(fields | overrides))
 
 
@@ -217,8 +231,11 @@ def check_platform(shape: ModelShape, layout: ParallelLayout, options: ComputeOp
 
 
 def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
-    window = architecture.sliding_window
+    window, family = architecture.sliding_window, architecture.family
+    with_window = [layer not in architecture.full_attention_layers for layer in range(architecture.num_layers)]
     return {
+        "family": family,
+        "multipliers": architecture.multipliers,
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
         "ffn_hidden_size": architecture.ffn_hidden_size,
@@ -226,12 +243,16 @@ def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
         "num_query_groups": architecture.num_query_groups,
         "kv_channels": architecture.head_dim,
         "layernorm_epsilon": architecture.norm_epsilon,
-        "add_qkv_bias": architecture.family.qkv_bias,
-        "qk_layernorm": architecture.family.qk_norm,
+        "add_qkv_bias": family.qkv_bias,
+        # Megatron adds up these norms' gradients over the TP ranks: right where each rank has the whole weight.
+        "qk_layernorm": family.qk_norm == "heads",
+        "rotary_interleaved": family.rotary_interleaved,
         "softmax_scale": _softmax_scale(architecture),
         # Megatron's window excludes the token itself, Hugging Face's counts it.
         "window_size": (window - 1, 0) if window else None,
-        "normalization": "RMSNorm",
+        "window_attn_skip_freq": [int(has) for has in with_window] if architecture.full_attention_layers else None,
+        "no_rope_freq": [int(not has) for has in with_window] if architecture.full_attention_layers else None,
+        "normalization": family.normalization,
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
@@ -246,8 +267,10 @@ def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
 
 def _softmax_scale(architecture: Architecture) -> float | None:
     """Yarn scales rotated queries and keys; their product is scaled by the square, in every attention kernel."""
-    factor = attention_factor(architecture.rope)
-    return None if factor == 1.0 else factor**2 / math.sqrt(architecture.head_dim)
+    factor, given = attention_factor(architecture.rope), architecture.multipliers.attention
+    if factor == 1.0:
+        return given
+    return factor**2 * (1 / math.sqrt(architecture.head_dim) if given is None else given)
 
 
 def _expert_fields(shape: ModelShape, options: ComputeOptions) -> dict[str, Any]:

@@ -16,8 +16,13 @@ MAX_EXPERTS = 1024
 MAX_LAYERS = 1000
 MAX_SIZE = 1 << 24
 
+RENORMALISED = frozenset({"granitemoe", "mixtral"})
+"""Architectures without a switch for it, in which the weights of a token's experts add up to 1."""
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2, "rope_theta": 1e6},
+    "granitemoe": {"num_experts_per_tok": 2},
+    "mixtral": {"num_key_value_heads": 8, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts_per_tok": 8},
     "qwen2_moe": {
         "num_key_value_heads": 16,
         "num_experts_per_tok": 4,
@@ -56,7 +61,7 @@ def with_mixture_defaults(config: Mapping[str, Any], source: str) -> dict[str, A
     """
     model_type = config["model_type"]
     full = {**DEFAULTS[model_type], **config}
-    if model_type == "mixtral":
+    if "moe_intermediate_size" not in full:
         return full
     if full.get("use_sliding_window"):
         raise UserError(f"{source}: use_sliding_window=true is not supported for {model_type}")
@@ -85,8 +90,7 @@ def read_mixture(config: Mapping[str, Any], source: str) -> Mixture:
     if most == 1:
         raise UserError(f"{source}: no layer has more than one expert; give the dense model instead")
     top_k = checked_integer(full["num_experts_per_tok"], "num_experts_per_tok", source, 1, most)
-    is_mixtral = config["model_type"] == "mixtral"
-    renormalised = is_mixtral or optional_bool(full, "norm_topk_prob", source)
+    renormalised = config["model_type"] in RENORMALISED or optional_bool(full, "norm_topk_prob", source)
     if top_k == 1 and renormalised:
         raise UserError(f"{source}: one expert per token, weighted by 1: its router would get no gradient")
     shared = 0
@@ -113,6 +117,9 @@ def experts_by_layer(config: Mapping[str, Any], source: str) -> list[int]:
     experts = required_int(config, name, source, 1, MAX_EXPERTS)
     layers = required_int(config, "num_hidden_layers", source, 1, MAX_LAYERS)
     dense = config.get("mlp_only_layers") or []
+    if config["model_type"] == "cohere2_moe":
+        kinds = config.get("mlp_layer_types") or []
+        dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"] if isinstance(kinds, list) else kinds
     if not isinstance(dense, list) or not all(is_integer(layer, 0, layers - 1) for layer in dense):
         raise UserError(f"{source}: mlp_only_layers must be a list of layers from 0 to {layers - 1}")
     step = checked_integer(config.get("decoder_sparse_step", 1), "decoder_sparse_step", source, 1, MAX_LAYERS)

@@ -115,11 +115,10 @@ def describe_layer(
     """
     hidden = architecture.hidden_size
     yield from _attention(architecture, layer)
+    yield from (_norm(name, hidden, layer) for name in _norm_names(architecture, is_moe=experts > 1))
     if experts == 1:
-        yield _norm("mlp.linear_fc1.layer_norm_weight", hidden, layer)
         yield from _ffn("mlp", ParameterKind.DENSE_FFN, architecture, layer)
         return
-    yield _norm("pre_mlp_layernorm.weight", hidden, layer)
     yield from _router(experts, base, hidden, layer)
     if base > 1:
         yield from _shared_expert(architecture, layer)
@@ -157,6 +156,16 @@ def projection_shapes(architecture: Architecture) -> tuple[Shape, Shape, Shape]:
     return (width, hidden), (width, hidden), (hidden, width)
 
 
+def _norm_names(architecture: Architecture, is_moe: bool) -> tuple[str, ...]:
+    """Names of the norms of a layer's residual stream, beside that of the attention's input (`_attention`)."""
+    if architecture.family.norms == "after":
+        return "post_self_attn_layernorm.weight", "post_mlp_layernorm.weight"
+    if architecture.family.norms == "shared":
+        return ("shared_layernorm.weight",)
+    # Transformer Engine computes a dense layer's norm and first product together, and so names it.
+    return ("pre_mlp_layernorm.weight" if is_moe else "mlp.linear_fc1.layer_norm_weight",)
+
+
 def _norm(name: str, size: int, layer: int | None) -> Parameter:
     return Parameter(name, ParameterKind.NORM, ((size,),), layer)
 
@@ -166,14 +175,23 @@ def _attention(architecture: Architecture, layer: int | None) -> Iterator[Parame
     query, key = architecture.num_attention_heads * head_dim, architecture.num_query_groups * head_dim
     kind, attention = ParameterKind.ATTENTION, "self_attention"
     weights = ((query, hidden), (key, hidden), (key, hidden))
-    yield _norm(f"{attention}.linear_qkv.layer_norm_weight", hidden, layer)
+    if architecture.family.norms == "before":
+        yield _norm(f"{attention}.linear_qkv.layer_norm_weight", hidden, layer)
     yield Parameter(f"{attention}.linear_qkv.weight", kind, weights, layer, split=0, is_product=True)
     if architecture.family.qkv_bias:
         yield Parameter(f"{attention}.linear_qkv.bias", kind, ((query,), (key,), (key,)), layer, split=0)
     if architecture.family.qk_norm:
-        yield _norm(f"{attention}.q_layernorm.weight", head_dim, layer)
-        yield _norm(f"{attention}.k_layernorm.weight", head_dim, layer)
+        yield from _qk_norms(architecture, layer)
     yield Parameter(f"{attention}.linear_proj.weight", kind, ((hidden, query),), layer, split=1, is_product=True)
+
+
+def _qk_norms(architecture: Architecture, layer: int | None) -> Iterator[Parameter]:
+    """Norms of queries and keys: one weight for each dimension of a head, or of all heads together."""
+    all_heads = architecture.family.qk_norm == "all heads"
+    for part, heads in (("q", architecture.num_attention_heads), ("k", architecture.num_query_groups)):
+        size = architecture.head_dim * (heads if all_heads else 1)
+        norm = _norm(f"self_attention.{part}_layernorm.weight", size, layer)
+        yield dataclasses.replace(norm, split=0 if all_heads else None)
 
 
 def _ffn(

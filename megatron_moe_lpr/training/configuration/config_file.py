@@ -1,6 +1,7 @@
 """A run's flags as a file: SAVE/config.json, which every run writes, and YAML recipes of the same keys."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from megatron_moe_lpr.errors import UserError, fail
 from megatron_moe_lpr.files.json_files import write_json
 from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.megatron_flags import refuse_megatron_flags
+from megatron_moe_lpr.training.configuration.stages import STAGES
 
 CONFIG_FILE = "config.json"
 """In --save."""
@@ -33,7 +35,7 @@ def parse_training_flags(arguments: Sequence[str] | None = None, description: st
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        words = _expand(words)
+        words = with_stage_defaults(_expand(words))
         refuse_megatron_flags(words)
     except UserError as error:
         fail(str(error), code=2)
@@ -58,7 +60,22 @@ def training_config(source: TrainingConfig | Mapping[str, Any] | Path | str) -> 
         path = Path(source)
         words = flag_words(read_config_file(path), f"{FLAG} {path}")
     refuse_megatron_flags(words)
-    return read_flags(TrainingConfig, words)
+    return read_flags(TrainingConfig, with_stage_defaults(words))
+
+
+def with_stage_defaults(words: Sequence[str]) -> list[str]:
+    """Put the flags that the words' --stage gives other defaults before all others, so that given ones override them.
+
+    Without --stage, or with one that does not exist, the words stay as they are: parsing them says what is wrong.
+    """
+    given = None
+    for word, following in itertools.pairwise([*words, ""]):
+        if word == "--stage":
+            given = following
+        elif word.startswith("--stage="):
+            given = word.removeprefix("--stage=")
+    flags = next((stage.flags for name, stage in STAGES.items() if name == given), {})
+    return [*flag_words(flags, "stage"), *words]
 
 
 def config_values(config: TrainingConfig) -> dict[str, Any]:

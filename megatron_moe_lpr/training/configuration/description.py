@@ -24,23 +24,39 @@ ACCEPTABLE = tuple(dict.fromkeys(flag.recorded_as for flag in FLAGS if flag.reco
 """Flags that --accept-changes accepts. Another value of any other makes it another run: the optimizer's state or the
 place in the data would mean nothing."""
 
+ALWAYS_BEFORE = {"reset_attention_mask": False, "reset_position_ids": False, "new_token_loss_coeff": 0.0}
+"""Values of runs of older versions, which had no flag for them."""
 
-def describe_run(config: TrainingConfig, stage: Stage, sources: DataSources, dtype: torch.dtype) -> dict[str, Any]:
+
+def describe_run(
+    config: TrainingConfig, stage: Stage, sources: DataSources, dtype: torch.dtype, has_new_rows: bool
+) -> dict[str, Any]:
     """Return everything that decides a run's numbers besides its layout, in JSON's types.
 
     That is each flag that is marked as deciding numbers (`flag_marks`), by its name, and values that the run derives
     from other flags: coefficients of losses, dtype, languages and datasets.
+
+    Args:
+        has_new_rows: `ModelShape.has_new_rows`.
     """
     values = config_values(config)
     return {
         **{flag.name: values[flag.name] for flag in FLAGS if isinstance(flag.mark, Change)},
+        **_apart(config, sources),
         **stage.coefficients,
         **_fp8(config.compute.fp8),
+        **_new_rows(stage, has_new_rows),
         "languages": sorted({entry.language for entry in sources.train}),
         "original_languages": list(sources.original_languages),
         "dtype": str(dtype).removeprefix("torch."),
         "data": [_dataset(entry) for entry in sources.train],
     }
+
+
+def _apart(config: TrainingConfig, sources: DataSources) -> dict[str, Any]:
+    """Whether documents are kept apart, by a flag or by packing."""
+    documents = config.data.documents.apart(any(entry.is_packed for entry in sources.train))
+    return {name: getattr(documents, name) for name in ("reset_attention_mask", "reset_position_ids")}
 
 
 def _fp8(options: FP8Options) -> dict[str, Any]:
@@ -53,10 +69,19 @@ def _fp8(options: FP8Options) -> dict[str, Any]:
     return recorded
 
 
+def _new_rows(stage: Stage, has_new_rows: bool) -> dict[str, Any]:
+    """--train-new-rows counts only in the review of a model that has new rows. Elsewhere it is recorded as off, its
+    default in older versions, whose runs so resume."""
+    return {} if has_new_rows and stage.name == "2" else {"train_new_rows": False}
+
+
 def _dataset(entry: BlendEntry) -> str:
     """A dataset's language, weight, documents and checksums, without its path, which may change."""
     manifest = entry.manifest
     content = f"index {manifest.index_sha256[:16]} text {(manifest.bin_xxh3_128 or 'unknown')[:16]}"
+    if manifest.chat:
+        content += f" loss mask {(manifest.loss_mask_xxh3_128 or 'unknown')[:16]}"
+    content += " packed best-fit" if entry.is_packed else ""
     return f"{entry.language} {entry.weight:.6g} documents {entry.first_document}-{entry.end_document} {content}"
 
 
@@ -73,8 +98,9 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
 
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The description with canonical names of languages, which older versions did not use."""
-    compared = dict(description)
+    """The description with canonical names of languages, which older versions did not use, and with what they always
+    did and did not record."""
+    compared = ALWAYS_BEFORE | dict(description)
     if isinstance(compared.get("data"), list):
         compared["data"] = [_with_canonical_language(str(line)) for line in compared["data"]]
     if "languages" in compared:
@@ -119,8 +145,8 @@ def refuse_differences(recorded: Mapping[str, Any], now: Mapping[str, Any], acce
     foreign = {name: pair for name, pair in refused.items() if name not in ACCEPTABLE}
     if foreign:
         raise UserError(
-            f"{place}: holds a checkpoint of another run ({_listed(foreign)}); choose another "
-            "directory; --load takes a checkpoint's weights into a new run"
+            f"{place}: holds a checkpoint of another run ({_listed(foreign)}); give what it was started with, or "
+            "choose another directory; --load takes a checkpoint's weights into a new run"
         )
     if refused:
         names = " ".join(_flag(name) for name in refused)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from megatron_moe_lpr.data.language_names import covered
@@ -16,7 +16,7 @@ from megatron_moe_lpr.program import command
 if TYPE_CHECKING:
     import torch
 
-StageName = Literal["1", "2", "full", "blocks"]
+StageName = Literal["1", "2", "sft", "full", "blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,14 @@ class Stage:
     """Default of --load-balancing-coeff."""
     lpr_loss_coeff: float
     """Default of --lpr-loss-coeff."""
+    new_token_loss_coeff: float
+    """Default of --new-token-loss-coeff."""
     original_languages: Literal["refused", "required", "allowed"]
     """Whether the stage accepts training data of original languages."""
     needs_experts: bool
     needs_inserted_blocks: bool = False
+    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Flags of training that have another default in this stage, by name."""
 
     @property
     def coefficients(self) -> dict[str, Any]:
@@ -48,17 +52,32 @@ STAGES: dict[StageName, Stage] = {
         frozenset({ParameterKind.ROUTER, ParameterKind.NEW_EXPERTS, ParameterKind.NEW_ROWS}),
         load_balancing_coeff=0.01,
         lpr_loss_coeff=0.0,
+        new_token_loss_coeff=0.0,
         original_languages="refused",
         needs_experts=True,
     ),
     "2": Stage(
         "2",
         "review",
-        frozenset({ParameterKind.ROUTER}),
+        frozenset({ParameterKind.ROUTER, ParameterKind.NEW_ROWS}),
         load_balancing_coeff=0.0,
         lpr_loss_coeff=0.1,
+        new_token_loss_coeff=3.0,
         original_languages="required",
         needs_experts=True,
+    ),
+    # Routing is as the review has left it: load balancing would pull against it. OLMoE (arXiv 2409.02060, section 4.3)
+    # leaves it out of its fine-tuning too; learning rate and decay are OLMoE's.
+    "sft": Stage(
+        "sft",
+        "fine-tuning on conversations",
+        frozenset({ParameterKind.ROUTER, ParameterKind.NEW_EXPERTS, ParameterKind.NEW_ROWS}),
+        load_balancing_coeff=0.0,
+        lpr_loss_coeff=0.1,
+        new_token_loss_coeff=3.0,
+        original_languages="allowed",
+        needs_experts=True,
+        flags={"lr": "2e-5", "lr_decay_style": "linear"},
     ),
     "full": Stage(
         "full",
@@ -66,6 +85,7 @@ STAGES: dict[StageName, Stage] = {
         frozenset(ParameterKind),
         load_balancing_coeff=0.01,
         lpr_loss_coeff=0.0,
+        new_token_loss_coeff=0.0,
         original_languages="allowed",
         needs_experts=False,
     ),
@@ -75,6 +95,7 @@ STAGES: dict[StageName, Stage] = {
         frozenset({ParameterKind.INSERTED_BLOCKS, ParameterKind.NEW_ROWS}),
         load_balancing_coeff=0.0,
         lpr_loss_coeff=0.0,
+        new_token_loss_coeff=0.0,
         original_languages="allowed",
         needs_experts=False,
         needs_inserted_blocks=True,
@@ -87,20 +108,25 @@ class StageOptions:
     """Stage and losses. Coefficients are in the paper's units."""
 
     stage: Decides[StageName]
-    """What trains. 1: new experts, routers, new vocabulary rows; 2: routers; full: everything; blocks: inserted blocks
-    (LLaMA-Pro), new vocabulary rows."""
+    """What trains. 1: new experts, routers, new vocabulary rows; 2: routers, new vocabulary rows; sft: as 1, on
+    conversations; full: everything; blocks: inserted blocks (LLaMA-Pro), new vocabulary rows."""
     load_balancing_coeff: Acceptable[NonNegativeFloat | None] = None
-    """Weight of the load balancing loss, mean over layers of N * sum f_i P_i. Default: 0.01, in stage 2 0."""
+    """Weight of the load balancing loss, mean over layers of N * sum f_i P_i. Default: 0.01 in stages 1 and full, else
+    0."""
     lpr_loss_coeff: Acceptable[NonNegativeFloat | None] = None
-    """Weight of the LPR loss. Default: 0.1 in stage 2, else 0."""
+    """Weight of the LPR loss. Default: 0.1 in stages 2 and sft, else 0."""
+    new_token_loss_coeff: Acceptable[NonNegativeFloat | None] = None
+    """Weight of -log(1 - probability of all new tokens), mean over tokens of original languages.
+    Default: 3 in sft, and in a review that trains rows of new tokens; else 0."""
     lpr_loss_form: Acceptable[Literal["paper", "reference"]] = "paper"
     """reference: an earlier implementation's form, for comparison only (docs/training.md)."""
     train_embeddings: Decides[bool] = False
-    """Stage 1: train input and output embeddings too, the dense model's rows of them."""
-    train_new_rows: Decides[bool] = False
-    """Stage 2: train the rows of new tokens too (`import --tokenizer`)."""
+    """Stages 1 and sft: train input and output embeddings too, the dense model's rows of them."""
+    train_new_rows: Decides[bool] = True
+    """Stage 2: train the rows of new tokens too, where the model has any (`import --tokenizer`). Other stages always
+    do."""
     train_base_router: Decides[bool] = False
-    """Stages 1 and 2 of a mixture (`import --add-experts`): train the routers' rows of its own experts too."""
+    """Stages 1, 2 and sft of a mixture (`import --add-experts`): train the routers' rows of its own experts too."""
     allow_original_languages: Annotated[bool, Free("only checked against the data, which are recorded")] = False
     """Stage 1: accept training data of original languages."""
     open_experts_iters: Decides[PositiveInt | None] = None
@@ -113,24 +139,21 @@ class StageOptions:
             UserError: a flag that the stage does not offer.
         """
         stage = STAGES[self.stage]
-        if self.train_embeddings and self.stage != "1":
-            raise UserError("--train-embeddings is for --stage 1 only")
-        if self.train_new_rows and self.stage != "2":
-            raise UserError("--train-new-rows is for --stage 2 only: the other stages train new rows without it")
-        if self.train_base_router and self.stage not in ("1", "2"):
-            raise UserError("--train-base-router is for --stage 1 and 2 only")
+        if self.stage == "2" and not self.train_new_rows:
+            stage = dataclasses.replace(stage, trains=stage.trains - {ParameterKind.NEW_ROWS}, new_token_loss_coeff=0.0)
+        if self.train_embeddings and self.stage not in ("1", "sft"):
+            raise UserError("--train-embeddings is for --stage 1 and sft only")
+        if self.train_base_router and self.stage not in ("1", "2", "sft"):
+            raise UserError("--train-base-router is for --stage 1, 2 and sft only")
         if self.allow_original_languages:
             stage = dataclasses.replace(stage, original_languages="allowed")
-        given = {
-            ParameterKind.EMBEDDING: self.train_embeddings,
-            ParameterKind.NEW_ROWS: self.train_new_rows,
-            ParameterKind.BASE_ROUTER: self.train_base_router,
-        }
+        given = {ParameterKind.EMBEDDING} if self.train_embeddings else set()
+        given |= {ParameterKind.BASE_ROUTER} if self.train_base_router else set()
         coefficients = stage.coefficients
         coefficients |= {name: _given(getattr(self, name), default) for name, default in coefficients.items()}
         return dataclasses.replace(
             stage,
-            trains=stage.trains | {kind for kind, trains in given.items() if trains},
+            trains=stage.trains | given,
             **coefficients,
         )
 

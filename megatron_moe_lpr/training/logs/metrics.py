@@ -62,7 +62,9 @@ class IntervalMetrics:
     def line(self, stage: str, train_iters: int) -> str:
         """The line that is printed."""
         languages = " ".join(f"{name} {loss:.3f}" for name, loss in self.language_losses.items())
-        parts = [f"stage {stage}", f"step {self.iteration:,}/{train_iters:,}", f"loss {self.loss:.4f} ({languages})"]
+        # Of conversations a few samples may hold prompts alone.
+        loss = f"loss {self.loss:.4f} ({languages})" if self.language_losses else "no token with a loss"
+        parts = [f"stage {stage}", f"step {self.iteration:,}/{train_iters:,}", loss]
         if self.routing:
             parts.append(_routing_words(self.routing))
         parts += [f"grad norm {self.grad_norm:.3f}", f"lr {self.lr:.2e}"]

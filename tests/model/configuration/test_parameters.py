@@ -6,6 +6,7 @@ import pytest
 
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
 from megatron_moe_lpr.model.configuration.config import ModelShape
+from megatron_moe_lpr.model.configuration.families import FAMILIES
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, kind_of
 from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, model_rows
@@ -109,9 +110,10 @@ def test_flops_of_an_inserted_block():
     assert found == 2 * (4 * (ATTENTION + FFN) + 3 * 2 * Q * 16) + 2 * (ATTENTION + FFN) + 4 * D * V
 
 
-def test_rows_are_the_described_parameters():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_are_the_described_parameters(family):
     """Every tensor of the table of names, whose kind is the one that training reads from the name."""
-    model = shape((7, 1, 6), expansions=EXPANDED)
+    model = shape((7, 1, 6), family=family, expansions=EXPANDED)
     rows = model_rows(model.architecture, model.experts_per_layer, DENSE_LAYOUT, EXPANDED)
     assert [row.kind for row in rows] == [kind_of(row.key) for row in rows]
     assert len({row.key for row in rows}) == len(rows)

@@ -14,6 +14,7 @@ from megatron_moe_lpr.training.configuration.config_file import (
     config_values,
     parse_training_flags,
     read_config_file,
+    training_config,
     versions,
 )
 from tests.distributed import rank_pool
@@ -49,6 +50,25 @@ def test_flags_override_the_file_wherever_they_stand(tmp_path):
     for words in (["--config", str(file), *more], [*more, "--config", str(file)]):
         config = parse_training_flags(words)
         assert (config.optimizer.lr, config.batch.train_iters, config.data.data_path) == (2e-3, 7, ["x"])
+
+
+@pytest.mark.parametrize("stage", [("--stage", "sft"), ("--stage=sft",), ("--stage", "1", "--stage", "sft")])
+def test_fine_tuning_has_a_learning_rate_of_its_own_unless_one_is_given(stage, tmp_path):
+    rest = [*WORDS[2:-6], "--original-languages", "en"]
+    found = parse_training_flags([*stage, *rest]).optimizer
+    assert (found.lr, found.lr_decay_style) == (2e-5, "linear")
+    file = write(tmp_path / "c.yaml", {"stage": "sft", "lr_decay_style": "WSD"})
+    for words in (["--config", str(file)], [*stage, "--lr-decay-style", "WSD"]):
+        found = parse_training_flags([*words, *rest, "--lr=1e-3"]).optimizer
+        assert (found.lr, found.lr_decay_style) == (1e-3, "WSD")
+    values = config_values(parse_training_flags([*stage, *rest]))
+    assert training_config(values).optimizer.lr == training_config({**values, "lr": None}).optimizer.lr == 2e-5
+
+
+def test_the_other_stages_have_the_paper_s_learning_rate():
+    for name in ("1", "2", "full", "blocks"):
+        found = parse_training_flags(["--stage", name, *WORDS[2:-6], "--original-languages", "en"]).optimizer
+        assert (found.lr, found.lr_decay_style) == (5e-5, "cosine")
 
 
 def test_a_file_that_a_run_wrote_holds_more_than_flags(tmp_path):

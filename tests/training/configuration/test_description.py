@@ -38,9 +38,9 @@ def with_fp8(config: TrainingConfig, **changes) -> TrainingConfig:
     return dataclasses.replace(config, compute=dataclasses.replace(config.compute, fp8=fp8))
 
 
-def described(config: TrainingConfig) -> dict:
+def described(config: TrainingConfig, has_new_rows: bool = True) -> dict:
     sources = SimpleNamespace(train=[], original_languages=())
-    return describe_run(config, config.stage.resolve(), sources, torch.bfloat16)
+    return describe_run(config, config.stage.resolve(), sources, torch.bfloat16, has_new_rows)
 
 
 def changed(options: typing.Any, path: str) -> typing.Any:
@@ -85,12 +85,29 @@ def test_flags_of_the_run_itself_are_free():
 
 
 def test_what_comes_of_other_flags_is_recorded_under_the_name_that_they_say(config):
-    entry = SimpleNamespace(language="el", weight=1.0, first_document=0, end_document=9)
-    entry.manifest = SimpleNamespace(index_sha256="ab" * 32, bin_xxh3_128=None)
+    entry = SimpleNamespace(language="el", weight=1.0, first_document=0, end_document=9, is_packed=False)
+    entry.manifest = SimpleNamespace(index_sha256="ab" * 32, bin_xxh3_128=None, chat=False)
     sources = SimpleNamespace(train=[entry], original_languages=("el",))
-    other = describe_run(config, config.stage.resolve(), sources, torch.float32)
+    other = describe_run(config, config.stage.resolve(), sources, torch.float32, True)
     elsewhere = {flag.recorded_as for flag in FLAGS if isinstance(flag.mark, RecordedAs)}
     assert elsewhere | {"languages"} == differences(described(config), other).keys()
+
+
+def test_packing_and_loss_masks_are_recorded(config):
+    """Also what packing implies; data that has neither is described as before there were conversations."""
+    manifest = SimpleNamespace(index_sha256="ab" * 32, bin_xxh3_128="cd" * 16, chat=True, loss_mask_xxh3_128="ef" * 16)
+    entry = SimpleNamespace(language="el", weight=1.0, first_document=0, end_document=9, manifest=manifest)
+
+    def description(chat, is_packed):
+        manifest.chat, entry.is_packed = chat, is_packed
+        sources = SimpleNamespace(train=[entry], original_languages=("el",))
+        return describe_run(config, config.stage.resolve(), sources, torch.float32)
+
+    plain, chat, packed = (description(*kind) for kind in ((False, False), (True, False), (True, True)))
+    assert plain["data"] == ["el 1 documents 0-9 index abababababababab text cdcdcdcdcdcdcdcd"]
+    assert chat["data"] == [f"{plain['data'][0]} loss mask efefefefefefefef"]
+    assert packed["data"] == [f"{chat['data'][0]} packed best-fit"]
+    assert set(differences(chat, packed)) == {"data", "reset_attention_mask", "reset_position_ids"}
 
 
 def test_the_names_that_older_checkpoints_recorded_stay(config):
@@ -125,6 +142,20 @@ def test_a_coefficient_has_one_name_as_flag_as_default_and_in_the_model(config):
         options = StageOptions(stage, **given)
         assert options.resolve().coefficients == given
         assert described(dataclasses.replace(config, stage=options)).items() >= given.items()
+
+
+def test_training_of_new_rows_is_recorded_where_it_counts(config):
+    """In the review of a model that has new rows. Elsewhere runs of older versions resume, whose default was off and
+    which had no new-token loss."""
+    review = dataclasses.replace(config, stage=StageOptions("2"))
+    older = {"train_new_rows": False}
+    for stage, has_new_rows in ((config, True), (config, False), (review, False)):
+        refuse_differences(older, described(stage, has_new_rows) | {"new_token_loss_coeff": 0.0}, set(), "run")
+    with pytest.raises(UserError, match=r"train_new_rows False there and True here.* give what it was started with"):
+        refuse_differences(older, described(review), set(), "run")
+    given = dataclasses.replace(config, stage=StageOptions("2", train_new_rows=False, new_token_loss_coeff=0.5))
+    with pytest.raises(UserError, match=r"new_token_loss_coeff 0.0 there and 0.5 here.* new-token-loss-coeff"):
+        refuse_differences(older, described(given), set(), "run")
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_gradients_that_nothing_needs_are_not_computed(inputs):
         ("1", {"global_batch_size": 7}, "--global-batch-size 7 is not a multiple"),
         ("1", {"train_iters": 0}, "--train-iters 0: must be at least 1"),
         ("1", {"pipeline_model_parallel_size": 3}, "3 does not divide 4 layers"),
-        ("2", {"train_embeddings": True}, "--train-embeddings is for --stage 1 only"),
+        ("2", {"train_embeddings": True}, "--train-embeddings is for --stage 1 and sft only"),
         ("1", {"bf16": True}, "--bf16 and --fp32: give one of them"),
         ("1", {"data_path": "nowhere"}, "nowhere"),
     ],

@@ -1,0 +1,38 @@
+"""Documents of a sample that are kept apart: as each alone, in logits and all gradients, at every layout."""
+
+import pytest
+
+from tests.distributed import rank_pool
+from tests.training.documents import DocumentCase, documents_checkpoint, errors, run_documents
+from tests.training.test_layouts import EP2, FULL, PP2, SELECTIVE, TP2, VPP
+
+TOLERANCE = 2e-6
+CASES = {
+    "one rank": (1, {}, {}),
+    "recompute full": (1, {}, FULL),
+    "recompute selective": (1, {}, SELECTIVE),
+    "TP2+SP": (2, TP2, {}),
+    "PP2": (2, PP2, {}),
+    "PP2 interleaved, recompute full": (2, VPP, FULL),
+    "EP2": (2, EP2, {}),
+    "DP2": (2, {}, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Sliding window of 8 tokens and yarn."""
+    return documents_checkpoint(tmp_path_factory.mktemp("documents"))
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint):
+    return rank_pool(1).run(run_documents, checkpoint, DocumentCase(alone=True))[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_each_document_alone(name, checkpoint, alone):
+    ranks, layout, compute = CASES[name]
+    found = errors(rank_pool(ranks).run(run_documents, checkpoint, DocumentCase(layout, compute)), alone)
+    print(name, found)
+    assert max(found.values()) < TOLERANCE, found
