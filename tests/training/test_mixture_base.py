@@ -129,13 +129,15 @@ def test_stage_1_moves_new_experts_and_their_router_rows_alone(inputs, stage_1):
 
 def test_the_review_moves_router_rows_of_new_experts_alone(inputs, stage_1, tmp_path, cpu_platform):
     data = inputs[1]
-    review = functools.partial(train, stage_1, tmp_path / "review", data, stage="2", train_iters=6, lr=0.03, **EP2)
+    # A large coefficient, so that eight steps show the direction of the loss.
+    changes = {"stage": "2", "train_iters": 8, "lpr_loss_coeff": 30.0, **EP2}
+    review = functools.partial(train, stage_1, tmp_path / "review", data, **changes)
     rank_pool(RANKS).run(review)
     changed = moved(stage_1, tmp_path / "review")
     assert changed == {f"decoder.layers.{layer}.mlp.router.weight" for layer in (0, 1, 3)}
     losses = metrics(tmp_path / "review")
-    assert losses[6]["expert0_probability/original"] > losses[1]["expert0_probability/original"]
-    assert losses[6]["lpr_loss"] < losses[1]["lpr_loss"]
+    assert losses[8]["expert0_probability/original"] > losses[1]["expert0_probability/original"]
+    assert losses[8]["lpr_loss"] < losses[1]["lpr_loss"]
 
 
 def test_base_rows_train_where_asked(inputs, tmp_path):
