@@ -18,6 +18,7 @@ import tyro
 from base_model import base_model
 from growing import growing
 from method import baselines, demo, full, report
+from mixture import mixture
 from other_evaluations import choices, other_text
 from paper_table import paper_table
 from scaling import scaling
@@ -36,6 +37,7 @@ TARGETS: dict[str, Callable[[], object]] = {
     "paper-table": paper_table,
     "scaling": scaling,
     "growing": growing,
+    "mixture": mixture,
     "vocabulary": vocabulary,
     "vocabulary-reviews": vocabulary_reviews,
     "other-text": other_text,

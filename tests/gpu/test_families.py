@@ -1,14 +1,20 @@
 """Every family's own parts on the device against the local layers: QK norm, sliding window, head size, rope
 scaling, multipliers, norms of outputs, the parallel block, layers without positions."""
 
+from pathlib import Path
+
 import pytest
 
+from tests.conversion.helpers import rewrite_checkpoint
+from tests.conversion.test_mixture_bases import import_mixture
+from tests.conversion.tiny_models import COMMON
 from tests.gpu.compute import Step, compute
 from tests.gpu.device import TOLERANCES
 from tests.gpu.figures import Figures
-from tests.gpu.inputs import gpu_checkpoint, gradient_error, relative_error
+from tests.gpu.inputs import SIZES, gpu_checkpoint, gradient_error, perturb_a_little, relative_error
 from tests.gpu.ranks import run
 from tests.gpu.test_numerics import BF16
+from tests.training.test_second_expansion import change_card
 
 FAMILIES = ("qwen3", "llama3-tied", "mistral", "granite", "olmo2", "cohere2")  # all other tests take Qwen2
 FP32 = {"fp32": True}
@@ -34,3 +40,29 @@ def test_logits_and_gradients(family, figures, tmp_path):
             limit = TOLERANCES.fp32 if name == "fp32" else 2.0 * error(measure[what], exact[what])
             assert errors[what] < limit, (name, what)
         figures.add(f"{family}: {name}", **errors)
+
+
+def mixture_checkpoint(root: Path, name: str) -> Path:
+    """A mixture of eight experts with four new ones a layer, all of them in use."""
+    before = dict(COMMON)
+    COMMON.update(SIZES, initializer_range=0.05)
+    try:
+        checkpoint = import_mixture(root, name, "--add-experts", 4)
+    finally:
+        COMMON.update(before)
+    rewrite_checkpoint(checkpoint, perturb_a_little)
+    change_card(checkpoint, openness=1.0)
+    return checkpoint
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe"])
+def test_a_mixture_base(name, figures, tmp_path):
+    """Frozen and trained experts in grouped products of their own; weights that are probabilities or add up to 1."""
+    checkpoint = mixture_checkpoint(tmp_path, name)
+    exact = run(1, compute, "cpu", checkpoint, Step(precision=FP32), platform="cpu")[0]
+    found = run(1, compute, "cuda", checkpoint, Step(precision=FP32))[0]
+    assert not any(".base" in key or "shared_experts" in key for key in found["gradients"])
+    errors = {"logits": relative_error(found["logits"], exact["logits"])}
+    errors["gradients"] = gradient_error(found["gradients"], exact["gradients"])
+    figures.add(f"{name}: fp32", **errors)
+    assert max(errors.values()) < TOLERANCES.fp32, errors
