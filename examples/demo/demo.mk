@@ -1,6 +1,6 @@
 # The demo's targets, included by the Makefile.
 
-.PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing demo-vocabulary demo-vocabulary-reviews demo-instruct paper-table paper-scaling base-model
+.PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing demo-mixture demo-vocabulary demo-vocabulary-reviews demo-instruct paper-table paper-scaling base-model
 
 ## Run the whole method on real text, up to runs/demo/report.html; resumes if interrupted.
 demo: $(INSTALLED)
@@ -36,6 +36,10 @@ demo-other-text: $(INSTALLED)
 ## Compare half of the demo's new experts, allocated by layer, with all of them.
 demo-growing: $(INSTALLED)
 	$(BIN)/python examples/demo/demo.py growing
+
+## Train a mixture base from the demo's corpus and extend it to the new languages.
+demo-mixture: $(INSTALLED)
+	$(BIN)/python examples/demo/demo.py mixture
 
 ## Compare the demo with and without new tokens for the new languages, at equal bytes of text.
 demo-vocabulary: $(INSTALLED)

@@ -19,6 +19,7 @@ from base_model import base_model
 from growing import growing
 from instruct import instruct
 from method import baselines, demo, full, report
+from mixture import mixture
 from other_evaluations import choices, other_text
 from paper_table import paper_table
 from scaling import scaling
@@ -37,6 +38,7 @@ TARGETS: dict[str, Callable[[], object]] = {
     "paper-table": paper_table,
     "scaling": scaling,
     "growing": growing,
+    "mixture": mixture,
     "vocabulary": vocabulary,
     "vocabulary-reviews": vocabulary_reviews,
     "instruct": instruct,

@@ -2,16 +2,21 @@
 scaling, multipliers, norms of outputs, the parallel block, layers without positions."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from tests.conversion.helpers import rewrite_checkpoint
+from tests.conversion.test_mixture_bases import import_mixture
+from tests.conversion.tiny_models import COMMON
 from tests.gpu import device
 from tests.gpu.compute import Step, compute
 from tests.gpu.device import TOLERANCES
 from tests.gpu.figures import Figures
-from tests.gpu.inputs import gpu_checkpoint, gradient_error, relative_error
+from tests.gpu.inputs import SIZES, gpu_checkpoint, gradient_error, perturb_a_little, relative_error
 from tests.gpu.ranks import run
 from tests.gpu.test_numerics import BF16, TENSORWISE
+from tests.training.test_second_expansion import change_card
 
 FAMILIES = ("qwen3", "llama3-tied", "mistral", "granite", "olmo2", "cohere2")  # all other tests take Qwen2
 FP32 = {"fp32": True}
@@ -60,3 +65,29 @@ def test_own_layers_over_tp_ranks(family, tmp_path):
     for found in run(2, compute, "cuda", checkpoint, dataclasses.replace(step, layout=layout)):
         assert relative_error(found["logits"], alone["logits"]) < TOLERANCES.fp32
         assert gradient_error(found["gradients"], alone["gradients"]) < TOLERANCES.fp32
+
+
+def mixture_checkpoint(root: Path, name: str) -> Path:
+    """A mixture of eight experts with four new ones a layer, all of them in use."""
+    before = dict(COMMON)
+    COMMON.update(SIZES, initializer_range=0.05)
+    try:
+        checkpoint = import_mixture(root, name, "--add-experts", 4)
+    finally:
+        COMMON.update(before)
+    rewrite_checkpoint(checkpoint, perturb_a_little)
+    change_card(checkpoint, openness=1.0)
+    return checkpoint
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe"])
+def test_a_mixture_base(name, figures, tmp_path):
+    """Frozen and trained experts in grouped products of their own; weights that are probabilities or add up to 1."""
+    checkpoint = mixture_checkpoint(tmp_path, name)
+    exact = run(1, compute, "cpu", checkpoint, Step(precision=FP32), platform="cpu")[0]
+    found = run(1, compute, "cuda", checkpoint, Step(precision=FP32))[0]
+    assert not any(".base" in key or "shared_experts" in key for key in found["gradients"])
+    errors = {"logits": relative_error(found["logits"], exact["logits"])}
+    errors["gradients"] = gradient_error(found["gradients"], exact["gradients"])
+    figures.add(f"{name}: fp32", **errors)
+    assert max(errors.values()) < TOLERANCES.fp32, errors
