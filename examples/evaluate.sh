@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the paper's benchmarks by lm_eval, on the dense model and on the exported one. Prints a table and writes
-# OUT/benchmarks.json. Needs `pip install -e '.[eval]' -c constraints.txt` and access to the Hugging Face hub. Started
-# again, it continues where it stopped. Further arguments go to tools/benchmarks.py.
+# Runs the paper's and other multilingual benchmarks by lm_eval, on the dense model and on the exported one. Prints a
+# table and writes OUT/benchmarks.json. Needs `pip install -e '.[eval]' -c constraints.txt` and access to the Hugging
+# Face hub. Started again, it continues where it stopped. Further arguments go to tools/benchmarks.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -10,7 +10,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 : "${OUT:=evaluation/qwen1.5-1.8b-moe-lpr}"     # where to write
 : "${EXPANDED:=el hu tr}"                       # languages that stage 1 taught
 : "${ORIGINAL:=en es zh}"                       # languages that the dense model knows
-: "${BENCHMARKS:=arc hellaswag mmlu belebele}"  # also: flores, only for language pairs with Spanish
+: "${BENCHMARKS:=arc hellaswag mmlu belebele}"  # also: include global_mmlu xstorycloze xcopa xwinograd mgsm sib200
+                                                # multiblimp, and flores, only for language pairs with Spanish
+: "${CHAT_TEMPLATE:=auto}"                      # ask through the models' chat template: on, off, auto: instruct models
+: "${MULTITURN:=1}"                             # with a chat template: examples as earlier turns; 0: in the question
 : "${MODEL:=hf}"                                # lm_eval's kind of model: hf or vllm
 : "${MODEL_ARGS:=dtype=auto}"                   # for vllm on 8 GPUs: dtype=auto,data_parallel_size=8
 : "${BATCH_SIZE:=auto}"                         # lm_eval's
@@ -29,7 +32,9 @@ read -r -d '' -a benchmarks <<<"$BENCHMARKS" || true
 
 command=("$PYTHON" "$ROOT/tools/benchmarks.py" --base "$HF" --final "$HF_OUT" --output "$OUT"
     --original-languages "${original_ones[@]}" --expanded-languages "${expanded_ones[@]}"
-    --benchmarks "${benchmarks[@]}" --model "$MODEL" --model-args "$MODEL_ARGS" --batch-size "$BATCH_SIZE")
+    --benchmarks "${benchmarks[@]}" --apply-chat-template "$CHAT_TEMPLATE"
+    --model "$MODEL" --model-args "$MODEL_ARGS" --batch-size "$BATCH_SIZE")
+[[ "$MULTITURN" != 0 ]] || command+=(--no-fewshot-as-multiturn)
 [[ -z "$DEVICE" ]] || command+=(--device "$DEVICE")
 [[ -z "$LAUNCHER" ]] || command+=(--launcher "$LAUNCHER")
 [[ -z "$LIMIT" ]] || command+=(--limit "$LIMIT")

@@ -42,7 +42,7 @@ COMMANDS = (
     Command("expand", "commands.convert", "add experts for a second group of languages"),
     Command("graft", "commands.convert", "put an instruct model in the base model's place, without training"),
     Command("export", "commands.convert", "write a stock Hugging Face model from a checkpoint"),
-    Command("benchmarks", "commands.benchmarks", "run the paper's benchmarks by lm_eval on exported models"),
+    Command("benchmarks", "commands.benchmarks", "run multilingual benchmarks by lm_eval on exported models"),
     Command("report", "commands.report", "compare evaluations in one HTML file"),
 )
 """Subcommands in the order in which a user needs them."""

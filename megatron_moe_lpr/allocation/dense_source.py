@@ -12,7 +12,7 @@ from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE, LATEST_FIL
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import check_tensors, open_hf_directory
 from megatron_moe_lpr.conversion.reading import check_model_tensors, read_row
-from megatron_moe_lpr.conversion.tensors.fused import stored_tensors
+from megatron_moe_lpr.conversion.tensors.fused import StoredForm, stored_tensors
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import read_json
 from megatron_moe_lpr.model.configuration.architecture import Architecture
@@ -44,7 +44,8 @@ class DenseSource:
             if row.layer == layer and row.kind.is_original
             for name, tensor in zip(row.dense_names, self._read(row), strict=True)
         }
-        for stored in stored_tensors(tuple(tensors), self.architecture.family.name):
+        form = StoredForm(self.architecture.family.name, self.architecture.head_dim)
+        for stored in stored_tensors(tuple(tensors), form):
             tensors[stored.name] = stored.join(tensors.pop)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
@@ -73,7 +74,7 @@ def open_dense_source(path: Path) -> DenseSource:
         raise UserError(f"{path}: has experts; give the dense model it was made from, or import it first")
     architecture, source = model.architecture, model.source()
     rows = model_rows(architecture, model.experts_per_layer, DENSE_LAYOUT, new_tokens=model.new_tokens)
-    source = check_tensors(rows, [], source, path, model.model_type)
+    source = check_tensors(rows, [], source, path, model.stored_form)
 
     def read(row: Row) -> list[torch.Tensor]:
         tensors = [source.read(name) for name in row.names]

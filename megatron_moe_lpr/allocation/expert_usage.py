@@ -71,7 +71,7 @@ def open_mixture_source(path: Path) -> MixtureSource:
     if mixture is None:
         raise UserError(f"--sample: is for a base model that is a mixture, and {path} is dense")
     rows = model_rows(model.architecture, model.experts_per_layer, model.layout)
-    source = check_tensors(rows, [], source, path, model.model_type)
+    source = check_tensors(rows, [], source, path, model.stored_form)
 
     def read(row: Row) -> list[torch.Tensor]:
         return [source.read(name) for name in row.names]

@@ -1,4 +1,4 @@
-"""Run the paper's benchmarks by lm_eval, on the base model and the exported one, in all languages.
+"""Run the paper's and other multilingual benchmarks by lm_eval, on the base model and the exported one.
 
 Needs the package's extra `eval`. Started again with the same --output, it continues where it stopped.
 """
@@ -16,6 +16,7 @@ from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.evaluation.lm_eval.beginning import describe_beginning, prompt_beginning
+from megatron_moe_lpr.evaluation.lm_eval.chat import TemplateChoice, describe_template, uses_template
 from megatron_moe_lpr.evaluation.lm_eval.harness import (
     check_replaceable,
     harness_command,
@@ -49,9 +50,17 @@ class Flags:
     output: Path
     """Directory for lm_eval's results, a directory for each model and benchmark, and benchmarks.json beside them."""
     benchmarks: tuple[str, ...] = ("arc", "hellaswag", "mmlu", "belebele")
-    """Which of arc, hellaswag, mmlu, belebele and flores to run."""
+    """Which to run of arc, hellaswag, mmlu, belebele and flores (the paper's), include, global_mmlu, xstorycloze,
+    xcopa, xwinograd, mgsm, sib200 and multiblimp."""
     num_fewshot: NonNegativeInt | None = None
-    """Examples in the prompt. Default: 25 for arc, 10 for hellaswag, 5 for mmlu and belebele, 8 for flores."""
+    """Examples in the prompt. Default: 25 for arc, 10 for hellaswag, 5 for mmlu, belebele, global_mmlu and sib200, 8
+    for flores and mgsm, none for the others, of which include, xwinograd and multiblimp take none in any case."""
+    apply_chat_template: TemplateChoice = "auto"
+    """Whether questions go through the models' chat template. auto: if both models' generation_config.json
+    (eos_token_id) ends a text at the token that the template puts behind an answer, as that of instruct models does.
+    Some base models, such as Qwen2.5's, carry a template that nothing has taught them."""
+    fewshot_as_multiturn: bool = True
+    """With a chat template: examples are earlier turns of the conversation, not text in the question."""
     limit: PositiveInt | None = None
     """Only the first N questions of each task, for a trial."""
     model: str = "hf"
@@ -82,13 +91,16 @@ def main(arguments: list[str] | None = None) -> None:
     languages = [*flags.original_languages, *flags.expanded_languages]
     chosen = choose_tasks(flags.benchmarks, languages, known_tasks(flags.include_path))
     beginning = prompt_beginning(flags.base, flags.final, flags.model_args)
-    print(*(line for one in chosen for line in one.lines()), describe_beginning(beginning), sep="\n", flush=True)
+    models = {name: getattr(flags, name) for name in MODELS}
+    chat = uses_template(models, flags.apply_chat_template)
+    notes = (describe_beginning(beginning), describe_template(models, flags.apply_chat_template, chat))
+    print(*(line for one in chosen for line in one.lines()), *notes, sep="\n", flush=True)
     if flags.dry_run:
-        evaluate(flags, [one for one in chosen if one.tasks])
+        evaluate(flags, [one for one in chosen if one.tasks], chat)
         return
     with directory_lock(flags.output, "--output"):
-        evaluate(flags, [one for one in chosen if one.tasks])
-        record = make_record(flags, chosen) | {"prompts_begin_with": beginning}
+        evaluate(flags, [one for one in chosen if one.tasks], chat)
+        record = make_record(flags, chosen) | {"prompts_begin_with": beginning, "chat_template": chat}
         with name_file_in_oserror(flags.output / RECORD_FILE):
             write_json(record, flags.output / RECORD_FILE)
     Console(width=None if sys.stdout.isatty() else 160).print(benchmarks_table(record))
@@ -117,22 +129,28 @@ def check_places(flags: Flags) -> None:
         check_output_file(flags.output / RECORD_FILE, "--output")
 
 
-def evaluate(flags: Flags, chosen: list[ChosenTasks]) -> None:
-    """Run every benchmark of both models, by one call of lm_eval each. Raises UserError."""
+def evaluate(flags: Flags, chosen: list[ChosenTasks], chat: bool) -> None:
+    """Run every benchmark of both models, by one call of lm_eval each. Raises UserError.
+
+    Args:
+        chat: questions go through the chat template.
+    """
     launcher = shlex.split(flags.launcher)
     for model in MODELS:
         for one in chosen:
             check_replaceable(flags.output / model / one.name)
     for model in MODELS:
         for one in chosen:
-            settings, output = harness_settings(flags, model, one), flags.output / model / one.name
+            settings, output = harness_settings(flags, model, one, chat), flags.output / model / one.name
             print(shlex.join(harness_command(launcher, settings, output)), flush=True)
             if not flags.dry_run:
                 run_harness(launcher, settings, output)
 
 
-def harness_settings(flags: Flags, model: str, chosen: ChosenTasks) -> dict[str, Any]:
+def harness_settings(flags: Flags, model: str, chosen: ChosenTasks, chat: bool = False) -> dict[str, Any]:
     """Return lm_eval's flags for one benchmark of one model."""
+    # Without a template the settings have no such keys, as those of results from before there was a choice.
+    template = {"apply_chat_template": True, "fewshot_as_multiturn": str(flags.fewshot_as_multiturn).lower()}
     return {
         "model": flags.model,
         "model_args": ",".join(filter(None, [f"pretrained={getattr(flags, model)}", flags.model_args])),
@@ -142,12 +160,14 @@ def harness_settings(flags: Flags, model: str, chosen: ChosenTasks) -> dict[str,
         "device": flags.device,
         "limit": flags.limit,
         "include_path": str(flags.include_path) if flags.include_path else None,
+        **(template if chat and not chosen.benchmark.whole_sentences else {}),
     }
 
 
 def num_shots(flags: Flags, chosen: ChosenTasks) -> int:
     """Return the number of examples in the prompt of a benchmark."""
-    return chosen.benchmark.shots if flags.num_fewshot is None else flags.num_fewshot
+    benchmark = chosen.benchmark
+    return benchmark.shots if flags.num_fewshot is None or benchmark.only_shots else flags.num_fewshot
 
 
 def make_record(flags: Flags, chosen: list[ChosenTasks]) -> dict[str, Any]:

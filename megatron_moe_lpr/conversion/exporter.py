@@ -24,7 +24,7 @@ from megatron_moe_lpr.conversion.hugging_face.safetensors_writer import TensorSp
 from megatron_moe_lpr.conversion.reading import read_row
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate, write_json
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
-from megatron_moe_lpr.conversion.tensors.fused import stored_tensors
+from megatron_moe_lpr.conversion.tensors.fused import StoredForm, stored_tensors
 from megatron_moe_lpr.errors import name_file_in_oserror
 from megatron_moe_lpr.files.atomic_directory import atomic_directory
 from megatron_moe_lpr.files.links import copy_private
@@ -87,7 +87,7 @@ def _write_weights(export: CheckedExport, partial: Path, max_shard_bytes: int, t
     check_disk_space(partial, total, target)
     with ProgressReport("exporting", total) as progress, ThreadPoolExecutor(1) as pool:
         producer = _Producer(export, progress, fingerprint, pool)
-        stored, produce = _fused(specs, producer, str(export.config["model_type"]))
+        stored, produce = _as_stored(specs, producer, export)
         write_safetensors(partial, stored, produce, max_shard_bytes)
         producer.finish()
     return _with_fingerprint(export, fingerprint.hexdigest())
@@ -108,12 +108,13 @@ def _with_fingerprint(export: CheckedExport, fingerprint: str) -> CheckedExport:
     return dataclasses.replace(export, is_original=is_original, warnings=warnings)
 
 
-def _fused(
-    specs: Sequence[TensorSpec], produce: Callable[[TensorSpec], torch.Tensor], model_type: str
+def _as_stored(
+    specs: Sequence[TensorSpec], produce: Callable[[TensorSpec], torch.Tensor], export: CheckedExport
 ) -> tuple[list[TensorSpec], Callable[[TensorSpec], torch.Tensor]]:
-    """Specifications and producer of the tensors that a checkpoint of `model_type` stores, some of several parts."""
+    """Specifications and producer of the tensors that the files store, some made of several parts."""
+    form = StoredForm(str(export.config["model_type"]), export.architecture.head_dim)
     by_name = {spec.name: spec for spec in specs}
-    shapes, fused = {spec.name: spec.shape for spec in specs}, stored_tensors(by_name, model_type)
+    shapes, fused = {spec.name: spec.shape for spec in specs}, stored_tensors(by_name, form)
     parts = {part: tensor for tensor in fused for part in tensor.parts}
     stored: dict[str, TensorSpec] = {}
     for spec in specs:

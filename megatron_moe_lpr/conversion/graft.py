@@ -30,6 +30,7 @@ from megatron_moe_lpr.conversion.graft_checks import (
     check_base,
     check_graftable,
     check_instruct,
+    check_shared_weights,
     check_tokenizers,
     open_dense,
     read_parts,
@@ -91,6 +92,7 @@ def _write_grafted(options: GraftOptions, save: Path, overwrite: bool, lock: con
     card = checkpoint.card()
     check_graftable(card, options.load)
     base, instruct = open_dense(options.base, "--base"), open_dense(options.instruct, "--instruct")
+    check_shared_weights(card, options.load, base)
     for line in check_instruct(instruct, base, card):
         warn(line)
     check_tokenizers(options.instruct, checkpoint, card)

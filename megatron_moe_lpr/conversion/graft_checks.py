@@ -49,11 +49,10 @@ def read_parts(sources: TensorSources, row: Row) -> list[torch.Tensor]:
 
 
 def check_graftable(card: CheckpointCard, load: Path) -> None:
-    """Check that the checkpoint's shared weights are still the base model's.
+    """Check that the checkpoint has experts to graft onto.
 
     Raises:
-        UserError: it is dense, has inserted blocks or a base model that is a mixture, or a run has trained the base
-            model's own weights.
+        UserError: it is dense, has inserted blocks, or a base model that is a mixture.
     """
     if card.has_mixture_base:
         raise UserError(
@@ -61,7 +60,20 @@ def check_graftable(card: CheckpointCard, load: Path) -> None:
         )
     if not card.is_moe:
         raise UserError(f"--load {load}: has no new experts to graft onto; the instruct model itself is the result")
-    for entry in card.history:
+
+
+def check_shared_weights(card: CheckpointCard, load: Path, base: TensorSources) -> None:
+    """Check that the checkpoint's shared weights are still the base model's.
+
+    What the history records from before the upcycling, where this project has trained the base model too, is in the
+    base model's own card and does not count.
+
+    Raises:
+        UserError: a run has trained the base model's own weights since.
+    """
+    before = base.model.card.history if base.model.card else []
+    since = card.history[len(before) :] if card.history[: len(before)] == before else card.history
+    for entry in since:
         if entry.get("stage") == "full" or entry.get("train_embeddings"):
             raise UserError(
                 f"--load {load}: a run with {'--stage full' if entry.get('stage') == 'full' else '--train-embeddings'} "

@@ -115,7 +115,7 @@ def find_tensor_sources(options: ImportOptions) -> TensorSources:
         rows = copied_rows(rows, added, model.architecture.mixture, model.layout)
     files = SafetensorsSource(weight_files(model.path) + ([adapter.weights] if adapter else []))
     read = [row for row in rows if not (extension and row.kind is ParameterKind.NEW_ROWS)]
-    files = check_tensors(read, model.extra(), files, adapter.path if adapter else model.path, model.model_type)
+    files = check_tensors(read, model.extra(), files, adapter.path if adapter else model.path, model.stored_form)
     _refuse_untouched_mixture(options, model)
     # What holds trained rows too says nothing about the dense model's dtype.
     originals = [row for row in rows if row.kind.is_original and not (row.rows and model.new_tokens)]

@@ -138,6 +138,16 @@ def read_lengths(prefix: str) -> np.ndarray:
     return np.memmap(path, dtype="<i4", mode="r", offset=_LENGTHS_OFFSET, shape=(documents,))
 
 
+def read_pointers(prefix: str) -> np.ndarray:
+    """Return the first byte of each document in the .bin, int64 [documents], memory-mapped. Raises UserError."""
+    documents = len(read_lengths(prefix))
+    if not documents:
+        return np.empty(0, np.int64)
+    # After an odd number of int32 lengths the int64 positions are unaligned.
+    offset = _LENGTHS_OFFSET + 4 * documents
+    return np.memmap(idx_path(prefix), dtype="<i8", mode="r", offset=offset, shape=(documents,))
+
+
 def check_index(prefix: str, dtype: str, tokens: int) -> None:
     """Check every number of an .idx, in blocks, before megatron-core uses its document positions.
 

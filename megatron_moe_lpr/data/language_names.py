@@ -68,6 +68,12 @@ def with_usual_script(language: str) -> str:
     return f"{row.code}_{script}" if row and script else language
 
 
+def language_codes(language: str) -> tuple[str, ...]:
+    """Return all codes of a tag's language, `("lv", "lav", "lvs")` for `lv-LV`; none for the user's own tags."""
+    row = _row(language)
+    return (row.code, *row.other_codes) if row else ()
+
+
 def is_known(language: str) -> bool:
     """Return whether a canonical tag is a language of the table, not the user's own."""
     return _parts(language) is not None

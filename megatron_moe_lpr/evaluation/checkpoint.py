@@ -17,6 +17,7 @@ from megatron_moe_lpr.data.original_languages import read_original_languages
 from megatron_moe_lpr.data.reading.blend import read_blend
 from megatron_moe_lpr.data.reading.config import packed
 from megatron_moe_lpr.data.reading.languages import LanguageRegistry
+from megatron_moe_lpr.data.reading.packed_samples import packing_notes
 from megatron_moe_lpr.data.reading.validation_dataset import open_validation_dataset
 from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
@@ -107,7 +108,11 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
         results.append(result)
     check_finite_losses(results, directory.path, dtype)
     precision = str(dtype).removeprefix("torch.")
-    notes = (*original.notes, *unknown_languages(languages.names, original.names, card.history))
+    notes = (
+        *original.notes,
+        *unknown_languages(languages.names, original.names, card.history),
+        *packing_notes(entries, options.seq_length),
+    )
     apart = options.documents.reset_attention_mask
     return Evaluation(directory, card, precision, options.seq_length, apart, original.names, notes, groups, results)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_moe_lpr.conversion.hugging_face.hub import model_directory
 from megatron_moe_lpr.conversion.hugging_face.quiet import quiet_transformers
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import read_json
@@ -28,7 +29,7 @@ class HuggingFaceModel(TextModel):
 
     def __init__(self, options: ModelOptions) -> None:
         assert options.hf is not None
-        self._path, self._dtype = options.hf, options.dtype
+        self._path, self._dtype = model_directory(options.hf), options.dtype
         file = self._path / "config.json"
         if not file.is_file():
             raise UserError(f"--hf {self._path}: no config.json there; give a Hugging Face directory")

@@ -22,7 +22,8 @@ class ModelOptions:
     load: Path | None = None
     """Checkpoint directory, dense or MoE, or one iteration in it."""
     hf: Path | None = None
-    """Instead of --load: directory of an export or another Hugging Face model, run by transformers' own `generate`."""
+    """Instead of --load: directory of an export or another Hugging Face model, or its name on the hub, run by
+    transformers' own `generate`."""
     tokenizer: Path | None = None
     """Directory of a tokenizer. Default: the model's own."""
     chat_template: Path | None = None

@@ -6,15 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_moe_lpr.conversion.hugging_face.chat_template import answer_ends
 from megatron_moe_lpr.conversion.hugging_face.exported_tokenizer import settle_tokenizer
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carried_files, carry_files
 from megatron_moe_lpr.conversion.hugging_face.quiet import quiet_transformers
 from megatron_moe_lpr.data.tokenizer_settings import eos_ids
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.generation.prompts import Request
-
-ANSWER = "Xylophone"
-"""An answer that no template contains."""
 
 
 class PromptTokenizer:
@@ -41,7 +39,7 @@ class PromptTokenizer:
         if request.messages is None:
             ids = list(self._tokenizer(request.text).input_ids)
         else:
-            ids = list(self._render(request.messages, request.tools, request.place, tokenize=True))
+            ids = list(self._render(request.messages, request.tools, request.place))
         if not ids:
             raise UserError(f"{request.place}: the prompt has no token; give some text")
         return ids
@@ -58,30 +56,18 @@ class PromptTokenizer:
         found = set(declared[0] if declared else ())
         if self._tokenizer.eos_token_id is not None:
             found.add(self._tokenizer.eos_token_id)
-        return frozenset(found | (self._answer_ends() if chat else set()))
+        return frozenset(found | (answer_ends(self._tokenizer) if chat else set()))
 
-    def _answer_ends(self) -> set[int]:
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
-        try:
-            text = self._render(messages, None, "", tokenize=False)
-        except UserError:  # a template with wishes of its own: the declared tokens remain
-            return set()
-        rest = text[text.rfind(ANSWER) + len(ANSWER) :].lstrip() if ANSWER in text else ""
-        known = self._tokenizer.get_added_vocab()
-        return {known[token] for token in sorted(known, key=len)[::-1] if token and rest.startswith(token)}
-
-    def _render(self, messages: list[dict[str, Any]], tools: list | None, place: str, tokenize: bool) -> Any:
+    def _render(self, messages: list[dict[str, Any]], tools: list | None, place: str) -> list[int]:
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"{self.directory}: its tokenizer has no chat template; give --chat-template FILE, or leave --chat and "
                 "messages out"
             )
-        continues = messages[-1].get("role") == "assistant" and tokenize
-        last = {"continue_final_message": True} if continues else {"add_generation_prompt": tokenize}
+        continues = messages[-1].get("role") == "assistant"
+        last = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=tokenize, return_dict=False, **last
-            )
+            return self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **last)
         except Exception as error:  # templates raise jinja's errors, and Python's where they expect other fields
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{place}: the chat template of {self.directory} refuses it: {reason}") from None

@@ -26,8 +26,10 @@ from megatron_moe_lpr.model.moe.expert_states import grouped_linear_layers
 from megatron_moe_lpr.model.moe.grouped_linear import ColumnParallelGroupedLinear, RowParallelGroupedLinear
 from megatron_moe_lpr.model.moe.moe_layer import MoELPRLayer, MoELPRSubmodules
 from megatron_moe_lpr.model.moe.router import LPRRouter
+from megatron_moe_lpr.model.transformer.all_heads_attention import KEYS as ALL_HEADS_KEYS
+from megatron_moe_lpr.model.transformer.all_heads_attention import AllHeadsAttention
 from megatron_moe_lpr.model.transformer.local_attention import LocalAttention
-from megatron_moe_lpr.model.transformer.norm import AllHeadsNorm, LayerNorm, RMSNorm
+from megatron_moe_lpr.model.transformer.norm import LayerNorm, RMSNorm
 from megatron_moe_lpr.model.transformer.parallel_layer import ParallelLayer
 from megatron_moe_lpr.model.transformer.residual import OutputAlone, ResidualBranch
 
@@ -103,11 +105,9 @@ def _norm(config: MoELPRConfig, transformer_engine: bool) -> type:
 def _as_the_family_computes(spec: ModuleSpec, config: MoELPRConfig, transformer_engine: bool) -> None:
     """Change Megatron's specification of a layer where the family differs from Llama."""
     family, layer, norm = config.family, spec.submodules, _norm(config, transformer_engine)
-    attention = layer.self_attention.submodules
     if family.qk_norm == "all heads":
-        heads = {"q_layernorm": config.num_attention_heads, "k_layernorm": config.num_query_groups}
-        norms = {name: ModuleSpec(AllHeadsNorm, params={"num_heads": count}) for name, count in heads.items()}
-        replace(attention, **norms)
+        replace(layer.self_attention, module=AllHeadsAttention)
+        layer.sharded_state_dict_keys_map |= ALL_HEADS_KEYS
     if family.norms != "before":
         # In Transformer Engine's layers they are parts of the first products.
         replace(layer, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)

@@ -35,18 +35,22 @@ ATTENTION = Launches(11, 13)
 """With its norm, and both residual additions of the layer."""
 DENSE_FFN = Launches(4, 5)
 MOE_NORM = Launches(1, 2)
-MOE = Launches(14, 27)
-"""Router with the gradients of both its losses, dispatcher, original expert. Backward includes each expert's share of
-the tokens, which is computed once under recomputation too. A stage that has one of the losses alone launches 3 to 5
-less."""
+MOE = Launches(14, 19)
+"""Router with the gradients of its losses, dispatcher, original expert. Backward includes each expert's share of the
+tokens, which is computed once under recomputation too. A stage without the load balancing loss launches one less."""
 NEW_EXPERT = Launches(2, 2)
 """Its two products; every expert is taken to have rows."""
-EXPERT_PARALLEL = Launches(10, 2)
+EXPERT_PARALLEL = Launches(6, 2)
 """In each MoE layer, with EP over 1."""
-TENSOR_PARALLEL_ATTENTION, TENSOR_PARALLEL_FFN, TENSOR_PARALLEL_MOE = Launches(0, 1), Launches(1, 1), Launches(9, 8)
-"""More of each with TP over 1. Every rank is taken to pad the original expert's rows: all but the one with most do."""
-FP8, FP8_MOE = 6, 18
-"""To round the operands of a layer's products; more with MoE, where rows are padded too. The recipes differ by one."""
+TENSOR_PARALLEL_ATTENTION, TENSOR_PARALLEL_FFN, TENSOR_PARALLEL_MOE = Launches(-1, 0), Launches(0, 0), Launches(2, 1)
+"""More of each with TP over 1."""
+FP8_ATTENTION, FP8_DENSE_FFN, FP8_MOE = Launches(1, 2), Launches(1, 2), Launches(7, 8)
+"""To round the operands of the products, the norms' outputs apart; with MoE rows are padded too. The recipes differ by
+one a layer."""
+DELAYED_STATES = {("moe", True): 36, ("mlp", False): 20, ("full", True): 66, ("full", False): 46}
+"""By recompute and whether the layer has experts: with delayed scaling Transformer Engine puts the states of each
+recomputed module aside and back, 8 copies a module, and updates scales 2 to 5 times more (quantization.py
+`copy_forward_fp8_meta_tensors_for_recompute`, `reduce_and_update_fp8_tensors`). That of mlp is derived, not counted."""
 EVERY_RANK, TAGS = 4, 16
 """Of a micro-batch; the tags of its tokens and the scale of its losses, which a model with experts needs."""
 FIRST_RANK, LAST_RANK = 1, 32
@@ -78,13 +82,16 @@ def _layer_launches(layer: PlannedLayer) -> int:
         outside.append(MOE_NORM)
         ffn = [MOE, *[NEW_EXPERT] * (layer.spread_experts // ranks), *[DENSE_FFN] * (layer.shared_expert_size > 0)]
         ffn += [*[EXPERT_PARALLEL] * (ranks > 1), *[TENSOR_PARALLEL_MOE] * is_split]
-    total = sum(part.total for part in (*outside, *ffn))
     if run.sizes.precision == "fp8":
-        total += FP8 + FP8_MOE * layer.is_moe
+        outside.append(FP8_ATTENTION)
+        ffn.append(FP8_MOE if layer.is_moe else FP8_DENSE_FFN)
+    total = sum(part.total for part in (*outside, *ffn))
     if recompute == "full":
         total += sum(part.forward for part in outside)
     if recompute in ("full", "moe" if layer.is_moe else "mlp"):
         total += sum(part.forward for part in ffn)
+    if run.sizes.precision == "fp8" and run.sizes.fp8_recipe == "delayed":
+        total += DELAYED_STATES.get((recompute, layer.is_moe), 0)
     return total
 
 

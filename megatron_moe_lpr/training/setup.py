@@ -31,7 +31,7 @@ from megatron_moe_lpr.platform.determinism import fix_order_of_sums
 from megatron_moe_lpr.training.checkpointing import RunState, load_run
 from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.description import accepted_names, describe_run, recorded_schedule
-from megatron_moe_lpr.training.configuration.stages import Stage, check_stage, freeze
+from megatron_moe_lpr.training.configuration.stages import Stage, check_stage, freeze, stage_note
 from megatron_moe_lpr.training.run_directory.resuming import ResumePoint, find_resume_point
 from megatron_moe_lpr.training.run_directory.run_start import (
     find_start,
@@ -115,7 +115,8 @@ def prepare(config: TrainingConfig) -> Run:
             config = dataclasses.replace(config, optimizer=recorded_schedule(resume_from.recorded, config))
     description = describe_run(config, stage, sources, options.dtype, shape.has_new_rows)
     other_template = template_note({entry.prefix: entry.manifest for entry in sources.train}, start.side_directory)
-    notes = (*sources.notes, *_end_of_document(sources, tokenizer), *filter(None, [other_template]))
+    optional = filter(None, [other_template, stage_note(stage, sources)])
+    notes = (*sources.notes, *_end_of_document(sources, tokenizer), *optional)
     sources = dataclasses.replace(sources, notes=notes)
     datasets = _build_datasets(config, sources, resume_from)
     model, state = _build_model(config, stage, platform, options, start, resume_from)

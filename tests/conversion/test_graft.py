@@ -242,6 +242,27 @@ def test_refused(case: str, tmp_path: Path, refuse: Callable[..., str]) -> None:
     assert not (tmp_path / "grafted").exists()
 
 
+def test_what_trained_the_base_model_before_it_was_upcycled_does_not_count(
+    tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+    """A base model that this project has trained: its export records the run, and so does what is upcycled from it."""
+    run("import", "--hf", save_model("qwen2", tmp_path / "random"), "--save", tmp_path / "dense", "--num-experts", 1)
+    full = {"stage": "full", "languages": ["en"]}
+    change_card(tmp_path / "dense", history=[full])
+    run("export", "--load", tmp_path / "dense", "--hf", tmp_path / "base")
+    run("import", "--hf", tmp_path / "base", "--save", tmp_path / "save", "--num-experts", 2)
+    post_train(tmp_path / "random", tmp_path / "instruct")
+    grafted = graft(tmp_path)
+    run("import", "--hf", tmp_path / "instruct", "--save", tmp_path / "expected", "--num-experts", 2)
+    assert_same_tensors(
+        {key: tensor for key, tensor in checkpoint_tensors(tmp_path / "expected").items() if "router" not in key},
+        {key: tensor for key, tensor in grafted.items() if "router" not in key},
+    )
+    change_card(tmp_path / "save", history=[full, full])
+    models = ("--base", tmp_path / "base", "--instruct", tmp_path / "instruct", "--save", tmp_path / "again")
+    assert "a run with --stage full has trained" in refuse("graft", "--load", tmp_path / "save", *models)
+
+
 def test_a_dense_checkpoint_and_another_tokenizer_are_refused(
     tmp_path: Path, tokenizers: Path, refuse: Callable[..., str]
 ) -> None:

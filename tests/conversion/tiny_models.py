@@ -48,6 +48,8 @@ FURTHER_MODELS = {
     "phi3": ("phi3", {"sliding_window": 8, "pad_token_id": None}),
     "granite": ("granite", GRANITE),
     "olmo2": ("olmo2", {}),
+    "helium": ("helium", {"head_dim": 8}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 16}),
     "cohere": ("cohere", {"logit_scale": 0.25}),
     "cohere2": ("cohere2", {"logit_scale": 0.5, "sliding_window": 8, "sliding_window_pattern": 2}),
 }

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch.nn import functional
 
 from megatron_moe_lpr.checkpoint.format.card import read_card
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, resolve_checkpoint
+from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationOptions, evaluate_checkpoint, unknown_languages
 from megatron_moe_lpr.evaluation.results import evaluation_record
@@ -32,6 +35,8 @@ from tests.training.runs import make_checkpoint
 
 SEQUENCE = 32
 TOP_K = 2
+DOCUMENTS = {"en": (70, 33), "el": (47,)}
+"""Lengths of the documents of each dataset, which have no end-of-document token."""
 LAYOUTS = {
     "EP2": {"expert_model_parallel_size": 2},
     "PP2": {"pipeline_model_parallel_size": 2},
@@ -48,15 +53,17 @@ def setting(tmp_path_factory):
     generator = np.random.default_rng(5)
     # Neither a multiple of the sequence length nor of a pass: the padding must count nowhere.
     documents = {
-        "en": [generator.integers(1, 99, 70).tolist(), generator.integers(1, 99, 33).tolist()],
-        "el": [generator.integers(1, 99, 47).tolist()],
+        language: [generator.integers(1, 99, length).tolist() for length in lengths]
+        for language, lengths in DOCUMENTS.items()
     }
     data = {language: write_dataset(root / language, language, each) for language, each in documents.items()}
     tokens = {language: [token for document in each for token in document] for language, each in documents.items()}
     return root, checkpoint, data, tokens
 
 
-def evaluate(load: Path, data: dict[str, str], layout: dict, original: tuple[str, ...] = ("en",)) -> dict:
+def evaluate(
+    load: Path, data: dict[str, str], layout: dict, original: tuple[str, ...] = ("en",), apart: bool = False
+) -> dict:
     """Evaluate on this rank of a pool."""
     options = EvaluationOptions(
         load=load,
@@ -66,6 +73,7 @@ def evaluate(load: Path, data: dict[str, str], layout: dict, original: tuple[str
         micro_batch_size=2,
         fp32=True,
         layout=ParallelLayout(**layout),
+        documents=DocumentOptions(reset_attention_mask=apart, reset_position_ids=apart),
         platform="cpu",
     )
     return evaluation_record(evaluate_checkpoint(options))
@@ -89,12 +97,17 @@ def keeper(states: list[torch.Tensor]):
 
 
 @torch.no_grad()
-def by_transformers(directory: Path, tokens: list[int]) -> dict:
-    """Compute by transformers: summed loss; for each layer how often experts are chosen, and expert 0's probability."""
+def by_transformers(directory: Path, tokens: list[int], ends: Sequence[int] = ()) -> dict:
+    """Compute by transformers: summed loss; for each layer how often experts are chosen, and expert 0's probability.
+
+    Args:
+        ends: tokens before each document but the first, whose context begins anew there.
+    """
     model = exported(directory)
     loss, routed = 0.0, []
-    for start in range(0, len(tokens) - 1, SEQUENCE):
-        window = torch.tensor(tokens[start : start + SEQUENCE + 1])
+    starts = sorted({*range(0, len(tokens) - 1, SEQUENCE), *ends, len(tokens) - 1})
+    for start, end in itertools.pairwise(starts):
+        window = torch.tensor(tokens[start : end + 1])
         states: list[torch.Tensor] = []
         hooks = [layer.mlp.register_forward_pre_hook(keeper(states)) for layer in model.model.layers]
         logits = model(window[None, :-1]).logits[0]
@@ -125,6 +138,21 @@ def test_equals_transformers(setting, alone, language):
     assert torch.allclose(share, expected["expert_share"], atol=1e-6)
     assert routing["expert0_top_k_share"] == pytest.approx(share[:, 0].tolist())
     assert 0.02 < share[:, 0].mean() < 0.98, "the choice does not show"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_documents_apart_equal_transformers_on_each(setting, alone, ranks):
+    """No document is context of another; the record says so. On two pipeline ranks too."""
+    root, checkpoint, data, tokens = setting
+    record = rank_pool(ranks).run(evaluate, checkpoint, data, LAYOUTS["PP2"] if ranks == 2 else {}, ("en",), True)[0]
+    assert record["reset_attention_mask"] and not alone["reset_attention_mask"]
+    found = {one["language"]: one for one in record["datasets"]}
+    expected = by_transformers(root / "exported", tokens["en"], [DOCUMENTS["en"][0]])
+    assert found["en"]["loss"] == pytest.approx(expected["loss"] / (len(tokens["en"]) - 1), rel=1e-5)
+    assert found["en"]["routing"]["expert0_probability"] == pytest.approx(expected["probability"].tolist(), abs=1e-5)
+    across = {one["language"]: one for one in alone["datasets"]}
+    assert abs(found["en"]["loss"] - across["en"]["loss"]) > 1e-4
+    assert found["el"]["loss"] == pytest.approx(across["el"]["loss"], rel=1e-5)  # of one document
 
 
 def test_averages(alone):

@@ -1,6 +1,7 @@
 """The probability that new tokens take, in evaluations: equal to a softmax over all logits, at every layout."""
 
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -33,18 +34,21 @@ def setting(tmp_path_factory):
     extend_checkpoint(checkpoint, NEW_TOKENS)
     generator = np.random.default_rng(5)
     tokens = {"el": generator.integers(1, ALL, 101).tolist(), "en": generator.integers(1, BASE, 75).tolist()}
-    data = {language: write_dataset(root / language, language, [ids]) for language, ids in tokens.items()}
+    data = {
+        language: write_dataset(root / language, language, [ids[:40], ids[40:]]) for language, ids in tokens.items()
+    }
     return checkpoint, data, tokens
 
 
-def by_softmax(path: Path, tokens: list[int]) -> tuple[float, float]:
-    """Loss and mass on new tokens, from all logits."""
+def by_softmax(path: Path, tokens: list[int], apart: bool) -> tuple[float, float]:
+    """Loss and mass on new tokens, from all logits; with `apart` the second document sees nothing of the first."""
     platform, layout = select_platform("cpu"), ParallelLayout()
     initialize_parallel(platform, layout)
     model = load_model(path, layout, platform, ComputeOptions(fp32=True))
     loss = mass = 0.0
-    for start in range(0, len(tokens) - 1, SEQUENCE):
-        window = torch.tensor(tokens[start : start + SEQUENCE + 1])
+    starts = sorted({*range(0, len(tokens) - 1, SEQUENCE), *([40] if apart else []), len(tokens) - 1})
+    for start, end in itertools.pairwise(starts):
+        window = torch.tensor(tokens[start : end + 1])
         padded = torch.zeros(1, SEQUENCE, dtype=torch.int64)
         padded[0, : len(window) - 1] = window[:-1]
         with torch.no_grad():
@@ -56,14 +60,20 @@ def by_softmax(path: Path, tokens: list[int]) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    ("world", "layout"),
-    [(1, {}), (2, {"tensor_model_parallel_size": 2}), (2, {"pipeline_model_parallel_size": 2}), (2, {})],
+    ("world", "layout", "apart"),
+    [
+        (1, {}, False),
+        (1, {}, True),
+        (2, {"tensor_model_parallel_size": 2}, False),
+        (2, {"pipeline_model_parallel_size": 2}, False),
+        (2, {}, False),
+    ],
 )
-def test_equals_a_softmax_over_all_tokens(world, layout, setting):
+def test_equals_a_softmax_over_all_tokens(world, layout, apart, setting):
     checkpoint, data, tokens = setting
-    record = rank_pool(world).run(evaluate, checkpoint, data, layout)[0]
+    record = rank_pool(world).run(evaluate, checkpoint, data, layout, ("en",), apart)[0]
     for one in record["datasets"]:
-        loss, mass = rank_pool(1).run(by_softmax, checkpoint, tokens[one["language"]])[0]
+        loss, mass = rank_pool(1).run(by_softmax, checkpoint, tokens[one["language"]], apart)[0]
         assert one["loss"] == pytest.approx(loss, rel=1e-5)
         assert 0.01 < mass < 0.9 and one["new_token_mass"] == pytest.approx(mass, rel=1e-4)
 

@@ -245,6 +245,17 @@ def test_evaluations_of_different_text_are_refused(files):
         write_report(files)
 
 
+def test_an_evaluation_with_documents_apart_is_compared_with_such_alone(files):
+    for names, refused in ((("two",), True), (("base", "one"), False)):
+        for name in names:
+            record = json.loads((files / f"{name}.json").read_text()) | {"reset_attention_mask": True}
+            (files / f"{name}.json").write_text(json.dumps(record))
+        if refused:
+            with pytest.raises(UserError, match="or one of them with --reset-attention-mask"):
+                write_report(files)
+    assert "8 tokens within a document." in " ".join(write_report(files).split())
+
+
 def test_the_same_text_in_fewer_tokens_of_another_tokenizer_is_compared(files):
     for name in ("base", "one", "two"):
         record = json.loads((files / f"{name}.json").read_text())

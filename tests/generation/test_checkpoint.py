@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from megatron_moe_lpr.checkpoint.loading.model import load_model
+from megatron_moe_lpr.generation.checkpoint import open_checkpoint_model
+from megatron_moe_lpr.generation.options import ModelOptions, SamplingOptions
 from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
 from tests.distributed import rank_pool
-from tests.generation.builders import PROMPTS, VOCABULARY, by_transformers, continue_prompts, make_models, tokens
+from tests.generation.builders import PROMPTS, by_transformers, continue_prompts, make_models, tokens
 from tests.training.new_rows import extend_checkpoint
 from tests.training.runs import make_checkpoint
 
@@ -49,14 +51,14 @@ def _continued(load, layout, prompts, sampling, ends=frozenset()):
 
 
 def test_an_end_and_the_positions_stop_a_text_and_no_other(mistral):
+    """When the short texts have ended, a long prompt is read on in one piece, over the cache and the window."""
     checkpoint, exported, expected = mistral
-    end = expected[1][3]
+    end, long_prompt = expected[1][3], [number * 7 % 700 for number in range(254)]
     (found, streamed), *_ = rank_pool(1).run(
-        _continued, checkpoint, {}, [*PROMPTS, [7] * 254], {"num_tokens_to_generate": COUNT}, frozenset({end})
+        _continued, checkpoint, {}, [*PROMPTS, long_prompt], {"num_tokens_to_generate": COUNT}, frozenset({end})
     )
-    stops = by_transformers(exported, PROMPTS, COUNT, [end])
-    for one, whole in zip(found, stops, strict=False):
-        assert [*one.tokens, *[end] * one.ended] == whole
+    stops = by_transformers(exported, PROMPTS, COUNT, [end]) + by_transformers(exported, [long_prompt], 2, [end])
+    assert [[*one.tokens, *[end] * one.ended] for one in found] == stops
     assert found[1].ended and len(found[1].tokens) == expected[1].index(end) < COUNT
     assert not found[-1].ended and len(found[-1].tokens) == 2  # of 256 positions the prompt has 254
     assert end not in [token for _, token in streamed]
@@ -71,47 +73,67 @@ def test_the_seed_gives_the_same_text_in_every_batch_and_layout(mistral):
         assert tokens(found) == tokens(first)
     other = rank_pool(1).run(_continued, checkpoint, {}, PROMPTS, draws | {"seed": 4})[0][0]
     assert tokens(first) != greedy and tokens(first) != tokens(other)
-    # One most likely token, and no temperature, are greedy.
-    for flags in ({"top_k": 1, "temperature": 2.0}, {"temperature": 0.0}):
-        found = rank_pool(1).run(_continued, checkpoint, {}, PROMPTS, {"num_tokens_to_generate": COUNT, **flags})[0][0]
-        assert tokens(found) == greedy
+
+
+def _until_the_reader_leaves(load, layout) -> str:
+    """On every rank: the name of the error that ends a text whose second token cannot be written."""
+    shown = []
+
+    def write(number: int, token: int) -> None:
+        shown.append(token)
+        if len(shown) == 2:
+            raise BrokenPipeError
+
+    options = ModelOptions(load=load, fp32=True, layout=ParallelLayout(**layout), platform="cpu")
+    with open_checkpoint_model(options) as model:
+        model.load()
+        try:
+            model.generate(PROMPTS, SamplingOptions(num_tokens_to_generate=COUNT), frozenset(), write)
+        except (BrokenPipeError, SystemExit) as error:
+            return f"{type(error).__name__} {getattr(error, 'code', '')}"
+    return "none"
+
+
+def test_no_rank_waits_when_rank_0_cannot_write(mistral):
+    ended = rank_pool(2).run(_until_the_reader_leaves, mistral[0], LAYOUTS["TP2+EP2"][1])
+    assert ended == ["BrokenPipeError ", "SystemExit 0"]
 
 
 def test_a_dense_checkpoint(tmp_path, cpu_platform):
     """Tied embeddings, of which a pipeline's last rank has a copy."""
     checkpoint, exported = make_models(tmp_path, "qwen2-tied", experts=1)
     expected = by_transformers(exported, PROMPTS, COUNT)
-    for name in ("one rank", "PP2"):
-        world, layout = LAYOUTS[name]
-        for found, _ in rank_pool(world).run(
-            _continued, checkpoint, layout, PROMPTS, {"num_tokens_to_generate": COUNT}
-        ):
-            assert tokens(found) == expected
+    world, layout = LAYOUTS["PP2"]
+    for found, _ in rank_pool(world).run(_continued, checkpoint, layout, PROMPTS, {"num_tokens_to_generate": COUNT}):
+        assert tokens(found) == expected
 
 
-def whole_forward(load, prompt: list[int], count: int, vocab_size: int) -> list[int]:
-    """A greedy continuation by a forward pass over the whole text for each token."""
+def whole_forward(load, prompts: list[list[int]], vocab_size: int) -> list[list[int]]:
+    """Greedy continuations by a forward pass over the whole text for each token."""
     platform, layout = select_platform("cpu"), ParallelLayout()
     initialize_parallel(platform, layout)
-    model, text = load_model(load, layout, platform), list(prompt)
-    for _ in range(count):
-        with torch.no_grad():
-            logits = compute_logits(model.chunks, model.config, torch.tensor([text]), vocab_size)
-        text.append(int(logits[0, -1].argmax()))
-    return text[len(prompt) :]
+    model, found = load_model(load, layout, platform), []
+    for prompt in prompts:
+        text = list(prompt)
+        for _ in range(COUNT):
+            with torch.no_grad():
+                logits = compute_logits(model.chunks, model.config, torch.tensor([text]), vocab_size)
+            text.append(int(logits[0, -1].argmax()))
+        found.append(text[len(prompt) :])
+    return found
 
 
-@pytest.mark.parametrize("name", ["TP2+EP2", "PP2"])
-def test_an_extended_vocabulary(name, tmp_path, cpu_platform):
+def test_an_extended_vocabulary(tmp_path, cpu_platform):
     """New tokens are read and chosen, at the ids that they have."""
     checkpoint = make_checkpoint(tmp_path, "qwen2-tied")
     extend_checkpoint(checkpoint, (13, 21))
     prompts, total = [[5, 100, 30, 130], [98, 99]], 99 + 13 + 21
-    expected = [rank_pool(1).run(whole_forward, checkpoint, prompt, COUNT, total)[0] for prompt in prompts]
-    world, layout = LAYOUTS[name]
-    results = rank_pool(world).run(_continued_without_tokenizer, checkpoint, layout, prompts)
-    assert all(found == expected for found in results)
-    assert any(token >= 99 for text in expected for token in text) and total < VOCABULARY
+    expected = rank_pool(1).run(whole_forward, checkpoint, prompts, total)[0]
+    for name in ("TP2+EP2", "PP2"):
+        world, layout = LAYOUTS[name]
+        results = rank_pool(world).run(_continued_without_tokenizer, checkpoint, layout, prompts)
+        assert all(found == expected for found in results)
+    assert any(token >= 99 for text in expected for token in text)
 
 
 def _continued_without_tokenizer(load, layout, prompts):

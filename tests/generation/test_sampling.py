@@ -32,6 +32,14 @@ def test_draws_follow_the_probabilities():
     assert torch.allclose(drawn.bincount() / 2000, torch.tensor([0.5, 0.3, 0.2]), atol=0.04)
 
 
+def test_one_token_no_temperature_and_no_flag_are_greedy():
+    logits, generator = torch.randn(50, generator=torch.Generator().manual_seed(2)), torch.Generator()
+    for flags in ({}, {"top_k": 1, "temperature": 5.0}, {"temperature": 0.0, "top_p": 0.9}):
+        options = SamplingOptions(**flags)
+        assert options.greedy and choose_token(logits, options, generator) == logits.argmax()
+    assert not SamplingOptions(top_p=0.5).greedy
+
+
 def test_flags_that_contradict_each_other():
     for kind, flags, message in (
         (ModelOptions, {}, "give --load CHECKPOINT or --hf DIRECTORY"),

@@ -14,8 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -47,9 +49,11 @@ ON_THE_HOST = {
     ("platform/cpu/collectives.py", ""),
     ("emulation/device.py", "isend"),
     ("tensor_parallel/random.py", "fork"),
+    ("moe/dispatch_counts.py", "add_up_on_host"),
 }
 """File and function of operations that launch nothing on a GPU: Python that does part of an emulated collective's work,
-the copy of a tensor that gloo sends, Megatron's comparison of the host's own random states."""
+the copy of a tensor that gloo sends, Megatron's comparison of the host's own random states, sums of what has been
+copied to the host."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +104,21 @@ class Launches(TorchDispatchMode):
                 function = getattr(module, name)
                 stack.callback(setattr, module, name, function)
                 setattr(module, name, self._as_one(name, function))
+            stack.enter_context(patch.object(dist, "reduce_scatter_tensor", self._scatter(dist.reduce_scatter_tensor)))
             with self:
                 yield
+
+    def _scatter(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Count gloo's reduce-scatter as a collective alone: when waited for, it copies a part of an all-reduce."""
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with self.leave_out():
+                work = function(*args, **kwargs)
+            self.collectives += 1
+            return None if work is None else _Work(work, self)
+
+        return called
 
     def _as_one(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -144,6 +161,17 @@ class Launches(TorchDispatchMode):
         for operation in self.operations:
             found[operation.place, operation.name] += operation.launches
         return found
+
+
+class _Work:
+    """A collective that nothing is counted of when it is waited for."""
+
+    def __init__(self, work: Any, log: Launches) -> None:
+        self.work, self.log = work, log
+
+    def wait(self) -> None:
+        with self.log.leave_out():
+            self.work.wait()
 
 
 def _te_launches(name: str, args: tuple) -> int:

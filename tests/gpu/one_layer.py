@@ -220,10 +220,12 @@ def _route_evenly(router: TopKRouter, layer: Layer) -> Callable[[Launches], None
     constant = constant.chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()]
     gating, logs = router.gating, []
 
-    def lifted(hidden: torch.Tensor) -> torch.Tensor:
-        logits = gating(hidden)
+    def lifted(hidden: torch.Tensor) -> Any:
+        found = gating(hidden)  # logits, and in our router the hidden states
+        logits, others = (found[0], found[1:]) if isinstance(found, tuple) else (found, ())
         with logs[-1].leave_out():
-            return _Lifted.apply(logits, constant)
+            lifted = _Lifted.apply(logits, constant)
+        return (lifted, *others) if others else lifted
 
     router.gating = lifted
     return logs.append

@@ -69,7 +69,7 @@ class StorageLog(TorchDispatchMode):
     @contextlib.contextmanager
     def kernels(self) -> Iterator[None]:
         """Inside, emulated kernels count by their results."""
-        places = [*places_of_kernels(), *compiled_functions("megatron.core.fusions.")]
+        places = [*places_of_kernels(), *compiled_functions("megatron.core.fusions.", "megatron_moe_lpr.")]
         before = [(module, name, getattr(module, name)) for module, name in places]
         for module, name, function in before:
             setattr(module, name, self._as_one(function))
@@ -97,10 +97,10 @@ class StorageLog(TorchDispatchMode):
         return called
 
 
-def compiled_functions(prefix: str = "megatron.core.") -> Iterator[tuple[ModuleType, str]]:
-    """Megatron's functions that torch compiles to kernels, which the emulation switches off."""
+def compiled_functions(*prefixes: str) -> Iterator[tuple[ModuleType, str]]:
+    """Megatron's functions, and this package's, that torch compiles to kernels, which the emulation switches off."""
     for module_name, module in list(sys.modules.items()):
-        if module_name.startswith(prefix):
+        if module_name.startswith(prefixes or ("megatron.core.", "megatron_moe_lpr.")):
             for name, value in list(vars(module).items()):
                 if hasattr(value, "_torchdynamo_orig_callable"):
                     yield module, name

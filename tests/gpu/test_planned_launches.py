@@ -5,12 +5,10 @@ from collections import Counter
 from unittest.mock import patch
 
 import pytest
-import torch
 from megatron.core import parallel_state
 
 from megatron_moe_lpr.engine.micro_batches import run_schedule
 from megatron_moe_lpr.engine.routing import count_routing
-from megatron_moe_lpr.model.moe.moe_layer import MoELPRLayer
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.planning.launches import launches_per_micro_batch
@@ -42,18 +40,12 @@ CASES = {
     "recompute mlp, TP2": (MORE, Case(recompute="mlp", layout=TP)),
     "PP2": (MOE, Case(layout=PP)),
     "fp8 delayed": (MORE, Case(number="delayed")),
+    "fp8 tensorwise, recompute moe": (MOE, Case(number="tensorwise", recompute="moe")),
+    "fp8 delayed, recompute full": (MORE, Case(number="delayed", recompute="full")),
     "fp8 tensorwise": (MOE, Case(number="tensorwise", stage="2")),
 }
 FP8_DIFFERENCE = 1
 """Launches a layer by which the recipes differ."""
-
-
-LARGEST = MoELPRLayer._largest
-
-
-def one_more_on_other_ranks(layer: MoELPRLayer, counts: torch.Tensor) -> int:
-    """Rows of the original expert, so many that every TP rank pads its own: otherwise all but the one with most do."""
-    return LARGEST(layer, counts) + layer.config.sequence_parallel
 
 
 def counted_and_planned(model: Model, case: Case) -> tuple[Counter, int]:
@@ -70,7 +62,7 @@ def counted_and_planned(model: Model, case: Case) -> tuple[Counter, int]:
         for chunk in chunks:
             chunk.zero_grad_buffer()
         log, found = Launches(), Counter()
-        with log.active(), patch.object(MoELPRLayer, "_largest", one_more_on_other_ranks):
+        with log.active():
             run_schedule(chunks, config, [batch] * micro_batches, LANGUAGE_GROUP.to(platform.device))
         for operation in log.operations:
             found[operation.name] += operation.launches
@@ -78,8 +70,9 @@ def counted_and_planned(model: Model, case: Case) -> tuple[Counter, int]:
 
     _, before, after = count(1), count(2), count(3)  # the first one also makes what stays
     after.subtract(before)
-    precision = case.number if case.number in ("fp32", "bf16") else "fp8"
-    sizes = RunSizes(STAGES[case.stage].trains, case.ranks, model.seq_length, precision=precision)
+    recipe = {} if case.number in ("fp32", "bf16") else {"fp8_recipe": case.number}
+    precision = "fp8" if recipe else case.number
+    sizes = RunSizes(STAGES[case.stage].trains, case.ranks, model.seq_length, precision=precision, **recipe)
     planned = PlannedRun(model.shape, layout, sizes, case.recompute)
     return after, launches_per_micro_batch(planned, parallel_state.get_pipeline_model_parallel_rank())
 

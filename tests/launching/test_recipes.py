@@ -121,6 +121,16 @@ def test_each_variable_overrides_the_recipe_and_flags_override_both(tmp_path):
     assert config_values(parse_training_flags(run_flags(recipe, {}, []))) == before | {"platform": "cuda"}
 
 
+def test_a_recipe_may_keep_documents_apart(tmp_path):
+    recipe = tmp_path / "own.yaml"
+    text = (ROOT / "examples/recipes/llama3-8b-stage1.yaml").read_text()
+    recipe.write_text(text + "reset_attention_mask: true\nreset-position-ids: true\n")
+    documents = parse_training_flags(run_flags(recipe, {}, [])).data.documents
+    assert (documents.reset_attention_mask, documents.reset_position_ids) == (True, True)
+    flags = ["--no-reset-position-ids"]
+    assert not parse_training_flags(run_flags(recipe, {}, flags)).data.documents.reset_position_ids
+
+
 def test_recompute_none_switches_off_what_a_recipe_has(tmp_path):
     recipe = tmp_path / "own.yaml"
     text = (ROOT / "examples/recipes/llama3-8b-stage1.yaml").read_text()

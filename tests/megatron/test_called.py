@@ -28,6 +28,9 @@ ELSEWHERE = {
     "megatron.core.optimizer.optimizer.multi_tensor_scale_impl": "the same",
     "megatron.core.transformer.mlp.bias_swiglu_impl": "for dense layers, and the original expert with TP",
     "megatron_moe_lpr.model.moe.expert_groups.ExpertGroups.forward": "after a second expansion",
+    "megatron_moe_lpr.model.transformer.all_heads_attention.AllHeadsAttention.get_query_key_value_tensors": (
+        "in families that normalise all heads together"
+    ),
     "megatron_moe_lpr.model.transformer.parallel_layer.ParallelLayer.forward": "in families with a parallel block",
     "megatron_moe_lpr.model.gpt.MoELPRModel.sharded_state_dict": "called by sharded_model_state",
     "megatron_moe_lpr.model.moe.router.LPRRouter.gating": "called by this router's own forward",

@@ -16,7 +16,7 @@ from tests.planning.counted_step import Case
 from tests.planning.test_search import CONFIG
 from tests.planning.test_search import shape as large
 
-ATTENTION, DENSE_FFN, MOE = 11 + 13, 4 + 5, 1 + 2 + 14 + 27
+ATTENTION, DENSE_FFN, MOE = 11 + 13, 4 + 5, 1 + 2 + 14 + 19
 EP2 = ParallelLayout(expert_model_parallel_size=2)
 PP2 = ParallelLayout(pipeline_model_parallel_size=2)
 TP2 = ParallelLayout(tensor_model_parallel_size=2)
@@ -35,18 +35,24 @@ def run(stage="1", experts=(5, 5), layout=None, recompute="none", **sizes) -> Pl
         (run("2", (1, 1)), [2 * (ATTENTION + DENSE_FFN) + 37]),
         (run("2"), [2 * (ATTENTION + MOE + 4 * 4) + 53]),
         (run("1"), [2 * (ATTENTION + MOE + 4 * 6) + 53]),
-        (run("1", layout=EP2), [2 * (ATTENTION + MOE + 2 * 6 + 12) + 53]),
-        (run("1", layout=TP2), [2 * (ATTENTION + MOE + 4 * 6 + 1 + 9 + 8) + 53 + 10]),
+        (run("1", layout=EP2), [2 * (ATTENTION + MOE + 2 * 6 + 8) + 53]),
+        (run("1", layout=TP2), [2 * (ATTENTION + MOE + 4 * 6 - 1 + 2 + 1) + 53 + 10]),
         (run("1", layout=PP2), [ATTENTION + MOE + 4 * 6 + 21, ATTENTION + MOE + 4 * 6 + 52]),
         (run("1", recompute="moe"), [2 * (ATTENTION + MOE + 14 + 4 * 8) + 53]),
         (run("1", recompute="full"), [2 * (ATTENTION + 11 + MOE + 1 + 14 + 4 * 8) + 53]),
         (run("1", recompute="mlp"), [2 * (ATTENTION + MOE + 4 * 6) + 53]),
         # In each layer gradients of four matrices, two norms and a bias; final norm, embedding and output matrix.
         (run("full", (1, 1)), [2 * (ATTENTION + DENSE_FFN + 7) + 37 + 5]),
-        (run("full", (1, 1), layout=TP2), [2 * (ATTENTION + 1 + DENSE_FFN + 2 + 7) + 37 + 10 + 5 + 2]),
+        (run("full", (1, 1), layout=TP2), [2 * (ATTENTION - 1 + DENSE_FFN + 7) + 37 + 10 + 5 + 2]),
         (run("full", (1, 1), precision="fp8"), [2 * (ATTENTION + DENSE_FFN + 7 + 6) + 37 + 5]),
         (run("full", (1, 3)), [2 * (ATTENTION + 7) + DENSE_FFN + MOE + 2 * 6 + 53 + 5]),
-        (run("1", precision="fp8"), [2 * (ATTENTION + MOE + 4 * 6 + 24) + 53]),
+        (run("1", precision="fp8"), [2 * (ATTENTION + MOE + 4 * 6 + 3 + 15) + 53]),
+        (
+            run("1", precision="fp8", fp8_recipe="tensorwise", recompute="moe"),
+            [2 * (ATTENTION + MOE + 14 + 4 * 8 + 3 + 15 + 7) + 53],
+        ),
+        (run("1", precision="fp8", recompute="moe"), [2 * (ATTENTION + MOE + 14 + 4 * 8 + 3 + 15 + 7 + 36) + 53]),
+        (run("1", (1, 1), precision="fp8", recompute="full"), [2 * (ATTENTION + 11 + DENSE_FFN + 4 + 6 + 2 + 46) + 37]),
     ],
 )
 def test_launches_of_each_pipeline_rank(planned, ranks):

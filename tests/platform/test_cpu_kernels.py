@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional
 
 from megatron_moe_lpr.model.moe.grouped_product import GroupedProduct
-from megatron_moe_lpr.platform.cpu.activations import ROWS, SwiGLU
 from megatron_moe_lpr.platform.cpu.expert_rows import _Pad, _Unpad, bucket_size
 from megatron_moe_lpr.platform.torch_only.optimizer import FusedAdam, _scale
 
@@ -32,27 +31,6 @@ def agree(function, formula, *inputs):
 def plain_swiglu(gate_and_up, weights=None):
     gate, up = gate_and_up.chunk(2, dim=-1)
     return functional.silu(gate) * up * (1 if weights is None else weights)
-
-
-def test_swiglu():
-    agree(lambda states: SwiGLU.apply(states, None), plain_swiglu, random(7, 20))
-    agree(SwiGLU.apply, plain_swiglu, random(7, 20), torch.rand(7, 1, generator=generator))
-
-
-def test_swiglu_in_chunks():
-    agree(SwiGLU.apply, plain_swiglu, random(2 * ROWS + 3, 20), random(2 * ROWS + 3, 1))
-    agree(lambda states: SwiGLU.apply(states, None), plain_swiglu, random(ROWS + 1, 2, 20))
-
-
-def test_swiglu_without_rows():
-    agree(SwiGLU.apply, plain_swiglu, random(0, 20), random(0, 1))
-
-
-def test_swiglu_in_bf16_keeps_the_dtypes():
-    states, weights = random(7, 20).bfloat16().requires_grad_(), random(7, 1).requires_grad_()
-    SwiGLU.apply(states, weights).sum().backward()
-    assert states.grad.dtype == torch.bfloat16
-    assert weights.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("counts", [[3, 4], [0, 7], [7, 0]])

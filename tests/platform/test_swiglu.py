@@ -1,4 +1,4 @@
-"""SwiGLU of GPUs without Transformer Engine against the plain formula in float64."""
+"""SwiGLU of GPUs without Transformer Engine and, in chunks, of CPUs against the plain formula in float64."""
 
 import megatron.core.transformer.mlp as megatron_mlp
 import megatron.core.transformer.moe.experts as megatron_experts
@@ -6,18 +6,21 @@ import pytest
 import torch
 from megatron.core.fusions import fused_bias_swiglu
 
-from megatron_moe_lpr.platform.torch_only.swiglu import SwiGLU, install, swiglu, weighted_swiglu
+from megatron_moe_lpr.platform.torch_only.swiglu import CHUNK_ON_CPUS, SwiGLU, install, swiglu, weighted_swiglu
 from tests.platform.test_cpu_kernels import agree, plain_swiglu, random
 
 
-@pytest.mark.parametrize("rows", [0, 7])
-def test_output_and_gradients(rows):
-    agree(lambda states: swiglu(states, None), plain_swiglu, random(rows, 3, 20))
+@pytest.mark.parametrize(("rows", "chunk"), [(0, None), (7, None), (0, 3), (7, 3), (6, 3)])
+def test_output_and_gradients(rows, chunk):
+    agree(lambda states: swiglu(states, None, chunk=chunk), plain_swiglu, random(rows, 3, 20))
     agree(
-        lambda states, weights: weighted_swiglu(states, None, weights), plain_swiglu, random(rows, 20), random(rows, 1)
+        lambda states, weights: weighted_swiglu(states, None, weights, chunk=chunk),
+        plain_swiglu,
+        random(rows, 20),
+        random(rows, 1),
     )
     agree(  # as the original expert has its rows
-        lambda states, weights: weighted_swiglu(states, None, weights),
+        lambda states, weights: weighted_swiglu(states, None, weights, chunk=chunk),
         lambda states, weights: plain_swiglu(states, weights.unsqueeze(1)),
         random(rows, 1, 20),
         random(rows, 1),
@@ -35,13 +38,17 @@ def test_no_swiglu_that_megatron_would_compile_is_left(monkeypatch):
         monkeypatch.setattr(module, name, getattr(fused_bias_swiglu, name))
     install()
     assert all(getattr(module, name) is ours for module, name, ours in places)
+    install(CHUNK_ON_CPUS)
+    found = [getattr(module, name) for module, name, _ in places]
+    assert [(one.func, one.keywords) for one in found] == [(ours, {"chunk": CHUNK_ON_CPUS}) for *_, ours in places]
 
 
-def test_dtypes_and_a_frozen_router():
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_dtypes_and_a_frozen_router(chunk):
     states, weights = random(7, 20).bfloat16().requires_grad_(), random(7, 1)
-    output = SwiGLU.apply(states, weights)
+    output = SwiGLU.apply(states, weights, chunk)
     output.sum().backward()
     assert (output.dtype, states.grad.dtype) == (torch.bfloat16, torch.bfloat16)
     weights.requires_grad_()
-    SwiGLU.apply(states, weights).sum().backward()
+    SwiGLU.apply(states, weights, chunk).sum().backward()
     assert weights.grad.dtype == torch.float32

@@ -49,7 +49,7 @@ class DocumentCase:
     leak: str = ""
     """mask: the documents see each other; boundary: each begins one token later."""
     positions: str = "document"
-    """Counted in each document, in the sample, or `stretched`: twice as far apart."""
+    """Counted in each document, in the sample, or `halved`: half as far apart."""
     platform: str = "cpu"
 
 
@@ -74,8 +74,8 @@ def document_batch(case: DocumentCase) -> dict[str, torch.Tensor]:
     keys = [document_keys(starts, SEQUENCE, options) for starts in STARTS]
     whole = samples()
     batch = collate([{key: tensor[index] for key, tensor in whole.items()} | keys[index] for index in range(SAMPLES)])
-    if case.positions == "stretched":
-        batch["position_ids"] = batch["position_ids"] * 2
+    if case.positions == "halved":
+        batch["position_ids"] = batch["position_ids"] // 2
     return batch
 
 

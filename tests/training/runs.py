@@ -10,6 +10,7 @@ import torch
 
 from megatron_moe_lpr.checkpoint.format.directory import write_latest
 from megatron_moe_lpr.data.reading.config import DataConfig
+from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.engine.options import BatchOptions, OptimizerOptions
 from megatron_moe_lpr.engine.state_options import OptimizerStateOptions
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
@@ -96,7 +97,7 @@ def training_config(
         stage=part(StageOptions, stage=stage),
         checkpoint=part(CheckpointOptions),
         batch=part(BatchOptions),
-        data=part(DataConfig),
+        data=part(DataConfig, documents=part(DocumentOptions)),
         optimizer=part(OptimizerOptions, states=part(OptimizerStateOptions)),
         compute=part(ComputeOptions, fp8=part(FP8Options)),
         layout=part(ParallelLayout),

@@ -9,7 +9,6 @@ from tests.training.test_layouts import EP2, FULL, PP2, SELECTIVE, TP2, VPP
 TOLERANCE = 2e-6
 CASES = {
     "one rank": (1, {}, {}),
-    "recompute full": (1, {}, FULL),
     "recompute selective": (1, {}, SELECTIVE),
     "TP2+SP": (2, TP2, {}),
     "PP2": (2, PP2, {}),
@@ -28,6 +27,18 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(checkpoint):
     return rank_pool(1).run(run_documents, checkpoint, DocumentCase(alone=True))[0]
+
+
+def test_the_check_sees_a_leak_and_positions_reach_the_rotary_embedding(checkpoint, alone):
+    """Planted: no mask, a boundary one token late, other distances.
+
+    Where positions begin does not count, but for the rounding of the angles: rotary embeddings give distances alone.
+    """
+    for changes in ({"leak": "mask"}, {"leak": "boundary"}, {"positions": "halved"}):
+        found = errors(rank_pool(1).run(run_documents, checkpoint, DocumentCase(**changes)), alone)
+        assert found["logits"] > 1e-2 and found["gradients"] > 1e-2, (changes, found)
+    found = errors(rank_pool(1).run(run_documents, checkpoint, DocumentCase(positions="sample")), alone)
+    assert found["logits"] < 1e-5 and found["gradients"] < 1e-4, found
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -59,6 +59,20 @@ def test_a_part_has_no_bits_per_byte(setting, tmp_path):
     assert "bits_per_byte" not in evaluation(setting, tmp_path / "run", eval_iters=1, global_batch_size=4)[2]
 
 
+def test_documents_of_a_run_are_kept_apart(setting, tmp_path):
+    """In training and validation: less context, so another loss, of the same tokens."""
+    changes = {"eod_mask_loss": True, "reset_attention_mask": True, "reset_position_ids": True}
+    data = [setting[2]]
+    apart = evaluation(setting, tmp_path / "apart", data_path=data, **changes)[2]
+    across = evaluation(setting, tmp_path / "across", data_path=data, eod_mask_loss=True)[2]
+    assert apart["tokens"] == across["tokens"] == TOKENS - 1 - 96
+    assert abs(apart["lm_loss"] - across["lm_loss"]) > 1e-3
+    trained = [metrics(tmp_path / name)[1]["lm_loss"] for name in ("apart", "across")]
+    assert abs(trained[0] - trained[1]) > 1e-3
+    recorded = json.loads((tmp_path / "apart" / "config.json").read_text())["config"]
+    assert recorded.items() >= changes.items()
+
+
 def test_bits_per_byte_are_of_the_whole_text_whatever_the_loss_mask(setting, tmp_path):
     plain = evaluation(setting, tmp_path / "plain")[2]
     masked = evaluation(setting, tmp_path / "masked", eod_mask_loss=True)[2]

@@ -3,6 +3,7 @@
 import functools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +15,18 @@ from megatron_moe_lpr.engine.gradient_watch import GradientWatch
 from megatron_moe_lpr.engine.micro_batches import LossSums, run_schedule
 from megatron_moe_lpr.engine.optimizer import build_optimizer, wrap_data_parallel
 from megatron_moe_lpr.engine.options import OptimizerOptions
+from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
-from megatron_moe_lpr.training.configuration.stages import STAGES, StageOptions, freeze
+from megatron_moe_lpr.training.configuration.stages import STAGES, StageOptions, freeze, stage_note
 from megatron_moe_lpr.training.logs.metrics import IntervalMetrics
-from tests.conversion.helpers import run
+from tests.conversion.helpers import checkpoint_tensors, run
+from tests.data.builders import write_dataset
 from tests.distributed import rank_pool
+from tests.training.new_rows import extend_checkpoint
 from tests.training.one_step import LANGUAGE_GROUP, SAMPLES, SEQUENCE, gather_gradients, samples
-from tests.training.runs import make_checkpoint
+from tests.training.runs import LANGUAGES, make_checkpoint, metrics, train
 
 SIZE = 2
 """Samples of a micro-batch."""
@@ -123,3 +127,60 @@ def test_a_line_of_the_log_without_a_loss():
     nothing = LossSums(torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
     found = IntervalMetrics(1, 8, 256, nothing.mean, nothing.by_language(["el", "en"]), 0.0, 2e-5, 1.0, 1.0, 0, 0, None)
     assert "| no token with a loss |" in found.line("sft", 2) and "lm_loss" not in found.scalars()
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> dict[str, str]:
+    """Prompts of odd tokens, answers of even ones, which count (`write_dataset`); longer than two samples."""
+    root = tmp_path_factory.mktemp("chats")
+    return {
+        language: write_dataset(
+            root / language,
+            language,
+            [[*range(1 + first, 81, 2), *range(2 + index, 62 + index, 2)] for first in range(0, 40, 2)],
+            chat=True,
+        )
+        for index, language in zip((0, 10, 30), LANGUAGES, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "new_tokens"),
+    [
+        # Some micro-batches, and a whole step, hold prompts alone: a sample has 16 tokens, a prompt up to 40.
+        (2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "pack": "concatenate"}, ()),
+        (4, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True, "seq_length": 96}, (13,)),
+    ],
+    ids=["TP2xEP2", "PP2xDP2, new tokens, packed best-fit"],
+)
+def test_what_is_frozen_stays_to_the_bit_over_20_steps(world, changes, new_tokens, chats, tmp_path):
+    load = make_checkpoint(tmp_path)
+    if new_tokens:
+        extend_checkpoint(load, new_tokens)
+    changes = {"train_iters": 20, "seq_length": 16, "weight_decay": 0.1, **changes}
+    rank_pool(world).run(functools.partial(train, load, tmp_path / "run", chats, "sft", **changes))
+    before, after = checkpoint_tensors(load), checkpoint_tensors(tmp_path / "run")
+    for key, tensor in before.items():
+        same = torch.equal(tensor, after[key][: len(tensor)])
+        assert same == (kind_of(key, extensions=len(new_tokens)) not in STAGES["sft"].trains), key
+    steps = list(metrics(tmp_path / "run").values())
+    losses = [record["lm_loss"] for record in steps if "lm_loss" in record]
+    assert len(steps) == 20 and losses[-1] < losses[0]
+    without = [record["grad_norm"] for record in steps if "lm_loss" not in record]
+    assert without == ([] if new_tokens else [0.0])
+
+
+def test_a_dense_model_is_fine_tuned_by_stage_full(chats, tmp_path):
+    dense = make_checkpoint(tmp_path, experts=1)
+    job = functools.partial(train, dense, tmp_path / "run", chats, "full", train_iters=10, seq_length=96)
+    rank_pool(1).run(job)
+    losses = [record["lm_loss"] for record in metrics(tmp_path / "run").values()]
+    assert losses[-1] < losses[0]
+
+
+def test_text_without_conversations_is_noted():
+    def sources(*chat: bool) -> SimpleNamespace:
+        return SimpleNamespace(train=[SimpleNamespace(manifest=SimpleNamespace(chat=one)) for one in chat])
+
+    assert "no conversations for stage sft" in stage_note(STAGES["sft"], sources(False, False))
+    assert stage_note(STAGES["sft"], sources(False, True)) is stage_note(STAGES["1"], sources(False)) is None

@@ -86,6 +86,8 @@ def moe_config(
         return with_expert_count(with_both_rope_spellings(config, architecture), num_experts)
     config |= {"model_type": family.moe_model_type, "architectures": [family.moe_architecture]}
     config[family.norm_epsilon[0]] = architecture.norm_epsilon
+    if family.tied:
+        config["tie_word_embeddings"] = architecture.tied_embeddings
     config.update(
         num_key_value_heads=architecture.num_query_groups,
         num_experts_per_tok=top_k,
@@ -166,6 +168,7 @@ def dense_config(moe: Mapping[str, Any], source: str, family_name: str | None = 
         dense.pop(name, None)
     dense["rope_parameters"] = rope
     if model_type == "mixtral":
+        dense.setdefault("tie_word_embeddings", False)
         # Mistral reads an absent window as 4096, Mixtral as none.
         dense["sliding_window"] = moe.get("sliding_window")
         if family.window == "none" and dense["sliding_window"] is not None:

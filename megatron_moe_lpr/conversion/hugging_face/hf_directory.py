@@ -29,7 +29,7 @@ from megatron_moe_lpr.conversion.hugging_face.safetensors_source import INDEX_FI
 from megatron_moe_lpr.conversion.hugging_face.split_source import SplitSource
 from megatron_moe_lpr.conversion.hugging_face.stock_fields import SHARED_EXPERT_WIDTH
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors, zero_attention_biases
-from megatron_moe_lpr.conversion.tensors.fused import stored_tensors
+from megatron_moe_lpr.conversion.tensors.fused import StoredForm, stored_tensors
 from megatron_moe_lpr.data.tokenizer_extension import EXTENSION_FILE
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksums import sha256_of_file
@@ -111,10 +111,10 @@ class HFDirectory:
         return self.layout is not DENSE_LAYOUT
 
     @property
-    def model_type(self) -> str:
-        """The `model_type` of its `config.json`."""
+    def stored_form(self) -> StoredForm:
+        """How its files store tensors."""
         family = self.architecture.family
-        return family.moe_model_type if self.is_moe else family.name
+        return StoredForm(family.moe_model_type if self.is_moe else family.name, self.architecture.head_dim)
 
     @property
     def new_tokens(self) -> list[int]:
@@ -214,13 +214,13 @@ def _card(path: Path) -> CheckpointCard | None:
 
 
 def check_tensors(
-    rows: list[Row], extra: list[ExtraTensor], source: SafetensorsSource, place: Path, model_type: str
+    rows: list[Row], extra: list[ExtraTensor], source: SafetensorsSource, place: Path, form: StoredForm
 ) -> SafetensorsSource:
     """Check that `source` holds exactly the tensors of `rows` and `extra`, in their shapes.
 
     Args:
         place: directory for messages.
-        model_type: the checkpoint's, which says which tensors it stores as one.
+        form: how the checkpoint stores its tensors.
 
     Returns:
         The tensors under the names of `rows`, parts of fused ones apart.
@@ -234,11 +234,10 @@ def check_tensors(
         shapes = [(row.rows[1], *shape[1:]) for shape in row.shapes] if row.rows else row.shapes
         parts |= dict(zip(row.names, shapes, strict=False))
     parts |= {tensor.name: tensor.shape for tensor in extra}
-    fused = stored_tensors(parts, model_type)
-    expected = parts | {tensor.name: tensor.shape(parts) for tensor in fused}
-    for tensor in fused:
-        for part in tensor.parts:
-            del expected[part]
+    stored = stored_tensors(parts, form)
+    apart = {part for tensor in stored for part in tensor.parts}
+    expected = {name: shape for name, shape in parts.items() if name not in apart}
+    expected |= {tensor.name: tensor.shape(parts) for tensor in stored}
     foreign = foreign_form(source.tensors)
     if foreign:
         raise UserError(f"{place}: {foreign}")
@@ -255,7 +254,7 @@ def check_tensors(
             reason = f"{source.file(name)}: {name} has shape {list(found)}, config.json wants {list(shape)}"
             is_vocabulary = name in (EMBEDDING_NAME, OUTPUT_NAME) and found[1:] == shape[1:]
             raise UserError(reason + (f"; correct its vocab_size of {shape[0]}" if is_vocabulary else ""))
-    return SplitSource(source, fused, parts) if fused else source
+    return SplitSource(source, stored, parts) if stored else source
 
 
 def _refuse_output_layer(missing: list[str], unexpected: list[str], source: SafetensorsSource, place: Path) -> None:

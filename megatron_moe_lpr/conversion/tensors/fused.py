@@ -1,4 +1,6 @@
-"""Tensors that a checkpoint stores as one and the table of names (`model/tensors.py`) knows apart.
+"""Tensors that a checkpoint stores otherwise than the table of names (`model/tensors.py`) has them.
+
+Several as one, or the rows of queries and keys in the order in which their rotary embedding turns neighbours.
 
 Everything but the two ends, reading and writing safetensors, sees the table's names: `SplitSource` gives a file's
 tensors under them, and `StoredTensor.join` makes one of them again.
@@ -50,6 +52,21 @@ FUSIONS: Mapping[str, tuple[Fusion, ...]] = {
 """By `model_type` of `config.json`, dense or MoE."""
 
 
+NEIGHBOURS = frozenset({"helium", "ernie4_5"})
+"""Values of `model_type` whose rotary embedding turns dimensions 2 i and 2 i + 1 of a head, in a family whose stock
+mixture turns i and i + half a head: rows of queries and keys change places, and the products stay the same."""
+_TURNED = re.compile(r"model\.layers\.\d+\.self_attn\.[qk]_proj\.(weight|bias)")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredForm:
+    """How a checkpoint stores its tensors."""
+
+    model_type: str
+    """Of its `config.json`, dense or MoE."""
+    head_dim: int
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """One tensor of a checkpoint and the names of its parts."""
@@ -57,8 +74,10 @@ class StoredTensor:
     name: str
     matrices: tuple[tuple[str, ...], ...]
     """The parts of each expert, from top to bottom; of what is no expert's one tuple."""
-    stacked: bool
+    stacked: bool = False
     """The first dimension counts experts."""
+    turned_head: int | None = None
+    """Dimension of a head whose rows lie in pairs of neighbours; None: as in the table."""
 
     @property
     def parts(self) -> list[str]:
@@ -74,10 +93,14 @@ class StoredTensor:
     def join(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """The tensor, of its parts in the widest of their dtypes."""
         matrices = [torch.cat([read(part) for part in parts]) for parts in self.matrices]
+        if self.turned_head:
+            return _swap(matrices[0], self.turned_head, 2, self.turned_head // 2)
         return torch.stack(matrices) if self.stacked else matrices[0]
 
     def split(self, tensor: torch.Tensor, part: str, shapes: Mapping[str, Shape]) -> torch.Tensor:
         """A copy of one part of the tensor."""
+        if self.turned_head:
+            return _swap(tensor, self.turned_head, self.turned_head // 2, 2)
         expert = next(index for index, parts in enumerate(self.matrices) if part in parts)
         parts = self.matrices[expert]
         first = sum(shapes[above][0] for above in parts[: parts.index(part)])
@@ -86,12 +109,21 @@ class StoredTensor:
         return matrix[first : first + shapes[part][0]].clone()
 
 
-def stored_tensors(names: Iterable[str], model_type: str) -> list[StoredTensor]:
-    """The tensors in which a checkpoint of `model_type` stores several of the tensors `names`."""
+def _swap(tensor: torch.Tensor, head_dim: int, rows: int, columns: int) -> torch.Tensor:
+    """Exchange the two numbers by which the rows of each head are counted: [heads, rows, columns] are transposed."""
+    heads = len(tensor) // head_dim
+    return tensor.reshape(heads, rows, columns, -1).transpose(1, 2).reshape(tensor.shape).contiguous()
+
+
+def stored_tensors(names: Iterable[str], form: StoredForm) -> list[StoredTensor]:
+    """Those tensors of a checkpoint that are not simply tensors of `names`."""
+    if form.model_type in NEIGHBOURS:
+        turned = [name for name in names if _TURNED.fullmatch(name)]
+        return [StoredTensor(name, ((name,),), turned_head=form.head_dim) for name in turned]
     found: dict[tuple[str, bool], dict[int, dict[int, str]]] = {}
     patterns = [
         (fusion, place, _pattern(part))
-        for fusion in FUSIONS.get(model_type, ())
+        for fusion in FUSIONS.get(form.model_type, ())
         for place, part in enumerate(fusion.parts)
     ]
     for name in names:

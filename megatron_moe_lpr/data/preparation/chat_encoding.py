@@ -1,9 +1,9 @@
 """Tokenize conversations, with a loss mask: which tokens the assistant writes."""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from megatron_moe_lpr.data.preparation.chat_rendering import (
     without_marks,
 )
 from megatron_moe_lpr.data.preparation.documents import (
+    MALFORMED,
     REPAIRED,
     DocumentError,
     DocumentOptions,
@@ -40,11 +41,8 @@ from megatron_moe_lpr.data.preparation.encoding import (
 )
 from megatron_moe_lpr.data.preparation.sources import Block
 from megatron_moe_lpr.data.special_tokens import SpecialTokenSearch
-from megatron_moe_lpr.data.tokenizer import Tokenizer
+from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_moe_lpr.errors import UserError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as RustTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +70,10 @@ class ChatEncoder:
         self._finder = AnswerFinder(ChatRenderer(template), tokens) if template else None
         self._special = frozenset(map(tokenizer.token_id, tokenizer.special_tokens))
 
+    @functools.cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer.path, self.tokenizer.eod_token)
+
     def check_template(self) -> None:
         """Check the template on a question and its answer. Raises UserError, with that example, if it is of no use."""
         if self._finder is None:
@@ -97,7 +99,10 @@ class ChatEncoder:
         groups: dict[str, list[EncodedConversation]] = {}
 
         def convert(document: dict) -> EncodedConversation:
-            return self._encode_object(document, block, counts, first)
+            try:
+                return self._encode_object(document, block, counts, first)
+            except RecursionError:
+                raise DocumentError(MALFORMED, "nested too deeply") from None
 
         for language, conversation in read_objects(block, options, counts, first, convert):
             groups.setdefault(language, []).append(conversation)
@@ -157,7 +162,7 @@ class ChatEncoder:
         for place, (number, (begin, end)) in enumerate(zip(ids, offsets.tolist(), strict=True)):
             pieces = [number]
             if mentioned[place] and number in self._special:
-                pieces = ids_as_text(self.tokenizer.rust, rendered.text[begin:end])
+                pieces = ids_as_text(self._plain_tokenizer, rendered.text[begin:end])
                 repeats[place] = len(pieces)
             text_ids += pieces
         return text_ids, np.repeat(mask, repeats)
@@ -196,13 +201,12 @@ def overlaps(offsets: np.ndarray, spans: Sequence[Span], length: int) -> np.ndar
     return before[offsets[:, 1]] > before[offsets[:, 0]]
 
 
-def ids_as_text(tokenizer: "RustTokenizer", text: str) -> list[int]:
-    """Return the ids of a special token's text, taken as plain text in the middle of a text."""
-    tokenizer.encode_special_tokens = True
-    try:
-        # Behind another character, because a SentencePiece tokenizer adds a space to the beginning of a text.
-        before, whole = (tokenizer.encode(one, add_special_tokens=False).ids for one in ("\n", f"\n{text}"))
-        is_apart = whole[: len(before)] == before
-        return whole[len(before) :] if is_apart else tokenizer.encode(text, add_special_tokens=False).ids
-    finally:
-        tokenizer.encode_special_tokens = False
+def ids_as_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a special token's text, taken as plain text in the middle of a text.
+
+    Args:
+        tokenizer: with `split_special_tokens`.
+    """
+    # Behind another character, because a SentencePiece tokenizer adds a space to the beginning of a text.
+    before, whole, alone = tokenizer.encode_batch(["\n", f"\n{text}", text])
+    return whole[len(before) :] if whole[: len(before)] == before else alone

@@ -53,8 +53,9 @@ def starts_in_sample(boundaries: np.ndarray, tokens: torch.Tensor, eod: int | No
     Returns:
         Indices from 1 to the number of tokens, sorted.
     """
-    after_eod = [] if eod is None else (torch.nonzero(tokens == eod).flatten() + 1).tolist()
-    return sorted({start for start in (*boundaries.tolist(), *after_eod) if 0 < start <= len(tokens)})
+    ends = np.empty(0, np.int64) if eod is None else np.flatnonzero(tokens.numpy() == eod)
+    starts = np.union1d(boundaries, ends + 1)
+    return starts[(starts > 0) & (starts <= len(tokens))].tolist()
 
 
 def mask_last_tokens(loss_mask: torch.Tensor, starts: Iterable[int]) -> torch.Tensor:
@@ -66,8 +67,8 @@ def mask_last_tokens(loss_mask: torch.Tensor, starts: Iterable[int]) -> torch.Te
 
 
 def cumulative_lengths(document: torch.Tensor) -> torch.Tensor:
-    """Return `cu_seqlens` of a micro-batch, int32 [documents + 1], from its `document`, [batch, sequence]."""
-    begins = torch.ones_like(document, dtype=torch.bool)
-    begins[:, 1:] = document[:, 1:] != document[:, :-1]
-    starts = torch.nonzero(begins.flatten()).flatten()
-    return torch.nn.functional.pad(starts, (0, 1), value=document.numel()).to(torch.int32)
+    """Return `cu_seqlens` of a micro-batch, int32 [documents + 1], from `document`, [batch, sequence] on the host."""
+    numbers = document.numpy()
+    begins = np.ones(numbers.shape, dtype=bool)
+    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    return torch.from_numpy(np.append(np.flatnonzero(begins), numbers.size).astype(np.int32))

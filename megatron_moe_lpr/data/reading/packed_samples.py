@@ -5,11 +5,26 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_moe_lpr.data.indexed import open_loss_mask, open_tokens, read_lengths
+from megatron_moe_lpr.data.indexed import open_loss_mask, open_tokens, read_lengths, read_pointers
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.data.reading.documents import document_keys, mask_last_tokens
 from megatron_moe_lpr.data.reading.languages import PADDING_LANGUAGE
+from megatron_moe_lpr.data.reading.packing import cut_documents
+
+
+def packing_notes(entries: Sequence[BlendEntry], sequence_length: int) -> list[str]:
+    """Return a note on each dataset, packed best-fit, that has documents longer than a sample."""
+    notes = {}
+    for entry in entries:
+        lengths = read_lengths(entry.prefix)[entry.first_document : entry.end_document]
+        cut, tokens = cut_documents(lengths, sequence_length + 1) if entry.is_packed else (0, 0)
+        if cut:
+            notes[entry.prefix, entry.first_document] = (
+                f"{entry.prefix}: {cut:,} of {len(lengths):,} documents are longer than {sequence_length + 1:,} tokens "
+                f"(--seq-length and one more) and are cut at their end, {tokens:,} tokens in all"
+            )
+    return list(notes.values())
 
 
 class PackedReader:
@@ -40,7 +55,8 @@ class PackedReader:
         self.capacity = sequence_length + 1
         self._tokens = open_tokens(entry.prefix, np.dtype(entry.manifest.dtype))
         self._counted = open_loss_mask(entry.prefix) if entry.manifest.chat else None
-        self._ends = np.cumsum(read_lengths(entry.prefix), dtype=np.int64)
+        self._lengths, self._pointers = read_lengths(entry.prefix), read_pointers(entry.prefix)
+        self._token_bytes = np.dtype(entry.manifest.dtype).itemsize
 
     def read(self, documents: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """Return a sample of whole documents; one that is longer than the sample is cut at its end.
@@ -77,8 +93,8 @@ class PackedReader:
 
     def _place(self, document: int) -> slice:
         """Return where a document's tokens lie in the dataset, those that fit into a sample."""
-        begin = int(self._ends[document - 1]) if document else 0
-        return slice(begin, min(int(self._ends[document]), begin + self.capacity))
+        begin = int(self._pointers[document]) // self._token_bytes
+        return slice(begin, begin + min(int(self._lengths[document]), self.capacity))
 
     def _counted_of(self, places: Sequence[slice], length: int) -> np.ndarray:
         """Return 1 for each token of a sample's documents that counts in the loss, else 0, float32."""

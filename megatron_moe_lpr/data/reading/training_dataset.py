@@ -20,15 +20,15 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_moe_lpr.data.indexed import open_loss_mask, read_lengths
+from megatron_moe_lpr.data.indexed import open_loss_mask
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.config import DataConfig, DataSources, cache_directory
 from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.data.reading.documents import document_keys, mask_last_tokens, starts_in_sample
 from megatron_moe_lpr.data.reading.index_cache import build_directory
 from megatron_moe_lpr.data.reading.index_maps import are_intact, refuse_pickles
-from megatron_moe_lpr.data.reading.packed_samples import PackedReader
-from megatron_moe_lpr.data.reading.packing import PackedIndex, build_packed_index, cut_documents
+from megatron_moe_lpr.data.reading.packed_samples import PackedReader, packing_notes
+from megatron_moe_lpr.data.reading.packing import PackedIndex, build_packed_index
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
@@ -190,21 +190,9 @@ def build_training_dataset(
     _build_on_first_rank(directory, build)
     dataset = build(directory)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        report_packing(sources.train, sequence_length)
+        for note in packing_notes([*sources.train, *sources.valid], sequence_length):
+            print(f"note: {note}", file=sys.stderr)
     return dataset
-
-
-def report_packing(blend: Sequence[BlendEntry], sequence_length: int) -> None:
-    """Print which datasets, packed best-fit, have documents longer than a sample."""
-    for entry in blend:
-        lengths = read_lengths(entry.prefix)[entry.first_document : entry.end_document]
-        cut, tokens = cut_documents(lengths, sequence_length + 1) if entry.is_packed else (0, 0)
-        if cut:
-            print(
-                f"note: {entry.prefix}: {cut:,} of {len(lengths):,} documents are longer than {sequence_length + 1:,} "
-                f"tokens (--seq-length and one more) and are cut at their end, {tokens:,} tokens in all",
-                file=sys.stderr,
-            )
 
 
 def _check_memory(train_samples: int) -> None:

@@ -1,1 +1,1 @@
-"""The paper's benchmarks, run by lm_eval."""
+"""The paper's and other multilingual benchmarks, run by lm_eval."""

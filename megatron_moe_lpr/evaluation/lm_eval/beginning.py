@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.evaluation.lm_eval.chat import load_tokenizer
 from megatron_moe_lpr.program import command
 
 BOS_TURNED_OFF = re.compile(r"(^|,)\s*add_bos_token\s*=\s*(false|0)\s*(,|$)", re.IGNORECASE)
@@ -45,12 +46,7 @@ def describe_beginning(tokens: list[str]) -> str:
 
 
 def _tokens_added(directory: Path) -> list[str]:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{directory}: lm_eval could not load its tokenizer: {error}") from None
+    tokenizer = load_tokenizer(directory)
     return [str(token) for token in tokenizer.convert_ids_to_tokens(tokenizer.encode(""))]
 
 

@@ -50,7 +50,8 @@ def run_harness(launcher: Sequence[str], settings: dict[str, Any], output: Path)
 
     Args:
         launcher: the command before the flags of lm_eval; empty: this Python's `-m lm_eval`.
-        settings: values of lm_eval's flags by their names without dashes; None leaves a flag out.
+        settings: values of lm_eval's flags by their names without dashes; None leaves a flag out, True gives it without
+            a value.
         output: directory of the results; an incomplete or different run in it is removed.
 
     Raises:
@@ -93,7 +94,7 @@ def harness_command(launcher: Sequence[str], settings: dict[str, Any], output: P
     command = [*launcher] if launcher else [sys.executable, "-m", "lm_eval"]
     for name, value in settings.items():
         if value is not None:
-            command += [f"--{name}", str(value)]
+            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return [*command, "--output_path", str(output)]
 
 

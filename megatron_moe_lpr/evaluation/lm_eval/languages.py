@@ -1,6 +1,6 @@
 """Language codes as the names of lm_eval's tasks have them."""
 
-from megatron_moe_lpr.data.language_names import named_script, with_usual_script
+from megatron_moe_lpr.data.language_names import language_codes, named_script, with_usual_script
 
 # Belebele's and Flores' code of each language that has a two-letter one (ISO 639-1 to ISO 639-3 and script).
 _PAIRS = (
@@ -14,10 +14,21 @@ _PAIRS = (
     "ro:ron_Latn ru:rus_Cyrl rw:kin_Latn sd:snd_Arab si:sin_Sinh sk:slk_Latn sl:slv_Latn sn:sna_Latn so:som_Latn "
     "sq:als_Latn sr:srp_Cyrl st:sot_Latn su:sun_Latn sv:swe_Latn sw:swh_Latn ta:tam_Taml te:tel_Telu tg:tgk_Cyrl "
     "th:tha_Thai ti:tir_Ethi tl:tgl_Latn tr:tur_Latn uk:ukr_Cyrl ur:urd_Arab uz:uzn_Latn vi:vie_Latn wo:wol_Latn "
-    "xh:xho_Latn yo:yor_Latn zh:zho_Hans zu:zul_Latn"
+    "xh:xho_Latn yo:yor_Latn zh:zho_Hans zu:zul_Latn ff:fuv_Latn gl:glg_Latn gn:grn_Latn lg:lug_Latn om:gaz_Latn "
+    "ss:ssw_Latn tn:tsn_Latn ts:tso_Latn"
 )
 CODES = dict(pair.split(":") for pair in _PAIRS.split())
 TWO_LETTERS = {code[:3]: two for two, code in CODES.items()}
+
+# INCLUDE's 44 languages, by its English names.
+_INCLUDE = (
+    "ar:arabic az:azerbaijani be:belarusian bg:bulgarian bn:bengali de:german el:greek es:spanish et:estonian "
+    "eu:basque fa:persian fi:finnish fil:tagalog fr:french he:hebrew hi:hindi hr:croatian hu:hungarian hy:armenian "
+    "id:indonesian it:italian ja:japanese ka:georgian kk:kazakh ko:korean lt:lithuanian mk:north_macedonian "
+    "ml:malayalam ms:malay ne:nepali nl:dutch pl:polish pt:portuguese ru:russian sq:albanian sr:serbian ta:tamil "
+    "te:telugu tl:tagalog tr:turkish uk:ukrainian ur:urdu uz:uzbek vi:vietnamese zh:chinese"
+)
+INCLUDE = dict(pair.split(":") for pair in _INCLUDE.split())
 
 
 def two_letters(language: str) -> str:
@@ -32,3 +43,14 @@ def flores_code(language: str) -> str:
     if code is None:
         return with_usual_script(language)
     return f"{code[:3]}_{script}" if script else code
+
+
+def include_name(language: str) -> list[str]:
+    """Return the name of a language in INCLUDE, `greek` for `el`; nothing if INCLUDE does not have it."""
+    return [INCLUDE[language]] if language in INCLUDE else []
+
+
+def three_letters(language: str) -> list[str]:
+    """Return the three-letter codes of a language, Flores' first: `lvs lav` for `lv`, `ell gre` for `el`."""
+    codes = [flores_code(language).partition("_")[0], *language_codes(language)]
+    return [code for code in dict.fromkeys(codes) if len(code) == 3]

@@ -33,8 +33,9 @@ def read_scores(directory: Path, chosen: ChosenTasks) -> Scores:
 
 
 def _score(result: Mapping[str, Any], chosen: ChosenTasks) -> dict[str, float | None]:
-    metric = chosen.benchmark.metric
-    value, error = float(result[f"{metric},none"]), result.get(f"{metric}_stderr,none")
+    metric, filters = chosen.benchmark.metric, chosen.benchmark.filters
+    found_by = next((name for name in filters if f"{metric},{name}" in result), filters[0])
+    value, error = float(result[f"{metric},{found_by}"]), result.get(f"{metric}_stderr,{found_by}")
     if not math.isfinite(value):
         raise ValueError(f"{metric} is {value}")
     return {"value": value, "stderr": error if isinstance(error, float) else None}
@@ -62,6 +63,7 @@ def benchmark_record(
         "name": chosen.name,
         "title": chosen.benchmark.title,
         "metric": chosen.benchmark.metric,
+        "chance": chosen.benchmark.chance,
         "shots": shots,
         "languages": languages,
         "absent": chosen.absent,

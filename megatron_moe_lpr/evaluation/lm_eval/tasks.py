@@ -1,4 +1,4 @@
-"""The paper's benchmarks and their tasks in lm_eval, by language.
+"""Multilingual benchmarks and their tasks in lm_eval, by language.
 
 The paper evaluates on ARC-Challenge, MMLU and HellaSwag in multilingual versions, Belebele and Flores.
 """
@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.evaluation.lm_eval.languages import flores_code, two_letters
+from megatron_moe_lpr.evaluation.lm_eval.languages import flores_code, include_name, three_letters, two_letters
 
 PAIR = " to "
 """Separates the languages of a translation in its name."""
@@ -25,6 +25,14 @@ class Benchmark:
     """Name in the results of lm_eval. acc_norm: an answer's log-probability is divided by its length in bytes."""
     candidates: Callable[[str], list[str]]
     """Returns the names that the task of a language may have, the best first; a translation is named `en-es`."""
+    chance: float | None = None
+    """Expected score of guessing, in the metric's own scale; None: answers are written, not chosen."""
+    only_shots: bool = False
+    """Whether --num-fewshot leaves `shots` as it is: the task has questions for the test alone."""
+    whole_sentences: bool = False
+    """Whether probabilities of sentences are compared, which no chat template may stand before."""
+    filters: tuple[str, ...] = ("none",)
+    """Names of lm_eval's filters, which find the answer in a text: the first one that a task has counts."""
     translation: bool = False
     """Whether the metric goes to 100 and tasks have two languages; other metrics go from 0 to 1."""
 
@@ -49,12 +57,50 @@ def _flores(pair: str) -> list[str]:
     return [f"{bench}_bench_flores_{pair}" for bench in ("spanish", "portuguese", "catalan", "galician", "basque")]
 
 
+def _include(language: str) -> list[str]:
+    return [f"include_base_44_{name}" for name in include_name(language)]
+
+
+def _global_mmlu(language: str) -> list[str]:
+    # Lite has the same questions, 400 of them, in a part of these languages.
+    names = [language, "fil"] if language == "tl" else [language]
+    return [f"global_mmlu_full_{name}" for name in names]
+
+
+def _xwinograd(language: str) -> list[str]:
+    return ["xwinograd_jp" if language == "ja" else f"xwinograd_{language}"]
+
+
+def _sib(language: str) -> list[str]:
+    return [f"sib_{code}_prompt_1" for code in three_letters(language)]
+
+
+def _multiblimp(language: str) -> list[str]:
+    # One set for Serbo-Croatian.
+    codes = [*three_letters(language), *(["hbs"] if language in ("sr", "hr", "bs") else [])]
+    return [f"multiblimp_{code}" for code in codes]
+
+
 BENCHMARKS = {
-    "arc": Benchmark("ARC-Challenge", 25, "acc_norm", _arc),
-    "hellaswag": Benchmark("HellaSwag", 10, "acc_norm", _hellaswag),
-    "mmlu": Benchmark("MMLU", 5, "acc", _mmlu),
-    "belebele": Benchmark("Belebele", 5, "acc", _belebele),
+    "arc": Benchmark("ARC-Challenge", 25, "acc_norm", _arc, 1 / 4),
+    "hellaswag": Benchmark("HellaSwag", 10, "acc_norm", _hellaswag, 1 / 4),
+    "mmlu": Benchmark("MMLU", 5, "acc", _mmlu, 1 / 4),
+    "belebele": Benchmark("Belebele", 5, "acc", _belebele, 1 / 4),
     "flores": Benchmark("Flores", 8, "bleu", _flores, translation=True),
+    "include": Benchmark("INCLUDE", 0, "acc", _include, 1 / 4, only_shots=True),
+    "global_mmlu": Benchmark("Global-MMLU", 5, "acc", _global_mmlu, 1 / 4),
+    "xstorycloze": Benchmark("XStoryCloze", 0, "acc", lambda language: [f"xstorycloze_{language}"], 1 / 2),
+    "xcopa": Benchmark("XCOPA", 0, "acc", lambda language: [f"xcopa_{language}"], 1 / 2),
+    "xwinograd": Benchmark("XWinograd", 0, "acc", _xwinograd, 1 / 2, only_shots=True, whole_sentences=True),
+    "mgsm": Benchmark(
+        "MGSM",
+        8,
+        "exact_match",
+        lambda language: [f"mgsm_native_cot_{language}"],
+        filters=("flexible-extract", "get-answer"),
+    ),
+    "sib200": Benchmark("SIB-200", 5, "acc", _sib, 1 / 7),
+    "multiblimp": Benchmark("MultiBLiMP", 0, "acc", _multiblimp, 1 / 2, only_shots=True, whole_sentences=True),
 }
 
 

@@ -244,7 +244,6 @@ def _architecture_fields(architecture: Architecture) -> dict[str, Any]:
         "kv_channels": architecture.head_dim,
         "layernorm_epsilon": architecture.norm_epsilon,
         "add_qkv_bias": family.qkv_bias,
-        # Megatron adds up these norms' gradients over the TP ranks: right where each rank has the whole weight.
         "qk_layernorm": family.qk_norm == "heads",
         "rotary_interleaved": family.rotary_interleaved,
         "softmax_scale": _softmax_scale(architecture),

@@ -30,7 +30,7 @@ def platform_fields(platform: Platform, dtype: torch.dtype, deterministic: bool 
             "transformer_impl": "local",
             "use_cpu_initialization": True,
             "attention_backend": AttnBackend.local,
-            # SiLU, its gate and the expert's weight in few passes over memory (platform/cpu/activations.py).
+            # SiLU, its gate and the expert's weight in few passes over memory (platform/torch_only/swiglu.py).
             "bias_activation_fusion": True,
             # bf16 products of few shapes (platform/cpu/expert_rows.py).
             "padded_expert_rows": dtype == torch.bfloat16,

@@ -21,8 +21,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe_lpr.megatron.overriding import override, overrides_megatron, replace
 from megatron_moe_lpr.model.configuration.fp8 import row_alignment
+from megatron_moe_lpr.model.moe.dispatch_counts import exchange_counts
 from megatron_moe_lpr.model.moe.expert_groups import dispatch_order
-from megatron_moe_lpr.model.moe.sorted_rows import SortedRows, sort_rows
+from megatron_moe_lpr.model.moe.sorted_rows import SortedRows, join, sort_rows
+from megatron_moe_lpr.model.moe.weighted_rows import WeightedRows
 from megatron_moe_lpr.platform.side_stream import SideStream, behind_current
 
 
@@ -124,7 +126,7 @@ class MoELPRLayer(MoELayer):
         return tensor_parallel.checkpoint(self._mixture, False, hidden_states, token_tags)
 
     def _mixture(self, hidden_states: torch.Tensor, token_tags: torch.Tensor | None) -> torch.Tensor:
-        weights_TE, choices_TE = self.router(hidden_states, token_tags)
+        weights_TE, choices_TE, hidden_states = self.router(hidden_states, token_tags)
         if self.dispatch_order is not None:
             columns = self._columns(weights_TE.device)
             weights_TE, choices_TE = weights_TE.index_select(1, columns), choices_TE.index_select(1, columns)
@@ -150,11 +152,12 @@ class MoELPRLayer(MoELayer):
         counts = self._received(counts)
         if not self.num_apart:
             return rows.sum_by_token(self.experts(rows.rows, counts[: choices_TE.shape[1]], rows.weights)[0])
-        (own_CD, own_weights_C), (new_RD, new_weights_R) = rows.split(int(counts[0]))
+        count, largest = int(counts[0]), self._largest(counts)
+        (own_CD, own_weights_C), (new_RD, new_weights_R) = self._split(rows, count, largest)
         new_outputs_RD, _ = self.experts(new_RD, counts[1 : choices_TE.shape[1]], new_weights_R)
         # Last, so that its backward pass comes first, and frees what it kept before the gradients of weights appear.
-        original_CD = self._original_expert_output(own_CD, own_weights_C, self._largest(counts))
-        return rows.sum_by_token(torch.cat((original_CD, new_outputs_RD)))
+        original_CD = self._original_expert_output(own_CD, own_weights_C, largest)
+        return rows.sum_by_token(self._join(original_CD, new_outputs_RD, count))
 
     def _mixture_of_sent_rows(
         self, tokens_TD: torch.Tensor, weights_TE: torch.Tensor, choices_TE: torch.Tensor
@@ -167,26 +170,27 @@ class MoELPRLayer(MoELayer):
         """
         dispatcher = self.token_dispatcher
         counts = self._send_counts(choices_TE[:, :1]) if self.config.sequence_parallel and self.num_apart else None
-        tokens_per_expert = dispatcher.preprocess(choices_TE[:, self.num_apart :])
-        # Here the host waits, for the dispatcher's counts and for those of `_send_counts`.
-        dispatcher._maybe_update_cuda_sync_point("before_permutation_1")
-        dispatcher.tokens_per_expert = dispatcher._maybe_dtoh_and_synchronize("before_permutation_1", tokens_per_expert)
+        # Here the host waits, for these counts and those of `_send_counts`.
+        exchange_counts(dispatcher, choices_TE[:, self.num_apart :], self._to_host, self._received)
         count = self._num_rows(tokens_TD) - int(sum(dispatcher.input_splits))
         largest = count if counts is None else self._largest(counts)
         dispatcher.probs = weights_TE.new_empty(0)  # `combine_preprocess` asks for the dtype
         rows = self._sort(tokens_TD, weights_TE, choices_TE)
-        (own_CD, own_weights_C), (new_RD, new_weights_R) = rows.split(count)
-
-        def new(on_dispatched: Callable[[], None]) -> torch.Tensor:
-            received_RD, received_weights_R = self.dispatch(new_RD, new_weights_R)
-            on_dispatched()
-            return self.combine(self.routed_experts_compute(received_RD, received_weights_R)[0])
-
         if not self.num_apart:
-            return rows.sum_by_token(new(lambda: None))
+            return rows.sum_by_token(self._sent(rows.rows, rows.weights))
+        (own_CD, own_weights_C), (new_RD, new_weights_R) = self._split(rows, count, largest)
+        new = partial(self._sent, new_RD, new_weights_R)
         original = partial(self._original_expert_output, own_CD, own_weights_C, largest)
         new_outputs_RD, original_CD = self._new_and_original(new, original)
-        return rows.sum_by_token(torch.cat((original_CD, new_outputs_RD)))
+        return rows.sum_by_token(self._join(original_CD, new_outputs_RD, count))
+
+    def _sent(
+        self, rows_RD: torch.Tensor, weights_R: torch.Tensor, on_dispatched: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
+        """Outputs of experts on other ranks; `on_dispatched` is called when the rows' all-to-all is launched."""
+        received_RD, received_weights_R = self.dispatch(rows_RD, weights_R)
+        on_dispatched()
+        return self.combine(self.routed_experts_compute(received_RD, received_weights_R)[0])
 
     def _mixture_of_two(
         self, hidden_states: torch.Tensor, weights_TE: torch.Tensor, choices_TE: torch.Tensor
@@ -234,6 +238,17 @@ class MoELPRLayer(MoELayer):
         fused = self.config.moe_permute_fusion
         return sort_rows(tokens_TD, weights_TE, choices_TE, self._num_rows(tokens_TD), fused)
 
+    def _split(
+        self, rows: SortedRows, count: int, largest: int
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """Rows and weights of the original expert, which takes others behind its `count` own ones instead of padding,
+        and of the new experts."""
+        return rows.split(count, min(self._original_expert_rows(largest), len(rows.rows)))
+
+    def _join(self, original_CD: torch.Tensor, new_outputs_RD: torch.Tensor, count: int) -> torch.Tensor:
+        trains = any(weight.requires_grad for weight in self.original_expert.parameters())
+        return join(original_CD, new_outputs_RD, count, trains)
+
     def _num_rows(self, tokens_TD: torch.Tensor) -> int:
         """Rows of all experts together: every token has its top k."""
         return len(tokens_TD) * self.config.moe_router_topk
@@ -266,11 +281,18 @@ class MoELPRLayer(MoELayer):
         and has arrived when the host has waited for those (token_dispatcher.py `_maybe_dtoh_and_synchronize`): one wait
         for both. Other dispatchers have no such stream, and the host waits once more.
         """
-        counts = choices_TE.sum(dim=0)
         if self.config.sequence_parallel:
-            largest = counts[:1].clone()
+            experts = choices_TE.shape[1]
+            counts = torch.empty(experts + 1, dtype=torch.long, device=choices_TE.device)
+            torch.sum(choices_TE, dim=0, out=counts[:experts])
+            largest = counts[experts:].copy_(counts[:1])
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.attn_tp_group)
-            counts = torch.cat((counts, largest))
+        else:
+            counts = choices_TE.sum(dim=0)
+        return self._to_host(counts)
+
+    def _to_host(self, counts: torch.Tensor) -> torch.Tensor:
+        """Start a copy to the host; without a stream for it the tensor itself."""
         stream = self._copy_stream()
         if stream is None:
             return counts
@@ -304,7 +326,7 @@ class MoELPRLayer(MoELayer):
         Returns:
             [rows, hidden].
         """
-        count, dtype = len(rows_CD), rows_CD.dtype
+        count = len(rows_CD)
         # All TP ranks must bring equally many rows; the linear layers take [rows, 1, hidden].
         padding = self._original_expert_rows(largest) - count
         if padding:
@@ -316,7 +338,8 @@ class MoELPRLayer(MoELayer):
         output, _ = self.original_expert(rows_CD.unsqueeze(1), per_token_scale=None if is_split else weights_C)
         output_CD = output.squeeze(1)
         if is_split:
-            output_CD = (output_CD * weights_C.unsqueeze(1)).to(dtype)
+            compiled = self.config.transformer_impl == "transformer_engine"
+            output_CD = WeightedRows.apply(output_CD, weights_C, compiled)
         return output_CD[:count] if padding else output_CD
 
     def _original_expert_rows(self, largest: int) -> int:

@@ -21,31 +21,44 @@ from megatron_moe_lpr.model.moe.token_tags import GROUP, PRIOR, SHARE
 class RouterProduct(torch.autograd.Function):
     """Hidden states times router weights, both as fp32; the hidden states are kept for backward in their own dtype.
 
+    It also returns the hidden states, for the experts: so backward is given their gradient from there, and adds its own
+    in one operation, in fp32. Autograd would round this one first and add up two rounded ones.
+
     Mirrors moe_utils.py `RouterGatingLinearFunction` without its choice of Transformer Engine's product: version 2.9
     would multiply fp32 weights with bf16 hidden states, which cuBLASLt refuses, and other versions round otherwise.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] and [experts, hidden] to fp32 [..., experts]."""
+    def forward(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[..., hidden] and [experts, hidden] to fp32 [..., experts], and the hidden states."""
         ctx.save_for_backward(hidden_states, weight)
+        ctx.set_materialize_grads(False)
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits_TE = torch.mm(hidden_TD.float(), weight.float().t())
-        return logits_TE.view(*hidden_states.shape[:-1], weight.shape[0])
+        return logits_TE.view(*hidden_states.shape[:-1], weight.shape[0]), hidden_states.view_as(hidden_states)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def backward(
+        ctx: Any, grad_output: torch.Tensor | None, grad_hidden: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gradients of hidden states and weight in their dtypes, None for what is frozen."""
+        if grad_output is None:
+            return grad_hidden, None
         hidden_states, weight_ED = ctx.saved_tensors
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         grad_logits_TE = grad_output.reshape(-1, weight_ED.shape[0])
-        grad_input = grad_weight = None
+        grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_hidden_TD = torch.mm(grad_logits_TE, weight_ED.float())
-            grad_input = grad_hidden_TD.to(hidden_states.dtype).view(hidden_states.shape)
+            own = torch.mm(grad_logits_TE, weight_ED.float()).view(hidden_states.shape)
+            grad_hidden = own.to(hidden_states.dtype) if grad_hidden is None else _sum(grad_hidden, own)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.mm(grad_logits_TE.t(), hidden_TD.float()).to(weight_ED.dtype)
-        return grad_input, grad_weight
+        return grad_hidden, grad_weight
+
+
+def _sum(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The sum of two tensors, added up in the wider dtype, in the first one's dtype."""
+    return torch.add(first, second, out=torch.empty_like(first))
 
 
 @overrides_megatron
@@ -112,17 +125,20 @@ class LPRRouter(TopKRouter):
         return self
 
     @override
-    def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Router logits in fp32, [..., experts] of [..., hidden] in any dtype."""
-        if self.base_rows is None:
-            return RouterProduct.apply(input, self.weight)
-        rows = self.base_rows if self.weight is None else torch.cat((self.base_rows, self.weight))
-        return RouterProduct.apply(input, rows)
+    def gating(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Router logits in fp32, [..., experts] of [..., hidden] in any dtype, and the input for the experts: what
+        takes its gradient to this product first."""
+        rows = self.weight
+        if self.base_rows is not None:
+            rows = self.base_rows if rows is None else torch.cat((self.base_rows, rows))
+        logits, hidden_states = RouterProduct.apply(input, rows)
+        # An input that takes no gradient must not become one that does.
+        return logits, hidden_states if input.requires_grad else input
 
     @override
     def forward(
         self, hidden_states: torch.Tensor, token_tags: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route tokens.
 
         Args:
@@ -130,12 +146,14 @@ class LPRRouter(TopKRouter):
             token_tags: [sequence / TP, batch, 4] (`model.token_tags`); None: neither losses nor statistics.
 
         Returns:
-            Weights [tokens, experts], fp32, zero where not chosen, and choices [tokens, experts], bool.
+            Weights [tokens, experts], fp32, zero where not chosen; choices [tokens, experts], bool; the hidden states,
+            which the experts are to be given (`gating`).
         """
-        logits_TE = self._weigh_newest(self.gating(hidden_states).view(-1, self.num_experts))
+        logits, hidden_states = self.gating(hidden_states)
+        logits_TE = self._weigh_newest(logits.view(-1, self.num_experts))
         # Activation recompute runs the layer twice, the first time without gradients: count once.
         if token_tags is None or (self.training and not torch.is_grad_enabled()):
-            return self.routing(logits_TE.unsqueeze(1))
+            return *self.routing(logits_TE.unsqueeze(1)), hidden_states
         tags_T4 = token_tags.reshape(-1, token_tags.shape[-1])
         losses = self._losses(logits_TE, tags_T4)
         attached_TE = logits_TE if losses is None else AttachedLosses.apply(logits_TE, tags_T4, losses)
@@ -148,7 +166,7 @@ class LPRRouter(TopKRouter):
                 losses.load = load_E
             if counts:
                 self._record(logits_TE, choices_TE, tags_T4, load_E)
-        return weights_TE, choices_TE
+        return weights_TE, choices_TE, hidden_states
 
     def _weigh_newest(self, logits_TE: torch.Tensor) -> torch.Tensor:
         """Add log(newest_weight) to the logits of the latest expansion's experts: exp(logit) times the weight."""
@@ -192,7 +210,8 @@ class LPRRouter(TopKRouter):
         if self.weight is None:  # Only a mixture base's own experts: nothing to balance or to learn.
             return None
         allowed_T = self._allowed(tags_T4) if config.lpr_loss_coeff else None
-        return RouterLosses(*coefficients, config.lpr_loss_form, allowed_T)
+        compiled = config.transformer_impl == "transformer_engine"
+        return RouterLosses(*coefficients, config.lpr_loss_form, allowed_T, compiled=compiled)
 
     @torch.no_grad()
     def _record(

@@ -46,17 +46,10 @@ class AllHeadsNorm(torch.nn.Module):
     part of the weight.
     """
 
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int, **unused: object
-    ) -> None:
-        """Build this rank's part.
-
-        Args:
-            hidden_size: dimension of a head.
-            num_heads: heads of all TP ranks together.
-        """
+    def __init__(self, config: TransformerConfig, head_dim: int, eps: float, num_heads: int) -> None:
+        """Build this rank's part; `num_heads` are those of all TP ranks together."""
         super().__init__()
-        self.eps, self.width = eps, num_heads * hidden_size
+        self.eps, self.width = eps, num_heads * head_dim
         own = self.width // config.tensor_model_parallel_size
         self.weight = torch.nn.Parameter(torch.ones(own, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)

@@ -27,9 +27,10 @@ def install() -> None:
     devices.install()
     collectives.install()
     # Last, because it imports megatron-core, which reads torch.cuda while being imported.
-    from megatron_moe_lpr.platform.cpu import activations, expert_rows, gradient_buffer, internals
-    from megatron_moe_lpr.platform.torch_only import optimizer
+    from megatron_moe_lpr.platform.cpu import expert_rows, gradient_buffer, internals
+    from megatron_moe_lpr.platform.torch_only import optimizer, swiglu
 
-    for module in (internals, optimizer, gradient_buffer, activations, expert_rows):
+    for module in (internals, optimizer, gradient_buffer, expert_rows):
         module.install()
+    swiglu.install(swiglu.CHUNK_ON_CPUS)
     _installed = True

@@ -1,6 +1,6 @@
 """What Megatron needs replaced to run on PyTorch alone, without Transformer Engine and apex.
 
-`optimizer` and `recompute` are installed on the CPU platform too, which has a SwiGLU of its own.
+All of it is installed on the CPU platform too, SwiGLU in chunks of rows.
 """
 
 

@@ -188,6 +188,16 @@ def check_stage(
     _check_languages(stage, sources, earlier)
 
 
+def stage_note(stage: Stage, sources: DataSources) -> str | None:
+    """Return a note about training data that the stage accepts and is not meant for, or None."""
+    if stage.name != "sft" or any(entry.manifest.chat for entry in sources.train):
+        return None
+    return (
+        f"--data-path: no conversations for stage sft, so every token counts in the loss; {command('preprocess')} "
+        "--chat writes them"
+    )
+
+
 def _check_languages(stage: Stage, sources: DataSources, earlier: Sequence[Sequence[str]]) -> None:
     original = sources.trained_original
     if stage.original_languages == "refused" and original:

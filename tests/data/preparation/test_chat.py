@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from megatron_moe_lpr.commands import preprocess as command
 from megatron_moe_lpr.data.chat_template import template_note
 from megatron_moe_lpr.data.indexed import open_loss_mask, open_tokens, read_lengths
 from megatron_moe_lpr.data.manifest import read_manifest
+from megatron_moe_lpr.data.preparation.chat_conversations import conversation_columns
+from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
 from tests.data.builders import run_plan
 from tests.data.chat import CHATML, TEMPLATES, make_chat_tokenizer, turns, without_generation, write_conversations
@@ -161,6 +164,7 @@ BAD = {
     "must be a text or a list of parts of type text": turns([{"type": "image", "url": "x"}], "two"),
     "must be a list of messages": {"messages": "text"},
     "no 'messages' \\(--json-key\\), nor 'prompt' and 'completion'.*: it has text": {"text": "one"},
+    "nested too deeply": {"messages": turns("one", "two"), "tools": json.loads("[" * 900 + "]" * 900)},
     "'tools' is a text that is not JSON": {"messages": turns("one", "two"), "tools": "["},
     "the chat template refuses it \\(only one question\\)": turns("one", "two", "three", "four"),
 }
@@ -212,3 +216,46 @@ def test_templates_in_the_settings(hf_tokenizer, tmp_path):
     note = template_note({"x": manifest}, other)
     assert note and "x: its conversations were written with another chat template" in note
     assert template_note({"x": manifest}, make_chat_tokenizer(hf_tokenizer, tmp_path / "none", None)) is None
+
+
+def test_sentencepiece(sp_model, tmp_path):
+    """Its control tokens are recognised where the template writes them; ids as of the converted tokenizer."""
+    directory = tmp_path / "tokenizer"
+    directory.mkdir()
+    (directory / "tokenizer.model").write_bytes(sp_model.read_bytes())
+    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (directory / "chat_template.jinja").write_text(without_generation(TEMPLATES["mistral"]))
+    conversation = turns("Γεια σου </s>", "καλημέρα", "two", "three")
+    _, ((ids, mask),) = encode(directory, tmp_path, [conversation])
+    tokenizer = load_tokenizer(directory, split_special_tokens=False)
+    library = PreTrainedTokenizerFast(tokenizer_object=tokenizer.rust, bos_token="<s>", eos_token="</s>")
+    eos = library.convert_tokens_to_ids("</s>")
+    assert ids.count(library.convert_tokens_to_ids("<s>")) == 1 and ids.count(eos) == 2 and ids[-1] == eos
+    answers = library.decode([number for number, counts in zip(ids, mask, strict=True) if counts])
+    assert answers.split() == ["καλημέρα</s>", "three</s>"]
+    plain = [turns("Γεια σου", "καλημέρα", "two", "three")]
+    _, ((ids, mask),) = encode(directory, tmp_path, plain)
+    expected = library.apply_chat_template(
+        plain[0], chat_template=TEMPLATES["mistral"], return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert (ids, mask) == (expected["input_ids"], expected["assistant_masks"])
+
+
+def test_command_line(chatml, tmp_path, capsys):
+    source = write_conversations(tmp_path / "a.jsonl", [turns("one", "two")])
+    common = ["--language", "el", "--tokenizer", str(chatml), "--output-prefix", str(tmp_path / "x"), "--workers", "1"]
+    command.main(["--input", str(source), "--chat", *common])
+    assert f"{tmp_path / 'x'}: el, 1 documents, " in (shown := capsys.readouterr().out) and "in the loss" in shown
+    for flags, message in (
+        (["--input", str(source), "--chat-template", "x"], "--chat-template: is for conversations; pass --chat"),
+        (["--input", "a.txt", "--chat"], "--chat: a .txt holds no conversations"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command.main([*flags, *common])
+
+
+def test_columns_of_parquet_files():
+    """Those of a conversation that are there; without any, the one that is reported as missing."""
+    assert conversation_columns(["id", "messages", "tools"], "messages") == ["messages", "tools"]
+    assert conversation_columns(["completion", "prompt", "x"], "messages") == ["prompt", "completion"]
+    assert conversation_columns(["prompt", "tools"], "messages") == ["messages"]

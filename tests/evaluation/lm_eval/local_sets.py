@@ -28,6 +28,27 @@ def write_local_sets(directory: Path) -> None:
     _write(directory, "facebook/belebele", {code: {"test": _belebele} for code in ("eng_Latn", "hun_Latn", "ell_Grek")})
 
 
+def write_further_sets(directory: Path) -> None:
+    """Write data sets of INCLUDE (German, Greek) and MGSM (German)."""
+    domains = ("Driving License", "STEM", "Social Science", "Arts & Humanities", "Business & Commerce")
+    more = ("Health oriented education", "Professional certification", "Medical License")
+    exams = {language: {"test": _include} for language in ("German", "Greek")}
+    _write(directory, "CohereForAI/include-base-44", exams, (*domains, *more))
+    _write(directory, "juletxara/mgsm", {"de": {"train": _mgsm, "test": _mgsm}})
+
+
+def _include(where: str, domain: str) -> dict:
+    options = {f"option_{letter.lower()}": word for letter, word in zip(LETTERS, WORDS, strict=True)}
+    return {"question": _question(where, len(domain)), **options, "answer": len(domain) % 4, "domain": domain}
+
+
+def _mgsm(where: str, number: int) -> dict:
+    begin = "Schritt-für-Schritt-Antwort: " if where.endswith("train") else None
+    answer = f"{begin}Die Antwort lautet {number}." if begin else None
+    question = f"Frage: {_question(where, number)}" if begin else _question(where, number)
+    return {"question": question, "answer": answer, "answer_number": number, "equation_solution": ""}
+
+
 def subjects(language: str) -> list[str]:
     """Return the subjects of Global-MMLU, from the names of lm_eval's tasks."""
     tasks = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks" / "global_mmlu" / "full" / language

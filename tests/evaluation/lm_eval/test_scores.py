@@ -52,6 +52,23 @@ def test_results_of_something_else_are_refused(tmp_path, scores, metric, message
         read_scores(tmp_path, MMLU)
 
 
+def test_an_answer_found_by_a_filter_counts(tmp_path):
+    """Of several filters the benchmark's first, which not every task has."""
+    (mgsm,) = choose_tasks(["mgsm"], ["de", "eu"], {"mgsm_native_cot_de", "mgsm_native_cot_eu"})
+    path = write_results(tmp_path, {})
+    both = {"exact_match,strict-match": 0.1, "exact_match,flexible-extract": 0.4, "exact_match,get-answer": 0.9}
+    errors = {"exact_match_stderr,flexible-extract": 0.2}
+    basque = {"exact_match,get-answer": 0.3, "exact_match_stderr,get-answer": 0.1}
+    path.write_text(json.dumps({"results": {"mgsm_native_cot_de": both | errors, "mgsm_native_cot_eu": basque}}))
+    scores = read_scores(tmp_path, mgsm)
+    assert scores == {"de": {"value": 0.4, "stderr": 0.2}, "eu": {"value": 0.3, "stderr": 0.1}}
+    record = benchmark_record(mgsm, ["de"], 8, {"base": scores, "final": scores})
+    assert record["chance"] is None
+    output = io.StringIO()
+    Console(file=output, width=160).print(benchmarks_table({"benchmarks": [record]}))
+    assert "40.00" in output.getvalue()
+
+
 def test_no_results(tmp_path):
     with pytest.raises(UserError, match="no results_"):
         read_scores(tmp_path, MMLU)
@@ -77,8 +94,8 @@ def test_means_and_table():
     Console(file=output, width=160).print(benchmarks_table({"benchmarks": [mmlu, flores]}))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.getvalue().splitlines() if "│" in line]
     assert rows == [
-        ["MMLU", "5", "acc", "original: en", "50.00", "37.50", "-12.50"],
-        ["MMLU", "5", "acc", "expanded: hu el", "37.50", "50.00", "+12.50"],
-        ["Flores", "8", "bleu", "original: en to es", "21.50", "21.50", "+0.00"],
-        ["Flores", "8", "bleu", "expanded: none", "-", "-", "-"],
+        ["MMLU", "5", "acc", "original: en", "25.00", "50.00", "37.50", "-12.50"],
+        ["MMLU", "5", "acc", "expanded: hu el", "25.00", "37.50", "50.00", "+12.50"],
+        ["Flores", "8", "bleu", "original: en to es", "-", "21.50", "21.50", "+0.00"],
+        ["Flores", "8", "bleu", "expanded: none", "-", "-", "-", "-"],
     ]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluation.lm_eval.local_sets import QUESTIONS, write_local_sets
+from tests.conversion.helpers import change_config
+from tests.evaluation.lm_eval.local_sets import QUESTIONS, write_further_sets, write_local_sets
 from tests.launching.builders import run_script, save_dense_model
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval: make test-eval")
@@ -76,6 +77,32 @@ def test_table_and_record(work):
     again = evaluate(work, "--num-fewshot", "1")
     assert again.returncode == 0 and again.stdout.count("already there") == 8
     assert json.loads((work / "out" / "benchmarks.json").read_text()) == record
+
+
+@needs_harness
+def test_further_benchmarks_through_the_chat_template(work, tmp_path):
+    """A model whose settings end at its template's token: lm_eval renders the questions by it."""
+    write_further_sets(tmp_path)
+    model = tmp_path / "chat"
+    shutil.copytree(work / "dense", model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}<assistant>"
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    (model / "generation_config.json").write_text('{"eos_token_id": 0}')
+    change_config(model, max_position_embeddings=1024)  # lm_eval keeps 256 of them for an answer
+    places = {"HF": model, "HF_OUT": model, "OUT": tmp_path / "out", "ORIGINAL": "de", "EXPANDED": "el", "LIMIT": 1}
+    done = evaluate(tmp_path, "--num-fewshot", "2", BENCHMARKS="include mgsm", **places)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "questions go through the models' chat template" in done.stdout
+    record = json.loads((tmp_path / "out" / "benchmarks.json").read_text())
+    assert record["chat_template"] and [one["shots"] for one in record["benchmarks"]] == [0, 2]
+    include, mgsm = ({name: what["task"] for name, what in one["languages"].items()} for one in record["benchmarks"])
+    assert include == {"de": "include_base_44_german", "el": "include_base_44_greek"}
+    assert mgsm == {"de": "mgsm_native_cot_de"}
+    for name in ("include", "mgsm"):
+        (path,) = (tmp_path / "out" / "final" / name).rglob("results_*.json")
+        written = json.loads(path.read_text())
+        assert (written["chat_template"], written["fewshot_as_multiturn"]) == (template, True)
 
 
 def results(directory: Path) -> dict:

@@ -22,7 +22,7 @@ def gpu(version: str = "2.11.0", **facts) -> Platform:
 def test_cpu_takes_local_layers_and_its_own_swiglu_alone():
     fields = platform_fields(CPU, torch.float32)
     assert fields["transformer_impl"] == "local"
-    # The function behind it is platform/cpu/activations.py's, not the one that Megatron compiles.
+    # The function behind it is platform/torch_only/swiglu.py's, not the one that Megatron compiles.
     assert [name for name in fields if name.endswith("fusion")] == ["bias_activation_fusion"]
 
 

@@ -53,7 +53,7 @@ def sequence_first(mask):
 def gradient_of_attached_losses(router, hidden, tags):
     """Gradient of the router's weight from the losses alone: the weights' own gradient is zero."""
     router.weight.grad = None
-    weights, _ = router(hidden, tags.transpose(0, 1))
+    weights, *_ = router(hidden, tags.transpose(0, 1))
     (weights * 0.0).sum().backward()
     return router.weight.grad
 
@@ -71,7 +71,7 @@ def test_the_product_is_fp32_whatever_transformer_engine_would_do(dtype, make_ro
     exact_input = rounded.double().requires_grad_()
     exact_weight = router.weight.detach().double().requires_grad_()
     gradient = torch.randn(SEQUENCE, BATCH, EXPERTS, generator=torch.Generator().manual_seed(3))
-    logits, expected = router.gating(given), exact_input @ exact_weight.T
+    (logits, _), expected = router.gating(given), exact_input @ exact_weight.T
     assert (logits.dtype, router.weight.dtype) == (torch.float32, torch.float32)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-6)
     logits.backward(gradient)
@@ -81,9 +81,21 @@ def test_the_product_is_fp32_whatever_transformer_engine_would_do(dtype, make_ro
     torch.testing.assert_close(given.grad.double(), exact_input.grad, rtol=torch.finfo(dtype).eps * 8, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_experts_is_added_before_rounding(dtype, make_router, hidden):
+    router, given = make_router(), hidden.clone().to(dtype).requires_grad_()
+    logits, states = router.gating(given)
+    gradients = torch.randn(logits.shape), torch.randn(states.shape).to(dtype)
+    torch.autograd.backward((logits, states), gradients)
+    exact = gradients[0].double() @ router.weight.detach().double() + gradients[1].double()
+    assert given.grad.dtype == dtype
+    torch.testing.assert_close(given.grad.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    assert not router.gating(hidden)[1].requires_grad
+
+
 def test_routing_is_softmax_top_k_renormalised(make_router, hidden):
     router = make_router()
-    weights, choices = router(hidden)
+    weights, choices, _ = router(hidden)
     logits, _ = reference_logits(router, hidden)
     best = torch.softmax(logits, -1).topk(TOP_K, dim=-1)
     expected = torch.zeros_like(logits).scatter(1, best.indices, best.values / best.values.sum(-1, keepdim=True))
@@ -236,7 +248,7 @@ def test_recompute_counts_once(make_router, hidden, masks):
 def test_statistics_by_group(make_router, hidden, masks):
     router = make_router()
     original, valid = masks
-    _, choices = router(hidden, token_tags(original, valid).transpose(0, 1))
+    _, choices, _ = router(hidden, token_tags(original, valid).transpose(0, 1))
     logits, _ = reference_logits(router, hidden)
     chance = torch.softmax(logits.detach(), -1)[:, 0]
     report = gather_routing([(1, router.statistics)], 2, EXPERTS + 1)
@@ -260,7 +272,7 @@ def test_weights_stay_fp32_in_bf16(make_router, hidden):
     with torch.no_grad():
         router.weight.copy_(before)
     rounded = hidden.bfloat16()
-    weights, _ = router(rounded)
+    weights, *_ = router(rounded)
     assert weights.dtype == torch.float32
     logits, _ = reference_logits(router, rounded)
     best = torch.softmax(logits, -1).topk(TOP_K, dim=-1)
@@ -299,6 +311,6 @@ def test_the_latest_experts_weight_in_the_softmax(make_router, hidden, newest_we
     scores = logits.exp() * torch.tensor([1.0, 1.0, 1.0, newest_weight])
     best = scores.topk(TOP_K, dim=-1)
     expected = torch.zeros_like(logits).scatter(1, best.indices, best.values / best.values.sum(-1, keepdim=True))
-    weights, choices = router(hidden)
+    weights, choices, _ = router(hidden)
     torch.testing.assert_close(weights.double(), expected, rtol=1e-6, atol=1e-7)
     assert torch.equal(choices, expected > 0)

@@ -126,6 +126,16 @@ def test_the_names_that_older_checkpoints_recorded_stay(config):
     assert names - set(ACCEPTABLE) == another_run
 
 
+def test_runs_of_older_versions_attended_across_documents(config):
+    """They recorded nothing of it, and do not begin to keep documents apart without a word."""
+    before = {name: value for name, value in described(config).items() if not name.startswith("reset_")}
+    refuse_differences(before, described(config), set(), "run")
+    now = described(changed(config, "data.documents.reset_attention_mask"))
+    with pytest.raises(UserError, match=r"reset_attention_mask False there and True here.*--accept-changes reset-att"):
+        refuse_differences(before, now, set(), "run")
+    refuse_differences(before, now, {"reset_attention_mask"}, "run")
+
+
 def test_what_the_scheduler_decides_are_options_of_the_optimizer():
     """`recorded_schedule` puts them back there."""
     assert set(SCHEDULE) <= {field.name for field in dataclasses.fields(OptimizerOptions)}

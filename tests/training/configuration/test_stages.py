@@ -1,11 +1,13 @@
 """Stages: what trains, what stays, which data they take."""
 
 import functools
+import typing
 
 import pytest
 import torch
 
 from megatron_moe_lpr.checkpoint.loading.model import load_model
+from megatron_moe_lpr.commands import plan
 from megatron_moe_lpr.engine.optimizer import build_optimizer, wrap_data_parallel
 from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.errors import UserError
@@ -13,7 +15,7 @@ from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, 
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import select_platform
-from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
+from megatron_moe_lpr.training.configuration.stages import STAGES, StageName, freeze
 from megatron_moe_lpr.training.setup import prepare
 from tests.conversion.helpers import checkpoint_tensors
 from tests.distributed import rank_pool
@@ -36,6 +38,12 @@ LAYOUTS = {
 def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("stages")
     return make_checkpoint(root), make_data(root)
+
+
+def test_the_plan_knows_every_stage():
+    names = typing.get_args(StageName)
+    assert tuple(STAGES) == names == typing.get_args(typing.get_type_hints(plan.Flags)["stage"])
+    assert all(stage.name == name for name, stage in STAGES.items())
 
 
 def test_every_parameter_has_a_kind(inputs):
