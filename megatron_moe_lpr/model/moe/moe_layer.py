@@ -176,21 +176,21 @@ class MoELPRLayer(MoELayer):
         largest = count if counts is None else self._largest(counts)
         dispatcher.probs = weights_TE.new_empty(0)  # `combine_preprocess` asks for the dtype
         rows = self._sort(tokens_TD, weights_TE, choices_TE)
-        # Of a mixture base all rows are sent.
-        own, (new_RD, new_weights_R) = (
-            self._split(rows, count, largest) if self.num_apart else (None, (rows.rows, rows.weights))
-        )
-
-        def new(on_dispatched: Callable[[], None]) -> torch.Tensor:
-            received_RD, received_weights_R = self.dispatch(new_RD, new_weights_R)
-            on_dispatched()
-            return self.combine(self.routed_experts_compute(received_RD, received_weights_R)[0])
-
-        if own is None:
-            return rows.sum_by_token(new(lambda: None))
-        original = partial(self._original_expert_output, *own, largest)
+        if not self.num_apart:
+            return rows.sum_by_token(self._sent(rows.rows, rows.weights))
+        (own_CD, own_weights_C), (new_RD, new_weights_R) = self._split(rows, count, largest)
+        new = partial(self._sent, new_RD, new_weights_R)
+        original = partial(self._original_expert_output, own_CD, own_weights_C, largest)
         new_outputs_RD, original_CD = self._new_and_original(new, original)
         return rows.sum_by_token(self._join(original_CD, new_outputs_RD, count))
+
+    def _sent(
+        self, rows_RD: torch.Tensor, weights_R: torch.Tensor, on_dispatched: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
+        """Outputs of experts on other ranks; `on_dispatched` is called when the rows' all-to-all is launched."""
+        received_RD, received_weights_R = self.dispatch(rows_RD, weights_R)
+        on_dispatched()
+        return self.combine(self.routed_experts_compute(received_RD, received_weights_R)[0])
 
     def _mixture_of_two(
         self, hidden_states: torch.Tensor, weights_TE: torch.Tensor, choices_TE: torch.Tensor

@@ -130,7 +130,7 @@ class LPRRouter(TopKRouter):
         takes its gradient to this product first."""
         rows = self.weight
         if self.base_rows is not None:
-            rows = self.base_rows if self.weight is None else torch.cat((self.base_rows, self.weight))
+            rows = self.base_rows if rows is None else torch.cat((self.base_rows, rows))
         logits, hidden_states = RouterProduct.apply(input, rows)
         # An input that takes no gradient must not become one that does.
         return logits, hidden_states if input.requires_grad else input
