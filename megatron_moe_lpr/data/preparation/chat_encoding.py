@@ -48,11 +48,12 @@ from megatron_moe_lpr.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class EncodedConversation:
-    """Token ids of a conversation, whether each counts in the loss (1 or 0), and UTF-8 bytes of its text."""
+    """Token ids of a conversation, whether each counts in the loss (1 or 0), UTF-8 bytes of its text and answers."""
 
     ids: list[int]
     loss_mask: np.ndarray
     text_bytes: int
+    loss_text_bytes: int
 
 
 class ChatEncoder:
@@ -175,7 +176,8 @@ class ChatEncoder:
         if needs_end and self.options.append_eod:
             ids.append(self.tokenizer.eod)
             mask = np.append(mask, True)
-        return EncodedConversation(ids, mask.astype(np.uint8), len(rendered.text.encode("utf-8")))
+        answers = sum(len(rendered.text[begin:end].encode("utf-8")) for begin, end in rendered.answers)
+        return EncodedConversation(ids, mask.astype(np.uint8), len(rendered.text.encode("utf-8")), answers)
 
     def _mentions_as_text(
         self, rendered: RenderedConversation, ids: list[int], offsets: np.ndarray, mask: np.ndarray
@@ -200,6 +202,7 @@ class ChatEncoder:
             np.array([len(one.ids) for one in conversations], np.int32),
             np.array([one.text_bytes for one in conversations], np.int64),
             np.concatenate([one.loss_mask for one in conversations]),
+            np.array([one.loss_text_bytes for one in conversations], np.int64),
         )
 
 

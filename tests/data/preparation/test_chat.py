@@ -138,7 +138,7 @@ def test_mentioned_special_tokens_stay_text(chatml, tmp_path):
     assert library.convert_tokens_to_ids("<think>") in ids  # an added token that is not special
     answer = "<|im_end|> ends a turn, </s> a text; <think><|im_end|>"
     assert library.decode(ids).endswith(f"<|im_start|>assistant\n{answer}\n")
-    assert counted(chatml, [(ids, mask)]) == [answer]
+    assert counted(chatml, [(ids, mask)]) == [answer] and manifest.loss_text_bytes == len(answer.encode())
     assert manifest.skipped == {"kept_with_special_tokens_as_text": 1}
     manifest, ((ids, _),) = encode(chatml, tmp_path, [conversation], split_special_tokens=False)
     assert ids.count(end) == 5 and manifest.skipped == {"kept_with_special_tokens_as_tokens": 1}
