@@ -1,6 +1,6 @@
 # The demo's targets, included by the Makefile.
 
-.PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing demo-mixture demo-vocabulary demo-vocabulary-reviews paper-table paper-scaling base-model
+.PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing demo-mixture demo-vocabulary demo-vocabulary-reviews demo-instruct paper-table paper-scaling base-model
 
 ## Run the whole method on real text, up to runs/demo/report.html; resumes if interrupted.
 demo: $(INSTALLED)
@@ -48,6 +48,10 @@ demo-vocabulary: $(INSTALLED)
 ## Compare reviews of the demo with new tokens, which keep probability from these in the original languages.
 demo-vocabulary-reviews: $(INSTALLED)
 	$(BIN)/python examples/demo/demo.py vocabulary-reviews
+
+## Make the demo's mixture answer questions in three ways: graft, fine-tuning, both.
+demo-instruct: $(INSTALLED)
+	$(BIN)/python examples/demo/demo.py instruct
 
 ## Train data/base_model again from a random initialisation, in runs/base_model/hf.
 base-model: $(INSTALLED)

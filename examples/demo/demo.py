@@ -17,6 +17,7 @@ from typing import Literal
 import tyro
 from base_model import base_model
 from growing import growing
+from instruct import instruct
 from method import baselines, demo, full, report
 from mixture import mixture
 from other_evaluations import choices, other_text
@@ -40,6 +41,7 @@ TARGETS: dict[str, Callable[[], object]] = {
     "mixture": mixture,
     "vocabulary": vocabulary,
     "vocabulary-reviews": vocabulary_reviews,
+    "instruct": instruct,
     "other-text": other_text,
     "choices": choices,
     "base-model": base_model,

@@ -104,6 +104,7 @@ def check_export(
     if card.is_moe:
         config = moe_config(config, architecture, card.experts_per_layer, card.top_k)
         layout = MOE_LAYOUTS[architecture.family.moe_model_type]
+        warnings += _unserved(architecture)
     else:
         config = _dense_config(config, architecture)
     if engine == "llama.cpp" and architecture.mixture:
@@ -121,6 +122,16 @@ def check_export(
     check_model_tensors(rows, reader)
     config = _with_dtype(config, [reader.tensors[row.key].dtype for row in rows if _decides_dtype(row)])
     return CheckedExport(checkpoint, card, architecture, layout, config, rows, reader, engine, warnings)
+
+
+def _unserved(architecture: Architecture) -> tuple[str, ...]:
+    heads = architecture.num_attention_heads
+    if architecture.family.moe_model_type != "qwen2_moe" or architecture.head_dim * heads == architecture.hidden_size:
+        return ()
+    return (
+        f"heads of dimension {architecture.head_dim}: vLLM takes {architecture.hidden_size} / {heads} for a Qwen2-MoE "
+        "and cannot serve this export; transformers 5 reads head_dim",
+    )
 
 
 def _decides_dtype(row: Row) -> bool:

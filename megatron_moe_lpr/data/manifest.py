@@ -71,6 +71,9 @@ class Manifest:
     """Tokens of the conversations that count in the loss; None if `chat` is false."""
     loss_mask_xxh3_128: str | None = None
     """Checksum of `PREFIX.loss_mask`; None if `chat` is false."""
+    loss_text_bytes: int | None = None
+    """UTF-8 bytes of what counts in the loss of the conversations; None if `chat` is false, and in manifests that an
+    older version wrote."""
 
     def write(self, prefix: str) -> None:
         """Write `PREFIX.json` atomically. Call it last, after the other files are complete."""
@@ -81,7 +84,7 @@ class Manifest:
         write_json({"format": FORMAT, **content}, manifest_path(prefix))
 
 
-CHAT_FIELDS = ("chat", "chat_template", "loss_tokens", "loss_mask_xxh3_128")
+CHAT_FIELDS = ("chat", "chat_template", "loss_tokens", "loss_mask_xxh3_128", "loss_text_bytes")
 
 
 def manifest_path(prefix: str) -> Path:
@@ -249,6 +252,6 @@ _FIELD_CHECKS = {
     "version": _is_text,
     "chat": lambda value: isinstance(value, bool),
     "chat_template": lambda value: value is None or isinstance(value, str),
-    "loss_tokens": lambda value: value is None or is_integer(value),
+    **dict.fromkeys(("loss_tokens", "loss_text_bytes"), lambda value: value is None or is_integer(value)),
     "loss_mask_xxh3_128": lambda value: value is None or isinstance(value, str),
 }

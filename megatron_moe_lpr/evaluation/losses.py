@@ -26,11 +26,11 @@ class DatasetLoss:
     name: str
     language: str
     loss: float
-    """Mean of -ln p over the tokens with loss mask 1."""
+    """Mean of -ln p over the tokens with loss mask 1; NaN if the part that was evaluated has none."""
     tokens: int
     bits_per_byte: float | None
-    """Bits per byte of the whole text, with any loss mask; None if only a part of the dataset, whose bytes are not
-    known, was evaluated."""
+    """Bits per byte of the whole text, with any loss mask, of conversations of what counts in the loss; None if only a
+    part of the dataset, whose bytes are not known, was evaluated."""
     routing: RoutingReport | None
     """Routing in each layer; None for a dense model."""
     new_token_mass: float | None = None
@@ -88,7 +88,8 @@ def evaluate_dataset(
 
 def _result(dataset: ValidationDataset, total: LossSums, routing: RoutingReport | None) -> DatasetLoss:
     mass = total.new_token_mass
-    bits = float(total.text_loss.sum()) / math.log(2) if total.text_loss is not None else None
+    losses = total.loss if dataset.bits_of_loss else total.text_loss
+    bits = float(losses.sum()) / math.log(2) if losses is not None else None
     return DatasetLoss(
         name=dataset.name,
         language=dataset.language,
@@ -96,7 +97,7 @@ def _result(dataset: ValidationDataset, total: LossSums, routing: RoutingReport 
         tokens=int(total.tokens.sum()),
         bits_per_byte=bits / dataset.text_bytes if bits is not None and dataset.text_bytes else None,
         routing=routing,
-        new_token_mass=float(mass.sum() / total.tokens.sum()) if mass is not None else None,
+        new_token_mass=float(mass.sum() / total.tokens.sum()) if mass is not None and total.tokens.any() else None,
     )
 
 

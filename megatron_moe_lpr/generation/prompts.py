@@ -76,6 +76,8 @@ def _conversation(record: Any, place: str) -> Request:
             raise UserError(f'{place}: message {number} is not {{"role": "...", "content": "..."}}')
         if not isinstance(message.get("content"), str | list | None):
             raise UserError(f"{place}: the content of message {number} is neither text nor a list of parts")
+        if message.get("content") is None and message["role"] != "assistant":
+            raise UserError(f"{place}: message {number} has no content; a template would write its absence as a word")
     if tools is not None and not isinstance(tools, list):
         raise UserError(f"{place}: `tools` is not a list")
     return Request(place, messages=messages, tools=tools)

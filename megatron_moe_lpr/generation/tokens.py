@@ -64,7 +64,7 @@ class PromptTokenizer:
                 f"{self.directory}: its tokenizer has no chat template; give --chat-template FILE, or leave --chat and "
                 "messages out"
             )
-        continues = messages[-1].get("role") == "assistant"
+        messages, continues = _begun_answer(messages, place)
         last = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
         try:
             return self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **last)
@@ -108,3 +108,25 @@ def _read_template(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"--chat-template {file}: not a text in UTF-8") from None
+
+
+def _begun_answer(messages: list[dict[str, Any]], place: str) -> tuple[list[dict[str, Any]], bool]:
+    """Return the messages to render, and whether the last one is an answer that the model has begun.
+
+    An answer without text is none: its end, where a template removes white space, would lie within the role's header.
+
+    Raises:
+        UserError: the model has called a tool and waits for it, or nothing is there to answer.
+    """
+    last = messages[-1]
+    if last.get("role") != "assistant":
+        return messages, False
+    if last.get("tool_calls"):
+        raise UserError(f"{place}: ends with a tool call; add what the tool returned, in a message of the role tool")
+    content = last.get("content") or ""
+    texts = [content] if isinstance(content, str) else [part.get("text") for part in content if isinstance(part, dict)]
+    if any(isinstance(text, str) and text.strip() for text in texts):
+        return messages, True
+    if len(messages) == 1:
+        raise UserError(f"{place}: an empty answer alone; give a message that the model should answer")
+    return messages[:-1], False

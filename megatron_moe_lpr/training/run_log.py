@@ -39,7 +39,9 @@ class RunLog(Callback):
         )
         name = f"validation {result.language} ({result.name})"
         self.writer.say(f"step {iteration:,} {name}: loss {result.loss:.4f}{bits}{mass}, {result.tokens:,} tokens")
-        values = {"dataset": result.name, "language": result.language, "lm_loss": result.loss, "tokens": result.tokens}
+        values = {"dataset": result.name, "language": result.language, "tokens": result.tokens}
+        if result.tokens:  # a few samples of conversations may hold prompts alone
+            values["lm_loss"] = result.loss
         if result.bits_per_byte is not None:
             values["bits_per_byte"] = result.bits_per_byte
         if result.new_token_mass is not None:

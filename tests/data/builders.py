@@ -136,6 +136,7 @@ def write_dataset(
         chat_template=chat_template,
         loss_tokens=writer.loss_tokens if chat else None,
         loss_mask_xxh3_128=writer.loss_mask_checksum,
+        loss_text_bytes=writer.loss_tokens * 3 if chat else None,
     )
     publish(partial, str(prefix), manifest)
     return str(prefix)

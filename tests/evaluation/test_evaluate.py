@@ -22,6 +22,7 @@ from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, resolve_chec
 from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.checkpoint import EvaluationOptions, evaluate_checkpoint, unknown_languages
+from megatron_moe_lpr.evaluation.report.record import Dataset
 from megatron_moe_lpr.evaluation.results import evaluation_record
 from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.parallel.layout import ParallelLayout
@@ -153,6 +154,29 @@ def test_documents_apart_equal_transformers_on_each(setting, alone, ranks):
     across = {one["language"]: one for one in alone["datasets"]}
     assert abs(found["en"]["loss"] - across["en"]["loss"]) > 1e-4
     assert found["el"]["loss"] == pytest.approx(across["el"]["loss"], rel=1e-5)  # of one document
+
+
+def test_conversations_equal_transformers_with_labels_of_answers(setting, tmp_path):
+    """Loss and bits per byte are of what counts alone, each conversation by itself; even tokens count."""
+    root, checkpoint, _, _ = setting
+    generator = np.random.default_rng(6)
+    documents = [generator.integers(1, 99, length).tolist() for length in (12, 30, 7, 20, 3)]
+    data = {"el": write_dataset(tmp_path / "chat", "el", documents, chat=True)}
+    loss = count = 0.0
+    for document in documents:
+        ids = torch.tensor([document])
+        labels = ids.masked_fill(ids % 2 == 1, -100)
+        number = int((labels[:, 1:] >= 0).sum())
+        with torch.no_grad():
+            loss += exported(root / "exported")(ids, labels=labels).loss.item() * number if number else 0.0
+        count += number
+    counted_bytes = 3 * sum(token % 2 == 0 for document in documents for token in document)  # as write_dataset says
+    for ranks in (1, 2):
+        (found,) = rank_pool(ranks).run(evaluate, checkpoint, data, LAYOUTS["PP2"] if ranks == 2 else {})[0]["datasets"]
+        assert found["tokens"] == count and found["loss"] == pytest.approx(loss / count, rel=1e-5)
+        assert found["bits_per_byte"] == pytest.approx(loss / math.log(2) / counted_bytes, rel=1e-5)
+        # The report compares models by it.
+        assert Dataset.model_validate(found).text_bytes == pytest.approx(counted_bytes, rel=1e-9)
 
 
 def test_averages(alone):

@@ -41,6 +41,7 @@ def test_each_source(tmp_path, monkeypatch):
         ("messages.json", b"[]", "expected a list of messages"),
         ("messages.json", b'["a"]', "message 1 is not"),
         ("messages.json", b'[{"role": "user", "content": 1}]', "content of message 1"),
+        ("messages.json", b'[{"role": "user", "content": null}]', "message 1 has no content"),
         ("messages.json", b'{"messages": [{"role": "user", "content": "a"}], "tools": 1}', "`tools` is not a list"),
     ],
 )
@@ -64,6 +65,15 @@ def test_conversations_go_through_the_template(directory, tmp_path):
     # A conversation that ends with the model's own words is continued.
     begun = [*USER, {"role": "assistant", "content": "Χαί"}]
     assert tokenizer.decode(tokenizer.encode(Request("x", messages=begun))) == "<|user|>Γειά\n<|assistant|>Χαί"
+    for empty in ("", " \n", None, [{"type": "text", "text": ""}]):
+        assert tokenizer.encode(Request("x", messages=[*USER, {"role": "assistant", "content": empty}])) == ids
+    call = {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    for last, message in (
+        ([*USER, call], "x: ends with a tool call"),
+        ([{"role": "assistant"}], "an empty answer alone"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tokenizer.encode(Request("x", messages=last))
     assert tokenizer.decode(tokenizer.encode(Request("x", "Γειά"))) == "Γειά"
     (tmp_path / "other.jinja").write_text(
         "{{ messages[0].content }}{% if messages[0].role == 'tool' %}{{ raise_exception('no tool') }}{% endif %}"

@@ -8,6 +8,7 @@ because templates write earlier answers otherwise than the last one (Qwen3 omits
 
 import re
 from collections.abc import Callable, Collection
+from typing import Any
 
 from megatron_moe_lpr.data.preparation.chat_conversations import Conversation, Message
 from megatron_moe_lpr.data.preparation.chat_rendering import (
@@ -38,7 +39,9 @@ class AnswerFinder:
         self.renderer = renderer
         ordered = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
         self._tokens = "|".join(map(re.escape, ordered)) or "(?!)"
-        self._end_of_turn = re.compile(rf"\s*(?:{self._tokens})")
+        # Cohere's templates end the answer by a token and then the turn by the EOS token, at which a server stops.
+        eos = renderer.template.special_tokens.get("eos_token")
+        self._end_of_turn = re.compile(rf"\s*(?:{self._tokens}){f'(?:{re.escape(eos)})?' if eos else ''}")
         self._writes_prompt: dict[bool, bool] = {}
 
     def ends_with_token(self, text: str) -> bool:
@@ -52,11 +55,27 @@ class AnswerFinder:
             DocumentError: the template refuses the conversation, or it is not clear what the assistant writes.
         """
         text = self.renderer.render(conversation, conversation.messages)
+        self._check_calls(conversation)
         if self.renderer.has_marks(conversation):
             spans = self._marked(text, conversation)
         else:
             spans = [self._compared(text, conversation, number) for number in conversation.answers]
         return without_marks(text, spans)
+
+    def _check_calls(self, conversation: Conversation) -> None:
+        """Check that the template writes tool calls: of one for models without tools only an empty answer would stay.
+
+        Raises:
+            DocumentError: it does not write one.
+        """
+        messages = conversation.messages
+        for number in conversation.answers:
+            changed = _probe_call(messages[number]) if messages[number].get("tool_calls") else None
+            if changed is None:
+                continue
+            text = self.renderer.try_render(conversation, [*messages[:number], changed, *messages[number + 1 :]])
+            if text is not None and PROBE not in text:
+                raise DocumentError(UNCLEAR, f"{self._source}: does not write the tool calls of message {number + 1}")
 
     def _marked(self, text: str, conversation: Conversation) -> list[Span]:
         spans = [match.span(1) for match in _MARKED.finditer(text)]
@@ -197,11 +216,16 @@ def _changed(message: Message, part: int, change: Callable[[str], str]) -> Messa
 def _probe_call(message: Message) -> Message | None:
     """Return the message with a probe behind the name of its last tool call; None if that has no name."""
     *calls, last = message["tool_calls"]
-    function = last.get("function")
-    holder = function if isinstance(function, dict) else last
+    holder = _called(last)
     name = holder.get("name")
     if not isinstance(name, str):
         return None
     changed = {**holder, "name": name + PROBE}
-    last = {**last, "function": changed} if holder is function else changed
+    last = changed if holder is last else {**last, "function": changed}
     return {**message, "tool_calls": [*calls, last]}
+
+
+def _called(call: dict[str, Any]) -> dict[str, Any]:
+    """Return the object with the name of a tool call: its `function`, or the call itself."""
+    function = call.get("function")
+    return function if isinstance(function, dict) else call

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from megatron_moe_lpr.data.preparation.chat_rendering import (
     Span,
     mark_mentions,
     texts_in,
+    without_any_mark,
     without_marks,
 )
 from megatron_moe_lpr.data.preparation.documents import (
@@ -47,11 +48,12 @@ from megatron_moe_lpr.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class EncodedConversation:
-    """Token ids of a conversation, whether each counts in the loss (1 or 0), and UTF-8 bytes of its text."""
+    """Token ids of a conversation, whether each counts in the loss (1 or 0), UTF-8 bytes of its text and answers."""
 
     ids: list[int]
     loss_mask: np.ndarray
     text_bytes: int
+    loss_text_bytes: int
 
 
 class ChatEncoder:
@@ -115,19 +117,43 @@ class ChatEncoder:
         """Tokenize the conversation of a JSON object. Raises DocumentError."""
         key = messages_key(self.options.documents)
         parts = {name: document[name] for name in {key, *KEYS} & document.keys()}
-        if found := next(filter(None, map(self._mentions.first, texts_in(parts))), None):
-            counts[self.options.mention_reason] += 1
-            first.setdefault(self.options.mention_reason, f"{block.source}: {found}")
-        mentions = self._mentions if self.options.split_special_tokens else SpecialTokenSearch(())
-        conversation = read_conversation({**document, **mark_mentions(parts, mentions)}, key)
+        found = next(filter(None, map(self._mentions.first, texts_in(parts))), None)
+        as_text = self.options.split_special_tokens
+        marks = self._only_mentioned(document, parts, key) if found and as_text else SpecialTokenSearch(())
+        conversation = read_conversation({**document, **mark_mentions(parts, marks)}, key)
         if isinstance(conversation, PromptCompletion):
             begin, text = len(conversation.prompt), conversation.prompt + conversation.completion
             rendered, needs_end = without_marks(text, [(begin, len(text))]), True
         else:
             rendered, needs_end = self._render(conversation)
+        if found and (rendered.mentions or not as_text):
+            counts[self.options.mention_reason] += 1
+            first.setdefault(self.options.mention_reason, f"{block.source}: {found}")
         repaired = replace_surrogates(rendered.text)
         counts[REPAIRED] += repaired is not rendered.text
         return self._encode_text(dataclasses.replace(rendered, text=repaired), needs_end)
+
+    def _only_mentioned(self, document: dict, parts: dict, key: str) -> SpecialTokenSearch:
+        """Return a search for the special tokens that messages mention and the template does not look for in them.
+
+        A template that splits answers at `</think>`, a special token of some tokenizers, writes another text where
+        marks stand around that token. There it is no mention but part of the conversation's form, and recognised.
+        """
+
+        def written(tokens: Collection[str]) -> str | None:
+            marked = {**document, **mark_mentions(parts, SpecialTokenSearch(tokens))}
+            conversation = read_conversation(marked, key)
+            if self._finder is None or isinstance(conversation, PromptCompletion):
+                return None
+            text = self._finder.renderer.try_render(conversation, conversation.messages)
+            return None if text is None else without_any_mark(text)
+
+        tokens, expected = self.tokenizer.special_tokens, written(())
+        if written(tokens) == expected:
+            return self._mentions
+        present = [token for token in tokens if any(token in text for text in texts_in(parts))]
+        kept = [token for token in present if written([token]) == expected]
+        return SpecialTokenSearch(kept if written(kept) == expected else ())
 
     def _render(self, conversation: Conversation) -> tuple[RenderedConversation, bool]:
         """Return the rendered conversation, and whether its last answer ends without a token that ends a turn."""
@@ -150,7 +176,8 @@ class ChatEncoder:
         if needs_end and self.options.append_eod:
             ids.append(self.tokenizer.eod)
             mask = np.append(mask, True)
-        return EncodedConversation(ids, mask.astype(np.uint8), len(rendered.text.encode("utf-8")))
+        answers = sum(len(rendered.text[begin:end].encode("utf-8")) for begin, end in rendered.answers)
+        return EncodedConversation(ids, mask.astype(np.uint8), len(rendered.text.encode("utf-8")), answers)
 
     def _mentions_as_text(
         self, rendered: RenderedConversation, ids: list[int], offsets: np.ndarray, mask: np.ndarray
@@ -175,6 +202,7 @@ class ChatEncoder:
             np.array([len(one.ids) for one in conversations], np.int32),
             np.array([one.text_bytes for one in conversations], np.int64),
             np.concatenate([one.loss_mask for one in conversations]),
+            np.array([one.loss_text_bytes for one in conversations], np.int64),
         )
 
 

@@ -125,6 +125,11 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(part)
 
 
+def without_any_mark(text: str) -> str:
+    """Return a text without marks."""
+    return _ANY_MARK.sub("", text)
+
+
 Span = tuple[int, int]
 """First character, and the one after the last."""
 
@@ -157,4 +162,4 @@ def without_marks(marked: str, answers: Sequence[Span]) -> RenderedConversation:
     pairs = re.finditer(f"{MENTION_BEGINS}[^{MENTION_BEGINS}{MENTION_ENDS}]*{MENTION_ENDS}", marked)
     mentions = [(moved(pair.start()), moved(pair.end())) for pair in pairs]
     spans = [(moved(first), moved(end)) for first, end in answers]
-    return RenderedConversation(_ANY_MARK.sub("", marked), spans, mentions)
+    return RenderedConversation(without_any_mark(marked), spans, mentions)

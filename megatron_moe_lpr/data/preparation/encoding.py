@@ -66,19 +66,22 @@ class EncodedDocuments:
         lengths: tokens of each document [documents], EOD included.
         text_bytes: UTF-8 bytes of each document [documents].
         loss_mask: of conversations, 1 for each token that counts in the loss, else 0, uint8, as long as `tokens`.
+        loss_text_bytes: UTF-8 bytes of what counts in the loss of each conversation [documents].
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     text_bytes: np.ndarray
     loss_mask: np.ndarray | None = None
+    loss_text_bytes: np.ndarray | None = None
 
     def head(self, documents: int) -> "EncodedDocuments":
         """Return the first `documents` documents."""
         lengths = self.lengths[:documents]
         tokens = int(lengths.sum())
         mask = None if self.loss_mask is None else self.loss_mask[:tokens]
-        return EncodedDocuments(self.tokens[:tokens], lengths, self.text_bytes[:documents], mask)
+        counted = None if self.loss_text_bytes is None else self.loss_text_bytes[:documents]
+        return EncodedDocuments(self.tokens[:tokens], lengths, self.text_bytes[:documents], mask, counted)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,6 +123,7 @@ def _merged(manifests: list[Manifest], shuffle_seed: int | None) -> Manifest:
     sources: dict[str, Source] = {source.name: source for manifest in manifests for source in manifest.sources}
     skipped = sum((Counter(manifest.skipped) for manifest in manifests), Counter())
     largest = [manifest.largest_token for manifest in manifests if manifest.largest_token is not None]
+    counted = [manifest.loss_text_bytes for manifest in manifests if manifest.loss_text_bytes is not None]
     return dataclasses.replace(
         manifests[0],
         documents=sum(manifest.documents for manifest in manifests),
@@ -132,6 +133,7 @@ def _merged(manifests: list[Manifest], shuffle_seed: int | None) -> Manifest:
         sources=list(sources.values()),
         largest_token=max(largest) if len(largest) == len(manifests) else None,
         loss_tokens=sum(manifest.loss_tokens or 0 for manifest in manifests) if manifests[0].chat else None,
+        loss_text_bytes=sum(counted) if len(counted) == len(manifests) else None,
         partition=None,
         shuffle_seed=shuffle_seed,
     )

@@ -71,6 +71,7 @@ class PartialDatasets:
         self.writers: dict[str, IndexedWriter] = {}
         self.locks = contextlib.ExitStack()
         self.text_bytes: Counter = Counter()
+        self.loss_text_bytes: Counter = Counter()
         self.largest_token: dict[str, int] = {}
         self.documents = self.tokens = 0
 
@@ -82,6 +83,8 @@ class PartialDatasets:
         writer.append(documents.tokens, documents.lengths, documents.loss_mask)
         self.largest_token[language] = max(self.largest_token.get(language, 0), int(documents.tokens.max(initial=0)))
         self.text_bytes[language] += int(documents.text_bytes.sum())
+        if documents.loss_text_bytes is not None:
+            self.loss_text_bytes[language] += int(documents.loss_text_bytes.sum())
         self.documents += len(documents.lengths)
         self.tokens += len(documents.tokens)
 
@@ -261,6 +264,7 @@ def _publish(datasets: PartialDatasets, language: str, template: Manifest) -> Ma
         bin_xxh3_128=checksum,
         loss_tokens=writer.loss_tokens if template.chat else None,
         loss_mask_xxh3_128=mask_checksum,
+        loss_text_bytes=datasets.loss_text_bytes[language] if template.chat else None,
     )
     # Check again, because not every file system supports the lock of the prefix.
     refuse_existing(datasets.plan.prefix(language), datasets.plan.overwrite)

@@ -7,6 +7,7 @@ import torch
 
 from megatron_moe_lpr.data.indexed import open_loss_mask, open_tokens, read_lengths, read_pointers
 from megatron_moe_lpr.data.reading.blend import BlendEntry
+from megatron_moe_lpr.data.reading.counted_tokens import without_counted_tokens
 from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.data.reading.documents import document_keys, mask_last_tokens
 from megatron_moe_lpr.data.reading.languages import PADDING_LANGUAGE
@@ -20,10 +21,11 @@ def packing_notes(entries: Sequence[BlendEntry], sequence_length: int) -> list[s
         lengths = read_lengths(entry.prefix)[entry.first_document : entry.end_document]
         cut, tokens = cut_documents(lengths, sequence_length + 1) if entry.is_packed else (0, 0)
         if cut:
+            silent = without_counted_tokens(entry, sequence_length) if entry.manifest.chat else 0
             notes[entry.prefix, entry.first_document] = (
                 f"{entry.prefix}: {cut:,} of {len(lengths):,} documents are longer than {sequence_length + 1:,} tokens "
                 f"(--seq-length and one more) and are cut at their end, {tokens:,} tokens in all"
-            )
+            ) + (f"; of {silent:,} no answer is left" if silent else "")
     return list(notes.values())
 
 

@@ -23,6 +23,7 @@ from megatron.core.datasets.utils import Split
 from megatron_moe_lpr.data.indexed import open_loss_mask
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.config import DataConfig, DataSources, cache_directory
+from megatron_moe_lpr.data.reading.counted_tokens import check_counted_tokens
 from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.data.reading.documents import document_keys, mask_last_tokens, starts_in_sample
 from megatron_moe_lpr.data.reading.index_cache import build_directory
@@ -172,6 +173,8 @@ def build_training_dataset(
         UserError: the index maps cannot be built, or other nodes do not see them.
     """
     _check_memory(train_samples)
+    for entry in sources.train:
+        check_counted_tokens(entry, sequence_length)
     counts = [math.ceil(math.ceil(entry.weight * train_samples) * (1 + SURPLUS)) + 1 for entry in sources.train]
     settings = _megatron_config(sources, config, sequence_length)
     documents = config.documents.apart(sources.is_packed)

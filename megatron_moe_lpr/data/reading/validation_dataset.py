@@ -5,6 +5,7 @@ import torch
 
 from megatron_moe_lpr.data.indexed import open_loss_mask, open_tokens, read_lengths
 from megatron_moe_lpr.data.reading.blend import BlendEntry
+from megatron_moe_lpr.data.reading.counted_tokens import check_counted_tokens
 from megatron_moe_lpr.data.reading.document_options import DocumentOptions
 from megatron_moe_lpr.data.reading.documents import document_keys, mask_last_tokens, starts_in_sample
 from megatron_moe_lpr.data.reading.languages import PADDING_LANGUAGE
@@ -27,7 +28,11 @@ def open_validation_dataset(
 
     Args:
         documents_apart: the flags, which packing adds to.
+
+    Raises:
+        UserError: conversations without a token that counts in the loss.
     """
+    check_counted_tokens(entry, sequence_length)
     kind = PackedValidationDataset if entry.is_packed else ValidationDataset
     apart = documents_apart.apart(entry.is_packed)
     return kind(entry, language, sequence_length, eod, eod_mask_loss, max_samples, apart)
@@ -43,7 +48,9 @@ class ValidationDataset(torch.utils.data.Dataset):
         name: the dataset's prefix.
         language: name of the dataset's language.
         predicted_tokens: tokens with a loss in one pass if `eod_mask_loss` is off.
-        text_bytes: UTF-8 bytes of the text, for bits per byte; None if only a part of it is used.
+        text_bytes: UTF-8 bytes of the text, for bits per byte, of conversations those of what counts in the loss; None
+            if only a part of it is used.
+        bits_of_loss: bits per byte are of the tokens that count in the loss, not of all.
     """
 
     def __init__(
@@ -75,7 +82,8 @@ class ValidationDataset(torch.utils.data.Dataset):
         self._tokens = open_tokens(entry.prefix, np.dtype(entry.manifest.dtype))
         self._counted = open_loss_mask(entry.prefix) if entry.manifest.chat else None
         is_whole = self.predicted_tokens + 1 == entry.manifest.tokens
-        self.text_bytes = entry.manifest.text_bytes if is_whole else None
+        self.bits_of_loss = entry.manifest.chat
+        self.text_bytes = _text_bytes(entry) if is_whole else None
 
     def __len__(self) -> int:
         return -(-self.predicted_tokens // self.sequence_length)
@@ -120,7 +128,8 @@ class ValidationDataset(torch.utils.data.Dataset):
 class PackedValidationDataset(ValidationDataset):
     """The documents of one dataset, whole, packed best-fit; each once, in an order that no seed changes.
 
-    `predicted_tokens` are the labels within documents, and `text_bytes` is None if a document is cut.
+    `predicted_tokens` are the labels within documents, of which alone bits per byte are; `text_bytes` is None if a
+    document is cut.
     """
 
     def __init__(
@@ -146,7 +155,8 @@ class PackedValidationDataset(ValidationDataset):
         self.predicted_tokens = int((np.minimum(used, capacity) - 1).sum(dtype=np.int64))
         is_whole = self._count == samples and len(used) == entry.manifest.documents
         is_cut = cut_documents(used, capacity)[0] > 0
-        self.text_bytes = entry.manifest.text_bytes if is_whole and not is_cut else None
+        self.bits_of_loss = True
+        self.text_bytes = _text_bytes(entry) if is_whole and not is_cut else None
 
     def __len__(self) -> int:
         return self._count
@@ -154,3 +164,8 @@ class PackedValidationDataset(ValidationDataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return a sample, see `PackedReader.read`; of padding alone from `len(dataset)` on."""
         return self._reader.read(self._index.sample(index) if index < self._count else [])
+
+
+def _text_bytes(entry: BlendEntry) -> int | None:
+    """Return the bytes that the bits of a whole dataset are divided by."""
+    return entry.manifest.loss_text_bytes if entry.manifest.chat else entry.manifest.text_bytes

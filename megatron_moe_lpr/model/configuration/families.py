@@ -24,7 +24,7 @@ class Multipliers:
     logits_divisor: float = 1.0
 
     @property
-    def of_logits(self) -> float:
+    def logits_factor(self) -> float:
         """Factor of the logits."""
         return self.logits / self.logits_divisor
 

@@ -118,8 +118,10 @@ def experts_by_layer(config: Mapping[str, Any], source: str) -> list[int]:
     layers = required_int(config, "num_hidden_layers", source, 1, MAX_LAYERS)
     dense = config.get("mlp_only_layers") or []
     if config["model_type"] == "cohere2_moe":
-        kinds = config.get("mlp_layer_types") or []
-        dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"] if isinstance(kinds, list) else kinds
+        kinds = config.get("mlp_layer_types") or ["sparse"] * layers
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise UserError(f"{source}: mlp_layer_types must be a list of {layers} layers' kinds")
+        dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"]
     if not isinstance(dense, list) or not all(is_integer(layer, 0, layers - 1) for layer in dense):
         raise UserError(f"{source}: mlp_only_layers must be a list of layers from 0 to {layers - 1}")
     step = checked_integer(config.get("decoder_sparse_step", 1), "decoder_sparse_step", source, 1, MAX_LAYERS)

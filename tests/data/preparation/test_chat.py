@@ -138,10 +138,48 @@ def test_mentioned_special_tokens_stay_text(chatml, tmp_path):
     assert library.convert_tokens_to_ids("<think>") in ids  # an added token that is not special
     answer = "<|im_end|> ends a turn, </s> a text; <think><|im_end|>"
     assert library.decode(ids).endswith(f"<|im_start|>assistant\n{answer}\n")
-    assert counted(chatml, [(ids, mask)]) == [answer]
+    assert counted(chatml, [(ids, mask)]) == [answer] and manifest.loss_text_bytes == len(answer.encode())
     assert manifest.skipped == {"kept_with_special_tokens_as_text": 1}
     manifest, ((ids, _),) = encode(chatml, tmp_path, [conversation], split_special_tokens=False)
     assert ids.count(end) == 5 and manifest.skipped == {"kept_with_special_tokens_as_tokens": 1}
+
+
+def test_reasoning_tokens_that_are_special_are_no_mentions(hf_tokenizer, tmp_path):
+    """The template looks for them in the answers: marks around them would change what it writes."""
+    directory = make_chat_tokenizer(hf_tokenizer, tmp_path / "special", without_generation(TEMPLATES["qwen3"]))
+    settings = json.loads((directory / "tokenizer.json").read_text())
+    for token in settings["added_tokens"]:
+        token["special"] = True
+    (directory / "tokenizer.json").write_text(json.dumps(settings))
+    mention = turns("what is </s>?", f"{THINKING}<|im_end|> ends a turn.")
+    manifest, documents = encode(directory, tmp_path, [CONVERSATIONS["thinking"], TOOLS, mention])
+    for conversation, (ids, mask) in zip((CONVERSATIONS["thinking"], TOOLS), documents, strict=False):
+        assert (ids, mask) == reference(directory, TEMPLATES["qwen3"], conversation)
+    library = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    ids, mask = documents[2]
+    assert [ids.count(library.convert_tokens_to_ids(token)) for token in ("<think>", "</s>", "<|im_end|>")] == [1, 0, 2]
+    assert counted(directory, documents[2:]) == [f"{THINKING}<|im_end|> ends a turn.<|im_end|>"]
+    assert manifest.skipped == {"kept_with_special_tokens_as_text": 1}
+
+
+def test_an_answer_ends_with_the_eos_token_too(hf_tokenizer, tmp_path):
+    """As in Cohere's templates: a token ends the answer and the EOS token the turn, at which servers stop."""
+    template = CHATML.replace("<|im_end|>{% endgeneration %}", "<|eot_id|></s>{% endgeneration %}")
+    directory = make_chat_tokenizer(hf_tokenizer, tmp_path / "two", without_generation(template))
+    _, documents = encode(directory, tmp_path, list(CONVERSATIONS.values()))
+    for conversation, document in zip(CONVERSATIONS.values(), documents, strict=True):
+        assert document == reference(directory, template, conversation)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_tool_calls_that_the_template_does_not_write_are_refused(hf_tokenizer, tmp_path, marked):
+    """Otherwise an empty answer would be left of them."""
+    template = CHATML.replace("{{ message.content }}", "{{ message.content or '' }}")
+    directory = make_chat_tokenizer(
+        hf_tokenizer, tmp_path / "bare", template if marked else without_generation(template)
+    )
+    with pytest.raises(UserError, match=r"a\.jsonl:1: .*does not write the tool calls of message 2"):
+        encode(directory, tmp_path, [NO_CONTENT])
 
 
 def test_an_end_is_added_only_where_the_template_writes_none(hf_tokenizer, tmp_path):

@@ -14,6 +14,7 @@ from megatron_moe_lpr.data.preparation.merging import merge
 from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
 from megatron_moe_lpr.data.reading.datasets import build_validation_datasets
 from megatron_moe_lpr.data.reading.document_options import DocumentOptions
+from megatron_moe_lpr.data.reading.packed_samples import packing_notes
 from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
@@ -51,6 +52,7 @@ def test_merging_and_shuffling_keep_masks_and_tokens_together(tmp_path):
         manifest = merge(parts, str(tmp_path / name), shuffle_seed=seed)
         tokens, mask = open_tokens(str(tmp_path / name), np.int32), open_loss_mask(str(tmp_path / name))
         assert mask.tolist() == (tokens % 2 == 0).tolist() and manifest.loss_tokens == mask.sum()
+        assert manifest.loss_text_bytes == 3 * mask.sum()
         assert manifest == read_manifest(str(tmp_path / name))
         inspect_data.verify({str(tmp_path / name): manifest})
     plain = numbered_dataset(tmp_path / "plain", "el", 1000, 20)
@@ -110,3 +112,32 @@ def test_an_eod_inside_a_conversation_does_not_end_it(tmp_path):
     begins = (sample["tokens"] == 5) | (sample["tokens"] == 8)
     begins[0] = False
     assert torch.equal(sample["document"], begins.cumsum(0).int())
+
+
+def test_conversations_of_which_no_answer_is_left(tmp_path):
+    """By --split, and by packing, which cuts at the end; a part of them is in the note."""
+    long = [[*range(1, 90, 2), 2], [*range(1, 80, 2), 4]]
+    prefix = write_dataset(tmp_path / "long", "el", long, chat=True)
+    cache = str(tmp_path / "cache")
+
+    def build(prefix, split=None, pack=None):
+        config = DataConfig(data_path=[prefix], split=split, data_cache_path=cache)
+        config.documents = DocumentOptions(pack=pack)
+        sources = read_data_sources(config)
+        build_training_dataset(sources, config, SEQUENCE, 2)
+        return build_validation_datasets(sources, config, SEQUENCE)
+
+    with pytest.raises(UserError, match=r"long: none of the conversations has a token .* in its first 33 tokens"):
+        build(prefix)
+    build(prefix, pack="concatenate")
+    # Of the first conversation the only even token is not predicted.
+    silent = write_dataset(tmp_path / "silent", "el", [[2, 1, 3], [1, 2, 4], [1, 3, 5]], chat=True)
+    with pytest.raises(UserError, match=r"silent: none of the conversations 2 to 3 of 3 has a token that counts"):
+        build(silent, "67,33")
+    with pytest.raises(UserError, match=r"silent: none of the conversations 2 to 3 of 3 has a token that counts"):
+        build(silent, "67,33", "concatenate")
+    with pytest.raises(UserError, match=r"silent: none of the conversations 0 to 1 of 3 has a token that counts"):
+        build(silent, "34,66")
+    sources = read_data_sources(DataConfig(data_path=[write_dataset(tmp_path / "x", "el", [*long, [1, 2]], chat=True)]))
+    (note,) = packing_notes(sources.train, SEQUENCE)
+    assert "2 of 3 documents are longer than 33 tokens" in note and note.endswith("; of 2 no answer is left")

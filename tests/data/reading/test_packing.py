@@ -137,7 +137,7 @@ def test_validation_reads_each_conversation_once(chat, tmp_path):
     assert sorted(number for sample in samples for number in check_sample(sample, chat[0], 0)) == list(range(40))
     lengths = np.minimum(read_lengths(chat[0]), SEQUENCE + 1)
     assert dataset.predicted_tokens == (lengths - 1).sum() and dataset.text_bytes is None  # some are cut
-    assert build_validation_datasets(sources, config, 64)[0].text_bytes == sources.valid[0].manifest.text_bytes
+    assert build_validation_datasets(sources, config, 64)[0].text_bytes == sources.valid[0].manifest.loss_text_bytes
     batches = [batch for rank in range(2) for batch in build_validation_iterator(dataset, 2, rank, 2)]
     total = sum(sample["loss_mask"].sum() for sample in samples)
     assert sum(batch["loss_mask"].sum() for batch in batches) == total > 0
