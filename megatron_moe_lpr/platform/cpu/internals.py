@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import megatron.core.tensor_parallel.random as megatron_random
-import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
@@ -19,10 +18,6 @@ def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool =
 
 def _set_rng_state(state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
     torch.set_rng_state(state)
-
-
-def _split_sizes_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _init_data(self: ShardedTensor, device: Any, init_fn: Callable[..., torch.Tensor] = torch.empty) -> None:
@@ -41,5 +36,3 @@ def install() -> None:
     recompute.install()
     # dist_checkpointing/exchange_utils.py: memory for a tensor that another rank has read
     replace(ShardedTensor, init_data=_init_data)
-    # moe/token_dispatcher.py `_maybe_dtoh_and_synchronize`: a device-to-host copy of a tensor already on the host
-    replace(token_dispatcher, maybe_move_tensor_to_cpu=_split_sizes_on_host)

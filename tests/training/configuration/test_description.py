@@ -101,7 +101,7 @@ def test_packing_and_loss_masks_are_recorded(config):
     def description(chat, is_packed):
         manifest.chat, entry.is_packed = chat, is_packed
         sources = SimpleNamespace(train=[entry], original_languages=("el",))
-        return describe_run(config, config.stage.resolve(), sources, torch.float32)
+        return describe_run(config, config.stage.resolve(), sources, torch.float32, False)
 
     plain, chat, packed = (description(*kind) for kind in ((False, False), (True, False), (True, True)))
     assert plain["data"] == ["el 1 documents 0-9 index abababababababab text cdcdcdcdcdcdcdcd"]
