@@ -14,6 +14,7 @@ from megatron_moe_lpr.conversion.hugging_face.hub import model_config_file
 from megatron_moe_lpr.engine.state_options import OptimizerStateOptions
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.flag_ranges import PositiveFloat, PositiveInt, Range
+from megatron_moe_lpr.platform import TransformerImpl
 
 if TYPE_CHECKING:
     from megatron_moe_lpr.model.configuration.config import ModelShape
@@ -66,6 +67,8 @@ class Flags:
     """With --precision fp8: how tensors are scaled."""
     fp8_param_gather: bool = False
     """With --precision fp8: keep the new experts' weights in FP8."""
+    transformer_impl: TransformerImpl = "transformer_engine"
+    """Whose layers compute: Transformer Engine's, or PyTorch's alone (local), as on GPUs without it."""
     use_distributed_optimizer: bool = True
     """Split the optimizer's state over the data-parallel ranks."""
     states: tyro.conf.OmitArgPrefixes[OptimizerStateOptions] = dataclasses.field(default_factory=OptimizerStateOptions)
@@ -156,6 +159,8 @@ def _check(flags: Flags) -> None:
         raise UserError("give either --hf, a dense Hugging Face model, or --load, a converted checkpoint")
     if flags.revision is not None and flags.hf is None:
         raise UserError("--revision: is for a name on the hub, given by --hf; leave the flag out")
+    if flags.precision == "fp8" and flags.transformer_impl == "local":
+        raise UserError("--precision fp8 needs the layers of Transformer Engine: leave --transformer-impl local out")
     if flags.fp8_param_gather and flags.precision != "fp8":
         raise UserError("--fp8-param-gather needs --precision fp8")
     if flags.fp8_param_gather:
@@ -232,6 +237,7 @@ def read_sizes(flags: Flags):
         fp8_param_gather=flags.fp8_param_gather,
         states=flags.states,
         stored_dtype=_stored_dtype(flags),
+        transformer_engine=flags.transformer_impl == "transformer_engine",
     )
 
 

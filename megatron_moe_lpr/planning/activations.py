@@ -44,7 +44,7 @@ def working_bytes(run: PlannedRun, pipeline_rank: int) -> float:
         recomputed = recomputed_bytes_per_token(layer)
         # The new experts' backward pass comes after the original expert's, whose recomputed part is freed by then.
         freed = 0.0
-        if run.recompute in ("moe", "full") and layer.is_moe:
+        if (run.recompute in ("moe", "full") or not run.sizes.transformer_engine) and layer.is_moe:
             freed = rows_per_token(layer)[0] * original_expert_bytes(layer)
         at_output = (recomputed + run.hidden_bytes) * run.rank_tokens
         in_experts = (recomputed - freed) * run.rank_tokens + gradient_bytes(layer)

@@ -13,7 +13,15 @@ from megatron_moe_lpr.planning.moe_traffic import moe_layer_traffic
 from megatron_moe_lpr.planning.planned_run import PlannedLayer, PlannedRun
 from megatron_moe_lpr.planning.routing import Routing
 from megatron_moe_lpr.planning.sizes import FP32
-from megatron_moe_lpr.planning.traffic import GPU, Passes, PlatformBehaviour, Traffic, tensor_pair, tensor_unit
+from megatron_moe_lpr.planning.traffic import (
+    GPU,
+    LOCAL_GPU,
+    Passes,
+    PlatformBehaviour,
+    Traffic,
+    tensor_pair,
+    tensor_unit,
+)
 
 
 def rank_traffic(
@@ -47,12 +55,12 @@ def rank_traffic(
 def busiest_rank(run: PlannedRun, routing: Routing, original_in_ep_group: bool = False) -> Traffic:
     """Bytes of the pipeline rank that sends most, on GPUs; in each layer of the EP rank that sends most there, since
     all others wait for it."""
-    most = Traffic()
+    most, behaviour = Traffic(), GPU if run.sizes.transformer_engine else LOCAL_GPU
     for pipeline_rank in run.pipeline_ranks:
-        traffic = rank_traffic(run, routing, pipeline_rank, original_in_ep_group=original_in_ep_group)
+        traffic = rank_traffic(run, routing, pipeline_rank, 0, original_in_ep_group, behaviour)
         expert = expert_tensor = 0.0
         for layer in (layer for layer in run.layers(pipeline_rank) if layer.is_moe):
-            passes, ranks = _passes(layer, GPU), range(run.layout.expert_model_parallel_size)
+            passes, ranks = _passes(layer, behaviour), range(run.layout.expert_model_parallel_size)
             each = [moe_layer_traffic(layer, passes, routing, rank, original_in_ep_group) for rank in ranks]
             expert += max(one.expert for one in each)
             expert_tensor += max(one.expert_tensor for one in each)
@@ -63,22 +71,12 @@ def busiest_rank(run: PlannedRun, routing: Routing, original_in_ep_group: bool =
 
 
 def _passes(layer: PlannedLayer, behaviour: PlatformBehaviour) -> Passes:
-    run, shape, trains = layer.run, layer.run.shape, layer.run.sizes.trains
+    run = layer.run
     ffn_recomputed = run.recompute == "full" or run.recompute == ("moe" if layer.is_moe else "mlp")
-    everywhere = (
-        behaviour.gradient_of_embedding
-        or run.recompute != "none"
-        or run.layout.pipeline_model_parallel_size > 1
-        or bool(run.trained_vocabulary)
-    )
-    # Below the lowest weight that trains nothing needs a gradient. In a layer with a router that weight is the router,
-    # so that the layer's own attention needs none; an inserted block begins with a norm, which trains.
-    router_below = any(experts > 1 for experts in shape.experts_per_layer[: layer.index])
-    inserted = ParameterKind.INSERTED_BLOCKS in trains and any(block <= layer.index for block in shape.inserted_blocks)
     return Passes(
         attention=2 if run.recompute == "full" else 1,
         ffn=2 if ffn_recomputed else 1,
-        backward=everywhere or router_below or inserted,
+        backward=behaviour.gradient_of_embedding or layer.has_trained_weight_below,
     )
 
 

@@ -1,6 +1,11 @@
 """Activations of one layer: bytes that a token keeps between forward and backward pass, and gradients of the FFN."""
 
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.planning.local_activations import (
+    local_attention_bytes,
+    local_gradient_bytes,
+    local_routing_bytes,
+)
 from megatron_moe_lpr.planning.planned_run import PlannedLayer, Recompute
 from megatron_moe_lpr.planning.sizes import FP8_BLOCK, FP32
 
@@ -10,10 +15,19 @@ def kept_bytes_per_token(layer: PlannedLayer, recompute: Recompute) -> float:
     hidden = layer.run.hidden_bytes
     if recompute == "full":
         return hidden
+    if not layer.run.sizes.transformer_engine and not layer.has_trained_weight_below:
+        return _kept_above_attention(layer)
     attention = _attention_bytes(layer, recompute)
     if not layer.is_moe:
         return 2 * hidden + attention + (0 if recompute == "mlp" else _dense_ffn_bytes(layer))
     return _stream_bytes(layer, recompute) + attention + (0 if recompute == "moe" else _moe_bytes(layer, recompute))
+
+
+def _kept_above_attention(layer: PlannedLayer) -> float:
+    """Bytes that a token keeps in a local layer whose attention has no backward pass: what its router and experts need,
+    the router's input and, of a norm behind them, its own."""
+    inputs = 2 if layer.architecture.family.norms == "after" else 1
+    return inputs * layer.run.hidden_bytes + _moe_bytes(layer, "none") if layer.is_moe else 0.0
 
 
 def _stream_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
@@ -48,12 +62,17 @@ def gradient_bytes(layer: PlannedLayer) -> float:
     run, sizes = layer.run, layer.run.sizes
     D, F, element = layer.architecture.hidden_size, layer.architecture.ffn_hidden_size, sizes.element_bytes
     rows, ranks = run.rank_tokens, run.layout.tensor_model_parallel_size
-    trains = ParameterKind.DENSE_FFN in layer.trains
+    trained = int(ParameterKind.DENSE_FFN in layer.trains)
     if layer.is_moe:
         rows *= rows_per_token(layer)[1]
         ranks = run.layout.expert_tensor_parallel_size
         trained = layer.spread_experts if ParameterKind.EARLIER_EXPERTS in layer.trains else layer.newest_experts
-        trains = ParameterKind.NEW_EXPERTS in layer.trains and trained > 0
+        trained *= ParameterKind.NEW_EXPERTS in layer.trains
+    own = (1 + _own_gradients(layer)) * run.rank_tokens * D * element
+    if not sizes.transformer_engine:
+        held = trained // run.layout.expert_model_parallel_size if layer.is_moe else trained
+        return local_gradient_bytes(layer, rows, ranks, held) + own
+    trains = trained > 0
     # FP8 copies of an operand: one by rows for the input's gradient, one by columns for the weight's.
     fp8_copies = (2 if trains else 1) if sizes.precision == "fp8" else 0
     outer, inner = rows * D * ranks, rows * F  # values of the products' wide and narrow operands
@@ -62,7 +81,7 @@ def gradient_bytes(layer: PlannedLayer) -> float:
     down = outer * (element + fp8_copies) + inner * element
     activation = 3 * inner * element - freed
     gate_and_up = 2 * inner * fp8_copies + outer * element - freed
-    return max(down, activation, gate_and_up) + (1 + _own_gradients(layer)) * run.rank_tokens * D * element
+    return max(down, activation, gate_and_up) + own
 
 
 def _own_gradients(layer: PlannedLayer) -> float:
@@ -98,6 +117,8 @@ def original_expert_bytes(layer: PlannedLayer) -> float:
 def _attention_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
     """Input of the QKV matrix where it trains, queries and keys before their norm, and what fused attention keeps;
     in fp32, without fused attention, the softmax."""
+    if not layer.run.sizes.transformer_engine:
+        return local_attention_bytes(layer, recompute)
     architecture, sizes = layer.architecture, layer.run.sizes
     element, S, H = sizes.element_bytes, sizes.seq_length, architecture.num_attention_heads
     query = output = H * architecture.head_dim
@@ -148,6 +169,8 @@ def _shared_expert_bytes(layer: PlannedLayer) -> float:
 def _routing_bytes(layer: PlannedLayer, original: float, new: float) -> float:
     """Logits and probabilities in fp32 and choices of the router; order and weights of each copy of a token, and again
     of those that were sent."""
+    if not layer.run.sizes.transformer_engine:
+        return local_routing_bytes(layer, original, new)
     E, layout = layer.num_experts, layer.run.layout
     exchanges = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size > 1
     router, order = 2 * FP32 * E + E, FP32 * (2 * E + 1)

@@ -89,7 +89,10 @@ def gradient_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
 
 def placeholder_bytes(run: PlannedRun, pipeline_rank: int) -> int:
     """Bytes of what autograd is given in the place of weight gradients that a product has added to the buffer: a tensor
-    without values, one for all matrices of a shape (Transformer Engine, base.py `get_dummy_wgrad`)."""
+    without values, one for all matrices of a shape (Transformer Engine, base.py `get_dummy_wgrad`). None with layers of
+    PyTorch alone, whose weight gradients are tensors of their own."""
+    if not run.sizes.transformer_engine:
+        return 0
     shapes = {
         parameter.rank_shape(run.layout)
         for parameter in held_parameters(run.shape, run.layout, pipeline_rank)

@@ -106,3 +106,16 @@ class PlannedLayer:
     def trains(self) -> frozenset[ParameterKind]:
         """Kinds of parameters that train in this layer."""
         return trained_in_layer(self.run.sizes.trains, self.index in self.run.shape.inserted_blocks)
+
+    @property
+    def has_trained_weight_below(self) -> bool:
+        """A weight that comes before this layer's FFN trains, or the run needs gradients from the embedding's output on
+        in any case: so attention has a backward pass (`model/gpt.py`, of local layers)."""
+        run, shape = self.run, self.run.shape
+        everywhere = run.recompute != "none" or run.layout.pipeline_model_parallel_size > 1
+        # In a layer with a router the lowest weight that trains is the router, so that the layer's own attention needs
+        # no gradient; an inserted block begins with a norm, which trains.
+        router = any(experts > 1 for experts in shape.experts_per_layer[: self.index])
+        inserts = ParameterKind.INSERTED_BLOCKS in run.sizes.trains
+        inserted = inserts and any(block <= self.index for block in shape.inserted_blocks)
+        return everywhere or bool(run.trained_vocabulary) or router or inserted

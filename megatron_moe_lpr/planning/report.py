@@ -32,10 +32,12 @@ def print_plan(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates:
         "(no weight gradients where frozen)"
     )
     console.print(_layouts(shape, sizes, machine, candidates))
-    console.print(
-        "Activations are those of Transformer Engine's layers; with --transformer-impl local, as on GPUs without it, "
-        "up to two fifths more, with recompute of moe up to three quarters (docs/planning.md)."
-    )
+    if sizes.transformer_engine:
+        console.print(
+            "Planned for the layers of Transformer Engine; --transformer-impl local plans those of GPUs without it."
+        )
+    else:
+        console.print("Planned for layers of PyTorch alone (--transformer-impl local).")
     if shape.num_moe_layers:
         console.print(
             "Routing is taken as balanced, every expert with as many tokens as every other; worst: total where all "
@@ -70,6 +72,11 @@ def print_communication(
 
 def print_launches(run: PlannedRun, machine: Machine) -> None:
     """Print how many launches a layout needs and, where they take longer than its computation, what helps."""
+    if not run.sizes.transformer_engine:
+        print(
+            "Launches of PyTorch's own layers are not counted: layouts are ordered with those of Transformer Engine's."
+        )
+        return
     most = max(launches_per_micro_batch(run, pipeline_rank) for pipeline_rank in run.pipeline_ranks)
     host = launching_seconds(run) / run.num_microbatches
     device = host / launching_share(run, machine) * (1 + recomputed_share(run))

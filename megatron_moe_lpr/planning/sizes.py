@@ -38,6 +38,9 @@ class RunSizes:
     stored_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """The dense model's dtype, which frozen weights keep in every checkpoint; None: the dtype of the computation."""
 
+    transformer_engine: bool = True
+    """Layers are Transformer Engine's; False: of PyTorch alone (`--transformer-impl local`)."""
+
     @property
     def element_bytes(self) -> int:
         """Bytes of a weight or an activation."""

@@ -31,6 +31,7 @@ from megatron_moe_lpr.platform import Platform, select_platform
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
 from tests.gpu.compute import route_by_position
 from tests.gpu.device import EMULATED
+from tests.gpu.local_kernels import norm_as_one_kernel
 
 LANGUAGE_GROUP = torch.tensor([0, -1])
 RECIPES: dict[str, dict[str, Any]] = {
@@ -60,6 +61,7 @@ class Model:
     micro_batch_size: int = 1
     top_k: int = 2
     inserted_blocks: tuple[int, ...] = ()
+    sliding_window: int | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -77,6 +79,7 @@ MODELS = {
     "wide FFN": Model("qwen2", 128, 1024, 4, 1, 32, 2000, 2, (9,), 144),
     "some dense": Model("qwen3", 128, 256, 4, 2, 64, 1000, 4, (1, 4), 192),
     "inserted blocks": Model("llama", 192, 512, 6, 6, 32, 512, 4, (1,), 256, inserted_blocks=(1, 3)),
+    "sliding window": Model("mistral", 128, 256, 4, 2, 32, 512, 2, (5,), 320, sliding_window=100),
     "large vocabulary": Model("llama", 192, 512, 6, 3, 32, 4000, 2, (1,), 256),
 }
 
@@ -134,20 +137,27 @@ def measure(model: Model, case: Case, micro_batches: int = 4) -> tuple[Bytes, By
             chunk.zero_grad_buffer()
         run_schedule(chunks, config, batches, LANGUAGE_GROUP.to(platform.device))
 
-    from transformer_engine.pytorch.module.base import _dummy_wgrads
-
-    _dummy_wgrads.clear()  # those of models before
+    dummies = _placeholders() if platform.transformer_engine else {}
+    dummies.clear()  # those of models before
     step()  # makes workspaces, FP8 copies and placeholders that stay
     for chunk in chunks:
         unwrap(chunk).rotary_pos_emb.forward.cache_clear()
     with _meter(chunks) as meter:
         step()
-    weights, placeholders = sum(map(_weight_bytes, chunks)), sum(one.nbytes for one in _dummy_wgrads.values())
+    weights, placeholders = sum(map(_weight_bytes, chunks)), sum(one.nbytes for one in dummies.values())
     found = Bytes(*meter.largest(), meter.peak(), weights, placeholders)
-    return found, plan(model, case, layout, micro_batches)
+    return found, plan(model, case, layout, micro_batches, platform.transformer_engine)
 
 
-def plan(model: Model, case: Case, layout: ParallelLayout, micro_batches: int) -> Bytes:
+def _placeholders() -> dict[Any, torch.Tensor]:
+    from transformer_engine.pytorch.module.base import _dummy_wgrads
+
+    return _dummy_wgrads
+
+
+def plan(
+    model: Model, case: Case, layout: ParallelLayout, micro_batches: int, transformer_engine: bool = True
+) -> Bytes:
     """What the planner says of this rank."""
     shape = model.shape
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -161,6 +171,7 @@ def plan(model: Model, case: Case, layout: ParallelLayout, micro_batches: int) -
         precision=precision,
         fp8_recipe=case.number if precision == "fp8" else "delayed",
         fp8_param_gather=case.fp8_parameters,
+        transformer_engine=transformer_engine,
     )
     run = PlannedRun(shape, layout, sizes, case.recompute)
     counts, logits = rank_parameters(shape, layout, pipeline_rank), logit_bytes(run, pipeline_rank)
@@ -233,7 +244,7 @@ class _Followed:
             hooks.append(model.register_forward_hook(lambda *_: self._label("")))
             if model.post_process:
                 hooks.append(model.output_layer.register_forward_pre_hook(lambda *_: self._label("logits")))
-        with self.log, self.log.kernels():
+        with self.log, self.log.kernels(), norm_as_one_kernel(self.log.as_one):
             yield
         for hook in hooks:
             hook.remove()

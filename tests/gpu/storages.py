@@ -72,14 +72,16 @@ class StorageLog(TorchDispatchMode):
         places = [*places_of_kernels(), *compiled_functions("megatron.core.fusions.", "megatron_moe_lpr.")]
         before = [(module, name, getattr(module, name)) for module, name in places]
         for module, name, function in before:
-            setattr(module, name, self._as_one(function))
+            setattr(module, name, self.as_one(function))
         try:
             yield
         finally:
             for module, name, function in before:
                 setattr(module, name, function)
 
-    def _as_one(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def as_one(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that counts by its result."""
+
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
             if self._in_kernel:
@@ -107,7 +109,10 @@ def compiled_functions(*prefixes: str) -> Iterator[tuple[ModuleType, str]]:
 
 
 def places_of_kernels() -> Iterator[tuple[ModuleType, str]]:
-    """The extension, what imported a kernel from it by name, as Transformer Engine's norms do, and Triton's."""
+    """The extension, what imported a kernel from it by name, as Transformer Engine's norms do, and Triton's. None where
+    Transformer Engine is missing."""
+    if EXTENSION not in sys.modules:
+        return
     for name in permutation.TRITON:
         yield sys.modules[permutation.TRITON_MODULE], name
     kernels = {name: getattr(sys.modules[EXTENSION], name) for name in FUNCTIONS}

@@ -23,9 +23,10 @@ TOKENS = 64
 
 
 def planned(
-    shape: ModelShape, stage: str, routing="balanced", needs=kept_bytes, layout=ONE_RANK, rank=0, tokens=TOKENS
+    shape: ModelShape, stage: str, routing="balanced", needs=kept_bytes, layout=ONE_RANK, rank=0, tokens=TOKENS, **sizes
 ) -> float:
-    sizes = RunSizes(STAGES[stage].trains, layout.model_parallel_size, tokens, global_batch_size=1, routing=routing)
+    fields = {"global_batch_size": 1, "routing": routing} | sizes
+    sizes = RunSizes(STAGES[stage].trains, layout.model_parallel_size, tokens, **fields)
     return needs(PlannedRun(shape, layout, sizes), rank)
 
 
@@ -77,3 +78,28 @@ def test_placeholders_of_inserted_blocks_are_where_they_are():
     held = functools.partial(planned, grown, needs=placeholder_bytes, layout=halves, tokens=8)
     assert held("blocks", rank=1) == held("full", rank=1) > 0
     assert held("blocks", rank=0) == held("2", rank=0) == 0
+
+
+def test_what_local_layers_keep():
+    """In stage 2 the lowest layer's attention keeps nothing. The other one's: queries, keys and values of all heads and
+    the output, a number a head, and angles; both routers 9 bytes an expert and 24 a choice; the input of the norm of
+    the second attention, of all norms behind it, and of the routers; gate and up of two experts a token; angles."""
+    architecture, experts, top_k = SHAPE.architecture, SHAPE.experts_per_layer, SHAPE.top_k
+    heads, head_dim, hidden = architecture.num_attention_heads, architecture.head_dim, architecture.hidden_size
+    assert heads > architecture.num_query_groups and len(experts) == 2
+    both = dataclasses.replace(SHAPE, experts_per_layer=(7, 7))
+    attention = 2 * 4 * heads * head_dim + 4 * heads + 2 * 4 * head_dim
+    routing = 2 * (9 * 7 + 24 * top_k)
+    stream = 2 * hidden * (2 + 3)
+    products = 2 * top_k * 2 * 2 * architecture.ffn_hidden_size
+    expected = TOKENS * (attention + routing + stream + products + 4 * head_dim)
+    assert planned(both, "2", transformer_engine=False) == pytest.approx(expected)
+
+
+def test_a_mask_of_a_window_belongs_to_positions():
+    """[sequence, sequence] in bf16 for each layer with a backward pass, however many samples there are."""
+    both = dataclasses.replace(SHAPE, experts_per_layer=(7, 7))
+    windowed = dataclasses.replace(both, architecture=dataclasses.replace(both.architecture, sliding_window=16))
+    for samples in (1, 2):
+        sizes = {"transformer_engine": False, "micro_batch_size": samples, "global_batch_size": samples}
+        assert planned(windowed, "2", **sizes) - planned(both, "2", **sizes) == pytest.approx(2 * TOKENS**2)

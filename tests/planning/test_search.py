@@ -64,6 +64,10 @@ def test_delayed_scaling_refuses_what_megatron_refuses(recompute):
     ("flags", "message"),
     [
         (("--original-share", "0.5"), "--original-share needs --routing"),
+        (
+            ("--transformer-impl", "local", "--precision", "fp8"),
+            "--precision fp8 needs the layers of Transformer Engine",
+        ),
         (("--fp8-param-gather", "--precision", "bf16"), "--fp8-param-gather needs --precision fp8"),
         (("--fp8-param-gather", "--precision", "fp8"), "--fp8-param-gather is not supported with --fp8-recipe delayed"),
     ],
