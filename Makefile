@@ -23,7 +23,8 @@ NEXT_VENV := $(CURDIR)/.venv-next$(if $(NEXT_PYTHON),-$(notdir $(NEXT_PYTHON)))
 NEXT_TESTS := tests/next tests/megatron tests/test_contributing.py tests/platform tests/parallel tests/model \
 	tests/checkpoint tests/conversion/test_parity.py tests/conversion/test_round_trip.py tests/training/test_layouts.py \
 	tests/training/test_checkpointing.py tests/training/test_frozen_bits.py tests/training/test_evaluating.py \
-	tests/training/test_damage.py tests/training/run_directory/test_resuming.py tests/launching/test_launcher.py
+	tests/training/test_damage.py tests/training/test_documents.py tests/training/run_directory/test_resuming.py \
+	tests/launching/test_launcher.py
 SERVING := tests/serving
 ENGINES := $(CURDIR)/.venv-vllm/.installed $(CURDIR)/.venv-llama-cpp/.installed $(CURDIR)/.venv-transformers4/.installed
 

@@ -30,7 +30,8 @@ def upcycle(hf: str | Path, save: str | Path, num_experts: int = 6, **flags: Any
     Args:
         hf: directory of the model, or its name on the Hugging Face hub.
         save: checkpoint directory to write.
-        num_experts: experts of a layer, the original one included; 1: the model stays dense.
+        num_experts: experts of a layer, the original one included; 1: the model stays dense. Not used with
+            `add_experts`, the number of experts that a mixture gets (docs/mixture.md).
         flags: further flags of `moe-lpr import`.
 
     Returns:
@@ -41,7 +42,8 @@ def upcycle(hf: str | Path, save: str | Path, num_experts: int = 6, **flags: Any
     """
     from megatron_moe_lpr.commands.convert import Import
 
-    command = _read(Import, "upcycle", hf=hf, save=save, num_experts=num_experts, **flags)
+    given = {} if "add_experts" in flags else {"num_experts": num_experts}
+    command = _read(Import, "upcycle", hf=hf, save=save, **given, **flags)
     for note in command.convert():
         warnings.warn(note, stacklevel=2)
     return Path(save)

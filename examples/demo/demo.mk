@@ -1,6 +1,6 @@
 # The demo's targets, included by the Makefile.
 
-.PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing demo-vocabulary demo-vocabulary-reviews paper-table paper-scaling base-model
+.PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing demo-mixture demo-vocabulary demo-vocabulary-reviews demo-instruct paper-table paper-scaling base-model
 
 ## Run the whole method on real text, up to runs/demo/report.html; resumes if interrupted.
 demo: $(INSTALLED)
@@ -37,6 +37,10 @@ demo-other-text: $(INSTALLED)
 demo-growing: $(INSTALLED)
 	$(BIN)/python examples/demo/demo.py growing
 
+## Train a mixture base from the demo's corpus and extend it to the new languages.
+demo-mixture: $(INSTALLED)
+	$(BIN)/python examples/demo/demo.py mixture
+
 ## Compare the demo with and without new tokens for the new languages, at equal bytes of text.
 demo-vocabulary: $(INSTALLED)
 	$(BIN)/python examples/demo/demo.py vocabulary
@@ -44,6 +48,10 @@ demo-vocabulary: $(INSTALLED)
 ## Compare reviews of the demo with new tokens, which keep probability from these in the original languages.
 demo-vocabulary-reviews: $(INSTALLED)
 	$(BIN)/python examples/demo/demo.py vocabulary-reviews
+
+## Make the demo's mixture answer questions in three ways: graft, fine-tuning, both.
+demo-instruct: $(INSTALLED)
+	$(BIN)/python examples/demo/demo.py instruct
 
 ## Train data/base_model again from a random initialisation, in runs/base_model/hf.
 base-model: $(INSTALLED)

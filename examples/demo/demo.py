@@ -17,7 +17,9 @@ from typing import Literal
 import tyro
 from base_model import base_model
 from growing import growing
+from instruct import instruct
 from method import baselines, demo, full, report
+from mixture import mixture
 from other_evaluations import choices, other_text
 from paper_table import paper_table
 from scaling import scaling
@@ -36,8 +38,10 @@ TARGETS: dict[str, Callable[[], object]] = {
     "paper-table": paper_table,
     "scaling": scaling,
     "growing": growing,
+    "mixture": mixture,
     "vocabulary": vocabulary,
     "vocabulary-reviews": vocabulary_reviews,
+    "instruct": instruct,
     "other-text": other_text,
     "choices": choices,
     "base-model": base_model,

@@ -53,6 +53,11 @@ class Settings:
     stage2_batch: int = 2
     stage2_lr: str = "5e-3"
     lora_lr: str = "5e-3"
+    instruct_iters: int = 280
+    """Steps that make an instruct model of the base model."""
+    sft_iters: int = 140
+    """Steps on conversations of the new languages."""
+    instruct_lr: str = "1e-3"
     new_tokens: int = 2000
     """Tokens that the target `vocabulary` adds to the base model's 1,024."""
     iters: int = 2000

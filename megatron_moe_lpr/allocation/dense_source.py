@@ -87,6 +87,10 @@ def _checkpoint_source(path: Path) -> DenseSource:
     with contextlib.ExitStack() as locks:
         checkpoint = open_checkpoint(locks.enter_context(resolve_and_hold(path)))
         card, architecture = checkpoint.card(), checkpoint.architecture()
+        if architecture.mixture:
+            raise UserError(
+                f"{path}: its base model is a mixture; how many experts layers need is measured in dense ones"
+            )
         rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions, card.new_tokens)
         reader = open_reader(checkpoint)
         check_model_tensors(rows, reader)

@@ -20,11 +20,16 @@ from megatron_moe_lpr.platform import PlatformName, TransformerImpl, select_plat
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """Hugging Face -> Megatron: a dense model (upcycled unless --num-experts 1), or an exported MoE."""
+    """Hugging Face -> Megatron: a dense model (upcycled unless --num-experts 1), a mixture that gets more experts
+    (--add-experts), or an exported MoE."""
 
     upcycling: tyro.conf.OmitArgPrefixes[ImportOptions]
     save: Path
     """Checkpoint directory to write."""
+    sample: list[str] = dataclasses.field(default_factory=list)
+    """With --add-experts: datasets of the new languages, one each; new experts copy those that they use most."""
+    sample_tokens: PositiveInt = 20_000
+    """Tokens of each language of --sample."""
     revision: str | None = None
     """For a name on the hub: branch, tag or commit. Default: its main branch."""
     overwrite: bool = False
@@ -41,11 +46,35 @@ class Import:
         from megatron_moe_lpr.conversion.hugging_face.hub import model_directory
 
         options = dataclasses.replace(self.upcycling, hf=model_directory(self.upcycling.hf, self.revision))
+        if self.sample or options.new_experts_from == "used-most":
+            options = dataclasses.replace(options, new_experts_from=self.experts_used_most(options))
         from megatron_moe_lpr.conversion.importer import import_hf
         from megatron_moe_lpr.conversion.notes import import_notes
 
         card = import_hf(options, self.save, self.overwrite)
         return list(import_notes(options, card))
+
+    def experts_used_most(self, options: ImportOptions) -> str:
+        """Return the numbers of the mixture's experts that --sample uses most, by layer. Raises UserError."""
+        if not self.sample or options.new_experts_from not in (None, "used-most"):
+            raise UserError("--sample goes with --new-experts-from used-most, and that needs --sample")
+        if options.add_experts is None:
+            raise UserError("--sample: chooses which experts new ones copy; give --add-experts too, or leave it out")
+        from megatron_moe_lpr.allocation.expert_usage import most_used_experts, open_mixture_source
+        from megatron_moe_lpr.allocation.samples import sample_windows
+        from megatron_moe_lpr.conversion.added_experts import added_counts, format_experts
+        from megatron_moe_lpr.data.reading.blend import read_blend
+        from megatron_moe_lpr.platform.devices import visible_device
+
+        source = open_mixture_source(Path(options.hf))
+        counts = added_counts(options.add_experts, source.mixture.experts)
+        length = min(256, source.architecture.max_position_embeddings)
+        flags = "--sample", "--sample-tokens"
+        windows = sample_windows(read_blend(self.sample, flags[0]), self.sample_tokens, length, *flags)
+        largest = max(int(ids.max()) for ids in windows.values())
+        if largest >= source.vocab_size:
+            raise UserError(f"--sample: has token {largest}, the model {source.vocab_size}; is it its tokenizer?")
+        return format_experts(most_used_experts(source, counts, windows, visible_device()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,8 @@ class Flags:
     experts_per_layer: str | None = None
     """Experts of each layer, instead of --num-experts and --moe-layer-freq: 5,4,3,... or the JSON file of
     allocate_experts.py. The plan then also shows what that saves against --num-experts in every layer."""
+    add_experts: str | None = None
+    """With --hf of a mixture (Qwen3-MoE, Mixtral): new experts of every layer, or of each, as in `import`."""
     new_tokens: PositiveInt | None = None
     """With --hf: tokens that an extended tokenizer adds, whose rows train (`import --tokenizer`)."""
     load: Path | None = None
@@ -184,14 +186,33 @@ def read_shape(flags: Flags):
             raise UserError("--experts-per-layer: the checkpoint given by --load knows its experts; leave the flag out")
         if flags.new_tokens is not None:
             raise UserError("--new-tokens: the checkpoint given by --load knows its new tokens; leave the flag out")
+        if flags.add_experts is not None:
+            raise UserError("--add-experts: the checkpoint given by --load has its new experts; leave the flag out")
         return model_shape(resolve_checkpoint(flags.load))
     path = Path(flags.hf or "")
     architecture = read_architecture(read_json(path), str(path))
+    if architecture.mixture or flags.add_experts is not None:
+        return _mixture_shape(flags, architecture)
     options = ImportOptions(path, flags.num_experts, flags.top_k, flags.moe_layer_freq)
     if flags.experts_per_layer is not None:
         options = ImportOptions(path, top_k=flags.top_k, experts_per_layer=flags.experts_per_layer)
     experts, top_k = upcycled_experts(options, architecture.num_layers)
     return ModelShape(architecture, tuple(experts), top_k, new_tokens=_given(flags.new_tokens))
+
+
+def _mixture_shape(flags: Flags, architecture):
+    """Return the shape of a mixture base with the new experts of --add-experts. Raises UserError."""
+    from megatron_moe_lpr.conversion.added_experts import ADD_FLAG, added_counts
+    from megatron_moe_lpr.model.configuration.config import ModelShape
+
+    mixture = architecture.mixture
+    if mixture is None:
+        raise UserError(f"{ADD_FLAG}: is for a base model that is a mixture, and {flags.hf} is dense")
+    if flags.add_experts is None:
+        raise UserError(f"{flags.hf}: is a mixture; say with {ADD_FLAG} how many experts it gets")
+    counts = added_counts(flags.add_experts, mixture.experts)
+    experts = tuple(base + count for base, count in zip(mixture.experts, counts, strict=True))
+    return ModelShape(architecture, experts, mixture.top_k, (tuple(counts),), new_tokens=_given(flags.new_tokens))
 
 
 def read_sizes(flags: Flags):

@@ -25,7 +25,6 @@ from megatron_moe_lpr.conversion.tensors.blocks import mark_inserted
 from megatron_moe_lpr.conversion.tensors.extra_tensors import ExtraTensor, extra_tensors
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import Architecture
-from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.configuration.rope_parameters import transformers_4_rope
 from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, MOE_LAYOUTS, Layout, Row, model_rows
 
@@ -58,7 +57,7 @@ class CheckedExport:
         """
         written: dict[str, TensorSpec] = {}
         for row in self.rows:
-            dtype = torch.float32 if row.kind is ParameterKind.ROUTER else self.reader.tensors[row.key].dtype
+            dtype = torch.float32 if row.kind.is_router else self.reader.tensors[row.key].dtype
             for name, shape in zip(row.names, row.shapes, strict=True):
                 if row.rows and name in written:
                     # New rows of the vocabulary, below those that come before.
@@ -105,8 +104,14 @@ def check_export(
     if card.is_moe:
         config = moe_config(config, architecture, card.experts_per_layer, card.top_k)
         layout = MOE_LAYOUTS[architecture.family.moe_model_type]
+        warnings += _unserved(architecture)
     else:
         config = _dense_config(config, architecture)
+    if engine == "llama.cpp" and architecture.mixture:
+        raise UserError(
+            f"--for llama.cpp: {architecture.family.architecture} with more experts has not been tried there; export "
+            "it for transformers, whose form llama.cpp's converter may read"
+        )
     if engine == "llama.cpp":
         config, layout, warnings = llama_cpp_form(config, architecture, layout, card)
     if card.added_rows:
@@ -119,10 +124,20 @@ def check_export(
     return CheckedExport(checkpoint, card, architecture, layout, config, rows, reader, engine, warnings)
 
 
+def _unserved(architecture: Architecture) -> tuple[str, ...]:
+    heads = architecture.num_attention_heads
+    if architecture.family.moe_model_type != "qwen2_moe" or architecture.head_dim * heads == architecture.hidden_size:
+        return ()
+    return (
+        f"heads of dimension {architecture.head_dim}: vLLM takes {architecture.hidden_size} / {heads} for a Qwen2-MoE "
+        "and cannot serve this export; transformers 5 reads head_dim",
+    )
+
+
 def _decides_dtype(row: Row) -> bool:
     """Whether the dtype in config.json must hold this tensor exactly: matrices, but no routers, norms or biases, which
     readers cast to the matrices' dtype, as they do in the dense model."""
-    return row.kind is not ParameterKind.ROUTER and len(row.shape) > 1
+    return not row.kind.is_router and len(row.shape) > 1
 
 
 def _with_dtype(config: dict, dtypes: Collection[torch.dtype]) -> dict:

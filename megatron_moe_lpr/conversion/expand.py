@@ -18,6 +18,7 @@ from megatron_moe_lpr.checkpoint.format.directory import (
 )
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
+from megatron_moe_lpr.conversion.added_experts import random_experts
 from megatron_moe_lpr.conversion.expand_options import ExpandOptions, added_experts
 from megatron_moe_lpr.conversion.expanded_vocabulary import (
     card_with_vocabulary,
@@ -35,7 +36,7 @@ from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.atomic_directory import atomic_directory
 from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
-from megatron_moe_lpr.model.tensors import MOE_LAYOUTS, Row, is_vocabulary_key, model_rows
+from megatron_moe_lpr.model.tensors import MEGATRON_PROJECTIONS, MOE_LAYOUTS, Row, is_vocabulary_key, model_rows
 from megatron_moe_lpr.parallel.experts import check_expert_parallel
 from megatron_moe_lpr.progress import ProgressReport
 
@@ -47,7 +48,8 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
     """Write the checkpoint `save`, which is `load` with new experts, and return its card.
 
     New experts are copies of the original one. Routers keep their rows and get a drawn row for each new expert, whose
-    weight in the routing is 0 at first, so that the model computes exactly what it did. With `options.tokenizer` its
+    weight in the routing is 0 at first, so that the model computes exactly what it did. Of a mixture base the new
+    experts and their rows are copies of original ones, drawn by `options.seed`. With `options.tokenizer` its
     new tokens get rows of their own; those of earlier vocabulary extensions stay frozen, as the earlier experts do.
 
     Raises:
@@ -78,7 +80,8 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
     had = model_rows(architecture, before.experts_per_layer, NAMES, before.expansions, before.new_tokens)
     check_model_tensors(had, reader)
     rows = model_rows(architecture, after.experts_per_layer, NAMES, after.expansions, after.new_tokens)
-    sources = _sources(had, rows)
+    copied = _copied(before, added, options.seed)
+    sources = _sources(had, rows, copied)
     total = sum(math.prod(row.shape) * reader.tensors[sources[row.key] or had[0].key].dtype.itemsize for row in rows)
     for one in checkpoint_chain(checkpoint) if options.verify else ():
         verify_all(one.path)
@@ -90,7 +93,7 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
                 if extension and row.kind is ParameterKind.NEW_ROWS:
                     tensor = further_rows(row, had, reader, extension)
                 else:
-                    tensor = _tensor(row, sources[row.key], reader, options.seed)
+                    tensor = _tensor(row, sources[row.key], reader, options.seed, copied)
                 writer.write(row.key, tensor)
                 progress.advance(tensor.nbytes, {"MB": tensor.nbytes / 1e6})
         carry_files(files, iteration / SIDE_DIRECTORY)
@@ -116,9 +119,12 @@ def _card(before: CheckpointCard, options: ExpandOptions, added: list[int]) -> C
         raise UserError(
             f"--add-experts: numbers of 0 or more for {len(before.experts_per_layer)} layers are expected, not all 0"
         )
-    earlier = [experts - 1 for experts in before.experts_per_layer]
+    base = before.base_experts
+    earlier = [experts - own for experts, own in zip(before.experts_per_layer, base, strict=True)]
     for count in sorted({*earlier, *added} - {0}):
         check_expert_parallel(count, options.expert_model_parallel_size)
+    if before.has_mixture_base and any(count and own == 1 for count, own in zip(added, base, strict=True)):
+        raise UserError("--add-experts: a layer of the mixture base without a router cannot get experts; give it 0")
     experts = [one + more for one, more in zip(before.experts_per_layer, added, strict=True)]
     check_experts(experts, "--add-experts")
     return dataclasses.replace(
@@ -132,27 +138,40 @@ def _card(before: CheckpointCard, options: ExpandOptions, added: list[int]) -> C
     )
 
 
-def _sources(had: list[Row], rows: list[Row]) -> dict[str, str | None]:
+def _copied(before: CheckpointCard, added: list[int], seed: int) -> list[list[int]]:
+    """By layer the base experts that new ones copy, drawn by `seed`, where the base model is a mixture; else empty."""
+    return random_experts(added, before.base_experts, seed) if before.has_mixture_base else []
+
+
+def _sources(had: list[Row], rows: list[Row], copied: list[list[int]]) -> dict[str, str | None]:
     """Which tensor of the present checkpoint each tensor of the expanded one is read from, by key.
 
     Args:
         had: rows of the present checkpoint.
         rows: rows of the expanded checkpoint.
+        copied: by layer the base experts that new ones copy, where the base model is a mixture.
 
     Returns:
-        For a new expert the original expert's key; None for the router of a layer that was dense and for new rows of
-        the vocabulary.
+        For a new expert the key of the original expert that it copies; None for the router of a layer that was dense
+        and for new rows of the vocabulary.
     """
     keys = {_identity(row): row.key for row in had}
     originals = {
         (row.layer, _matrix(row)): keys[row.dense_names] for row in rows if row.kind is ParameterKind.ORIGINAL_EXPERT
     }
-    return {row.key: keys.get(_identity(row), originals.get((row.layer, _matrix(row)))) for row in rows}
+    sources = {row.key: keys.get(_identity(row), originals.get((row.layer, _matrix(row)))) for row in rows}
+    for layer, experts in enumerate(copied):
+        place = f"decoder.layers.{layer}.mlp.experts"
+        for number, expert in enumerate(experts):
+            for matrix in MEGATRON_PROJECTIONS:
+                sources[f"{place}.newest.experts.{number}.{matrix}"] = f"{place}.base.experts.{expert}.{matrix}"
+    return sources
 
 
 def _identity(row: Row) -> tuple[str, ...]:
-    """What a tensor is called before and after the expansion alike; rows of a vocabulary share Hugging Face's name."""
-    return (row.key,) if is_vocabulary_key(row.key) else row.dense_names or row.names
+    """What a tensor is called before and after the expansion alike; rows of a vocabulary or of a router may share
+    Hugging Face's name."""
+    return (row.key,) if is_vocabulary_key(row.key) or row.kind.is_router else row.dense_names or row.names
 
 
 def _matrix(row: Row) -> str:
@@ -160,8 +179,12 @@ def _matrix(row: Row) -> str:
     return ".".join(row.key.split(".")[-2:])
 
 
-def _tensor(row: Row, source: str | None, reader: TensorReader, seed: int) -> torch.Tensor:
+def _tensor(row: Row, source: str | None, reader: TensorReader, seed: int, copied: list[list[int]]) -> torch.Tensor:
     """One tensor of the expanded checkpoint."""
+    if row.kind is ParameterKind.ROUTER and row.layer is not None and copied:
+        base = reader.read(row.key.removesuffix("weight") + "base_rows")
+        present = reader.read(source) if source else base[:0]
+        return torch.cat((present, base[copied[row.layer]]))
     if row.kind is ParameterKind.ROUTER and row.layer is not None:
         num_experts, hidden_size = row.shape
         weight = initial_router(num_experts, hidden_size, seed, row.layer)

@@ -95,7 +95,10 @@ def _write_weights(export: CheckedExport, partial: Path, max_shard_bytes: int, t
 
 def _with_fingerprint(export: CheckedExport, fingerprint: str) -> CheckedExport:
     is_original = fingerprint == export.card.original_fingerprint
-    trained = any(entry.get("stage") == "full" or entry.get("train_embeddings") for entry in export.card.history)
+    trained = any(
+        entry.get("stage") == "full" or entry.get("train_embeddings") or entry.get("train_base_router")
+        for entry in export.card.history
+    )
     warnings = export.warnings
     if not is_original and not trained:
         warnings += (

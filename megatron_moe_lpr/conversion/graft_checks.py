@@ -9,6 +9,7 @@ import torch
 
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_samples import sample_texts
 from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.conversion.tensor_sources import TensorSources, find_tensor_sources
@@ -34,8 +35,10 @@ SIZES = (
 
 def open_dense(directory: Path, flag: str) -> TensorSources:
     """Open a dense Hugging Face model. Raises UserError where it is none, or a mixture."""
+    if open_hf_directory(directory).is_moe:
+        raise UserError(f"{flag} {directory}: a dense model is expected, as the checkpoint was upcycled from one")
     sources = find_tensor_sources(ImportOptions(hf=directory, num_experts=1))
-    if sources.model.is_moe or sources.inserted_blocks:
+    if sources.inserted_blocks:
         raise UserError(f"{flag} {directory}: a dense model is expected, as the checkpoint was upcycled from one")
     return sources
 
@@ -46,7 +49,15 @@ def read_parts(sources: TensorSources, row: Row) -> list[torch.Tensor]:
 
 
 def check_graftable(card: CheckpointCard, load: Path) -> None:
-    """Check that the checkpoint has experts to graft onto. Raises UserError: it is dense or has inserted blocks."""
+    """Check that the checkpoint has experts to graft onto.
+
+    Raises:
+        UserError: it is dense, has inserted blocks, or a base model that is a mixture.
+    """
+    if card.has_mixture_base:
+        raise UserError(
+            f"--load {load}: its base model is a mixture; only what was upcycled from a dense one is grafted"
+        )
     if not card.is_moe:
         raise UserError(f"--load {load}: has no new experts to graft onto; the instruct model itself is the result")
 

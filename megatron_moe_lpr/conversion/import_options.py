@@ -40,6 +40,12 @@ class ImportOptions:
     """Accept --top-k 1, although the upcycled model then differs from the dense one."""
     expert_model_parallel_size: PositiveInt = 1
     """Only a check: does this EP size divide the number of new experts?"""
+    add_experts: str | None = None
+    """For a mixture (Qwen3-MoE, Mixtral): new experts of every layer that has experts, or of each layer, as in 4,4,0,2.
+    All experts of the model itself stay frozen."""
+    new_experts_from: str | None = None
+    """Which of a mixture's experts the new ones copy: used-most (by the text of --sample), random (by --seed), or their
+    numbers, as in 3,17 for all layers or 3,17;0,5;... by layer. Default: used-most with --sample, else random."""
     original_languages: list[str] = dataclasses.field(default_factory=list)
     """For experts that were trained elsewhere (--adapter, a stock MoE): the dense model's languages, as in en es zh."""
     expanded_languages: list[str] = dataclasses.field(default_factory=list)

@@ -30,7 +30,7 @@ from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separ
 from megatron_moe_lpr.conversion.tensor_sources import TensorSources, find_tensor_sources
 from megatron_moe_lpr.conversion.tensors.blocks import grown_config
 from megatron_moe_lpr.conversion.upcycling import upcycle
-from megatron_moe_lpr.data.language_groups import IMPORTED_ADAPTER, IMPORTED_MIXTURE
+from megatron_moe_lpr.data.language_groups import ADDED_EXPERTS, IMPORTED_ADAPTER, IMPORTED_MIXTURE
 from megatron_moe_lpr.data.tokenizer_extension import TokenizerExtension
 from megatron_moe_lpr.data.vocabulary_extension import tokenizers_before
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
@@ -106,11 +106,20 @@ def _card(sources: TensorSources, fingerprint: str, tokenizer: dict[str, str]) -
         tokenizer_files=tokenizer,
         tool_versions=tool_versions(),
         history=_history(sources),
-        expansions=before.expansions if before and sources.model.is_moe else [],
+        expansions=_expansions(sources),
+        openness=0.0 if sources.added else 1.0,
         inserted_blocks=sources.inserted_blocks,
         new_tokens=sources.new_tokens,
         earlier_tokenizers=_earlier_tokenizers(before, sources.extension),
     )
+
+
+def _expansions(sources: TensorSources) -> list[list[int]]:
+    """New experts by expansion. Those of a mixture base are an expansion from the beginning: they come in slowly."""
+    if sources.added:
+        return [sources.added.counts]
+    before = sources.model.card
+    return before.expansions if before and sources.model.is_moe else []
 
 
 def _earlier_tokenizers(before: CheckpointCard | None, extension: TokenizerExtension | None) -> list[EarlierTokenizer]:
@@ -124,14 +133,19 @@ def _history(sources: TensorSources) -> list[dict]:
     given = sources.languages.history_fields() if sources.languages else {}
     if sources.adapter:
         return [*history, {"stage": IMPORTED_ADAPTER, "source": sources.adapter.path.name, **given}]
-    return [*history, {"stage": IMPORTED_MIXTURE, "source": sources.model.path.name, **given}] if given else history
+    if given:
+        return [*history, {"stage": IMPORTED_MIXTURE, "source": sources.model.path.name, **given}]
+    if sources.added:
+        return [{"stage": ADDED_EXPERTS, "new_experts": sources.added.counts, "copied": sources.added.copied}]
+    return history
 
 
 def _changed_config(sources: TensorSources) -> dict[str, Any] | None:
     """The dense model's configuration where it is not the source's own file."""
     if sources.inserts:
         return grown_config(sources.model.config, len(sources.experts_per_layer), sources.inserted_blocks)
-    return sources.model.config if sources.model.is_moe or sources.model.new_tokens else None
+    is_own = sources.added is not None
+    return sources.model.config if (sources.model.is_moe and not is_own) or sources.model.new_tokens else None
 
 
 def _write_side_files(

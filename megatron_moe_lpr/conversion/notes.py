@@ -9,13 +9,14 @@ from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE, SIDE_DIREC
 from megatron_moe_lpr.conversion.hugging_face.adapter import CONFIG_FILE as ADAPTER_CONFIG
 from megatron_moe_lpr.conversion.hugging_face.base_model import find_base_model
 from megatron_moe_lpr.conversion.hugging_face.hf_config import CODE_FIELDS
-from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
+from megatron_moe_lpr.conversion.hugging_face.hf_directory import HFDirectory, open_hf_directory
 from megatron_moe_lpr.conversion.import_options import ImportOptions
 from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
 from megatron_moe_lpr.conversion.tensors.extra_tensors import equal_expert_bytes
 from megatron_moe_lpr.data.language_groups import learned_languages
 from megatron_moe_lpr.data.original_languages import parse_languages
 from megatron_moe_lpr.files.json_files import read_json
+from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.rope_parameters import unread_rope_fields
 from megatron_moe_lpr.model.tensors import MOE_LAYOUTS
 
@@ -27,12 +28,13 @@ def import_notes(options: ImportOptions, card: CheckpointCard) -> list[str]:
         card: card of the checkpoint that the import wrote.
     """
     hf = options.hf
+    model = open_hf_directory(hf, upcycled_elsewhere=not card.has_mixture_base)
     return [
         *_languages(options, card),
         *_adapter_base(options, hf),
-        *_unread_fields(hf),
-        *_equal_experts(hf, card),
-        *_other_dtypes(hf, card),
+        *_unread_fields(hf, model),
+        *_equal_experts(model.architecture, card),
+        *_other_dtypes(model, card),
     ]
 
 
@@ -61,10 +63,10 @@ def _adapter_base(options: ImportOptions, hf: Path) -> list[str]:
     return [f"the adapter names {named} as its base, and --hf is {base.name or base.directory}; they must be one model"]
 
 
-def _unread_fields(hf: Path) -> list[str]:
+def _unread_fields(hf: Path, model: HFDirectory) -> list[str]:
     """Notes about fields of config.json that neither transformers nor the import reads."""
-    model, config = open_hf_directory(hf), read_json(hf / CONFIG_FILE)
-    rope, notes = model.architecture.rope, []
+    config, rope = read_json(hf / CONFIG_FILE), model.architecture.rope
+    notes = []
     unread = unread_rope_fields(config, rope)
     if unread:
         notes.append(
@@ -84,8 +86,8 @@ def _unread_fields(hf: Path) -> list[str]:
     return notes
 
 
-def _other_dtypes(hf: Path, card: CheckpointCard) -> list[str]:
-    model, dtype = open_hf_directory(hf), getattr(torch, card.dtype)
+def _other_dtypes(model: HFDirectory, card: CheckpointCard) -> list[str]:
+    dtype = getattr(torch, card.dtype)
     tensors = model.source().tensors
     other = [name for name, info in tensors.items() if len(info.shape) == 1 and info.dtype != dtype]
     if not other:
@@ -96,11 +98,10 @@ def _other_dtypes(hf: Path, card: CheckpointCard) -> list[str]:
     ]
 
 
-def _equal_experts(hf: Path, card: CheckpointCard) -> list[str]:
+def _equal_experts(architecture: Architecture, card: CheckpointCard) -> list[str]:
     dense = sum(experts == 1 for experts in card.experts_per_layer)
-    if not card.is_moe or not dense:
+    if not card.is_moe or not dense or architecture.mixture:
         return []
-    architecture = open_hf_directory(hf).architecture
     itemsize = getattr(torch, card.dtype).itemsize
     # llama.cpp's forms have experts everywhere, in Mixtral's sizes.
     extra = equal_expert_bytes(architecture, card.experts_per_layer, MOE_LAYOUTS["mixtral"], itemsize)

@@ -8,7 +8,6 @@ from megatron_moe_lpr.conversion.hugging_face.hf_directory import TRAINING_DTYPE
 from megatron_moe_lpr.conversion.tensors.qkv import split_qkv
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.architecture import Architecture
-from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.finite import is_finite
 from megatron_moe_lpr.model.tensors import Row, is_vocabulary_key
 
@@ -52,4 +51,4 @@ def read_row(row: Row, reader: TensorReader, architecture: Architecture) -> list
         )
     parts = split_qkv(tensor, architecture) if len(row.shapes) > 1 else (tensor[: row.shapes[0][0]],)
     shaped = [part.reshape(shape) for part, shape in zip(parts, row.shapes, strict=True)]
-    return [part.float() for part in shaped] if row.kind is ParameterKind.ROUTER else shaped
+    return [part.float() for part in shaped] if row.kind.is_router else shaped

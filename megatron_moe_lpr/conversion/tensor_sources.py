@@ -6,6 +6,15 @@ from pathlib import Path
 
 import torch
 
+from megatron_moe_lpr.conversion.added_experts import (
+    ADD_FLAG,
+    RANDOM,
+    AddedExperts,
+    added_counts,
+    copied_rows,
+    named_experts,
+    random_experts,
+)
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG as EXPERTS_FLAG
 from megatron_moe_lpr.conversion.hugging_face.adapter import Adapter, open_adapter
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import (
@@ -24,7 +33,7 @@ from megatron_moe_lpr.data.vocabulary_extension import open_extension
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.tensors import ADAPTER_LAYOUT, Row, model_rows
-from megatron_moe_lpr.parallel.experts import check_expert_parallel
+from megatron_moe_lpr.parallel.experts import check_expert_parallel, check_mixture_parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +61,8 @@ class TensorSources:
     """Rows that vocabulary extensions add, the oldest one first."""
     extension: TokenizerExtension | None = None
     """The extension that this import makes, the last one; None: it makes none."""
+    added: AddedExperts | None = None
+    """New experts that this import adds to a mixture; None: it adds none."""
 
     @property
     def initialises_routers(self) -> bool:
@@ -69,7 +80,7 @@ class TensorSources:
         The dense model's rows of a vocabulary that training extended have the dtype of its other matrices: an export
         writes them in one tensor with the new rows, whose dtype may be wider.
         """
-        if row.kind is ParameterKind.ROUTER:
+        if row.kind.is_router:
             return torch.float32
         if row.kind is ParameterKind.EMBEDDING:
             return self.dtype
@@ -82,27 +93,33 @@ def find_tensor_sources(options: ImportOptions) -> TensorSources:
     Raises:
         UserError: something does not fit.
     """
-    model = open_hf_directory(options.hf)
+    given_languages = bool(options.original_languages and options.expanded_languages)
+    model = open_hf_directory(options.hf, upcycled_elsewhere=given_languages and options.add_experts is None)
     if options.expand_blocks is not None:
         _check_stays_dense(options, model)
         options = dataclasses.replace(options, num_experts=1)
     adapter = open_adapter(options.adapter) if options.adapter else None
+    added = added_experts(options, model)
     experts, top_k = _experts(options, model, adapter)
+    if added:
+        experts = [base + count for base, count in zip(experts, added.counts, strict=True)]
     _check_top_1(options, model, experts, top_k)
-    for count in sorted(set(experts) - {1}):
-        check_expert_parallel(count - 1, options.expert_model_parallel_size)
+    _check_expert_parallel(options.expert_model_parallel_size, model, experts)
     inserted, inserts = _inserted_blocks(options, model, experts), options.expand_blocks is not None
     if inserts:
         experts = [1] * (len(experts) + len(inserted))
     extension = _extension(options.tokenizer, model) if options.tokenizer else None
     new_tokens = [*model.new_tokens, *([extension.new_tokens] if extension else [])]
     rows = _rows(model, adapter, experts, inserted, inserts, new_tokens)
+    if added and model.architecture.mixture:
+        rows = copied_rows(rows, added, model.architecture.mixture, model.layout)
     files = SafetensorsSource(weight_files(model.path) + ([adapter.weights] if adapter else []))
     read = [row for row in rows if not (extension and row.kind is ParameterKind.NEW_ROWS)]
     files = check_tensors(read, model.extra(), files, adapter.path if adapter else model.path, model.stored_form)
-    _refuse_genuine_mixture(options, model)
+    _refuse_untouched_mixture(options, model)
     # What holds trained rows too says nothing about the dense model's dtype.
     originals = [row for row in rows if row.kind.is_original and not (row.rows and model.new_tokens)]
+    originals = [row for row in originals if not row.kind.is_router]
     dtype = common_dtype([files.tensors[name] for row in originals for name in row.names], model.path)
     check_trained_dtypes((name for row in rows for name in row.names), files)
     return TensorSources(
@@ -119,6 +136,7 @@ def find_tensor_sources(options: ImportOptions) -> TensorSources:
         _languages(options, model, adapter),
         new_tokens,
         extension,
+        added,
     )
 
 
@@ -127,15 +145,49 @@ def _extension(tokenizer: Path, model: HFDirectory) -> TokenizerExtension:
     return open_extension(tokenizer, model.path, rows, str(model.path))
 
 
-def _refuse_genuine_mixture(options: ImportOptions, model: HFDirectory) -> None:
-    """Refuse a stock MoE of which nothing says that it was upcycled: in one that was trained as a mixture (Qwen3-MoE,
-    Mixtral) expert 0 is no original, and stage 1 would overwrite all the others."""
-    if model.is_moe and not model.card and not (options.original_languages and options.expanded_languages):
+def added_experts(options: ImportOptions, model: HFDirectory) -> AddedExperts | None:
+    """New experts of a mixture; None: the import adds none.
+
+    Raises:
+        UserError: the option for another source, or one that does not fit.
+    """
+    mixture, added = model.architecture.mixture, options.add_experts
+    if mixture is None or model.card:
+        if added is not None:
+            more = (
+                "has new experts already; import it without the flag, then use `expand`" if model.card else "is dense"
+            )
+            raise UserError(f"{ADD_FLAG}: is for a base model that is a mixture, and {model.path} {more}")
+        return None
+    if added is None:
+        return None
+    for flag, value in (("--adapter", options.adapter), ("--expanded-languages", options.expanded_languages)):
+        if value:
+            raise UserError(f"{flag} and {ADD_FLAG}: give one of them; training records the languages of new experts")
+    counts = added_counts(added, mixture.experts)
+    if options.new_experts_from in (None, RANDOM):
+        return AddedExperts(random_experts(counts, mixture.experts, options.seed))
+    return AddedExperts(named_experts(options.new_experts_from or RANDOM, counts, mixture.experts))
+
+
+def _refuse_untouched_mixture(options: ImportOptions, model: HFDirectory) -> None:
+    """Refuse a mixture that nothing is added to: none of its experts may train, since all are original ones."""
+    given_languages = options.original_languages and options.expanded_languages
+    if model.is_moe and not model.card and options.add_experts is None and not given_languages:
         raise UserError(
-            f"{model.path}: a mixture without this project's moe_lpr/card.json, and one that was trained as a mixture "
-            "has no original expert to keep; give its dense base model, or, only if another program upcycled it with "
-            "the dense FFN as expert 0, the languages of both with --original-languages and --expanded-languages"
+            f"{model.path}: a mixture, none of whose experts this project has added; {ADD_FLAG} N keeps all of them "
+            "frozen and adds new ones. Only if another program upcycled it, with the dense FFN as expert 0, give the "
+            "languages of both with --original-languages and --expanded-languages"
         )
+
+
+def _check_expert_parallel(size: int, model: HFDirectory, experts: list[int]) -> None:
+    for layer, count in enumerate(experts):
+        base = model.architecture.base_experts(layer)
+        if base > 1:
+            check_mixture_parallel(base, [count - base], size)
+        elif count > 1:
+            check_expert_parallel(count - 1, size)
 
 
 def _rows(
@@ -147,7 +199,7 @@ def _rows(
     new_tokens: list[int],
 ) -> list[Row]:
     architecture = dataclasses.replace(model.architecture, num_layers=len(experts))
-    expansions = model.card.expansions if model.is_moe and model.card else ()
+    expansions = model.card.expansions if model.is_moe and model.card else []
     layout = ADAPTER_LAYOUT if adapter else model.layout
     rows = model_rows(architecture, experts, layout, expansions, new_tokens)
     return mark_inserted(rows, len(experts), inserted, new=inserts) if inserted else rows

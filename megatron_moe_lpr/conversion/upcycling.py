@@ -28,8 +28,9 @@ def upcycle(sources: TensorSources, writer: CheckpointWriter, progress: Progress
     """Read every tensor of the source once and write what the MoE model makes of it; one is in memory at a time.
 
     Attention, norms, embedding and the original expert of each layer are the dense model's own weights, and so at
-    first are all new experts, copies of the layer's FFN. Routers are drawn. Where the source has trained experts (an
-    adapter or a stock MoE), these and their routers are read from it instead, each from its own name.
+    first are all new experts, copies of the layer's FFN. Routers are drawn. Of a mixture base all experts and the
+    router's rows are the base model's own, and new ones are copies of some of them. Where the source has trained
+    experts (an adapter or a stock MoE), these and their routers are read from it instead, each from its own name.
 
     Returns:
         The fingerprint of the dense model's weights.
@@ -48,14 +49,13 @@ def upcycle(sources: TensorSources, writer: CheckpointWriter, progress: Progress
         for _, same_source in itertools.groupby(sources.rows, key=lambda row: row.names or row.key):
             rows = list(same_source)
             row = rows[0]
-            if row.kind is ParameterKind.EMBEDDING:
-                _write_vocabulary(sources, rows, writer, progress, start_hashing)
+            if row.kind is ParameterKind.EMBEDDING or (row.kind.is_router and row.rows):
+                _write_rows(sources, rows, writer, progress, start_hashing)
                 continue
             parts = [read_finite(sources, name).to(sources.stored_dtype(row)) for name in row.names]
             hashing = [start_hashing(*pair) for pair in zip(row.dense_names, parts, strict=False)]
-            if row.kind is ParameterKind.ROUTER and row.layer is not None and not parts:
-                num_experts, hidden_size = row.shape
-                tensor = initial_router(num_experts, hidden_size, sources.seed, row.layer)
+            if row.kind is ParameterKind.ROUTER and not parts:
+                tensor = _new_router_rows(sources, row)
             elif len(parts) > 1:
                 tensor = interleave_qkv(parts, sources.model.architecture)
             elif sources.inserts and row.kind is ParameterKind.INSERTED_BLOCKS and row.key.endswith(ZEROED):
@@ -72,14 +72,15 @@ def upcycle(sources: TensorSources, writer: CheckpointWriter, progress: Progress
     return fingerprint.hexdigest()
 
 
-def _write_vocabulary(
+def _write_rows(
     sources: TensorSources,
     rows: Sequence[Row],
     writer: CheckpointWriter,
     progress: ProgressReport,
     start_hashing: Callable[[str, torch.Tensor], Future[None]],
 ) -> None:
-    """Write a matrix over the vocabulary: the dense model's rows, then those of each extension as tensors of their own.
+    """Write a matrix whose rows are several tensors: over the vocabulary the base model's and those of each extension,
+    in the router of a mixture base those of its experts and of new ones.
 
     Args:
         rows: the tensors that are made of one matrix of the source.
@@ -111,6 +112,17 @@ def _old_rows(sources: TensorSources, row: Row, matrix: torch.Tensor) -> torch.T
         )
     # A part of a matrix would be saved with the storage of the whole.
     return tensor if len(tensor) == len(matrix) else tensor.clone()
+
+
+def _new_router_rows(sources: TensorSources, row: Row) -> torch.Tensor:
+    """Rows that the source has not: the whole router of a dense model, or of a mixture base those of new experts, which
+    are copies of the copied experts' rows."""
+    layer = row.layer or 0
+    if sources.added is None:
+        num_experts, hidden_size = row.shape
+        return initial_router(num_experts, hidden_size, sources.seed, layer)
+    router = sources.model.layout.router or ""
+    return read_finite(sources, router.format(layer=layer)).float()[sources.added.copied[layer]]
 
 
 def initial_router(num_experts: int, hidden_size: int, seed: int, layer: int) -> torch.Tensor:

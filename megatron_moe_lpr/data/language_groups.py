@@ -7,6 +7,8 @@ from megatron_moe_lpr.data.language_names import canonical_language, covered
 
 EXPANSION = "expansion"
 """Value of `stage` in the history entry of an expansion."""
+ADDED_EXPERTS = "added experts"
+"""Value of `stage` in the history entry of an import that adds experts to a mixture."""
 IMPORTED_ADAPTER, IMPORTED_MIXTURE = "imported adapter", "imported mixture"
 """Values of `stage` in the history entry of an import of experts that were trained elsewhere."""
 

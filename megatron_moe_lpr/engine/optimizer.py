@@ -68,7 +68,7 @@ def build_optimizer(
     # Routers are float32 beside bfloat16 weights. In a parameter group of both, the distributed optimizer of
     # Megatron-Core puts all float32 parameters first and then saves each one's state under another's name.
     overrides = get_standard_config_overrides(settings) | {
-        ParamKey(name="*.router.weight"): ParamGroupOverride(wd_mult=1.0)
+        ParamKey(name=("*.router.weight", "*.router.base_rows")): ParamGroupOverride(wd_mult=1.0)
     }
     if options.states.optimizer_cpu_offload:
         host_optimizer.install()

@@ -1,6 +1,7 @@
 """Routing statistics of all MoE layers of a model, collected over ranks."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -44,7 +45,8 @@ def collect_routing(chunks: Sequence[torch.nn.Module], shape: ModelShape) -> Rou
     counted = [(layer, router.statistics) for layer, router in routers(chunks)]
     report = gather_routing(counted, shape.architecture.num_layers, shape.max_experts)
     reset_routing(chunks)
-    return report
+    mixture = shape.architecture.mixture
+    return dataclasses.replace(report, original_experts=mixture.num_experts) if mixture else report
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
         "history": card.history,
         "datasets": datasets,
         "expansions": card.expansions,
+        "base_experts": card.base_experts,
         "averages_by_language_group": {
             group_name(number): _averages([one for one in datasets if one["language_group"] == number])
             for number in numbers
@@ -93,7 +94,7 @@ def _averages(datasets: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def print_evaluation(record: dict[str, Any], console: Console | None = None) -> None:
-    """Print losses of each dataset and their means, and for an MoE the routing to expert 0 by layer."""
+    """Print losses of each dataset and their means, and for an MoE the routing to the original experts by layer."""
     console = console or Console()
     console.print(_loss_table(record))
     if any(one["routing"] for one in record["datasets"]):
@@ -123,6 +124,8 @@ def _loss_table(record: dict[str, Any]) -> Table:
 
 def _routing_table(record: dict[str, Any]) -> Table:
     title = f"Expert 0: share of tokens with it in the top {record['top_k']} (its mean probability)"
+    if max(record["base_experts"]) > 1:
+        title = f"The base model's experts: share in a token's top {record['top_k']} (their mean probability together)"
     layers = range(len(record["experts_per_layer"]))
     table = Table("language", "", *(f"layer {layer}" for layer in layers), "mean", title=title, title_justify="left")
     for one, label in zip(record["datasets"], record_labels(record), strict=True):

@@ -40,6 +40,6 @@ class CachedForward:
         Returns:
             Logits of the token after the last one, fp32 [batch, vocab_size], the same on every rank.
         """
-        logits = compute_logits(self.chunks, self.config, tokens, self.vocab_size, self.cache)
+        logits = compute_logits(self.chunks, self.config, tokens, self.vocab_size, cache=self.cache)
         self.cache.sequence_len_offset += tokens.shape[1]
         return logits[:, -1]

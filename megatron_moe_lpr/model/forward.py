@@ -16,6 +16,7 @@ def compute_logits(
     config: MoELPRConfig,
     tokens: torch.Tensor,
     vocab_size: int,
+    *,
     cu_seqlens: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     cache: StaticInferenceContext | None = None,

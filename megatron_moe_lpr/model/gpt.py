@@ -193,7 +193,7 @@ class MoELPRModel(GPTModel):
 
     def _multiply(self, config: MoELPRConfig) -> None:
         """Multiply the embedding's output and the logits, by way of the output layer's input, which is smaller."""
-        embedding, logits = config.multipliers.embedding, config.multipliers.of_logits
+        embedding, logits = config.multipliers.embedding, config.multipliers.logits_factor
         if self.pre_process and embedding != 1.0:
             self.embedding.register_forward_hook(lambda module, inputs, output: output * embedding)
         if self.post_process and logits != 1.0:

@@ -17,7 +17,12 @@ def count_parameters(parameters: Iterable[Parameter]) -> ParameterCounts:
     return counts
 
 
-def active_parameters(counts: ParameterCounts, top_k: int) -> int:
-    """Number of parameters that one token passes: of each layer's experts, which are equally large, `top_k`."""
+def active_parameters(counts: ParameterCounts, top_k: int, base_experts: int = 1) -> int:
+    """Number of parameters that one token passes: of each layer's experts, which are equally large, `top_k`.
+
+    Args:
+        base_experts: original experts of each layer that has experts, more than 1 of a mixture base.
+    """
     outside_experts = sum(count for kind, count in counts.items() if not kind.is_expert)
-    return outside_experts + top_k * counts[ParameterKind.ORIGINAL_EXPERT]
+    original = counts[ParameterKind.ORIGINAL_EXPERT] + counts[ParameterKind.BASE_EXPERTS]
+    return outside_experts + top_k * (original // base_experts)

@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -63,8 +64,8 @@ def block_spec(
     for spec in layers:
         _as_the_family_computes(spec, config, transformer_engine)
     for index, spec in enumerate(layers, start=first):
-        if shape.earlier_experts(index):
-            _with_groups(spec.submodules.mlp, shape.expert_groups(index), shape.newest_weight)
+        if shape.experts_per_layer[index] > 1 and len(shape.dispatched_groups(index)) > 1:
+            _with_groups(spec.submodules.mlp, shape, index)
     if config.fp8 and config.fp8_new_expert_parameters:
         _keep_new_experts_in_fp8(config, layers, first)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(config, transformer_engine))
@@ -81,12 +82,13 @@ def _keep_new_experts_in_fp8(config: TransformerConfig, layers: Sequence[ModuleS
             mlp.params["fp8_parameters"] = True
 
 
-def _with_groups(mlp: ModuleSpec, groups: tuple[int, ...], newest_weight: float) -> None:
-    """Compute the experts of earlier expansions and the latest one's by separate grouped products."""
-    mlp.params |= {"groups": groups, "newest_weight": newest_weight}
+def _with_groups(mlp: ModuleSpec, shape: ModelShape, layer: int) -> None:
+    """Compute a mixture base's experts, those of earlier expansions and the latest one's by separate products."""
+    base, groups = shape.base_experts(layer), shape.expert_groups(layer)
+    mlp.params |= {"groups": groups, "newest_weight": shape.newest_weight, "base": base if base > 1 else 0}
     grouped = mlp.submodules.experts
-    params = {"earlier": sum(groups[:-1]), "newest": groups[-1]}
-    mlp.submodules.experts = ModuleSpec(module=ExpertGroups, params=params, submodules=grouped.submodules)
+    counts = {"base": mlp.params["base"], "earlier": sum(groups[:-1]), "newest": groups[-1]}
+    mlp.submodules.experts = ModuleSpec(module=ExpertGroups, params={"groups": counts}, submodules=grouped.submodules)
 
 
 def _norm(config: MoELPRConfig, transformer_engine: bool) -> type:
@@ -165,6 +167,7 @@ def _with_experts(spec: ModuleSpec, num_experts: int, dense: MLPSubmodules, grou
     submodules = MoELPRSubmodules(
         router=LPRRouter,
         original_expert=ModuleSpec(module=MLP, submodules=dense),
+        shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=dense),
         experts=ModuleSpec(module=TEGroupedMLP, submodules=grouped),
     )
     layer = dataclasses.replace(

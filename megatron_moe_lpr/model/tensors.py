@@ -22,6 +22,8 @@ from megatron_moe_lpr.model.configuration.parameters import (
 EMBEDDING_NAME = "model.embed_tokens.weight"
 OUTPUT_NAME = "lm_head.weight"
 DENSE_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+EXPERT_GROUPS = {ParameterKind.BASE_EXPERTS: "base", ParameterKind.EARLIER_EXPERTS: "earlier"}
+"""Modules of frozen experts beside the newest ones (`model/moe/expert_groups.py`)."""
 MEGATRON_PROJECTIONS = ("linear_fc1.weight_w", "linear_fc1.weight_v", "linear_fc2.weight")
 
 NAMES = {
@@ -53,7 +55,8 @@ def is_vocabulary_key(key: str) -> bool:
 class Layout:
     """Where a Hugging Face checkpoint keeps the experts and the router of layer `{layer}`.
 
-    Templates know `{layer}`, `{expert}` (0 is the original one), `{new}` (expert - 1) and `{projection}`.
+    Templates know `{layer}`, `{expert}` (0 is the original one; the experts of a mixture base come first), `{new}`
+    (expert - 1) and `{projection}`.
     """
 
     name: str
@@ -64,7 +67,7 @@ class Layout:
     router: str | None = None
     """None: the checkpoint has no router, one is initialised."""
     shared_expert: bool = False
-    """The architecture wants a shared expert, which this method does not have: all its weights are zero."""
+    """The architecture wants a shared expert: all its weights are zero where the base model has none."""
     experts_everywhere: bool = False
     """The architecture has experts in every layer: those of a dense layer are all the same (`extra_tensors.py`)."""
 
@@ -94,6 +97,7 @@ MOE_LAYOUTS = {
     ),
     "qwen2_moe": Layout("qwen2_moe", _QWEN_EXPERT, _QWEN_EXPERT, router=_QWEN_ROUTER, shared_expert=True),
     "qwen3_moe": Layout("qwen3_moe", _QWEN_EXPERT, _QWEN_EXPERT, router=_QWEN_ROUTER),
+    "olmoe": Layout("olmoe", _QWEN_EXPERT, _QWEN_EXPERT, router=_QWEN_ROUTER),
     "flex_olmo": Layout("flex_olmo", _QWEN_EXPERT, _QWEN_EXPERT, router=_QWEN_ROUTER, experts_everywhere=True),
     "cohere2_moe": Layout("cohere2_moe", _QWEN_EXPERT, _QWEN_EXPERT, router=_QWEN_ROUTER),
     "granitemoe": Layout(
@@ -174,16 +178,44 @@ def _outer_rows(parameters: Sequence[Parameter], extended: bool) -> Iterator[Row
 
 def _layer_rows(parameters: Sequence[Parameter], layer: int, layout: Layout) -> Iterator[Row]:
     ffn = []
+    base_rows = sum(parameter.shape[0] for parameter in parameters if parameter.kind is ParameterKind.BASE_ROUTER)
     for parameter in parameters:
         key = f"decoder.layers.{layer}.{parameter.name}"
-        if parameter.kind is ParameterKind.ROUTER:
+        if parameter.kind.is_router:
             names = (layout.router.format(layer=layer),) if layout.router else ()
-            yield Row(key, names, parameter.parts, parameter.kind, layer)
+            yield _router_row(Row(key, names, parameter.parts, parameter.kind, layer), base_rows)
+        elif parameter.kind is ParameterKind.SHARED_EXPERT:
+            yield from _parts_apart(key, _shared_expert_names(parameter.name, layer), parameter)
         elif parameter.name in NAMES:
             yield _row(key, tuple(f"model.layers.{layer}.{name}" for name in NAMES[parameter.name]), parameter)
         else:
             ffn.append(parameter)
     yield from _ffn_rows(ffn, layer, layout)
+
+
+def _router_row(row: Row, base_rows: int) -> Row:
+    """A router's row; of a mixture base, whose experts' rows are a tensor of their own, with its place in the whole."""
+    if not base_rows:
+        return row
+    if row.kind is ParameterKind.BASE_ROUTER:
+        return dataclasses.replace(row, rows=(0, base_rows), dense_names=row.names)
+    return dataclasses.replace(row, rows=(base_rows, base_rows + row.shape[0]))
+
+
+def _shared_expert_names(parameter: str, layer: int) -> tuple[str, ...]:
+    """Hugging Face's names of one of Megatron's parameters of a shared expert."""
+    expert = f"model.layers.{layer}.mlp.shared_expert"
+    if parameter.endswith("gate_weight"):
+        return (f"{expert}_gate.weight",)
+    projections = DENSE_PROJECTIONS[:2] if parameter.endswith("linear_fc1.weight") else DENSE_PROJECTIONS[2:]
+    return tuple(f"{expert}.{projection}.weight" for projection in projections)
+
+
+def _parts_apart(key: str, names: tuple[str, ...], parameter: Parameter) -> Iterator[Row]:
+    """A tensor of a checkpoint for each Hugging Face tensor, as Megatron saves the parts of a gated FFN."""
+    halves = ("_w", "_v") if len(names) > 1 else ("",)
+    for name, half, shape in zip(names, halves, parameter.parts, strict=True):
+        yield Row(f"{key}{half}", (name,), (shape,), parameter.kind, parameter.layer, (name,))
 
 
 def _ffn_rows(ffn: Sequence[Parameter], layer: int, layout: Layout) -> Iterator[Row]:
@@ -199,17 +231,21 @@ def _ffn_rows(ffn: Sequence[Parameter], layer: int, layout: Layout) -> Iterator[
             name = template.format(layer=layer, expert=expert, new=expert - 1, projection=layout.projections[place])
             if kind is ParameterKind.DENSE_FFN and not layout.experts_everywhere:
                 name = dense_name
-            yield Row(key, (name,), (shape,), kind, layer, (dense_name,) if kind.is_original else ())
+            # The fingerprint knows a tensor of the base model by the name that it has there.
+            original_name = name if kind is ParameterKind.BASE_EXPERTS else dense_name
+            yield Row(key, (name,), (shape,), kind, layer, (original_name,) if kind.is_original else ())
 
 
 def _ffn_key(layer: int, expert: int, experts: Sequence[ParameterKind]) -> str:
     """The module that holds an expert's weights (0: the original one, or the FFN of a dense layer)."""
-    mlp, kind, earlier = f"decoder.layers.{layer}.mlp", experts[expert], experts.count(ParameterKind.EARLIER_EXPERTS)
+    mlp, kind = f"decoder.layers.{layer}.mlp", experts[expert]
     if kind is ParameterKind.DENSE_FFN:
         return mlp
     if kind is ParameterKind.ORIGINAL_EXPERT:
         return f"{mlp}.original_expert"
-    if kind is ParameterKind.EARLIER_EXPERTS:
-        return f"{mlp}.experts.earlier.experts.{expert - 1}"
-    # Before a second expansion the new experts are not in a module `newest`.
-    return f"{mlp}.experts.newest.experts.{expert - 1 - earlier}" if earlier else f"{mlp}.experts.experts.{expert - 1}"
+    number = expert - experts.index(kind)
+    if group := EXPERT_GROUPS.get(kind):
+        return f"{mlp}.experts.{group}.experts.{number}"
+    # The only group of a layer is not in a module `newest`.
+    newest = ".newest" if EXPERT_GROUPS.keys() & set(experts) else ""
+    return f"{mlp}.experts{newest}.experts.{number}"

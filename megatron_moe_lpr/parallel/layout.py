@@ -23,7 +23,8 @@ class ParallelLayout:
     num_virtual_stages_per_pipeline_rank: Splits[PositiveInt] = 1
     """Chunks of layers a pipeline rank holds; more than 1 selects the interleaved schedule."""
     expert_model_parallel_size: Splits[PositiveInt] = 1
-    """EP: ranks that share the new experts of a layer; must divide their number (all experts less one)."""
+    """EP: ranks that share the new experts of a layer; must divide their number (all experts less one);
+    of a mixture base it must divide its own experts too."""
     expert_tensor_parallel_size: Splits[PositiveInt] = 1
     """Ranks that share each matrix of a new expert. 1 keeps the grouped matrix products large."""
     sequence_parallel: Splits[bool] = True
@@ -91,8 +92,12 @@ class ParallelLayout:
         num_attention_heads: int,
         num_query_groups: int,
         experts_per_layer: Sequence[int],
+        is_mixture: bool = False,
     ) -> None:
         """Check that the model's dimensions split into this layout.
+
+        Args:
+            is_mixture: the base model has many original experts; which EP sizes fit is checked elsewhere.
 
         Raises:
             UserError: naming the dimension, the flag and the values that would fit.
@@ -109,7 +114,7 @@ class ParallelLayout:
             flags += " x --num-virtual-stages-per-pipeline-rank"
         _divides(chunks, flags, num_layers, "layers")
         has_experts = any(experts > 1 for experts in experts_per_layer)
-        for experts in sorted({experts for experts in experts_per_layer if experts > 1}):
+        for experts in sorted({experts for experts in experts_per_layer if experts > 1 and not is_mixture}):
             check_expert_parallel(experts - 1, self.expert_model_parallel_size)
         if self.expert_model_parallel_size > 1 and not has_experts:
             raise UserError("--expert-model-parallel-size: the checkpoint is dense, there are no experts to share")

@@ -65,7 +65,7 @@ def describe_needs(run: PlannedRun, gpus_per_node: int) -> str:
 def _bytes(kind: ParameterKind, saved: Collection[ParameterKind], sizes: RunSizes) -> int:
     """Bytes of one parameter in a checkpoint that has the weights of the kinds `saved`, optimizer state included."""
     weight = sizes.element_bytes if kind in sizes.trains else sizes.frozen_bytes
-    weight = FP32 if kind is ParameterKind.ROUTER else weight
+    weight = FP32 if kind.is_router else weight
     return weight * (kind in saved) + _state_bytes(kind, sizes)
 
 
@@ -83,7 +83,7 @@ def _parts(kind: ParameterKind, layout: ParallelLayout) -> int:
     """Ranks of a pipeline rank that hold different parts of the parameters of a kind."""
     if kind.is_expert_parallel:
         return layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
-    return 1 if kind in (ParameterKind.ROUTER, ParameterKind.NORM) else layout.tensor_model_parallel_size
+    return 1 if kind.is_router or kind is ParameterKind.NORM else layout.tensor_model_parallel_size
 
 
 def _rank_bytes(

@@ -24,7 +24,7 @@ def gradient_traffic(run: PlannedRun, pipeline_rank: int, behaviour: PlatformBeh
     ranks = sizes.gpus // layout.pipeline_model_parallel_size
     data = ranks // layout.tensor_model_parallel_size
     expert_data = ranks // (layout.expert_model_parallel_size * layout.expert_tensor_parallel_size)
-    experts = trained.pop(ParameterKind.NEW_EXPERTS, 0) + trained.pop(ParameterKind.EARLIER_EXPERTS, 0)
+    experts = sum(trained.pop(kind) for kind in [*trained] if kind.is_expert_parallel)
     gathers = 1 if behaviour.overlap_param_gather or not (experts and trained) else 2
     expert_element = 1 if sizes.fp8_param_gather else sizes.element_bytes
     return Traffic(
@@ -40,7 +40,7 @@ def gradient_traffic(run: PlannedRun, pipeline_rank: int, behaviour: PlatformBeh
 def _buffers(trained: Mapping[ParameterKind, int], sizes: RunSizes) -> list[tuple[int, int, int]]:
     """Parameters of each gradient buffer, bytes of one and of its gradient: a buffer for each format of weights;
     routers are fp32."""
-    total, routers = sum(trained.values()), trained.get(ParameterKind.ROUTER, 0)
+    total, routers = sum(trained.values()), sum(count for kind, count in trained.items() if kind.is_router)
     if sizes.element_bytes == FP32:
         return [(total, FP32, FP32)]
     gradient = gradient_size(ParameterKind.NEW_EXPERTS, sizes)

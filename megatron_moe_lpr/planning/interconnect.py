@@ -5,10 +5,11 @@ traffic on the same wires. A micro-batch takes as long as the GPU computes and s
 """
 
 import dataclasses
+import math
 
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameters import projection_shapes
 from megatron_moe_lpr.model.flops import training_flops_per_token
-from megatron_moe_lpr.model.parameter_counts import count_parameters
 from megatron_moe_lpr.planning.communication import busiest_rank
 from megatron_moe_lpr.planning.launches import launching_seconds
 from megatron_moe_lpr.planning.moe_traffic import placement
@@ -135,7 +136,7 @@ def _surplus_flops(run: PlannedRun, routing: Routing, original_in_ep_group: bool
     shape = run.shape
     if not shape.num_moe_layers:
         return 0.0
-    expert = count_parameters(shape.parameters)[ParameterKind.ORIGINAL_EXPERT] // shape.num_moe_layers
+    expert = sum(map(math.prod, projection_shapes(shape.architecture)))
     layers = (PlannedLayer(run, index) for index in range(shape.architecture.num_layers))
     return 2 * expert * sum(_surplus(layer, routing, original_in_ep_group) for layer in layers if layer.is_moe)
 
@@ -146,7 +147,8 @@ def _surplus(layer: PlannedLayer, routing: Routing, original_in_ep_group: bool) 
     shape, EP = layer.run.shape, layer.run.layout.expert_model_parallel_size
     expansions = shape.expert_groups(layer.index)
     kinds = [
-        ParameterKind.ORIGINAL_EXPERT,
+        *[ParameterKind.ORIGINAL_EXPERT if layer.has_expert_apart else ParameterKind.BASE_EXPERTS]
+        * shape.base_experts(layer.index),
         *[ParameterKind.EARLIER_EXPERTS] * sum(expansions[:-1]),
         *[ParameterKind.NEW_EXPERTS] * expansions[-1],
     ]
@@ -154,5 +156,5 @@ def _surplus(layer: PlannedLayer, routing: Routing, original_in_ep_group: bool) 
     work = [share * (3 if kind in layer.run.sizes.trains else 2) for share, kind in zip(shares, kinds, strict=True)]
     most = max(sum(work[expert] for expert in experts) for experts in placement(layer, original_in_ep_group))
     # On every rank the original expert has the rank's own tokens only.
-    own = 0.0 if original_in_ep_group else work[0]
+    own = 0.0 if original_in_ep_group or not layer.has_expert_apart else work[0]
     return own + EP * most - sum(work)

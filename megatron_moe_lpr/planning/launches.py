@@ -80,7 +80,7 @@ def _layer_launches(layer: PlannedLayer) -> int:
     if layer.is_moe:
         ranks = run.layout.expert_model_parallel_size
         outside.append(MOE_NORM)
-        ffn = [MOE, *[NEW_EXPERT] * ((layer.num_experts - 1) // ranks)]
+        ffn = [MOE, *[NEW_EXPERT] * (layer.spread_experts // ranks), *[DENSE_FFN] * (layer.shared_expert_size > 0)]
         ffn += [*[EXPERT_PARALLEL] * (ranks > 1), *[TENSOR_PARALLEL_MOE] * is_split]
     if run.sizes.precision == "fp8":
         outside.append(FP8_ATTENTION)
@@ -107,7 +107,7 @@ def _for_weight_gradients(run: PlannedRun, pipeline_rank: int) -> int:
     bias's gradient, which come with other kernels. Those of routers are counted with their layer."""
     total, trains = 0, run.sizes.trains
     for parameter in held_parameters(run.shape, run.layout, pipeline_rank):
-        if parameter.kind in trains and parameter.kind not in (ParameterKind.ROUTER, ParameterKind.EMBEDDING):
+        if parameter.kind in trains and not (parameter.kind.is_router or parameter.kind is ParameterKind.EMBEDDING):
             ranks = run.layout.expert_model_parallel_size if parameter.kind.is_expert_parallel else 1
             total += parameter.copies // ranks
     if ParameterKind.EMBEDDING in trains:

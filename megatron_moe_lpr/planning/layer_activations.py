@@ -52,7 +52,7 @@ def gradient_bytes(layer: PlannedLayer) -> float:
     if layer.is_moe:
         rows *= rows_per_token(layer)[1]
         ranks = run.layout.expert_tensor_parallel_size
-        trained = layer.num_experts - 1 if ParameterKind.EARLIER_EXPERTS in layer.trains else layer.newest_experts
+        trained = layer.spread_experts if ParameterKind.EARLIER_EXPERTS in layer.trains else layer.newest_experts
         trains = ParameterKind.NEW_EXPERTS in layer.trains and trained > 0
     # FP8 copies of an operand: one by rows for the input's gradient, one by columns for the weight's.
     fp8_copies = (2 if trains else 1) if sizes.precision == "fp8" else 0
@@ -72,12 +72,13 @@ def _own_gradients(layer: PlannedLayer) -> float:
 
 
 def rows_per_token(layer: PlannedLayer) -> tuple[float, float]:
-    """Rows of the original expert and of the new experts on a rank, for each token of the rank."""
+    """Rows of the original expert and of those that EP ranks share on a rank, for each token of the rank."""
     E, K, EP = layer.num_experts, layer.run.shape.top_k, layer.run.layout.expert_model_parallel_size
     if layer.run.sizes.routing == "balanced":
-        return K / E, K - K / E
-    # Worst case: tokens of all EP ranks choose new experts of this one.
-    return 0.0, EP * min(K, (E - 1) // EP)
+        own = K / E if layer.has_expert_apart else 0.0
+        return own, K - own
+    # Worst case: tokens of all EP ranks choose experts of this one.
+    return 0.0, EP * min(K, layer.spread_experts // EP)
 
 
 def original_expert_bytes(layer: PlannedLayer) -> float:
@@ -131,7 +132,17 @@ def _moe_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
     """Router, dispatcher, and what the experts of a token keep."""
     original, new = rows_per_token(layer)
     routing = _routing_bytes(layer, original, new)
-    return routing + original * original_expert_bytes(layer) + new * _new_expert_bytes(layer, recompute)
+    experts = original * original_expert_bytes(layer) + new * _new_expert_bytes(layer, recompute)
+    return routing + experts + _shared_expert_bytes(layer)
+
+
+def _shared_expert_bytes(layer: PlannedLayer) -> float:
+    """Outputs of gate and up projection of a shared expert, its output and its gate's; inputs where it trains."""
+    F, D, element = layer.shared_expert_size, layer.architecture.hidden_size, layer.run.sizes.element_bytes
+    if not F:
+        return 0.0
+    inputs = (D + F) * _input_bytes(layer) if ParameterKind.SHARED_EXPERT in layer.trains else 0
+    return (2 * F + D) * element + inputs
 
 
 def _routing_bytes(layer: PlannedLayer, original: float, new: float) -> float:
@@ -159,11 +170,12 @@ def _new_expert_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
 
 
 def _trained_share(layer: PlannedLayer) -> float:
-    """Share of the new experts' rows whose experts train; in the worst case all, where there are such experts."""
+    """Share of the rows of the experts that EP ranks share whose experts train; in the worst case all, where there are
+    such experts."""
     at_worst = layer.run.sizes.routing == "worst" and layer.newest_experts > 0
     if not layer.is_moe or ParameterKind.EARLIER_EXPERTS in layer.trains or at_worst:
         return 1.0
-    return layer.newest_experts / (layer.num_experts - 1)
+    return layer.newest_experts / layer.spread_experts
 
 
 def _input_bytes(layer: PlannedLayer) -> float:

@@ -17,7 +17,7 @@ from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import RunSizes
 
 GIB = 2**30
-UNFUSED = (ParameterKind.ROUTER, ParameterKind.EMBEDDING)
+UNFUSED = (ParameterKind.ROUTER, ParameterKind.BASE_ROUTER, ParameterKind.EMBEDDING)
 """Kinds whose matrices are not Transformer Engine's: their gradients are added to the buffer by Megatron's hook."""
 RESERVED_BYTES = 2 * GIB
 """CUDA context, NCCL's buffers and workspaces of the libraries: an assumption, not measured."""
@@ -78,7 +78,7 @@ def fp8_weight_bytes(counts: ParameterCounts, sizes: RunSizes) -> int:
     only by rows. With --fp8-param-gather the new experts have these two and no bf16 weight."""
     if sizes.precision != "fp8":
         return 0
-    without = {ParameterKind.ROUTER, ParameterKind.NORM} | VOCABULARY
+    without = {ParameterKind.ROUTER, ParameterKind.BASE_ROUTER, ParameterKind.NORM} | VOCABULARY
     return 2 * sum(count for kind, count in counts.items() if kind not in without)
 
 

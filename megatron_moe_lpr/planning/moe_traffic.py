@@ -23,16 +23,19 @@ def moe_layer_traffic(
     run = layer.run
     E, TP, shares = layer.num_experts, run.layout.tensor_model_parallel_size, routing.shares(run.shape, layer.index)
     all_reduce = 2 * (TP - 1) / TP
-    dispatched = E if original_in_ep_group else E - 1
+    dispatched = E if original_in_ep_group else layer.spread_experts
     other_ranks = run.layout.expert_model_parallel_size * run.layout.expert_tensor_parallel_size - 1
     # The router adds up the shares of the experts over the TP ranks, for the load balancing loss or a log, and the
     # dispatcher gathers the tokens of each expert.
     metadata = passes.ffn * COUNT * dispatched * other_ranks + FP32 * E * all_reduce
     tensor = 0.0
-    if not original_in_ep_group:
+    if layer.has_expert_apart and not original_in_ep_group:
         pair = tensor_pair(run, passes.ffn, passes.backward, ParameterKind.ORIGINAL_EXPERT in layer.trains)
         tensor = tensor_unit(run, shares[0] * layer.architecture.hidden_size * pair)
         metadata += passes.ffn * COUNT * all_reduce
+    if layer.shared_expert_size:
+        pair = tensor_pair(run, passes.ffn, passes.backward, ParameterKind.SHARED_EXPERT in layer.trains)
+        tensor += tensor_unit(run, layer.architecture.hidden_size * pair)
     held = [sum(shares[expert] for expert in experts) for experts in placement(layer, original_in_ep_group)]
     away = sum(held[:expert_rank]) + sum(held[expert_rank + 1 :])
     exchange = _exchange(run, passes, held[expert_rank], away)
@@ -40,12 +43,13 @@ def moe_layer_traffic(
 
 
 def placement(layer: PlannedLayer, original_in_ep_group: bool = False) -> list[list[int]]:
-    """Experts that each EP rank holds: an equal part of every expansion's, and inside the EP group rank 0 the original
-    one too."""
-    EP = layer.run.layout.expert_model_parallel_size
-    placed: list[list[int]] = [[0] if original_in_ep_group and rank == 0 else [] for rank in range(EP)]
-    first = 1
-    for count in layer.run.shape.expert_groups(layer.index):
+    """Experts that each EP rank holds: an equal part of a mixture base's and of every expansion's, and inside the EP
+    group rank 0 a single original one too."""
+    EP, apart = layer.run.layout.expert_model_parallel_size, layer.has_expert_apart
+    placed: list[list[int]] = [[0] if apart and original_in_ep_group and rank == 0 else [] for rank in range(EP)]
+    base = 0 if apart else layer.run.shape.base_experts(layer.index)
+    first = 1 if apart else 0
+    for count in (base, *layer.run.shape.expert_groups(layer.index)):
         for rank in range(EP):
             placed[rank] += range(first + rank * count // EP, first + (rank + 1) * count // EP)
         first += count

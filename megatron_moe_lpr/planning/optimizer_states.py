@@ -11,7 +11,7 @@ SIZES = {"fp32": FP32, "bf16": BF16}
 
 def weight_size(kind: ParameterKind, sizes: RunSizes) -> int:
     """Bytes of a weight that the model computes with; routers are always fp32."""
-    return FP32 if kind is ParameterKind.ROUTER else sizes.element_bytes
+    return FP32 if kind.is_router else sizes.element_bytes
 
 
 def gradient_size(kind: ParameterKind, sizes: RunSizes) -> int:

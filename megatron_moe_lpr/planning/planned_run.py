@@ -73,7 +73,7 @@ class PlannedLayer:
 
     @property
     def num_experts(self) -> int:
-        """E, the original expert included; 1: a dense layer."""
+        """E, the original ones included; 1: a dense layer."""
         return self.run.shape.experts_per_layer[self.index]
 
     @property
@@ -84,7 +84,23 @@ class PlannedLayer:
     @property
     def newest_experts(self) -> int:
         """New experts of the latest expansion; those of earlier ones are frozen."""
-        return self.num_experts - 1 - self.run.shape.earlier_experts(self.index)
+        return self.run.shape.expert_groups(self.index)[-1]
+
+    @property
+    def has_expert_apart(self) -> bool:
+        """A single original expert is on every EP rank; those of a mixture base are spread like the new ones."""
+        return self.is_moe and self.run.shape.base_experts(self.index) == 1
+
+    @property
+    def spread_experts(self) -> int:
+        """Experts that the EP ranks share: new ones, and those of a mixture base."""
+        return self.num_experts - self.has_expert_apart
+
+    @property
+    def shared_expert_size(self) -> int:
+        """Width of the FFN that every token passes beside the experts of a mixture base; 0: none."""
+        mixture = self.architecture.mixture
+        return mixture.shared_expert_size if mixture and self.is_moe else 0
 
     @property
     def trains(self) -> frozenset[ParameterKind]:

@@ -21,12 +21,13 @@ from megatron_moe_lpr.planning.sizes import RunSizes
 
 def print_plan(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates: Sequence[Candidate]) -> None:
     """Print the model's parameters and operations, and a table of layouts."""
-    counts = count_parameters(shape.parameters)
+    counts, mixture = count_parameters(shape.parameters), shape.architecture.mixture
+    base = mixture.num_experts if mixture else 1
     flops = training_flops_per_token(shape, sizes.trains, sizes.seq_length)
     console = Console(width=160)
     console.print(
-        f"Parameters: {sum(counts.values()):,} in all, {active_parameters(counts, shape.top_k):,} active in a token, "
-        f"{trainable(counts, sizes.trains):,} trained\n"
+        f"Parameters: {sum(counts.values()):,} in all, {active_parameters(counts, shape.top_k, base):,} active in a "
+        f"token, {trainable(counts, sizes.trains):,} trained\n"
         f"Operations: {flops / 1e9:,.2f} GFLOP a token to train at {sizes.seq_length:,} tokens a sequence "
         "(no weight gradients where frozen)"
     )

@@ -29,7 +29,7 @@ class Routing:
 
     def shares(self, shape: ModelShape, layer: int) -> Shares:
         """Fractions of one layer. If it has another number of experts than the measured layer, the original expert
-        keeps its fraction and the others share the rest equally."""
+        keeps its fraction and the others share the rest equally; of a mixture base all share it equally."""
         experts = shape.experts_per_layer[layer]
         if not self.layers:
             return (shape.top_k / experts,) * experts
@@ -37,6 +37,9 @@ class Routing:
         found = self.layers[index % len(self.layers)]
         if len(found) == experts and math.isclose(sum(found), shape.top_k, abs_tol=0.01):
             return found
+        base = shape.base_experts(layer)
+        if base > 1:
+            return (shape.top_k / experts,) * experts
         return found[0], *((shape.top_k - found[0]) / (experts - 1),) * (experts - 1)
 
 

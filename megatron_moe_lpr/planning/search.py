@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
+from megatron_moe_lpr.model.configuration.parameters import projection_shapes
 from megatron_moe_lpr.model.configuration.recompute import NOT_DELAYED, check_recompute_in_fp8
 from megatron_moe_lpr.model.flops import training_flops_per_token
 from megatron_moe_lpr.model.parameter_counts import count_parameters
@@ -65,10 +66,10 @@ class Choice:
 
     def layouts(self, shape: ModelShape, machine: Machine) -> Iterator[ParallelLayout]:
         """Every combination, whether it splits or not."""
-        new_experts = shape.max_experts - 1
+        shared = [count for layer in range(shape.architecture.num_layers) for count in _spread(shape, layer)]
         tensor = self.tensor or [size for size in (1, 2, 4, 8, 16) if size <= machine.gpus_per_node]
         pipeline = self.pipeline or _divisors(shape.architecture.num_layers, machine.gpus)
-        expert = self.expert or (_divisors(new_experts, machine.gpus) if new_experts else [1])
+        expert = self.expert or (_divisors(math.gcd(*shared), machine.gpus) if shared else [1])
         for tp, pp, ep in itertools.product(tensor, pipeline, expert):
             yield ParallelLayout(tp, pp, expert_model_parallel_size=ep)
 
@@ -184,8 +185,9 @@ def recomputed_share(run: PlannedRun) -> float:
     shape, S = run.shape, run.sizes.seq_length
     architecture = shape.architecture
     query = architecture.num_attention_heads * architecture.head_dim
+    counts = count_parameters(shape.parameters)
     dense_ffns = sum(parameter.size for parameter in shape.parameters if parameter.name in DENSE_FFN_PRODUCTS)
-    original_experts = count_parameters(shape.parameters)[ParameterKind.ORIGINAL_EXPERT]
+    one_expert_a_layer = shape.num_moe_layers * sum(map(math.prod, projection_shapes(architecture)))
     forward: dict[Recompute, float] = {
         "none": 0.0,
         # Without a matrix product.
@@ -194,7 +196,7 @@ def recomputed_share(run: PlannedRun) -> float:
         # Q K^T and its product with V: 2 * 2 * S * H d, half of it under the causal mask.
         "core_attn": 2.0 * architecture.num_layers * query * S,
         "mlp": 2.0 * dense_ffns,
-        "moe": 2.0 * shape.top_k * original_experts,
+        "moe": 2.0 * (shape.top_k * one_expert_a_layer + counts[ParameterKind.SHARED_EXPERT]),
         # With nothing trained each matrix is counted forward and for its input's gradient: half is the forward pass.
         "full": training_flops_per_token(shape, (), S) / 2,
     }
@@ -220,6 +222,12 @@ def _nothing_fits(candidates: Sequence[Candidate], machine: Machine) -> str:
         f"{smallest.recompute} needs {smallest.memory.total / GIB:.1f} GiB a GPU, most of it {largest} "
         f"({parts[largest] / GIB:.1f} GiB); take more GPUs, fewer experts or a smaller --micro-batch-size"
     )
+
+
+def _spread(shape: ModelShape, layer: int) -> Iterator[int]:
+    """Numbers of experts of a layer that EP must divide: of a mixture base, and new ones."""
+    base, groups = shape.base_experts(layer), shape.expert_groups(layer)
+    return filter(None, (base if base > 1 else 0, *groups))
 
 
 def _divisors(number: int, largest: int) -> list[int]:

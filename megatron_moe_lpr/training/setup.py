@@ -238,6 +238,8 @@ def _check_expansion(config: TrainingConfig, stage: Stage, card: CheckpointCard)
         )
     if steps is not None and not 1 <= steps <= config.batch.train_iters:
         raise UserError(f"{flag} {steps}: from 1 to --train-iters {config.batch.train_iters}")
+    if config.stage.train_base_router and not card.has_mixture_base:
+        raise UserError("--train-base-router: the base model of --load is dense, all router rows train; leave it out")
     if card.expansions and config.compute.fp8.fp8_param_gather:
         raise UserError("--fp8-param-gather: would round the frozen experts of earlier expansions; leave it out")
 

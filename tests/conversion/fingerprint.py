@@ -8,7 +8,7 @@ from megatron_moe_lpr.conversion.exporter import read_row
 from megatron_moe_lpr.conversion.reading import check_model_tensors
 from megatron_moe_lpr.conversion.tensors.blocks import mark_inserted
 from megatron_moe_lpr.conversion.tensors.fingerprint import OriginalFingerprint
-from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, model_rows
+from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, MOE_LAYOUTS, model_rows
 
 
 def checkpoint_fingerprint(load: Path, base: Path | None = None) -> str:
@@ -21,7 +21,9 @@ def checkpoint_fingerprint(load: Path, base: Path | None = None) -> str:
     with resolve_and_hold(load, base) as iteration:
         checkpoint = resolve_checkpoint(iteration, base)
         card, architecture = checkpoint.card(), checkpoint.architecture()
-        rows = model_rows(architecture, card.experts_per_layer, DENSE_LAYOUT, card.expansions, card.new_tokens)
+        # A mixture base's own names are those of its architecture.
+        layout = MOE_LAYOUTS[card.family] if card.has_mixture_base else DENSE_LAYOUT
+        rows = model_rows(architecture, card.experts_per_layer, layout, card.expansions, card.new_tokens)
         rows = mark_inserted(rows, architecture.num_layers, card.inserted_blocks)
         reader = open_reader(checkpoint)
         check_model_tensors(rows, reader)

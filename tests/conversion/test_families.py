@@ -8,7 +8,9 @@ import shutil
 import pytest
 import torch
 
+from megatron_moe_lpr.conversion.hugging_face.hf_config import DENSE_FAMILY_OF_MOE
 from tests.conversion.helpers import (
+    UPCYCLED_ELSEWHERE,
     assert_same_tensors,
     change_config,
     change_hf,
@@ -74,7 +76,7 @@ def test_equals_transformers_and_comes_back(paths, cpu_platform):
     assert_same_tensors(checkpoint_tensors(root / "trained"), checkpoint_tensors(root / "again"))
 
 
-def test_edited_export_comes_back(paths):
+def test_edited_export_comes_back(paths, capsys):
     """Its own config.json counts where it was edited; the card names the family."""
     name, root = paths
     change_config(root / "stock", max_position_embeddings=COMMON["max_position_embeddings"] // 2)
@@ -83,8 +85,13 @@ def test_edited_export_comes_back(paths):
     run("import", "--hf", root / "stock", "--save", root / "edited")
     assert_same_tensors(checkpoint_tensors(root / "trained"), checkpoint_tensors(root / "edited"))
     run("export", "--load", root / "edited", "--hf", root / "stock again")
+    assert ("vLLM takes 32 / 4" in "".join(capsys.readouterr())) == (name == "seed_oss")
     first, second = (hf_logits(load_hf(root / part)) for part in ("stock", "stock again"))
     assert torch.equal(first, second)
+    if name in DENSE_FAMILY_OF_MOE.values():
+        load_hf(root / "stock").save_pretrained(root / "without card")
+        run("import", "--hf", root / "without card", "--save", root / "elsewhere", *UPCYCLED_ELSEWHERE)
+        assert_same_tensors(checkpoint_tensors(root / "trained"), checkpoint_tensors(root / "elsewhere"))
 
 
 def test_layouts_and_gradients(paths):

@@ -54,11 +54,26 @@ FURTHER_MODELS = {
     "cohere2": ("cohere2", {"logit_scale": 0.5, "sliding_window": 8, "sliding_window_pattern": 2}),
 }
 """Families whose tests share few processes (`test_families.py`)."""
+_EXPERTS = {"num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+MIXTURES = {
+    "qwen3_moe": ("qwen3_moe", _EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
+    "qwen3_moe-probabilities": (
+        "qwen3_moe",
+        _EXPERTS
+        | {"norm_topk_prob": False, "tie_word_embeddings": True, "mlp_only_layers": [1], "intermediate_size": 32},
+    ),
+    "qwen2_moe": ("qwen2_moe", _EXPERTS | {"norm_topk_prob": False, "shared_expert_intermediate_size": 64}),
+    "qwen2_moe-renormalised": ("qwen2_moe", _EXPERTS | {"norm_topk_prob": True, "shared_expert_intermediate_size": 32}),
+    "mixtral": ("mixtral", {"num_hidden_layers": 4, "num_local_experts": 8, "sliding_window": 24}),
+    "olmoe": ("olmoe", {"num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 3}),
+    "granitemoe": ("granitemoe", GRANITE | {"num_hidden_layers": 4, "num_local_experts": 8, "num_experts_per_tok": 3}),
+}
+"""Base models that are mixtures."""
 
 
 def make_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A model with random weights, norms and biases included."""
-    model_type, fields = {**MODELS, **FURTHER_MODELS}[name]
+    model_type, fields = {**MODELS, **FURTHER_MODELS, **MIXTURES}[name]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**COMMON, **fields}))
     with torch.no_grad():

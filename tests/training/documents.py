@@ -158,14 +158,20 @@ def by_document(results: list[dict]) -> list[torch.Tensor]:
 
 
 def errors(results: list[dict], alone: dict) -> dict[str, float]:
-    """Relative differences to every document alone: of logits, of all gradients together, of losses."""
-    found = torch.cat(by_document(results))
-    expected = torch.cat([part[0] for part in alone["logits"]])
-    result, keys = results[0], alone["gradients"].keys()
-    assert result["gradients"].keys() == keys
-    gradients = [torch.cat([one["gradients"][key].flatten() for key in keys]).double() for one in (result, alone)]
+    """Relative differences to every document alone: of logits, of gradients, of losses."""
+    result, documents = results[0], list(zip(by_document(results), (one[0] for one in alone["logits"]), strict=True))
+    assert result["gradients"].keys() == alone["gradients"].keys()
+    gradients = [(result["gradients"][key], gradient) for key, gradient in alone["gradients"].items()]
     return {
-        "logits": ((found - expected).norm() / expected.norm()).item(),
-        "gradients": ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item(),
+        "logits": relative(documents),
+        "worst document": max(relative([pair]) for pair in documents),
+        "gradients": relative(gradients),
+        "worst parameter": max(relative([pair]) for pair in gradients),
         **{name: abs(result[name] - alone[name]) / abs(alone[name]) for name in ("loss", "lpr")},
     }
+
+
+def relative(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Norm of the differences of the tensors, found and expected, over the norm of what is expected."""
+    found, expected = (torch.cat([pair[which].flatten() for pair in pairs]).double() for which in range(2))
+    return ((found - expected).norm() / expected.norm()).item()

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.distributed import rank_pool
+from tests.gpu.inputs import perturb_a_little
 from tests.training.documents import DocumentCase, documents_checkpoint, errors, run_documents
 from tests.training.test_layouts import EP2, FULL, PP2, SELECTIVE, TP2, VPP
 
@@ -21,7 +22,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Sliding window of 8 tokens and yarn."""
-    return documents_checkpoint(tmp_path_factory.mktemp("documents"))
+    return documents_checkpoint(tmp_path_factory.mktemp("documents"), perturb_a_little, initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +39,11 @@ def test_the_check_sees_a_leak_and_positions_reach_the_rotary_embedding(checkpoi
         found = errors(rank_pool(1).run(run_documents, checkpoint, DocumentCase(**changes)), alone)
         assert found["logits"] > 1e-2 and found["gradients"] > 1e-2, (changes, found)
     found = errors(rank_pool(1).run(run_documents, checkpoint, DocumentCase(positions="sample")), alone)
-    assert found["logits"] < 1e-5 and found["gradients"] < 1e-4, found
+    assert max(found.values()) < TOLERANCE, found
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_each_document_alone(name, checkpoint, alone):
     ranks, layout, compute = CASES[name]
     found = errors(rank_pool(ranks).run(run_documents, checkpoint, DocumentCase(layout, compute)), alone)
-    print(name, found)
     assert max(found.values()) < TOLERANCE, found

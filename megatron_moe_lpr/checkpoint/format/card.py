@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import platform
 from collections.abc import Iterable
 from importlib import metadata
@@ -11,7 +12,7 @@ from typing import Any
 from megatron_moe_lpr.errors import UserError, name_file_in_oserror
 from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, is_integer, is_number, read_json, write_json
 from megatron_moe_lpr.model.configuration.architecture import MAX_LAYERS, MAX_VOCABULARY
-from megatron_moe_lpr.model.configuration.families import FAMILIES
+from megatron_moe_lpr.model.configuration.families import FAMILIES, MIXTURES
 
 FORMAT_VERSION = 5
 PARENT_KEY = "base"
@@ -57,9 +58,9 @@ class CheckpointCard:
     """Facts about a checkpoint that cannot be read from its tensors."""
 
     family: str
-    """The dense family's `model_type`, a name of `model/configuration/families.py`."""
+    """The base model's `model_type`, a name of `model/configuration/families.py`."""
     experts_per_layer: list[int]
-    """By layer: the number of experts including the original one; 1: a dense layer."""
+    """By layer: the number of experts including the original ones; 1: a dense layer."""
     top_k: int
     """Experts per token in the layers that have a router."""
     dtype: str
@@ -94,6 +95,18 @@ class CheckpointCard:
     def is_moe(self) -> bool:
         """Whether at least one layer has a router."""
         return any(experts > 1 for experts in self.experts_per_layer)
+
+    @property
+    def has_mixture_base(self) -> bool:
+        """Whether the base model is a mixture, all of whose experts are original ones."""
+        return self.family in MIXTURES
+
+    @property
+    def base_experts(self) -> list[int]:
+        """Original experts of each layer: 1, or those of the mixture base."""
+        if not self.has_mixture_base:
+            return [1] * len(self.experts_per_layer)
+        return [sum(layer) for layer in zip(self.experts_per_layer, *map(_negated, self.expansions), strict=True)]
 
     @property
     def compute_dtype(self) -> str:
@@ -165,11 +178,19 @@ def check_experts(experts_per_layer: object, place: str) -> None:
 
 
 def _check_expansions(card: CheckpointCard, path: Path) -> None:
+    added = [sum(layer) for layer in zip(*card.expansions, strict=True)]
     new = [experts - 1 for experts in card.experts_per_layer]
-    if card.expansions and [sum(layer) for layer in zip(*card.expansions, strict=True)] != new:
+    fits = added in ([], new)
+    if card.has_mixture_base:
+        fits = len(added) == len(new) and all(map(operator.le, added, new))
+    if not fits:
         raise UserError(f"{path}: expansions do not add up to experts_per_layer; copy the file again")
-    if card.openness < 1 and len(card.expansions) < 2:
+    if card.openness < 1 and len(card.expansions) < 2 and not card.has_mixture_base:
         raise UserError(f"{path}: openness {card.openness:g} without a second expansion; copy the file again")
+
+
+def _negated(numbers: list[int]) -> list[int]:
+    return [-number for number in numbers]
 
 
 def _is_text_table(value: object) -> bool:
@@ -209,7 +230,7 @@ def _is_expansions(value: object) -> bool:
 
 
 _FIELD_CHECKS = {
-    "family": lambda value: isinstance(value, str) and value in FAMILIES,
+    "family": lambda value: isinstance(value, str) and value in FAMILIES | MIXTURES,
     "dtype": lambda value: isinstance(value, str) and value in MODEL_DTYPES,
     "original_fingerprint": lambda value: isinstance(value, str),
     "router_seed": lambda value: value is None or type(value) is int,

@@ -41,6 +41,10 @@ def model_shape(directory: CheckpointDirectory) -> ModelShape:
     layers = architecture.num_layers
     if any(len(counts) != layers for counts in (card.experts_per_layer, *card.expansions)):
         raise UserError(f"{directory.path}: config.json has {layers} layers, its card another number; copy both again")
+    if card.base_experts != [architecture.base_experts(layer) for layer in range(layers)]:
+        raise UserError(
+            f"{directory.path}: its config.json and card differ in the base model's number of experts; copy both again"
+        )
     return ModelShape(
         architecture,
         tuple(card.experts_per_layer),

@@ -16,13 +16,7 @@ from megatron_moe_lpr.files.json_files import write_json
 from megatron_moe_lpr.model.tensors import EMBEDDING_NAME, OUTPUT_NAME
 from megatron_moe_lpr.progress import ProgressReport
 
-SUFFIX = ".gguf"
 SHARD_BYTES = 5 * 10**9
-
-
-def is_gguf(model: Path | str) -> bool:
-    """Whether a path names a GGUF file that exists."""
-    return str(model).endswith(SUFFIX) and Path(model).is_file()
 
 
 def dequantised_directory(path: Path) -> Path:

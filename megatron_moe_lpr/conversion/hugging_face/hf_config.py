@@ -10,15 +10,10 @@ from typing import Any
 from megatron_moe_lpr.checkpoint.format.card import MAX_EXPERTS, check_experts
 from megatron_moe_lpr.conversion.hugging_face.stock_fields import STOCK_FIELDS
 from megatron_moe_lpr.errors import UserError
-from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, is_integer, required_int
-from megatron_moe_lpr.model.configuration.architecture import (
-    MAX_LAYERS,
-    MAX_POSITIONS,
-    MAX_SIZE,
-    Architecture,
-    layer_kinds,
-)
+from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, required_int
+from megatron_moe_lpr.model.configuration.architecture import MAX_POSITIONS, MAX_SIZE, Architecture, layer_kinds
 from megatron_moe_lpr.model.configuration.families import FAMILIES
+from megatron_moe_lpr.model.configuration.mixtures import EXPERT_COUNTS, experts_by_layer
 from megatron_moe_lpr.model.configuration.rope_parameters import DEFAULT_THETA, read_rope
 from megatron_moe_lpr.program import command
 
@@ -31,7 +26,6 @@ DENSE_FAMILY_OF_MOE = {
     "cohere2_moe": "cohere2",
 }
 """The family as which a stock MoE is read that names none: several may become the same stock architecture."""
-EXPERT_COUNTS = ("num_local_experts", "num_experts")
 MOE_NAMES = {"mixtral": "Mixtral", "granitemoe": "GraniteMoE", "cohere2_moe": "Cohere2-MoE"}
 WEIGHTS_OF_ONE = frozenset(MOE_NAMES)
 """Stock architectures that weight a single expert by 1: the softmax runs over the chosen ones."""
@@ -80,7 +74,7 @@ MOE_DEFAULTS: Mapping[str, Mapping[str, float]] = {
 def moe_config(
     dense: Mapping[str, Any], architecture: Architecture, experts_per_layer: Sequence[int], top_k: int
 ) -> dict[str, Any]:
-    """Return the configuration of the stock MoE architecture.
+    """Return the configuration of the stock MoE architecture; of a mixture base its own with more experts.
 
     Raises:
         UserError: the stock architecture cannot hold this model; the message says why.
@@ -88,6 +82,8 @@ def moe_config(
     num_experts = _common_number_of_experts(experts_per_layer, architecture)
     family = architecture.family
     config = without_foreign_fields(dense)
+    if architecture.mixture:
+        return with_expert_count(with_both_rope_spellings(config, architecture), num_experts)
     config |= {"model_type": family.moe_model_type, "architectures": [family.moe_architecture]}
     config[family.norm_epsilon[0]] = architecture.norm_epsilon
     if family.tied:
@@ -106,6 +102,12 @@ def moe_config(
     if family.qkv_bias:
         config.pop("attention_bias", None)  # The stock architecture has these biases without a field for them.
     return {**config, **STOCK_FIELDS[family.moe_model_type](architecture, experts_per_layer, num_experts, top_k)}
+
+
+def with_expert_count(moe: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
+    """Return a stock MoE configuration with another number of experts, in every field that names it."""
+    named = [name for name in EXPERT_COUNTS if moe.get(name) is not None]
+    return {**moe, **dict.fromkeys(named, num_experts)}
 
 
 def without_foreign_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,23 +271,6 @@ def stock_experts_per_layer(moe: Mapping[str, Any], source: str) -> list[int]:
     Raises:
         UserError: a field is missing, or not such a number or list.
     """
-    given = {name: moe[name] for name in EXPERT_COUNTS if moe.get(name) is not None}
-    if len(set(map(abbreviated, given.values()))) > 1:
-        raise UserError(
-            f"{source}: num_local_experts is {abbreviated(given[EXPERT_COUNTS[0]])} and num_experts is "
-            f"{abbreviated(given[EXPERT_COUNTS[1]])}, and versions of transformers differ in which of them they read; "
-            "remove the wrong one"
-        )
-    name = next(iter(given), "num_experts")
-    experts = required_int(moe, name, source, 1, MAX_EXPERTS)
-    layers = required_int(moe, "num_hidden_layers", source, 1, MAX_LAYERS)
-    dense = moe.get("mlp_only_layers") or []
-    if moe["model_type"] == "cohere2_moe":
-        kinds = moe.get("mlp_layer_types") or []
-        dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"] if isinstance(kinds, list) else kinds
-    if not isinstance(dense, list) or not all(is_integer(layer, 0, layers - 1) for layer in dense):
-        raise UserError(f"{source}: mlp_only_layers must be a list of layers from 0 to {layers - 1}")
-    chosen = set(dense)
-    counts = [1 if layer in chosen else experts for layer in range(layers)]
-    check_experts(counts, f"{source}: {name}")
+    counts = experts_by_layer(moe, source)
+    check_experts(counts, f"{source}: number of experts")
     return counts

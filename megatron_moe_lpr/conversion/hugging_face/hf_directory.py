@@ -18,6 +18,7 @@ from megatron_moe_lpr.conversion.hugging_face.hf_config import (
     moe_config,
     stock_experts_per_layer,
     stock_top_k,
+    with_expert_count,
     without_dtype,
     without_foreign_fields,
 )
@@ -36,6 +37,7 @@ from megatron_moe_lpr.files.json_files import checked_integer, required_int
 from megatron_moe_lpr.files.lfs_pointers import refuse_lfs_pointers
 from megatron_moe_lpr.files.links import copy_private, file_inside, tree_inside
 from megatron_moe_lpr.model.configuration.architecture import MAX_SIZE, MAX_VOCABULARY, Architecture, read_architecture
+from megatron_moe_lpr.model.configuration.families import MIXTURES
 from megatron_moe_lpr.model.configuration.parameters import Shape
 from megatron_moe_lpr.model.tensors import (
     DENSE_LAYOUT,
@@ -93,7 +95,8 @@ class HFDirectory:
 
     path: Path
     config: dict[str, Any]
-    """The dense model's configuration, also for a directory of an MoE or of a model with an extended vocabulary."""
+    """The base model's configuration, also for a directory of an upcycled model or of one with more experts or an
+    extended vocabulary."""
     architecture: Architecture
     layout: Layout
     experts_per_layer: list[int]
@@ -130,11 +133,15 @@ class HFDirectory:
         return SafetensorsSource(weight_files(self.path))
 
 
-def open_hf_directory(path: Path) -> HFDirectory:
+def open_hf_directory(path: Path, upcycled_elsewhere: bool = False) -> HFDirectory:
     """Read the configuration files of a Hugging Face directory.
 
+    Args:
+        upcycled_elsewhere: a stock MoE without a card is a dense model that another program upcycled, with the dense
+            FFN as expert 0; otherwise it is a mixture, all of whose experts are original ones.
+
     Raises:
-        UserError: not such a directory, an unsupported architecture, or an MoE that was not upcycled.
+        UserError: not such a directory, or an unsupported architecture.
     """
     path = Path(path)
     refuse_other_directories(path)
@@ -145,8 +152,8 @@ def open_hf_directory(path: Path) -> HFDirectory:
     if model_type == LLAMA_CPP_MODEL_TYPE:
         raise UserError(f"{config_path}: written for llama.cpp alone; use the export for transformers")
     config = _without_new_rows(config, _card(path), path)
-    if isinstance(model_type, str) and model_type in DENSE_FAMILY_OF_MOE:
-        return _open_moe(path, config)
+    if isinstance(model_type, str) and (model_type in DENSE_FAMILY_OF_MOE or model_type in MIXTURES):
+        return _open_moe(path, config, upcycled_elsewhere)
     architecture = read_architecture(config, str(config_path))
     layers = [1] * architecture.num_layers
     return HFDirectory(path, config, architecture, DENSE_LAYOUT, layers, 1, 0, _card(path))
@@ -162,19 +169,21 @@ def _without_new_rows(config: dict[str, Any], card: CheckpointCard | None, path:
     return config | {"vocab_size": size - card.added_rows}
 
 
-def _open_moe(path: Path, moe: dict[str, Any]) -> HFDirectory:
+def _open_moe(path: Path, moe: dict[str, Any], upcycled_elsewhere: bool) -> HFDirectory:
     source = str(path / CONFIG_FILE)
     experts, card = stock_experts_per_layer(moe, source), _card(path)
-    config = _dense_configuration(path, moe, card)
+    is_mixture = card.has_mixture_base if card else moe["model_type"] in MIXTURES and not upcycled_elsewhere
+    config = moe if is_mixture and not card else _dense_configuration(path, moe, card)
     architecture = read_architecture(config, source)
     layout = MOE_LAYOUTS[moe["model_type"]]
+    top_k = architecture.mixture.top_k if architecture.mixture else stock_top_k(moe, source)
     if card and experts != card.experts_per_layer and experts == [card.num_experts] * len(card.experts_per_layer):
         layout, experts = dataclasses.replace(layout, experts_everywhere=True), card.experts_per_layer
     if architecture.family.moe_model_type != moe["model_type"] or (card and card.experts_per_layer != experts):
         raise UserError(f"{path / SIDE_DIRECTORY}: does not belong to {source}; export the model again")
     width = moe.get("shared_expert_intermediate_size") or SHARED_EXPERT_WIDTH
     checked_integer(width, "shared_expert_intermediate_size", source, 1, MAX_SIZE)
-    return HFDirectory(path, config, architecture, layout, experts, stock_top_k(moe, source), width, card)
+    return HFDirectory(path, config, architecture, layout, experts, top_k, width, card)
 
 
 def _dense_configuration(path: Path, moe: dict[str, Any], card: CheckpointCard | None) -> dict[str, Any]:
@@ -184,6 +193,8 @@ def _dense_configuration(path: Path, moe: dict[str, Any], card: CheckpointCard |
         UserError: the configuration is not that of an upcycled model.
     """
     if not card:
+        if moe["model_type"] not in DENSE_FAMILY_OF_MOE:
+            raise UserError(f"{path / CONFIG_FILE}: no dense model that is known here becomes a mixture of this kind")
         return dense_config(moe, str(path / CONFIG_FILE))
     side = path / SIDE_DIRECTORY / CONFIG_FILE
     kept = read_json(file_inside(side, path))
@@ -192,6 +203,8 @@ def _dense_configuration(path: Path, moe: dict[str, Any], card: CheckpointCard |
         written = moe_config(kept, architecture, card.experts_per_layer, card.top_k)
         if without_dtype(without_foreign_fields(moe)) == without_dtype(written):
             return kept
+    if card.has_mixture_base:
+        return with_expert_count(moe, max(card.base_experts))
     return dense_config(moe, str(path / CONFIG_FILE), card.family)
 
 

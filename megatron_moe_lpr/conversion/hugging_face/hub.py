@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from megatron_moe_lpr.conversion.hugging_face.gguf_directory import dequantised_directory, is_gguf
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.hub_errors import explain_hub_errors, is_client_error
 
 CONFIG_FILE = "config.json"
+GGUF_SUFFIX = ".gguf"
 REVISION_HINT = "is --revision right?"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (
@@ -50,7 +50,7 @@ def model_directory(model: Path | str, revision: str | None = None, flag: str = 
             `revision` is given for a directory.
     """
     if _is_local(model, revision):
-        return dequantised_directory(Path(model)) if is_gguf(model) else Path(model)
+        return _local_directory(Path(model))
     with _as_hub_name(model, flag):
         return _snapshot(str(model), revision)
 
@@ -66,7 +66,7 @@ def model_config_file(model: Path | str, revision: str | None = None) -> Path:
         UserError: the hub does not answer, refuses access, or has no such model; or `revision` is given for a path.
     """
     if _is_local(model, revision):
-        place = dequantised_directory(Path(model)) if is_gguf(model) else Path(model)
+        place = _local_directory(Path(model))
         return place / CONFIG_FILE if place.is_dir() else place
     from huggingface_hub import constants, hf_hub_download
 
@@ -81,6 +81,15 @@ def _is_local(model: Path | str, revision: str | None) -> bool:
     if is_local and revision is not None:
         raise UserError(f"--revision {revision}: --hf {model} is no name on the hub; leave the flag out")
     return is_local
+
+
+def _local_directory(path: Path) -> Path:
+    """Return a path, or the directory that a GGUF file is dequantised into."""
+    if not (path.name.endswith(GGUF_SUFFIX) and path.is_file()):
+        return path
+    from megatron_moe_lpr.conversion.hugging_face.gguf_directory import dequantised_directory  # imports torch
+
+    return dequantised_directory(path)
 
 
 @contextlib.contextmanager

@@ -37,8 +37,8 @@ def extra_tensors(
 ) -> list[ExtraTensor]:
     """All tensors that `layout` needs beyond those of `model_rows`; none for a dense model."""
     extra: list[ExtraTensor] = []
-    if layout is DENSE_LAYOUT:
-        return extra
+    if layout is DENSE_LAYOUT or architecture.mixture:
+        return extra  # A mixture base has tensors of its own for all that its architecture wants.
     for layer, experts in enumerate(experts_per_layer):
         if experts > 1 and layout.shared_expert:
             extra += _shared_expert(architecture, layer, shared_expert_width)

@@ -20,7 +20,7 @@ from megatron_moe_lpr.model.configuration.parameters import describe_model
 from megatron_moe_lpr.model.parameter_counts import active_parameters, count_parameters
 
 # Fields of a card's history that are for programs, too long for a screen.
-LONG_FIELDS = ("data",)
+LONG_FIELDS = ("data", "copied")
 ROWS = (ParameterKind.NEW_ROWS, ParameterKind.EARLIER_ROWS)
 
 
@@ -83,7 +83,8 @@ def _model_lines(inspection: Inspection) -> list[tuple[str, str]]:
     model = inspection.architecture
     added = inspection.card.new_tokens if inspection.card else []
     counts = count_parameters(describe_model(model, inspection.experts_per_layer, new_tokens=added))
-    active = active_parameters(counts, inspection.top_k)
+    base = model.mixture.num_experts if model.mixture else 1
+    active = active_parameters(counts, inspection.top_k, base)
     is_moe = max(inspection.experts_per_layer) > 1
     lines = [
         ("form", inspection.form),
@@ -107,6 +108,10 @@ def _model_lines(inspection: Inspection) -> list[tuple[str, str]]:
         original = sum(count for kind, count in counts.items() if kind.is_original)
         new_experts, routers = counts[ParameterKind.NEW_EXPERTS], counts[ParameterKind.ROUTER]
         parts = {"original": original, "new experts": new_experts, "routers": routers}
+        if model.mixture:
+            parts["original"] -= counts[ParameterKind.BASE_ROUTER]
+            parts["routers"] += counts[ParameterKind.BASE_ROUTER]
+            lines.insert(4, ("base experts", _runs(model.mixture.experts)))
         if any(added):
             parts["new rows"] = sum(counts.get(kind, 0) for kind in ROWS)
         lines.insert(4, ("top-k", str(inspection.top_k)))

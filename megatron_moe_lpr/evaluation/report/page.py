@@ -43,7 +43,10 @@ def _tiles(inputs: ReportInputs) -> list[tuple[str, str, str]]:
     ]
     chosen = last.average("original", "expert0_top_k_share")
     if chosen is not None:
-        tiles.append((fraction(chosen), "of old-language tokens choose the original expert", "mean over layers"))
+        what = "of old-language tokens choose the original expert"
+        if last.record.has_mixture_base:
+            what = "of old-language tokens' experts are the base model's"
+        tiles.append((fraction(chosen), what, "mean over layers"))
     return tiles
 
 

@@ -32,7 +32,8 @@ class Routing(_Model):
     """Routing of a dataset's tokens."""
 
     expert0_top_k_share: list[float | None]
-    """Fraction of the tokens with expert 0 in the top k, from 0 to 1, of each layer; None for a dense layer."""
+    """Fraction of the tokens with expert 0 in the top k, from 0 to 1, of each layer; of a mixture base the share of its
+    experts in the tokens' top k. None for a dense layer."""
 
 
 class Dataset(_Model):
@@ -77,9 +78,16 @@ class EvaluationRecord(_Model):
     """Whether no document saw another."""
     top_k: PositiveInt
     experts_per_layer: Annotated[list[PositiveInt], Field(min_length=1)]
+    base_experts: list[PositiveInt] = []
+    """Original experts of each layer, where the base model is a mixture more than 1."""
     averages: dict[str, Averages]
     """By language group."""
     datasets: list[Dataset]
+
+    @property
+    def has_mixture_base(self) -> bool:
+        """Whether the base model is a mixture, all of whose experts are original ones."""
+        return max(self.base_experts, default=1) > 1
 
     @model_validator(mode="after")
     def _check_fields_against_each_other(self) -> "EvaluationRecord":

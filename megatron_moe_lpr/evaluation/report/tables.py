@@ -69,7 +69,8 @@ def print_table(inputs: ReportInputs, console: Console | None = None) -> None:
             table.add_column(label, justify="right")
         table.add_column(f"{group} mean", justify="right", style="bold")
         table.add_column("change", justify="right")
-    table.add_column("expert 0 chosen, original", justify="right")
+    original = "base experts" if inputs.subject.record.has_mixture_base else "expert 0"
+    table.add_column(f"{original} chosen, original", justify="right")
     if inputs.has_new_tokens:
         table.add_column("mass on new tokens, original", justify="right")
     for name in COSTS if inputs.costs else ():

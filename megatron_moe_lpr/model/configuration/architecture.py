@@ -6,27 +6,40 @@ from typing import Any
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, optional_bool, optional_float, required_int
-from megatron_moe_lpr.model.configuration.families import FAMILIES, NO_MULTIPLIERS, REFUSED, Family, Multipliers
+from megatron_moe_lpr.model.configuration.families import (
+    FAMILIES,
+    MIXTURES,
+    NO_MULTIPLIERS,
+    REFUSED,
+    Family,
+    Multipliers,
+)
+from megatron_moe_lpr.model.configuration.mixtures import (
+    MAX_LAYERS,
+    MAX_SIZE,
+    Mixture,
+    read_mixture,
+    with_mixture_defaults,
+)
 from megatron_moe_lpr.model.configuration.quantisation import refuse_quantisation
 from megatron_moe_lpr.model.configuration.rope_parameters import read_rope
 
 HFConfig = Mapping[str, Any]
 
 # Far above any model, and low enough that a hostile configuration allocates little before any tensor is checked.
-MAX_LAYERS = 1000
-MAX_SIZE = 1 << 24
 MAX_POSITIONS = 1 << 40
 MAX_VOCABULARY = (1 << 31) - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Sizes and switches of a dense model, read from its Hugging Face configuration."""
+    """Sizes and switches of a base model, read from its Hugging Face configuration."""
 
     family: Family
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Width of the FFN, in a mixture that of an expert."""
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
@@ -41,19 +54,28 @@ class Architecture:
     full_attention_layers: tuple[int, ...] = ()
     """Layers without the window that the others have, and without rotary embedding."""
     multipliers: Multipliers = NO_MULTIPLIERS
+    mixture: Mixture | None = None
+    """Experts of a base model that is a mixture itself; None: a dense model."""
 
     def window(self, layer: int) -> int | None:
         """Return the sliding window of a layer; None: a token attends to all before it."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
+    def base_experts(self, layer: int) -> int:
+        """Original experts of a layer: all that a mixture base has, or 1, the dense model's FFN."""
+        return self.mixture.experts[layer] if self.mixture else 1
+
 
 def read_architecture(config: HFConfig, source: str = "config.json") -> Architecture:
-    """Read a dense configuration; `source` names the file in error messages.
+    """Read the configuration of a dense model or of a mixture base; `source` names the file in error messages.
 
     Raises:
         UserError: an architecture or a switch this project does not support, or a missing field.
     """
     family = _family(config, source)
+    is_mixture = family.name in MIXTURES
+    if is_mixture:
+        config = with_mixture_defaults(config, source)
     _refuse_unsupported(config, family, source)
     hidden = required_int(config, "hidden_size", source, 1, MAX_SIZE)
     heads = required_int(config, "num_attention_heads", source, 1, MAX_SIZE)
@@ -74,6 +96,7 @@ def read_architecture(config: HFConfig, source: str = "config.json") -> Architec
         sliding_window=window,
         full_attention_layers=full_attention_layers,
         multipliers=_multipliers(config, family, source),
+        mixture=read_mixture(config, source) if is_mixture else None,
     )
 
 
@@ -81,6 +104,8 @@ def _family(config: HFConfig, source: str) -> Family:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in REFUSED:
         raise UserError(f"{source}: architecture {model_type!r} is not supported: {REFUSED[model_type]}")
+    if isinstance(model_type, str) and model_type in MIXTURES:
+        return MIXTURES[model_type]
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(f"{family.architecture} ({name})" for name, family in FAMILIES.items())
         raise UserError(f"{source}: architecture {abbreviated(model_type)} is not supported; supported are {supported}")

@@ -20,7 +20,7 @@ from megatron_moe_lpr.model.configuration.kernels import check_dispatcher, chose
 from megatron_moe_lpr.model.configuration.parameters import Parameter, describe_model
 from megatron_moe_lpr.model.configuration.recompute import check_recompute
 from megatron_moe_lpr.model.transformer.rope import attention_factor
-from megatron_moe_lpr.parallel.experts import check_expert_parallel
+from megatron_moe_lpr.parallel.experts import check_expert_parallel, check_mixture_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform
 
@@ -62,7 +62,7 @@ class ModelShape:
 
     architecture: Architecture
     experts_per_layer: tuple[int, ...]
-    """Experts of each layer, the original one counted; 1 is a dense layer."""
+    """Experts of each layer, the original ones counted; 1 is a dense layer."""
     top_k: int = 2
     expansions: tuple[tuple[int, ...], ...] = ()
     """New experts of each layer by expansion, the first one first; empty: one expansion added them all."""
@@ -89,9 +89,22 @@ class ModelShape:
         """Number of language groups: the original languages, and those of each expansion."""
         return 1 + max(1, len(self.expansions))
 
+    def base_experts(self, layer: int) -> int:
+        """Original experts of a layer: 1, or all that a mixture base has."""
+        return self.architecture.base_experts(layer)
+
     def expert_groups(self, layer: int) -> tuple[int, ...]:
         """New experts of a layer by expansion."""
-        return tuple(added[layer] for added in self.expansions) or (self.experts_per_layer[layer] - 1,)
+        added = tuple(added[layer] for added in self.expansions)
+        return added or (self.experts_per_layer[layer] - self.base_experts(layer),)
+
+    def dispatched_groups(self, layer: int) -> tuple[int, ...]:
+        """Experts of a layer that are spread over EP ranks: a mixture base's, earlier expansions', the latest one's.
+
+        Numbers of 0 are left out, except that of the latest. A single original expert is on every rank.
+        """
+        base, groups = self.base_experts(layer), self.expert_groups(layer)
+        return *filter(None, (base if base > 1 else 0, sum(groups[:-1]))), groups[-1]
 
     def earlier_experts(self, layer: int) -> int:
         """New experts of a layer that expansions before the latest one added; they never train again."""
@@ -153,9 +166,20 @@ def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
         experts_per_layer=shape.experts_per_layer,
+        is_mixture=architecture.mixture is not None,
     )
+    if architecture.mixture and architecture.mixture.shared_expert_size % layout.tensor_model_parallel_size:
+        raise UserError(
+            f"--tensor-model-parallel-size {layout.tensor_model_parallel_size} does not divide the shared expert's "
+            f"{architecture.mixture.shared_expert_size} columns"
+        )
     for layer in range(architecture.num_layers):
-        if shape.earlier_experts(layer):
+        if shape.base_experts(layer) > 1:
+            groups = shape.expert_groups(layer)
+            check_mixture_parallel(
+                shape.base_experts(layer), (sum(groups[:-1]), groups[-1]), layout.expert_model_parallel_size
+            )
+        elif shape.earlier_experts(layer):
             # Each rank holds its share of the earlier experts and of the latest ones.
             for count in (shape.earlier_experts(layer), shape.expert_groups(layer)[-1]):
                 check_expert_parallel(count, layout.expert_model_parallel_size)
@@ -185,6 +209,11 @@ def check_options(
     check_fp8_shapes(options.fp8, shape.architecture, layout, tokens)
     if options.original_expert_overlap and shape.max_experts == 1:
         raise UserError("--original-expert-overlap: the checkpoint is dense, it has no experts; leave the flag out")
+    if options.original_expert_overlap and shape.architecture.mixture:
+        raise UserError(
+            "--original-expert-overlap: the base model is a mixture, whose experts are spread over EP ranks like the "
+            "new ones; leave the flag out"
+        )
 
 
 def check_platform(shape: ModelShape, layout: ParallelLayout, options: ComputeOptions, platform: Platform) -> None:
@@ -253,13 +282,25 @@ def _expert_fields(shape: ModelShape, options: ComputeOptions) -> dict[str, Any]
         "moe_ffn_hidden_size": shape.architecture.ffn_hidden_size,
         "moe_router_topk": shape.top_k,
         "moe_router_dtype": "fp32",
-        # Renormalising one probability would make every weight 1 and hide the router from the loss.
-        "moe_router_pre_softmax": shape.top_k == 1,
+        "moe_router_pre_softmax": _weights_are_probabilities(shape),
+        **_shared_expert_fields(shape.architecture),
         "moe_token_dispatcher_type": options.moe_token_dispatcher_type,
         "moe_flex_dispatcher_backend": options.moe_flex_dispatcher_backend,
         "original_expert_overlap": options.original_expert_overlap,
         "moe_grouped_gemm": True,
     }
+
+
+def _weights_are_probabilities(shape: ModelShape) -> bool:
+    """Whether the weights of a token's experts are their probabilities among all experts, and need not add up to 1."""
+    mixture = shape.architecture.mixture
+    # Renormalising one probability would make every weight 1 and hide the router from the loss.
+    return not mixture.renormalised if mixture else shape.top_k == 1
+
+
+def _shared_expert_fields(architecture: Architecture) -> dict[str, Any]:
+    size = architecture.mixture.shared_expert_size if architecture.mixture else 0
+    return {"moe_shared_expert_intermediate_size": size, "moe_shared_expert_gate": True} if size else {}
 
 
 def _layout_fields(layout: ParallelLayout, dtype: torch.dtype) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Multipliers:
     logits_divisor: float = 1.0
 
     @property
-    def of_logits(self) -> float:
+    def logits_factor(self) -> float:
         """Factor of the logits."""
         return self.logits / self.logits_divisor
 
@@ -176,6 +176,44 @@ FAMILIES = {
         Family("cohere2", "Cohere2ForCausalLM", window="some layers", default_window=4096, **PARALLEL_BLOCK),
     )
 }
+
+MIXTURES = {
+    family.name: family
+    for family in (
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            "mixtral",
+            "MixtralForCausalLM",
+            window="all layers",
+            norm_epsilon=("rms_norm_eps", 1e-5),
+            rope_theta=1e6,
+        ),
+        Family(
+            "granitemoe",
+            "GraniteMoeForCausalLM",
+            "granitemoe",
+            "GraniteMoeForCausalLM",
+            multipliers=GRANITE_MULTIPLIERS,
+            groups_may_be_absent=True,
+            fixed=(("attention_bias", False),),
+        ),
+        Family(
+            "olmoe",
+            "OlmoeForCausalLM",
+            "olmoe",
+            "OlmoeForCausalLM",
+            qk_norm="all heads",
+            groups_may_be_absent=True,
+            norm_epsilon=("rms_norm_eps", 1e-5),
+            fixed=(("attention_bias", False), ("clip_qkv", None)),
+        ),
+        Family("qwen2_moe", "Qwen2MoeForCausalLM", "qwen2_moe", "Qwen2MoeForCausalLM", qkv_bias=True),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM", "qwen3_moe", "Qwen3MoeForCausalLM", qk_norm="heads"),
+    )
+}
+"""Base models that are mixtures; `moe_model_type` is their own, since a model with more experts is of the same
+architecture. What they have beside a dense family's fields: `mixtures.py`."""
 
 _POSITIONS = "it scales queries by their position from 16,384 on, which no stock mixture of experts does"
 _TWO_ROPES = "it has two kinds of rotary embedding, and no stock mixture of experts has both"

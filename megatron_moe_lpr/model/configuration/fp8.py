@@ -209,8 +209,10 @@ def _check_bf16_layers(options: FP8Options, rank_layers: int) -> None:
 
 def _dimensions(architecture: Architecture, layout: ParallelLayout) -> dict[str, int]:
     """Columns and rows of a rank's matrices in a layer with experts; a dense FFN has the original expert's shapes."""
-    shapes = {parameter.name: parameter.rank_shape(layout) for parameter in describe_layer(architecture, experts=2)}
-    return {
+    parameters = [*describe_layer(architecture, experts=2), *describe_layer(architecture, experts=3, base=2)]
+    shapes = {parameter.name: parameter.rank_shape(layout) for parameter in parameters}
+    shared = shapes.get("mlp.shared_experts.linear_fc2.weight")
+    return ({"FFN columns of the shared expert on a rank": shared[1]} if shared else {}) | {
         "the hidden size": architecture.hidden_size,
         "attention heads x head dimension of a rank": shapes["self_attention.linear_proj.weight"][1],
         "query, key and value rows of a rank": shapes["self_attention.linear_qkv.weight"][0],

@@ -7,14 +7,21 @@ from collections.abc import Collection
 
 class ParameterKind(str, enum.Enum):
     """What a parameter belongs to. New experts, routers, new rows of the vocabulary and inserted blocks were added to
-    the dense model; all other parameters are the dense model's own."""
+    the base model; all other parameters are the base model's own."""
 
     ROUTER = "router"
+    """All rows of a router; of a mixture base the rows of new experts alone."""
     NEW_EXPERTS = "new experts"
     """Of the latest expansion; after a single import all but the original expert."""
     EARLIER_EXPERTS = "earlier experts"
     """New experts of expansions before the latest one."""
     ORIGINAL_EXPERT = "original expert"
+    BASE_EXPERTS = "base experts"
+    """The experts of a base model that is a mixture, all of which are original ones."""
+    BASE_ROUTER = "base router rows"
+    """The router's rows of the base experts."""
+    SHARED_EXPERT = "shared expert"
+    """An FFN of a mixture base that every token passes, beside its experts, and its gate."""
     INSERTED_BLOCKS = "inserted blocks"
     DENSE_FFN = "dense FFN"
     """The FFN of a layer without experts."""
@@ -41,9 +48,14 @@ class ParameterKind(str, enum.Enum):
         return self is ParameterKind.ORIGINAL_EXPERT or self.is_expert_parallel
 
     @property
+    def is_router(self) -> bool:
+        """Rows of a router, which are float32 whatever the model's dtype is."""
+        return self in (ParameterKind.ROUTER, ParameterKind.BASE_ROUTER)
+
+    @property
     def is_expert_parallel(self) -> bool:
         """The parameter is distributed over expert-parallel and expert-TP ranks instead of TP ranks."""
-        return self in (ParameterKind.NEW_EXPERTS, ParameterKind.EARLIER_EXPERTS)
+        return self in (ParameterKind.NEW_EXPERTS, ParameterKind.EARLIER_EXPERTS, ParameterKind.BASE_EXPERTS)
 
 
 ADDED = frozenset(
@@ -67,7 +79,10 @@ IN_INSERTED_BLOCKS = frozenset({ParameterKind.DENSE_FFN, ParameterKind.ATTENTION
 # The first pattern that matches decides. Norms come first: Transformer Engine keeps some inside linear layers.
 PATTERNS = (
     (r"layernorm|layer_norm", ParameterKind.NORM),
+    (r"\.mlp\.router\.base_rows", ParameterKind.BASE_ROUTER),
     (r"\.mlp\.router\.", ParameterKind.ROUTER),
+    (r"\.mlp\.shared_experts\.", ParameterKind.SHARED_EXPERT),
+    (r"\.mlp\.experts\.base\.", ParameterKind.BASE_EXPERTS),
     (r"\.mlp\.experts\.earlier\.", ParameterKind.EARLIER_EXPERTS),
     (r"\.mlp\.experts\.", ParameterKind.NEW_EXPERTS),
     (r"\.mlp\.original_expert\.", ParameterKind.ORIGINAL_EXPERT),

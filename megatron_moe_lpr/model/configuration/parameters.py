@@ -82,7 +82,8 @@ def describe_model(
     yield from _vocabulary(architecture, EMBEDDING_KEY, NEW_EMBEDDING_KEY, new_tokens, is_product=tied)
     for layer, experts in enumerate(experts_per_layer):
         earlier = sum(added[layer] for added in expansions[:-1])
-        for parameter in describe_layer(architecture, experts, earlier, layer):
+        base = architecture.base_experts(layer)
+        for parameter in describe_layer(architecture, experts, earlier, layer, base):
             inserted = layer in inserted_blocks
             yield dataclasses.replace(parameter, kind=ParameterKind.INSERTED_BLOCKS) if inserted else parameter
     yield Parameter("decoder.final_layernorm.weight", ParameterKind.NORM, ((architecture.hidden_size,),))
@@ -103,13 +104,14 @@ def _vocabulary(
 
 
 def describe_layer(
-    architecture: Architecture, experts: int, earlier: int = 0, layer: int | None = None
+    architecture: Architecture, experts: int, earlier: int = 0, layer: int | None = None, base: int = 1
 ) -> Iterator[Parameter]:
     """Parameters of one transformer layer.
 
     Args:
-        experts: of the layer, the original one counted; 1 is a dense layer.
+        experts: of the layer, the original ones counted; 1 is a dense layer.
         earlier: of the new experts those of expansions before the latest one.
+        base: original experts of the layer: 1, the dense model's FFN, or all that a mixture base has.
     """
     hidden = architecture.hidden_size
     yield from _attention(architecture, layer)
@@ -117,13 +119,35 @@ def describe_layer(
     if experts == 1:
         yield from _ffn("mlp", ParameterKind.DENSE_FFN, architecture, layer)
         return
-    yield Parameter("mlp.router.weight", ParameterKind.ROUTER, ((experts, hidden),), layer, is_product=True)
-    yield from _ffn("mlp.original_expert", ParameterKind.ORIGINAL_EXPERT, architecture, layer)
+    yield from _router(experts, base, hidden, layer)
+    if base > 1:
+        yield from _shared_expert(architecture, layer)
+        yield from _ffn("mlp.experts.base", ParameterKind.BASE_EXPERTS, architecture, layer, base)
+    else:
+        yield from _ffn("mlp.original_expert", ParameterKind.ORIGINAL_EXPERT, architecture, layer)
     if earlier:
         yield from _ffn("mlp.experts.earlier", ParameterKind.EARLIER_EXPERTS, architecture, layer, earlier)
-    newest = experts - 1 - earlier
+    newest = experts - base - earlier
     if newest:
         yield from _ffn("mlp.experts", ParameterKind.NEW_EXPERTS, architecture, layer, newest)
+
+
+def _router(experts: int, base: int, hidden: int, layer: int | None) -> Iterator[Parameter]:
+    """The router's weight; of a mixture base the rows of its experts apart, which stay frozen."""
+    if base > 1:
+        yield Parameter("mlp.router.base_rows", ParameterKind.BASE_ROUTER, ((base, hidden),), layer, is_product=True)
+    rows = experts - base if base > 1 else experts
+    if rows:
+        yield Parameter("mlp.router.weight", ParameterKind.ROUTER, ((rows, hidden),), layer, is_product=True)
+
+
+def _shared_expert(architecture: Architecture, layer: int | None) -> Iterator[Parameter]:
+    """The FFN that every token passes beside the experts of a mixture base, and its gate; nothing without one."""
+    width = architecture.mixture.shared_expert_size if architecture.mixture else 0
+    if width:
+        module, kind = "mlp.shared_experts", ParameterKind.SHARED_EXPERT
+        yield from _ffn(module, kind, dataclasses.replace(architecture, ffn_hidden_size=width), layer)
+        yield Parameter(f"{module}.gate_weight", kind, ((1, architecture.hidden_size),), layer, is_product=True)
 
 
 def projection_shapes(architecture: Architecture) -> tuple[Shape, Shape, Shape]:

@@ -1,4 +1,6 @@
-"""Frozen experts of earlier expansions and trainable ones of the latest, behind one token dispatcher."""
+"""Frozen experts, of a mixture base and of earlier expansions, and trainable ones, behind one token dispatcher."""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -12,10 +14,10 @@ from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 
 @overrides_megatron
 class ExpertGroups(MegatronModule):
-    """Two `TEGroupedMLP` in place of one: Transformer Engine's grouped product decides by its first weight whether all
-    of its weights train (grouped_linear.py), so frozen and trainable experts must not share one.
+    """Several `TEGroupedMLP` in place of one: Transformer Engine's grouped product decides by its first weight whether
+    all of its weights train (grouped_linear.py), so frozen and trainable experts must not share one.
 
-    Each EP rank holds its share of both, the earlier experts first; `dispatch_order` sorts the router's columns so.
+    Each EP rank holds its share of every group, in this order; `dispatch_order` sorts the router's columns so.
     """
 
     def __init__(
@@ -23,21 +25,17 @@ class ExpertGroups(MegatronModule):
         num_local_experts: int,
         config: TransformerConfig,
         submodules: MLPSubmodules,
-        earlier: int,
-        newest: int,
+        groups: Mapping[str, int],
         pg_collection: ProcessGroupCollection,
         name: str | None = None,
     ) -> None:
+        """`groups`: experts of each group on all EP ranks together, by the name of its module: `base` (a mixture
+        base's), `earlier` (those of earlier expansions), `newest`. A group without experts gets no module."""
         super().__init__(config=config)
         ranks = pg_collection.ep.size()
-        self.num_earlier = earlier // ranks
-        self.earlier = TEGroupedMLP(self.num_earlier, config, submodules, pg_collection, **_named(name, "earlier"))
-        # A layer to which the latest expansion added nothing has earlier experts alone.
-        self.newest = (
-            TEGroupedMLP(newest // ranks, config, submodules, pg_collection, **_named(name, "newest"))
-            if newest
-            else None
-        )
+        self.counts = {group: count // ranks for group, count in groups.items() if count}
+        for group, count in self.counts.items():
+            self.add_module(group, TEGroupedMLP(count, config, submodules, pg_collection, **_named(name, group)))
 
     @override
     def forward(
@@ -46,20 +44,19 @@ class ExpertGroups(MegatronModule):
         """Compute each expert's rows.
 
         Args:
-            tokens: [tokens, hidden], sorted by local expert, those of the earlier experts first.
+            tokens: [tokens, hidden], sorted by local expert, group by group.
             tokens_per_expert: [local experts].
             weights: [tokens], the router's weight of each row.
 
         Returns:
             [tokens, hidden] and no bias.
         """
-        if self.newest is None:
-            return self.earlier(tokens, tokens_per_expert, weights)
-        counts = tokens_per_expert.split([self.num_earlier, len(tokens_per_expert) - self.num_earlier])
-        rows = int(counts[0].sum())
-        earlier, _ = self.earlier(tokens[:rows], counts[0], weights[:rows])
-        newest, _ = self.newest(tokens[rows:], counts[1], weights[rows:])
-        return torch.cat((earlier, newest)), None
+        outputs, first = [], 0
+        for group, counts in zip(self.counts, tokens_per_expert.split(list(self.counts.values())), strict=True):
+            end = first + int(counts.sum())
+            outputs.append(self.get_submodule(group)(tokens[first:end], counts, weights[first:end])[0])
+            first = end
+        return torch.cat(outputs), None
 
     def backward_dw(self) -> None:
         """Do nothing: weight gradients are never delayed here."""
@@ -70,10 +67,17 @@ def _named(name: str | None, part: str) -> dict[str, str]:
     return {} if name is None else {"name": f"{name}.{part}"}
 
 
-def dispatch_order(earlier: int, newest: int, ranks: int) -> list[int]:
-    """The router's numbers of the new experts (0: the first new one) in the order in which the EP ranks hold them."""
+def dispatch_order(groups: Sequence[int], ranks: int) -> list[int]:
+    """The numbers of the experts that the EP ranks share (0: the first of them) in the order in which they hold them.
+
+    Args:
+        groups: experts of each group on all ranks together.
+    """
     order: list[int] = []
     for rank in range(ranks):
-        for first, count in ((0, earlier // ranks), (earlier, newest // ranks)):
-            order += range(first + rank * count, first + (rank + 1) * count)
+        first = 0
+        for count in groups:
+            share = count // ranks
+            order += range(first + rank * share, first + (rank + 1) * share)
+            first += count
     return order

@@ -34,6 +34,7 @@ class MoELPRSubmodules:
 
     router: type
     original_expert: ModuleSpec
+    shared_experts: ModuleSpec
     experts: ModuleSpec
 
 
@@ -46,6 +47,8 @@ class MoELPRLayer(MoELayer):
       tokens that choose it never enter the all-to-all.
     - `experts` are the new experts, under EP and expert TP, behind Megatron's token dispatcher; after a second
       expansion `ExpertGroups`, which keeps those of earlier expansions apart from the latest one's.
+    - Of a base model that is a mixture there is no `original_expert`: `experts` holds all of its experts too, frozen,
+      as a group of their own, and `shared_experts` is the FFN that every token passes, where the base has one.
 
     Mirrors `MoELayer` of megatron-core, whose single group of experts holds all of them.
     """
@@ -60,13 +63,15 @@ class MoELPRLayer(MoELayer):
         fp8_parameters: bool = False,
         groups: tuple[int, ...] = (),
         newest_weight: float = 1.0,
+        base: int = 0,
         **options: Any,
     ) -> None:
-        router = partial(_build_for_all_experts, submodules.router, num_experts)
+        router = partial(_build_for_all_experts, submodules.router, num_experts, base)
+        self.num_apart = 0 if base else 1
         with _parameters_in_fp8(config) if fp8_parameters else contextlib.nullcontext():
             super().__init__(
-                _new_experts_config(config, num_experts),
-                MoESubmodules(experts=submodules.experts, router=router),
+                _dispatched_experts_config(config, num_experts - self.num_apart),
+                MoESubmodules(submodules.experts, submodules.shared_experts, router),
                 layer_number,
                 pg_collection,
                 **options,
@@ -80,13 +85,14 @@ class MoELPRLayer(MoELayer):
         if groups:
             self.router.set_groups(groups, newest_weight)
             if self.ep_group.size() > 1:
-                self.dispatch_order = dispatch_order(sum(groups[:-1]), groups[-1], self.ep_group.size())
-        self.original_expert = build_module(
-            submodules.original_expert,
-            config=_original_expert_config(config),
-            ffn_hidden_size=config.ffn_hidden_size,
-            tp_group=self.attn_tp_group,
-        )
+                self.dispatch_order = dispatch_order((base, sum(groups[:-1]), groups[-1]), self.ep_group.size())
+        if self.num_apart:
+            self.original_expert = build_module(
+                submodules.original_expert,
+                config=_original_expert_config(config),
+                ffn_hidden_size=config.ffn_hidden_size,
+                tp_group=self.attn_tp_group,
+            )
         self.side_stream = SideStream() if config.original_expert_overlap and self.ep_group.size() > 1 else None
 
     @override
@@ -131,7 +137,8 @@ class MoELPRLayer(MoELayer):
             mixture_TD = self._mixture_of_sent_rows(tokens_TD, weights_TE, choices_TE)
         else:
             mixture_TD = self._mixture_of_two(hidden_states, weights_TE, choices_TE)
-        return mixture_TD.view(hidden_states.shape)
+        mixture = mixture_TD.view(hidden_states.shape)
+        return mixture if self.shared_experts is None else mixture + self.shared_experts(hidden_states)
 
     def _mixture_of_own_rows(
         self, tokens_TD: torch.Tensor, weights_TE: torch.Tensor, choices_TE: torch.Tensor
@@ -143,6 +150,8 @@ class MoELPRLayer(MoELayer):
         counts = self._send_counts(choices_TE)
         rows = self._sort(tokens_TD, weights_TE, choices_TE)
         counts = self._received(counts)
+        if not self.num_apart:
+            return rows.sum_by_token(self.experts(rows.rows, counts[: choices_TE.shape[1]], rows.weights)[0])
         count, largest = int(counts[0]), self._largest(counts)
         (own_CD, own_weights_C), (new_RD, new_weights_R) = self._split(rows, count, largest)
         new_outputs_RD, _ = self.experts(new_RD, counts[1 : choices_TE.shape[1]], new_weights_R)
@@ -160,23 +169,28 @@ class MoELPRLayer(MoELayer):
         its graph, and with it the layer's input and that input's gradient, for every layer of a pipeline rank.
         """
         dispatcher = self.token_dispatcher
-        counts = self._send_counts(choices_TE[:, :1]) if self.config.sequence_parallel else None
+        counts = self._send_counts(choices_TE[:, :1]) if self.config.sequence_parallel and self.num_apart else None
         # Here the host waits, for these counts and those of `_send_counts`.
-        exchange_counts(dispatcher, choices_TE[:, 1:], self._to_host, self._received)
+        exchange_counts(dispatcher, choices_TE[:, self.num_apart :], self._to_host, self._received)
         count = self._num_rows(tokens_TD) - int(sum(dispatcher.input_splits))
         largest = count if counts is None else self._largest(counts)
         dispatcher.probs = weights_TE.new_empty(0)  # `combine_preprocess` asks for the dtype
         rows = self._sort(tokens_TD, weights_TE, choices_TE)
+        if not self.num_apart:
+            return rows.sum_by_token(self._sent(rows.rows, rows.weights))
         (own_CD, own_weights_C), (new_RD, new_weights_R) = self._split(rows, count, largest)
-
-        def new(on_dispatched: Callable[[], None]) -> torch.Tensor:
-            received_RD, received_weights_R = self.dispatch(new_RD, new_weights_R)
-            on_dispatched()
-            return self.combine(self.routed_experts_compute(received_RD, received_weights_R)[0])
-
+        new = partial(self._sent, new_RD, new_weights_R)
         original = partial(self._original_expert_output, own_CD, own_weights_C, largest)
         new_outputs_RD, original_CD = self._new_and_original(new, original)
         return rows.sum_by_token(self._join(original_CD, new_outputs_RD, count))
+
+    def _sent(
+        self, rows_RD: torch.Tensor, weights_R: torch.Tensor, on_dispatched: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
+        """Outputs of experts on other ranks; `on_dispatched` is called when the rows' all-to-all is launched."""
+        received_RD, received_weights_R = self.dispatch(rows_RD, weights_R)
+        on_dispatched()
+        return self.combine(self.routed_experts_compute(received_RD, received_weights_R)[0])
 
     def _mixture_of_two(
         self, hidden_states: torch.Tensor, weights_TE: torch.Tensor, choices_TE: torch.Tensor
@@ -186,7 +200,8 @@ class MoELPRLayer(MoELayer):
         The dispatcher's attributes are restored: see `_mixture_of_sent_rows`.
         """
         counts = self._send_counts(choices_TE[:, :1])
-        new_weights_TN, new_choices_TN = weights_TE[:, 1:].contiguous(), choices_TE[:, 1:].contiguous()
+        first = self.num_apart
+        new_weights_TN, new_choices_TN = weights_TE[:, first:].contiguous(), choices_TE[:, first:].contiguous()
 
         def new(on_dispatched: Callable[[], None]) -> torch.Tensor:
             with _restore_dispatcher_state(self.token_dispatcher):
@@ -204,15 +219,19 @@ class MoELPRLayer(MoELayer):
             rows = sort_rows(tokens_TD, weights_T1, choices_T1, int(received[0]), fused)
             return rows.sum_by_token(self._original_expert_output(rows.rows, rows.weights, self._largest(received)))
 
+        if not self.num_apart:
+            return new(lambda: None)
         new_TD, original_TD = self._new_and_original(new, original)
         return new_TD.view(original_TD.shape) + original_TD
 
     def _columns(self, device: torch.device) -> torch.Tensor:
-        """Numbers of the experts, the original one first, then in the order in which the EP ranks hold them."""
+        """Numbers of the experts: a single original one first, then those that EP ranks share in the order in which
+        these hold them."""
         # The host waits for the device when it copies numbers there: one copy for all steps.
         if self._expert_columns is None or self._expert_columns.device != device:
             order = self.dispatch_order or []
-            self._expert_columns = torch.tensor([0, *(1 + column for column in order)], device=device)
+            apart = self.num_apart
+            self._expert_columns = torch.tensor([*range(apart), *(apart + column for column in order)], device=device)
         return self._expert_columns
 
     def _sort(self, tokens_TD: torch.Tensor, weights_TE: torch.Tensor, choices_TE: torch.Tensor) -> SortedRows:
@@ -364,23 +383,24 @@ def _parameters_in_fp8(config: TransformerConfig) -> Iterator[None]:
 def _build_for_all_experts(
     router: type,
     num_experts: int,
+    base: int,
     *,
     config: TransformerConfig,
     pg_collection: ProcessGroupCollection | None,
     **options: Any,
 ) -> torch.nn.Module:
-    """Build the router for all experts: the layer's own configuration counts the new experts only."""
+    """Build the router for all experts: the layer's own configuration counts those that EP ranks share."""
     config = copy.copy(config)
     replace(config, num_moe_experts=num_experts, moe_expert_capacity_factor=None)
-    return router(config=config, pg_collection=pg_collection, **options)
+    return router(config=config, pg_collection=pg_collection, base=base, **options)
 
 
-def _new_experts_config(config: TransformerConfig, num_experts: int) -> TransformerConfig:
+def _dispatched_experts_config(config: TransformerConfig, num_experts: int) -> TransformerConfig:
     config = copy.copy(config)
     # A token has 0 to k new experts, where the flex dispatcher assumes k unless there is a capacity; an infinite one
     # drops nothing. The all-to-all dispatcher is given sorted rows, and need not count them.
     capacity = math.inf if config.moe_token_dispatcher_type == "flex" else None
-    replace(config, num_moe_experts=num_experts - 1, moe_expert_capacity_factor=capacity)
+    replace(config, num_moe_experts=num_experts, moe_expert_capacity_factor=capacity)
     return config
 
 

@@ -74,28 +74,43 @@ class LPRRouter(TopKRouter):
     """
 
     def __init__(
-        self, config: MoELPRConfig, pg_collection: ProcessGroupCollection | None = None, **options: Any
+        self, config: MoELPRConfig, pg_collection: ProcessGroupCollection | None = None, base: int = 0, **options: Any
     ) -> None:
+        """`base`: experts of a base model that is a mixture, whose rows are a parameter of their own, `base_rows`, so
+        that they can stay frozen; 0: the base model is dense."""
         super().__init__(config=config, pg_collection=pg_collection, **options)
+        self.base_rows: torch.nn.Parameter | None = None
+        if base:
+            self._split_rows(base)
         self.statistics = RoutingStatistics(self.num_experts)
         self.counts_in_training = True
         """Whether training adds to the statistics: the training loop lets only steps that are logged do so."""
         self.group_ends: list[int] | None = None
         """For each language group but the latest: how many experts it and the groups before it have. None before a
-        second expansion: original languages have the original expert alone."""
+        second expansion of a dense model: original languages have the original expert alone."""
         self.newest_weight, self.num_earlier = 1.0, self.num_experts
 
     def set_groups(self, groups: tuple[int, ...], newest_weight: float) -> None:
         """Say which experts each expansion added.
 
         Args:
-            groups: new experts by expansion, at least two.
+            groups: new experts by expansion, at least two; of a mixture base at least one.
             newest_weight: weight of the latest expansion's experts in the softmax, 0 to 1. At 0 the router computes
                 exactly what it did before the expansion; at 1 it is the stock softmax.
         """
-        self.group_ends = list(itertools.accumulate((1, *groups[:-1])))
+        original = 1 if self.base_rows is None else len(self.base_rows)
+        self.group_ends = list(itertools.accumulate((original, *groups[:-1])))
         self._group_ends: torch.Tensor | None = None
         self.num_earlier, self.newest_weight = self.group_ends[-1], newest_weight
+
+    def _split_rows(self, base: int) -> None:
+        rows = self.weight.data
+        self.base_rows = torch.nn.Parameter(rows[:base].clone())
+        # A layer that no expansion added experts to has no new rows.
+        self.register_parameter("weight", torch.nn.Parameter(rows[base:].clone()) if base < len(rows) else None)
+        weight: Any
+        for weight in self.parameters():
+            weight.sequence_parallel = self.config.sequence_parallel
 
     @override
     def reset_parameters(self) -> None:
@@ -105,14 +120,18 @@ class LPRRouter(TopKRouter):
     @override
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LPRRouter":
         super()._apply(fn, recurse)
-        self.weight.data = self.weight.data.float()
+        for weight in self.parameters():
+            weight.data = weight.data.float()
         return self
 
     @override
     def gating(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Router logits in fp32, [..., experts] of [..., hidden] in any dtype, and the input for the experts: what
         takes its gradient to this product first."""
-        logits, hidden_states = RouterProduct.apply(input, self.weight)
+        rows = self.weight
+        if self.base_rows is not None:
+            rows = self.base_rows if rows is None else torch.cat((self.base_rows, rows))
+        logits, hidden_states = RouterProduct.apply(input, rows)
         # An input that takes no gradient must not become one that does.
         return logits, hidden_states if input.requires_grad else input
 
@@ -157,6 +176,11 @@ class LPRRouter(TopKRouter):
         shift_E[self.num_earlier :] = math.log(self.newest_weight) if self.newest_weight else -math.inf
         return logits_TE + shift_E
 
+    @property
+    def num_original(self) -> int:
+        """Original experts, which come first: 1, or those of a mixture base."""
+        return self.group_ends[0] if self.group_ends else 1
+
     def _allowed(self, tags_T4: torch.Tensor) -> torch.Tensor | None:
         """Number of experts of each token's language group and the groups before it, [tokens]; of a token of the latest
         group any number, since its weight in the LPR loss is 0."""
@@ -183,6 +207,8 @@ class LPRRouter(TopKRouter):
         )
         if not self.training or not logits_TE.requires_grad or not any(coefficients):
             return None
+        if self.weight is None:  # Only a mixture base's own experts: nothing to balance or to learn.
+            return None
         allowed_T = self._allowed(tags_T4) if config.lpr_loss_coeff else None
         compiled = config.transformer_impl == "transformer_engine"
         return RouterLosses(*coefficients, config.lpr_loss_form, allowed_T, compiled=compiled)
@@ -196,9 +222,10 @@ class LPRRouter(TopKRouter):
         self.statistics.add(
             original=(tags_T4[:, PRIOR] > 0) & (tags_T4[:, GROUP] == 0),
             valid=tags_T4[:, SHARE] > 0,
-            probability=probabilities_TE[:, 0],
+            probability=probabilities_TE[:, : self.num_original].sum(dim=1),
             likelihood=lpr_negative_log_likelihood(logits_TE, self.config.lpr_loss_form, self._allowed(tags_T4)),
             choices=choices_TE,
+            original_experts=self.num_original,
             load_balancing=load_balancing_loss(tags_T4[:, SHARE] @ probabilities_TE, load_E),
             micro_batches=1.0 / self.tp_cp_group.size(),
         )

@@ -10,8 +10,8 @@ from megatron_moe_lpr.model.moe.language_groups import LANGUAGE_GROUPS
 from megatron_moe_lpr.platform.collectives import collective_device
 
 TOKENS, PROBABILITY, CHOSEN, LIKELIHOOD, EXPERTS = range(5)
-"""Columns of a language group's sums: tokens, sums of the original expert's probability, of its choices, of the LPR
-loss; from EXPERTS on, the tokens that chose each expert."""
+"""Columns of a language group's sums: tokens, sums of the original experts' probability, of their share in a token's
+choices, of the LPR loss; from EXPERTS on, the tokens that chose each expert."""
 
 
 class RoutingStatistics:
@@ -36,27 +36,36 @@ class RoutingStatistics:
         likelihood: torch.Tensor,
         choices: torch.Tensor,
         load_balancing: torch.Tensor,
+        original_experts: int = 1,
         micro_batches: float,
     ) -> None:
         """Add a micro-batch.
 
         Args:
             original, valid: [tokens], bool.
-            probability: [tokens], router's probability of the original expert.
+            probability: [tokens], router's probability of the original expert, or of all that a mixture base has.
             likelihood: [tokens], LPR loss of the token.
             choices: [tokens, experts], bool.
+            original_experts: how many original experts there are, which come first.
             load_balancing: the layer's loss, in the paper's unit.
             micro_batches: 1, or this rank's share of one.
         """
         groups_GT = torch.stack((original & valid, ~original & valid)).float()
         ones_T = torch.ones_like(probability)
-        columns_T4 = torch.stack((ones_T, probability, choices[:, 0].float(), likelihood), dim=1)
+        columns_T4 = torch.stack((ones_T, probability, _original_share(choices, original_experts), likelihood), dim=1)
         # One product adds up every column over the tokens of either group.
         sums_GM = groups_GT @ torch.cat((columns_T4, choices.float()), dim=1)
         # The sums stay on the device: a copy to the host would wait for the whole queue of kernels.
         self.sums = self.sums.to(sums_GM.device) + sums_GM.double()
         share = torch.full_like(load_balancing, micro_batches)
         self.load_balancing = self.load_balancing.to(sums_GM.device) + torch.stack((load_balancing, share)).double()
+
+
+def _original_share(choices: torch.Tensor, original_experts: int) -> torch.Tensor:
+    """Share of a token's choices that are original experts, [tokens]: 0 or 1 of a single one among its top k."""
+    if original_experts == 1:
+        return choices[:, 0].float()
+    return choices[:, :original_experts].sum(dim=1) / choices.sum(dim=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +77,18 @@ class RoutingReport:
 
     tokens: torch.Tensor
     probability: torch.Tensor
-    """Mean probability of the original expert."""
+    """Mean probability of the original expert, or of all original experts of a mixture base."""
     top_k_share: torch.Tensor
-    """Share of tokens with the original expert among their top k."""
+    """Share of tokens with the original expert among their top k; of a mixture base the share of original experts in
+    the tokens' choices."""
     lpr_loss: torch.Tensor
     """Mean LPR loss of the tokens."""
     expert_share: torch.Tensor
     """[layers, language groups, experts]: share of tokens that chose each expert; a row sums to k."""
     load_balancing: torch.Tensor
     """[layers]: mean load balancing loss of the micro-batches."""
+    original_experts: int = 1
+    """Original experts of a layer: 1, or those of a mixture base."""
 
     def mean_over_layers(self, values: torch.Tensor, group: str) -> float:
         """Mean over MoE layers of a [layers, language groups] tensor; NaN where the group had no token."""

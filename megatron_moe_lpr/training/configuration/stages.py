@@ -125,6 +125,8 @@ class StageOptions:
     train_new_rows: Decides[bool] = True
     """Stage 2: train the rows of new tokens too, where the model has any (`import --tokenizer`). Other stages always
     do."""
+    train_base_router: Decides[bool] = False
+    """Stages 1, 2 and sft of a mixture (`import --add-experts`): train the routers' rows of its own experts too."""
     allow_original_languages: Annotated[bool, Free("only checked against the data, which are recorded")] = False
     """Stage 1: accept training data of original languages."""
     open_experts_iters: Decides[PositiveInt | None] = None
@@ -141,9 +143,12 @@ class StageOptions:
             stage = dataclasses.replace(stage, trains=stage.trains - {ParameterKind.NEW_ROWS}, new_token_loss_coeff=0.0)
         if self.train_embeddings and self.stage not in ("1", "sft"):
             raise UserError("--train-embeddings is for --stage 1 and sft only")
+        if self.train_base_router and self.stage not in ("1", "2", "sft"):
+            raise UserError("--train-base-router is for --stage 1, 2 and sft only")
         if self.allow_original_languages:
             stage = dataclasses.replace(stage, original_languages="allowed")
         given = {ParameterKind.EMBEDDING} if self.train_embeddings else set()
+        given |= {ParameterKind.BASE_ROUTER} if self.train_base_router else set()
         coefficients = stage.coefficients
         coefficients |= {name: _given(getattr(self, name), default) for name, default in coefficients.items()}
         return dataclasses.replace(

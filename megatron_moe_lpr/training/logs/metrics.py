@@ -75,7 +75,7 @@ class IntervalMetrics:
 
 def routing_scalars(routing: RoutingReport) -> dict[str, float]:
     """Losses of the routers; probability of the original expert and share of tokens with it in their top k, by language
-    group, over all layers and by layer."""
+    group, over all layers and by layer. Of a mixture base, of all its experts together (`RoutingReport`)."""
     values = {
         "load_balancing_loss": routing.load_balancing.nanmean().item(),
         "lpr_loss": routing.mean_over_layers(routing.lpr_loss, "original"),
@@ -97,7 +97,7 @@ def _routing_words(routing: RoutingReport) -> str:
     for group in LANGUAGE_GROUPS:
         probability = routing.mean_over_layers(routing.probability, group)
         if math.isfinite(probability):
-            words.append(f"expert 0 {group} {probability:.2f}")
+            words.append(f"{'expert 0' if routing.original_experts == 1 else 'base experts'} {group} {probability:.2f}")
     return " ".join(words)
 
 

@@ -18,6 +18,7 @@ D, F, Q, KV, V = 32, 48, 32, 16, 200
 ATTENTION, FFN = D * (Q + 2 * KV) + Q * D, 3 * D * F
 EXPANDED = ((2, 0, 4), (4, 0, 1))
 """New experts of three layers by expansion."""
+NO_MIXTURE = {"base experts": 0, "base router rows": 0, "shared expert": 0}
 
 
 def shape(experts, top_k=2, family="qwen2", expansions=(), inserted=(), **changes) -> ModelShape:
@@ -46,7 +47,33 @@ def test_parameters_of_each_kind(family, extra, tied):
         "embedding": (1 if tied else 2) * V * D,
         "new vocabulary rows": 0,
         "earlier vocabulary rows": 0,
+        **NO_MIXTURE,
     }
+
+
+def test_parameters_and_operations_of_a_mixture_base():
+    """Of 8 experts of width 24, a gated shared expert of width 40, and new experts in two of three layers."""
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    fields = sizes | {"shared_expert_intermediate_size": 40, "tie_word_embeddings": True}
+    model = shape((12, 8, 9), family="qwen2_moe", expansions=((4, 0, 1),), **fields)
+    found = dict.fromkeys(NO_MIXTURE | dict.fromkeys(("router", "new experts", "original expert"), 0), 0)
+    for parameter in model.parameters:
+        if parameter.kind in found:
+            found[parameter.kind] += parameter.size
+    expert = 3 * D * 24
+    assert found == {
+        "base experts": 3 * 8 * expert,
+        "base router rows": 3 * 8 * D,
+        "shared expert": 3 * (3 * D * 40 + D),
+        "router": (4 + 1) * D,
+        "new experts": (4 + 1) * expert,
+        "original expert": 0,
+    }
+    assert [model.dispatched_groups(layer) for layer in range(3)] == [(8, 4), (8, 0), (8, 1)]
+    always = 3 * (4 * ATTENTION + 3 * 2 * Q * 128) + 4 * D * V
+    always += 3 * 4 * (2 * expert + 3 * D * 40 + D) + 4 * D * (12 + 8 + 9)
+    trained = 2 * D * (4 + 1) + 2 * 2 * expert * (4 / 12 + 1 / 9)
+    assert training_flops_per_token(model, {"router", "new experts"}, 128) == pytest.approx(always + trained)
 
 
 @pytest.mark.parametrize("tied", [False, True])
