@@ -31,7 +31,9 @@ class PromptTokenizer:
         """
         self.directory = directory
         self._tokenizer = _load(directory) if settled else _load_settled(directory)
+        self._template = f"the chat template of {directory}"
         if chat_template is not None:
+            self._template = f"--chat-template {chat_template}"
             self._tokenizer.chat_template = _read_template(chat_template)
 
     def encode(self, request: Request) -> list[int]:
@@ -70,7 +72,7 @@ class PromptTokenizer:
             return self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **last)
         except Exception as error:  # templates raise jinja's errors, and Python's where they expect other fields
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{place}: the chat template of {self.directory} refuses it: {reason}") from None
+            raise UserError(f"{place}: {self._template} refuses it: {reason}") from None
 
 
 def _load_settled(directory: Path) -> Any:
@@ -106,6 +108,8 @@ def _load(directory: Path, shown: Path | None = None) -> Any:
 def _read_template(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--chat-template {file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"--chat-template {file}: not a text in UTF-8") from None
 

@@ -80,8 +80,10 @@ def test_conversations_go_through_the_template(directory, tmp_path):
     )
     other = PromptTokenizer(directory, tmp_path / "other.jinja")
     assert other.decode(other.encode(Request("x", messages=USER))) == "Γειά"
-    with pytest.raises(UserError, match=r"mail.json: the chat template of .* refuses it: no tool"):
+    with pytest.raises(UserError, match=r"mail.json: --chat-template .*/other.jinja refuses it: no tool"):
         other.encode(Request("mail.json", messages=[{"role": "tool", "content": "a"}]))
+    with pytest.raises(UserError, match=r"--chat-template .*/none.jinja: cannot be read: No such file"):
+        PromptTokenizer(directory, tmp_path / "none.jinja")
     with pytest.raises(UserError, match="--prompt: the prompt has no token"):
         tokenizer.encode(Request("--prompt", ""))
 
