@@ -219,10 +219,13 @@ class LPRRouter(TopKRouter):
     ) -> None:
         """Add this micro-batch to the statistics, of which each rank counts its part under sequence parallelism."""
         probabilities_TE = torch.softmax(logits_TE, dim=-1)
+        original_T = probabilities_TE[:, 0]
+        if self.num_original > 1:  # A single expert needs no sum, which would be a launch.
+            original_T = probabilities_TE[:, : self.num_original].sum(dim=1)
         self.statistics.add(
             original=(tags_T4[:, PRIOR] > 0) & (tags_T4[:, GROUP] == 0),
             valid=tags_T4[:, SHARE] > 0,
-            probability=probabilities_TE[:, : self.num_original].sum(dim=1),
+            probability=original_T,
             likelihood=lpr_negative_log_likelihood(logits_TE, self.config.lpr_loss_form, self._allowed(tags_T4)),
             choices=choices_TE,
             original_experts=self.num_original,
