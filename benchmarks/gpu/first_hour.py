@@ -5,13 +5,14 @@ table and a JSON file; the exit code is 1 where a part failed.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 CORRECTNESS = ("tests/gpu/test_local.py", "-k", "not layout and not goes_on")
 FP32_CORRECTNESS = ("tests/gpu/test_local.py", "-k", "is_chosen or other_families")
 QUICK_CORRECTNESS = ("tests/gpu/test_local.py", "-k", "is_chosen")
+CORRECTNESS_PART = "correctness (tests/gpu, local)"
 TESTS_SECONDS, PART_SECONDS = 240.0, 120.0
 
 
@@ -37,6 +39,8 @@ class FirstHour:
     """Where to write the figures."""
     quick: bool = False
     """Tiny sizes: tries the program itself; the figures mean nothing."""
+    only: tuple[str, ...] = ()
+    """Parts to run, by a piece of their names: `correctness`, `"stage 2"`, `transformer_engine`. Default: all."""
     seconds: float = 560.0
     """Parts that have not begun after this time are left out, and the command fails."""
 
@@ -44,22 +48,35 @@ class FirstHour:
         """Run all parts.
 
         Raises:
-            UserError: there is no GPU, or a part failed.
+            UserError: there is no GPU, no part has a name that `only` asks for, or a part failed.
         """
         end = time.monotonic() + self.seconds
         device = _answer("device", PART_SECONDS)
         if "error" in device:
             raise UserError(device["error"])
-        rows = [_correctness(self.quick, device, end - time.monotonic())]
-        self._write(device, rows)
-        for task in tasks(self.quick, fp32=not device["bf16"]):
-            rows.append(measured(task.fitted(device["memory_bytes"]), device, end))
+        rows: list[dict[str, Any]] = []
+        for part in self._parts(device, end):
+            rows.append(part())
             self._write(device, rows)
         print_table(device, rows)
         print(f"figures: {self.output}")
         failed = [row["part"] for row in rows if row["status"] != "passed"]
         if failed:
             raise UserError(f"{len(failed)} of {len(rows)} parts did not pass: {'; '.join(failed)}")
+
+    def _parts(self, device: dict[str, Any], end: float) -> list[Callable[[], dict[str, Any]]]:
+        """What makes the row of each part."""
+        parts: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+            (CORRECTNESS_PART, lambda: _correctness(self.quick, device, end - time.monotonic()))
+        ]
+        for task in tasks(self.quick, fp32=not device["bf16"]):
+            fitted = task.fitted(device["memory_bytes"])
+            parts.append((task.name, functools.partial(measured, fitted, device, end)))
+        chosen = [part for name, part in parts if not self.only or any(piece in name for piece in self.only)]
+        if not chosen:
+            known = "; ".join(name for name, _ in parts)
+            raise UserError(f"--only {' '.join(self.only)}: no part has such a name; there are: {known}")
+        return chosen
 
     def _write(self, device: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """After each part, so that what was measured is kept whatever happens."""
@@ -105,7 +122,7 @@ def _share_of_peak(tflops: float | None, device: dict[str, Any]) -> float | None
 
 
 def _correctness(quick: bool, device: dict[str, Any], seconds: float) -> dict[str, Any]:
-    row = {"part": "correctness (tests/gpu, local)"}
+    row = {"part": CORRECTNESS_PART}
     if importlib.util.find_spec("pytest") is None:
         return row | {"status": "failed", "reason": "pytest is not installed; pip install -e '.[test]'"}
     tests = QUICK_CORRECTNESS if quick else CORRECTNESS if device["bf16"] else FP32_CORRECTNESS

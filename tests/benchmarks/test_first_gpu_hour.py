@@ -89,6 +89,18 @@ def test_a_failed_part_is_recorded_and_the_others_go_on(monkeypatch, tmp_path, c
     assert shown.count("20,000") == 3
 
 
+def test_only_the_parts_that_are_asked_for(monkeypatch, tmp_path):
+    asked = answers(monkeypatch, lambda what: H100 if what == "device" else FIGURES)
+    monkeypatch.setattr(first_hour, "_correctness", lambda *given: pytest.fail("was not asked for"))
+    output = tmp_path / "figures.json"
+    FirstHour(output, only=("stage 2, local",)).run()
+    recorded = [part["part"] for part in json.loads(output.read_text())["parts"]]
+    assert recorded == ["stage 2, local, MoE-LPR", "stage 2, local, Megatron's MoE layer"]
+    assert len(asked) == 3
+    with pytest.raises(UserError, match=r"^--only stage 3: no part has such a name; there are: correctness \("):
+        FirstHour(output, only=("stage 3",)).run()
+
+
 def test_processes_that_die_or_hang_have_a_reason(tmp_path):
     died = first_hour._process([sys.executable, "-c", "import os; print('last words'); os._exit(9)"], 60)
     assert first_hour._last_line(died) == "last words (exit code 9)"
