@@ -1,8 +1,11 @@
 """Megatron's own MoE layer, with the original expert as one of its experts, in a rank of a pool: what it sends."""
 
+from unittest.mock import patch
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -24,7 +27,23 @@ from tests.planning.counted_step import CHOICES, MICRO_BATCH, Case, chosen
 from tests.planning.traffic import counted
 
 EXPERTS, SEQUENCE = 4, 32
+
+
+class RouterOfTwo(LPRRouter):
+    """Returns what Megatron's layer expects of its router: weights and choices."""
+
+    def forward(self, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `LPRRouter.forward`."""
+        weights, choices, _ = super().forward(*inputs)
+        return weights, choices
+
+
 FEWER = CHOICES.clamp(max=EXPERTS - 1)
+
+
+def rows_on_host(rows: object, as_numpy: bool = False, **_: object) -> object:
+    """`maybe_move_tensor_to_cpu` of tensors that are there."""
+    return rows.numpy() if as_numpy and torch.is_tensor(rows) else rows
 
 
 def sent_and_planned(layout_fields: dict[str, int]) -> tuple[dict[str, float], dict[str, float]]:
@@ -36,11 +55,13 @@ def sent_and_planned(layout_fields: dict[str, int]) -> tuple[dict[str, float], d
     config.num_moe_experts, config.expert_model_parallel_size = EXPERTS, layout.expert_model_parallel_size
     grouped = MLPSubmodules(linear_fc1=ColumnParallelGroupedLinear, linear_fc2=RowParallelGroupedLinear)
     experts = ModuleSpec(module=TEGroupedMLP, submodules=grouped)
-    layer = MoELayer(config, MoESubmodules(experts=experts, router=LPRRouter))
+    layer = MoELayer(config, MoESubmodules(experts=experts, router=RouterOfTwo))
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.02)
     layer.router.routing = chosen(layer.router.routing, FEWER)
-    with counted() as sent:
+    # Megatron's dispatcher expects numbers of rows in numpy, and leaves tensors that are on the host as they are.
+    on_host = patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", rows_on_host)
+    with counted() as sent, on_host:
         hidden = torch.randn(SEQUENCE, MICRO_BATCH, shape.architecture.hidden_size, requires_grad=True)
         layer(hidden)[0].sum().backward()
     sizes = RunSizes(STAGES["1"].trains, 2, SEQUENCE, MICRO_BATCH, precision="fp32")
