@@ -15,7 +15,7 @@ from pathlib import Path
 
 import transformers
 
-from tests.serving import models, servers
+from tests.serving import chat, models, servers
 from tests.serving.reference import NEW_TOKENS, PROMPTS, Continuation, by_megatron, by_transformers
 from tests.serving.report import Report
 from tests.serving.throughput import throughput
@@ -35,6 +35,8 @@ def main() -> None:
         for index, served in enumerate(models.MODELS):
             report.progress(f"{served.name}: importing and exporting")
             compare_model(report, flags, served, root / str(index))
+        report.progress("Qwen2, grafted: a conversation")
+        compare_chat(report, flags.vllm, root / "chat")
         speed = functools.partial(throughput, flags.vllm, root, report.progress)
         lines = report.attempt("Qwen2, dense and MoE", "vLLM, tokens a second", speed)
     report.print()
@@ -64,6 +66,14 @@ def compare_model(report: Report, flags: argparse.Namespace, served: models.Serv
     if "llama.cpp" not in without:
         report.compare(name, f"llama.cpp{window}", llama_cpp, cut)
     report.compare(name, "vLLM", functools.partial(by_vllm, flags.vllm, place), reference)
+
+
+def compare_chat(report: Report, vllm: Path, place: Path) -> None:
+    """vLLM's chat endpoint on a grafted model."""
+    name = "Qwen2, grafted: chat endpoint"
+    reference = report.attempt(name, "transformers (the reference)", lambda: chat.by_transformers(chat.make(place)))
+    if reference is not None:
+        report.compare(name, "vLLM", functools.partial(chat.by_vllm, vllm, place / "chat"), reference)
 
 
 def within_window(served: models.Served) -> int:

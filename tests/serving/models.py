@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.conversion.helpers import perturb, rewrite_checkpoint, run
 from tests.data.builders import corpus_texts
 from tests.data.extended_tokenizers import extend, learn_merges
+from tests.training.test_second_expansion import change_card
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "data" / "base_model"
@@ -45,6 +46,7 @@ GRANITE = {
     "logits_scaling": 2.0,
     "tie_word_embeddings": True,
 }
+MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_experts": 8}
 NO_COHERE = ("transformers 4", "llama.cpp")
 FIRST_DENSE = "[0,1,1,1]"
 ALL = "[1,1,1,1]"
@@ -60,6 +62,8 @@ class Served:
     layers: str = ALL
     new_tokens: int = 0
     """Tokens that a vocabulary extension adds."""
+    added_experts: int = 0
+    """Experts that each layer of a mixture gets; 0: the model is dense and gets five."""
     without: tuple[str, ...] = ()
     """Engines that do not have the architecture, or for which no form of it is known: they are not asked."""
 
@@ -85,6 +89,20 @@ MODELS = (
     Served("Phi-3, layer 0 dense", "phi3", {}, FIRST_DENSE),
     Served("Granite, tied, 200 new tokens", "granite", GRANITE, new_tokens=200, without=("llama.cpp",)),
     Served("OLMo 2", "olmo2", {}, without=("llama.cpp",)),
+    Served(
+        "Qwen3-MoE, 4 experts added",
+        "qwen3_moe",
+        MIXTURE | {"head_dim": 64, "norm_topk_prob": True},
+        added_experts=4,
+        without=("llama.cpp",),
+    ),
+    Served(
+        "Qwen2-MoE with a shared expert, 4 experts added",
+        "qwen2_moe",
+        MIXTURE | {"norm_topk_prob": False, "shared_expert_intermediate_size": 64},
+        added_experts=4,
+        without=("llama.cpp",),
+    ),
     Served("Cohere", "cohere", {"logit_scale": 0.25}, without=NO_COHERE),
     Served(f"Cohere2, window {WINDOW}", "cohere2", {"logit_scale": 0.25, "sliding_window": WINDOW}, without=NO_COHERE),
 )
@@ -93,13 +111,17 @@ MODELS = (
 def make(served: Served, root: Path) -> Path:
     """Write `dense`, `checkpoint` and `stock` below `root` and return it."""
     make_dense(served.model_type, {**SIZES, **served.fields}, root / "dense")
-    options = ("--num-experts", 5, "--moe-layer-freq", served.layers)
+    options: tuple[object, ...] = ("--num-experts", 5, "--moe-layer-freq", served.layers)
+    if served.added_experts:
+        options = ("--add-experts", served.added_experts, "--new-experts-from", "random")
     if served.new_tokens:
         merges = learn_merges(TOKENIZER, corpus_texts("valid", "el")[:20], served.new_tokens)
         extend(TOKENIZER, root / "tokenizer", merges, SIZES["vocab_size"], {})
         options = (*options, "--tokenizer", root / "tokenizer")
     convert("import", "--hf", root / "dense", "--save", root / "checkpoint", *options)
     rewrite_checkpoint(root / "checkpoint", train)
+    if served.added_experts:
+        change_card(root / "checkpoint", openness=1.0)  # as after stage 1
     convert("export", "--load", root / "checkpoint", "--hf", root / "stock")
     return root
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -53,16 +54,21 @@ class Continuation:
         return sum(number is not None for number in self.log_probabilities)
 
 
-@torch.no_grad()
 def by_transformers(directory: Path) -> list[Continuation]:
+    """`continue_greedily` for `PROMPTS`."""
+    return continue_greedily(directory, PROMPTS)
+
+
+@torch.no_grad()
+def continue_greedily(directory: Path, prompts: Sequence[list[int]]) -> list[Continuation]:
     """Greedy, float32, one prompt at a time, without a cache: every step computes the whole text.
 
     Raises:
         RuntimeError: a router is so near a tie that a right engine may choose another expert.
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    results = [_greedy(lambda tokens: model(tokens, use_cache=False).logits, prompt) for prompt in PROMPTS]
-    gap = min(smallest_gap(model, prompt + one.tokens) for prompt, one in zip(PROMPTS, results, strict=True))
+    results = [_greedy(lambda tokens: model(tokens, use_cache=False).logits, prompt) for prompt in prompts]
+    gap = min(smallest_gap(model, prompt + one.tokens) for prompt, one in zip(prompts, results, strict=True))
     if gap < SMALLEST_GAP:
         raise RuntimeError(f"a router's second and third expert are {gap:.1e} apart: take another random model")
     return results

@@ -80,6 +80,22 @@ def complete_by_vllm(address: str, prompt: list[int]) -> Continuation:
     return Continuation(tokens, logprobs["token_logprobs"])
 
 
+def chat_by_vllm(address: str, messages: list[dict[str, str]]) -> Continuation:
+    """Greedy tokens through /v1/chat/completions, where the server applies the chat template."""
+    request = {
+        "model": "model",
+        "messages": messages,
+        "max_tokens": NEW_TOKENS,
+        "temperature": 0,
+        "logprobs": True,
+        "ignore_eos": True,
+        "return_tokens_as_token_ids": True,
+    }
+    steps = post(f"{address}/v1/chat/completions", request)["choices"][0]["logprobs"]["content"]
+    tokens = [int(step["token"].removeprefix("token_id:")) for step in steps]
+    return Continuation(tokens, [step["logprob"] for step in steps])
+
+
 def complete_by_llama_cpp(address: str, prompt: list[int], new_tokens: int = NEW_TOKENS) -> Continuation:
     """Greedy tokens through llama-server's own /completion, whose log-probabilities are those of the whole softmax.
 
