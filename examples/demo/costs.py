@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.conversion.hugging_face.quiet import quiet_transformers
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.files.atomic_file import check_output_file
 from megatron_moe_lpr.files.json_files import write_json
@@ -47,7 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
         title, _, directory = argument.rpartition("=")
         if not title:
             raise UserError(f"--hf {argument}: write TITLE=DIRECTORY")
-        models[title] = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        with quiet_transformers():
+            models[title] = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     times = {title: ([], []) for title in models}
     # The first round only compiles kernels and fills caches.
     for turn in range(flags.rounds + 1):

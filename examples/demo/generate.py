@@ -8,6 +8,7 @@ from corpus import texts
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.conversion.hugging_face.quiet import quiet_transformers
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.files.json_files import write_json
 
@@ -47,9 +48,10 @@ def main() -> None:
 
 def load(directory: Path) -> PreTrainedModel:
     """Load a model by transformers' stock class, and check that no tensor is missing or left over."""
-    model, information = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
+    with quiet_transformers():
+        model, information = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
     problems = {kind: names for kind, names in information.items() if names}
     if problems:
         raise UserError(f"--hf {directory}: weights do not fit {type(model).__name__}: {problems}")

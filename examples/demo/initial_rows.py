@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.conversion.hugging_face.quiet import quiet_transformers
 from megatron_moe_lpr.conversion.tensors import new_rows
 from megatron_moe_lpr.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_moe_lpr.data.tokenizer_extension import read_extension
@@ -46,7 +47,8 @@ class Flags:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     flags = parse_flags(Flags, arguments, __doc__)
-    model = AutoModelForCausalLM.from_pretrained(flags.hf, dtype=torch.float32, local_files_only=True).eval()
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(flags.hf, dtype=torch.float32, local_files_only=True).eval()
     extension = read_extension(flags.tokenizer)
     if extension is None:
         raise UserError(f"--tokenizer {flags.tokenizer}: holds no extension.json")

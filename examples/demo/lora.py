@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
 
 from megatron_moe_lpr.command_line import parse_flags
+from megatron_moe_lpr.conversion.hugging_face.quiet import quiet_transformers
 from megatron_moe_lpr.data.reading.batches import Batch, build_data_iterator
 from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
 from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
@@ -63,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("--bf16 and --fp32: give one of them")
     torch.manual_seed(flags.seed)
     with atomic_directory(flags.save, overwrite=True) as partial:
-        dense = AutoModelForCausalLM.from_pretrained(flags.hf, local_files_only=True)
+        with quiet_transformers():
+            dense = AutoModelForCausalLM.from_pretrained(flags.hf, local_files_only=True)
         dtype = dense.dtype
         kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         model = get_peft_model(dense.float(), LoraConfig(r=flags.rank, lora_alpha=2 * flags.rank, **kind))
