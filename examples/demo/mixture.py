@@ -67,7 +67,7 @@ def mixture_base(flow: Workflow) -> Path:
 
 
 def both_stages(flow: Workflow, name: str, load: str = "start", flags: tuple[str, ...] = ()) -> None:
-    """Train both stages and evaluate after each; `name` tells this way of doing it from others."""
+    """Train both stages and evaluate after each; `name` names the variant in directories and tables."""
     first, second = _named("stage1", name), _named("stage2", name)
     flow.train(replace(STAGE1, name=first, load=load, flags=flags))
     flow.train(replace(STAGE2, name=second, load=first, flags=flags))
