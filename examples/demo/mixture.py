@@ -44,7 +44,7 @@ def mixture() -> None:
 
 
 def mixture_base(flow: Workflow) -> Path:
-    """Return a Hugging Face directory with a Qwen2-MoE, every parameter of which was trained on original languages.
+    """Return a Hugging Face directory with a Qwen2-MoE, all of whose parameters were trained on the base model's text.
 
     The demo's dense model is upcycled and trained whole (`--stage full`); without this project's files its export is a
     mixture like any other.
