@@ -17,6 +17,7 @@ from megatron_moe_lpr.flag_ranges import PositiveFloat, PositiveInt, Range
 from megatron_moe_lpr.platform import TransformerImpl
 
 if TYPE_CHECKING:
+    from megatron_moe_lpr.model.configuration.architecture import Architecture
     from megatron_moe_lpr.model.configuration.config import ModelShape
     from megatron_moe_lpr.planning.search import Candidate
     from megatron_moe_lpr.planning.sizes import RunSizes
@@ -206,7 +207,7 @@ def read_shape(flags: Flags):
     return ModelShape(architecture, tuple(experts), top_k, new_tokens=_given(flags.new_tokens))
 
 
-def _mixture_shape(flags: Flags, architecture):
+def _mixture_shape(flags: Flags, architecture: "Architecture") -> "ModelShape":
     """Return the shape of a mixture base with the new experts of --add-experts. Raises UserError."""
     from megatron_moe_lpr.conversion.added_experts import ADD_FLAG, added_counts
     from megatron_moe_lpr.model.configuration.config import ModelShape
