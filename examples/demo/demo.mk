@@ -1,6 +1,7 @@
 # The demo's targets, included by the Makefile.
 
-.PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing demo-mixture demo-vocabulary demo-vocabulary-reviews demo-instruct paper-table paper-scaling base-model
+.PHONY: demo demo-full demo-baselines demo-eval demo-other-text demo-growing demo-mixture demo-vocabulary \
+	demo-vocabulary-reviews demo-instruct paper-table paper-scaling base-model
 
 ## Run the whole method on real text, up to runs/demo/report.html; resumes if interrupted.
 demo: $(INSTALLED)
@@ -45,7 +46,7 @@ demo-mixture: $(INSTALLED)
 demo-vocabulary: $(INSTALLED)
 	$(BIN)/python examples/demo/demo.py vocabulary
 
-## Compare reviews of the demo with new tokens, which keep probability from these in the original languages.
+## Compare reviews of the demo with new tokens, by what keeps probability from these in the original languages.
 demo-vocabulary-reviews: $(INSTALLED)
 	$(BIN)/python examples/demo/demo.py vocabulary-reviews
 

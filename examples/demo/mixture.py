@@ -44,7 +44,7 @@ def mixture() -> None:
 
 
 def mixture_base(flow: Workflow) -> Path:
-    """Return a Hugging Face directory with a Qwen2-MoE, every parameter of which was trained on original languages.
+    """Return a Hugging Face directory with a Qwen2-MoE, all of whose parameters were trained on the base model's text.
 
     The demo's dense model is upcycled and trained whole (`--stage full`); without this project's files its export is a
     mixture like any other.
@@ -67,7 +67,7 @@ def mixture_base(flow: Workflow) -> Path:
 
 
 def both_stages(flow: Workflow, name: str, load: str = "start", flags: tuple[str, ...] = ()) -> None:
-    """Train both stages and evaluate after each; `name` tells this way of doing it from others."""
+    """Train both stages and evaluate after each; `name` names the variant in directories and tables."""
     first, second = _named("stage1", name), _named("stage2", name)
     flow.train(replace(STAGE1, name=first, load=load, flags=flags))
     flow.train(replace(STAGE2, name=second, load=first, flags=flags))

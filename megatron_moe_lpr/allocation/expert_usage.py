@@ -54,7 +54,7 @@ class MixtureSource(DenseSource):
 
 
 def _by_projection(matrices: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stack the matrices of all gate, of all up and of all down projections, in which order rows have them."""
+    """Stack the matrices of all gate, all up and all down projections; `matrices` has them in this order."""
     count = len(matrices) // 3
     parts = [torch.stack(list(matrices[place * count : (place + 1) * count])) for place in range(3)]
     return parts[0], parts[1], parts[2]
@@ -82,7 +82,7 @@ def open_mixture_source(path: Path) -> MixtureSource:
 def expert_usage(
     source: MixtureSource, windows: Mapping[str, torch.Tensor], device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """Yield for layer 0, 1, ... how many of the sample's tokens choose each expert, [experts]; empty of a dense layer.
+    """Yield for layer 0, 1, ... how many of the sample's tokens choose each expert, [experts]; empty for a dense layer.
 
     Args:
         windows: token ids [windows, length] of each language, the same length for all.

@@ -17,6 +17,7 @@ from megatron_moe_lpr.flag_ranges import PositiveFloat, PositiveInt, Range
 from megatron_moe_lpr.platform import TransformerImpl
 
 if TYPE_CHECKING:
+    from megatron_moe_lpr.model.configuration.architecture import Architecture
     from megatron_moe_lpr.model.configuration.config import ModelShape
     from megatron_moe_lpr.planning.search import Candidate
     from megatron_moe_lpr.planning.sizes import RunSizes
@@ -33,21 +34,22 @@ class Flags:
     gpus_per_node: PositiveInt = 8
     """GPUs of one node. TP stays inside a node."""
     hf: str | None = None
-    """A dense model, upcycled as the flags from --num-experts to --experts-per-layer say: a Hugging Face directory, its
-    config.json, or a name on the hub such as Qwen/Qwen1.5-1.8B, of which only the config.json is downloaded."""
+    """A dense model, upcycled as the flags from --num-experts to --experts-per-layer say, or a mixture with
+    --add-experts: a Hugging Face directory, its config.json, a GGUF file, or a name on the hub such as
+    Qwen/Qwen1.5-1.8B, of which only the config.json is downloaded."""
     revision: str | None = None
     """For a name on the hub: branch, tag or commit. Default: its main branch."""
     num_experts: PositiveInt = 6
     """Experts per layer, the original one included."""
     top_k: PositiveInt | None = None
-    """Experts per token. Default: the paper's 2."""
+    """Experts per token. Default: the paper's 2; a mixture has its own."""
     moe_layer_freq: str = "1"
     """Which layers have experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31"."""
     experts_per_layer: str | None = None
     """Experts of each layer, instead of --num-experts and --moe-layer-freq: 5,4,3,... or the JSON file of
-    allocate_experts.py. The plan then also shows what that saves against --num-experts in every layer."""
+    `moe-lpr allocate`. The plan then also shows what that saves against --num-experts in every layer."""
     add_experts: str | None = None
-    """With --hf of a mixture (Qwen3-MoE, Mixtral): new experts of every layer, or of each, as in `import`."""
+    """With --hf of a mixture such as Qwen3-MoE: new experts of every layer, or of each, as in `import`."""
     new_tokens: PositiveInt | None = None
     """With --hf: tokens that an extended tokenizer adds, whose rows train (`import --tokenizer`)."""
     load: Path | None = None
@@ -205,7 +207,7 @@ def read_shape(flags: Flags):
     return ModelShape(architecture, tuple(experts), top_k, new_tokens=_given(flags.new_tokens))
 
 
-def _mixture_shape(flags: Flags, architecture):
+def _mixture_shape(flags: Flags, architecture: "Architecture") -> "ModelShape":
     """Return the shape of a mixture base with the new experts of --add-experts. Raises UserError."""
     from megatron_moe_lpr.conversion.added_experts import ADD_FLAG, added_counts
     from megatron_moe_lpr.model.configuration.config import ModelShape

@@ -20,7 +20,7 @@ class ExpandOptions:
     """Directory of a tokenizer that `moe-lpr extend-tokenizer` made of the checkpoint's own: its new tokens get rows of
     their own, and rows that an earlier extension added stay frozen."""
     seed: Seed = 1234
-    """Seed of the routers' new rows."""
+    """Seed of the routers' new rows; with a mixture as base model, of the choice of the experts that are copied."""
     expert_model_parallel_size: PositiveInt = 1
     """Only a check: does this EP size divide the number of experts of each expansion?"""
     base_checkpoint: Path | None = None

@@ -1,4 +1,4 @@
-"""`--experts-per-layer`: a list of numbers, or the JSON file that tools/allocate_experts.py writes."""
+"""`--experts-per-layer`: a list of numbers, or the JSON file that `moe-lpr allocate` writes."""
 
 from pathlib import Path
 

@@ -19,11 +19,11 @@ class ImportOptions:
     """What an import makes of a model: flags of `moe-lpr import`; None: not given."""
 
     hf: Path
-    """Directory with config.json and safetensors weights, or a name on the hub such as Qwen/Qwen1.5-1.8B."""
+    """Directory with config.json and safetensors weights, a GGUF file, or a name on the hub as Qwen/Qwen1.5-1.8B."""
     num_experts: PositiveInt | None = None
     """Experts per layer, with the original one; 1: stay dense. Default: 6 (paper), or what a MoE or adapter has."""
     top_k: PositiveInt | None = None
-    """Experts per token. Default: the paper's 2."""
+    """Experts per token. Default: the paper's 2, or what a MoE or adapter has."""
     moe_layer_freq: str | None = None
     """Layers with experts: N for every N-th from layer 0 on, or a pattern: "[0]+[1]*31". Default: 1, every layer."""
     experts_per_layer: str | None = None
@@ -31,7 +31,7 @@ class ImportOptions:
     expand_blocks: PositiveInt | None = None
     """Stay dense and insert N copied blocks, one after each of N groups, for --stage blocks (LLaMA-Pro)."""
     seed: Seed = 1234
-    """Seed of the routers' initial values."""
+    """Seed of the routers' initial values, and of the choice by --new-experts-from random."""
     adapter: Path | None = None
     """Take experts and routers from an adapter of the authors' implementation (peft_type MOE); --hf is its base."""
     tokenizer: Path | None = None
@@ -41,7 +41,7 @@ class ImportOptions:
     expert_model_parallel_size: PositiveInt = 1
     """Only a check: does this EP size divide the number of new experts?"""
     add_experts: str | None = None
-    """For a mixture (Qwen3-MoE, Mixtral): new experts of every layer that has experts, or of each layer, as in 4,4,0,2.
+    """For a mixture such as Qwen3-MoE: new experts of every layer that has experts, or of each layer, as in 4,4,0,2.
     All experts of the model itself stay frozen."""
     new_experts_from: str | None = None
     """Which of a mixture's experts the new ones copy: used-most (by the text of --sample), random (by --seed), or their

@@ -3,5 +3,5 @@
 preparation/    text to language-tagged indexed datasets, offline
 reading/        indexed datasets to batches that carry the tags, in training and evaluation
 
-Preparation needs no torch, and what both rooms share imports none, so that worker processes start fast.
+Preparation needs no torch, and what both packages share imports none, so that worker processes start fast.
 """

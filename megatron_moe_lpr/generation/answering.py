@@ -14,7 +14,7 @@ from megatron_moe_lpr.liveness import advance
 from megatron_moe_lpr.parallel.every_rank import on_rank_0
 
 POLL_SECONDS = 2.0
-"""How often rank 0 tells the others that the user is still typing."""
+"""Seconds after which the ranks meet although the user has not finished a line."""
 END, WAITING = ("end", ""), ("waiting", "")
 
 

@@ -109,7 +109,7 @@ class CheckpointModel(TextModel):
 
 
 def _choose_together(logits: torch.Tensor, batch: "_Batch", read: int, on_token: OnToken) -> dict[int, int]:
-    """Choose on rank 0 the next token of each text that has been read to its end, and tell all ranks.
+    """Choose on rank 0 the next token of each text that has been read to its end, and send it to all ranks.
 
     One rank chooses: the ranks' logits may differ in the last bits, and all must go on with the same token.
     """

@@ -1,4 +1,4 @@
-"""What every model that generates has in common."""
+"""The interface of models that continue token ids, and one text while tokens are added to it."""
 
 import dataclasses
 from abc import ABC, abstractmethod

@@ -86,8 +86,9 @@ class SamplingOptions:
     """How tokens are chosen. Without --temperature, --top-k and --top-p always the most likely one (greedy)."""
 
     num_tokens_to_generate: PositiveInt = 256
-    """Most tokens of an answer. It ends before at a token that ends a text (`eos_token_id` of generation_config.json,
-    the tokenizer's, with a chat template the one that ends an answer), or with the model's positions."""
+    """Largest number of tokens that are added. A token that ends a text ends it earlier (`eos_token_id` of
+    generation_config.json, the tokenizer's, with a chat template the one that ends an answer), and so does the last of
+    the model's positions."""
     temperature: NonNegativeFloat | None = None
     """Divides the logits before a token is drawn; 0: greedy. Default, where another of these flags is given: 1."""
     top_k: NonNegativeInt | None = None

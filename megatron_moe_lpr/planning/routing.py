@@ -44,7 +44,7 @@ class Routing:
 
 
 def read_routing(path: Path, original_share: float | None = None) -> Routing:
-    """Read the routing that an evaluation (`tools/evaluate.py --output`) measured.
+    """Read the routing that an evaluation (`moe-lpr evaluate --output`) measured.
 
     Args:
         original_share: fraction of tokens of original languages. None: as in the data of the checkpoint's last stage.

@@ -152,6 +152,16 @@ def test_mass_on_new_tokens_is_a_column_where_some_model_has_them(files, capsys)
     page = write_report(files)
     assert "<td>97.0%</td><td>3.4%</td>" in page and "<td>40.0%</td><td>–</td>" in page
     assert "mass on new tokens<br>(original)</th>" in page and "3.4%" in capsys.readouterr().out
+    assert "Only the routers and rows of new tokens train" in page
+
+
+def test_how_it_works_is_that_of_the_base_model(files):
+    assert "at first all copies of" in write_report(files) and "Only the routers train" in write_report(files)
+    record = json.loads((files / "two.json").read_text())
+    record["base_experts"] = [2] * len(record["experts_per_layer"])
+    (files / "two.json").write_text(json.dumps(record))
+    page = write_report(files)
+    assert "The model is a mixture already." in page and "at first all copies of" not in page
 
 
 def test_curves_are_drawn_for_both_groups(files):

@@ -15,9 +15,11 @@ from megatron_moe_lpr.conversion.hugging_face.base_model import (
     card_metadata,
     named_by_card,
 )
+from megatron_moe_lpr.conversion.hugging_face.llama_cpp import TRIED
 from megatron_moe_lpr.data.language_groups import original_languages, trained_languages
 from megatron_moe_lpr.data.language_names import covered
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.configuration.families import FAMILIES
 from megatron_moe_lpr.program import command
 from megatron_moe_lpr.templates import render
 
@@ -65,7 +67,7 @@ def model_card(
         Path(__file__).with_name("model_card.md"),
         metadata=_metadata(card, licence, base_model, [*original, *expanded], engine).to_yaml(),
         name=base_model.split("/")[-1] if base_model else source.directory or card.family,
-        base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a dense base model",
+        base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a base model",
         origin=_origin(base_model, source),
         card=card,
         unchanged=card.earlier_tokenizers[0].unchanged if card.earlier_tokenizers else [],
@@ -75,6 +77,7 @@ def model_card(
         licence=licence["license"],
         evaluation=_read_evaluation(options.evaluation) if options.evaluation else None,
         engine=engine,
+        has_llama_cpp_form=not card.has_mixture_base and FAMILIES[card.family].moe_model_type in TRIED,
         is_original=is_original,
     )
     return text.rstrip() + "\n"

@@ -116,7 +116,7 @@ def _swap(tensor: torch.Tensor, head_dim: int, rows: int, columns: int) -> torch
 
 
 def stored_tensors(names: Iterable[str], form: StoredForm) -> list[StoredTensor]:
-    """Those tensors of a checkpoint that are not simply tensors of `names`."""
+    """Return the tensors of a checkpoint that hold several of `names`, or one with its rows in another order."""
     if form.model_type in NEIGHBOURS:
         turned = [name for name in names if _TURNED.fullmatch(name)]
         return [StoredTensor(name, ((name,),), turned_head=form.head_dim) for name in turned]

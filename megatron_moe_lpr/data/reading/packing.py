@@ -15,7 +15,7 @@ from megatron_moe_lpr.errors import UserError
 
 
 class _Room:
-    """Samples by the tokens that they have room for, and the least such number that is large enough."""
+    """Samples by the number of tokens that still fit into them; finds the least number that is large enough."""
 
     def __init__(self) -> None:
         self.samples: dict[int, list[np.ndarray]] = {}

@@ -1,5 +1,6 @@
 """Model card, generation settings, licences and chat templates of an export."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
+from megatron_moe_lpr.conversion.hugging_face.model_card import ModelCardOptions, model_card
 from megatron_moe_lpr.files.checksum_file import write_checksums
 from tests.conversion.helpers import run
 from tests.conversion.tiny_models import save_model
@@ -17,6 +20,9 @@ HISTORY = [
     {"stage": 1, "languages": ["el", "tr"], "original_languages": ["en"], "tokens": 1234567, "iterations": 10},
     {"stage": 2, "languages": ["el", "en", "tr"], "original_languages": ["en"], "tokens": 89, "iterations": 3},
 ]
+
+MIXTURE = {"family": "qwen3_moe", "experts_per_layer": [6, 6], "expansions": [[2, 2]]}
+"""Fields of a card whose base model had 4 experts in each layer."""
 
 
 @pytest.fixture
@@ -70,6 +76,14 @@ def test_metadata_and_text(export: Export) -> None:
     ):
         assert words in text, words
     assert "in 3 of 3 layers" in text and "3 experts, of which each token uses 2" in text
+
+
+@pytest.mark.parametrize(("changed", "has_form"), [({}, True), ({"family": "granite"}, False), (MIXTURE, False)])
+def test_the_form_for_llama_cpp_is_named_where_export_writes_it(changed: dict, has_form: bool, tmp_path: Path) -> None:
+    card = CheckpointCard(family="llama", experts_per_layer=[3, 3], top_k=2, dtype="float32", original_fingerprint="")
+    card = dataclasses.replace(card, **changed)
+    text = model_card(tmp_path, None, card, "transformers", ModelCardOptions(), is_original=True)
+    assert ("export --for llama.cpp" in text, "llama.cpp has not been tried" in text) == (has_form, not has_form)
 
 
 def test_files_that_must_travel(export: Export, base: Path, tmp_path: Path) -> None:
