@@ -166,3 +166,16 @@ def test_flags_decide_packing_and_keeping_apart(chat, tmp_path):
     with pytest.raises(UserError, match="--reset-position-ids"):
         build(plain, reset_position_ids=True)
     assert "document" not in build(plain).train[0] and packing.cut_documents(np.array([3, 40]), 33) == (1, 7)
+
+
+@pytest.mark.parametrize("rest", [0, 5])
+def test_eod_mask_loss_keeps_the_loss_on_the_end_of_each_document(rest, tmp_path):
+    """The last document of a sample too, with padding behind it or not."""
+    documents = [[2, 4, 6, 8, 10, 0], [2, 4, 6, 8, 0]] * 3
+    plain = write_dataset(tmp_path / "plain", "tr", documents)
+    config = DataConfig(data_path=[plain], valid_data_path=[plain], data_cache_path=str(tmp_path), eod_mask_loss=True)
+    config.documents = DocumentOptions(pack="best-fit")
+    built = build_datasets(read_data_sources(config), config, sum(map(len, documents)) - 1 + rest, 1)
+    for sample in (built.train[0], built.valid[0][0]):
+        assert sample["loss_mask"].sum() == sum(len(document) - 1 for document in documents)
+        assert sample["labels"][sample["loss_mask"] == 1].tolist().count(0) == len(documents)
