@@ -179,6 +179,14 @@ def test_conversations_equal_transformers_with_labels_of_answers(setting, tmp_pa
         assert Dataset.model_validate(found).text_bytes == pytest.approx(counted_bytes, rel=1e-9)
 
 
+def test_conversations_without_an_answer_are_refused_before_the_model_is_loaded(setting, tmp_path, monkeypatch):
+    _, checkpoint, data, _ = setting
+    silent = write_dataset(tmp_path / "silent", "el", [[1] * (SEQUENCE + 5) + [2]], chat=True)
+    monkeypatch.setattr("megatron_moe_lpr.evaluation.checkpoint.initialize_parallel", None)
+    with pytest.raises(UserError, match="silent: none of the conversations has a token that counts in the loss"):
+        evaluate(checkpoint, data | {"el": silent}, {})
+
+
 def test_averages(alone):
     by_language = {one["language"]: one for one in alone["datasets"]}
     assert alone["averages"]["original"]["bits_per_byte"] == by_language["en"]["bits_per_byte"]
