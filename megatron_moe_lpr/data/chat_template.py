@@ -68,9 +68,11 @@ def template_note(manifests: Mapping[str, Manifest], directory: Path) -> str | N
         manifests: of the datasets, by prefix.
         directory: with the tokenizer's files; one without a template gives no note.
     """
-    own = read_chat_template(directory)
-    for prefix, manifest in manifests.items():
-        if own is not None and manifest.chat_template not in (None, own.fingerprint):
+    written = {prefix: manifest.chat_template for prefix, manifest in manifests.items() if manifest.chat_template}
+    # Text needs no template, and so none that can be read.
+    own = read_chat_template(directory) if written else None
+    for prefix, fingerprint in written.items():
+        if own is not None and fingerprint != own.fingerprint:
             return (
                 f"{prefix}: its conversations were written with another chat template than {own.source}; an export "
                 "will have the latter"

@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_moe_lpr.data.reading.batches import build_validation_iterator, count_validation_micro_batches
-from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset
+from megatron_moe_lpr.data.reading.validation_dataset import PackedValidationDataset, ValidationDataset
 from megatron_moe_lpr.engine.micro_batches import LossSums, run_micro_batches, to_device
 from megatron_moe_lpr.engine.routing import collect_routing, counted_apart
 from megatron_moe_lpr.model.configuration.config import ModelShape, MoELPRConfig
@@ -35,6 +35,10 @@ class DatasetLoss:
     """Routing in each layer; None for a dense model."""
     new_token_mass: float | None = None
     """Mean probability that all new tokens together took; None for a model without a vocabulary extension."""
+    is_packed: bool = False
+    """Whether samples held whole documents (best-fit packing)."""
+    documents_apart: bool = False
+    """Whether no document saw another."""
 
     @property
     def perplexity(self) -> float:
@@ -98,6 +102,8 @@ def _result(dataset: ValidationDataset, total: LossSums, routing: RoutingReport 
         bits_per_byte=bits / dataset.text_bytes if bits is not None and dataset.text_bytes else None,
         routing=routing,
         new_token_mass=float(mass.sum() / total.tokens.sum()) if mass is not None and total.tokens.any() else None,
+        is_packed=isinstance(dataset, PackedValidationDataset),
+        documents_apart=dataset.documents_apart.reset_attention_mask,
     )
 
 

@@ -57,6 +57,8 @@ def _dataset_record(result: DatasetLoss, label: str, evaluation: Evaluation) -> 
         "group": group,
         "language_group": number,
         "tokens": result.tokens,
+        "is_packed": result.is_packed,
+        "documents_apart": result.documents_apart,
         "loss": _number(result.loss),
         "perplexity": _number(result.perplexity),
         "bits_per_byte": _number(result.bits_per_byte),

@@ -152,6 +152,7 @@ def test_documents_apart_equal_transformers_on_each(setting, alone, ranks):
     assert found["en"]["loss"] == pytest.approx(expected["loss"] / (len(tokens["en"]) - 1), rel=1e-5)
     assert found["en"]["routing"]["expert0_probability"] == pytest.approx(expected["probability"].tolist(), abs=1e-5)
     across = {one["language"]: one for one in alone["datasets"]}
+    assert found["en"]["documents_apart"] and not (found["en"]["is_packed"] or across["en"]["documents_apart"])
     assert abs(found["en"]["loss"] - across["en"]["loss"]) > 1e-4
     assert found["el"]["loss"] == pytest.approx(across["el"]["loss"], rel=1e-5)  # of one document
 
@@ -175,8 +176,17 @@ def test_conversations_equal_transformers_with_labels_of_answers(setting, tmp_pa
         (found,) = rank_pool(ranks).run(evaluate, checkpoint, data, LAYOUTS["PP2"] if ranks == 2 else {})[0]["datasets"]
         assert found["tokens"] == count and found["loss"] == pytest.approx(loss / count, rel=1e-5)
         assert found["bits_per_byte"] == pytest.approx(loss / math.log(2) / counted_bytes, rel=1e-5)
+        assert found["is_packed"] and found["documents_apart"]
         # The report compares models by it.
         assert Dataset.model_validate(found).text_bytes == pytest.approx(counted_bytes, rel=1e-9)
+
+
+def test_conversations_without_an_answer_are_refused_before_the_model_is_loaded(setting, tmp_path, monkeypatch):
+    _, checkpoint, data, _ = setting
+    silent = write_dataset(tmp_path / "silent", "el", [[1] * (SEQUENCE + 5) + [2]], chat=True)
+    monkeypatch.setattr("megatron_moe_lpr.evaluation.checkpoint.initialize_parallel", None)
+    with pytest.raises(UserError, match="silent: none of the conversations has a token that counts in the loss"):
+        evaluate(checkpoint, data | {"el": silent}, {})
 
 
 def test_averages(alone):

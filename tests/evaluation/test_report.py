@@ -261,9 +261,18 @@ def test_an_evaluation_with_documents_apart_is_compared_with_such_alone(files):
             record = json.loads((files / f"{name}.json").read_text()) | {"reset_attention_mask": True}
             (files / f"{name}.json").write_text(json.dumps(record))
         if refused:
-            with pytest.raises(UserError, match="or one of them with --reset-attention-mask"):
+            with pytest.raises(UserError, match="--pack-apart and --reset-attention-mask"):
                 write_report(files)
     assert "8 tokens within a document." in " ".join(write_report(files).split())
+
+
+@pytest.mark.parametrize("field", ["is_packed", "documents_apart"])
+def test_evaluations_of_the_same_bytes_in_other_samples_are_refused(files, field):
+    record = json.loads((files / "two.json").read_text())
+    record["datasets"][0] |= {field: True}
+    (files / "two.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="other flags of --pack, --pack-apart"):
+        write_report(files)
 
 
 def test_the_same_text_in_fewer_tokens_of_another_tokenizer_is_compared(files):

@@ -1,4 +1,4 @@
-"""Whether any token of conversations is left that counts in the loss, where only a part of them is read."""
+"""Whether any token is left that counts in the loss, where only a part of the conversations or documents is read."""
 
 import numpy as np
 
@@ -11,13 +11,16 @@ DOCUMENTS = 1 << 14
 
 
 def check_counted_tokens(entry: BlendEntry, sequence_length: int) -> None:
-    """Check that a prediction within the conversations that are used counts in the loss; without one there is no loss.
+    """Check that a prediction within the documents that are used counts in the loss; without one there is no loss.
 
-    Reads the loss mask up to the first such token. Plain text counts everywhere.
+    Of conversations, reads the loss mask up to the first such token. Plain text counts everywhere.
 
     Raises:
-        UserError: none does, because of --split, or since packing cuts every conversation before its answer.
+        UserError: none does, because of --split, since packing cuts every conversation before its answer, or since it
+            leaves out every document, which have less than 2 tokens.
     """
+    if entry.is_packed and read_lengths(entry.prefix)[entry.first_document : entry.end_document].max() < 2:
+        raise UserError(f"{entry.prefix}: no document has 2 tokens, of which --pack best-fit could predict one")
     if not entry.manifest.chat or _is_any_counted(entry, sequence_length + 1 if entry.is_packed else None):
         return
     part = ""

@@ -9,7 +9,7 @@ from megatron_moe_lpr.data.indexed import open_loss_mask, open_tokens, read_leng
 from megatron_moe_lpr.data.reading.blend import BlendEntry
 from megatron_moe_lpr.data.reading.counted_tokens import without_counted_tokens
 from megatron_moe_lpr.data.reading.document_options import DocumentOptions
-from megatron_moe_lpr.data.reading.documents import document_keys, mask_last_tokens
+from megatron_moe_lpr.data.reading.documents import document_keys
 from megatron_moe_lpr.data.reading.languages import PADDING_LANGUAGE
 from megatron_moe_lpr.data.reading.packing import cut_documents
 
@@ -81,15 +81,15 @@ class PackedReader:
         loss_mask = torch.zeros(self.sequence_length)
         loss_mask[:real] = torch.from_numpy(counted[1:])
         tokens, labels = padded[:-1].clone(), padded[1:].clone()
-        starts = [*begins[1:-1].tolist(), real]
         if self.eod_mask_loss:
-            loss_mask = mask_last_tokens(loss_mask.masked_fill(tokens == self.eod, 0.0), starts)
+            # The first token of a document, which nothing before it tells, has no loss already.
+            loss_mask = loss_mask.masked_fill(tokens == self.eod, 0.0)
         is_real = torch.arange(self.sequence_length) < real
         return {
             "tokens": tokens,
             "labels": labels,
             "loss_mask": loss_mask,
-            **document_keys(starts, self.sequence_length, self.apart),
+            **document_keys([*begins[1:-1].tolist(), real], self.sequence_length, self.apart),
             "language": torch.where(is_real, self.language, PADDING_LANGUAGE),
         }
 

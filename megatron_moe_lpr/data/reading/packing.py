@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_moe_lpr.errors import UserError
-
 
 class _Room:
     """Samples by the number of tokens that still fit into them; finds the least number that is large enough."""
@@ -132,19 +130,14 @@ def build_packed_index(
     Args:
         lengths: tokens of each of the dataset's documents.
         documents: numbers of the documents to use; those of less than 2 tokens, in which nothing can be predicted, are
-            left out.
+            left out, but not all may be such (`counted_tokens.check_counted_tokens`).
         capacity: tokens of a sample. A longer document takes a whole one.
         seed: of the order of the samples and of which of the documents of one length goes where, which are another in
             each epoch; None: the order of the file, as far as packing keeps it.
         num_samples: samples that are read, at least; None: one epoch.
-
-    Raises:
-        UserError: no document has 2 tokens.
     """
     sizes = np.minimum(lengths[documents], capacity)
     documents, sizes = documents[sizes >= 2], sizes[sizes >= 2]
-    if not len(documents):
-        raise UserError("--pack best-fit: no document has 2 tokens, of which one could be predicted")
     ranked = np.sort(sizes)[::-1]
     numbers = pack_best_fit(ranked, capacity)
     counts = np.bincount(numbers, minlength=1)

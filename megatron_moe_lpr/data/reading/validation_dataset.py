@@ -50,6 +50,7 @@ class ValidationDataset(torch.utils.data.Dataset):
         predicted_tokens: tokens with a loss in one pass if `eod_mask_loss` is off.
         text_bytes: UTF-8 bytes of the text, for bits per byte, of conversations those of what counts in the loss; None
             if only a part of it is used.
+        documents_apart: which of its documents' masks and positions begin anew.
         bits_of_loss: bits per byte are of the tokens that count in the loss, not of all.
     """
 
@@ -72,7 +73,7 @@ class ValidationDataset(torch.utils.data.Dataset):
         self.name, self.language = entry.prefix, entry.language
         self._language, self._eod, self._eod_mask_loss = language, eod, eod_mask_loss
         self.sequence_length = sequence_length
-        self._documents_apart = documents_apart
+        self.documents_apart = documents_apart
         lengths = read_lengths(entry.prefix)
         self._first_token = int(np.sum(lengths[: entry.first_document], dtype=np.int64))
         predicted = entry.tokens - 1
@@ -111,7 +112,7 @@ class ValidationDataset(torch.utils.data.Dataset):
             "tokens": tokens,
             "labels": labels,
             "loss_mask": loss_mask,
-            **document_keys([*starts, real], self.sequence_length, self._documents_apart),
+            **document_keys([*starts, real], self.sequence_length, self.documents_apart),
             "language": torch.where(is_real, self._language, PADDING_LANGUAGE),
         }
 
@@ -145,6 +146,7 @@ class PackedValidationDataset(ValidationDataset):
         """`max_samples`: number of samples to use, from the first; None: all."""
         self.name, self.language = entry.prefix, entry.language
         self.sequence_length = sequence_length
+        self.documents_apart = documents_apart
         self._reader = PackedReader(entry, language, sequence_length, eod, eod_mask_loss, documents_apart)
         lengths, capacity = read_lengths(entry.prefix), self._reader.capacity
         documents = np.arange(entry.first_document, entry.end_document, dtype=np.int32)

@@ -213,7 +213,7 @@ def _check_comparable(first: NamedEvaluation, other: NamedEvaluation) -> None:
         if not is_same or not all(map(Dataset.is_text_of, record.datasets, expected.datasets)):
             raise UserError(
                 f"--evaluation: {first.title!r} and {other.title!r} were evaluated on different texts or sequence "
-                "lengths, or one of them with --reset-attention-mask"
+                "lengths, or with other flags of --pack, --pack-apart and --reset-attention-mask"
             )
 
 

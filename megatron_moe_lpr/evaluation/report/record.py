@@ -43,14 +43,22 @@ class Dataset(_Model):
     name: str = ""
     group: str
     tokens: NonNegativeInt
+    is_packed: bool = False
+    """Whether samples held whole documents (best-fit packing)."""
+    documents_apart: bool = False
+    """Whether no document saw another."""
     loss: float | None = None
     """Mean negative log-likelihood of a token, in nats."""
     bits_per_byte: float | None
     routing: Routing | None
 
     def is_text_of(self, other: "Dataset") -> bool:
-        """Whether both were measured on the same text: as many tokens or, of two tokenizers, as many bytes."""
+        """Whether both were measured on the same text, in samples of the same kind: as many tokens or, of two
+        tokenizers, as many bytes."""
         if (self.language, self.group) != (other.language, other.group):
+            return False
+        # Packing predicts no document's first token; apart, documents have less context.
+        if (self.is_packed, self.documents_apart) != (other.is_packed, other.documents_apart):
             return False
         if self.text_bytes is None or other.text_bytes is None:
             return self.tokens == other.tokens

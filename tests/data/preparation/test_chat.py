@@ -1,5 +1,6 @@
 """Conversations: token ids and loss masks as transformers has them, with marks in the template or without."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -254,6 +255,8 @@ def test_templates_in_the_settings(hf_tokenizer, tmp_path):
     note = template_note({"x": manifest}, other)
     assert note and "x: its conversations were written with another chat template" in note
     assert template_note({"x": manifest}, make_chat_tokenizer(hf_tokenizer, tmp_path / "none", None)) is None
+    (other / "chat_template.jinja").write_bytes(b"\xff")
+    assert template_note({"x": dataclasses.replace(manifest, chat=False, chat_template=None)}, other) is None
 
 
 def test_sentencepiece(sp_model, tmp_path):

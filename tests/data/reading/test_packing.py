@@ -58,8 +58,6 @@ def test_every_epoch_has_every_document_once_in_another_place():
     assert index.order[:per_epoch].tolist() != list(range(per_epoch))
     other = build_packed_index(lengths, documents, 30, seed=4, num_samples=1)
     assert other.order.tolist() != one.order.tolist()
-    with pytest.raises(UserError, match="no document has 2 tokens"):
-        build_packed_index(np.ones(3, np.int32), np.arange(3, dtype=np.int32), 30, 1)
 
 
 def check_sample(sample, prefix, language, capacity=SEQUENCE + 1):
@@ -146,6 +144,7 @@ def test_validation_reads_each_conversation_once(chat, tmp_path):
 
 def test_flags_decide_packing_and_keeping_apart(chat, tmp_path):
     plain = write_dataset(tmp_path / "plain", "tr", [[2, 4, 6, 0]] * 32)
+    short = write_dataset(tmp_path / "short", "el", [[2], [4], [6]])
 
     def build(*prefixes, **flags):
         config = DataConfig(data_path=list(prefixes), valid_data_path=list(prefixes), data_cache_path=str(tmp_path))
@@ -163,6 +162,22 @@ def test_flags_decide_packing_and_keeping_apart(chat, tmp_path):
     sample = packed.train[0]
     # Eight documents of four tokens in 33; plain text counts, but for the step to the next document and padding.
     assert sample["loss_mask"].tolist() == [1, 1, 1, 0] * 8 and sample["document"].max() == 8
+    for prefixes in ((short, chat[0]), (chat[0], short)):
+        with pytest.raises(UserError, match="short: no document has 2 tokens"):
+            build(*prefixes, pack="best-fit")
     with pytest.raises(UserError, match="--reset-position-ids"):
         build(plain, reset_position_ids=True)
     assert "document" not in build(plain).train[0] and packing.cut_documents(np.array([3, 40]), 33) == (1, 7)
+
+
+@pytest.mark.parametrize("rest", [0, 5])
+def test_eod_mask_loss_keeps_the_loss_on_the_end_of_each_document(rest, tmp_path):
+    """The last document of a sample too, with padding behind it or not."""
+    documents = [[2, 4, 6, 8, 10, 0], [2, 4, 6, 8, 0]] * 3
+    plain = write_dataset(tmp_path / "plain", "tr", documents)
+    config = DataConfig(data_path=[plain], valid_data_path=[plain], data_cache_path=str(tmp_path), eod_mask_loss=True)
+    config.documents = DocumentOptions(pack="best-fit")
+    built = build_datasets(read_data_sources(config), config, sum(map(len, documents)) - 1 + rest, 1)
+    for sample in (built.train[0], built.valid[0][0]):
+        assert sample["loss_mask"].sum() == sum(len(document) - 1 for document in documents)
+        assert sample["labels"][sample["loss_mask"] == 1].tolist().count(0) == len(documents)
