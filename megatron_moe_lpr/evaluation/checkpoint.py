@@ -14,11 +14,11 @@ from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.data.language_groups import groups_with_prior, original_languages, trained_languages
 from megatron_moe_lpr.data.language_names import covered, language_title
 from megatron_moe_lpr.data.original_languages import read_original_languages
-from megatron_moe_lpr.data.reading.blend import read_blend
+from megatron_moe_lpr.data.reading.blend import BlendEntry, read_blend
 from megatron_moe_lpr.data.reading.config import packed
 from megatron_moe_lpr.data.reading.languages import LanguageRegistry
 from megatron_moe_lpr.data.reading.packed_samples import packing_notes
-from megatron_moe_lpr.data.reading.validation_dataset import open_validation_dataset
+from megatron_moe_lpr.data.reading.validation_dataset import ValidationDataset, open_validation_dataset
 from megatron_moe_lpr.data.reading.vocabulary import check_token_ids
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
@@ -81,6 +81,7 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
     check_token_ids(entries, shape.total_vocab_size, str(directory.path))
     original = read_original_languages(options.original_languages, languages.names, original_languages(card.history))
     check_layout(shape, options.layout)
+    datasets = _open_datasets(options, entries, languages)
 
     platform = select_platform(options.platform, options.layout.tensor_model_parallel_size, options.transformer_impl)
     initialize_parallel(platform, options.layout, timeout_minutes=options.distributed_timeout_minutes)
@@ -93,14 +94,7 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
     groups = groups_with_prior(card.history, original.names, shape.num_groups)
     table = languages.group_table(groups).to(platform.device)
     results = []
-    for entry in entries:
-        dataset = open_validation_dataset(
-            entry,
-            languages.id(entry.language),
-            options.seq_length,
-            entry.manifest.eod,
-            documents_apart=options.documents,
-        )
+    for dataset in datasets:
         result = evaluate_dataset(
             model.chunks, model.config, shape, dataset, table, platform.device, options.micro_batch_size
         )
@@ -115,6 +109,22 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
     )
     apart = options.documents.reset_attention_mask
     return Evaluation(directory, card, precision, options.seq_length, apart, original.names, notes, groups, results)
+
+
+def _open_datasets(
+    options: EvaluationOptions, entries: Sequence[BlendEntry], languages: LanguageRegistry
+) -> list[ValidationDataset]:
+    """Open all datasets, which checks them. Raises UserError."""
+    return [
+        open_validation_dataset(
+            entry,
+            languages.id(entry.language),
+            options.seq_length,
+            entry.manifest.eod,
+            documents_apart=options.documents,
+        )
+        for entry in entries
+    ]
 
 
 def unknown_languages(names: Sequence[str], original: Sequence[str], history: Sequence[Mapping[str, Any]]) -> list[str]:
