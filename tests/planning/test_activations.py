@@ -31,10 +31,12 @@ def planned(
 
 
 def test_rows_of_earlier_experts_keep_no_input():
-    """Of a token's 2 experts 2 x 4/7 are earlier ones; each would keep its input and its second product's, in bf16."""
-    inputs = 2 * (SHAPE.architecture.hidden_size + SHAPE.architecture.ffn_hidden_size)
+    """Of a token's 2 experts 2 x 4/7 are earlier ones; each would keep its input and its second product's, in bf16. Nor
+    are the original expert's rows kept, 2/7 a token, which lie in one tensor with those of experts that all train."""
+    hidden = 2 * SHAPE.architecture.hidden_size
+    inputs = hidden + 2 * SHAPE.architecture.ffn_hidden_size
     difference = planned(SHAPE, "1") - planned(EXPANDED, "1")
-    assert difference == pytest.approx(TOKENS * 2 * 4 / 7 * inputs)
+    assert difference == pytest.approx(TOKENS * (2 * 4 / 7 * inputs + 2 / 7 * hidden))
 
 
 @pytest.mark.parametrize(("family", "values"), [("granite", 0), ("olmo2", 4 * (32 + 16) // 2), ("cohere", -32)])
