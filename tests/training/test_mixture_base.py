@@ -149,6 +149,15 @@ def test_base_rows_train_where_asked(inputs, tmp_path):
     assert {kind_of(key) for key in changed} == {ParameterKind.NEW_EXPERTS, *(k for k in ParameterKind if k.is_router)}
 
 
+def test_gradients_of_base_rows_at_a_layout(inputs):
+    """Sequence parallelism splits the tokens of a router; the third layer's has base rows alone."""
+    path = inputs[0] / "qwen2_moe" / "trained" / "checkpoint"
+    reference = rank_pool(1).run(run_step, path, StepCase(train_base_router=True))[0]
+    assert sum(key.endswith("base_rows") for key in reference.gradients) == 4
+    for result in rank_pool(RANKS).run(run_step, path, StepCase(TP2 | EP2, train_base_router=True)):
+        assert max(differences(result, reference).values()) < TOLERANCE
+
+
 def likelihoods(path: Path) -> dict[int, tuple[float, float]]:
     """LPR loss and probability of the original experts that the routers record, by layer, over random hidden states."""
     from megatron_moe_lpr.model.moe.token_tags import token_tags
