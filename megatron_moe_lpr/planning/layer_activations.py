@@ -27,7 +27,7 @@ def _kept_above_attention(layer: PlannedLayer) -> float:
     """Bytes that a token keeps in a local layer whose attention has no backward pass: what its router and experts need,
     the router's input and, of a norm behind them, its own."""
     inputs = 2 if layer.architecture.family.norms == "after" else 1
-    return inputs * layer.run.hidden_bytes + _moe_bytes(layer, "none") if layer.is_moe else 0.0
+    return inputs * layer.run.hidden_bytes + _moe_bytes(layer, "none") if layer.has_new_experts else 0.0
 
 
 def _stream_bytes(layer: PlannedLayer, recompute: Recompute) -> float:

@@ -13,7 +13,7 @@ from megatron_moe_lpr.planning.memory import placeholder_bytes
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.training.configuration.stages import STAGES
-from tests.fuzzing.targets import DENSE
+from tests.fuzzing.targets import DENSE, MOE
 
 SHAPE = ModelShape(read_architecture(DENSE, "config"), (7, 1), 2)
 EXPANDED = dataclasses.replace(SHAPE, expansions=((4, 0), (2, 0)))
@@ -96,6 +96,14 @@ def test_what_local_layers_keep():
     products = 2 * top_k * 2 * 2 * architecture.ffn_hidden_size
     expected = TOKENS * (attention + routing + stream + products + 4 * head_dim)
     assert planned(both, "2", transformer_engine=False) == pytest.approx(expected)
+
+
+def test_local_layers_of_a_mixture_below_its_first_new_expert_keep_nothing():
+    mixture = read_architecture(MOE | {"mlp_only_layers": []}, "config")
+    shape = ModelShape(mixture, (3, 5), 2, expansions=((0, 2),))
+    above = ModelShape(dataclasses.replace(mixture, num_layers=1), (5,), 2, expansions=((2,),))
+    kept = [planned(one, "1", transformer_engine=False) for one in (shape, above)]
+    assert kept[0] == kept[1] > 0
 
 
 def test_a_mask_of_a_window_belongs_to_positions():
