@@ -191,10 +191,14 @@ def test_lpr_loss_is_of_all_original_experts_together(inputs):
         assert found == pytest.approx([value.item() for value in expected], rel=1e-5)
 
 
-def test_a_second_expansion_is_exact_and_its_groups_follow(inputs, tmp_path):
+def test_a_second_expansion_is_exact_and_its_groups_follow(inputs, tmp_path, capsys):
     trained, second = inputs[0] / "qwen3_moe" / "trained" / "checkpoint", tmp_path / "second"
     change_card(trained, history=[{"stage": "1", "languages": ["el"], "original_languages": ["en"]}])
-    run("expand", "--load", trained, "--save", second, "--add-experts", "2,0,4,2", "--expert-model-parallel-size", 2)
+    expand = ("expand", "--load", trained, "--save", second, "--add-experts")
+    with pytest.raises(SystemExit):
+        run(*expand, "0,0,3,0", "--expert-model-parallel-size", 3)
+    assert "must divide the 8 experts of the base model and the 2 new ones" in capsys.readouterr().err
+    run(*expand, "2,0,4,2", "--expert-model-parallel-size", 2)
     card = resolve_checkpoint(second).card()
     assert card.expansions == [[2, 4, 0, 2], [2, 0, 4, 2]] and card.experts_per_layer == [12, 12, 12, 12]
     before, after = (rank_pool(1).run(logits, path, ({},))[0][0] for path in (trained, second))
