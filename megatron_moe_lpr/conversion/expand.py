@@ -37,7 +37,7 @@ from megatron_moe_lpr.files.atomic_directory import atomic_directory
 from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.tensors import MEGATRON_PROJECTIONS, MOE_LAYOUTS, Row, is_vocabulary_key, model_rows
-from megatron_moe_lpr.parallel.experts import check_expert_parallel
+from megatron_moe_lpr.parallel.experts import check_expert_parallel, check_mixture_parallel
 from megatron_moe_lpr.progress import ProgressReport
 
 # Only to identify tensors: names in any layout that has experts would do, and nothing is read or written by them.
@@ -121,8 +121,8 @@ def _card(before: CheckpointCard, options: ExpandOptions, added: list[int]) -> C
         )
     base = before.base_experts
     earlier = [experts - own for experts, own in zip(before.experts_per_layer, base, strict=True)]
-    for count in sorted({*earlier, *added} - {0}):
-        check_expert_parallel(count, options.expert_model_parallel_size)
+    for own, *counts in zip(base, earlier, added, strict=True):
+        _check_expert_parallel(own, counts, options.expert_model_parallel_size)
     if before.has_mixture_base and any(count and own == 1 for count, own in zip(added, base, strict=True)):
         raise UserError("--add-experts: a layer of the mixture base without a router cannot get experts; give it 0")
     experts = [one + more for one, more in zip(before.experts_per_layer, added, strict=True)]
@@ -136,6 +136,20 @@ def _card(before: CheckpointCard, options: ExpandOptions, added: list[int]) -> C
         openness=0.0,
         history=[*before.history, {"stage": EXPANSION, "new_experts": added, "router_seed": options.seed}],
     )
+
+
+def _check_expert_parallel(base: int, new: list[int], size: int) -> None:
+    """Check that EP ranks can share the experts of a layer.
+
+    Args:
+        base: its original experts.
+        new: those of earlier expansions together, and of this one; 0: none.
+    """
+    if base > 1:
+        check_mixture_parallel(base, new, size)
+    else:
+        for count in filter(None, new):
+            check_expert_parallel(count, size)
 
 
 def _copied(before: CheckpointCard, added: list[int], seed: int) -> list[list[int]]:

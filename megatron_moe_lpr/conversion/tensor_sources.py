@@ -31,6 +31,7 @@ from megatron_moe_lpr.conversion.tensors.blocks import FLAG, inserted_positions,
 from megatron_moe_lpr.data.tokenizer_extension import TokenizerExtension
 from megatron_moe_lpr.data.vocabulary_extension import open_extension
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.configuration.families import MIXTURES
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.tensors import ADAPTER_LAYOUT, Row, model_rows
 from megatron_moe_lpr.parallel.experts import check_expert_parallel, check_mixture_parallel
@@ -154,9 +155,9 @@ def added_experts(options: ImportOptions, model: HFDirectory) -> AddedExperts | 
     mixture, added = model.architecture.mixture, options.add_experts
     if mixture is None or model.card:
         if added is not None:
-            more = (
-                "has new experts already; import it without the flag, then use `expand`" if model.card else "is dense"
-            )
+            more = f"is none of those ({', '.join(MIXTURES)})" if model.is_moe else "is dense"
+            if model.card:
+                more = "has new experts already; import it without the flag, then use `expand`"
             raise UserError(f"{ADD_FLAG}: is for a base model that is a mixture, and {model.path} {more}")
         return None
     if added is None:
@@ -174,10 +175,13 @@ def _refuse_untouched_mixture(options: ImportOptions, model: HFDirectory) -> Non
     """Refuse a mixture that nothing is added to: none of its experts may train, since all are original ones."""
     given_languages = options.original_languages and options.expanded_languages
     if model.is_moe and not model.card and options.add_experts is None and not given_languages:
+        adds = f"{ADD_FLAG} N keeps all of them frozen and adds new ones"
+        if model.architecture.mixture is None:
+            adds = f"new ones beside them are for {', '.join(MIXTURES)} alone ({ADD_FLAG})"
         raise UserError(
-            f"{model.path}: a mixture, none of whose experts this project has added; {ADD_FLAG} N keeps all of them "
-            "frozen and adds new ones. Only if another program upcycled it, with the dense FFN as expert 0, give the "
-            "languages of both with --original-languages and --expanded-languages"
+            f"{model.path}: a mixture, none of whose experts this project has added; {adds}. Only if another program "
+            "upcycled it, with the dense FFN as expert 0, give the languages of both with --original-languages and "
+            "--expanded-languages"
         )
 
 

@@ -27,7 +27,7 @@ def _kept_above_attention(layer: PlannedLayer) -> float:
     """Bytes that a token keeps in a local layer whose attention has no backward pass: what its router and experts need,
     the router's input and, of a norm behind them, its own."""
     inputs = 2 if layer.architecture.family.norms == "after" else 1
-    return inputs * layer.run.hidden_bytes + _moe_bytes(layer, "none") if layer.is_moe else 0.0
+    return inputs * layer.run.hidden_bytes + _moe_bytes(layer, "none") if layer.has_new_experts else 0.0
 
 
 def _stream_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
@@ -103,7 +103,8 @@ def rows_per_token(layer: PlannedLayer) -> tuple[float, float]:
 def original_expert_bytes(layer: PlannedLayer) -> float:
     """Bytes of a row of the original expert: gate and up; with TP also the output, which the router's weight multiplies
     there; inputs where it trains. Without them the token, where the new experts' weights need the sorted rows that both
-    lie in: on a rank that holds all experts and keeps no copy in FP8."""
+    lie in: on a rank that holds all experts and keeps no copy in FP8, and has no frozen ones among them, beside which
+    the others' rows are copied (`model/moe/expert_groups.py`)."""
     D, F, layout = layer.architecture.hidden_size, layer.architecture.ffn_hidden_size, layer.run.layout
     element = layer.run.sizes.element_bytes
     weighted = D * element if layout.tensor_model_parallel_size > 1 else 0
@@ -111,6 +112,7 @@ def original_expert_bytes(layer: PlannedLayer) -> float:
         return 2 * F * element + weighted + (D + F) * _input_bytes(layer)
     exchanges = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size > 1
     shares = ParameterKind.NEW_EXPERTS in layer.trains and not exchanges and layer.run.sizes.precision != "fp8"
+    shares = shares and layer.newest_experts == layer.spread_experts
     return 2 * F * element + weighted + (D * element if shares else 0)
 
 

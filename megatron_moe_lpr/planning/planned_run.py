@@ -78,8 +78,13 @@ class PlannedLayer:
 
     @property
     def is_moe(self) -> bool:
-        """The layer has a router and new experts."""
+        """The layer has a router."""
         return self.num_experts > 1
+
+    @property
+    def has_new_experts(self) -> bool:
+        """The layer has experts that the base model has not: of a mixture base not all layers with a router do."""
+        return self.num_experts > self.run.shape.base_experts(self.index)
 
     @property
     def newest_experts(self) -> int:
@@ -113,9 +118,9 @@ class PlannedLayer:
         in any case: so attention has a backward pass (`model/gpt.py`, of local layers)."""
         run, shape = self.run, self.run.shape
         everywhere = run.recompute != "none" or run.layout.pipeline_model_parallel_size > 1
-        # In a layer with a router the lowest weight that trains is the router, so that the layer's own attention needs
-        # no gradient; an inserted block begins with a norm, which trains.
-        router = any(experts > 1 for experts in shape.experts_per_layer[: self.index])
+        # In a layer with new experts the lowest weight that trains is the router, so that the layer's own attention
+        # needs no gradient; an inserted block begins with a norm, which trains.
+        router = any(PlannedLayer(run, layer).has_new_experts for layer in range(self.index))
         inserts = ParameterKind.INSERTED_BLOCKS in run.sizes.trains
         inserted = inserts and any(block <= self.index for block in shape.inserted_blocks)
         return everywhere or bool(run.trained_vocabulary) or router or inserted

@@ -1,6 +1,7 @@
 """Bases that are mixtures: import with new experts, export, and what is refused. transformers is the reference."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,26 @@ def test_adding_to_a_dense_model_or_to_an_export_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("import", "--hf", tmp_path / "dense", "--save", tmp_path / "out", "--add-experts", 2)
     assert "is for a base model that is a mixture" in capsys.readouterr().err
+
+
+def test_different_numbers_cannot_be_exported(tmp_path, capsys):
+    checkpoint = import_mixture(tmp_path, "mixtral", "--add-experts", "2,0,2,2")
+    change_card(checkpoint, openness=1.0)
+    with pytest.raises(SystemExit):
+        run("export", "--load", checkpoint, "--hf", tmp_path / "exported")
+    line = capsys.readouterr().err
+    assert "different numbers of experts (8, 10)" in line and "as --add-experts N does" in line
+
+
+def test_other_mixtures_are_sent_to_no_flag_that_refuses_them(tmp_path, capsys):
+    save_model("olmo2", tmp_path / "dense")
+    run("import", "--hf", tmp_path / "dense", "--save", tmp_path / "checkpoint", "--num-experts", 3)
+    run("export", "--load", tmp_path / "checkpoint", "--hf", tmp_path / "hf")
+    shutil.rmtree(tmp_path / "hf" / "moe_lpr")
+    for arguments, words in (((), "new ones beside them are for mixtral,"), (("--add-experts", 2), "is none of those")):
+        with pytest.raises(SystemExit):
+            run("import", "--hf", tmp_path / "hf", "--save", tmp_path / "out", *arguments)
+        assert words in capsys.readouterr().err
 
 
 def test_the_plan_of_a_mixture(tmp_path, capsys):

@@ -13,7 +13,7 @@ from megatron_moe_lpr.planning.memory import placeholder_bytes
 from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.training.configuration.stages import STAGES
-from tests.fuzzing.targets import DENSE
+from tests.fuzzing.targets import DENSE, MOE
 
 SHAPE = ModelShape(read_architecture(DENSE, "config"), (7, 1), 2)
 EXPANDED = dataclasses.replace(SHAPE, expansions=((4, 0), (2, 0)))
@@ -31,10 +31,12 @@ def planned(
 
 
 def test_rows_of_earlier_experts_keep_no_input():
-    """Of a token's 2 experts 2 x 4/7 are earlier ones; each would keep its input and its second product's, in bf16."""
-    inputs = 2 * (SHAPE.architecture.hidden_size + SHAPE.architecture.ffn_hidden_size)
+    """Of a token's 2 experts 2 x 4/7 are earlier ones; each would keep its input and its second product's, in bf16. Nor
+    are the original expert's rows kept, 2/7 a token, which lie in one tensor with those of experts that all train."""
+    hidden = 2 * SHAPE.architecture.hidden_size
+    inputs = hidden + 2 * SHAPE.architecture.ffn_hidden_size
     difference = planned(SHAPE, "1") - planned(EXPANDED, "1")
-    assert difference == pytest.approx(TOKENS * 2 * 4 / 7 * inputs)
+    assert difference == pytest.approx(TOKENS * (2 * 4 / 7 * inputs + 2 / 7 * hidden))
 
 
 @pytest.mark.parametrize(("family", "values"), [("granite", 0), ("olmo2", 4 * (32 + 16) // 2), ("cohere", -32)])
@@ -94,6 +96,14 @@ def test_what_local_layers_keep():
     products = 2 * top_k * 2 * 2 * architecture.ffn_hidden_size
     expected = TOKENS * (attention + routing + stream + products + 4 * head_dim)
     assert planned(both, "2", transformer_engine=False) == pytest.approx(expected)
+
+
+def test_local_layers_of_a_mixture_below_its_first_new_expert_keep_nothing():
+    mixture = read_architecture(MOE | {"mlp_only_layers": []}, "config")
+    shape = ModelShape(mixture, (3, 5), 2, expansions=((0, 2),))
+    above = ModelShape(dataclasses.replace(mixture, num_layers=1), (5,), 2, expansions=((2,),))
+    kept = [planned(one, "1", transformer_engine=False) for one in (shape, above)]
+    assert kept[0] == kept[1] > 0
 
 
 def test_a_mask_of_a_window_belongs_to_positions():

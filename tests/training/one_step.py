@@ -38,6 +38,7 @@ class StepCase:
     stage: str = "1"
     train_embeddings: bool = False
     train_new_rows: bool = True
+    train_base_router: bool = False
     micro_batch_size: int = 2
     load_balancing_coeff: float = 0.3
     lpr_loss_coeff: float = 0.5
@@ -108,7 +109,8 @@ def run_step(path: Path, case: StepCase, table: torch.Tensor = LANGUAGE_GROUP) -
         new_token_loss_coeff=case.new_token_loss_coeff,
         calculate_per_token_loss=True,
     )
-    stage = StageOptions(stage=case.stage, train_embeddings=case.train_embeddings, train_new_rows=case.train_new_rows)
+    flags = {name: getattr(case, name) for name in ("train_embeddings", "train_new_rows", "train_base_router")}
+    stage = StageOptions(stage=case.stage, **flags)
     freeze(model.chunks, stage.resolve(), extensions=len(model.shape.new_tokens))
     options = OptimizerOptions(**case.optimizer)
     chunks = wrap_data_parallel(model.chunks, model.config, options)

@@ -149,6 +149,15 @@ def test_base_rows_train_where_asked(inputs, tmp_path):
     assert {kind_of(key) for key in changed} == {ParameterKind.NEW_EXPERTS, *(k for k in ParameterKind if k.is_router)}
 
 
+def test_gradients_of_base_rows_at_a_layout(inputs):
+    """Sequence parallelism splits the tokens of a router; the third layer's has base rows alone."""
+    path = inputs[0] / "qwen2_moe" / "trained" / "checkpoint"
+    reference = rank_pool(1).run(run_step, path, StepCase(train_base_router=True))[0]
+    assert sum(key.endswith("base_rows") for key in reference.gradients) == 4
+    for result in rank_pool(RANKS).run(run_step, path, StepCase(TP2 | EP2, train_base_router=True)):
+        assert max(differences(result, reference).values()) < TOLERANCE
+
+
 def likelihoods(path: Path) -> dict[int, tuple[float, float]]:
     """LPR loss and probability of the original experts that the routers record, by layer, over random hidden states."""
     from megatron_moe_lpr.model.moe.token_tags import token_tags
@@ -182,10 +191,14 @@ def test_lpr_loss_is_of_all_original_experts_together(inputs):
         assert found == pytest.approx([value.item() for value in expected], rel=1e-5)
 
 
-def test_a_second_expansion_is_exact_and_its_groups_follow(inputs, tmp_path):
+def test_a_second_expansion_is_exact_and_its_groups_follow(inputs, tmp_path, capsys):
     trained, second = inputs[0] / "qwen3_moe" / "trained" / "checkpoint", tmp_path / "second"
     change_card(trained, history=[{"stage": "1", "languages": ["el"], "original_languages": ["en"]}])
-    run("expand", "--load", trained, "--save", second, "--add-experts", "2,0,4,2", "--expert-model-parallel-size", 2)
+    expand = ("expand", "--load", trained, "--save", second, "--add-experts")
+    with pytest.raises(SystemExit):
+        run(*expand, "0,0,3,0", "--expert-model-parallel-size", 3)
+    assert "must divide the 8 experts of the base model and the 2 new ones" in capsys.readouterr().err
+    run(*expand, "2,0,4,2", "--expert-model-parallel-size", 2)
     card = resolve_checkpoint(second).card()
     assert card.expansions == [[2, 4, 0, 2], [2, 0, 4, 2]] and card.experts_per_layer == [12, 12, 12, 12]
     before, after = (rank_pool(1).run(logits, path, ({},))[0][0] for path in (trained, second))

@@ -138,10 +138,13 @@ def with_both_rope_spellings(config: Mapping[str, Any], architecture: Architectu
 def _common_number_of_experts(experts_per_layer: Sequence[int], architecture: Architecture) -> int:
     counts = sorted({experts for experts in experts_per_layer if experts > 1})
     if len(counts) != 1:
+        equal = f"allocate with {command('allocate')} --uniform-count, which gives each layer the same number or none"
+        if architecture.mixture:
+            equal = "add the same number to every layer that has experts, as --add-experts N does"
         raise UserError(
             f"cannot export: layers have different numbers of experts ({', '.join(map(str, counts))}), and "
             f"{architecture.family.moe_architecture} holds one number for all of them; where a stock export is wanted, "
-            f"allocate with {command('allocate')} --uniform-count, which gives each layer the same number or none"
+            f"{equal}"
         )
     return counts[0]
 

@@ -51,15 +51,24 @@ class ExpertGroups(MegatronModule):
         Returns:
             [tokens, hidden] and no bias.
         """
+        trains = {group: _trains(self.get_submodule(group)) for group in self.counts}
+        # A product whose weights train keeps its rows, and a view of them would keep those of frozen experts alive too.
+        # In FP8 a rounded copy is kept.
+        apart = torch.is_grad_enabled() and not all(trains.values()) and not self.config.fp8
         outputs, first = [], 0
         for group, counts in zip(self.counts, tokens_per_expert.split(list(self.counts.values())), strict=True):
             end = first + int(counts.sum())
-            outputs.append(self.get_submodule(group)(tokens[first:end], counts, weights[first:end])[0])
+            rows = tokens[first:end].clone() if apart and trains[group] else tokens[first:end]
+            outputs.append(self.get_submodule(group)(rows, counts, weights[first:end])[0])
             first = end
         return torch.cat(outputs), None
 
     def backward_dw(self) -> None:
         """Do nothing: weight gradients are never delayed here."""
+
+
+def _trains(module: torch.nn.Module) -> bool:
+    return any(weight.requires_grad for weight in module.parameters())
 
 
 def _named(name: str | None, part: str) -> dict[str, str]:

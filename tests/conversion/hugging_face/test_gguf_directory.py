@@ -47,10 +47,14 @@ def write_gguf(path: Path, name: str, kind: str = "F32", divisors: np.ndarray | 
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": model.model.layers[0].self_attn.head_dim,
     }
-    for key, value in (sizes | fields).items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"{family}.{key}", value)
-    writer.add_float32(f"{family}.rope.freq_base", config.rope_parameters["rope_theta"])
-    writer.add_float32(f"{family}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+    numbers = {
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+    for key, value in (sizes | numbers | fields).items():
+        if value is not None:  # None: the file lacks the field.
+            add[type(value)](f"{family}.{key}", value)
     add_tokenizer(writer, config.vocab_size)
     for key, tensor in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
@@ -171,6 +175,14 @@ REFUSED = {
     "yarn": ({"name": "qwen2", "rope.scaling.type": "yarn"}, {}, "positions scaled by yarn"),
     "part of the head rotates": ({"name": "qwen2", "rope.dimension_count": 4}, {}, "rope.dimension_count is 4"),
     "a window": ({"name": "llama", "attention.sliding_window": 8}, {}, "attention.sliding_window is 8"),
+    "scaled without a type": ({"name": "qwen2", "rope.scaling.factor": 4.0}, {}, "rope.scaling.factor is 4.0"),
+    "scaled, as old files say it": ({"name": "llama", "rope.scale_linear": 4.0}, {}, "rope.scale_linear is 4.0"),
+    "no epsilon": (
+        {"name": "llama", "attention.layer_norm_rms_epsilon": None},
+        {},
+        "llama.attention.layer_norm_rms_epsilon is None",
+    ),
+    "groups by layer": ({"name": "llama", "attention.head_count_kv": [2] * 4}, {}, "head_count_kv is .2, 2, 2, 2."),
 }
 
 
