@@ -46,11 +46,18 @@ class Metadata:
         """A field of the architecture, for example `block_count`."""
         return self.fields.get(f"{self.architecture}.{name}", default)
 
-    def require(self, name: str) -> int:
+    def require(self, name: str, default: int | None = None) -> int:
         """An integer field of the architecture. Raises UserError if it is missing, or differs between layers."""
-        value = self.get(name)
+        value = self.get(name, default)
         if not isinstance(value, int):
             raise UserError(f"{self.path}: metadata {self.architecture}.{name} is {value}; a whole number is expected")
+        return value
+
+    def require_float(self, name: str) -> float:
+        """A field of the architecture that llama.cpp too reads no file without. Raises UserError if it is missing."""
+        value = self.get(name)
+        if not isinstance(value, float):
+            raise UserError(f"{self.path}: metadata {self.architecture}.{name} is {value}; a number is expected")
         return value
 
 
@@ -76,10 +83,10 @@ def hf_config(metadata: Metadata, vocab_size: int, tied: bool, divisors: np.ndar
         "architectures": [family.architecture],
         "model_type": family.name,
         **fields,
-        "num_key_value_heads": metadata.get("attention.head_count_kv", heads),
+        "num_key_value_heads": metadata.require("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": _shortest(metadata.get("attention.layer_norm_rms_epsilon", 1e-6)),
+        "rms_norm_eps": _shortest(metadata.require_float("attention.layer_norm_rms_epsilon")),
         "rope_theta": theta,
         "tie_word_embeddings": tied,
         "vocab_size": vocab_size,
@@ -102,7 +109,10 @@ def _refuse_other_positions(metadata: Metadata, head_dim: int) -> None:
             f"{metadata.path}: positions scaled by {scaling} ({metadata.architecture}.rope.scaling.type) are not read; "
             f"{REMEDY}"
         )
-    for name, expected in (("rope.dimension_count", head_dim), ("attention.sliding_window", 0)):
+    plain = {"rope.dimension_count": head_dim, "attention.sliding_window": 0}
+    # llama.cpp scales linearly by either where the file names no type of scaling.
+    plain |= {"rope.scaling.factor": 1, "rope.scale_linear": 1}
+    for name, expected in plain.items():
         value = metadata.get(name, expected)
         if value != expected:
             raise UserError(

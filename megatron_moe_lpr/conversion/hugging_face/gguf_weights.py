@@ -97,7 +97,7 @@ class GGUFWeights:
 
     def _heads(self, name: str) -> int:
         heads = self.metadata.require("attention.head_count")
-        return heads if "q_proj" in name else self.metadata.get("attention.head_count_kv", heads)
+        return heads if "q_proj" in name else self.metadata.require("attention.head_count_kv", heads)
 
 
 def hf_name(name: str, path: Path) -> str:
