@@ -22,6 +22,9 @@ from megatron_moe_lpr.model.tensors import DENSE_LAYOUT, EMBEDDING_NAME, Row, mo
 class DenseSource:
     """A dense model on disk; one tensor, or one layer, is in memory at a time."""
 
+    ffn_module = "mlp"
+    """Name of the FFN in a layer of transformers' class."""
+
     def __init__(
         self,
         config: dict[str, Any],

@@ -16,8 +16,9 @@ from megatron_moe_lpr.model.configuration.mixtures import Mixture
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.tensors import Row, model_rows
 
-ROUTER = "mlp.gate.weight"
-"""The router's name in a layer of transformers' classes."""
+FFN_AND_ROUTER = {"granitemoe": ("block_sparse_moe", "router.weight")}
+"""Names of the FFN in a layer of transformers' class and of the router's weight in it, where they are no others'."""
+OTHERS = ("mlp", "gate.weight")
 
 
 class MixtureSource(DenseSource):
@@ -33,6 +34,8 @@ class MixtureSource(DenseSource):
     ) -> None:
         super().__init__(config, architecture, rows, read)
         self.mixture = mixture
+        self.ffn_module, router = FFN_AND_ROUTER.get(architecture.family.name, OTHERS)
+        self.router = f"{self.ffn_module}.{router}"
 
     def layer(self, layer: int) -> dict[str, torch.Tensor]:
         """Tensors of a layer, fp32; its experts' matrices one behind the other, as transformers 5 has them."""
@@ -44,12 +47,13 @@ class MixtureSource(DenseSource):
             if row.kind is ParameterKind.BASE_EXPERTS:
                 experts += tensors
             elif row.kind is ParameterKind.BASE_ROUTER:
-                found[ROUTER] = tensors[0]
+                found[self.router] = tensors[0]
             else:
                 found |= {name.removeprefix(prefix): one for name, one in zip(row.names, tensors, strict=True)}
         if experts:
             gate, up, down = _by_projection(experts)
-            found |= {"mlp.experts.gate_up_proj": torch.cat((gate, up), dim=1), "mlp.experts.down_proj": down}
+            place = f"{self.ffn_module}.experts"
+            found |= {f"{place}.gate_up_proj": torch.cat((gate, up), dim=1), f"{place}.down_proj": down}
         return found
 
 
@@ -92,7 +96,7 @@ def expert_usage(
         if experts == 1:
             yield torch.empty(0)
             continue
-        router = source.layer(layer)[ROUTER]
+        router = source.layer(layer)[source.router]
         chosen = [(one @ router.T).topk(source.mixture.top_k, dim=-1).indices for one in inputs.values()]
         yield torch.bincount(torch.cat([one.flatten() for one in chosen]), minlength=experts)
 

@@ -34,7 +34,8 @@ def ffn_inputs(
     for index in range(source.architecture.num_layers):
         layer = model.get_submodule(f"layers.{index}").to_empty(device=device)
         layer.load_state_dict(source.layer(index), strict=True)
-        runner = _LayerRunner(layer, _arguments(model, source.architecture.window(index), length, device))
+        ffn = layer.get_submodule(source.ffn_module)
+        runner = _LayerRunner(layer, ffn, _arguments(model, source.architecture.window(index), length, device))
         inputs = {name: runner(stream, name, device) for name in stream}
         layer.to("meta")
         yield inputs
@@ -43,10 +44,10 @@ def ffn_inputs(
 class _LayerRunner:
     """Runs windows through a layer and records the inputs of its FFN."""
 
-    def __init__(self, layer: torch.nn.Module, arguments: dict[str, Any]) -> None:
+    def __init__(self, layer: torch.nn.Module, ffn: torch.nn.Module, arguments: dict[str, Any]) -> None:
         self.layer, self.arguments = layer, arguments
         self.kept: list[torch.Tensor] = []
-        layer.get_submodule("mlp").register_forward_pre_hook(lambda _, inputs: self.kept.append(inputs[0].cpu()))
+        ffn.register_forward_pre_hook(lambda _, inputs: self.kept.append(inputs[0].cpu()))
 
     def __call__(self, stream: dict[str, torch.Tensor], name: str, device: torch.device) -> torch.Tensor:
         """Return the FFN's inputs for one language, and replace its `stream` by the layer's output."""

@@ -16,7 +16,7 @@ WINDOWS = {"el": torch.arange(0, 96).view(3, 32), "hu": torch.arange(1, 97).flip
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "granitemoe"])
 def test_usage_is_that_of_the_whole_model(name, tmp_path):
     save_model(name, tmp_path)
     source, model = open_mixture_source(tmp_path), load_model(tmp_path)
