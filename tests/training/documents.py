@@ -124,8 +124,8 @@ def run_documents(path: Path, case: DocumentCase) -> dict:
                 model.config,
                 batch["tokens"],
                 VOCABULARY,
-                batch.get("cu_seqlens"),
-                batch["position_ids"],
+                cu_seqlens=batch.get("cu_seqlens"),
+                position_ids=batch["position_ids"],
             ).cpu()
             for batch in batches
         ]
