@@ -1,7 +1,6 @@
 """The MoE layer: a frozen original expert apart from the expert-parallel group of new experts."""
 
 import contextlib
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -19,10 +17,16 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moe_lpr.megatron.overriding import override, overrides_megatron, replace
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 from megatron_moe_lpr.model.configuration.fp8 import row_alignment
 from megatron_moe_lpr.model.moe.dispatch_counts import exchange_counts
 from megatron_moe_lpr.model.moe.expert_groups import dispatch_order
+from megatron_moe_lpr.model.moe.part_configurations import (
+    build_router,
+    dispatched_experts_config,
+    original_expert_config,
+    parameters_in_fp8,
+)
 from megatron_moe_lpr.model.moe.sorted_rows import SortedRows, join, sort_rows
 from megatron_moe_lpr.model.moe.weighted_rows import WeightedRows
 from megatron_moe_lpr.platform.side_stream import SideStream, behind_current
@@ -66,11 +70,11 @@ class MoELPRLayer(MoELayer):
         base: int = 0,
         **options: Any,
     ) -> None:
-        router = partial(_build_for_all_experts, submodules.router, num_experts, base)
+        router = partial(build_router, submodules.router, num_experts, base)
         self.num_apart = 0 if base else 1
-        with _parameters_in_fp8(config) if fp8_parameters else contextlib.nullcontext():
+        with parameters_in_fp8(config) if fp8_parameters else contextlib.nullcontext():
             super().__init__(
-                _dispatched_experts_config(config, num_experts - self.num_apart),
+                dispatched_experts_config(config, num_experts - self.num_apart),
                 MoESubmodules(submodules.experts, submodules.shared_experts, router),
                 layer_number,
                 pg_collection,
@@ -89,7 +93,7 @@ class MoELPRLayer(MoELayer):
         if self.num_apart:
             self.original_expert = build_module(
                 submodules.original_expert,
-                config=_original_expert_config(config),
+                config=original_expert_config(config),
                 ffn_hidden_size=config.ffn_hidden_size,
                 tp_group=self.attn_tp_group,
             )
@@ -365,46 +369,3 @@ def _restore_dispatcher_state(dispatcher: MoETokenDispatcher) -> Iterator[None]:
     finally:
         vars(dispatcher).clear()
         vars(dispatcher).update(before)
-
-
-@contextlib.contextmanager
-def _parameters_in_fp8(config: TransformerConfig) -> Iterator[None]:
-    """Build Transformer Engine's linear layers with weights in FP8 while the block runs.
-
-    Under `no_grad`, so that fp8_utils.py `get_fp8_context` keeps no second copy of the initial values: the optimizer
-    would start from that copy, whereas here a checkpoint that is read later fills the weights.
-    """
-    config = copy.copy(config)
-    replace(config, fp8_param=True)
-    with torch.no_grad(), get_fp8_context(config, is_init=True):
-        yield
-
-
-def _build_for_all_experts(
-    router: type,
-    num_experts: int,
-    base: int,
-    *,
-    config: TransformerConfig,
-    pg_collection: ProcessGroupCollection | None,
-    **options: Any,
-) -> torch.nn.Module:
-    """Build the router for all experts: the layer's own configuration counts those that EP ranks share."""
-    config = copy.copy(config)
-    replace(config, num_moe_experts=num_experts, moe_expert_capacity_factor=None)
-    return router(config=config, pg_collection=pg_collection, base=base, **options)
-
-
-def _dispatched_experts_config(config: TransformerConfig, num_experts: int) -> TransformerConfig:
-    config = copy.copy(config)
-    # A token has 0 to k new experts, where the flex dispatcher assumes k unless there is a capacity; an infinite one
-    # drops nothing. The all-to-all dispatcher is given sorted rows, and need not count them.
-    capacity = math.inf if config.moe_token_dispatcher_type == "flex" else None
-    replace(config, num_moe_experts=num_experts, moe_expert_capacity_factor=capacity)
-    return config
-
-
-def _original_expert_config(config: TransformerConfig) -> TransformerConfig:
-    config = copy.copy(config)
-    replace(config, num_moe_experts=None)
-    return config
