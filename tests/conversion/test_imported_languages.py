@@ -158,6 +158,6 @@ def test_a_model_that_was_trained_as_a_mixture_is_not_taken_for_an_upcycled_one(
     """Its expert 0 is no original, and training the others would overwrite the model."""
     transformers.AutoModelForCausalLM.from_config(GENUINE[name](**SIZES)).save_pretrained(tmp_path / "genuine")
     line = refuse("import", "--hf", tmp_path / "genuine", "--save", tmp_path / "save")
-    assert f"{tmp_path / 'genuine'}: a mixture without" in line and "give its dense base model" in line
-    with pytest.raises(UserError, match=r"architecture .* is not supported"):
+    assert f"{tmp_path / 'genuine'}: a mixture" in line and "--add-experts" in line
+    with pytest.raises(UserError, match="is a mixture; say with --add-experts"):
         plan.find(plan.Flags(gpus=8, hf=str(tmp_path / "genuine")))
