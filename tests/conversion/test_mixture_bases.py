@@ -56,6 +56,8 @@ def test_import_export_and_import_again(name, tmp_path, cpu_platform, capsys):
     base, exported = (load_model(tmp_path / place) for place in ("hf", "exported"))
     assert type(base) is type(exported) and (logits(base) - logits(exported)).abs().max() > 0.01
     counts = {"num_experts": 10, "num_local_experts": 10}
+    # transformers 5 reads either name; of a Qwen3-MoE, transformers 4 reads `num_experts` alone.
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["num_experts"] == 10
     differing = {
         key
         for key, value in base.config.to_dict().items()
