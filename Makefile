@@ -128,3 +128,4 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 include examples/demo/demo.mk
+include examples/real/real.mk

@@ -1,10 +1,11 @@
 """LoRA on a dense Hugging Face model, by peft, on the windows that megatron_moe_lpr.pretrain would draw.
 
 A row of `make paper-table`: every linear layer of the transformer layers gets an adapter, and nothing else trains. The
-output is a stock dense model, with the adapters added to its weights.
+output is a stock dense model, with the adapters added to its weights, and the run's metrics.jsonl.
 """
 
 import dataclasses
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
 
 from megatron_moe_lpr.command_line import parse_flags
@@ -21,6 +24,7 @@ from megatron_moe_lpr.data.reading.config import DataConfig, read_data_sources
 from megatron_moe_lpr.data.reading.training_dataset import build_training_dataset
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.files.atomic_directory import atomic_directory
+from megatron_moe_lpr.files.atomic_file import atomic_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 
@@ -55,6 +59,10 @@ class Flags:
     """Compute matrix products in fp32, the default."""
     log_interval: int = 20
     """Steps between lines of output."""
+    state: Path | None = None
+    """File for the state of a run that is not complete: the same command then goes on from it. Default: none."""
+    save_interval: int = 100
+    """Steps between two writes of --state."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,40 +78,84 @@ def main(arguments: list[str] | None = None) -> None:
         kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         model = get_peft_model(dense.float(), LoraConfig(r=flags.rank, lora_alpha=2 * flags.rank, **kind))
         model.print_trainable_parameters()
-        train(model, windows(flags), flags)
+        lines = train(model, flags)
+        (partial / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         model.merge_and_unload().to(dtype).save_pretrained(partial)
         for name in TOKENIZER_FILES:
             if (flags.hf / name).is_file():
                 shutil.copy(flags.hf / name, partial)
+    if flags.state:
+        flags.state.unlink(missing_ok=True)
 
 
-def windows(flags: Flags) -> Iterator[Batch]:
-    """Yield global batches in the order of a training run with the same flags."""
+def windows(flags: Flags, first_step: int = 0) -> Iterator[Batch]:
+    """Yield global batches in the order of a training run with the same flags, after the first so many."""
     config = DataConfig(data_path=flags.data_path, seed=flags.seed, num_workers=0)
     samples = flags.train_iters * flags.global_batch_size
     dataset = build_training_dataset(read_data_sources(config), config, flags.seq_length, samples)
-    return build_data_iterator(dataset, 0, flags.global_batch_size, 0, 1)
+    return build_data_iterator(dataset, first_step * flags.global_batch_size, flags.global_batch_size, 0, 1)
 
 
-def train(model: PreTrainedModel, batches: Iterator[Batch], flags: Flags) -> None:
-    """Train with AdamW, cosine schedule and clipping as `moe-lpr train` has them by default."""
+def train(model: PreTrainedModel, flags: Flags) -> list[dict]:
+    """Train with AdamW, cosine schedule and clipping as `moe-lpr train` has them by default. Returns the metrics."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=flags.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, flags.lr_warmup_iters, flags.train_iters)
+    lines = load_state(flags, trained, optimizer, schedule)
+    done = lines[-1]["iteration"] if lines else 0
     model.train()
-    start, total, steps = time.monotonic(), 0.0, 0
-    for step, batch in enumerate(batches, 1):
+    start, total, before = time.monotonic(), 0.0, done
+    for step, batch in enumerate(windows(flags, done), done + 1):
         loss = lm_loss(model, batch, flags.bf16)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        total, steps = total + loss.item(), steps + 1
-        if step % flags.log_interval == 0 or step == flags.train_iters:
-            rate = step * flags.global_batch_size * flags.seq_length / (time.monotonic() - start)
-            print(f"LoRA | step {step:,}/{flags.train_iters:,} | loss {total / steps:.4f} | {rate:,.0f} tokens/s")
-            total, steps = 0.0, 0
+        total += loss.item()
+        saves = flags.state is not None and step % flags.save_interval == 0
+        if step % flags.log_interval == 0 or saves or step == flags.train_iters:
+            tokens = flags.global_batch_size * flags.seq_length
+            rate = (step - before) * tokens / (time.monotonic() - start)
+            line = {"kind": "train", "iteration": step, "consumed_tokens": step * tokens}
+            lines.append(line | {"lm_loss": total / (step - before), "tokens_per_second": rate})
+            print(
+                f"LoRA | step {step:,}/{flags.train_iters:,} | loss {lines[-1]['lm_loss']:.4f} | {rate:,.0f} tokens/s"
+            )
+            if saves:
+                save_state(flags.state, trained, optimizer, schedule, lines)
+            start, total, before = time.monotonic(), 0.0, step
+    return lines
+
+
+def save_state(
+    file: Path, trained: list[torch.Tensor], optimizer: Optimizer, schedule: LRScheduler, lines: list
+) -> None:
+    """Write the state after a step; a start that is interrupted here leaves the state before it."""
+    weights = [parameter.detach() for parameter in trained]
+    states = {"weights": weights, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    with atomic_file(file) as partial:
+        torch.save(states | {"lines": lines}, partial)
+
+
+def load_state(flags: Flags, trained: list[torch.Tensor], optimizer: Optimizer, schedule: LRScheduler) -> list[dict]:
+    """Take over the state of an incomplete run, if there is one. Returns its metrics, else an empty list.
+
+    Raises:
+        UserError: it is the state of a run with other adapters.
+    """
+    if flags.state is None or not flags.state.is_file():
+        return []
+    found = torch.load(flags.state, weights_only=True)
+    if [one.shape for one in found["weights"]] != [one.shape for one in trained]:
+        raise UserError(f"{flags.state}: the state of another run; remove it to begin again")
+    with torch.no_grad():
+        for parameter, saved in zip(trained, found["weights"], strict=True):
+            parameter.copy_(saved)
+    optimizer.load_state_dict(found["optimizer"])
+    schedule.load_state_dict(found["schedule"])
+    print(f"LoRA | goes on after step {found['lines'][-1]['iteration']:,}")
+    return found["lines"]
 
 
 def lm_loss(model: PreTrainedModel, batch: Batch, bf16: bool) -> torch.Tensor:

@@ -1,11 +1,14 @@
 """The LoRA row of the table: linear layers change by a low rank and nothing else changes, on a training's windows."""
 
+import itertools
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_moe_lpr.errors import UserError
 from tests.conversion.tiny_models import load_model, save_model
 from tests.training.runs import make_data
 
@@ -23,9 +26,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path, list]:
     """Return the dense model, the model with the adapters added, and the batches."""
     root = tmp_path_factory.mktemp("lora")
     dense = save_model("qwen2-tied", root / "dense")
-    data = make_data(root)
-    arguments = ["--hf", dense, "--save", root / "tuned", "--data-path", data["el"], data["hu"], "--train-iters", 20]
-    arguments += ["--global-batch-size", 4, "--seq-length", 32, "--lr", 0.02, "--rank", RANK]
+    make_data(root)
     seen, lm_loss = [], lora.lm_loss
 
     def remembered(model, batch, bf16):
@@ -35,8 +36,15 @@ def trained(tmp_path_factory) -> tuple[Path, Path, list]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora, "lm_loss", remembered)
-        lora.main(list(map(str, arguments)))
+        run(root, "tuned")
     return dense, root / "tuned", seen
+
+
+def run(root: Path, save: str, *more: object) -> None:
+    """Train 20 steps to ROOT/SAVE."""
+    arguments = ["--hf", root / "dense", "--save", root / save, "--data-path", root / "el", root / "hu"]
+    arguments += ["--train-iters", 20, "--global-batch-size", 4, "--seq-length", 32, "--lr", 0.02, "--rank", RANK]
+    lora.main([str(word) for word in (*arguments, "--log-interval", 5, *more)])
 
 
 def test_the_difference_has_the_adapters_rank(trained) -> None:
@@ -54,6 +62,36 @@ def test_it_learns_and_keeps_the_tokenizer(trained) -> None:
     dense, tuned, losses = trained
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.3
     assert (tuned / "tokenizer.json").read_bytes() == (dense / "tokenizer.json").read_bytes()
+
+
+def test_an_interrupted_run_goes_on_from_its_state(trained, monkeypatch, capsys) -> None:
+    root, steps, lm_loss = trained[0].parent, iter(range(1, 30)), lora.lm_loss
+    state = ("--state", root / "state.pt", "--save-interval", 6)
+
+    def interrupted(*arguments):
+        if next(steps) == 9:
+            raise KeyboardInterrupt
+        return lm_loss(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "lm_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(root, "resumed", *state)
+    assert not (root / "resumed").exists() and (root / "state.pt").exists()
+    with pytest.raises(UserError, match=r"state\.pt"):
+        run(root, "resumed", *state, "--rank", 3)
+    capsys.readouterr()
+    run(root, "resumed", *state)
+    assert "goes on after step 6" in capsys.readouterr().out and not (root / "state.pt").exists()
+    whole, resumed = (load_model(root / name).state_dict() for name in ("tuned", "resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    lines = [json.loads(line) for line in (root / "resumed" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [5, 6, 10, 12, 15, 18, 20]
+    assert [line["consumed_tokens"] for line in lines] == [4 * 32 * line["iteration"] for line in lines]
+    losses = [
+        sum(trained[2][start:end]) / (end - start) for start, end in itertools.pairwise((0, 5, 6, 10, 12, 15, 18, 20))
+    ]
+    assert [line["lm_loss"] for line in lines] == pytest.approx(losses)
 
 
 def test_active_parameters_of_a_mixture() -> None:
