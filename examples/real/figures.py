@@ -11,7 +11,7 @@ from examples.real.writing import identical_answers
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import read_json
 
-GROUPS = ("original", "expanded", "other")
+GROUPS = ("original", "expanded", "unseen")
 """Languages of the base model that the review replays, learned ones, and those that no run has seen."""
 
 

@@ -35,7 +35,7 @@ def summary(figures: Figures) -> Grid:
     def row(name: str) -> list[str]:
         bits = [f"{figures.mean_bits(name, *place):.3f}{changed(figures, name, *place)}" for place in places]
         costs = figures.costs[name]
-        size = f"{millions(costs['parameters'])} ({millions(costs['active_parameters'])})"
+        size = f"{costs['parameters'] / 1e6:,.0f}M ({costs['active_parameters'] / 1e6:,.0f}M)"
         speed = f"{figures.bytes_per_second(name, 'expanded'):,.0f}"
         return [name, *bits, percent(figures.accuracy(name)), same_answers(figures, name), size, speed]
 
@@ -59,14 +59,14 @@ def bits(figures: Figures, kind: str, title: str, note: str) -> Grid:
     texts, header = figures.models[figures.base][kind], ["model"]
     for group, places in figures.columns(kind).items():
         header += [label(texts[at]) for at in places]
-        header += [f"{group} mean", "change"]
+        header += ["change"] if len(places) == 1 else [f"{group} mean", "change"]
 
     def row(name: str) -> list[str]:
         cells = [name]
         for group, places in figures.columns(kind).items():
             cells += [f"{figures.models[name][kind][at]['bits_per_byte']:.3f}" for at in places]
             change = "" if name == figures.base else f"{figures.change(name, kind, group):+.1%}"
-            cells += [f"{figures.mean_bits(name, kind, group):.3f}", change]
+            cells += [change] if len(places) == 1 else [f"{figures.mean_bits(name, kind, group):.3f}", change]
         return cells
 
     return Grid(title, note, header, [row(name) for name in figures.models])
@@ -81,7 +81,7 @@ def text_bits(figures: Figures) -> Grid:
     """Return bits per byte of the corpus' validation text."""
     note = (
         f"Held-out pages of the corpus, up to {figures.inputs.validation_bytes:,} bytes of each language, the same for "
-        "all models. No run has seen the languages on the right."
+        "all models. Unseen are languages that no run has trained on."
     )
     return bits(figures, "text", "Validation text: bits per byte", note)
 
