@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from examples.real import likelihood
 from megatron_moe_lpr.checkpoint.format.card import read_card
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, resolve_checkpoint
 from megatron_moe_lpr.data.reading.document_options import DocumentOptions
@@ -139,6 +140,17 @@ def test_equals_transformers(setting, alone, language):
     assert torch.allclose(share, expected["expert_share"], atol=1e-6)
     assert routing["expert0_top_k_share"] == pytest.approx(share[:, 0].tolist())
     assert 0.02 < share[:, 0].mean() < 0.98, "the choice does not show"
+
+
+def test_the_measuring_of_make_real_sums_the_same(setting, alone):
+    """A dataset as one text: the windows of examples/real are those of an evaluation, and so are the bits."""
+    root, _, _, tokens = setting
+    for found in alone["datasets"]:
+        ids = tokens[found["language"]]
+        windows = likelihood.cut(0, ids[:1], ids[1:], SEQUENCE)
+        nats = sum(sum(likelihood.nats(exported(root / "exported"), one)) for one in likelihood.batches(list(windows)))
+        assert nats == pytest.approx(found["loss"] * found["tokens"], rel=1e-5)
+        assert nats / math.log(2) / (3 * len(ids)) == pytest.approx(found["bits_per_byte"], rel=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
