@@ -17,6 +17,7 @@ from typing import Literal
 import tyro
 from workflow import Failed
 
+from examples.real import measure, report
 from examples.real.base import base
 from examples.real.flow import Flow
 from examples.real.layers import compare_layers
@@ -36,6 +37,16 @@ def moe_lpr(flow: Flow) -> None:
     extend(flow, EXTENDED)
 
 
+def measure_models(flow: Flow) -> None:
+    """Measure all models."""
+    measure.run(flow.runs, flow.settings)
+
+
+def write_report(flow: Flow) -> None:
+    """Write the page and the tables."""
+    report.run(flow.runs, flow.settings)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A part of the whole."""
@@ -50,6 +61,8 @@ STAGES = {
     "tokenizer": Stage(tokenizer, ("base",)),
     "moe-lpr": Stage(moe_lpr, ("tokenizer",)),
     "others": Stage(others, ("tokenizer",)),
+    "measure": Stage(measure_models, ("moe-lpr", "others")),
+    "report": Stage(write_report, ("measure",)),
 }
 """All stages, in the order in which they run."""
 
