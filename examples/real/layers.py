@@ -28,7 +28,14 @@ def compare_layers(flow: Flow) -> None:
     budget = sum(map(int, layout.frequency(layers)[1:-1].split(","))) * (layout.num_experts - 1)
     words = (
         *("allocate", "--hf", settings.hf(BASE), "--original-languages", *settings.original, "--data-path", *data),
-        *("--uniform-count", layout.num_experts, "--budget", budget, "--tokens-per-language", 5000),
+        *(
+            "--uniform-count",
+            layout.num_experts,
+            "--budget",
+            budget,
+            "--tokens-per-language",
+            settings.allocation_tokens,
+        ),
         *("--output", output, "--plot", output.with_suffix(".svg")),
     )
     flow.step(output, "layers: allocation", lambda: flow.moe_lpr(*words))

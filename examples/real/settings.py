@@ -60,6 +60,7 @@ class Settings:
     layouts: dict[str, Layout]
     layout: str
     trial_iters: int
+    allocation_tokens: int
     training: Flags
     stage1: Flags
     stage2: Flags
@@ -136,6 +137,7 @@ def _quick(settings: Settings) -> Settings:
         replay_share=0.5,
         new_tokens=300,
         trial_iters=2,
+        allocation_tokens=512,
         training={**settings.training, "seq_length": 128, "log_interval": 1},
         stage1={**settings.stage1, **short},
         stage2={**settings.stage2, **short, "train_iters": QUICK_ITERS},
