@@ -10,8 +10,8 @@ from workflow import Training, Workflow
 BASE_EXPERTS = 8
 BASE_ITERS = 200
 """Steps that train the mixture base, every parameter, on the original languages."""
-ADDED = "0,4,4,4"
-"""New experts by layer: the router of layer 0 cannot separate the languages."""
+ADDED = 4
+"""New experts in every layer: a stock mixture holds one number of experts for all of them."""
 STAGE1 = Training("stage1", "stage 1: new experts learn the expanded languages", "1", "start")
 STAGE2 = Training("stage2", "stage 2: review the original languages", "2", "stage1")
 TRAINED_ROWS = ("--train-base-router",)

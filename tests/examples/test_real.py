@@ -12,7 +12,7 @@ import yaml
 import zstandard
 
 from examples.real import flow as flows
-from examples.real import memory, real, settings, text
+from examples.real import measure, memory, real, report, settings, text
 from examples.real.base import source
 from examples.real.flow import Flow
 from examples.real.settings import Layout, read_settings
@@ -51,7 +51,7 @@ class Recorder:
     """In place of the commands: notes their words and writes what the steps after them read."""
 
     def __init__(self, dense: Path) -> None:
-        self.dense, self.commands, self.trained = dense, [], {}
+        self.dense, self.commands, self.trained, self.measured = dense, [], {}, []
 
     def __call__(self, flow: Flow, *words: object, **_: str) -> None:
         command = [str(word) for word in words][1:]
@@ -81,6 +81,8 @@ def run_all(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> tup
     flow = Flow(read_settings(environment))
     recorder = Recorder(Path(environment["BASE"]))
     monkeypatch.setattr(Flow, "run", lambda *words, **rest: recorder(*words, **rest))
+    for module in (measure, report):
+        monkeypatch.setattr(module, "run", lambda *words: recorder.measured.append(words))
     for name in real.plan("all"):
         real.STAGES[name].action(flow)
     return flow, recorder
@@ -121,6 +123,7 @@ def test_all_stages(environment, monkeypatch, capsys) -> None:
     assert all(step["done"] and step["peak_memory_bytes"] == 2_000_000 for step in steps.values())
     assert not [name for name in steps if name.startswith("trial")]
     assert set(json.loads((runs / "bytes_per_token.json").read_text())[NEW]) == {"en", "el", "hu", "tr"}
+    assert recorder.measured == [(runs, flow.settings)] * 2
     before = len(recorder.commands)
     capsys.readouterr()
     for name in real.plan("all"):
