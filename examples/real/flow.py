@@ -104,11 +104,11 @@ class Flow(Workflow):
         training["micro_batch_size"] = max(1, min(training["micro_batch_size"], share))
         return {**training, "seed": settings.seed, settings.precision: True}
 
-    def export(self, load: Path, name: str) -> Path:
+    def export(self, load: Path, name: str, title: str) -> Path:
         """Export a checkpoint to the Hugging Face directory of a model, and compare the two. Returns the directory."""
         hf = self.settings.hf(name)
-        self.step(hf / "config.json", f"{name}: export", lambda: self.moe_lpr("export", "--load", load, "--hf", hf))
-        self.verify(load, hf, f"{name}: comparison of logits")
+        self.step(hf / "config.json", f"{title}: export", lambda: self.moe_lpr("export", "--load", load, "--hf", hf))
+        self.verify(load, hf, f"{title}: comparison of logits")
         return hf
 
     def verify(self, load: Path, hf: Path, title: str) -> None:

@@ -39,7 +39,7 @@ def extend(flow: Flow, model: Extension) -> Path:
     learned = [prefix(flow, model.tokens, language) for language in settings.expanded]
     iters = steps_of_one_pass(flow, model.tokens, settings.expanded)
     stage1 = flow.train(f"{model.name}/stage1", f"{model.title}: stage 1", "1", start, learned, iters, settings.stage1)
-    return flow.export(review(flow, model, stage1), model.name)
+    return flow.export(review(flow, model, stage1), model.name, model.title)
 
 
 def review(flow: Flow, model: Extension, stage1: Path) -> Path:

@@ -25,7 +25,7 @@ def full_fine_tuning(flow: Flow) -> None:
     data = [prefix(flow, OLD, language) for language in settings.expanded]
     iters = steps_of_one_pass(flow, OLD, settings.expanded)
     full = flow.train("full", f"{FULL} of the dense model", "full", flow.runs / BASE, data, iters, settings.full)
-    flow.export(full, "full")
+    flow.export(full, "full", FULL)
 
 
 def lora(flow: Flow) -> None:

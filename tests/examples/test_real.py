@@ -17,8 +17,14 @@ from examples.real.base import source
 from examples.real.flow import Flow
 from examples.real.settings import Layout, read_settings
 from examples.real.tokenizer import NEW, OLD
+from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.errors import UserError
+from tests import test_readme
 from tests.data.builders import make_hf_tokenizer
+
+pytest.importorskip("peft", reason="needs peft")
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "demo"))
+import lora
 
 ROOT = Path(__file__).parents[2]
 WORDS = {"el": "αρχείο ανοίγει", "hu": "fájlt megnyit", "tr": "dosyayı açar", "en": "opens the file"}
@@ -129,6 +135,25 @@ def test_all_stages(environment, monkeypatch, capsys) -> None:
     for name in real.plan("all"):
         real.STAGES[name].action(flow)
     assert len(recorder.commands) == before and "done before" in capsys.readouterr().out
+
+
+def test_the_commands_accept_their_flags(environment, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "tree_bytes", lambda: 2_000_000)
+    flow, recorder = run_all(environment, monkeypatch)
+    known = {command[0]: command for command in recorder.commands if not command[0].endswith("lora.py")}
+    assert set(known) == {"import", "export", "verify", "extend-tokenizer", "preprocess", "allocate", "train"}
+    # Each with all flags that any of its calls has, and every training's file.
+    shown = {
+        (name, frozenset(word for word in words if word[:2] == "--")): (name, words)
+        for name, *words in recorder.commands
+    }
+    trainings = [("train", ["--config", str(file)]) for file in (flow.runs / "flags").iterdir()]
+    for name, words in [*shown.values(), *trainings]:
+        if name.endswith("lora.py"):
+            assert parse_flags(lora.Flags, words).lr
+            continue
+        with monkeypatch.context() as patch:
+            test_readme.test_flags_of_a_shown_command(name, words, patch)
 
 
 def imports(recorder: Recorder) -> list[list[str]]:
