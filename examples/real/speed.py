@@ -19,9 +19,11 @@ VLLM = Path(".venv-vllm")
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 64, 32, 3
 IN_VLLM = """
 import json, statistics, sys, time
+import torch
 from vllm import LLM, SamplingParams
 model, prompt_tokens, new_tokens, rounds = sys.argv[1], *map(int, sys.argv[2:5])
-engine = LLM(model=model, dtype="auto", max_model_len=512, max_num_seqs=1, enforce_eager=True)
+dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+engine = LLM(model=model, dtype=dtype, max_model_len=512, max_num_seqs=1, enforce_eager=True)
 settings = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
 times = []
 for _ in range(rounds + 1):

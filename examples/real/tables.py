@@ -146,8 +146,9 @@ def speed(figures: Figures) -> Grid:
         ]
 
     note = (
-        "As exported. A token uses of a mixture only the experts that it chooses: these parameters are active. Greedy, "
-        f"one text at a time, by {figures.engine}; bytes are tokens by the bytes of a token above."
+        "As exported: a stock class may hold copies in layers without new experts. A token uses of a mixture only the "
+        "experts that it chooses: these parameters are active. Greedy, one text at a time, by "
+        f"{figures.engine}; bytes are tokens by the bytes of a token above."
     )
     groups = [f"bytes/s, {group} languages" for group in GROUPS[:2] if group in figures.columns("text")]
     header = ["model", "parameters", "active", "tokens/s", *groups]
