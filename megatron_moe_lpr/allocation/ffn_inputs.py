@@ -11,6 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from megatron_moe_lpr.allocation.dense_source import DenseSource
+from megatron_moe_lpr.conversion.hugging_face.hf_config import with_both_rope_spellings
+from megatron_moe_lpr.conversion.hugging_face.installed_transformers import check_model_type
 from megatron_moe_lpr.conversion.hugging_face.quiet import quiet_transformers
 
 WINDOWS_PER_BATCH = 8
@@ -24,8 +26,11 @@ def ffn_inputs(
 
     Args:
         windows: token ids [windows, length] of each language, the same length for all.
+
+    Raises:
+        UserError: the installed transformers has no class for the model.
     """
-    model = _skeleton(source.config)
+    model = _skeleton(source)
     embedding = source.embedding()
     factor = source.architecture.multipliers.embedding
     stream = {name: torch.nn.functional.embedding(ids, embedding).float() * factor for name, ids in windows.items()}
@@ -60,8 +65,10 @@ class _LayerRunner:
         return torch.cat(self.kept)
 
 
-def _skeleton(config: dict[str, Any]) -> torch.nn.Module:
-    """transformers' model without its weights, in fp32."""
+def _skeleton(source: DenseSource) -> torch.nn.Module:
+    """transformers' model without its weights, in fp32. Raises UserError: the installed version does not have it."""
+    config = with_both_rope_spellings(source.config, source.architecture)
+    check_model_type(config, "config.json")
     fields = {name: value for name, value in config.items() if name not in ("model_type", "torch_dtype", "dtype")}
     with quiet_transformers(), torch.device("meta"):
         configuration = AutoConfig.for_model(config["model_type"], **fields)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from megatron_moe_lpr.allocation.sample_options import SampleOptions
 from megatron_moe_lpr.command_line import parse_flags
 from megatron_moe_lpr.conversion.expand_options import ExpandOptions
 from megatron_moe_lpr.conversion.graft_options import GraftOptions
@@ -26,10 +27,7 @@ class Import:
     upcycling: tyro.conf.OmitArgPrefixes[ImportOptions]
     save: Path
     """Checkpoint directory to write."""
-    sample: list[str] = dataclasses.field(default_factory=list)
-    """With --add-experts: datasets of the new languages, one each; new experts copy those that they use most."""
-    sample_tokens: PositiveInt = 20_000
-    """Tokens of each language of --sample."""
+    sample: tyro.conf.OmitArgPrefixes[SampleOptions] = dataclasses.field(default_factory=SampleOptions)
     revision: str | None = None
     """For a name on the hub: branch, tag or commit. Default: its main branch."""
     overwrite: bool = False
@@ -46,7 +44,7 @@ class Import:
         from megatron_moe_lpr.conversion.hugging_face.hub import model_directory
 
         options = dataclasses.replace(self.upcycling, hf=model_directory(self.upcycling.hf, self.revision))
-        if self.sample or options.new_experts_from == "used-most":
+        if self.sample.decides(options.new_experts_from):
             options = dataclasses.replace(options, new_experts_from=self.experts_used_most(options))
         from megatron_moe_lpr.conversion.importer import import_hf
         from megatron_moe_lpr.conversion.notes import import_notes
@@ -56,25 +54,14 @@ class Import:
 
     def experts_used_most(self, options: ImportOptions) -> str:
         """Return the numbers of the mixture's experts that --sample uses most, by layer. Raises UserError."""
-        if not self.sample or options.new_experts_from not in (None, "used-most"):
-            raise UserError("--sample goes with --new-experts-from used-most, and that needs --sample")
         if options.add_experts is None:
             raise UserError("--sample: chooses which experts new ones copy; give --add-experts too, or leave it out")
-        from megatron_moe_lpr.allocation.expert_usage import most_used_experts, open_mixture_source
-        from megatron_moe_lpr.allocation.samples import sample_windows
-        from megatron_moe_lpr.conversion.added_experts import added_counts, format_experts
-        from megatron_moe_lpr.data.reading.blend import read_blend
-        from megatron_moe_lpr.platform.devices import visible_device
+        from megatron_moe_lpr.allocation.expert_usage import experts_used_most
+        from megatron_moe_lpr.allocation.mixture_source import open_mixture_source
+        from megatron_moe_lpr.conversion.added_experts import added_counts
 
         source = open_mixture_source(Path(options.hf))
-        counts = added_counts(options.add_experts, source.mixture.experts)
-        length = min(256, source.architecture.max_position_embeddings)
-        flags = "--sample", "--sample-tokens"
-        windows = sample_windows(read_blend(self.sample, flags[0]), self.sample_tokens, length, *flags)
-        largest = max(int(ids.max()) for ids in windows.values())
-        if largest >= source.vocab_size:
-            raise UserError(f"--sample: has token {largest}, the model {source.vocab_size}; is it its tokenizer?")
-        return format_experts(most_used_experts(source, counts, windows, visible_device()))
+        return experts_used_most(source, added_counts(options.add_experts, source.mixture.experts), self.sample)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +71,7 @@ class Expand:
     expansion: tyro.conf.OmitArgPrefixes[ExpandOptions]
     save: Path
     """Checkpoint directory to write."""
+    sample: tyro.conf.OmitArgPrefixes[SampleOptions] = dataclasses.field(default_factory=SampleOptions)
     overwrite: bool = False
     """Replace what is at --save."""
 
@@ -91,8 +79,22 @@ class Expand:
         """Expand, then print a summary of the checkpoint."""
         from megatron_moe_lpr.conversion.expand import expand
 
-        expand(self.expansion, self.save, self.overwrite)
+        options = self.expansion
+        if self.sample.decides(options.new_experts_from):
+            options = dataclasses.replace(options, new_experts_from=self.experts_used_most())
+        expand(options, self.save, self.overwrite)
         show(self.save)
+
+    def experts_used_most(self) -> str:
+        """Return the numbers of the base model's experts that --sample uses most, by layer. Raises UserError."""
+        from megatron_moe_lpr.allocation.expert_usage import experts_used_most
+        from megatron_moe_lpr.allocation.mixture_source import open_mixture_in_checkpoint
+        from megatron_moe_lpr.conversion.expand import check_expansion
+
+        options = self.expansion
+        counts = check_expansion(options)
+        source = open_mixture_in_checkpoint(options.load, options.base_checkpoint, options.verify)
+        return experts_used_most(source, counts, self.sample)
 
 
 @dataclasses.dataclass(frozen=True)

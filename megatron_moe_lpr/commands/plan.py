@@ -17,6 +17,7 @@ from megatron_moe_lpr.flag_ranges import PositiveFloat, PositiveInt, Range
 from megatron_moe_lpr.platform import TransformerImpl
 
 if TYPE_CHECKING:
+    from megatron_moe_lpr.conversion.import_options import ImportOptions
     from megatron_moe_lpr.model.configuration.architecture import Architecture
     from megatron_moe_lpr.model.configuration.config import ModelShape
     from megatron_moe_lpr.planning.search import Candidate
@@ -39,12 +40,13 @@ class Flags:
     Qwen/Qwen1.5-1.8B, of which only the config.json is downloaded."""
     revision: str | None = None
     """For a name on the hub: branch, tag or commit. Default: its main branch."""
-    num_experts: PositiveInt = 6
-    """Experts per layer, the original one included."""
+    num_experts: PositiveInt | None = None
+    """Experts per layer, the original one included. Default: 6 (paper); a mixture and --load have their own."""
     top_k: PositiveInt | None = None
-    """Experts per token. Default: the paper's 2; a mixture has its own."""
-    moe_layer_freq: str = "1"
-    """Which layers have experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31"."""
+    """Experts per token. Default: the paper's 2; a mixture and --load have their own."""
+    moe_layer_freq: str | None = None
+    """Which layers have experts: N for every N-th one from layer 0 on, or a pattern such as "[0]+[1]*31". Default: 1,
+    every layer; a mixture and --load have their own."""
     experts_per_layer: str | None = None
     """Experts of each layer, instead of --num-experts and --moe-layer-freq: 5,4,3,... or the JSON file of
     `moe-lpr allocate`. The plan then also shows what that saves against --num-experts in every layer."""
@@ -122,9 +124,10 @@ def main(arguments: list[str] | None = None) -> None:
 
         print(describe_host_state(best, flags.gpus_per_node))
     if flags.experts_per_layer is not None:
+        from megatron_moe_lpr.conversion.import_options import PAPER_NUM_EXPERTS
         from megatron_moe_lpr.planning.allocation_savings import saving_against_uniform
 
-        print(saving_against_uniform(shape, sizes, flags.num_experts))
+        print(saving_against_uniform(shape, sizes, flags.num_experts or PAPER_NUM_EXPERTS))
 
 
 def find(flags: Flags) -> tuple["ModelShape", "RunSizes", list["Candidate"]]:
@@ -137,8 +140,7 @@ def find(flags: Flags) -> tuple["ModelShape", "RunSizes", list["Candidate"]]:
     from megatron_moe_lpr.planning.search import Choice, find_layouts
 
     shape, sizes = read_shape(flags), read_sizes(flags)
-    if flags.stage == "blocks" and not shape.inserted_blocks:
-        raise UserError("--stage blocks trains inserted blocks: give a checkpoint of import --expand-blocks by --load")
+    _check_model(flags, shape, sizes)
     choice = Choice(
         _given(flags.tensor_model_parallel_size),
         _given(flags.pipeline_model_parallel_size),
@@ -179,12 +181,26 @@ def _check(flags: Flags) -> None:
         raise UserError("--original-share needs --routing")
 
 
+def _check_model(flags: Flags, shape: "ModelShape", sizes: "RunSizes") -> None:
+    """Check stage and flags against the model as training does. Raises UserError."""
+    from megatron_moe_lpr.engine.options import OptimizerOptions
+    from megatron_moe_lpr.training.configuration.model_checks import check_fp8_param_gather, check_sequence_length
+    from megatron_moe_lpr.training.configuration.stages import STAGES, check_stage_model
+
+    stage = STAGES[flags.stage]
+    flag = "--load" if flags.hf is None else "--hf"
+    check_stage_model(stage, shape.max_experts > 1, bool(shape.inserted_blocks), flag)
+    check_sequence_length(flags.seq_length, shape.architecture)
+    optimizer = OptimizerOptions(use_distributed_optimizer=flags.use_distributed_optimizer, states=flags.states)
+    check_fp8_param_gather(sizes.fp8, stage, bool(shape.expansions), optimizer)
+
+
 def read_shape(flags: Flags):
     """Return the shape of the checkpoint's model, or of the model that upcycling --hf would make. Raises UserError."""
     from megatron_moe_lpr.checkpoint.format.card import read_json
     from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
     from megatron_moe_lpr.checkpoint.loading.model import model_shape
-    from megatron_moe_lpr.conversion.import_options import ImportOptions, upcycled_experts
+    from megatron_moe_lpr.conversion.import_options import given_experts, upcycled_experts
     from megatron_moe_lpr.model.configuration.architecture import read_architecture
     from megatron_moe_lpr.model.configuration.config import ModelShape
 
@@ -195,21 +211,32 @@ def read_shape(flags: Flags):
             raise UserError("--new-tokens: the checkpoint given by --load knows its new tokens; leave the flag out")
         if flags.add_experts is not None:
             raise UserError("--add-experts: the checkpoint given by --load has its new experts; leave the flag out")
-        return model_shape(resolve_checkpoint(flags.load))
+        shape = model_shape(resolve_checkpoint(flags.load))
+        given_experts(_expert_flags(flags), list(shape.experts_per_layer), shape.top_k, f"--load {flags.load}")
+        return shape
     path = Path(flags.hf or "")
     architecture = read_architecture(read_json(path), str(path))
     if architecture.mixture or flags.add_experts is not None:
         return _mixture_shape(flags, architecture)
-    options = ImportOptions(path, flags.num_experts, flags.top_k, flags.moe_layer_freq)
+    options = _expert_flags(flags)
     if flags.experts_per_layer is not None:
-        options = ImportOptions(path, top_k=flags.top_k, experts_per_layer=flags.experts_per_layer)
+        options = dataclasses.replace(options, num_experts=None)  # What --experts-per-layer is compared with.
     experts, top_k = upcycled_experts(options, architecture.num_layers)
     return ModelShape(architecture, tuple(experts), top_k, new_tokens=_given(flags.new_tokens))
 
 
+def _expert_flags(flags: Flags) -> "ImportOptions":
+    """Return the flags that say which experts the model has as those of an import."""
+    from megatron_moe_lpr.conversion.import_options import ImportOptions
+
+    path = Path(flags.hf or "")
+    return ImportOptions(path, flags.num_experts, flags.top_k, flags.moe_layer_freq, flags.experts_per_layer)
+
+
 def _mixture_shape(flags: Flags, architecture: "Architecture") -> "ModelShape":
     """Return the shape of a mixture base with the new experts of --add-experts. Raises UserError."""
-    from megatron_moe_lpr.conversion.added_experts import ADD_FLAG, added_counts
+    from megatron_moe_lpr.conversion.added_experts import added_counts
+    from megatron_moe_lpr.conversion.import_options import ADD_FLAG, given_experts
     from megatron_moe_lpr.model.configuration.config import ModelShape
 
     mixture = architecture.mixture
@@ -217,6 +244,7 @@ def _mixture_shape(flags: Flags, architecture: "Architecture") -> "ModelShape":
         raise UserError(f"{ADD_FLAG}: is for a base model that is a mixture, and {flags.hf} is dense")
     if flags.add_experts is None:
         raise UserError(f"{flags.hf}: is a mixture; say with {ADD_FLAG} how many experts it gets")
+    given_experts(_expert_flags(flags), list(mixture.experts), mixture.top_k, str(flags.hf))
     counts = added_counts(flags.add_experts, mixture.experts)
     experts = tuple(base + count for base, count in zip(mixture.experts, counts, strict=True))
     return ModelShape(architecture, experts, mixture.top_k, (tuple(counts),), new_tokens=_given(flags.new_tokens))

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from megatron_moe_lpr.checkpoint.format.card import check_experts
+from megatron_moe_lpr.conversion.import_options import ADD_FLAG, FROM_FLAG, RANDOM, USED_MOST
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.mixtures import Mixture
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.tensors import Layout, Row
-
-ADD_FLAG, FROM_FLAG = "--add-experts", "--new-experts-from"
-USED_MOST, RANDOM = "used-most", "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +82,23 @@ def named_experts(text: str, counts: Sequence[int], base: Sequence[int]) -> list
             )
         copied.append([int(word) for word in words])
     return copied
+
+
+def chosen_experts(given: str | None, counts: Sequence[int], base: Sequence[int], seed: int) -> list[list[int]]:
+    """Return by layer the experts of the base model that new ones copy.
+
+    Args:
+        given: value of --new-experts-from, with the numbers that a sample chose in place of `used-most`; None: random.
+        counts: new experts of each layer.
+        base: experts that each layer of the base model has.
+        seed: of the random choice.
+
+    Raises:
+        UserError: `given` is neither `random` nor such numbers.
+    """
+    if given in (None, RANDOM):
+        return random_experts(counts, base, seed)
+    return named_experts(given or RANDOM, counts, base)
 
 
 def format_experts(copied: Sequence[Sequence[int]]) -> str:

@@ -18,7 +18,7 @@ from megatron_moe_lpr.checkpoint.format.directory import (
 )
 from megatron_moe_lpr.checkpoint.format.writer import CheckpointWriter
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint, verify_all
-from megatron_moe_lpr.conversion.added_experts import random_experts
+from megatron_moe_lpr.conversion.added_experts import chosen_experts
 from megatron_moe_lpr.conversion.expand_options import ExpandOptions, added_experts
 from megatron_moe_lpr.conversion.expanded_vocabulary import (
     card_with_vocabulary,
@@ -27,6 +27,7 @@ from megatron_moe_lpr.conversion.expanded_vocabulary import (
     side_files,
 )
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import carry_files
+from megatron_moe_lpr.conversion.import_options import FROM_FLAG
 from megatron_moe_lpr.conversion.imported_languages import EXPANDED_FLAG, ORIGINAL_FLAG
 from megatron_moe_lpr.conversion.reading import check_model_tensors
 from megatron_moe_lpr.conversion.side_files import check_disk_space, check_separate
@@ -49,7 +50,7 @@ def expand(options: ExpandOptions, save: Path, overwrite: bool = False) -> Check
 
     New experts are copies of the original one. Routers keep their rows and get a drawn row for each new expert, whose
     weight in the routing is 0 at first, so that the model computes exactly what it did. Of a mixture base the new
-    experts and their rows are copies of original ones, drawn by `options.seed`. With `options.tokenizer` its
+    experts and their rows are copies of original ones (`options.new_experts_from`). With `options.tokenizer` its
     new tokens get rows of their own; those of earlier vocabulary extensions stay frozen, as the earlier experts do.
 
     Raises:
@@ -71,8 +72,9 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
     for one in checkpoint_chain(checkpoint):
         check_separate(one.path, "the checkpoint", save, "--save")
     before, architecture = checkpoint.card(), checkpoint.architecture()
-    added = added_experts(options.add_experts, before.experts_per_layer)
-    expanded = _card(before, options, added)
+    added = _checked_counts(before, options)
+    copied = _copied(before, added, options)
+    expanded = _card(before, options, added, copied)
     extension = open_extension_of_checkpoint(options.tokenizer, checkpoint, before) if options.tokenizer else None
     files = side_files(checkpoint, options.tokenizer)
     after = card_with_vocabulary(expanded, extension, files)
@@ -80,7 +82,6 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
     had = model_rows(architecture, before.experts_per_layer, NAMES, before.expansions, before.new_tokens)
     check_model_tensors(had, reader)
     rows = model_rows(architecture, after.experts_per_layer, NAMES, after.expansions, after.new_tokens)
-    copied = _copied(before, added, options.seed)
     sources = _sources(had, rows, copied)
     total = sum(math.prod(row.shape) * reader.tensors[sources[row.key] or had[0].key].dtype.itemsize for row in rows)
     for one in checkpoint_chain(checkpoint) if options.verify else ():
@@ -104,8 +105,34 @@ def _write_expanded(options: ExpandOptions, save: Path, overwrite: bool, lock: c
     return after
 
 
-def _card(before: CheckpointCard, options: ExpandOptions, added: list[int]) -> CheckpointCard:
-    """The card of the expanded checkpoint. Raises UserError where it cannot be expanded so."""
+def check_expansion(options: ExpandOptions) -> list[int]:
+    """Return the new experts of each layer, once it is checked that the checkpoint can get them.
+
+    Raises:
+        UserError: `load` cannot be expanded with these options.
+    """
+    with resolve_and_hold(options.load, options.base_checkpoint) as iteration:
+        before = open_checkpoint(iteration, options.verify, options.base_checkpoint).card()
+    return _checked_counts(before, options)
+
+
+def _checked_counts(before: CheckpointCard, options: ExpandOptions) -> list[int]:
+    """New experts of each layer. Raises UserError where the checkpoint cannot be expanded so."""
+    _check_trained(before, options)
+    added, base = added_experts(options.add_experts, before.experts_per_layer), before.base_experts
+    if len(added) != len(before.experts_per_layer) or min(added) < 0 or not any(added):
+        raise UserError(
+            f"--add-experts: numbers of 0 or more for {len(before.experts_per_layer)} layers are expected, not all 0"
+        )
+    for own, *counts in zip(base, _earlier(before), added, strict=True):
+        _check_expert_parallel(own, counts, options.expert_model_parallel_size)
+    if before.has_mixture_base and any(count and own == 1 for count, own in zip(added, base, strict=True)):
+        raise UserError("--add-experts: a layer of the mixture base without a router cannot get experts; give it 0")
+    check_experts([one + more for one, more in zip(before.experts_per_layer, added, strict=True)], "--add-experts")
+    return added
+
+
+def _check_trained(before: CheckpointCard, options: ExpandOptions) -> None:
     if not before.is_moe:
         raise UserError(f"--load {options.load}: is dense; export it, then upcycle what export wrote by import")
     if before.openness < 1:
@@ -115,26 +142,24 @@ def _card(before: CheckpointCard, options: ExpandOptions, added: list[int]) -> C
             f"--load {options.load}: no stage 1 in its history, so the languages of its experts are not known: train "
             f"it first, or, if they were trained elsewhere, import it again with {ORIGINAL_FLAG} and {EXPANDED_FLAG}"
         )
-    if len(added) != len(before.experts_per_layer) or min(added) < 0 or not any(added):
-        raise UserError(
-            f"--add-experts: numbers of 0 or more for {len(before.experts_per_layer)} layers are expected, not all 0"
-        )
-    base = before.base_experts
-    earlier = [experts - own for experts, own in zip(before.experts_per_layer, base, strict=True)]
-    for own, *counts in zip(base, earlier, added, strict=True):
-        _check_expert_parallel(own, counts, options.expert_model_parallel_size)
-    if before.has_mixture_base and any(count and own == 1 for count, own in zip(added, base, strict=True)):
-        raise UserError("--add-experts: a layer of the mixture base without a router cannot get experts; give it 0")
-    experts = [one + more for one, more in zip(before.experts_per_layer, added, strict=True)]
-    check_experts(experts, "--add-experts")
+
+
+def _earlier(before: CheckpointCard) -> list[int]:
+    """Experts of each layer beside the original ones, of all expansions so far together."""
+    return [experts - own for experts, own in zip(before.experts_per_layer, before.base_experts, strict=True)]
+
+
+def _card(before: CheckpointCard, options: ExpandOptions, added: list[int], copied: list[list[int]]) -> CheckpointCard:
+    """The card of the expanded checkpoint."""
+    made = {"copied": copied} if copied else {"router_seed": options.seed}
     return dataclasses.replace(
         before,
         format_version=CheckpointCard.format_version,
         parent=None,
-        experts_per_layer=experts,
-        expansions=[*(before.expansions or [earlier]), added],
+        experts_per_layer=[one + more for one, more in zip(before.experts_per_layer, added, strict=True)],
+        expansions=[*(before.expansions or [_earlier(before)]), added],
         openness=0.0,
-        history=[*before.history, {"stage": EXPANSION, "new_experts": added, "router_seed": options.seed}],
+        history=[*before.history, {"stage": EXPANSION, "new_experts": added, **made}],
     )
 
 
@@ -152,9 +177,18 @@ def _check_expert_parallel(base: int, new: list[int], size: int) -> None:
             check_expert_parallel(count, size)
 
 
-def _copied(before: CheckpointCard, added: list[int], seed: int) -> list[list[int]]:
-    """By layer the base experts that new ones copy, drawn by `seed`, where the base model is a mixture; else empty."""
-    return random_experts(added, before.base_experts, seed) if before.has_mixture_base else []
+def _copied(before: CheckpointCard, added: list[int], options: ExpandOptions) -> list[list[int]]:
+    """By layer the base experts that new ones copy, where the base model is a mixture; else empty.
+
+    Raises:
+        UserError: numbers that do not fit, or a choice where there is a single original expert to copy.
+    """
+    given = options.new_experts_from
+    if before.has_mixture_base:
+        return chosen_experts(given, added, before.base_experts, options.seed)
+    if given is not None:
+        raise UserError(f"{FROM_FLAG}: is for a base model that is a mixture, and that of {options.load} is dense")
+    return []
 
 
 def _sources(had: list[Row], rows: list[Row], copied: list[list[int]]) -> dict[str, str | None]:

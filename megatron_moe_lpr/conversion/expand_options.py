@@ -19,8 +19,12 @@ class ExpandOptions:
     tokenizer: Path | None = None
     """Directory of a tokenizer that `moe-lpr extend-tokenizer` made of the checkpoint's own: its new tokens get rows of
     their own, and rows that an earlier extension added stay frozen."""
+    new_experts_from: str | None = None
+    """With a mixture as base model: which of its experts the new ones copy: used-most (by the text of --sample), random
+    (by --seed), or their numbers, as in 3,17 for all layers or 3,17;0,5;... by layer. Default: used-most with --sample,
+    else random."""
     seed: Seed = 1234
-    """Seed of the routers' new rows; with a mixture as base model, of the choice of the experts that are copied."""
+    """Seed of the routers' new rows; with a mixture as base model, of the choice by --new-experts-from random."""
     expert_model_parallel_size: PositiveInt = 1
     """Only a check: does this EP size divide the number of experts of each expansion?"""
     base_checkpoint: Path | None = None

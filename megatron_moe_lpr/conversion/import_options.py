@@ -12,6 +12,9 @@ from megatron_moe_lpr.flag_ranges import PositiveInt, Seed
 
 PAPER_NUM_EXPERTS = 6
 PAPER_TOP_K = 2
+ADD_FLAG, FROM_FLAG = "--add-experts", "--new-experts-from"
+USED_MOST, RANDOM = "used-most", "random"
+"""Values of --new-experts-from beside numbers of experts."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,10 @@ from pathlib import Path
 import torch
 
 from megatron_moe_lpr.conversion.added_experts import (
-    ADD_FLAG,
-    RANDOM,
     AddedExperts,
     added_counts,
+    chosen_experts,
     copied_rows,
-    named_experts,
-    random_experts,
 )
 from megatron_moe_lpr.conversion.experts_per_layer import FLAG as EXPERTS_FLAG
 from megatron_moe_lpr.conversion.hugging_face.adapter import Adapter, open_adapter
@@ -25,7 +22,7 @@ from megatron_moe_lpr.conversion.hugging_face.hf_directory import (
     open_hf_directory,
 )
 from megatron_moe_lpr.conversion.hugging_face.safetensors_source import SafetensorsSource, weight_files
-from megatron_moe_lpr.conversion.import_options import ImportOptions, given_experts, upcycled_experts
+from megatron_moe_lpr.conversion.import_options import ADD_FLAG, ImportOptions, given_experts, upcycled_experts
 from megatron_moe_lpr.conversion.imported_languages import ImportedLanguages, read_imported_languages
 from megatron_moe_lpr.conversion.tensors.blocks import FLAG, inserted_positions, mark_inserted
 from megatron_moe_lpr.data.tokenizer_extension import TokenizerExtension
@@ -166,9 +163,7 @@ def added_experts(options: ImportOptions, model: HFDirectory) -> AddedExperts | 
         if value:
             raise UserError(f"{flag} and {ADD_FLAG}: give one of them; training records the languages of new experts")
     counts = added_counts(added, mixture.experts)
-    if options.new_experts_from in (None, RANDOM):
-        return AddedExperts(random_experts(counts, mixture.experts, options.seed))
-    return AddedExperts(named_experts(options.new_experts_from or RANDOM, counts, mixture.experts))
+    return AddedExperts(chosen_experts(options.new_experts_from, counts, mixture.experts, options.seed))
 
 
 def _refuse_untouched_mixture(options: ImportOptions, model: HFDirectory) -> None:

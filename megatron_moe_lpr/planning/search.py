@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout
+from megatron_moe_lpr.model.configuration.fp8 import check_fp8_shapes
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.model.configuration.parameters import projection_shapes
 from megatron_moe_lpr.model.configuration.recompute import NOT_DELAYED, check_recompute_in_fp8
@@ -109,6 +110,7 @@ def check_splits(shape: ModelShape, layout: ParallelLayout, sizes: RunSizes) -> 
     layout.check_world(sizes.gpus)
     check_layout(shape, layout)
     layout.check_sequence(sizes.seq_length)
+    check_fp8_shapes(sizes.fp8, shape.architecture, layout, sizes.micro_batch_size * sizes.seq_length)
     sizes.num_microbatches(layout)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from megatron_moe_lpr.engine.state_options import OptimizerStateOptions
-from megatron_moe_lpr.model.configuration.fp8 import FP8Recipe
+from megatron_moe_lpr.model.configuration.fp8 import FP8Options, FP8Recipe
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.parallel.micro_batches import num_microbatches
@@ -40,6 +40,13 @@ class RunSizes:
 
     transformer_engine: bool = True
     """Layers are Transformer Engine's; False: of PyTorch alone (`--transformer-impl local`)."""
+
+    @property
+    def fp8(self) -> FP8Options:
+        """The flags of a run in this precision."""
+        if self.precision != "fp8":
+            return FP8Options()
+        return FP8Options("hybrid", self.fp8_recipe, fp8_param_gather=self.fp8_param_gather)
 
     @property
     def element_bytes(self) -> int:

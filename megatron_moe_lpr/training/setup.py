@@ -23,7 +23,6 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout, check_options, check_platform
 from megatron_moe_lpr.model.configuration.dtype import choose_dtype, report_dtype
-from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.platform import Platform, select_platform
@@ -31,6 +30,7 @@ from megatron_moe_lpr.platform.determinism import fix_order_of_sums
 from megatron_moe_lpr.training.checkpointing import RunState, load_run
 from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.description import accepted_names, describe_run, recorded_schedule
+from megatron_moe_lpr.training.configuration.model_checks import check_fp8_param_gather, check_sequence_length
 from megatron_moe_lpr.training.configuration.stages import Stage, check_stage, freeze, stage_note
 from megatron_moe_lpr.training.run_directory.resuming import ResumePoint, find_resume_point
 from megatron_moe_lpr.training.run_directory.run_start import (
@@ -95,10 +95,6 @@ def prepare(config: TrainingConfig) -> Run:
     _check_run(config, stage, start, card, sources)
     platform, options = _choose_platform(config, stage, shape, card)
     config = dataclasses.replace(config, optimizer=config.optimizer.with_platform_defaults(platform))
-    if options.fp8.fp8_param_gather and config.optimizer.states.optimizer_cpu_offload:
-        raise UserError("--optimizer-cpu-offload: the host has no FP8 weights; leave --fp8-param-gather out")
-    if options.fp8.fp8_param_gather and not config.optimizer.use_distributed_optimizer:
-        raise UserError("--fp8-param-gather needs --use-distributed-optimizer")
 
     # From here on ranks exchange: every check that one rank can make alone has passed.
     initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
@@ -151,7 +147,7 @@ def _choose_platform(
         fix_order_of_sums(os.environ)
     options = config.compute.with_dtype(choose_dtype(config.compute.requested_dtype(), card.compute_dtype, platform))
     check_options(shape, config.layout, options, config.batch.micro_batch_size * config.batch.seq_length)
-    check_fp8_param_gather(options.fp8, stage)
+    check_fp8_param_gather(options.fp8, stage, bool(card.expansions), config.optimizer.with_platform_defaults(platform))
     check_platform(shape, config.layout, options, platform)
     check_optimizer_states(config.optimizer.states, options.dtype, platform)
     return platform, options
@@ -201,18 +197,6 @@ def _build_model(
     return dataclasses.replace(model, chunks=chunks), state
 
 
-def check_fp8_param_gather(options: FP8Options, stage: Stage) -> None:
-    """Check that --fp8-param-gather leaves no frozen weight in FP8, which would round it.
-
-    Raises:
-        UserError: the new experts don't train.
-    """
-    if options.fp8_param_gather and "new experts" not in stage.trains:
-        raise UserError(
-            f"--fp8-param-gather: stage {stage.name} keeps the new experts frozen, to the bit; leave it out"
-        )
-
-
 def _end_of_document(sources: DataSources, tokenizer: Tokenizer | None) -> list[str]:
     """A note where the data's documents end with another token than the model's texts."""
     try:
@@ -228,7 +212,7 @@ def _end_of_document(sources: DataSources, tokenizer: Tokenizer | None) -> list[
 
 
 def _check_expansion(config: TrainingConfig, stage: Stage, card: CheckpointCard) -> None:
-    """Raise UserError where the run would leave the latest expansion's experts half in use, or round frozen ones."""
+    """Raise UserError where the run would leave the latest expansion's experts half in use."""
     steps, flag = config.stage.open_experts_iters, "--open-experts-iters"
     if card.openness == 1 and steps is not None:
         raise UserError(f"{flag}: the experts of --load are all in use; leave it out")
@@ -240,8 +224,6 @@ def _check_expansion(config: TrainingConfig, stage: Stage, card: CheckpointCard)
         raise UserError(f"{flag} {steps}: from 1 to --train-iters {config.batch.train_iters}")
     if config.stage.train_base_router and not card.has_mixture_base:
         raise UserError("--train-base-router: the base model of --load is dense, all router rows train; leave it out")
-    if card.expansions and config.compute.fp8.fp8_param_gather:
-        raise UserError("--fp8-param-gather: would round the frozen experts of earlier expansions; leave it out")
 
 
 def _num_microbatches(config: TrainingConfig) -> int:
@@ -256,9 +238,7 @@ def _num_microbatches(config: TrainingConfig) -> int:
 
 
 def _check_lengths(config: TrainingConfig, shape: ModelShape) -> None:
-    longest = shape.architecture.max_position_embeddings
-    if config.batch.seq_length > longest:
-        raise UserError(f"--seq-length {config.batch.seq_length}: the model has only {longest} positions")
+    check_sequence_length(config.batch.seq_length, shape.architecture)
     config.layout.check_sequence(config.batch.seq_length)
     for name in ("train_iters", "micro_batch_size", "global_batch_size", "seq_length"):
         if getattr(config.batch, name) < 1:

@@ -39,6 +39,8 @@ class Step:
     micro_batch_size: int = 2
     frozen_by_mistake: str = ""
     """Parameters whose names end so are frozen too, whatever the stage."""
+    load_balancing_coeff: float = 0.3
+    lpr_loss_coeff: float = 0.5
     fixed_routing: bool = False
     """Experts by position instead of by the router: rounding cannot send a token elsewhere."""
     experts: tuple[int, ...] = ()
@@ -56,8 +58,8 @@ def compute(platform_name: str, checkpoint: Path, step: Step) -> dict[str, Any]:
         layout,
         platform,
         ComputeOptions(**step.precision, fp8=FP8Options(**step.fp8)),
-        load_balancing_coeff=0.3,
-        lpr_loss_coeff=0.5,
+        load_balancing_coeff=step.load_balancing_coeff,
+        lpr_loss_coeff=step.lpr_loss_coeff,
         calculate_per_token_loss=True,
     )
     if step.fixed_routing:

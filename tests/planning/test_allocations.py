@@ -1,6 +1,7 @@
 """The plan's weights, gradients and optimizer state against what a rank really allocates."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from megatron_moe_lpr.planning.planned_run import PlannedRun
 from megatron_moe_lpr.planning.sizes import RunSizes
 from megatron_moe_lpr.platform import PlatformName, select_platform
 from megatron_moe_lpr.training.configuration.stages import STAGES, freeze
-from tests.conversion.tiny_models import COMMON
+from tests.conversion.tiny_models import COMMON, MIXTURES
 from tests.distributed import rank_pool
 from tests.launching.builders import prepare_inputs
 from tests.training.new_rows import extend_checkpoint
@@ -39,6 +40,8 @@ class Case:
     dtype: str = "bfloat16"
     distributed: bool = True
     new_tokens: bool = False
+    base: str = ""
+    """A mixture as base model, by the name of its checkpoint; empty: a dense one."""
     states: OptimizerStateOptions = dataclasses.field(default_factory=OptimizerStateOptions)
 
 
@@ -59,6 +62,13 @@ CASES = [
     Case({"tensor_model_parallel_size": 2}, new_tokens=True),
     Case({"pipeline_model_parallel_size": 2}, new_tokens=True),
     Case({}, stage="2", new_tokens=True),
+    *(Case({}, stage=stage, base="qwen2_moe") for stage in ("1", "2", "full")),
+    Case({}, dtype="float32", base="qwen2_moe"),
+    Case({"tensor_model_parallel_size": 2}, base="qwen2_moe"),
+    Case({"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}, base="qwen2_moe"),
+    Case({"expert_model_parallel_size": 2}, base="qwen2_moe"),
+    Case({"expert_model_parallel_size": 2}, stage="full", base="olmoe"),
+    Case({"pipeline_model_parallel_size": 2}, base="olmoe"),
 ]
 
 
@@ -101,12 +111,19 @@ def checkpoints(tmp_path_factory):
     import_hf(ImportOptions(hf=root / "wider", expand_blocks=2), root / "grown")
     import_hf(ImportOptions(hf=root / "wider", num_experts=5), root / "extended")
     extend_checkpoint(root / "extended", (90, 60))
+    for name in ("qwen2_moe", "olmoe"):
+        model_type, fields = MIXTURES[name]
+        config = AutoConfig.for_model(model_type, **COMMON | fields | {"hidden_size": 64})
+        AutoModelForCausalLM.from_config(config).save_pretrained(root / "mixture")
+        import_hf(ImportOptions(hf=root / "mixture", add_experts="2,0,4,2"), root / name)
+        shutil.rmtree(root / "mixture")
     return root
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_allocations(checkpoints, case):
-    checkpoint = checkpoints / ("extended" if case.new_tokens else "grown" if case.stage == "blocks" else "moe")
+    name = case.base or ("extended" if case.new_tokens else "grown" if case.stage == "blocks" else "moe")
+    checkpoint = checkpoints / name
     shape, layout = model_shape(resolve_checkpoint(checkpoint)), ParallelLayout(**case.layout)
     precision = "bf16" if case.dtype == "bfloat16" else "fp32"
     sizes = RunSizes(STAGES[case.stage].trains, 2, precision=precision, distributed_optimizer=case.distributed)

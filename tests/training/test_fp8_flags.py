@@ -8,8 +8,9 @@ from megatron_moe_lpr.engine.options import OptimizerOptions
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.platform import GPUFacts, Platform
+from megatron_moe_lpr.training.configuration.model_checks import check_fp8_param_gather
 from megatron_moe_lpr.training.configuration.stages import STAGES
-from megatron_moe_lpr.training.setup import check_fp8_param_gather, prepare
+from megatron_moe_lpr.training.setup import prepare
 from tests.training.runs import make_checkpoint, make_data, training_config
 
 CUDA = Platform(
@@ -42,9 +43,10 @@ def test_refused_before_anything_is_built(precision, fp8, message, inputs, tmp_p
 
 def test_fp8_weights_need_experts_that_train():
     gather = FP8Options(fp8_format="hybrid", fp8_param_gather=True)
-    check_fp8_param_gather(gather, STAGES["1"])
+    optimizer = OptimizerOptions(use_distributed_optimizer=True)
+    check_fp8_param_gather(gather, STAGES["1"], False, optimizer)
     with pytest.raises(UserError, match="stage 2 keeps the new experts frozen"):
-        check_fp8_param_gather(gather, STAGES["2"])
+        check_fp8_param_gather(gather, STAGES["2"], False, optimizer)
 
 
 def test_overlap_is_the_default_on_gpus_only(cpu_platform):

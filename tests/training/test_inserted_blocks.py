@@ -214,12 +214,13 @@ def test_planned_parameters_are_the_checkpoints(inputs):
 
 def test_the_plan_takes_a_grown_checkpoint(inputs, monkeypatch, capsys):
     tool, flags = load_tool("plan"), ["plan.py", "--stage", "blocks", "--gpus", "1", "--global-batch-size", "8"]
+    flags += ["--seq-length", "256"]
     monkeypatch.setattr("sys.argv", [*flags, "--load", str(inputs[0] / "checkpoint")])
     tool.main()
     inserted = count_parameters(model_shape(resolve_checkpoint(inputs[0] / "checkpoint")).parameters)["inserted blocks"]
     assert f" {inserted:,} trained" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*flags, "--hf", str(inputs[0] / "hf")])
-    with pytest.raises(UserError, match="--stage blocks trains inserted blocks: give a checkpoint"):
+    with pytest.raises(UserError, match="--hf: --stage blocks trains inserted blocks and the checkpoint has none"):
         tool.main()
 
 

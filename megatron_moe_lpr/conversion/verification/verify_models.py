@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from megatron_moe_lpr.checkpoint.format.chain import resolve_and_hold
-from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory
+from megatron_moe_lpr.checkpoint.format.directory import CONFIG_FILE, CheckpointDirectory
 from megatron_moe_lpr.checkpoint.loading.model import load_model, model_shape
 from megatron_moe_lpr.checkpoint.loading.verification import open_checkpoint
 from megatron_moe_lpr.conversion.hugging_face.hf_directory import open_hf_directory
+from megatron_moe_lpr.conversion.hugging_face.installed_transformers import check_model_type
 from megatron_moe_lpr.conversion.hugging_face.quiet import quiet_transformers
 from megatron_moe_lpr.conversion.hugging_face.tokenizer_samples import TEXTS
 from megatron_moe_lpr.conversion.verification.verify import Comparison, Forward, Outputs, compare, random_tokens
 from megatron_moe_lpr.data.tokenizer import load_tokenizer
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files.json_files import read_json
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.dtype import report_dtype
@@ -114,9 +116,11 @@ def transformers_forward(directory: Path, dtype: torch.dtype, device: torch.devi
     """The model of a local Hugging Face directory, dense or MoE, by transformers' stock class.
 
     Raises:
-        UserError: transformers found weights missing or left over.
+        UserError: transformers found weights missing or left over, or the installed version does not have the model.
     """
     from transformers import AutoModelForCausalLM
+
+    check_model_type(read_json(directory / CONFIG_FILE), f"{directory / CONFIG_FILE}")
 
     with quiet_transformers():
         # Annotated without `output_loading_info`, with which it returns a pair.

@@ -175,17 +175,31 @@ def check_stage(
     Raises:
         UserError: naming the flag and what is wrong.
     """
+    check_stage_model(stage, is_moe, has_inserted_blocks)
+    _check_languages(stage, sources, earlier)
+
+
+def check_stage_model(stage: Stage, is_moe: bool, has_inserted_blocks: bool, flag: str = "--load") -> None:
+    """Check that the stage can train this model, whatever the data are.
+
+    Args:
+        is_moe: whether the model has experts.
+        has_inserted_blocks: whether it has blocks that block expansion inserted.
+        flag: names the model in messages.
+
+    Raises:
+        UserError: it lacks what the stage trains.
+    """
     if stage.needs_experts and not is_moe:
         raise UserError(
-            f"--load: --stage {stage.name} needs experts and the checkpoint is dense; "
+            f"{flag}: --stage {stage.name} needs experts and the checkpoint is dense; "
             f"upcycle it with {command('import')} --num-experts"
         )
     if stage.needs_inserted_blocks and not has_inserted_blocks:
         raise UserError(
-            f"--load: --stage {stage.name} trains inserted blocks and the checkpoint has none; "
+            f"{flag}: --stage {stage.name} trains inserted blocks and the checkpoint has none; "
             f"insert them with {command('import')} --expand-blocks"
         )
-    _check_languages(stage, sources, earlier)
 
 
 def stage_note(stage: Stage, sources: DataSources) -> str | None:
