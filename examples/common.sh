@@ -4,6 +4,7 @@
 #   PLATFORM       cuda, or cpu to try the scripts without GPUs
 #   GPUS_PER_NODE  ranks on each node; default: all GPUs that nvidia-smi shows (PLATFORM=cpu: 1)
 #   NUM_NODES      default: those of the SLURM job, else 1
+#   MIN_NODES      training may go on with as few nodes, see docs/slurm.md; default: all NUM_NODES are needed
 #   DRY_RUN=1      print the command, the layout and the memory estimate; start nothing
 #   GPU_MEMORY     GiB of one GPU, for the estimate; default: what nvidia-smi says
 #   LOG_DIR        where each rank's output goes; default: SAVE/logs

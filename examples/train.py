@@ -18,6 +18,7 @@ from megatron_moe_lpr.data.reading.blend import parse_blend
 from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.config_file import parse_training_flags, read_config_file
+from megatron_moe_lpr.training.configuration.rank_counts import describe_fitting, fitting_nodes, why_not_on
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "examples" / "recipes"
@@ -66,16 +67,21 @@ def main() -> None:
     config = parse_training_flags(words)
     check_inputs(config)
     dry_run = os.environ.get("DRY_RUN") == "1"
+    least = _number(os.environ, "MIN_NODES", 0)
+    if least:
+        machine = use_nodes(config, machine, least)
     # Inside a step of a SLURM job the batch script has shown and checked this already, once for all nodes.
     if dry_run or not os.environ.get("SLURM_STEP_ID"):
         estimate(config, machine)
+        if 0 < least < machine.nodes:
+            check_memory(config, machine, least)
     save = config.checkpoint.save
     logs = Path(os.environ.get("LOG_DIR") or save / "logs") / f"node{os.environ.get('SLURM_NODEID', '0')}"
     command = launch_command(machine, logs, words)
     print(shlex.join(command), flush=True)
     if file := os.environ.get("SAVE_FILE"):
-        # A batch script that needs the directory cannot read it back from the command that is shown.
-        Path(file).write_bytes(os.fsencode(save) + b"\0")
+        # A batch script that needs these cannot read them back from the command that is shown.
+        Path(file).write_bytes(os.fsencode(save) + b"\0%d\0" % machine.nodes)
     if not dry_run:
         logs.mkdir(parents=True, exist_ok=True)
         # exec keeps the process number: `kill -USR1` it, and the run saves and stops.
@@ -173,8 +179,49 @@ def check_inputs(config: TrainingConfig) -> None:
             raise UserError(f"DATA: {prefix}.idx does not exist; {writer} writes it")
 
 
+def use_nodes(config: TrainingConfig, machine: Machine, least: int) -> Machine:
+    """Return the machine with the most of its nodes on which the layout and the global batch come out even.
+
+    Args:
+        least: MIN_NODES, on which the run must be able to go on when nodes are lost.
+
+    Raises:
+        UserError: there are fewer nodes than `least`, or the run cannot train on so many.
+    """
+    ranks, nodes = machine.ranks_per_node, machine.nodes
+    if nodes < least:
+        raise UserError(f"MIN_NODES={least}: there are {nodes} nodes; submit with --nodes={least}-MOST")
+    if reason := why_not_on(config, least * ranks):
+        raise UserError(f"MIN_NODES={least}: {reason}; {describe_fitting(config, ranks, max(nodes, 2 * least))}")
+    used = fitting_nodes(config, ranks, range(least, nodes + 1))[-1]
+    if used < nodes:
+        reason = why_not_on(config, nodes * ranks)
+        print(f"note: {used} of {nodes} nodes train, the others stay idle; all {nodes} cannot: {reason}", flush=True)
+    return dataclasses.replace(machine, nodes=used)
+
+
+def check_memory(config: TrainingConfig, machine: Machine, least: int) -> None:
+    """Check that the run fits into memory on `least` nodes too, where each GPU holds more of the optimizer's state.
+
+    Raises:
+        UserError: it does not.
+    """
+    command = plan_command(config, dataclasses.replace(machine, nodes=least))
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["tools/plan.py failed"])[-1].removeprefix("error: ")
+        raise UserError(f"MIN_NODES={least}: {said}; give a larger MIN_NODES")
+
+
 def estimate(config: TrainingConfig, machine: Machine) -> None:
     """Print layout and memory of the run by tools/plan.py; where they do not fit, this process ends with its code."""
+    code = subprocess.run(plan_command(config, machine)).returncode
+    if code:
+        sys.exit(code)
+
+
+def plan_command(config: TrainingConfig, machine: Machine) -> list[str]:
+    """Return the command that plans the run on the machine."""
     layout, batch, precision = config.layout, config.batch, config.compute
     number_format = "bf16" if machine.platform == "cuda" or precision.bf16 else "fp32"
     # Of several recomputed modules the plan takes one: its estimate is then too large, not too small.
@@ -199,9 +246,7 @@ def estimate(config: TrainingConfig, machine: Machine) -> None:
     words = [str(word) for pair in flags.items() for word in pair]
     if not config.optimizer.use_distributed_optimizer:
         words.append("--no-use-distributed-optimizer")
-    code = subprocess.run([_python(), str(ROOT / "tools" / "plan.py"), *words]).returncode
-    if code:
-        sys.exit(code)
+    return [_python(), str(ROOT / "tools" / "plan.py"), *words]
 
 
 def launch_command(machine: Machine, logs: Path, flags: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@
 #   TP, PP, EP                          tensor, pipeline and expert parallel sizes
 #   RECOMPUTE                           activation recomputation: none, moe or full
 #   FP8=1, FP8_RECIPE                   matrix products in FP8, scaled by the recipe delayed (default) or blockwise
-# PLATFORM, GPUS_PER_NODE, NUM_NODES, GPU_MEMORY, DRY_RUN, LOG_DIR and PYTHON: see common.sh.
+# PLATFORM, GPUS_PER_NODE, NUM_NODES, MIN_NODES, GPU_MEMORY, DRY_RUN, LOG_DIR and PYTHON: see common.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -67,6 +67,7 @@ def _train(
     from megatron_moe_lpr.liveness import long_work
     from megatron_moe_lpr.training.callbacks import Callbacks
     from megatron_moe_lpr.training.configuration.config_file import config_values, write_run_config
+    from megatron_moe_lpr.training.configuration.rank_notes import count_ranks, rank_notes, read_ranks
     from megatron_moe_lpr.training.configuration.schedule_notes import schedule_notes
     from megatron_moe_lpr.training.logs.metrics import MetricsWriter
     from megatron_moe_lpr.training.loop import Trainer
@@ -79,13 +80,16 @@ def _train(
     with long_work("setting up"):
         run = prepare(config)
     save, step = config.checkpoint.save, run.state.iteration
+    ranks, ranks_before = count_ranks(config, dist.get_world_size()), read_ranks(save)
     if dist.get_rank() == 0:
-        write_run_config(given, dist.get_world_size(), config.layout.data_parallel_size(dist.get_world_size()))
+        write_run_config(given, ranks)
     settings = {**config_values(run.config), **run.description}
     writer = MetricsWriter(config.logging, save, f"stage {config.stage.stage}", step, settings)
     print_overview(run)
     if step:
         writer.say(f"resuming from step {step:,} in {save}")
+        for note in rank_notes(ranks_before, ranks, config.batch.global_batch_size):
+            writer.say(note)
     else:
         writer.say(f"beginning at step 0: no checkpoint in {save} (file system mounted at {mount_point(save)})")
     for note in schedule_notes(run.config, step, run.resume_from.recorded if run.resume_from else None):

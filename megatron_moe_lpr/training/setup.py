@@ -31,6 +31,7 @@ from megatron_moe_lpr.training.checkpointing import RunState, load_run
 from megatron_moe_lpr.training.configuration.config import TrainingConfig
 from megatron_moe_lpr.training.configuration.description import accepted_names, describe_run, recorded_schedule
 from megatron_moe_lpr.training.configuration.model_checks import check_fp8_param_gather, check_sequence_length
+from megatron_moe_lpr.training.configuration.rank_counts import micro_batches_on
 from megatron_moe_lpr.training.configuration.stages import Stage, check_stage, freeze, stage_note
 from megatron_moe_lpr.training.run_directory.resuming import ResumePoint, find_resume_point
 from megatron_moe_lpr.training.run_directory.run_start import (
@@ -99,7 +100,7 @@ def prepare(config: TrainingConfig) -> Run:
     # From here on ranks exchange: every check that one rank can make alone has passed.
     initialize_parallel(platform, config.layout, config.data.seed, config.distributed_timeout_minutes)
     report_dtype(config.compute.requested_dtype(), card.compute_dtype, card.dtype, platform)
-    num_microbatches = _num_microbatches(config)
+    num_microbatches = micro_batches_on(config, dist.get_world_size())
     check_same_directory(config.checkpoint.save)
     described = describe_run(config, stage, sources, options.dtype, shape.has_new_rows)
     resume_from = find_resume_point(config.checkpoint, described, card)
@@ -224,17 +225,6 @@ def _check_expansion(config: TrainingConfig, stage: Stage, card: CheckpointCard)
         raise UserError(f"{flag} {steps}: from 1 to --train-iters {config.batch.train_iters}")
     if config.stage.train_base_router and not card.has_mixture_base:
         raise UserError("--train-base-router: the base model of --load is dense, all router rows train; leave it out")
-
-
-def _num_microbatches(config: TrainingConfig) -> int:
-    count = config.batch.num_microbatches(config.layout.data_parallel_size(dist.get_world_size()))
-    pipeline_ranks = config.layout.pipeline_model_parallel_size
-    if config.layout.num_virtual_stages_per_pipeline_rank > 1 and count % pipeline_ranks:
-        raise UserError(
-            f"--num-virtual-stages-per-pipeline-rank needs the {count} micro-batches of a step to be a multiple of "
-            f"--pipeline-model-parallel-size {pipeline_ranks}; change --global-batch-size or --micro-batch-size"
-        )
-    return count
 
 
 def _check_lengths(config: TrainingConfig, shape: ModelShape) -> None:

@@ -65,7 +65,17 @@ def compare_model(report: Report, flags: argparse.Namespace, served: models.Serv
     window = ", within the window" if "sliding_window" in served.fields else ""
     if "llama.cpp" not in without:
         report.compare(name, f"llama.cpp{window}", llama_cpp, cut)
-    report.compare(name, "vLLM", functools.partial(by_vllm, flags.vllm, place), reference)
+    vllm = functools.partial(by_vllm, flags.vllm, place)
+    if "vLLM" in served.within_window:
+        first = within_window(served)
+        report.compare(
+            name,
+            "vLLM, within the window",
+            lambda: [one.cut(first) for one in vllm()],
+            [one.cut(first) for one in reference],
+        )
+    else:
+        report.compare(name, "vLLM", vllm, reference)
 
 
 def compare_chat(report: Report, vllm: Path, place: Path) -> None:
@@ -77,7 +87,7 @@ def compare_chat(report: Report, vllm: Path, place: Path) -> None:
 
 
 def within_window(served: models.Served) -> int:
-    """New tokens that llama.cpp is asked for."""
+    """New tokens that stay within the model's sliding window, all if it has none."""
     window = served.fields.get("sliding_window")
     return window - max(map(len, PROMPTS)) if window else NEW_TOKENS
 

@@ -66,6 +66,8 @@ class Served:
     """Experts that each layer of a mixture gets; 0: the model is dense and gets five."""
     without: tuple[str, ...] = ()
     """Engines that do not have the architecture, or for which no form of it is known: they are not asked."""
+    within_window: tuple[str, ...] = ()
+    """Engines with another window than transformers, compared as far as it reaches."""
 
     @property
     def vocab_size(self) -> int:
@@ -104,7 +106,14 @@ MODELS = (
         without=("llama.cpp",),
     ),
     Served("Cohere", "cohere", {"logit_scale": 0.25}, without=NO_COHERE),
-    Served(f"Cohere2, window {WINDOW}", "cohere2", {"logit_scale": 0.25, "sliding_window": WINDOW}, without=NO_COHERE),
+    Served(
+        f"Cohere2, window {WINDOW}",
+        "cohere2",
+        {"logit_scale": 0.25, "sliding_window": WINDOW},
+        without=NO_COHERE,
+        # Its layers also see the token just before the window, which transformers' do not.
+        within_window=("vLLM",),
+    ),
 )
 
 

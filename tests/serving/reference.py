@@ -37,8 +37,8 @@ class Continuation:
             (index for index, (one, two) in enumerate(pairs) if one != two), min(len(self.tokens), len(other.tokens))
         )
 
-    def cut(self, length: int, end: int) -> "Continuation":
-        """At most `length` tokens, those before the first `end`."""
+    def cut(self, length: int, end: int | None = None) -> "Continuation":
+        """At most `length` tokens, and of these the ones before the first `end`."""
         length = min(length, self.tokens.index(end) if end in self.tokens else length)
         return Continuation(self.tokens[:length], self.log_probabilities[:length])
 

@@ -118,12 +118,15 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 
-def write_run_config(config: TrainingConfig, world_size: int, data_parallel_size: int) -> None:
-    """Write SAVE/config.json: the flags, layout, versions and command line of the run. Call it on one rank."""
+def write_run_config(config: TrainingConfig, ranks: Mapping[str, int]) -> None:
+    """Write SAVE/config.json: the flags, ranks, versions and command line of the run. Call it on one rank.
+
+    Args:
+        ranks: from `rank_notes.count_ranks`.
+    """
     record = {
         "config": config_values(config),
-        "world_size": world_size,
-        "data_parallel_size": data_parallel_size,
+        **ranks,
         "versions": versions(),
         "command_line": sys.argv,
         "directory": str(Path.cwd()),
