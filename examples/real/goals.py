@@ -18,9 +18,12 @@ FULL = "full fine-tuning"
 
 def goals(figures: Figures, subject: str) -> Grid:
     """Return each goal with what was found."""
-    rows = [[*texts, "reached" if is_reached else "missed"] for *texts, is_reached in _all(figures, subject)]
+    rows = [
+        [what, "reached" if is_reached else "missed", found, wanted]
+        for what, wanted, found, is_reached in _all(figures, subject)
+    ]
     note = f"Chosen before the first run; of {subject}, against {figures.base}."
-    return Grid("What was to be reached", note, ["", "wanted", "found", ""], rows)
+    return Grid("What was to be reached", note, ["goal", "outcome", "found", "wanted"], rows)
 
 
 def _all(figures: Figures, subject: str) -> Iterator[tuple[str, str, str, bool]]:

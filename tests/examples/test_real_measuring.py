@@ -243,7 +243,7 @@ def test_goals_are_reached_or_missed_by_their_numbers(measured):
 
         models = {"base": base, goals.FULL: model(1, full), "MoE-LPR": model(expanded, original)}
         changed = dataclasses.replace(found, models=models)
-        return [row[-1] for row in goals.goals(changed, "MoE-LPR").rows]
+        return [row[1] for row in goals.goals(changed, "MoE-LPR").rows]
 
     assert outcome(0.64, 1.009, 1.05, base["pairs"]) == ["reached"] * 6
     assert outcome(0.66, 1.011, 1.05, [False] * 3)[:3] == ["missed"] * 3
