@@ -65,8 +65,12 @@ class Flow(Workflow):
     def moe_lpr(self, *words: object, **environment: str) -> None:
         """Print and run a command `moe-lpr`. Raises Failed."""
         self.say(f"$ moe-lpr {shlex.join(str(word) for word in words)}")
-        threads = {"OMP_NUM_THREADS": str(max(1, CORES // self.settings.ranks))}
-        self.python("-m", "megatron_moe_lpr.cli", *words, **threads | environment)
+        self.python("-m", "megatron_moe_lpr.cli", *words, **self.threads | environment)
+
+    @property
+    def threads(self) -> dict[str, str]:
+        """The environment variable that gives each rank its threads."""
+        return {"OMP_NUM_THREADS": str(self.settings.threads or max(1, CORES // self.settings.ranks))}
 
     def train(
         self, name: str, title: str, stage: str, load: Path, data: Sequence[object], iters: int, flags: Flags

@@ -39,7 +39,7 @@ def lora(flow: Flow) -> None:
         words += [f"--{name.replace('_', '-')}", training[name]]
     for name, value in settings.lora.items():
         words += [f"--{name.replace('_', '-')}", value]
-    flow.step(save / "config.json", f"{LORA} of the dense model", lambda: flow.python(SCRIPT, *words, **flow.all_cores))
+    flow.step(save / "config.json", f"{LORA} of the dense model", lambda: flow.python(SCRIPT, *words, **flow.threads))
 
 
 def write_models(flow: Flow) -> None:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 import megatron_moe_lpr.evaluation.report
 from examples.real.figures import Figures, read_figures
+from examples.real.goals import goals
 from examples.real.tables import Grid, all_tables, percent
 from examples.real.writing import QUESTIONS
 from megatron_moe_lpr.command_line import parse_flags
@@ -33,7 +34,8 @@ def run(directory: Path, settings: Any) -> None:
         UserError: a model is not measured.
     """
     figures = read_figures(directory, settings)
-    tables = all_tables(figures)
+    first, *others = all_tables(figures)
+    tables = [first, goals(figures, list(figures.models)[-1]), *others]
     write(directory / "report.html", page(figures, tables))
     write(directory / "table.md", markdown(tables))
     print(tables[0].markdown(), end="")

@@ -14,7 +14,7 @@ FILE = Path(__file__).with_name("settings.yaml")
 PATHS = ("runs", "corpus", "text", "pairs")
 FROM_ENVIRONMENT = {
     **dict.fromkeys(("base", "runs", "text", "pairs", "precision"), str),
-    **dict.fromkeys(("ranks", "seed", "characters"), int),
+    **dict.fromkeys(("ranks", "threads", "seed", "characters"), int),
 }
 QUICK_ITERS = 3
 Flags = Mapping[str, Any]
@@ -52,6 +52,7 @@ class Settings:
     pairs: Path | None
     seed: int
     ranks: int
+    threads: int | None
     precision: str
     new_tokens: int
     characters: int
@@ -133,11 +134,11 @@ def _quick(settings: Settings) -> Settings:
     return dataclasses.replace(
         settings,
         runs=settings.runs.with_name(f"{settings.runs.name}-quick"),
-        characters=1500,
+        characters=800,
         replay_share=0.5,
         new_tokens=300,
         trial_iters=2,
-        allocation_tokens=512,
+        allocation_tokens=256,
         training={**settings.training, "seq_length": 128, "log_interval": 1},
         stage1={**settings.stage1, **short},
         stage2={**settings.stage2, **short, "train_iters": QUICK_ITERS},

@@ -26,7 +26,7 @@ class Grid:
 def summary(figures: Figures) -> Grid:
     """Return the table of the README: a row for each model."""
     kinds = ["text", *(["other_text"] if figures.models[figures.base]["other_text"] else [])]
-    names = {"text": "help texts", "other_text": "other text"}
+    names = {"text": "held-out text", "other_text": "other text"}
     places = [(kind, group) for kind in kinds for group in GROUPS[:2] if group in figures.columns(kind)]
     languages = {name: ", ".join(getattr(figures.inputs, name)) for name in GROUPS[:2]}
     header = ["model", *(f"{names[kind]}, {languages[group]}" for kind, group in places)]

@@ -215,7 +215,8 @@ def test_layers_with_experts_of_a_model_of_any_depth() -> None:
 
 
 def test_settings(tmp_path, environment) -> None:
-    found = read_settings(environment | {"RANKS": "2", "TEXT": "texts"})
+    found = read_settings(environment | {"RANKS": "2", "TEXT": "texts", "THREADS": "3"})
+    assert Flow(found).threads == {"OMP_NUM_THREADS": "3"}
     assert (found.ranks, found.text, found.pairs) == (2, Path("texts"), None)
     assert Flow(found).common_flags()["micro_batch_size"] == 1
     quick = read_settings({"QUICK": "1"})

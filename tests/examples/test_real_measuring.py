@@ -1,5 +1,6 @@
 """The measuring of `make real`: its numbers are those of transformers' own loss and of `moe-lpr evaluate`."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import torch
 import zstandard
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from examples.real import figures, inputs, likelihood, measure, report, speed, writing
+from examples.real import figures, goals, inputs, likelihood, measure, report, speed, writing
 from megatron_moe_lpr.errors import UserError
 from tests.conversion.tiny_models import COMMON
 from tests.data.builders import corpus_texts, make_hf_tokenizer
@@ -223,6 +224,34 @@ def test_the_page_and_the_markdown_hold_the_figures(measured, capsys):
     assert table.split("\n\n")[2].splitlines()[0] in capsys.readouterr().out
     for line in table.splitlines():
         assert not line.startswith("|") or line.endswith("|")
+
+
+def test_goals_are_reached_or_missed_by_their_numbers(measured):
+    """A model that is worse than the base in everything, then one that is what was wanted."""
+    root, settings = measured
+    found = figures.read_figures(root, settings)
+    base = found.models["base"]
+
+    def outcome(expanded: float, original: float, full: float, pairs: list[bool]) -> list[str]:
+        def model(new: float, old: float) -> dict:
+            factors = {"el": new, "en": old, "zh": 1}
+            texts = {
+                kind: [{**one, "bits_per_byte": one["bits_per_byte"] * factors[one["language"]]} for one in base[kind]]
+                for kind in ("text", "other_text")
+            }
+            return {**base, **texts, "pairs": pairs}
+
+        models = {"base": base, goals.FULL: model(1, full), "MoE-LPR": model(expanded, original)}
+        changed = dataclasses.replace(found, models=models)
+        return [row[1] for row in goals.goals(changed, "MoE-LPR").rows]
+
+    assert outcome(0.64, 1.009, 1.05, base["pairs"]) == ["reached"] * 6
+    assert outcome(0.66, 1.011, 1.05, [False] * 3)[:3] == ["missed"] * 3
+    assert outcome(1.01, 1.02, 1.3, [False] * 3) == [
+        *("missed", "missed", "reached"),
+        "missed" if any(base["pairs"]) else "reached",
+        *("missed", "missed"),
+    ]
 
 
 def test_what_a_model_wrote_is_escaped(measured):
