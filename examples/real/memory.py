@@ -19,8 +19,11 @@ class Peak:
 
 
 @contextlib.contextmanager
-def peak_memory(every_seconds: float = 1.0) -> Iterator[Peak]:
-    """Yield the peak of this process's tree, sampled every so many seconds, at the beginning and at the end."""
+def peak_memory(every_seconds: float = 5.0) -> Iterator[Peak]:
+    """Yield the peak of this process's tree, sampled every so many seconds, at the beginning and at the end.
+
+    Linux walks all pages of a process to tell what it shares: sampled every second, a tenth of a core goes to that.
+    """
     peak, ended = Peak(), threading.Event()
     peak.sample()
 
