@@ -62,6 +62,8 @@ class Model:
     top_k: int = 2
     inserted_blocks: tuple[int, ...] = ()
     sliding_window: int | None = None
+    base: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of a base model that is a mixture: its fields beside these; `experts` counts its own experts too."""
 
     @property
     def shape(self) -> ModelShape:
@@ -69,6 +71,10 @@ class Model:
         fields = dataclasses.asdict(self) | {"max_position_embeddings": 4096, "tie_word_embeddings": False}
         layers = self.num_hidden_layers
         experts = (self.experts * layers)[:layers]
+        if self.base:
+            architecture = read_architecture(fields | self.base | {"num_experts_per_tok": self.top_k})
+            added = tuple(count - self.base["num_experts"] for count in experts)
+            return ModelShape(architecture, experts, self.top_k, (added,))
         return ModelShape(read_architecture(fields), experts, self.top_k, inserted_blocks=self.inserted_blocks)
 
 
@@ -80,6 +86,21 @@ MODELS = {
     "some dense": Model("qwen3", 128, 256, 4, 2, 64, 1000, 4, (1, 4), 192),
     "inserted blocks": Model("llama", 192, 512, 6, 6, 32, 512, 4, (1,), 256, inserted_blocks=(1, 3)),
     "sliding window": Model("mistral", 128, 256, 4, 2, 32, 512, 2, (5,), 320, sliding_window=100),
+    # Queries and keys are normalised over all heads; a shared expert.
+    "olmoe": Model("olmoe", 128, 256, 4, 2, 32, 512, 2, (6,), 192, base={"num_experts": 4}),
+    "shared expert": Model(
+        "qwen2_moe",
+        128,
+        256,
+        4,
+        2,
+        32,
+        512,
+        2,
+        (6,),
+        192,
+        base={"num_experts": 4, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 384},
+    ),
     "large vocabulary": Model("llama", 192, 512, 6, 3, 32, 4000, 2, (1,), 256),
 }
 

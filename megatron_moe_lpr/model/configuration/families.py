@@ -217,16 +217,16 @@ architecture. What they have beside a dense family's fields: `mixtures.py`."""
 
 _POSITIONS = "it scales queries by their position from 16,384 on, which no stock mixture of experts does"
 _TWO_ROPES = "it has two kinds of rotary embedding, and no stock mixture of experts has both"
-_TWO_NORMS = "its FFN and its own mixture block have different norms, two in a row: they agree to 1e-4 only"
+_TWO_NORMS = "its own mixture block has two norms in a row behind the experts, which equal the FFN's one only nearly"
 REFUSED = {
     "apertus": "its activation, xIELU, is in no stock mixture of experts",
     "gemma3": _TWO_ROPES,
     "gemma3_text": _TWO_ROPES,
     "gemma4": _TWO_NORMS,
     "gemma4_text": _TWO_NORMS,
-    "olmo3": "most of its layers have a window, and FlexOlmo, whose layers compute the same, has none",
+    "olmo3": "most of its layers have a window and a rotary embedding of their own, and all of FlexOlmo's are alike",
     "smollm3": "some of its layers have neither rotary embedding nor window, and no stock mixture of experts has such",
     "ministral3": _POSITIONS,
-    "mistral3": _POSITIONS,
+    "mistral3": f"it is a model of pictures and text; as to its text model, {_POSITIONS}",
 }
 """Why a `model_type` that users ask for cannot be exact."""

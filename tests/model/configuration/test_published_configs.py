@@ -1,4 +1,16 @@
-"""Configurations as their makers published them: read, planned, and converted to what transformers' class reads."""
+"""Configurations as their makers published them: read, planned, and converted to what transformers' class reads.
+
+The makers' files were not at hand. What each was compared with, in copies that public repositories keep:
+
+- helium-1-preview-2b: a copy of the whole file. Every field is equal.
+- ERNIE-4.5-0.3B: the whole file of its first form, with the same class. Every field is equal.
+- granite-3.3-8b, SmolLM2-1.7B: the whole file of the instruct model, equal but for vocabulary or special tokens.
+- phi-4: the whole file of its first revision, equal but for special tokens.
+- aya-expanse-8b: the whole file of an earlier model of these sizes, equal but for `logit_scale` (0.0625 there).
+- Seed-OSS-36B, Falcon3-7B: tests that quote sizes, biases and rotary embedding. All of these are equal.
+- OLMo-2-1124-7B: only the 1B's file, which has the same fields; EuroLLM-9B: parameters and positions alone.
+- c4ai-command-r7b-12-2024, salamandra-7b: nothing was found. The stated number of parameters is their only check.
+"""
 
 import pytest
 from transformers import AutoConfig
@@ -200,6 +212,7 @@ PUBLISHED = {
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
         "use_bias": False,
+        "use_cache": False,
         "vocab_size": 103424,
     },
     "EuroLLM-9B": LLAMA
