@@ -190,7 +190,7 @@ def use_nodes(config: TrainingConfig, machine: Machine, least: int) -> Machine:
     """
     ranks, nodes = machine.ranks_per_node, machine.nodes
     if nodes < least:
-        raise UserError(f"MIN_NODES={least}: there are {nodes} nodes; submit with --nodes={least}-MOST")
+        raise UserError(f"MIN_NODES={least}: more than the number of nodes, {nodes}; submit with --nodes={least}-MOST")
     if reason := why_not_on(config, least * ranks):
         raise UserError(f"MIN_NODES={least}: {reason}; {describe_fitting(config, ranks, max(nodes, 2 * least))}")
     used = fitting_nodes(config, ranks, range(least, nodes + 1))[-1]

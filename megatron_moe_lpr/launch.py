@@ -17,13 +17,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 
 from megatron_moe_lpr.errors import BROKEN_PIPE_CODE, INTERRUPTED_CODE, UserError, fail
-from megatron_moe_lpr.launch_checks import check_launch
+from megatron_moe_lpr.launch_checks import check_launch, node_range
 from megatron_moe_lpr.pretrain import LAUNCHER
 from megatron_moe_lpr.training.signals import EXIT_REQUEUE, StopRequest
+
+if TYPE_CHECKING:
+    from megatron_moe_lpr.training.configuration.config import TrainingConfig
 
 TRAINING = "megatron_moe_lpr.pretrain"
 RANK_COMMANDS = {
@@ -95,14 +99,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Start the workers as torchrun does and wait for them."""
     stop, since = ForwardedStop(), time.time()
     arguments = spell_out(list(sys.argv[1:] if arguments is None else arguments))
-    check_training_flags(arguments)
+    config = check_training_flags(arguments)
     # Imported after the signal handlers and the check of flags, since it takes seconds.
     from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
-    flags = _checked_flags(torchrun, arguments)
+    from megatron_moe_lpr.launch_restarts import install
+
+    flags = _checked_flags(torchrun, arguments, config)
+    agent = install(stop, exit_code, node_range(flags.nnodes)[1] > 1)
     os.environ[LAUNCHER] = str(os.getpid())
     try:
         torchrun.main(_keep_signals(torchrun, arguments))
@@ -112,11 +120,34 @@ def main(arguments: list[str] | None = None) -> None:
             print(error, file=sys.stderr)
             _print_last_lines(flags, since)
         sys.exit(code)
+    except RendezvousError as error:
+        end_without_rendezvous(error, flags.rdzv_endpoint, agent.last_code)
     except DistError as error:
         # Another program has taken the port since the check, or the first node cannot be reached.
         fail(f"--master-addr {flags.master_addr} --master-port {flags.master_port}: {str(error).splitlines()[0]}")
     except SignalException as caught:
         sys.exit(EXIT_REQUEUE if caught.sigval in (signal.SIGTERM, signal.SIGUSR1) else 128 + caught.sigval)
+
+
+def end_without_rendezvous(error: Exception, endpoint: str, code: int) -> NoReturn:
+    """End this launcher where its node cannot meet the others (again).
+
+    Args:
+        error: torch's `RendezvousError`.
+        code: exit code of this node's workers, if they have ended.
+    """
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
+
+    if isinstance(error, RendezvousClosedError) and code == EXIT_REQUEUE:
+        sys.exit(EXIT_REQUEUE)  # the other node was asked to stop, and so this one's workers have saved
+    where = f"--rdzv-endpoint {endpoint}"
+    if isinstance(error, RendezvousClosedError):
+        message = f"{where}: another node has ended the run, or an earlier run of this --rdzv-id; see its output"
+    elif isinstance(error, RendezvousTimeoutError):
+        message = f"{where}: fewer nodes than --nnodes asks for have come in time (--rdzv-conf join_timeout=SECONDS)"
+    else:
+        message = f"{where}: no connection to the node that holds the rendezvous; the run cannot go on without it"
+    fail(message, code=code if code not in (0, EXIT_REQUEUE) else 1)
 
 
 def spell_out(arguments: Sequence[str]) -> list[str]:
@@ -131,12 +162,16 @@ def spell_out(arguments: Sequence[str]) -> list[str]:
     return list(arguments)
 
 
-def _checked_flags(torchrun: ModuleType, arguments: list[str]) -> argparse.Namespace:
-    """Parse and check torchrun's own flags; a mistake in them ends the process."""
+def _checked_flags(
+    torchrun: ModuleType, arguments: list[str], config: "TrainingConfig | None" = None
+) -> argparse.Namespace:
+    """Parse and check torchrun's own flags, with those of a training; a mistake in them ends the process."""
     flags: argparse.Namespace = torchrun.get_args_parser().parse_args(arguments)
     try:
         check_launch(flags)
-        torchrun.determine_local_world_size(flags.nproc_per_node)  # what `gpu` means here
+        ranks = torchrun.determine_local_world_size(flags.nproc_per_node)  # what `gpu` means here
+        if config is not None:
+            check_node_counts(config, flags.nnodes, ranks)
     except UserError as error:
         fail(str(error), code=2)
     except ValueError as error:
@@ -144,17 +179,37 @@ def _checked_flags(torchrun: ModuleType, arguments: list[str]) -> argparse.Names
     return flags
 
 
-def check_training_flags(arguments: Sequence[str]) -> None:
+def check_node_counts(config: "TrainingConfig", nnodes: str, ranks_per_node: int) -> None:
+    """Check that the training can run on every number of nodes in a value of --nnodes.
+
+    Raises:
+        UserError: on some it cannot, since its layout or its global batch does not come out even.
+    """
+    from megatron_moe_lpr.training.configuration.rank_counts import describe_fitting, why_not_on
+
+    least, most = node_range(nnodes)
+    for nodes in range(least, most + 1) if least < most else ():
+        if reason := why_not_on(config, nodes * ranks_per_node):
+            raise UserError(
+                f"--nnodes {nnodes}: torchrun may start on {nodes} nodes, where {reason}; "
+                f"{describe_fitting(config, ranks_per_node, most)}"
+            )
+
+
+def check_training_flags(arguments: Sequence[str]) -> "TrainingConfig | None":
     """Check the flags of a training before torchrun starts, so that a mistake is reported once instead of by each rank.
 
     A mistake, or --help among the flags, ends the process as it ends `megatron_moe_lpr.pretrain`.
+
+    Returns:
+        The training's configuration; None where another program is started.
     """
     if TRAINING not in arguments:
-        return
+        return None
     from megatron_moe_lpr import pretrain
     from megatron_moe_lpr.training.configuration.config_file import parse_training_flags
 
-    parse_training_flags(arguments[arguments.index(TRAINING) + 1 :], pretrain.__doc__)
+    return parse_training_flags(arguments[arguments.index(TRAINING) + 1 :], pretrain.__doc__)
 
 
 def _keep_signals(torchrun: ModuleType, arguments: list[str]) -> list[str]:

@@ -27,12 +27,13 @@ def check_launch(flags: argparse.Namespace) -> None:
     Raises:
         UserError: naming the flag.
     """
-    nodes = _nodes(flags.nnodes)
+    least, nodes = node_range(flags.nnodes)
     ranks = str(flags.nproc_per_node)
     if ranks not in KINDS_OF_DEVICES and not re.fullmatch(r"[1-9]\d{0,5}", ranks):
         raise UserError(f"--nproc-per-node {ranks}: the ranks of a node, 1 or more")
     if flags.max_restarts < 0:
         raise UserError(f"--max-restarts {flags.max_restarts}: must be at least 0")
+    _check_restarts(flags, least, nodes)
     if flags.standalone or flags.rdzv_backend != "static" or flags.rdzv_endpoint:
         return  # another rendezvous than --master-addr and --master-port
     if not 0 <= flags.node_rank < nodes:
@@ -70,9 +71,33 @@ def check_port(port: int, flag: str) -> None:
         raise UserError(f"{flag} {port}: {os.strerror(error.errno or 0)}; give another port") from None
 
 
-def _nodes(text: str) -> int:
-    """Return the largest number of nodes in a value of --nnodes such as `4` or `2:4`."""
+def node_range(text: str) -> tuple[int, int]:
+    """Return the fewest and the most nodes of a value of --nnodes such as `4` or `2:4`.
+
+    Raises:
+        UserError: it is neither.
+    """
     match = re.fullmatch(r"([1-9]\d{0,5})(?::([1-9]\d{0,5}))?", text)
     if match is None or int(match[1]) > int(match[2] or match[1]):
         raise UserError(f"--nnodes {text}: a number of nodes, 1 or more, or LEAST:MOST")
-    return int(match[2] or match[1])
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _check_restarts(flags: argparse.Namespace, least: int, most: int) -> None:
+    """Check that several nodes that restart, or are more or fewer later, can agree on it.
+
+    Raises:
+        UserError: naming the flags of the rendezvous that can.
+    """
+    if most == 1 or flags.standalone:
+        return
+    rendezvous = "--rdzv-backend c10d --rdzv-endpoint HOST:PORT --rdzv-id NAME, the same on all nodes"
+    what = f"--nnodes {flags.nnodes}" + (f" with --max-restarts {flags.max_restarts}" if least == most else "")
+    if (least < most or flags.max_restarts) and flags.rdzv_backend == "static":
+        raise UserError(f"{what}: the nodes cannot meet again at --master-addr; give {rendezvous}")
+    if flags.rdzv_backend != "c10d":
+        return
+    if not flags.rdzv_endpoint:
+        raise UserError(f"--rdzv-backend c10d with {flags.nnodes} nodes: give {rendezvous}")
+    if flags.rdzv_id == "none" and (least < most or flags.max_restarts):
+        raise UserError(f"{what}: give this launch a name by --rdzv-id, the same on all nodes")

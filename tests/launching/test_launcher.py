@@ -60,6 +60,8 @@ def test_signal_reaches_the_workers_and_their_exit_code_comes_back(tmp_path):
         "2",
         "--master-port",
         "29519",
+        "--max-restarts",  # workers that have saved as they were asked are not started again
+        "1",
         script,
         tmp_path / "up",
     ]
@@ -199,6 +201,9 @@ def test_a_port_of_zero_is_a_free_one(tmp_path):
     assert run_launcher(tmp_path, "--nproc-per-node", 1, "--master-port", 0)[0] == 0
 
 
+C10D = ("--rdzv-backend=c10d", "--rdzv-endpoint=n1:29400")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -212,6 +217,11 @@ def test_a_port_of_zero_is_a_free_one(tmp_path):
         (["--nnodes=2", "--node-rank=2"], "--node-rank 2: the nodes of --nnodes 2 are 0 to 1"),
         (["--node-rank=-1"], "--node-rank -1: the nodes of"),
         (["--max-restarts=-1"], "--max-restarts -1: must be at least 0"),
+        (["--nnodes=1:4"], "--nnodes 1:4: the nodes cannot meet again at --master-addr; give --rdzv-backend c10d"),
+        (["--nnodes=2", "--max-restarts=1"], "--nnodes 2 with --max-restarts 1: the nodes cannot meet again"),
+        (["--nnodes=2", "--rdzv-backend=c10d"], "--rdzv-backend c10d with 2 nodes: give --rdzv-backend c10d"),
+        ([*C10D, "--nnodes=1:4"], "--nnodes 1:4: give this launch a name by --rdzv-id"),
+        ([*C10D, "--nnodes=2", "--max-restarts=1"], "--nnodes 2 with --max-restarts 1: give this launch a name"),
     ],
 )
 def test_numbers_of_the_launcher(flags, words):
@@ -220,7 +230,16 @@ def test_numbers_of_the_launcher(flags, words):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--standalone"], ["--nproc-per-node=auto"], ["--nnodes=1:4"], ["--nnodes=2", "--node-rank=1"]]
+    "flags",
+    [
+        ["--standalone"],
+        ["--nproc-per-node=auto"],
+        [*C10D, "--rdzv-id=run7", "--nnodes=1:4"],
+        [*C10D, "--rdzv-id=run7", "--nnodes=2", "--max-restarts=1"],
+        [*C10D, "--nnodes=2"],
+        ["--nnodes=2", "--node-rank=1"],
+        ["--nnodes=1:1", "--max-restarts=1"],
+    ],
 )
 def test_numbers_that_the_launcher_takes(flags):
     check_launch(torchrun.get_args_parser().parse_args([*flags, "worker.py"]))

@@ -34,7 +34,7 @@ def test_the_most_nodes_that_fit_train(config, given, least, used, capsys):
 @pytest.mark.parametrize(
     ("given", "least", "words"),
     [
-        (1, 2, "MIN_NODES=2: there are 1 nodes; submit with --nodes=2-MOST"),
+        (1, 2, "MIN_NODES=2: more than the number of nodes, 1; submit with --nodes=2-MOST"),
         (4, 3, "MIN_NODES=3: --global-batch-size 8 is not a multiple of"),
         (4, 3, "numbers of nodes that fit: 1, 2, 4"),
     ],

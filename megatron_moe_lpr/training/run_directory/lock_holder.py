@@ -32,6 +32,8 @@ class Holder:
     """How often SLURM has restarted that job."""
     cluster: str | None = None
     """SLURM's name of the cluster: two clusters may share a file system and use the same job numbers."""
+    launch: str | None = None
+    """torchrun's --rdzv-id, where it names one launch of several nodes."""
     flock: bool = False
     """Whether the process holds `flock` on the lock file, which the kernel releases when the process ends."""
     refreshed: bool = False
@@ -55,6 +57,7 @@ def this_process() -> Holder:
         job=os.environ.get("SLURM_JOB_ID"),
         restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         cluster=os.environ.get("SLURM_CLUSTER_NAME"),
+        launch=_launch(os.environ.get("TORCHELASTIC_RUN_ID")),
         refreshed=True,
     )
 
@@ -95,9 +98,13 @@ def has_ended_if_not_refreshed(holder: Holder, observer: Holder, is_locked: bool
     In the same boot: yes, where nobody holds its `flock` (a process of another user or container, which is not
     visible). In another boot with the same host name: yes, since the host has rebooted, or another machine of that name
     (cloned image, container) would keep refreshing. With another host name: no, that host may have lost the file
-    system.
+    system; yes in the same launch of torchrun, whose rendezvous has given up the node.
     """
-    if not holder.refreshed or is_locked:
+    if not holder.refreshed:
+        return False
+    if not is_near(holder, observer) and is_same_launch(holder, observer):
+        return True  # a file server may keep the `flock` of a machine that is gone
+    if is_locked:
         return False
     if _same_boot(holder, observer):
         return holder.flock and is_locked is False
@@ -107,6 +114,15 @@ def has_ended_if_not_refreshed(holder: Holder, observer: Holder, is_locked: bool
 def is_near(holder: Holder, observer: Holder) -> bool:
     """Whether both have the same host name: one machine, its containers, or another machine of that name."""
     return holder.host == observer.host
+
+
+def is_same_launch(holder: Holder, observer: Holder) -> bool:
+    """Whether torchrun started both in one launch of several nodes, where a later start follows the end of a node."""
+    return holder.launch is not None and holder.launch == observer.launch
+
+
+def _launch(run_id: str | None) -> str | None:
+    return None if run_id in (None, "", "none") else run_id  # "none": torchrun's default, the same for all launches
 
 
 def _same_boot(holder: Holder, observer: Holder) -> bool:

@@ -25,6 +25,7 @@ from megatron_moe_lpr.training.run_directory.lock_holder import (
     has_ended_if_not_refreshed,
     is_alive,
     is_near,
+    is_same_launch,
     this_process,
 )
 
@@ -115,7 +116,8 @@ def _check_free(path: Path, holder: Holder, observer: Holder, take_over: bool) -
     if has_ended(holder, observer, locked):
         return
     alive = is_alive(holder, observer, locked)
-    if not alive and holder.refreshed and (take_over or is_near(holder, observer)):
+    watched = take_over or is_near(holder, observer) or is_same_launch(holder, observer)
+    if not alive and holder.refreshed and watched:
         alive = _is_refreshed(path, holder)
         locked = is_locked(path)
     if alive:

@@ -95,6 +95,39 @@ def test_a_dead_holder_on_this_host_is_replaced_and_another_hosts_only_when_told
     assert read_lock(tmp_path / "run" / LOCK_FILE) is None
 
 
+def test_a_node_that_torchrun_has_lost_leaves_its_lock_to_the_others_of_its_launch(tmp_path, monkeypatch, capfd):
+    lost = write(tmp_path / "run", host="elsewhere", launch="run7")
+    for other in ("run8", "none", None):  # "none" is what torchrun calls a launch without a name
+        if other:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
+        with pytest.raises(UserError, match="--take-over"):
+            acquire(tmp_path / "run")
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run7")
+    acquire(tmp_path / "run").release()
+    assert f"taken over from {lost}" in capfd.readouterr().err
+
+
+def test_a_node_that_torchrun_takes_for_lost_keeps_its_lock_while_it_lives(tmp_path, monkeypatch):
+    lost = write(tmp_path / "run", host="elsewhere", launch="run7")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run7")
+    over = threading.Event()
+
+    def refresh() -> None:
+        while not over.wait(0.05):
+            os.utime(tmp_path / "run" / LOCK_FILE)
+
+    refreshing = threading.Thread(target=refresh)
+    refreshing.start()
+    try:
+        with pytest.raises(UserError, match="writes there"):
+            acquire(tmp_path / "run")
+    finally:
+        over.set()
+        refreshing.join()
+    assert read_lock(tmp_path / "run" / LOCK_FILE) == lost
+
+
 def test_who_lost_the_lock_writes_no_more(tmp_path):
     lock = acquire(tmp_path / "run")
     lock.check()
