@@ -9,8 +9,11 @@ import torch
 
 from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
 from megatron_moe_lpr.commands import plan
+from megatron_moe_lpr.conversion.hugging_face.hf_config import moe_config, stock_experts_per_layer, stock_top_k
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.model.configuration import mixtures
 from megatron_moe_lpr.model.configuration.architecture import read_architecture
+from megatron_moe_lpr.model.configuration.mixtures import ExpertFields, Mixture
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind, kind_of
 from tests.conversion.fingerprint import checkpoint_fingerprint
 from tests.conversion.helpers import (
@@ -194,6 +197,20 @@ def test_published_configurations():
     mixtral = read_architecture(json.loads(MIXTRAL))
     assert (mixtral.ffn_hidden_size, mixtral.sliding_window, mixtral.mixture.experts) == (14336, None, (8,) * 32)
     assert (mixtral.mixture.top_k, mixtral.mixture.renormalised, mixtral.norm_epsilon) == (2, True, 1e-5)
+
+
+def test_a_stock_form_may_name_its_experts_otherwise(monkeypatch):
+    """One row of the table: the numbers are read and written back under these names."""
+    names = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}
+    usual = json.loads(QWEN3)
+    renamed = {names.get(name, name): value for name, value in usual.items()}
+    monkeypatch.setattr(mixtures, "EXPERT_FIELDS", {"qwen3_moe": ExpertFields(("moe_num_experts",), "moe_k")})
+    assert read_architecture(renamed).mixture == Mixture((128,) * 48, 8, True)
+    assert (stock_top_k(renamed, "config.json"), stock_experts_per_layer(renamed, "config.json")) == (8, [128] * 48)
+    written = moe_config(renamed, read_architecture(renamed), [130] * 48, 8)
+    assert (written["moe_num_experts"], written["moe_k"]) == (130, 8) and not names.keys() & written.keys()
+    with pytest.raises(UserError, match="moe_k must be a whole number from 1 to 128"):
+        read_architecture(renamed | {"moe_k": 129})
 
 
 QWEN3 = """{"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,

@@ -13,7 +13,7 @@ from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, required_int
 from megatron_moe_lpr.model.configuration.architecture import MAX_POSITIONS, MAX_SIZE, Architecture, layer_kinds
 from megatron_moe_lpr.model.configuration.families import FAMILIES
-from megatron_moe_lpr.model.configuration.mixtures import EXPERT_COUNTS, experts_by_layer
+from megatron_moe_lpr.model.configuration.mixtures import EXPERT_FIELDS, USUAL_FIELDS, expert_fields, experts_by_layer
 from megatron_moe_lpr.model.configuration.rope_parameters import DEFAULT_THETA, read_rope
 from megatron_moe_lpr.program import command
 
@@ -30,8 +30,7 @@ MOE_NAMES = {"mixtral": "Mixtral", "granitemoe": "GraniteMoE", "cohere2_moe": "C
 WEIGHTS_OF_ONE = frozenset(MOE_NAMES)
 """Stock architectures that weight a single expert by 1: the softmax runs over the chosen ones."""
 MOE_FIELDS = (
-    *EXPERT_COUNTS,
-    "num_experts_per_tok",
+    *(name for fields in (USUAL_FIELDS, *EXPERT_FIELDS.values()) for name in (*fields.counts, fields.top_k)),
     "norm_topk_prob",
     "output_router_logits",
     "router_aux_loss_coef",
@@ -92,10 +91,10 @@ def moe_config(
         config["tie_word_embeddings"] = architecture.tied_embeddings
     config.update(
         num_key_value_heads=architecture.num_query_groups,
-        num_experts_per_tok=top_k,
         output_router_logits=False,
         router_aux_loss_coef=0.001,
     )
+    config[expert_fields(config).top_k] = top_k
     config = with_both_rope_spellings(config, architecture)
     if "head_dim" in config:
         config["head_dim"] = architecture.head_dim  # transformers reads null as none at all
@@ -108,7 +107,7 @@ def moe_config(
 
 def with_expert_count(moe: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
     """Return a stock MoE configuration with another number of experts, in every field that names it."""
-    named = [name for name in EXPERT_COUNTS if moe.get(name) is not None]
+    named = [name for name in expert_fields(moe).counts if moe.get(name) is not None]
     return {**moe, **dict.fromkeys(named, num_experts)}
 
 
@@ -265,9 +264,10 @@ def stock_top_k(moe: Mapping[str, Any], source: str) -> int:
     Raises:
         UserError: the field is not such a number.
     """
-    given = moe.get("num_experts_per_tok")
-    value = MOE_DEFAULTS[moe["model_type"]]["num_experts_per_tok"] if given is None else given
-    return checked_integer(value, "num_experts_per_tok", source, 1, MAX_EXPERTS)
+    name = expert_fields(moe).top_k
+    given = moe.get(name)
+    value = MOE_DEFAULTS[moe["model_type"]][name] if given is None else given
+    return checked_integer(value, name, source, 1, MAX_EXPERTS)
 
 
 def stock_experts_per_layer(moe: Mapping[str, Any], source: str) -> list[int]:

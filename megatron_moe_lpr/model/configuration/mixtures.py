@@ -10,11 +10,30 @@ from typing import Any
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import abbreviated, checked_integer, is_integer, optional_bool, required_int
 
-EXPERT_COUNTS = ("num_local_experts", "num_experts")
-"""Fields that may name the number of experts: Mixtral's and Qwen's."""
 MAX_EXPERTS = 1024
 MAX_LAYERS = 1000
 MAX_SIZE = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertFields:
+    """Names of the fields of a stock mixture's `config.json` that number its experts."""
+
+    counts: tuple[str, ...] = ("num_local_experts", "num_experts")
+    """Fields that may name the number of experts of a layer, by default Mixtral's and Qwen's."""
+    top_k: str = "num_experts_per_tok"
+    """Experts of a token."""
+
+
+USUAL_FIELDS = ExpertFields()
+EXPERT_FIELDS: Mapping[str, ExpertFields] = {}
+"""By `model_type` the stock mixtures that have other names than the usual ones, as `moe_num_experts` and `moe_k`."""
+
+
+def expert_fields(config: Mapping[str, Any]) -> ExpertFields:
+    """Return the names that a configuration has for its numbers of experts."""
+    return EXPERT_FIELDS.get(config["model_type"], USUAL_FIELDS)
+
 
 RENORMALISED = frozenset({"granitemoe", "mixtral"})
 """Architectures without a switch for it, in which the weights of a token's experts add up to 1."""
@@ -89,7 +108,8 @@ def read_mixture(config: Mapping[str, Any], source: str) -> Mixture:
     most = max(experts)
     if most == 1:
         raise UserError(f"{source}: no layer has more than one expert; give the dense model instead")
-    top_k = checked_integer(full["num_experts_per_tok"], "num_experts_per_tok", source, 1, most)
+    name = expert_fields(full).top_k
+    top_k = checked_integer(full[name], name, source, 1, most)
     renormalised = config["model_type"] in RENORMALISED or optional_bool(full, "norm_topk_prob", source)
     if top_k == 1 and renormalised:
         raise UserError(f"{source}: one expert per token, weighted by 1: its router would get no gradient")
@@ -106,14 +126,14 @@ def experts_by_layer(config: Mapping[str, Any], source: str) -> list[int]:
     Raises:
         UserError: a field is missing, or not such a number or list; or two fields that contradict each other.
     """
-    given = {name: config[name] for name in EXPERT_COUNTS if config.get(name) is not None}
+    counts = expert_fields(config).counts
+    given = {name: config[name] for name in counts if config.get(name) is not None}
     if len(set(map(abbreviated, given.values()))) > 1:
+        stated = " and ".join(f"{name} is {abbreviated(value)}" for name, value in given.items())
         raise UserError(
-            f"{source}: num_local_experts is {abbreviated(given[EXPERT_COUNTS[0]])} and num_experts is "
-            f"{abbreviated(given[EXPERT_COUNTS[1]])}, and versions of transformers differ in which of them they read; "
-            "remove the wrong one"
+            f"{source}: {stated}, and versions of transformers differ in which of them they read; remove the wrong one"
         )
-    name = next(iter(given), "num_experts")
+    name = next(iter(given), counts[-1])
     experts = required_int(config, name, source, 1, MAX_EXPERTS)
     layers = required_int(config, "num_hidden_layers", source, 1, MAX_LAYERS)
     dense = config.get("mlp_only_layers") or []
