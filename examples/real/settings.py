@@ -80,19 +80,24 @@ class Settings:
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
-    """Read the settings: the file that SETTINGS names, by default `FILE`, and what the environment replaces of it.
+    """Read the settings: `FILE`, what the file that SETTINGS names replaces of it, and what the environment does.
+
+    Of a setting that has values by name, such as `stage1`, the file gives those that differ.
 
     Raises:
-        UserError: the file cannot be read, or a value is missing, unknown or no number.
+        UserError: the file cannot be read, or a value is unknown or no number.
     """
     file = Path(environment.get("SETTINGS") or FILE)
-    values = _read_yaml(file)
+    values = _read_yaml(FILE)
+    for name, value in _read_yaml(file).items():
+        both = isinstance(value, dict) and isinstance(values.get(name), dict)
+        values[name] = {**values[name], **value} if both else value
     for name, kind in FROM_ENVIRONMENT.items():
         if text := environment.get(name.upper()):
             values[name] = _parse(kind, name.upper(), text)
     known = {field.name for field in dataclasses.fields(Settings)}
-    if wrong := known ^ values.keys():
-        raise UserError(f"{file}: settings missing or unknown: {', '.join(sorted(wrong))}; see {FILE}")
+    if wrong := values.keys() - known:
+        raise UserError(f"{file}: unknown: {', '.join(map(str, wrong))}; the settings are those of {FILE}")
     try:
         settings = Settings(**values | _typed(values))
     except (AttributeError, TypeError, ValueError) as error:
