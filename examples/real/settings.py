@@ -139,11 +139,11 @@ def _quick(settings: Settings) -> Settings:
     return dataclasses.replace(
         settings,
         runs=settings.runs.with_name(f"{settings.runs.name}-quick"),
-        characters=800,
+        characters=1500,
         replay_share=0.5,
         new_tokens=300,
         trial_iters=2,
-        allocation_tokens=256,
+        allocation_tokens=512,
         training={**settings.training, "seq_length": 128, "log_interval": 1},
         stage1={**settings.stage1, **short},
         stage2={**settings.stage2, **short, "train_iters": QUICK_ITERS},
