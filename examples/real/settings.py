@@ -80,19 +80,24 @@ class Settings:
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
-    """Read the settings: the file that SETTINGS names, by default `FILE`, and what the environment replaces of it.
+    """Read the settings: `FILE`, what the file that SETTINGS names replaces of it, and what the environment does.
+
+    Of a setting that has values by name, such as `stage1`, the file gives those that differ.
 
     Raises:
-        UserError: the file cannot be read, or a value is missing, unknown or no number.
+        UserError: the file cannot be read, or a value is unknown or no number.
     """
     file = Path(environment.get("SETTINGS") or FILE)
-    values = _read_yaml(file)
+    values = _read_yaml(FILE)
+    for name, value in _read_yaml(file).items():
+        both = isinstance(value, dict) and isinstance(values.get(name), dict)
+        values[name] = {**values[name], **value} if both else value
     for name, kind in FROM_ENVIRONMENT.items():
         if text := environment.get(name.upper()):
             values[name] = _parse(kind, name.upper(), text)
     known = {field.name for field in dataclasses.fields(Settings)}
-    if wrong := known ^ values.keys():
-        raise UserError(f"{file}: settings missing or unknown: {', '.join(sorted(wrong))}; see {FILE}")
+    if wrong := values.keys() - known:
+        raise UserError(f"{file}: unknown: {', '.join(map(str, wrong))}; the settings are those of {FILE}")
     try:
         settings = Settings(**values | _typed(values))
     except (AttributeError, TypeError, ValueError) as error:
@@ -134,11 +139,11 @@ def _quick(settings: Settings) -> Settings:
     return dataclasses.replace(
         settings,
         runs=settings.runs.with_name(f"{settings.runs.name}-quick"),
-        characters=800,
+        characters=1500,
         replay_share=0.5,
         new_tokens=300,
         trial_iters=2,
-        allocation_tokens=256,
+        allocation_tokens=512,
         training={**settings.training, "seq_length": 128, "log_interval": 1},
         stage1={**settings.stage1, **short},
         stage2={**settings.stage2, **short, "train_iters": QUICK_ITERS},

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -222,12 +223,18 @@ def test_settings(tmp_path, environment) -> None:
     quick = read_settings({"QUICK": "1"})
     assert quick.runs == Path("runs/real-quick") and quick.stage2["train_iters"] == settings.QUICK_ITERS
     file = tmp_path / "wrong.yaml"
+    (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "real-model.md").read_text(), re.DOTALL)
+    file.write_text(shown)
+    assert Flow(read_settings({"SETTINGS": str(file)})).common_flags()["bf16"]
+    file.write_text("stage1: {lr: 2.0}\nranks: 8")
+    some, default = read_settings({"SETTINGS": str(file)}), read_settings({})
+    assert some.stage1 == {**default.stage1, "lr": 2.0} and (some.ranks, some.stage2) == (8, default.stage2)
     for content, message in (
         ("runs: x\nrunz: y", "runz"),
         ("- 1", "settings expected"),
         ("a: [", "wrong.yaml"),
-        (settings.FILE.read_text().replace("layout: every", "layout: some"), "some third layer"),
-        (settings.FILE.read_text().replace("distance: 3", "distanz: 3"), "distanz"),
+        ("layout: some third layer", "some third layer"),
+        ("layouts: {upper half: {distanz: 3}}", "distanz"),
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=message):
