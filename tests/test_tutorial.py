@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from megatron_moe_lpr.conversion.layer_frequency import layers_with_experts
 from tests.data.builders import corpus_texts
 from tests.serving.servers import vllm_command
 
@@ -133,6 +134,11 @@ def test_files_that_the_page_names_are_there():
         assert (ROOT / name).exists() or name == "examples/real/settings.yaml", name
     for recipe in re.findall(r"--config (\S+)", PAGE):
         assert (ROOT / recipe).is_file()
+
+
+def test_every_third_of_the_layers_gets_experts():
+    (pattern,) = re.findall(r'--moe-layer-freq "(.+?)"', PAGE)
+    assert layers_with_experts(pattern, 30) == [False, False, True] * 10
 
 
 def test_serving_is_what_make_test_serving_starts(tmp_path):
