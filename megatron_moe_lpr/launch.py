@@ -10,7 +10,9 @@ torchrun's own flags come before `train` (or `evaluate`, `generate`). Without th
 """
 
 import argparse
+import contextlib
 import os
+import resource
 import signal
 import sys
 import time
@@ -43,6 +45,8 @@ FLAGS_WITHOUT_VALUE = ("--standalone", "--no-python", "--no_python", "--run-path
 SIGNALS_OF_TORCHRUN = "--signals-to-handle"
 LINES_SHOWN = 12
 """Last lines of each rank's output that are printed when a run has failed."""
+OPEN_FILES = 65536
+"""Enough for the store that the first node's launcher keeps, with two connections of each rank."""
 
 
 class ForwardedStop(StopRequest):
@@ -98,6 +102,7 @@ def exit_code(codes: Sequence[int], asked: bool = False) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Start the workers as torchrun does and wait for them."""
     stop, since = ForwardedStop(), time.time()
+    allow_connections()
     arguments = spell_out(list(sys.argv[1:] if arguments is None else arguments))
     config = check_training_flags(arguments)
     # Imported after the signal handlers and the check of flags, since it takes seconds.
@@ -148,6 +153,18 @@ def end_without_rendezvous(error: Exception, endpoint: str, code: int) -> NoRetu
     else:
         message = f"{where}: no connection to the node that holds the rendezvous; the run cannot go on without it"
     fail(message, code=code if code not in (0, EXIT_REQUEUE) else 1)
+
+
+def allow_connections() -> None:
+    """Raise this process's limit of open files, as far as its hard limit allows and a large run needs.
+
+    With the usual limit of 1,024 the store of torch.distributed could not serve 512 ranks, which connect to it twice.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def spell_out(arguments: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ import torch
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
-from megatron_moe_lpr.parallel.every_rank import on_every_rank
+from megatron_moe_lpr.parallel.every_rank import first_on_any_rank
 
 NAMES_SHOWN = 5
 
@@ -44,10 +44,10 @@ class GradientWatch:
         """
         for hook in self.hooks:
             hook.remove()
-        for rank, names in enumerate(on_every_rank(lambda: sorted(self.waiting))):
-            if names:
-                shown = ", ".join(names[:NAMES_SHOWN])
-                raise UserError(
-                    f"rank {rank}: {len(names)} trainable parameters got no gradient in the first step, "
-                    f"for example {shown}; nothing was saved"
-                )
+        shown = ", ".join(sorted(self.waiting)[:NAMES_SHOWN])
+        if first := first_on_any_rank((len(self.waiting), shown) if self.waiting else None):
+            rank, (count, names) = first
+            raise UserError(
+                f"rank {rank}: {count} trainable parameters got no gradient in the first step, "
+                f"for example {names}; nothing was saved"
+            )

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.evaluation.losses import DatasetLoss
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.finite import is_finite
+from megatron_moe_lpr.parallel.every_rank import first_on_any_rank
 
 
 def check_finite_weights(chunks: Sequence[torch.nn.Module], directory: Path) -> None:
@@ -22,14 +22,12 @@ def check_finite_weights(chunks: Sequence[torch.nn.Module], directory: Path) -> 
     not_finite = [
         name for chunk in chunks for name, weight in unwrap(chunk).named_parameters() if not is_finite(weight.detach())
     ]
-    names_by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(names_by_rank, not_finite)
-    for rank, names in enumerate(names_by_rank):
-        if names:
-            raise UserError(
-                f"{directory}: {len(names)} weights on rank {rank} hold NaN or infinite values, for example "
-                f"{names[0]}; use a checkpoint from before they appeared"
-            )
+    if first := first_on_any_rank((len(not_finite), not_finite[0]) if not_finite else None):
+        rank, (count, name) = first
+        raise UserError(
+            f"{directory}: {count} weights on rank {rank} hold NaN or infinite values, for example "
+            f"{name}; use a checkpoint from before they appeared"
+        )
 
 
 def check_finite_losses(results: Sequence[DatasetLoss], directory: Path, dtype: torch.dtype) -> None:

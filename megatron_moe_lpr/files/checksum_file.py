@@ -8,9 +8,10 @@ directory can write the checksum file too.
 
 import contextlib
 import dataclasses
+import heapq
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,16 @@ def _refuse_unknown_form(content: Any, path: Path) -> None:
         raise UserError(f"{path}: {form}, which this version does not know; install the version that wrote it")
 
 
-def verify(directory: Path, rank: int = 0, world_size: int = 1, small_only: bool = False) -> bool:
-    """Compare an iteration directory with its checksum file: the size of every file, the content of this rank's files.
+def verify(
+    directory: Path, rank: int = 0, world_size: int = 1, small_only: bool = False, tensor_sizes: bool = True
+) -> bool:
+    """Compare an iteration directory with its checksum file: size and content of this rank's files.
 
     Args:
         rank: the files are distributed over ranks 0 to `world_size` - 1, about equal in bytes.
         small_only: do not read the tensor files (*.distcp), for callers that do not use them.
+        tensor_sizes: with `small_only`, compare the sizes of the tensor files. A run of many ranks divides that among
+            them instead: each of N ranks would ask the file system for the sizes of N files and more.
 
     Returns:
         False: there is no checksum file, so nothing was verified.
@@ -95,9 +100,10 @@ def verify(directory: Path, rank: int = 0, world_size: int = 1, small_only: bool
     entries = read_checksums(directory)
     if entries is None:
         return False
-    _check_presence(directory, entries)
     selected = {name: entry for name, entry in entries.items() if not (small_only and name.endswith(".distcp"))}
-    for name in _files_by_rank(selected, world_size)[rank]:
+    own = _files_by_rank(selected, world_size)[rank]
+    _check_presence(directory, entries, list(entries) if small_only and tensor_sizes else own)
+    for name in own:
         _check_content(directory / name, entries[name])
     return True
 
@@ -123,9 +129,9 @@ def verify_file(path: Path, directory: Path) -> bool:
     return True
 
 
-def _check_presence(directory: Path, entries: Mapping[str, FileChecksum]) -> None:
-    for name, entry in entries.items():
-        _check_size(directory / name, entry)
+def _check_presence(directory: Path, entries: Mapping[str, FileChecksum], names: Iterable[str]) -> None:
+    for name in names:
+        _check_size(directory / name, entries[name])
     for path in _files(directory / CHECKSUM_FILE.parent):
         name = path.relative_to(directory).as_posix()
         if name not in entries:  # an added file does not prove that another one is damaged
@@ -161,11 +167,11 @@ def _drop_from_page_cache(path: Path) -> None:
 def _files_by_rank(entries: Mapping[str, FileChecksum], world_size: int) -> list[list[str]]:
     """Distribute files over ranks: each file, largest first, to the rank with the fewest bytes so far."""
     files: list[list[str]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
+    loads = [(0, rank) for rank in range(world_size)]
     for name in sorted(entries, key=lambda name: (-entries[name].bytes, name)):
-        rank = loads.index(min(loads))
+        load, rank = loads[0]
         files[rank].append(name)
-        loads[rank] += entries[name].bytes + 1
+        heapq.heapreplace(loads, (load + entries[name].bytes + 1, rank))
     return files
 
 

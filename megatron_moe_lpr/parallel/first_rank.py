@@ -9,7 +9,8 @@ import torch.distributed as dist
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.liveness import long_work, waiting_for
 
-POLL_SECONDS = 0.2
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
+"""Seconds between two questions whether rank 0 has ended, a tenth of its time so far."""
 _calls = itertools.count()
 
 
@@ -17,7 +18,7 @@ def run_on_rank_0(action: Callable[[], object], description: str) -> None:
     """Run `action` on rank 0, and return on every rank when it has ended; without process groups in this process.
 
     A barrier would fail after --distributed-timeout-minutes although the work goes on. Here the other ranks poll the
-    store of torch.distributed's rendezvous. Every rank must call it.
+    store of torch.distributed's rendezvous, the more rarely the longer it takes. Every rank must call it.
 
     Args:
         description: the work of rank 0, for the message about a rank that hangs.
@@ -44,7 +45,8 @@ def run_on_rank_0(action: Callable[[], object], description: str) -> None:
             store.set(key, reason)
     else:
         with waiting_for(f"{description} on rank 0", on_peers=True):
+            began = time.monotonic()
             while not store.check([key]):
-                time.sleep(POLL_SECONDS)
+                time.sleep(min(LONGEST_PAUSE, max(SHORTEST_PAUSE, 0.1 * (time.monotonic() - began))))
         if reason := store.get(key).decode():
             raise UserError(reason)

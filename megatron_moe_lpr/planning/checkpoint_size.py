@@ -5,7 +5,6 @@ put together there, and Transformer Engine's FusedAdam casts moments in bf16 to 
 """
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Collection
 
@@ -95,12 +94,6 @@ def _rank_bytes(
     expert_ranks = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
     total = 0.0
     for kind, count in counts.items():
-        weight_writers = state_writers = ranks // layout.tensor_model_parallel_size
-        if kind.is_expert_parallel:
-            # Only one data-parallel group writes: ranks that differ in TP alone hold the same experts.
-            weight_writers = ranks // math.lcm(layout.tensor_model_parallel_size, expert_ranks)
-            state_writers = ranks // expert_ranks
-        state = _state_bytes(kind, sizes)
-        total += count * (_bytes(kind, saved, sizes) - state) / weight_writers
-        total += count * state / (state_writers if sizes.distributed_optimizer else weight_writers)
+        writers = ranks // (expert_ranks if kind.is_expert_parallel else layout.tensor_model_parallel_size)
+        total += count * _bytes(kind, saved, sizes) / writers
     return total

@@ -116,11 +116,11 @@ class Callbacks:
             own: callbacks of the package.
             given: callbacks of the user.
         """
-        from megatron_moe_lpr.parallel.every_rank import on_every_rank
+        from megatron_moe_lpr.parallel.every_rank import first_on_any_rank
 
         self.own, self.given = list(own), list(given)
         self._error: BaseException | None = None
-        self._any_given = any(on_every_rank(lambda: bool(given)))
+        self._any_given = first_on_any_rank(True if given else None) is not None
 
     def start(self, config: "TrainingConfig", iteration: int) -> None:
         """Call on_start. Every rank must call this method and those below, which raise errors as `check` does."""
@@ -162,15 +162,14 @@ class Callbacks:
         """
         if not self._any_given:
             return
-        from megatron_moe_lpr.parallel.every_rank import on_every_rank
+        from megatron_moe_lpr.parallel.every_rank import first_on_any_rank
 
-        failures = on_every_rank(lambda: _failure(self._error))
+        first = first_on_any_rank(_failure(self._error))
         if self._error is not None:
             raise self._error
-        for rank, failure in enumerate(failures):
-            if failure is not None:
-                is_users, text = failure
-                raise UserError(text) if is_users else CallbackError(f"on rank {rank}:\n{text}")
+        if first is not None:
+            rank, (is_users, text) = first
+            raise UserError(text) if is_users else CallbackError(f"on rank {rank}:\n{text}")
 
     def _call(self, name: str, *values: Any) -> None:
         for callback in self.own:

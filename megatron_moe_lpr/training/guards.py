@@ -10,7 +10,7 @@ from megatron_moe_lpr.engine.micro_batches import run_schedule
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
-from megatron_moe_lpr.parallel.every_rank import on_every_rank
+from megatron_moe_lpr.parallel.every_rank import decide_on_rank_0, first_on_any_rank
 from megatron_moe_lpr.training.configuration.config import GuardOptions
 
 
@@ -62,11 +62,10 @@ def explain_non_finite_loss(
     finally:
         for hook in hooks:
             hook.remove()
-    first = on_every_rank(lambda: min(found, default=None))
-    culprits = [(layer, rank) for rank, layer in enumerate(first) if layer is not None]
+    first = decide_on_rank_0(min(found, default=None), _first_layer)
     place = "after the last layer"
-    if culprits:
-        layer, rank = min(culprits)
+    if first is not None:
+        layer, rank = first
         place = f"first in the output of layer {layer} (counted from 0) on rank {rank}"
     return UserError(f"step {iteration}: the loss is not finite, {place}; nothing was saved of this step")
 
@@ -84,10 +83,15 @@ def explain_non_finite_gradient(chunks: Sequence[torch.nn.Module], iteration: in
         if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all()
     ]
     place = "the norm over all ranks"
-    for rank, found in reversed(list(enumerate(on_every_rank(lambda: names)))):
-        if found:
-            place = f"on rank {rank} that of {', '.join(found[:NAMES_SHOWN])}"
+    if first := first_on_any_rank(names[:NAMES_SHOWN] or None):
+        rank, found = first
+        place = f"on rank {rank} that of {', '.join(found)}"
     return UserError(f"step {iteration}: a gradient is not finite, {place}; nothing was saved of this step")
+
+
+def _first_layer(layers: Sequence[int | None]) -> tuple[int, int] | None:
+    """The lowest layer, and the lowest rank that found it, among what each rank found."""
+    return min(((layer, rank) for rank, layer in enumerate(layers) if layer is not None), default=None)
 
 
 def _record_non_finite(layer: int, found: list[int]):

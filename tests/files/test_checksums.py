@@ -9,6 +9,7 @@ import torch
 import xxhash
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.files import checksum_file
 from megatron_moe_lpr.files.checksum_file import CHECKSUM_FILE, read_checksums, verify, write_checksums
 from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum, checksum_of_file
 
@@ -88,6 +89,7 @@ def test_cut_missing_and_added_files(tmp_path: Path) -> None:
     (tmp_path / "__2_0.distcp").unlink()
     with pytest.raises(UserError, match=r"__2_0\.distcp: no such file"):
         verify(tmp_path)
+    assert verify(tmp_path, small_only=True, tensor_sizes=False)
     (tmp_path / "__2_0.distcp").write_bytes(contents["__2_0.distcp"])
     (tmp_path / "moe_lpr" / "added_tokens.json").touch()
     with pytest.raises(UserError, match=r"added_tokens\.json: not in"):
@@ -112,3 +114,15 @@ def test_every_flip_in_the_checksum_file_is_found_or_harmless(tmp_path: Path) ->
 def test_a_checkpoint_without_checksums_is_not_verified(tmp_path: Path) -> None:
     make_files(tmp_path)
     assert read_checksums(tmp_path) is None and not verify(tmp_path)
+
+
+def test_many_ranks_ask_for_the_size_of_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a shared file system N ranks that each ask for N files take minutes."""
+    files = make_files(tmp_path)
+    write_checksums(tmp_path, {})
+    asked = []
+    original = checksum_file._check_size
+    monkeypatch.setattr(checksum_file, "_check_size", lambda path, entry: (asked.append(path), original(path, entry)))
+    for rank in range(5):
+        assert verify(tmp_path, rank, 5)
+    assert sorted(asked) == sorted(tmp_path / name for name in files)

@@ -285,3 +285,14 @@ def test_a_taken_port_without_torchrun_is_named():
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert done.returncode == 1 and f"MASTER_PORT {port}: the ranks cannot meet there" in error
     assert "already in use" in error
+
+
+def test_a_launcher_may_have_more_connections_than_the_usual_limit(monkeypatch):
+    """Two of each rank end in the store of the first node's launcher; the hard limit is respected."""
+    limits = []
+    monkeypatch.setattr(launch.resource, "setrlimit", lambda kind, pair: limits.append(pair))
+    unlimited = launch.resource.RLIM_INFINITY
+    for before in ((1024, 4096), (1024, unlimited), (1024, 10**6), (100_000, 10**6), (unlimited, unlimited)):
+        monkeypatch.setattr(launch.resource, "getrlimit", lambda kind, before=before: before)
+        launch.allow_connections()
+    assert limits == [(4096, 4096), (65536, unlimited), (65536, 10**6)]

@@ -113,7 +113,7 @@ def test_a_planted_rename_of_each_overridden_method_fails_loudly(monkeypatch, cp
                 overrides_megatron(kind)
         overrides_megatron(kind)
     names = {f"{kind.__name__}.{name}" for kind, name in found}
-    assert {"LPRRouter.gating", "CallsQueue._get_async_caller", "ShardStrategy.async_save"} <= names
+    assert {"LPRRouter.gating", "CallsQueue._get_async_caller", "BackgroundWriter.close"} <= names
     assert len(found) > 20
 
 

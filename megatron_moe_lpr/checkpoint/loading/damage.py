@@ -7,7 +7,7 @@ from megatron_moe_lpr.checkpoint.format.card import read_card
 from megatron_moe_lpr.checkpoint.format.directory import CARD_FILE, SIDE_DIRECTORY
 from megatron_moe_lpr.errors import DamagedFile, UserError
 from megatron_moe_lpr.files.checksum_file import verify_file
-from megatron_moe_lpr.parallel.every_rank import on_every_rank
+from megatron_moe_lpr.parallel.every_rank import decide_on_rank_0, on_every_rank
 
 RANKS_SHOWN = 4
 READS = 2
@@ -29,16 +29,25 @@ def prove_damage(suspected: DamagedFile, directory: Path) -> str:
     if suspected.path is None:
         raise UserError(f"{suspected}; nothing was changed")
     path = suspected.path
-    reads = [on_every_rank(lambda: (_finding(path, directory), socket.gethostname())) for _ in range(READS)]
-    found = {finding for read in reads for finding, _ in read}
-    if len(found) == 1 and None not in found:
-        return str(found.pop())
-    intact = [_name(rank, reads) for rank in range(len(reads[0])) if any(read[rank][0] is None for read in reads)]
-    wrong = [_name(rank, reads) for rank in range(len(reads[0])) if any(read[rank][0] for read in reads)]
+    findings = [on_every_rank(lambda: _finding(path, directory)) for _ in range(READS)]
+    fault, intact, wrong = decide_on_rank_0((socket.gethostname(), findings), _compare)
+    if fault is not None:
+        return fault
     raise UserError(
-        f"{suspected}. But ranks and reads differ: intact for {_listed(intact)}; damaged for {_listed(wrong)}. Nothing "
+        f"{suspected}. But ranks and reads differ: intact for {intact}; damaged for {wrong}. Nothing "
         "was changed; look for failing memory, network or mounts on these hosts, then start again"
     )
+
+
+def _compare(reads: list[tuple[str, list[str | None]]]) -> tuple[str | None, str, str]:
+    """Compare the reads of all ranks, each with its host: the fault that all found, if it is one; else which ranks
+    found the file intact and which damaged."""
+    found = {finding for _, findings in reads for finding in findings}
+    fault = found.pop() if len(found) == 1 else None
+    names = [(f"rank {rank} on {host}", findings) for rank, (host, findings) in enumerate(reads)]
+    intact = [name for name, findings in names if None in findings]
+    wrong = [name for name, findings in names if any(findings)]
+    return fault, _listed(intact), _listed(wrong)
 
 
 def _finding(path: Path, directory: Path) -> str | None:
@@ -49,10 +58,6 @@ def _finding(path: Path, directory: Path) -> str | None:
     except DamagedFile as error:
         return str(error)
     return None
-
-
-def _name(rank: int, reads: list[list[tuple[str | None, str]]]) -> str:
-    return f"rank {rank} on {reads[0][rank][1]}"
 
 
 def _listed(names: list[str]) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.fp8_utils import is_float8tensor
@@ -23,6 +25,7 @@ from megatron_moe_lpr.checkpoint.untrusted.extra_state import checked_pickles_ar
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.moe.expert_states import EXTRA_STATE
+from megatron_moe_lpr.parallel.every_rank import union_of_ranks
 
 
 def sharded_model_state(chunks: Sequence[torch.nn.Module]) -> ShardedStateDict:
@@ -64,11 +67,14 @@ def _load_tensors(
     if not is_complete:
         keys = read_index(checkpoint.path / ".metadata").state_dict_metadata
         state = {name: part_with_keys(part, keys) for name, part in state.items()}
-    # Megatron's words: "missing" keys are the checkpoint's that the model did not ask for, "unexpected" the reverse.
-    loaded, surplus, lacking = load_distributed(
-        state, checkpoint.path, parallel_load_strategy(), strict=StrictHandling.RETURN_ALL
+    # Before: what the model asks for, since the loader puts values in the place of some entries.
+    asked = {entry.key for entry in nested_values(load_preprocess(state)[0])}
+    # Megatron's word for keys that the model asks for and the checkpoint lacks is "unexpected".
+    loaded, _, lacking = load_distributed(
+        state, checkpoint.path, parallel_load_strategy(), strict=StrictHandling.RETURN_UNEXPECTED
     )
-    _refuse_differences(checkpoint.path, lacking, surplus)
+    stored = sorted(read_index(checkpoint.path / ".metadata").state_dict_metadata)
+    _refuse_differences(checkpoint.path, lacking, set(stored) - union_of_ranks(stored, asked))
     return {name: loaded.get(name, {}) for name in names}
 
 

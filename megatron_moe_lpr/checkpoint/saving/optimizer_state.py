@@ -101,7 +101,7 @@ def _local_shards(
     for index, (parameter, span) in enumerate(_local_parameters(optimizer)):
         pieces = list(_pieces(entries[parameter], parameter))
         state[index] = {
-            name: list(_cut(optimizer, pieces, span, f"{STATE_PREFIX}.{name}", values))
+            name: list(_cut(pieces, span, f"{STATE_PREFIX}.{name}", values))
             for name, values in _states(optimizer, parameter).items()
         }
     return state
@@ -164,9 +164,7 @@ def _pieces(entry: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Par
         yield _Piece(tensor, tensor.data.storage_offset())
 
 
-def _cut(
-    optimizer: DistributedOptimizer, pieces: Sequence[_Piece], span: Any, prefix: str, values: torch.Tensor
-) -> Iterator[ShardedTensor]:
+def _cut(pieces: Sequence[_Piece], span: Any, prefix: str, values: torch.Tensor) -> Iterator[ShardedTensor]:
     """Cut one state of a parameter into rectangles of the checkpoint's tensors.
 
     Args:
@@ -191,8 +189,8 @@ def _cut(
                 local_shape=tuple(sizes),
                 global_offset=tuple(place),
                 axis_fragmentations=None,
-                # Each rank of a data-parallel group holds other elements: none of them is a copy.
-                replica_id=(*tensor.replica_id[:2], optimizer.distributed_optimizer_instance_id),
+                # Each rank of a data-parallel group holds other elements: no third number, since none is a copy.
+                replica_id=tensor.replica_id[:2],
             )
             position += count
 

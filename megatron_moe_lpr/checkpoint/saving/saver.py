@@ -4,13 +4,13 @@ A save from top to bottom. Everything is written in the hidden directory SAVE/.i
 
 1. `training/checkpointing.py` `start_save` collects the sharded state: which slice of which tensor this rank holds, the
    optimizer's by `optimizer_state.py`.
-2. `CheckpointSaver.start`, on all ranks: Megatron-Core chooses one rank for each tensor that several ranks hold, and
+2. `CheckpointSaver.start`, on all ranks: `replicas.py` chooses one rank for each tensor that several ranks hold, and
    `shard_writer.py` plans the files of this rank's shard. Rank 0 writes common.pt, which is the same for all ranks.
 3. The shard is written: `background.py` copies it into shared memory, and a process of its own (`writer_process.py`)
    writes it while training continues. Without a background writer `ShardWriter.write_here` writes it at once.
-4. `poll` or `wait`, on all ranks: when every rank has written, Megatron-Core gathers what lies where, rank 0 writes the
-   index (`ShardWriter.finish`), and Megatron-Core calls `_complete`: rank 0 writes the remaining files and the
-   checksums, renames the directory and names it in latest_checkpointed_iteration.txt.
+4. `poll` or `wait`, on all ranks: when every rank has written, Megatron-Core calls `_complete`: rank 0 gathers what
+   lies where (`checkpoint_index.py`), writes the index, the remaining files and the checksums, renames the directory
+   and names it in latest_checkpointed_iteration.txt.
 
 A failure on any rank raises UserError on every rank and removes the hidden directory; the latest checkpoint stays.
 """
@@ -24,12 +24,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from torch.distributed.checkpoint import CheckpointException
+from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 
 from megatron_moe_lpr.checkpoint.format.directory import finish_iteration, iteration_directory_name
 from megatron_moe_lpr.checkpoint.format.retention import remove_hidden
@@ -42,7 +40,13 @@ from megatron_moe_lpr.files.checksum_file import write_checksums
 from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum
 from megatron_moe_lpr.liveness import long_work
 from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
-from megatron_moe_lpr.parallel.every_rank import on_every_rank
+from megatron_moe_lpr.parallel.every_rank import (
+    decide_on_rank_0,
+    first_on_any_rank,
+    gather_on_rank_0,
+    on_every_rank,
+    on_rank_0,
+)
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -118,9 +122,7 @@ class CheckpointSaver:
                 have their values.
         """
         self.root, self.on_complete = Path(root), on_complete
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self.frozen = frozen
-        self.strategy = FullyParallelSaveStrategyWrapper(ShardStrategy(frozen), group, do_cache_distribution=True)
+        self.frozen, self.strategy = frozen, ShardStrategy(frozen)
         self.background = BackgroundWriter() if asynchronous else None
         self.queue = CallsQueue(self.background)
         self.pending: _Pending | None = None
@@ -134,24 +136,27 @@ class CheckpointSaver:
 
         Raises:
             UserError: on every rank: a frozen weight cannot be read.
+            ValueError: on rank 0: the ranks' slices do not make up whole tensors; the other ranks raise a UserError.
         """
         if self.background is None and self.frozen is None:
             return
         sharded, _ = self._split(state, metadata)
         writer = request_writer(self.strategy.async_save(sharded, self.root))
-        if self.frozen:
-            on_every_rank(writer.raise_error)
+        on_every_rank(writer.raise_error)
         if self.background:
             self.background.expect(writer)
 
     def _split(self, state: ShardedStateDict, metadata: dict[str, Any]) -> tuple[ShardedStateDict, dict[str, Any]]:
         """Split a state into its sharded tensors and what is the same on all ranks.
 
-        The first call also checks that the ranks' slices make up whole tensors.
+        The first call also compares the latter with rank 0's. That the ranks' slices make up whole tensors is checked
+        with the index (`checkpoint_index.py`).
         """
-        parts = save_preprocess(state | {"content_metadata": metadata}, not self.validated)
+        sharded, common = save_preprocess(state | {"content_metadata": metadata}, validate_access_integrity=False)
+        if not self.validated:
+            validate_sharding_integrity([], common)  # warns of differences
         self.validated = True
-        return parts
+        return sharded, common
 
     def start(
         self,
@@ -228,13 +233,8 @@ class CheckpointSaver:
     def _finalize(self, pending: _Pending, action: Callable[[], object]) -> Saved | None:
         """Let Megatron-Core complete the save by `action`, if all ranks have written; None: they have not."""
         begin = time.monotonic()
-        try:
-            with long_work(f"saving step {pending.iteration:,} to {self.root}"):
-                action()
-        except CheckpointException as error:
-            # A BaseException, raised on every rank; only rank 0's holds the reasons.
-            reasons = sorted({_reason(failure[0]) for failure in error.failures.values()})
-            self._abandon("; ".join(on_every_rank(lambda: reasons)[0]), pending.iteration)
+        with long_work(f"saving step {pending.iteration:,} to {self.root}"):
+            action()
         if self.pending is not None:  # `_complete` was not called
             pending.stalled += time.monotonic() - begin
             return None
@@ -244,12 +244,15 @@ class CheckpointSaver:
         return Saved(pending.iteration, path, now - pending.started, stalled)
 
     def _complete(self, pending: _Pending) -> None:
-        """Make the directory a checkpoint: every rank has written its shard and rank 0 the index of all tensors."""
-        written = on_every_rank(lambda: pending.writer.written)
+        """Make the directory a checkpoint: every rank has written its shard, or has failed."""
+        if reasons := _failures(pending.writer):
+            self._abandon(reasons, pending.iteration)
+        self.strategy.index.complete(pending.writer.results)
+        written = gather_on_rank_0(pending.writer.written)
 
         def complete() -> None:
-            pending.writer.raise_index_error()
-            entries = {name: entry for part in written for name, entry in part.items()}
+            entries = {name: entry for part in written or () for name, entry in part.items()}
+            entries |= self.strategy.index.write(pending.partial)
             entries["metadata.json"] = _write_format(pending.partial)
             pending.add_side_files(pending.partial)
             write_checksums(pending.partial, entries)
@@ -263,7 +266,7 @@ class CheckpointSaver:
     def _on_rank_0(self, iteration: int, action: Callable[[], object]) -> None:
         """Run `action` on rank 0; if it fails, abandon the save on every rank."""
         try:
-            on_every_rank(lambda: action() if dist.get_rank() == 0 else None)
+            on_rank_0(action)
         except UserError as error:
             self._abandon(str(error), iteration)
 
@@ -307,6 +310,14 @@ def _write_format(directory: Path) -> FileChecksum:
 def _make_empty(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
+
+
+def _failures(writer: ShardWriter) -> str | None:
+    """The reasons of all ranks that could not write, the same on every rank; None: all have written."""
+    reason = None if writer.error is None else _reason(writer.error)
+    if first_on_any_rank(reason) is None:
+        return None
+    return decide_on_rank_0(reason, lambda reasons: "; ".join(sorted({found for found in reasons if found})))
 
 
 def _reason(error: BaseException) -> str:

@@ -1,38 +1,29 @@
-"""The files of one rank's shard: planned by Megatron-Core, written by this process or by the writer process."""
+"""The files of one rank's shard: planned with Megatron-Core, written by this process or by the writer process."""
 
 import dataclasses
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import (
-    FileSystemWriterAsync,
-    _split_by_size_and_type,
-)
-from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
-    save_state_dict_async_finalize,
-    save_state_dict_async_plan,
-)
+from megatron.core.dist_checkpointing.strategies.filesystem_async import _split_by_size_and_type
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
-from torch.distributed.checkpoint.api import WRAPPED_EXCEPTION, _wrap_exception
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_moe_lpr.checkpoint.format.writer import save_tensor
+from megatron_moe_lpr.checkpoint.saving.checkpoint_index import CheckpointIndex
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
+from megatron_moe_lpr.checkpoint.saving.replicas import divide_copies
 from megatron_moe_lpr.files.checksums import ChecksumStream, FileChecksum, OutputStream
-from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
 
 FILES_PER_RANK = 2
 BLOB_BYTES = 4096
@@ -66,26 +57,22 @@ class ShardFile:
         return results
 
 
-@overrides_megatron
-class ShardWriter(FileSystemWriterAsync):
-    """Megatron-Core's writer without its processes, for each of which it would fork a trainer full of threads."""
+class ShardWriter:
+    """Writes a rank's shard. Megatron-Core's writer would fork a trainer full of threads for it."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, thread_count=FILES_PER_RANK)
+        self.checkpoint_dir = path
         self.files: list[ShardFile] = []
         self.results: list[WriteResult] = []
         self.written: dict[str, FileChecksum] = {}
         self.error: Exception | None = None
-        """What failed on this rank; `retrieve_write_results` reports it to all ranks."""
-        self.index_error: OSError | None = None
-        """Why rank 0 could not write the index (`finish`)."""
+        """What failed on this rank, kept until all ranks can be told."""
 
-    @override
-    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Decide what goes into which file."""
-        for index, items in enumerate(_split_by_size_and_type(self.thread_count, plan.items)):
+    def plan_files(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Decide what goes into which file, as FileSystemWriterAsync.prepare_write_data."""
+        for index, items in enumerate(_split_by_size_and_type(FILES_PER_RANK, plan.items)):
             if items:
-                name = f"{plan.storage_data.prefix}{index}.distcp"
+                name = f"__{dist.get_rank()}_{index}.distcp"
                 self.files.append(ShardFile(name, [(item, planner.resolve_data(item)) for item in items]))
 
     def write_here(self) -> None:
@@ -106,77 +93,48 @@ class ShardWriter(FileSystemWriterAsync):
         """Drop the references to the tensors."""
         self.files = []
 
-    @override
-    def retrieve_write_results(self) -> list[WriteResult] | WRAPPED_EXCEPTION:
-        """Where each item was written, or this rank's error. Megatron-Core gathers it on rank 0."""
-        if self.error is None:
-            return self.results
-        try:
-            raise self.error
-        except Exception as error:
-            return _wrap_exception(error)
-
-    @override
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0: write the index of all ranks' tensors, without the ranks' plans, which nothing here reads."""
-        vars(metadata).pop("all_local_plans", None)
-        metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
-        metadata.storage_meta = self.storage_meta()
-        try:
-            with ChecksumStream(open(Path(self.checkpoint_dir, ".metadata"), "wb")) as stream:
-                pickle.dump(metadata, stream)
-            self.written[".metadata"] = stream.entry()
-        except OSError as error:
-            self.index_error = error
-
     def raise_error(self) -> None:
         """Raise what went wrong while this rank planned its shard."""
         if self.error is not None:
             raise self.error
 
-    def raise_index_error(self) -> None:
-        """Raise the error of `finish`. Raised there, it would leave the other ranks waiting inside Megatron."""
-        if self.index_error is not None:
-            raise self.index_error
 
-
-@overrides_megatron
-class ShardStrategy(TorchDistSaveShardedStrategy):
-    """Megatron-Core's save strategy with ShardWriter in place of its own writer."""
+class ShardStrategy:
+    """Plans the shards of a run's saves, and the index of them all."""
 
     def __init__(self, frozen: FrozenWeights | None = None) -> None:
         """`frozen` gives the frozen weights that it announced in the state their values; None: all have values."""
-        super().__init__("torch_dist", 1, thread_count=FILES_PER_RANK)
         self.frozen = frozen
+        self.index = CheckpointIndex()
 
-    @override
-    def async_save(
-        self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, async_strategy: str = "mcore"
-    ) -> AsyncRequest:
-        """Plan this rank's shard. Every rank must call it.
+    def async_save(self, state: ShardedStateDict, directory: Path) -> AsyncRequest:
+        """Plan this rank's shard, as Megatron-Core's save strategy of this name. Every rank must call it.
 
         Args:
-            async_strategy: from megatron-core 0.17 on, whose writer process writes: none of them does, `ShardWriter` is
-                ours.
+            state: sharded tensors and objects of this rank.
 
         Returns:
             A request whose function has the ShardWriter as its only argument, see `request_writer`.
         """
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        writer = ShardWriter(checkpoint_dir)
-        if self.frozen:
-            try:
+        divide_copies(state)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(state, keep_only_main_replica=True)
+        writer = ShardWriter(directory)
+        try:
+            if self.frozen:
                 self.frozen.fill(part for parts in by_key.values() for part in parts if isinstance(part, ShardedTensor))
-            except Exception as error:
-                # The other ranks are already in the collectives of the planning: report it afterwards.
-                writer.error = error
+        except Exception as error:
+            # The other ranks go on to the exchange of plans: report it afterwards.
+            writer.error = error
+        # As save_state_dict_async_plan with ranks that plan on their own.
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner)
-
-        def finalize() -> None:
-            save_state_dict_async_finalize(*planned)
-
-        return AsyncRequest(ShardWriter.write_here, [writer], [finalize])
+        planner.set_up_planner(mcore_to_pyt_state_dict(by_key), is_coordinator=dist.get_rank() == 0)
+        plan = planner.create_decentralized_global_plan(planner.create_local_plan())
+        try:
+            self.index.plan(plan, planner)
+        except ValueError as error:
+            writer.error = error
+        writer.plan_files(planner.finish_plan(plan), planner)
+        return AsyncRequest(ShardWriter.write_here, [writer], [])
 
 
 def request_writer(request: AsyncRequest) -> ShardWriter:

@@ -2,16 +2,18 @@
 
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_moe_lpr.errors import UserError
+from megatron_moe_lpr.parallel.every_rank import decide_on_rank_0
 from megatron_moe_lpr.platform import Platform
 
 PRODUCT_ROWS, PRODUCT_COLUMNS = 256, 1024
 TRIES = 3
+RANKS_SHOWN = 8
 
 
 def requested_dtype(bf16: bool, fp32: bool, fp16: bool = False) -> torch.dtype | None:
@@ -66,7 +68,9 @@ def report_dtype(requested: torch.dtype | None, default: str, stored: str, platf
         UserError: on every rank: only some devices have instructions for bfloat16, or some Transformer Engine.
     """
     if dist.is_initialized():
-        _check_agreement(choose_dtype(requested, default, platform), platform.transformer_engine)
+        chosen = choose_dtype(requested, default, platform)
+        if difference := decide_on_rank_0((chosen, platform.transformer_engine), _difference):
+            raise UserError(difference)
         if dist.get_rank() != 0:
             return
     for words in (
@@ -78,22 +82,27 @@ def report_dtype(requested: torch.dtype | None, default: str, stored: str, platf
             print(words, file=sys.stderr, flush=True)
 
 
-def _check_agreement(chosen: torch.dtype, transformer_engine: bool) -> None:
-    choices: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(choices, (chosen, transformer_engine))
+def _difference(choices: Sequence[tuple[torch.dtype, bool]]) -> str | None:
+    """Describe in what the ranks differ: dtype, or whether they have Transformer Engine. None: in nothing."""
     dtypes, engines = zip(*choices, strict=True)
     if len(set(engines)) > 1:
-        without = [str(rank) for rank, has_it in enumerate(engines) if not has_it]
-        raise UserError(
-            f"ranks {', '.join(without)} have no Transformer Engine, and the others have: install it for all, or give "
+        without = _listed([rank for rank, has_it in enumerate(engines) if not has_it])
+        return (
+            f"ranks {without} have no Transformer Engine, and the others have: install it for all, or give "
             "--transformer-impl local"
         )
     if len(set(dtypes)) > 1:
-        without = [str(rank) for rank, dtype in enumerate(dtypes) if dtype == torch.float32]
-        raise UserError(
-            f"the devices of ranks {', '.join(without)} have no instructions for bfloat16, and the others' have: "
+        without = _listed([rank for rank, dtype in enumerate(dtypes) if dtype == torch.float32])
+        return (
+            f"the devices of ranks {without} have no instructions for bfloat16, and the others' have: "
             "say what all shall compute in, --fp32 or --bf16"
         )
+    return None
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - RANKS_SHOWN} more" if len(ranks) > RANKS_SHOWN else ""
+    return f"{', '.join(map(str, ranks[:RANKS_SHOWN]))}{more}"
 
 
 def _note_on_default(requested: torch.dtype | None, default: str, stored: str, platform: Platform) -> str | None:

@@ -120,6 +120,11 @@ def kind_of(name: str, inserted_blocks: Collection[int] = (), extensions: int = 
     raise ValueError(f"no kind of parameter covers {name}")
 
 
+def is_expert_parallel_key(key: str) -> bool:
+    """Whether a key of a checkpoint, of a weight or its optimizer state, is of experts that EP ranks share."""
+    return ".mlp.experts." in key
+
+
 def trained_in_layer(trains: Collection[ParameterKind], inserted: bool) -> frozenset[ParameterKind]:
     """Kinds whose parameters train in one layer, an inserted block's by what they were in a dense layer.
 

@@ -8,8 +8,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 from megatron_moe_lpr.checkpoint.format.card import CheckpointCard
 from megatron_moe_lpr.checkpoint.format.chain import find_parent
 from megatron_moe_lpr.checkpoint.format.directory import CheckpointDirectory, iteration_directory_name
@@ -58,7 +56,7 @@ def open_start(options: CheckpointOptions, stage: str) -> tuple[CheckpointDirect
     Raises:
         UserError: there is no such checkpoint, an incomplete one, or a damaged file.
     """
-    start = open_checkpoint(options.load, options.verify, options.base_checkpoint)
+    start = open_checkpoint(options.load, options.verify, options.base_checkpoint, tensor_sizes=False)
     card = start.card()
     last = card.history[-1] if card.history else {}
     if (
@@ -81,7 +79,7 @@ def find_start(
     """
     card = card_at_start(resume_from.card, card)
     if resume_from.card.parent is not None:
-        return on_every_rank(lambda: _base(resume_from, start))[dist.get_rank()], card
+        return on_every_rank(lambda: _base(resume_from, start)), card
     # --load may have named a checkpoint in --save that has been renamed as damaged.
     return resume_from.directory if _lies_in(start, save) else start, card
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_moe_lpr.checkpoint.format.directory import LATEST_FILE
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.files.json_files import write_json
-from megatron_moe_lpr.parallel.every_rank import on_every_rank, on_rank_0
+from megatron_moe_lpr.parallel.every_rank import first_on_any_rank, on_every_rank, on_rank_0
 from megatron_moe_lpr.training.run_directory.run_lock import LOCK_FILE
 
 MARKER = ".started"
@@ -82,14 +82,14 @@ def check_same_directory(save: Path) -> None:
     Raises:
         UserError: on every rank: naming a rank that does not see it, and its host.
     """
-    expected = on_rank_0(lambda: _read(save))
-    found = on_every_rank(lambda: (socket.gethostname(), _sees(save, expected)))
-    for rank, (host, sees) in enumerate(found):
-        if not sees:
-            raise UserError(
-                f"--save {save}: rank {rank} on {host} does not see what rank 0 on {found[0][0]} has written there; "
-                "all nodes need the same file system, is it mounted there?"
-            )
+    expected, first_host = on_rank_0(lambda: (_read(save), socket.gethostname()))
+    sees = on_every_rank(lambda: _sees(save, expected))
+    if blind := first_on_any_rank(None if sees else socket.gethostname()):
+        rank, host = blind
+        raise UserError(
+            f"--save {save}: rank {rank} on {host} does not see what rank 0 on {first_host} has written there; "
+            "all nodes need the same file system, is it mounted there?"
+        )
 
 
 def mount_point(path: Path) -> Path:

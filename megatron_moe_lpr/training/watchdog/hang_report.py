@@ -15,6 +15,7 @@ from types import FrameType
 import torch.distributed as dist
 
 PREFIX = "moe_lpr/heartbeat"
+FINDINGS = f"{PREFIX}/findings"
 SHOWN = 4
 STACK_SIGNAL = signal.SIGUSR2
 """Signal on which data loader processes print their stack."""
@@ -50,6 +51,8 @@ class NoteBoard:
 
     def __init__(self, store: dist.Store, world: int) -> None:
         self.store, self.world = store, world
+        self.unknown = list(range(world))
+        """Ranks of which no note was seen yet."""
 
     @staticmethod
     def connect(world: int) -> "NoteBoard | None":
@@ -68,13 +71,28 @@ class NoteBoard:
 
     def write(self, rank: int, note: Note) -> None:
         """Replace this rank's note."""
-        self.store.set(f"{PREFIX}/{rank}", json.dumps(dataclasses.asdict(note)))
+        self.store.set(_key(rank), json.dumps(dataclasses.asdict(note)))
 
     def read(self) -> dict[int, Note]:
-        """The notes of all ranks that have written one."""
-        keys = [f"{PREFIX}/{rank}" for rank in range(self.world)]
-        known = [rank for rank, key in enumerate(keys) if self.store.check([key])]
-        return {rank: Note(**json.loads(self.store.get(keys[rank]))) for rank in known}
+        """The notes of all ranks that have written one, in a single message."""
+        if self.unknown and self.store.check([_key(rank) for rank in self.unknown]):
+            self.unknown = []
+        self.unknown = [rank for rank in self.unknown if not self.store.check([_key(rank)])]
+        known = sorted(set(range(self.world)).difference(self.unknown))
+        notes = self.store.multi_get([_key(rank) for rank in known])
+        return {rank: Note(**json.loads(note)) for rank, note in zip(known, notes, strict=True)}
+
+    def findings(self) -> str:
+        """What a rank has found in the notes of all (`examination.Findings`); empty: none examines them."""
+        return self.store.get(FINDINGS).decode() if self.store.check([FINDINGS]) else ""
+
+    def exchange_findings(self, before: str, after: str) -> str:
+        """Replace the findings `before`, unless another rank was faster. Returns the findings that are there then."""
+        return self.store.compare_set(FINDINGS, before, after).decode()
+
+
+def _key(rank: int) -> str:
+    return f"{PREFIX}/{rank}"
 
 
 def silent_ranks_line(rank: int, notes: Mapping[int, Note], silent: list[int]) -> str:
@@ -102,18 +120,19 @@ def slow_line(rank: int, notes: Mapping[int, Note]) -> str:
     )
 
 
-def hang_line(rank: int, notes: Mapping[int, Note], culprits: list[int], timeout: float) -> str:
+def hang_line(rank: int, mine: Note, culprits: Mapping[int, Note], timeout: float) -> str:
     """The error of a rank that ends because no rank makes progress.
 
     Args:
+        mine: its own note.
         culprits: ranks that hang without waiting for another rank.
         timeout: --distributed-timeout-minutes, in seconds.
     """
-    mine = notes[rank]
     if rank in culprits:
         what = f"rank {rank} hangs {mine.where()}: no progress for {mine.still:.0f} s"
     elif culprits:
-        named = "; ".join(f"rank {other} ({notes[other]}, {notes[other].where()})" for other in culprits[:SHOWN])
+        shown = list(culprits.items())[:SHOWN]
+        named = "; ".join(f"rank {other} ({note}, {note.where()})" for other, note in shown)
         what = f"rank {rank} has waited {mine.still:.0f} s at {mine.place} for {named}, which hangs"
     else:
         what = f"rank {rank} hangs at {mine.place} for {mine.still:.0f} s, as every rank waits for another"

@@ -2,8 +2,9 @@
 
 A thread of each process checks every few seconds whether the main thread has made progress (`liveness`), and writes a
 note to the store of torch.distributed: that the process is alive and where its main thread is. A training step does
-nothing for this. A rank that has made no progress for most of the timeout reads all notes: a rank whose note does not
-change is stopped or dead. When no rank has made progress for nine tenths of the timeout, every rank ends with one line.
+nothing for this. When ranks have made no progress for most of the timeout, one of them reads all notes and says what it
+finds (`examination.py`): a rank whose note does not change is stopped or dead. When no rank has made progress for nine
+tenths of the timeout, every rank ends with one line.
 Timeouts of collectives are not enough: a main thread that waits for a disk is in none, and NCCL's own timeout would end
 the process without an exception in Python.
 """
@@ -24,7 +25,9 @@ from megatron_moe_lpr import liveness
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.platform.collectives import is_collective_failure
 from megatron_moe_lpr.processes import start_thread
+from megatron_moe_lpr.training.watchdog.examination import LIMIT, Examination, Findings
 from megatron_moe_lpr.training.watchdog.hang_report import (
+    SHOWN,
     Note,
     NoteBoard,
     hang_line,
@@ -36,16 +39,9 @@ from megatron_moe_lpr.training.watchdog.main_thread import MainThread, describe_
 from megatron_moe_lpr.training.watchdog.outside_watch import OutsideWatch
 
 PATIENCE = 0.75
-"""Part of the timeout after which a rank without progress reads the notes of all ranks."""
-LIMIT = 0.9
-"""Part of the timeout after which ranks without progress end. Below 1, so that the rank that hangs reports it before
-the collectives of the ranks that wait for it fail."""
+"""Part of the timeout after which a rank without progress wants to know what the notes of all ranks say."""
 BEATS_A_TIMEOUT = 60
 LONGEST_PERIOD = 10.0
-SILENCE_SECONDS = 10.0
-"""A rank whose note does not change for so long (and for three periods) counts as dead; busy machines are slow."""
-SILENT_PART_OF_LONG_WORK = 0.5
-"""Part of the timeout that a rank in long work may be silent: libraries may hold Python's lock for minutes."""
 RELEASE_SECONDS = 5.0
 
 
@@ -65,6 +61,8 @@ class Heartbeat:
         self.main = MainThread()
         self.ended = threading.Event()
         self.board: NoteBoard | None = None
+        self.examination: Examination | None = None
+        self.next_warning = PATIENCE * timeout
         self.thread: threading.Thread | None = None
         self.outside: OutsideWatch | None = None
 
@@ -96,28 +94,29 @@ class Heartbeat:
         return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
     def _beat_until_end(self) -> None:
-        next_check = PATIENCE * self.timeout
         while not self.ended.wait(self.period):
             # Counted in beats, not by the clock: a job that is suspended as a whole has not waited.
             self._sample()
-            next_check = next_check if self.still else PATIENCE * self.timeout
             try:
                 self._connect()
                 self._write_note()
-                if self.board and self._waited() >= next_check:
-                    self._check_ranks(self.board)
-                    # Check again later where another rank is in long work: it may die meanwhile.
-                    next_check = self._waited() + PATIENCE * self.timeout
-                if self._waited() >= LIMIT * self.timeout and not self._another_rank_progresses():
-                    self._end()
+                if self.examination is None:
+                    if self._waited() >= LIMIT * self.timeout:
+                        self._end()
+                elif self._waited() >= PATIENCE * self.timeout:
+                    self._act(self.examination, self.examination.beat())
+                elif self.examination.text is not None:
+                    self.examination.rest()
             except (dist.DistError, RuntimeError):
                 # The store is gone with the rank or launcher that kept it: the run is ending, and so must this rank.
-                self.board = None
+                self.board = self.examination = None
 
     def _sample(self) -> None:
         if self.outside:
             self.outside.beat()
         self.still = 0 if self.main.has_advanced(self.period) else self.still + 1
+        if not self.still:
+            self.next_warning = PATIENCE * self.timeout
 
     def _waited(self) -> float:
         """Seconds without progress."""
@@ -126,6 +125,8 @@ class Heartbeat:
     def _connect(self) -> None:
         if self.board is None and self.beats == 0 and dist.is_initialized() and dist.get_world_size() > 1:
             self.board = NoteBoard.connect(dist.get_world_size())
+            if self.board:
+                self.examination = Examination(self.board, self.rank, self.period, self.timeout)
 
     def _write_note(self) -> None:
         if self.board is None:
@@ -148,34 +149,28 @@ class Heartbeat:
             in_long_work=liveness.in_long_work(),
         )
 
-    def _check_ranks(self, board: NoteBoard) -> None:
-        """End this process where another rank is dead; otherwise warn with the places of all ranks."""
-        before = board.read()
-        self._keep_beating(max(3 * self.period, SILENCE_SECONDS))
-        silent = self._silent(before, board.read())
-        if any(before[rank].in_long_work for rank in silent):
-            self._keep_beating(SILENT_PART_OF_LONG_WORK * self.timeout)
-            silent = self._silent(before, board.read())
-        notes = board.read()
-        answering = [rank for rank in notes if rank not in silent]
-        if self.rank == min(answering):
-            line = silent_ranks_line(self.rank, notes, silent) if silent else slow_line(self.rank, notes)
-            _print(line)
-        elif silent:
+    def _act(self, examination: Examination, found: Findings | None) -> None:
+        """End this process where another rank is dead or none makes progress; else warn once where the ranks are."""
+        if found is None:
+            return
+        if found.silent:
             # The launcher ends all ranks with the first that ends: let that be the one that prints the reason.
-            self._keep_beating(3 * self.period)
-        if silent:
+            if found.examiner != self.rank:
+                self._keep_beating(3 * self.period)
+            else:
+                _print(silent_ranks_line(self.rank, examination.notes, examination.silent()))
             self._leave()
+        if self._waited() >= LIMIT * self.timeout and not found.progresses:
+            self._end(found)
+        if found.examiner == self.rank and examination.examined >= examination.silence and self._is_to_warn():
+            _print(slow_line(self.rank, examination.notes))
 
-    def _silent(self, before: dict[int, Note], after: dict[int, Note]) -> list[int]:
-        return [rank for rank in before if rank != self.rank and after[rank].beat == before[rank].beat]
-
-    def _another_rank_progresses(self) -> bool:
-        """Whether another rank has made progress within the limit: then this rank only waits for it."""
-        if self.board is None:
-            return False
-        others = [note for rank, note in self.board.read().items() if rank != self.rank]
-        return any(note.still < LIMIT * self.timeout - self.period for note in others)
+    def _is_to_warn(self) -> bool:
+        """Whether a warning is due, the next one as much later."""
+        due = self._waited() >= self.next_warning
+        if due:
+            self.next_warning = self._waited() + PATIENCE * self.timeout
+        return due
 
     def _keep_beating(self, seconds: float) -> None:
         """Wait, and keep writing notes: the other ranks read them at the same time."""
@@ -184,18 +179,22 @@ class Heartbeat:
             self._sample()
             self._write_note()
 
-    def _end(self) -> None:
-        """End this process, since no rank has made progress for too long."""
-        notes = self.board.read() if self.board else {}
-        notes[self.rank] = self._own_note()
-        culprits = [rank for rank, note in notes.items() if not note.waits_for_peers]
-        if culprits and self.rank not in culprits:
-            # The launcher ends all ranks with the first that ends: let a rank that hangs print its message first.
+    def _end(self, found: Findings | None = None) -> None:
+        """End this process, since no rank has made progress for too long.
+
+        The launcher ends all ranks with the first that ends: every rank that has something to say says it at once, and
+        a rank that only waits for others leaves last. Of many ranks only a few speak.
+        """
+        mine, culprits = self._own_note(), found.culprits if found else {}
+        hangs = not mine.waits_for_peers
+        speaks = found is None or self.rank in (*culprits, found.examiner) or self.rank < SHOWN
+        if speaks:
+            _print(hang_line(self.rank, mine, {self.rank: mine} if hangs else culprits, self.timeout))
+            if hangs or not culprits:
+                print_stacks(self.main.frame())
+        if found:
             with contextlib.suppress(dist.DistError, RuntimeError):
-                self._keep_beating(3 * self.period)
-        _print(hang_line(self.rank, notes, culprits, self.timeout))
-        if self.rank in culprits or not culprits:
-            print_stacks(self.main.frame())
+                self._keep_beating((2 if hangs else 4) * self.period)
         self._leave()
 
     def _leave(self) -> None:

@@ -73,15 +73,14 @@ def test_layers_that_no_flag_chose_are_named(capsys):
     assert said(capsys, None, "bfloat16", "bfloat16", dataclasses.replace(GPU, note="note: local")) == "note: local\n"
 
 
-def test_ranks_with_and_without_transformer_engine_are_refused(monkeypatch):
-    monkeypatch.setattr(module.dist, "get_world_size", lambda: 3)
-
-    def gathered(choices, own):
-        choices[:] = [own, (torch.bfloat16, False), (torch.bfloat16, False)]
-
-    monkeypatch.setattr(module.dist, "all_gather_object", gathered)
-    with pytest.raises(UserError, match=r"^ranks 1, 2 have no Transformer Engine, .* --transformer-impl local$"):
-        module._check_agreement(torch.bfloat16, True)
+def test_ranks_with_and_without_transformer_engine_are_refused():
+    without = [(torch.bfloat16, False)]
+    found = module._difference([(torch.bfloat16, True), *without * 2])
+    assert re.fullmatch(r"ranks 1, 2 have no Transformer Engine, .* --transformer-impl local", found)
+    assert "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 503 more have" in module._difference(
+        [(torch.bfloat16, True), *without * 511]
+    )
+    assert module._difference(without * 3) is None
 
 
 def test_a_note_where_a_float16_model_is_computed_otherwise(capsys):

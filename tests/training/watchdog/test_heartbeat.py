@@ -13,7 +13,7 @@ RANK = """
 import ctypes, os, signal, sys, time
 import torch, torch.distributed as dist
 from megatron_moe_lpr import liveness
-from megatron_moe_lpr.training.watchdog import heartbeat as module
+from megatron_moe_lpr.training.watchdog import examination as module
 from megatron_moe_lpr.training.watchdog.heartbeat import Heartbeat
 
 def wait_for_the_other():
