@@ -237,6 +237,7 @@ def plan_command(config: TrainingConfig, machine: Machine) -> list[str]:
         "--tensor-model-parallel-size": layout.tensor_model_parallel_size,
         "--pipeline-model-parallel-size": layout.pipeline_model_parallel_size,
         "--expert-model-parallel-size": layout.expert_model_parallel_size,
+        "--context-parallel-size": layout.context_parallel_size,
         "--seq-length": batch.seq_length,
         "--micro-batch-size": batch.micro_batch_size,
         "--global-batch-size": batch.global_batch_size,

@@ -82,6 +82,8 @@ class Flags:
     """PP. Default: searched."""
     expert_model_parallel_size: PositiveInt | None = None
     """EP. Default: searched."""
+    context_parallel_size: PositiveInt = 1
+    """CP. Not searched: for sequences too long for one GPU."""
     recompute: Literal["none", "core_attn", "layernorm", "moe_act", "mlp", "moe", "full"] | None = None
     """Activation recomputation: none, one of training's --recompute-modules, or full layers. Default: searched."""
     show: PositiveInt = 8
@@ -146,6 +148,7 @@ def find(flags: Flags) -> tuple["ModelShape", "RunSizes", list["Candidate"]]:
         _given(flags.pipeline_model_parallel_size),
         _given(flags.expert_model_parallel_size),
         _given(flags.recompute),
+        flags.context_parallel_size,
     )
     return shape, sizes, find_layouts(shape, sizes, _machine(flags), choice)
 
@@ -165,6 +168,11 @@ def _check(flags: Flags) -> None:
         raise UserError("--revision: is for a name on the hub, given by --hf; leave the flag out")
     if flags.precision == "fp8" and flags.transformer_impl == "local":
         raise UserError("--precision fp8 needs the layers of Transformer Engine: leave --transformer-impl local out")
+    if flags.context_parallel_size > 1 and flags.precision == "fp32" and flags.transformer_impl != "local":
+        raise UserError(
+            f"--context-parallel-size {flags.context_parallel_size}: Transformer Engine's attention in fp32 is not "
+            "split over ranks; plan for --precision bf16 or --transformer-impl local"
+        )
     if flags.fp8_param_gather and flags.precision != "fp8":
         raise UserError("--fp8-param-gather needs --precision fp8")
     if flags.fp8_param_gather:

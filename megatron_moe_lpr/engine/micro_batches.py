@@ -15,6 +15,7 @@ from megatron_moe_lpr.liveness import advance, waiting_for
 from megatron_moe_lpr.model.build import unwrap
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.model.moe.token_tags import token_tags
+from megatron_moe_lpr.parallel.context import own_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +196,11 @@ def _forward_step(
     if has_tags:
         language = batch["language"]
         groups = language_group[language]
+        # Of whole sequences: a tag holds a share in the tokens of the micro-batch.
         tags = token_tags(groups >= 0, language >= 0, weights.lpr, weights.micro_batch, groups)
+    context = parallel_state.get_context_parallel_group()
+    batch = {key: tensor if key == BOUNDARIES else own_tokens(tensor, 1, context) for key, tensor in batch.items()}
+    tags = None if tags is None else own_tokens(tags, 1, context)
     output = model(
         batch["tokens"],
         batch["position_ids"],

@@ -28,6 +28,7 @@ from megatron_moe_lpr.evaluation.options import EvaluationOptions
 from megatron_moe_lpr.liveness import long_work
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout
+from megatron_moe_lpr.model.configuration.context import check_documents_apart
 from megatron_moe_lpr.model.configuration.dtype import choose_dtype, report_dtype
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import check_timeout
@@ -84,6 +85,8 @@ def _evaluate(options: EvaluationOptions, asked: torch.dtype | None) -> Evaluati
     datasets = _open_datasets(options, entries, languages)
 
     platform = select_platform(options.platform, options.layout.tensor_model_parallel_size, options.transformer_impl)
+    keeps_apart = any(dataset.documents_apart.reset_attention_mask for dataset in datasets)
+    check_documents_apart(options.layout, platform, keeps_apart)
     initialize_parallel(platform, options.layout, timeout_minutes=options.distributed_timeout_minutes)
     dtype = choose_dtype(asked, card.compute_dtype, platform)
     report_dtype(asked, card.compute_dtype, card.dtype, platform)

@@ -48,6 +48,11 @@ class ModelOptions:
             raise UserError("give --load CHECKPOINT or --hf DIRECTORY, one of them")
         if self.hf is not None and self.layout != ParallelLayout():
             raise UserError("--hf: transformers runs in one process; a layout needs --load")
+        if self.layout.context_parallel_size > 1:
+            raise UserError(
+                f"--context-parallel-size {self.layout.context_parallel_size}: a step of generation reads one token of "
+                "each text, which ranks cannot share; leave it at 1"
+            )
         if self.bf16 and self.fp32:
             raise UserError("--bf16 and --fp32: give one of them")
 

@@ -9,6 +9,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
+from megatron_moe_lpr.parallel.context import all_tokens, own_tokens
 
 
 def compute_logits(
@@ -37,15 +38,19 @@ def compute_logits(
         [batch, 1, vocab_size].
     """
     batch, sequence = tokens.shape
+    context = parallel_state.get_context_parallel_group()
     first = cache.sequence_len_offset if cache else 0
     collected: list[torch.Tensor] = []
 
     def step(iterator: object, model: torch.nn.Module) -> tuple:
         given = {"inference_context": cache, "runtime_gather_output": True, "cu_seqlens": cu_seqlens}
-        return model(tokens, positions, None, **given), _keep
+        return model(own_tokens(tokens, 1, context), own_tokens(positions, 1, context), None, **given), _keep
 
     def _keep(output: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
-        collected.append(output[..., :vocab_size].float().contiguous())
+        logits = output[..., :vocab_size].float()
+        if context.size() > 1:
+            logits = all_tokens(logits.transpose(0, 1), context).transpose(0, 1)
+        collected.append(logits.contiguous())
         return output
 
     counted = torch.arange(first, first + sequence, device=tokens.device).expand(batch, -1)

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
-from megatron_moe_lpr.megatron.overriding import override, overrides_megatron
+from megatron_moe_lpr.megatron.overriding import override, overrides_megatron, replace
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.config import MoELPRConfig
 from megatron_moe_lpr.model.configuration.parameters import NEW_EMBEDDING_KEY, NEW_OUTPUT_KEY
@@ -25,6 +25,7 @@ from megatron_moe_lpr.model.new_token_loss import CrossEntropyWithNewTokenLoss
 from megatron_moe_lpr.model.transformer.packed_documents import DocumentLengths, packed_documents
 from megatron_moe_lpr.model.transformer.rope import inverse_frequencies
 from megatron_moe_lpr.model.vocabulary import VocabularyLayout
+from megatron_moe_lpr.parallel.context import own_tokens
 
 
 @overrides_megatron
@@ -54,6 +55,8 @@ class MoELPRModel(GPTModel):
         )
         frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
         self.rotary_pos_emb.inv_freq = frequencies.to(self.rotary_pos_emb.inv_freq.device)
+        # The angles of all CP ranks: `_preprocess` takes this rank's. Megatron's way to them needs pinned memory.
+        replace(self.rotary_pos_emb, cp_group=None)
         self._multiply(config)
         if self.pre_process and _needs_gradient_of_embedding(config):
             self.embedding.register_forward_hook(_let_gradients_through)
@@ -80,10 +83,12 @@ class MoELPRModel(GPTModel):
         """Compute this pipeline rank's part.
 
         Args:
-            input_ids, position_ids, labels: [batch, sequence].
+            input_ids, position_ids, labels: [batch, sequence]; under context parallelism this rank's tokens of each
+                sequence (`parallel/context.py`), here and below.
             padding_mask: token tags, [batch, sequence, 4].
             cu_seqlens: documents that do not see each other, int32 [documents + 1]: where each begins in
-                `input_ids.flatten()`, then the number of tokens. None: all tokens of a sample see those before them.
+                `input_ids.flatten()` of all CP ranks, then the number of tokens. None: all tokens of a sample see those
+                before them.
             kwargs: further arguments of GPTModel.
 
         Returns:
@@ -94,7 +99,8 @@ class MoELPRModel(GPTModel):
         if cu_seqlens is None:
             given = {"labels": labels, "padding_mask": padding_mask}
             return super().forward(input_ids, position_ids, attention_mask, **given, **kwargs)
-        packed = packed_documents(cu_seqlens, input_ids.shape[1], self.config.transformer_impl == "transformer_engine")
+        length = input_ids.shape[1] * self.config.context_parallel_size
+        packed = packed_documents(cu_seqlens, length, self.config.transformer_impl == "transformer_engine")
         tensors = (input_ids, position_ids, labels, padding_mask)
         flat = [None if tensor is None else tensor.flatten(0, 1)[None] for tensor in tensors]
         given = {"labels": flat[2], "padding_mask": flat[3], "packed_seq_params": packed}
@@ -117,11 +123,14 @@ class MoELPRModel(GPTModel):
         """Split the token tags for sequence parallelism on every pipeline rank; GPTModel does so on the first only.
 
         Where local attention keeps documents apart, take each token's rotary angles by its position; GPTModel counts.
+        Under context parallelism take those of this rank's tokens.
         """
         kwargs |= {"position_ids": position_ids, "packed_seq_params": packed_seq_params}
         prepared = super()._preprocess(padding_mask=None, **kwargs)
         if isinstance(packed_seq_params, DocumentLengths):
             prepared = (prepared[0], prepared[1][position_ids.flatten()], *prepared[2:])
+        elif self.config.context_parallel_size > 1:
+            prepared = (prepared[0], own_tokens(prepared[1], 0, self.pg_collection.cp), *prepared[2:])
         self._prior = None if padding_mask is None else padding_mask[..., PRIOR]
         if self.config.num_moe_experts is None:
             padding_mask = None  # The loss reads the tags; a dense layer has no router that would.

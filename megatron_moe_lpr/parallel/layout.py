@@ -30,7 +30,7 @@ class ParallelLayout:
     sequence_parallel: Splits[bool] = True
     """SP: activations outside the matrices are split along the sequence over the TP ranks. Only matters with TP."""
     context_parallel_size: Splits[PositiveInt] = 1
-    """Not supported yet: must be 1."""
+    """CP: ranks that share the tokens of each sequence, for sequences too long for one."""
 
     @property
     def virtual_pipeline_model_parallel_size(self) -> int | None:
@@ -49,8 +49,8 @@ class ParallelLayout:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
-        """DP: copies of the original weights, each with micro-batches of its own."""
-        return world_size // self.model_parallel_size
+        """DP: groups of ranks, each with micro-batches of its own; the CP ranks of a group share its sequences."""
+        return world_size // (self.model_parallel_size * self.context_parallel_size)
 
     def check_world(self, world_size: int) -> None:
         """Check that the world splits into this layout.
@@ -62,13 +62,13 @@ class ParallelLayout:
             value = getattr(self, field.name)
             if field.name != "sequence_parallel" and value < 1:
                 raise UserError(f"{_flag(field.name)} {value}: must be at least 1")
-        if self.context_parallel_size != 1:
-            raise UserError("--context-parallel-size: context parallelism is not supported; leave it at 1")
-        if world_size % self.model_parallel_size:
+        ranks = self.model_parallel_size * self.context_parallel_size
+        if world_size % ranks:
+            context = f" x CP {self.context_parallel_size}" if self.context_parallel_size > 1 else ""
             raise UserError(
                 f"{world_size} ranks cannot hold TP {self.tensor_model_parallel_size} x PP "
-                f"{self.pipeline_model_parallel_size} = {self.model_parallel_size} ranks per model copy; "
-                f"start a multiple of {self.model_parallel_size} ranks"
+                f"{self.pipeline_model_parallel_size}{context} = {ranks} ranks per model copy; "
+                f"start a multiple of {ranks} ranks"
             )
         expert_ranks = (
             self.expert_tensor_parallel_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
@@ -122,15 +122,20 @@ class ParallelLayout:
             raise UserError("--no-sequence-parallel: experts with TP need sequence parallelism; leave the flag out")
 
     def check_sequence(self, sequence_length: int) -> None:
-        """Check that sequence parallelism can split sequences of this length.
+        """Check that context and sequence parallelism can split sequences of this length.
 
         Raises:
             UserError: naming both numbers.
         """
-        if self.uses_sequence_parallel:
-            _divides(
-                self.tensor_model_parallel_size, "--tensor-model-parallel-size", sequence_length, "tokens a sequence"
+        CP, TP = self.context_parallel_size, self.tensor_model_parallel_size
+        if CP > 1 and sequence_length % (2 * CP):
+            raise UserError(
+                f"--context-parallel-size {CP}: each rank computes two parts of a sequence, and {2 * CP} does not "
+                f"divide {sequence_length} tokens a sequence; change --seq-length"
             )
+        if self.uses_sequence_parallel:
+            tokens = "tokens a sequence" if CP == 1 else f"tokens of a sequence on each of {CP} CP ranks"
+            _divides(TP, "--tensor-model-parallel-size", sequence_length // CP, tokens)
 
 
 LONGEST_TIMEOUT_MINUTES = 7 * 24 * 60

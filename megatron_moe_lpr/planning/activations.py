@@ -32,8 +32,10 @@ def kept_bytes(run: PlannedRun, pipeline_rank: int) -> float:
     # The gradient that a pipeline rank receives from the next one.
     received = run.hidden_bytes if run.layout.pipeline_model_parallel_size > 1 else 0
     per_token = chunk * chunks_in_flight(run, pipeline_rank) + received
-    # Angles of the rotary embedding [S, d]: the same for all layers and micro-batches, whole on every rank.
-    angles = FP32 * run.shape.architecture.head_dim * run.sizes.seq_length
+    # Angles of the rotary embedding [S, d]: the same for all layers and micro-batches, whole on every rank; those of a
+    # CP rank's tokens are copied for each micro-batch.
+    copied = run.own_length if run.layout.context_parallel_size > 1 else 0
+    angles = FP32 * run.shape.architecture.head_dim * (run.sizes.seq_length + copied)
     return per_token * run.rank_tokens + angles
 
 

@@ -44,6 +44,7 @@ def rank_traffic(
         passes = _passes(layer, behaviour)
         micro_batch += _pair_traffic(layer, passes.attention, passes.backward, ParameterKind.ATTENTION in layer.trains)
         micro_batch += _qk_norm_traffic(layer, passes)
+        micro_batch += _context_traffic(layer, passes, behaviour)
         if layer.is_moe:
             micro_batch += moe_layer_traffic(layer, passes, routing, expert_rank, original_in_ep_group)
         else:
@@ -94,6 +95,22 @@ def _qk_norm_traffic(layer: PlannedLayer, passes: Passes) -> Traffic:
     return Traffic(tensor=reductions * 2 * tensor_unit(layer.run, FP32))
 
 
+def _context_traffic(layer: PlannedLayer, passes: Passes, behaviour: PlatformBehaviour) -> Traffic:
+    """Keys and values of a micro-batch, and their gradients, over the CP ranks.
+
+    Local layers gather keys and values, and scatter the sums of their gradients. Transformer Engine does so too where
+    there is a sliding window, else it sends both around a ring, and in either case keys and values once more in the
+    backward pass (context_parallel.py `AttnFuncWithCPAndKVP2P`, `AttnFuncWithCPAndKVAllGather`).
+    """
+    run, architecture = layer.run, layer.architecture
+    values = 2 * architecture.num_query_groups * architecture.head_dim / run.layout.tensor_model_parallel_size
+    own = run.sizes.micro_batch_size * run.own_length * values * run.sizes.element_bytes
+    others = run.layout.context_parallel_size - 1
+    forward = others * (2 if run.recompute in ("full", "core_attn") else 1)
+    backward = others if behaviour.local_attention else 2 * others
+    return Traffic(context=own * (forward + backward * passes.backward))
+
+
 def _outside_layers(run: PlannedRun, pipeline_rank: int) -> Traffic:
     """Embedding, output matrix and loss over the TP ranks; what a micro-batch sends to the next and previous ranks of
     the pipeline."""
@@ -112,7 +129,7 @@ def _outside_layers(run: PlannedRun, pipeline_rank: int) -> Traffic:
     tensor += units * tensor_unit(run, run.hidden_bytes)
     if ranks == 1:
         return Traffic(tensor=tensor)
-    tokens = run.sizes.micro_batch_size * run.sizes.seq_length
+    tokens = run.sizes.micro_batch_size * run.own_length
     if sequence_parallel:
         tokens //= run.layout.tensor_model_parallel_size
     messages = 2 * chunks - int(first) - int(last)

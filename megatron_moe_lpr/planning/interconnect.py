@@ -76,19 +76,21 @@ class StepTimes:
     expert: float
     """EP and expert TP."""
     pipeline: float
+    context: float = 0.0
+    """CP, as if nothing were computed beside it."""
     launches: float = 0.0
     """For the host, which launches for longer than the GPU computes and sends; 0: it is ahead of the GPU."""
 
     @property
     def total(self) -> float:
-        """Seconds of the step; TP, EP and PP overlap with nothing."""
+        """Seconds of the step; TP, CP, EP and PP overlap with nothing."""
         return sum(dataclasses.astuple(self))
 
     @property
     def bound(self) -> str:
         """Share of the computation, and the part beside it that takes longest."""
         names = {"imbalance": "EP imbalance", "data": "DP", "tensor": "TP", "expert": "EP", "pipeline": "PP"}
-        names |= {"waiting": "pipeline bubble", "launches": "launches"}
+        names |= {"waiting": "pipeline bubble", "launches": "launches", "context": "CP"}
         longest = max(names, key=lambda name: getattr(self, name))
         share, longest_share = self.compute / self.total, getattr(self, longest) / self.total
         return f"compute {share:.0%}" + (f", {names[longest]} {longest_share:.0%}" if longest_share >= 0.005 else "")
@@ -107,7 +109,8 @@ def step_times(run: PlannedRun, routing: Routing, hardware: Hardware, original_i
     tensor = hardware.ring_seconds(traffic.tensor, layout.tensor_model_parallel_size, 1)
     expert = hardware.exchange_seconds(traffic.expert, EP, ETP) + hardware.ring_seconds(traffic.expert_tensor, ETP, 1)
     pipeline = hardware.neighbour_seconds(traffic.pipeline, sizes.gpus // layout.pipeline_model_parallel_size)
-    launches = max(0.0, launching_seconds(run) - (compute + imbalance + tensor + expert + pipeline))
+    context = hardware.ring_seconds(traffic.context, layout.context_parallel_size, layout.tensor_model_parallel_size)
+    launches = max(0.0, launching_seconds(run) - (compute + imbalance + tensor + context + expert + pipeline))
     return StepTimes(
         compute=compute,
         waiting=(compute + launches) * waiting_share(run),
@@ -116,6 +119,7 @@ def step_times(run: PlannedRun, routing: Routing, hardware: Hardware, original_i
         tensor=tensor,
         expert=expert,
         pipeline=pipeline,
+        context=context,
         launches=launches,
     )
 

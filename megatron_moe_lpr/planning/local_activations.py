@@ -34,8 +34,10 @@ def local_attention_bytes(layer: PlannedLayer, recompute: Recompute) -> float:
     if recompute == "core_attn":
         values += query + groups * architecture.head_dim + product + (query if trains else 0)
         return element * values + FP32 * (numbers - heads) + _position_bytes(layer, mask=False)
-    values += 4 * query if repeats else 3 * query
-    values += product if normed or not repeats else 0
+    # Keys and values are those of whole sequences under context parallelism, and no view of the product.
+    CP = run.layout.context_parallel_size
+    values += (2 + 2 * CP) * query if repeats or CP > 1 else 3 * query
+    values += product if normed or not (repeats or CP > 1) else 0
     return element * values + FP32 * numbers + _position_bytes(layer, mask=True)
 
 
@@ -43,8 +45,11 @@ def _position_bytes(layer: PlannedLayer, mask: bool) -> float:
     """Bytes of a token's share of the angles and of the mask."""
     run, architecture = layer.run, layer.architecture
     angles = 0 if layer.index in architecture.full_attention_layers else ANGLES * architecture.head_dim
-    window, keys = architecture.window(layer.index), run.sizes.seq_length
-    masked = keys if mask and window is not None and window < keys else 0
+    window, keys, CP = architecture.window(layer.index), run.sizes.seq_length, run.layout.context_parallel_size
+    masked: float = keys if mask and window is not None and window < keys else 0
+    if mask and CP > 1:
+        # A mask for each of a CP rank's two chunks, of the keys up to the chunk's end: half of them on average.
+        masked = keys * (2 * CP + 1) / (4 * CP)
     repeated = run.layout.tensor_model_parallel_size / run.sizes.micro_batch_size
     return run.sizes.element_bytes * (angles + masked) * repeated
 

@@ -22,12 +22,12 @@ def moe_layer_traffic(
     """
     run = layer.run
     E, TP, shares = layer.num_experts, run.layout.tensor_model_parallel_size, routing.shares(run.shape, layer.index)
-    all_reduce = 2 * (TP - 1) / TP
+    all_reduce, token_ranks = 2 * (TP - 1) / TP, TP * run.layout.context_parallel_size
     dispatched = E if original_in_ep_group else layer.spread_experts
     other_ranks = run.layout.expert_model_parallel_size * run.layout.expert_tensor_parallel_size - 1
-    # The router adds up the shares of the experts over the TP ranks, for the load balancing loss or a log, and the
-    # dispatcher gathers the tokens of each expert.
-    metadata = passes.ffn * COUNT * dispatched * other_ranks + FP32 * E * all_reduce
+    # The router adds up the shares of the experts over the TP and CP ranks, for the load balancing loss or a log, and
+    # the dispatcher gathers the tokens of each expert.
+    metadata = passes.ffn * COUNT * dispatched * other_ranks + FP32 * E * 2 * (token_ranks - 1) / token_ranks
     tensor = 0.0
     if layer.has_expert_apart and not original_in_ep_group:
         pair = tensor_pair(run, passes.ffn, passes.backward, ParameterKind.ORIGINAL_EXPERT in layer.trains)
@@ -65,7 +65,7 @@ def _exchange(run: PlannedRun, passes: Passes, own: float, away: float) -> Traff
     """
     EP, ETP = run.layout.expert_model_parallel_size, run.layout.expert_tensor_parallel_size
     width = run.hidden_bytes
-    tokens: float = run.sizes.micro_batch_size * run.sizes.seq_length
+    tokens: float = run.sizes.micro_batch_size * run.own_length
     if run.layout.uses_sequence_parallel:
         tokens /= run.layout.tensor_model_parallel_size
     sent, received = tokens * away, tokens * own * (EP - 1)

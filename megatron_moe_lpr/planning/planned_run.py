@@ -25,9 +25,15 @@ class PlannedRun:
     recompute: Recompute = "none"
 
     @property
+    def own_length(self) -> int:
+        """Tokens of a sequence that a CP rank computes, S / CP."""
+        return self.sizes.seq_length // self.layout.context_parallel_size
+
+    @property
     def rank_tokens(self) -> float:
-        """Tokens of a micro-batch over the TP ranks, B S / TP: a rank's part under SP, its share of split features."""
-        return self.sizes.micro_batch_size * self.sizes.seq_length / self.layout.tensor_model_parallel_size
+        """A CP rank's tokens of a micro-batch over the TP ranks, B S / (CP TP): a rank's part under SP, its share of
+        split features."""
+        return self.sizes.micro_batch_size * self.own_length / self.layout.tensor_model_parallel_size
 
     @property
     def hidden_bytes(self) -> int:

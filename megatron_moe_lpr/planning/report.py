@@ -54,7 +54,9 @@ def print_communication(
         "estimated step time (never measured)"
     )
     table = Table(title=title, title_justify="left")
-    for name in ("TP", "PP", "EP", "DP", "sent: DP", "TP", "EP", "PP", "step, s", "compute, s"):
+    splits = context_parallel(candidates)
+    sent = ("sent: DP", "TP", *["CP"] * splits, "EP", "PP")
+    for name in ("TP", "PP", "EP", "DP", *["CP"] * splits, *sent, "step, s", "compute, s"):
         table.add_column(name, justify="right")
     table.add_column("where the time goes", overflow="fold")
     table.add_column("with the original expert inside the EP group", overflow="fold")
@@ -97,7 +99,8 @@ def _communication_row(
     run = PlannedRun(shape, candidate.layout, sizes, candidate.recompute)
     sent, sent_in_group = (busiest_rank(run, routing, in_group) for in_group in (False, True))
     time, time_in_group = (step_times(run, routing, hardware, in_group) for in_group in (False, True))
-    numbers = (sent.data + sent.expert_data, sent.tensor, sent.expert + sent.expert_tensor, sent.pipeline)
+    context = [sent.context] * context_parallel([candidate])
+    numbers = (sent.data + sent.expert_data, sent.tensor, *context, sent.expert + sent.expert_tensor, sent.pipeline)
     in_ep_group = ""
     if run.layout.expert_model_parallel_size > 1:
         exchanged = sent_in_group.expert + sent_in_group.expert_tensor
@@ -112,14 +115,20 @@ def _communication_row(
     ]
 
 
+def context_parallel(candidates: Sequence[Candidate]) -> bool:
+    """Whether the plan has CP, which then is the same in all layouts."""
+    return candidates[0].layout.context_parallel_size > 1
+
+
 def parallel_sizes(candidate: Candidate, gpus: int) -> list[str]:
-    """TP, PP, EP and DP of a layout."""
+    """TP, PP, EP and DP of a layout, and CP where the plan has it."""
     layout = candidate.layout
     sizes = (
         layout.tensor_model_parallel_size,
         layout.pipeline_model_parallel_size,
         layout.expert_model_parallel_size,
         layout.data_parallel_size(gpus),
+        *[layout.context_parallel_size] * context_parallel([candidate]),
     )
     return [str(size) for size in sizes]
 
@@ -142,7 +151,7 @@ def _layouts(shape: ModelShape, sizes: RunSizes, machine: Machine, candidates: S
     )
     parts = ("weights", "gradients", "optimizer", "activations", "logits", "reserved", "total")
     table = Table(title=title, title_justify="left")
-    for name in ("TP", "PP", "EP", "DP", "recompute", *parts, "worst"):
+    for name in ("TP", "PP", "EP", "DP", *["CP"] * context_parallel(candidates), "recompute", *parts, "worst"):
         table.add_column(name, justify="left" if name == "recompute" else "right")
     table.add_column("why", overflow="fold")
     for candidate in candidates:

@@ -58,12 +58,13 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Values to try for each parallel dimension and for recompute; empty: all that make sense."""
+    """Values to try for each parallel dimension and for recompute; empty: all that make sense. CP is not searched."""
 
     tensor: Sequence[int] = ()
     pipeline: Sequence[int] = ()
     expert: Sequence[int] = ()
     recompute: Sequence[Recompute] = ()
+    context: int = 1
 
     def layouts(self, shape: ModelShape, machine: Machine) -> Iterator[ParallelLayout]:
         """Every combination, whether it splits or not."""
@@ -72,7 +73,7 @@ class Choice:
         pipeline = self.pipeline or _divisors(shape.architecture.num_layers, machine.gpus)
         expert = self.expert or (_divisors(math.gcd(*shared), machine.gpus) if shared else [1])
         for tp, pp, ep in itertools.product(tensor, pipeline, expert):
-            yield ParallelLayout(tp, pp, expert_model_parallel_size=ep)
+            yield ParallelLayout(tp, pp, expert_model_parallel_size=ep, context_parallel_size=self.context)
 
 
 def find_layouts(shape: ModelShape, sizes: RunSizes, machine: Machine, choice: Choice) -> list[Candidate]:
@@ -216,11 +217,12 @@ def _cheapest(candidates: Sequence[Candidate]) -> list[Candidate]:
 def _nothing_fits(candidates: Sequence[Candidate], machine: Machine) -> str:
     smallest = min(candidates, key=lambda candidate: candidate.memory.total)
     layout = smallest.layout
+    context = f" CP {layout.context_parallel_size}" if layout.context_parallel_size > 1 else ""
     parts = dataclasses.asdict(smallest.memory)
     largest = max(parts, key=parts.__getitem__)
     return (
         f"{machine.gpus} x {machine.gpu_memory:g} GiB: no layout fits; TP {layout.tensor_model_parallel_size} PP "
-        f"{layout.pipeline_model_parallel_size} EP {layout.expert_model_parallel_size} with recompute "
+        f"{layout.pipeline_model_parallel_size} EP {layout.expert_model_parallel_size}{context} with recompute "
         f"{smallest.recompute} needs {smallest.memory.total / GIB:.1f} GiB a GPU, most of it {largest} "
         f"({parts[largest] / GIB:.1f} GiB); take more GPUs, fewer experts or a smaller --micro-batch-size"
     )

@@ -28,6 +28,8 @@ class Traffic:
     """PP: activations and their gradients; gradients of tied embeddings."""
     metadata: float = 0.0
     """Token counts exchanged by the dispatcher (EP) and by router and original expert (TP)."""
+    context: float = 0.0
+    """CP: keys and values, and their gradients."""
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -49,10 +51,13 @@ class PlatformBehaviour:
     overlap_param_gather: bool = True
     """Parameters are gathered once. Otherwise Megatron gathers all of them after each of its optimizers, that of the
     experts and that of the rest (distrib_optimizer.py `step_with_ready_grads`)."""
+    local_attention: bool = False
+    """CP ranks exchange keys and values as local layers do."""
 
 
-GPU, CPU = PlatformBehaviour(), PlatformBehaviour(gradient_of_embedding=False, overlap_param_gather=False)
-LOCAL_GPU = PlatformBehaviour(gradient_of_embedding=False)
+GPU = PlatformBehaviour()
+CPU = PlatformBehaviour(gradient_of_embedding=False, overlap_param_gather=False, local_attention=True)
+LOCAL_GPU = PlatformBehaviour(gradient_of_embedding=False, local_attention=True)
 """GPUs without Transformer Engine."""
 
 

@@ -32,6 +32,7 @@ def _parameter_table(run: Run) -> Table:
     title = (
         f"Stage {run.stage.name}: {run.stage.title} on {run.platform.name}, TP {layout.tensor_model_parallel_size} "
         f"PP {layout.pipeline_model_parallel_size} EP {layout.expert_model_parallel_size} "
+        f"{f'CP {layout.context_parallel_size} ' if layout.context_parallel_size > 1 else ''}"
         f"DP {parallel_state.get_data_parallel_world_size()}"
     )
     table = Table("parameters", "count", "", title=title, title_justify="left")

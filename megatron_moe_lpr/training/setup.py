@@ -22,6 +22,7 @@ from megatron_moe_lpr.engine.state_options import check_optimizer_states
 from megatron_moe_lpr.errors import UserError
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
 from megatron_moe_lpr.model.configuration.config import ModelShape, check_layout, check_options, check_platform
+from megatron_moe_lpr.model.configuration.context import check_documents_apart
 from megatron_moe_lpr.model.configuration.dtype import choose_dtype, report_dtype
 from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.groups import initialize_parallel
@@ -95,6 +96,7 @@ def prepare(config: TrainingConfig) -> Run:
     sources = read_data_sources(config.data, fingerprint, original_languages(card.history), card.earlier_tokenizers)
     _check_run(config, stage, start, card, sources)
     platform, options = _choose_platform(config, stage, shape, card)
+    check_documents_apart(config.layout, platform, _keeps_documents_apart(config, sources))
     config = dataclasses.replace(config, optimizer=config.optimizer.with_platform_defaults(platform))
 
     # From here on ranks exchange: every check that one rank can make alone has passed.
@@ -152,6 +154,12 @@ def _choose_platform(
     check_platform(shape, config.layout, options, platform)
     check_optimizer_states(config.optimizer.states, options.dtype, platform)
     return platform, options
+
+
+def _keeps_documents_apart(config: TrainingConfig, sources: DataSources) -> bool:
+    """Whether documents of a sample do not see each other, in training or in validation."""
+    packed = {sources.is_packed, *(entry.is_packed for entry in sources.valid)}
+    return any(config.data.documents.apart(one).reset_attention_mask for one in packed)
 
 
 def _build_datasets(config: TrainingConfig, sources: DataSources, resume_from: ResumePoint | None) -> Datasets:

@@ -102,12 +102,15 @@ def _host_is_chosen() -> bool:
 
 
 def _answer_nccl() -> None:
-    begin, new_group, send = dist.init_process_group, dist.new_group, dist.isend
+    begin, new_group, send, receive = dist.init_process_group, dist.new_group, dist.isend, dist.irecv
 
     def isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # NCCL sends what the memory holds in the order of its stream. gloo reads it later, when the pipeline schedule
         # may have freed it (schedules.py `deallocate_output_tensor`).
-        return send(tensor.clone(), *args, **kwargs)
+        return _WaitedForOnce(send(tensor.clone(), *args, **kwargs))
+
+    def irecv(*args: Any, **kwargs: Any) -> Any:
+        return _WaitedForOnce(receive(*args, **kwargs))
 
     def init_process_group(backend: str | None = None, *args: Any, device_id: Any = None, **kwargs: Any) -> Any:
         return begin("gloo" if backend == "nccl" else backend, *args, **kwargs)
@@ -119,6 +122,7 @@ def _answer_nccl() -> None:
     dist._coalescing_manager = dist.distributed_c10d._coalescing_manager = _without_device(dist._coalescing_manager)
     # torch checks that a P2POp's function is the one of its own module.
     dist.isend = dist.distributed_c10d.isend = isend
+    dist.irecv = dist.distributed_c10d.irecv = irecv
 
 
 def _without_device(manager: Any) -> Any:
@@ -133,6 +137,19 @@ def _without_device(manager: Any) -> Any:
             yield _Finished()
 
     return coalescing_manager
+
+
+class _WaitedForOnce:
+    """Work that may be waited for again, as NCCL's: gloo's second wait would not end (Transformer Engine waits twice in
+    context_parallel.py `AttnFuncWithCPAndKVP2P.backward`)."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            work.wait()
 
 
 class _Finished:

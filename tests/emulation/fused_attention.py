@@ -17,6 +17,8 @@ from tests.emulation.names import (
 from tests.emulation.packed import sequences
 
 CAUSAL = NVTE_Mask_Type["NVTE_CAUSAL_MASK"]
+CAUSAL_AT_THE_END = NVTE_Mask_Type["NVTE_CAUSAL_BOTTOM_RIGHT_MASK"]
+NO_MASK = NVTE_Mask_Type["NVTE_NO_MASK"]
 CAUSAL_PACKED = NVTE_Mask_Type["NVTE_PADDING_CAUSAL_MASK"]
 NO_FORMAT = "NVTE_QKV_Format_NOT_SET"
 SEQUENCE_FIRST = tuple(
@@ -24,6 +26,9 @@ SEQUENCE_FIRST = tuple(
 )
 PACKED = tuple(NVTE_QKV_Layout[f"NVTE_{name}"] for name in ("T3HD", "TH3D", "THD_T2HD", "THD_TH2D", "THD_THD_THD"))
 MASK_OF_LAYOUT = dict.fromkeys(SEQUENCE_FIRST, CAUSAL) | dict.fromkeys(PACKED, CAUSAL_PACKED)
+MASKS_OF_PARTS = (NO_MASK, CAUSAL_AT_THE_END)
+"""Of sequences of one length, as context parallelism computes parts of them: all keys, or causal where the queries are
+the last positions."""
 
 
 def format_of(layout: NVTE_QKV_Layout) -> NVTE_QKV_Format:
@@ -127,7 +132,7 @@ def _forward(call: dict[str, Any]) -> list[torch.Tensor]:
 def _attend(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = _scores(queries, keys, call["attn_scale"], call["window_size"])
+    scores = _scores(queries, keys, call)
     statistics = scores.logsumexp(-1, keepdim=True)
     by_head = _by_head(values, queries.shape[2])
     output = torch.einsum("bhst,bhtd->sbhd", (scores - statistics).exp(), by_head).to(queries.dtype).contiguous()
@@ -236,7 +241,7 @@ def _gradients(
     call: dict[str, Any],
 ) -> list[torch.Tensor]:
     scale, heads, groups = call["attn_scale"], queries.shape[2], keys.shape[2]
-    probabilities = (_scores(queries, keys, scale, call["window_size"]) - statistics).exp()
+    probabilities = (_scores(queries, keys, call) - statistics).exp()
     gradient = gradient.float().permute(1, 2, 0, 3)
     output = output.float().permute(1, 2, 0, 3)
     grad_values = probabilities.transpose(-1, -2) @ gradient
@@ -261,8 +266,12 @@ def _checked(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     layout, mask, window = call["qkv_layout"], call["attn_mask_type"], call["window_size"]
     tensors = call["Q"], call["K"], call["V"]
     refuse_unless(layout in MASK_OF_LAYOUT, f"fused attention: layout {layout!r} is not emulated")
-    is_causal = mask == MASK_OF_LAYOUT[layout] and window[1] in (0, -1)
-    refuse_unless(is_causal, f"fused attention: mask {mask!r}, window {window}")
+    in_parts = layout in SEQUENCE_FIRST and mask in MASKS_OF_PARTS
+    ends = window[1] in (0, -1) if mask != NO_MASK else tuple(window) == (-1, -1)
+    is_known = (mask == MASK_OF_LAYOUT[layout] or in_parts) and ends
+    refuse_unless(is_known, f"fused attention: mask {mask!r}, window {window}")
+    alike = layout in PACKED or in_parts or len(tensors[0]) == len(tensors[1])
+    refuse_unless(alike, f"fused attention: mask {mask!r} of {len(tensors[0])} queries and {len(tensors[1])} keys")
     refuse_unless(call["p_dropout"] == 0.0, "fused attention: dropout is not emulated")
     for tensor in tensors:
         refuse_unless(tensor.dtype in (torch.bfloat16, torch.float16), f"fused attention in {tensor.dtype}")
@@ -300,10 +309,12 @@ def _sequence_first(tensor: torch.Tensor, groups: int) -> torch.Tensor:
     return summed.permute(2, 0, 1, 3).contiguous()
 
 
-def _scores(queries: torch.Tensor, keys: torch.Tensor, scale: float, window: tuple[int, int]) -> torch.Tensor:
-    heads, length = queries.shape[2], queries.shape[0]
-    scores = queries.float().permute(1, 2, 0, 3) @ _by_head(keys, heads).transpose(-1, -2) * scale
-    keep = torch.ones(length, length, dtype=torch.bool).tril()
-    if window[0] >= 0:
-        keep &= torch.ones(length, length, dtype=torch.bool).triu(-window[0])
-    return scores.masked_fill(~keep, float("-inf"))
+def _scores(queries: torch.Tensor, keys: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
+    scores = queries.float().permute(1, 2, 0, 3) @ _by_head(keys, queries.shape[2]).transpose(-1, -2)
+    scores = scores * call["attn_scale"]
+    if call["attn_mask_type"] == NO_MASK:
+        return scores
+    # Packed sequences have as many keys as queries.
+    distance = torch.arange(len(keys) - len(queries), len(keys))[:, None] - torch.arange(len(keys))
+    keep, left = distance >= 0, call["window_size"][0]
+    return scores.masked_fill(~(keep & (distance <= left) if left >= 0 else keep), float("-inf"))

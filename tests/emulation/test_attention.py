@@ -33,10 +33,10 @@ def inputs(dtype=torch.bfloat16) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(SEQUENCE, BATCH, heads, DIM, dtype=dtype) for heads in shapes)
 
 
-def attention(queries, keys, values, window=-1) -> torch.Tensor:
-    """By its definition, a head at a time; differentiable."""
-    distance = torch.arange(SEQUENCE)[:, None] - torch.arange(SEQUENCE)
-    keep = (distance >= 0) & ((distance <= window) | (window < 0))
+def attention(queries, keys, values, window=-1, causal=True) -> torch.Tensor:
+    """By its definition, a head at a time; differentiable. Fewer queries than keys are the last positions."""
+    distance = torch.arange(len(keys))[-len(queries) :, None] - torch.arange(len(keys))
+    keep = (distance >= 0) & ((distance <= window) | (window < 0)) if causal else distance == distance
     outputs = []
     for head in range(HEADS):
         group = head // (HEADS // GROUPS)
@@ -85,6 +85,21 @@ def test_fused_attention_and_its_gradients(window, tex):
         assert error < 2**-7
 
 
+@pytest.mark.parametrize(("window", "mask"), [(-1, "NO"), (-1, "CAUSAL_BOTTOM_RIGHT"), (5, "CAUSAL_BOTTOM_RIGHT")])
+def test_parts_of_a_sequence_as_context_parallelism_computes_them(window, mask, tex):
+    """The second half of the queries with all keys, or as the last positions."""
+    *tensors, gradient = inputs()
+    tensors[0], gradient, causal = tensors[0][SEQUENCE // 2 :], gradient[SEQUENCE // 2 :], mask != "NO"
+    exact = [tensor.double().requires_grad_() for tensor in tensors]
+    expected = attention(*exact, window=window, causal=causal)
+    expected.backward(gradient.double())
+    call = {"attn_mask_type": NVTE_Mask_Type[f"NVTE_{mask}_MASK"], "window_size": (window, 0 if causal else -1)}
+    output, *saved = forward(tex, tensors, **call)
+    torch.testing.assert_close(output.double(), expected.detach(), **ROUNDED)
+    for part, tensor in zip(backward(tex, tensors, output, gradient, saved, **call), exact, strict=False):
+        assert (part.double() - tensor.grad).norm() / tensor.grad.norm() < 2**-7
+
+
 def test_what_backward_gets_is_the_logarithm_of_the_sums(tex):
     *tensors, _ = inputs()
     scores = torch.einsum("sbd,tbd->bst", tensors[0][:, :, 3].double(), tensors[1][:, :, 1].double()) * SCALE
@@ -98,6 +113,7 @@ def test_what_backward_gets_is_the_logarithm_of_the_sums(tex):
     ("changes", "message"),
     [
         ({"attn_mask_type": NVTE_Mask_Type.NVTE_NO_MASK}, "fused attention: mask"),
+        ({"K": torch.randn(8, BATCH, GROUPS, DIM).bfloat16()}, "fused attention: mask .* of 16 queries and 8 keys"),
         ({"p_dropout": 0.1}, "dropout is not emulated"),
         ({"qkv_layout": NVTE_QKV_Layout.NVTE_BSHD_BSHD_BSHD}, "layout .* is not emulated"),
         ({"Bias": torch.zeros(1)}, "paging, FP8, bias and the largest logit are not"),

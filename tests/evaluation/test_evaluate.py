@@ -32,6 +32,7 @@ from tests.conversion.tiny_models import load_model
 from tests.data.builders import write_dataset
 from tests.distributed import rank_pool
 from tests.evaluation.tools import TOOLS, load_tool
+from tests.model.configuration.test_kernels import gpu
 from tests.training.outcomes import evaluation_outcome
 from tests.training.runs import make_checkpoint
 
@@ -43,6 +44,7 @@ LAYOUTS = {
     "EP2": {"expert_model_parallel_size": 2},
     "PP2": {"pipeline_model_parallel_size": 2},
     "TP2": {"tensor_model_parallel_size": 2},
+    "CP2": {"context_parallel_size": 2},
 }
 
 
@@ -199,6 +201,14 @@ def test_conversations_without_an_answer_are_refused_before_the_model_is_loaded(
     monkeypatch.setattr("megatron_moe_lpr.evaluation.checkpoint.initialize_parallel", None)
     with pytest.raises(UserError, match="silent: none of the conversations has a token that counts in the loss"):
         evaluate(checkpoint, data | {"el": silent}, {})
+
+
+def test_documents_apart_on_cp_ranks_of_transformer_engine_are_refused(setting, monkeypatch):
+    _, checkpoint, data, _ = setting
+    monkeypatch.setattr("megatron_moe_lpr.evaluation.checkpoint.select_platform", lambda *_: gpu())
+    monkeypatch.setattr("megatron_moe_lpr.evaluation.checkpoint.initialize_parallel", None)
+    with pytest.raises(UserError, match="--context-parallel-size 2: Transformer Engine splits documents"):
+        evaluate(checkpoint, data, {"context_parallel_size": 2}, apart=True)
 
 
 def test_averages(alone):

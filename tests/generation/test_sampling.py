@@ -45,6 +45,11 @@ def test_flags_that_contradict_each_other():
         (ModelOptions, {}, "give --load CHECKPOINT or --hf DIRECTORY"),
         (ModelOptions, {"load": "a", "hf": "b"}, "one of them"),
         (ModelOptions, {"hf": "b", "layout": ParallelLayout(2)}, "a layout needs --load"),
+        (
+            ModelOptions,
+            {"load": "a", "layout": ParallelLayout(context_parallel_size=2)},
+            "--context-parallel-size 2: a",
+        ),
         (ModelOptions, {"hf": "b", "bf16": True, "fp32": True}, "--bf16 and --fp32"),
         (PromptOptions, {"prompt": "a", "messages": "b"}, "--prompt and --messages: give one of them"),
     ):

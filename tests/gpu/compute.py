@@ -20,6 +20,7 @@ from megatron_moe_lpr.model.configuration.fp8 import FP8Options
 from megatron_moe_lpr.model.forward import compute_logits
 from megatron_moe_lpr.model.moe.moe_layer import MoELPRLayer
 from megatron_moe_lpr.model.moe.router import LPRRouter
+from megatron_moe_lpr.parallel.context import own_tokens
 from megatron_moe_lpr.parallel.groups import initialize_parallel
 from megatron_moe_lpr.parallel.layout import ParallelLayout
 from megatron_moe_lpr.platform import Platform, select_platform
@@ -133,18 +134,20 @@ class _Fixed:
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         experts = logits.shape[-1]
-        length = self._length()
-        # Rows are [sequence / TP, batch]; every sample of a micro-batch has the same experts at a position.
-        positions = torch.arange(logits.shape[0], device=logits.device) // (logits.shape[0] // length)
-        if self.router.config.sequence_parallel:
-            positions += parallel_state.get_tensor_model_parallel_rank() * length
+        # Rows are [sequence / (CP TP), batch]; every sample of a micro-batch has the same experts at a position.
+        positions = self._positions(logits.device)
+        positions = positions.repeat_interleave(logits.shape[0] // len(positions))
         first = positions % experts
         second = (first + 1 + (positions // experts) % (experts - 1)) % experts
         chosen = torch.stack((first, second), 1).view(-1, 1, 2)
         lowered = torch.full_like(logits, -1e4).scatter(-1, chosen, 0.0)
         return self.route(logits + lowered)
 
-    def _length(self) -> int:
+    def _positions(self, device: torch.device) -> torch.Tensor:
+        """Positions of this rank's rows in a sequence."""
+        positions = torch.arange(self.sequence, device=device)
+        positions = own_tokens(positions, 0, parallel_state.get_context_parallel_group())
         if self.router.config.sequence_parallel:
-            return self.sequence // parallel_state.get_tensor_model_parallel_world_size()
-        return self.sequence
+            ranks = parallel_state.get_tensor_model_parallel_world_size()
+            positions = positions.chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()]
+        return positions

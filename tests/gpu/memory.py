@@ -126,7 +126,8 @@ class Case:
     def ranks(self) -> int:
         """Ranks of the layout with nothing in parallel beside it."""
         layout = ParallelLayout(**dict(self.layout))
-        return max(layout.model_parallel_size, layout.expert_model_parallel_size * layout.pipeline_model_parallel_size)
+        copy = layout.model_parallel_size * layout.context_parallel_size
+        return max(copy, layout.expert_model_parallel_size * layout.pipeline_model_parallel_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,9 @@ from tests.gpu import device
 from tests.gpu.ranks import run
 from tests.gpu.test_numerics import RECIPES
 from tests.planning.counted_step import Case, sent_and_planned
-from tests.planning.test_communication import EP2, EXPERT_TP2, INSERTED, INTERLEAVED, PP2, TIED, TP2
+from tests.planning.test_communication import CP2, EP2, EXPERT_TP2, INSERTED, INTERLEAVED, PP2, TIED, TP2
+
+WINDOW = {"model_type": "mistral", "sliding_window": 8}
 
 CASES = {
     "DP2": Case(bf16=True),
@@ -14,6 +16,8 @@ CASES = {
     "TP2+SP, fp32": Case(TP2),
     "TP2+SP, expert TP2": Case(TP2 | EXPERT_TP2, bf16=True),
     "EP2": Case(EP2, bf16=True),
+    "CP2": Case(CP2, bf16=True),
+    "full, CP2xTP2, sliding window": Case(CP2 | TP2, stage="full", ranks=4, bf16=True, model=WINDOW),
     "PP2": Case(PP2, bf16=True),
     "PP2 interleaved": Case(INTERLEAVED, experts=(5,) * 4, bf16=True),
     "TP2xEP2, a dense layer first": Case(TP2 | EP2, experts=(1, 5, 5), bf16=True),

@@ -71,6 +71,18 @@ def test_own_layers_over_tp_ranks(family, tmp_path):
         assert gradient_error(found["gradients"], alone["gradients"]) < TOLERANCES.fp32
 
 
+def test_sliding_window_over_cp_ranks(tmp_path):
+    """Transformer Engine gathers keys and values; without a window it sends them around a ring."""
+    if device.count() < 2:
+        pytest.skip("needs 2 devices")
+    checkpoint = gpu_checkpoint(tmp_path, "mistral")
+    step = Step(stage="full", precision=BF16)
+    alone = run(1, compute, "cuda", checkpoint, step)[0]
+    for found in run(2, compute, "cuda", checkpoint, dataclasses.replace(step, layout={"context_parallel_size": 2})):
+        assert relative_error(found["logits"], alone["logits"]) < TOLERANCES.bf16_layout
+        assert gradient_error(found["gradients"], alone["gradients"]) < TOLERANCES.bf16_layout
+
+
 def mixture_checkpoint(root: Path, name: str) -> Path:
     """A mixture of eight experts with four new ones a layer, all of them in use."""
     before = dict(COMMON)

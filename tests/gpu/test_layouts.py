@@ -12,6 +12,7 @@ from tests.gpu.ranks import run
 from tests.gpu.test_numerics import BF16, FULL, RECIPES, SHARDED
 
 TP2, PP2, EP2 = ({f"{name}_model_parallel_size": 2} for name in ("tensor", "pipeline", "expert"))
+CP2 = {"context_parallel_size": 2}
 INTERLEAVED = PP2 | {"num_virtual_stages_per_pipeline_rank": 2}
 OVERLAPPED = SHARDED | {"overlap_grad_reduce": True, "overlap_param_gather": True}
 FP32 = {"fp32": True}
@@ -29,6 +30,10 @@ LAYOUTS = {
     "full training, TP2xEP2xPP2": (4, Step(stage="full", precision=FP32, layout=TP2 | EP2 | PP2)),
     "stage 2, TP2xEP2": (2, Step(stage="2", precision=FP32, layout=TP2 | EP2)),
     "bf16, TP2+SP": (2, Step(precision=BF16, layout=TP2, optimizer=OVERLAPPED)),
+    "bf16, CP2xTP2xEP2, recompute full": (
+        4,
+        Step(precision=BF16 | FULL, layout=CP2 | TP2 | EP2, optimizer=OVERLAPPED),
+    ),
     "bf16, EP2": (2, Step(precision=BF16, layout=EP2, optimizer=OVERLAPPED)),
     "bf16, EP2, flex": (2, Step(precision=BF16 | FLEX, layout=EP2)),
     "bf16, PP2 interleaved": (2, Step(precision=BF16, layout=INTERLEAVED)),

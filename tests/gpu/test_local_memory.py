@@ -9,7 +9,7 @@ import pytest
 
 from tests.gpu.figures import Figures
 from tests.gpu.memory import Case
-from tests.gpu.test_memory import EP, PP, TP, check
+from tests.gpu.test_memory import CP, EP, PP, TP, check
 
 QUICK = [
     Case(),
@@ -19,6 +19,7 @@ QUICK = [
     Case("sliding window", stage="2"),
     Case("some dense", stage="full", layout=TP),
     Case(layout=EP),
+    Case("some dense", stage="full", layout=CP),
 ]
 MORE = [
     Case(stage="2"),
@@ -29,6 +30,9 @@ MORE = [
     Case("large vocabulary", stage="full"),
     Case("inserted blocks", stage="blocks"),
     Case("many heads", layout=PP),
+    Case("many heads", stage="full", layout=CP),
+    Case("sliding window", layout=CP),
+    Case("some dense", recompute="full", layout=(*CP, *TP)),
 ]
 CASES = QUICK + MORE if os.environ.get("MEMORY") == "all" else QUICK
 

@@ -14,6 +14,7 @@ from tests.gpu.ranks import run
 
 LARGEST_ERROR = 0.1
 TP = (("tensor_model_parallel_size", 2),)
+CP = (("context_parallel_size", 2),)
 EP = (("expert_model_parallel_size", 2),)
 PP = (("pipeline_model_parallel_size", 2),)
 VPP = (*PP, ("num_virtual_stages_per_pipeline_rank", 2))
@@ -73,6 +74,7 @@ QUICK = [
     Case("wide FFN", number="blockwise", fp8_parameters=True),
     Case("some dense", number="tensorwise", layout=TP),
     Case(layout=EP),
+    Case("many heads", layout=CP),
     Case("many heads", layout=PP),
     # The last micro-batch's backward pass follows another one without a forward pass between them.
     Case("many heads", recompute="full", layout=PP),

@@ -1,5 +1,7 @@
 """Layout checks: what fits passes, what doesn't names the numbers and what would."""
 
+import dataclasses
+
 import pytest
 
 from megatron_moe_lpr.errors import UserError
@@ -19,6 +21,7 @@ def test_data_parallel_size_is_derived():
     layout = ParallelLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     layout.check_world(8)
     assert layout.data_parallel_size(8) == 2
+    assert dataclasses.replace(layout, context_parallel_size=2).data_parallel_size(8) == 1
 
 
 def test_sequence_parallelism_needs_tensor_parallelism():
@@ -33,7 +36,8 @@ def test_sequence_parallelism_needs_tensor_parallelism():
         ({"expert_model_parallel_size": 4}, 2, "EP 4 .* multiple of 4"),
         ({"tensor_model_parallel_size": 0}, 2, "--tensor-model-parallel-size 0"),
         ({"num_virtual_stages_per_pipeline_rank": 2}, 2, "--pipeline-model-parallel-size"),
-        ({"context_parallel_size": 2}, 2, "context parallelism is not supported"),
+        ({"context_parallel_size": 2}, 3, "TP 1 x PP 1 x CP 2 = 2 ranks per model copy"),
+        ({"context_parallel_size": 0}, 2, "--context-parallel-size 0"),
     ],
 )
 def test_worlds_that_do_not_fit(fields, world, words):
@@ -76,3 +80,9 @@ def test_sequence_length_must_split():
     with pytest.raises(UserError, match="does not divide 33 tokens"):
         ParallelLayout(tensor_model_parallel_size=2).check_sequence(33)
     ParallelLayout().check_sequence(33)
+    with pytest.raises(UserError, match="4 does not divide 34 tokens a sequence; change --seq-length"):
+        ParallelLayout(context_parallel_size=2).check_sequence(34)
+    both = ParallelLayout(tensor_model_parallel_size=4, context_parallel_size=2)
+    with pytest.raises(UserError, match="4 does not divide 18 tokens of a sequence on each of 2 CP ranks"):
+        both.check_sequence(36)
+    both.check_sequence(40)

@@ -186,7 +186,7 @@ def _control(case: Case, layout: ParallelLayout, distributed: bool) -> float:
 
     ranks, stages = dist.get_world_size(), layout.pipeline_model_parallel_size
     data = layout.data_parallel_size(ranks)
-    total = 3 * 8 * reduced(data) + 4 * reduced(data) + (2 * 2 + 2) * 8 * reduced(ranks)
+    total = 3 * 8 * reduced(data) + 4 * reduced(data * layout.context_parallel_size) + (2 * 2 + 2) * 8 * reduced(ranks)
     total += 4 * (stages - 1) * parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     if distributed:
         return total + 4 * reduced(ranks)

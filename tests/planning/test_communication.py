@@ -7,6 +7,7 @@ from tests.planning import stock_layer
 from tests.planning.counted_step import Case, sent_and_planned
 
 TP2, EP2, PP2 = ({f"{name}_model_parallel_size": 2} for name in ("tensor", "expert", "pipeline"))
+CP2 = {"context_parallel_size": 2}
 INTERLEAVED = PP2 | {"num_virtual_stages_per_pipeline_rank": 2}
 EXPERT_TP2 = {"expert_tensor_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
@@ -28,6 +29,10 @@ CASES = {
     "EP2, bf16": Case(EP2, bf16=True),
     "EP2, a dense layer first": Case(EP2, experts=(1, 5, 5)),
     "EP2, expanded twice": Case(EP2, **EXPANDED_TWICE),
+    "CP2": Case(CP2),
+    "CP2xEP2, recompute full, distributed optimizer": Case(CP2 | EP2, recompute="full", optimizer=SHARDED),
+    "full, CP2xTP2xEP2": Case(CP2 | TP2 | EP2, stage="full", ranks=4),
+    "CP2xPP2": Case(CP2 | PP2, ranks=4),
     "PP2": Case(PP2),
     "PP2 interleaved": Case(INTERLEAVED, experts=(5,) * 4),
     "TP2xEP2": Case(TP2 | EP2),

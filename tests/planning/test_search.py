@@ -68,6 +68,7 @@ def test_delayed_scaling_refuses_what_megatron_refuses(recompute):
             ("--transformer-impl", "local", "--precision", "fp8"),
             "--precision fp8 needs the layers of Transformer Engine",
         ),
+        (("--context-parallel-size", "2", "--precision", "fp32"), "--context-parallel-size 2: .* in fp32 is not split"),
         (("--fp8-param-gather", "--precision", "bf16"), "--fp8-param-gather needs --precision fp8"),
         (("--fp8-param-gather", "--precision", "fp8"), "--fp8-param-gather is not supported with --fp8-recipe delayed"),
     ],
@@ -89,6 +90,17 @@ def test_experts_are_checked_as_by_an_import(flags, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2}))
     with pytest.raises(UserError, match=message):
         plan.main(["--hf", str(tmp_path), "--gpus", "8", *flags])
+
+
+def test_context_parallelism_is_kept_as_given_and_shares_a_sequence():
+    """Of activations nearly half is left, of weights all; the states are split over as many ranks as before."""
+    only = {"tensor": (1,), "pipeline": (1,), "expert": (1,), "recompute": ("full",)}
+    one, two = (find_layouts(shape(), SIZES, MACHINE, Choice(**only, context=size))[0] for size in (1, 2))
+    assert two.layout == ParallelLayout(context_parallel_size=2)
+    assert two.memory.activations == pytest.approx(one.memory.activations / 2, rel=0.05)
+    assert (two.memory.weights, two.memory.optimizer) == (one.memory.weights, one.memory.optimizer)
+    with pytest.raises(UserError, match="--context-parallel-size 3"):
+        find_layouts(shape(), dataclasses.replace(SIZES, gpus=9), MACHINE, Choice(context=3))
 
 
 def test_weights_in_fp8_save_their_bf16_copies():

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 KINDS = {
     "_TENSOR_MODEL_PARALLEL_GROUP": "tensor",
     "_TENSOR_AND_CONTEXT_PARALLEL_GROUP": "metadata",
+    "_CONTEXT_PARALLEL_GROUP": "context",
     "_EXPERT_MODEL_PARALLEL_GROUP": "expert",
     "_EXPERT_TENSOR_PARALLEL_GROUP": "expert_tensor",
     "_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "metadata",

@@ -13,6 +13,7 @@ from tests.training.runs import make_checkpoint, make_data, metrics, rewind, tra
 
 TP2 = {"tensor_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP = PP2 | {"num_virtual_stages_per_pipeline_rank": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
@@ -24,6 +25,7 @@ RESUMED = {
     "PP2": (2, PP2),
     "PP2 interleaved": (2, VPP),
     "DP2": (2, {}),
+    "CP2": (2, CP2),
     "TP2xEP2xDP2": (4, TP2 | EP2),
 }
 
@@ -59,6 +61,19 @@ def test_resume_at_another_layout(name, original_run, inputs, tmp_path):
         for value in ("lm_loss", "grad_norm", "load_balancing_loss"):
             assert record[value] == pytest.approx(expected[step][value], rel=2e-5), (step, value)
         assert record["lr"] == expected[step]["lr"]
+
+
+def test_saved_with_context_parallelism(original_run, inputs, tmp_path):
+    """The ranks of a CP group hold the same weights and states: the same run, and one process goes on with it."""
+    first, options = original_run
+    run_pool(2, inputs[0], tmp_path / "first", inputs[1], save_interval=3, **CP2, **EP2, **options)
+    again = rewind(tmp_path / "first", tmp_path / "again", 3)
+    run_pool(1, inputs[0], again, inputs[1], **options)
+    expected = metrics(first)
+    for found in (metrics(tmp_path / "first"), metrics(again)):
+        for step, record in found.items():
+            for value in ("lm_loss", "grad_norm", "load_balancing_loss"):
+                assert record[value] == pytest.approx(expected[step][value], rel=2e-5), (step, value)
 
 
 def test_resume_at_the_same_layout_is_exact(original_run, inputs, tmp_path):

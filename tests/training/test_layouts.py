@@ -21,6 +21,7 @@ MOE_ACT = {"recompute_granularity": "selective", "recompute_modules": ("moe_act"
 TP2 = {"tensor_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 VPP = PP2 | {"num_virtual_stages_per_pipeline_rank": 2}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAPPED = DISTRIBUTED | {"overlap_grad_reduce": True}
@@ -44,6 +45,14 @@ CASES: dict[str, tuple[int, StepCase]] = {
     "PP2, recompute full": (2, StepCase(PP2, recompute=FULL)),
     "PP2 interleaved": (2, StepCase(VPP)),
     "PP2 interleaved, recompute selective": (2, StepCase(VPP, recompute=SELECTIVE)),
+    "CP2": (2, StepCase(CP2)),
+    "CP2xEP2, distributed optimizer": (2, StepCase(CP2 | EP2, optimizer=DISTRIBUTED)),
+    "CP2xTP2+SP, recompute full": (4, StepCase(CP2 | TP2, recompute=FULL)),
+    "CP2xDP2xEP2, recompute selective": (4, StepCase(CP2 | EP2, recompute=SELECTIVE)),
+    "CP4": (4, StepCase(CP2 | {"context_parallel_size": 4})),
+    "CP2xPP2 interleaved": (4, StepCase(CP2 | VPP)),
+    "stage 2, CP2xTP2xEP2": (4, StepCase(CP2 | TP2 | EP2, stage="2")),
+    "full training, CP2xEP2": (2, StepCase(CP2 | EP2, stage="full")),
     "DP2": (2, StepCase()),
     "DP2, overlapped reduction": (2, StepCase(optimizer=OVERLAPPED)),
     "DP2, distributed optimizer": (2, StepCase(optimizer=DISTRIBUTED)),

@@ -13,6 +13,7 @@ from megatron_moe_lpr.megatron.overriding import overrides_megatron
 from megatron_moe_lpr.megatron.versions import without_cuda_graphs
 from megatron_moe_lpr.model.configuration.architecture import Architecture
 from megatron_moe_lpr.model.configuration.compute import ComputeOptions
+from megatron_moe_lpr.model.configuration.context import check_context_parallel, context_fields
 from megatron_moe_lpr.model.configuration.dtype import check_dtype_device
 from megatron_moe_lpr.model.configuration.families import FAMILIES, NO_MULTIPLIERS, Family, Multipliers
 from megatron_moe_lpr.model.configuration.fp8 import check_fp8_device, check_fp8_flags, check_fp8_shapes
@@ -145,7 +146,7 @@ def transformer_config(
     fields |= _expert_fields(shape, options) | _layout_fields(layout, options.dtype)
     fields |= _recompute_fields(options)
     fields |= platform_fields(platform, options.dtype, options.deterministic_mode) | chosen_kernels(platform, options)
-    fields |= options.fp8.transformer_fields()
+    fields |= options.fp8.transformer_fields() | context_fields(layout, shape.architecture, platform)
     if shape.architecture.family.rotary_interleaved:
         # Transformer Engine's kernel for neighbouring dimensions has never run here.
         fields["apply_rope_fusion"] = False
@@ -191,7 +192,7 @@ def check_options(
     """Check the options against model and layout, without a device.
 
     Args:
-        tokens: tokens of a micro-batch; None: not known here.
+        tokens: tokens of a micro-batch; None: not known here. CP ranks share them.
 
     Raises:
         UserError: naming the flag.
@@ -224,6 +225,7 @@ def check_platform(shape: ModelShape, layout: ParallelLayout, options: ComputeOp
     """
     check_dtype_device(options.dtype, platform)
     check_fp8_device(options.fp8, platform)
+    check_context_parallel(layout, platform, options.dtype)
     dispatcher, backend = options.moe_token_dispatcher_type, options.moe_flex_dispatcher_backend
     check_dispatcher(dispatcher, layout, shape.max_experts, shape.top_k, platform, backend)
     if options.deterministic_mode and dispatcher == "flex":

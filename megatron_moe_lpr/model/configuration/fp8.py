@@ -147,6 +147,7 @@ def check_fp8_shapes(
     if gathers:
         _aligned(architecture.hidden_size, alignment, "the hidden size, gathered by sequence parallelism", recipe)
     if tokens is not None:
+        tokens //= layout.context_parallel_size
         share = tokens // layout.tensor_model_parallel_size if gathers else tokens
         _aligned(share, alignment, "--micro-batch-size x --seq-length of a rank", recipe)
 

@@ -1,7 +1,10 @@
 """Causal attention within each document of a flattened micro-batch, by PyTorch's own kernel and without a mask."""
 
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -44,6 +47,32 @@ def attend_within_documents(
         for number, output in zip(numbers, context.transpose(1, 2).unbind(), strict=True):
             outputs[number] = output
     return torch.cat(outputs)
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of one document."""
+
+    document: int
+    """Number of the document."""
+    tokens: int
+    seen: int
+    """Tokens of the document up to the last of these."""
+
+
+def split_at_documents(spans: Sequence[tuple[int, int]], lengths: Sequence[int]) -> Iterator[Piece]:
+    """Cut spans of tokens where documents begin.
+
+    Args:
+        spans: begin and end of each, in the flattened micro-batch.
+        lengths: tokens of each document.
+    """
+    ends = list(accumulate(lengths))
+    for begin, end in spans:
+        while begin < end:
+            document = bisect_right(ends, begin)
+            last = min(end, ends[document])
+            yield Piece(document, last - begin, last - (ends[document] - lengths[document]))
+            begin = last
 
 
 def _attend_in_window(

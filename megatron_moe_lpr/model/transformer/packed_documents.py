@@ -17,6 +17,11 @@ class DocumentLengths(PackedSeqParams):
     lengths: tuple[int, ...] = ()
     """Tokens of each document, in the order in which they lie in the micro-batch."""
 
+    @property
+    def samples(self) -> int:
+        """Sequences of the micro-batch."""
+        return sum(self.lengths) // self.max_seqlen_q
+
 
 def packed_documents(cu_seqlens: torch.Tensor, sequence_length: int, transformer_engine: bool) -> PackedSeqParams:
     """Return what attention needs to keep the documents of a flattened micro-batch, [1, batch x sequence], apart.

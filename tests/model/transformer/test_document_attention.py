@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_moe_lpr.model.transformer import document_attention
-from megatron_moe_lpr.model.transformer.document_attention import attend_within_documents
+from megatron_moe_lpr.model.transformer.document_attention import attend_within_documents, split_at_documents
 
 HEADS, DIM, SCALE = 2, 8, 0.4
 
@@ -64,3 +64,10 @@ def test_no_scores_of_all_pairs_are_in_memory(window):
     with Largest() as planted:
         torch.ones(4096, 4096, dtype=torch.bool).tril()
     assert planted.numbers == 4096**2
+
+
+def test_spans_are_cut_where_documents_begin():
+    """Document, tokens, and tokens of the document up to the last of them."""
+    lengths = (3, 5, 4)  # they begin at 0, 3 and 8
+    pieces = [tuple(piece) for piece in split_at_documents([(2, 8), (8, 9), (11, 12), (4, 4)], lengths)]
+    assert pieces == [(0, 1, 3), (1, 5, 5), (2, 1, 1), (2, 1, 4)]
