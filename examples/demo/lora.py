@@ -26,7 +26,13 @@ from megatron_moe_lpr.errors import UserError, run_command
 from megatron_moe_lpr.files.atomic_directory import atomic_directory
 from megatron_moe_lpr.files.atomic_file import atomic_file
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 
 
 @dataclasses.dataclass
