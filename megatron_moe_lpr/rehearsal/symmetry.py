@@ -103,10 +103,10 @@ class World:
 
     @functools.cache  # noqa: B019
     def neighbour(self, source: int, peer: int, rank: int) -> int:
-        """The rank that lies to `rank` as `peer` to `source`: the coordinates in which these two differ are the peer's,
-        as the stage of a neighbour in the pipeline is."""
-        digits = zip(*map(self.dense.coordinates, (source, peer, rank)), strict=True)
-        return self.dense.rank([own if there == here else there for here, there, own in digits])
+        """The rank that is as many steps from `rank` along each axis as `peer` is from `source`: the next stage of the
+        pipeline, or another rank of a data-parallel group."""
+        digits = zip(*map(self.dense.coordinates, (source, peer, rank)), self.dense.sizes, strict=True)
+        return self.dense.rank([(own + there - here) % size for here, there, own, size in digits])
 
     @functools.cache  # noqa: B019
     def _shapes(self, ranks: tuple[int, ...]) -> list[tuple[Axes, list[tuple[int, ...] | None]]]:

@@ -106,6 +106,25 @@ def test_split_sizes_are_not_taken_over():
     assert found([RankRecord(0, [uneven]), RankRecord(3, [exchange((2, 3), (9, 1), (2, 1))])], made) == []
 
 
+def test_every_rank_of_a_group_sends_to_every_other():
+    """As the distributed optimizer does on a CPU: all post what they receive, then what they send, and then wait."""
+    made = world(16, tp=2, ep=4)
+
+    def program(rank: int) -> list:
+        group = next(group for group in groups(made, "dp") if rank in group)
+        others, end = [other for other in group if other != rank], 2 * (len(group) - 1)
+        return [
+            call(kind, *group, group="dp", peer=other, awaited=end, site=f"{kind}.py:1 in exchange")
+            for kind in ("recv", "send")
+            for other in others
+        ]
+
+    for sample in (range(16), [0, 15], [3, 4], [1, 6, 9]):
+        assert found([RankRecord(rank, program(rank)) for rank in sample], made) == []
+    lines = found([RankRecord(3, program(3)), RankRecord(4, program(4)[1:])], made)
+    assert lines and "receives nothing more" in lines[0]
+
+
 def test_512_ranks_by_a_sample():
     """Every one of 512 ranks runs its calls; the deadlock of two kinds of ranks is named once."""
     made = world(512, tp=4, pp=4, ep=8)
