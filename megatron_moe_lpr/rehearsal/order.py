@@ -54,13 +54,14 @@ class _Execution:
         """Run a rank until it waits."""
         calls, waits = rank.program.recorded.calls, rank.program.recorded.waits
         while True:
-            rank.blocked = next(self._unmatched(rank, waits), None)
+            rank.blocked = next(self._unmatched(rank, waits), None) if rank.posted else None
             if rank.blocked is not None or rank.place == len(calls):
                 return
             if (rank.program.rank, rank.place) == self.held:
                 rank.blocked = rank.place
                 return
-            rank.posted = [entry for entry in rank.posted if waits[entry[0]] > rank.place]
+            if rank.posted:
+                rank.posted = [entry for entry in rank.posted if waits[entry[0]] > rank.place]
             if calls[rank.place].kind in POINT_TO_POINT:
                 self._post(rank)
                 rank.place += 1
