@@ -16,11 +16,11 @@ LAYOUTS = [
 ]
 
 
-def groups(made: World, axes: str, of_experts: bool = False) -> list[tuple[int, ...]]:
+def groups(made: World, axes: str, expert: bool = False) -> list[tuple[int, ...]]:
     """Megatron's groups along some axes."""
     layout = made.layout
-    tp = layout.expert_tensor_parallel_size if of_experts else layout.tensor_model_parallel_size
-    ep = layout.expert_model_parallel_size if of_experts else 1
+    tp = layout.expert_tensor_parallel_size if expert else layout.tensor_model_parallel_size
+    ep = layout.expert_model_parallel_size if expert else 1
     pp = layout.pipeline_model_parallel_size
     ranks = RankGenerator(tp, ep, made.size // (tp * ep * pp), pp, 1, "tp-cp-ep-dp-pp").get_ranks(axes)
     return [tuple(group) for group in ranks]
@@ -31,7 +31,7 @@ def test_groups_are_megatrons(size, layout):
     """The group of one rank, moved to any other, is the group in which Megatron puts that one."""
     made = world(size, **layout)
     kinds = [groups(made, axes) for axes in ("tp", "dp", "pp", "tp-pp", "tp-dp", "tp-dp-pp")]
-    kinds += [groups(made, axes, of_experts=True) for axes in ("tp", "ep", "dp", "tp-ep", "tp-ep-pp")]
+    kinds += [groups(made, axes, expert=True) for axes in ("tp", "ep", "dp", "tp-ep", "tp-ep-pp")]
     for kind in kinds:
         by_rank = {rank: group for group in kind for rank in group}
         assert len(by_rank) == size
@@ -68,18 +68,18 @@ def test_the_most_alike_rank_of_the_stage_stands_in():
 
 def step(rank: int, made: World) -> list:
     """A step of a rank, with calls on all kinds of groups and the sends of its pipeline stage."""
-    of = {name: next(g for g in groups(made, name) if rank in g) for name in ("tp", "dp", "pp")}
-    of["ep"] = next(g for g in groups(made, "ep", of_experts=True) if rank in g)
-    stage, stages = made.stage(rank), len(of["pp"])
-    calls = [call("broadcast", *of["tp"], peer=of["tp"][0])]
+    own = {name: next(g for g in groups(made, name) if rank in g) for name in ("tp", "dp", "pp")}
+    own["ep"] = next(g for g in groups(made, "ep", expert=True) if rank in g)
+    stage, stages = made.stage(rank), len(own["pp"])
+    calls = [call("broadcast", *own["tp"], peer=own["tp"][0])]
     for _ in range(3):
         if stage:
-            calls.append(call("recv", *of["pp"], group="pp", peer=of["pp"][stage - 1]))
-        share = (2,) * len(of["ep"])
-        calls += [call("all_gather", *of["tp"]), exchange(of["ep"], share, share)]
+            calls.append(call("recv", *own["pp"], group="pp", peer=own["pp"][stage - 1]))
+        share = (2,) * len(own["ep"])
+        calls += [call("all_gather", *own["tp"]), exchange(own["ep"], share, share)]
         if stage + 1 < stages:
-            calls.append(call("send", *of["pp"], group="pp", peer=of["pp"][stage + 1]))
-    calls += [call("all_reduce", *of["dp"], group="dp"), call("all_reduce", *range(made.size), group="world")]
+            calls.append(call("send", *own["pp"], group="pp", peer=own["pp"][stage + 1]))
+    calls += [call("all_reduce", *own["dp"], group="dp"), call("all_reduce", *range(made.size), group="world")]
     return calls
 
 
