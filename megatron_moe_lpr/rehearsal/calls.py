@@ -40,15 +40,14 @@ class RecordedPhase:
         for place, call in enumerate(self.calls):
             if call.kind not in POINT_TO_POINT:
                 self.places.setdefault(self.group_at[place], []).append(place)
-        self.waits = self._waits(positions[0] if positions else 0)
+        self.waits = self._waits()
 
-    def _waits(self, first: int) -> list[int]:
-        """`waits`; `first` is the position of the phase in the record."""
+    def _waits(self) -> list[int]:
         waits = [place + 1 for place in range(len(self.calls))]
         for place in reversed(range(len(self.calls))):
             call = self.calls[place]
             if call.awaited is not None:
-                waits[place] = min(max(call.awaited - first, place + 1), len(self.calls))
+                waits[place] = min(place + 1 + call.awaited, len(self.calls))
             elif place + 1 < len(self.calls) and _is_batched(call, self.calls[place + 1]):
                 waits[place] = waits[place + 1]
         return waits

@@ -123,7 +123,7 @@ class RunningRank:
 
     def _wait(self, place: int) -> None:
         calls = self.record.collectives
-        object.__setattr__(calls[place], "awaited", len(calls))
+        object.__setattr__(calls[place], "awaited", len(calls) - place - 1)
 
     def _samples(self, original: Callable) -> Callable:
         def rank_samples(*arguments: int) -> Any:
