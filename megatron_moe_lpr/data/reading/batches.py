@@ -46,10 +46,18 @@ def build_data_iterator(
     step = micro_batch_size * data_parallel_size
     if consumed_samples + step > len(dataset):
         raise UserError(f"the data ends: {consumed_samples:,} of {len(dataset):,} samples are used; train for fewer")
-    rounds = range(consumed_samples, len(dataset) - step + 1, step)
-    first = data_parallel_rank * micro_batch_size
-    indices = _Indices(rounds, first, micro_batch_size)
+    indices = rank_samples(len(dataset), consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
     return BatchIterator(dataset, indices, collate, num_workers, pin_memory)
+
+
+def rank_samples(
+    num_samples: int, consumed_samples: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
+) -> Sequence[list[int]]:
+    """The numbers of the samples that one data-parallel rank reads, micro-batch by micro-batch, as
+    `build_data_iterator` reads them from a dataset of `num_samples`; its arguments, and no dataset."""
+    step = micro_batch_size * data_parallel_size
+    rounds = range(consumed_samples, num_samples - step + 1, step)
+    return _Indices(rounds, data_parallel_rank * micro_batch_size, micro_batch_size)
 
 
 def build_validation_iterator(

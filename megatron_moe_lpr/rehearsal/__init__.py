@@ -1,0 +1,1 @@
+"""A run rehearsed rank by rank in one process: nothing is computed by the ranks together, everything is recorded."""
