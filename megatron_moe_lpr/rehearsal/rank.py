@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import gc
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from megatron_moe_lpr.engine.routing import reset_routing, set_newest_weight
 from megatron_moe_lpr.engine.step import training_step
 from megatron_moe_lpr.evaluation.losses import evaluate_dataset
 from megatron_moe_lpr.model.configuration.config import ModelShape
+from megatron_moe_lpr.model.configuration.parameter_kinds import ParameterKind
 from megatron_moe_lpr.parallel.first_rank import restart_count
 from megatron_moe_lpr.rehearsal.checkpoints import nothing_is_read, sizes_are_written
-from megatron_moe_lpr.rehearsal.record import Phase, RankRecord
+from megatron_moe_lpr.rehearsal.record import PHASES, Phase, RankRecord
 from megatron_moe_lpr.rehearsal.recorder import Recorder
 from megatron_moe_lpr.rehearsal.routing import balance
 from megatron_moe_lpr.rehearsal.sizes_only import SizesOnly
@@ -45,7 +46,9 @@ class Rehearsed:
     at_peak: Counter[str]
     """Bytes beside parameters, gradients and optimizer at the peak of the step, by the place that made them."""
     shape: ModelShape
-    trains: frozenset
+    trains: frozenset[ParameterKind]
+    bf16: bool
+    distributed_optimizer: bool
     loss: float
     """Of the step and of the evaluation, where values are computed."""
 
@@ -63,12 +66,13 @@ class Rehearsal:
         """
         self.world_size, self.directory, self.computes = world_size, directory, computes
         self.config = config
+        self.stores: defaultdict[str, dist.Store] = defaultdict(dist.HashStore)
         self.of_rank_0: dict[str, list[Any]] = {}
         for name in ("run", "saved"):
             (directory / name).mkdir()
             mark_start(directory / name)
 
-    def rehearse(self, rank: int, phases: tuple[Phase, ...]) -> Rehearsed:
+    def rehearse(self, rank: int, phases: tuple[Phase, ...] = PHASES) -> Rehearsed:
         """Be one rank: start, train one step and save; in a second life resume and evaluate.
 
         Args:
@@ -104,10 +108,14 @@ class Rehearsal:
         recorder = Recorder(record.rank, self.of_rank_0.get(phase))
         recorder.phase = phase
         mode = SizesOnly(StorageLog(), self.computes)
-        store = self.__dict__.setdefault(f"store of {phase}", dist.HashStore())
         restart_count()
         try:
-            with rank_of_world(record.rank, self.world_size, store), recorder.installed(), nothing_is_read(), mode:
+            with (
+                rank_of_world(record.rank, self.world_size, self.stores[phase]),
+                recorder.installed(),
+                nothing_is_read(),
+                mode,
+            ):
                 yield recorder, mode
         finally:
             gc.collect()
@@ -154,13 +162,22 @@ def _step(run: Run, record: RankRecord, recorder: Recorder, mode: SizesOnly) -> 
     }
     record.data = _share_of_data(run)
     loss = result.agreed.sums.mean if mode.computes else float("nan")
-    return Rehearsed(record, coordinates(), peak["places"], run.model.shape, run.stage.trains, loss)
+    return Rehearsed(
+        record=record,
+        coordinates=coordinates(),
+        at_peak=peak["places"],
+        shape=run.model.shape,
+        trains=run.stage.trains,
+        bf16=run.model.config.bf16,
+        distributed_optimizer=run.config.optimizer.use_distributed_optimizer or run.model.config.bf16,
+        loss=loss,
+    )
 
 
 @contextlib.contextmanager
 def _peak_of_backward(run: Run, log: StorageLog) -> Iterator[dict[str, Any]]:
     """The peak of the log when the optimizer begins: what it allocates in its first step stays."""
-    optimizer, found = run.state.optimizer, {}
+    optimizer, found = run.state.optimizer, dict[str, Any]()
     prepare_grads = optimizer.prepare_grads
 
     def prepare_and_note() -> Any:
