@@ -5,6 +5,7 @@ Every flag of `train` is taken; --config names the run's file. Nothing is comput
 """
 
 import dataclasses
+import gc
 import shutil
 import tempfile
 from pathlib import Path
@@ -104,6 +105,8 @@ def _rehearse(flags: Flags, directory: Path) -> None:
     for note in notes:
         print(f"simulated: {note}", flush=True)
     numbers = sample_ranks(config.layout, flags.world_size) if flags.ranks == SAMPLE else _numbers(flags)
+    # Each rank's tensors are collected before the next: not beside all objects of the libraries.
+    gc.freeze()
     rehearsal = Rehearsal(config, flags.world_size, directory, flags.compute_values)
     results: list[tuple[Rehearsed, list[Part]]] = []
     for number in sorted({0, *numbers}):

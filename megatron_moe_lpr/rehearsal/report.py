@@ -1,6 +1,7 @@
 """What `moe-lpr rehearse` prints and writes."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -71,6 +72,7 @@ def as_json(results: Sequence[tuple[Rehearsed, list[Part]]], world_size: int, no
             {
                 "coordinates": rehearsed.coordinates,
                 "planned": {part.name: part.planned for part in parts},
+                "loss": None if math.isnan(rehearsed.loss) else rehearsed.loss,
                 **dataclasses.asdict(rehearsed.record),
             }
             for rehearsed, parts in results
