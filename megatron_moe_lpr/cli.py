@@ -76,7 +76,6 @@ def help_page() -> str:
             "Teach a language model new languages without losing the ones it knows (MoE-LPR, arXiv 2408.11396).",
             "",
             *lines,
-            "",
             f"{NAME} COMMAND --help lists the flags of a command, {NAME} --version the version.",
         ]
     )

@@ -63,10 +63,10 @@ def as_other_rank(value: Any, own: int, other: int) -> Any:
     """
     if own == other or not isinstance(value, list) or not all(isinstance(one, ShardedTensor) for one in value):
         return value
-    return [_of_other(tensor, own, other) for tensor in value]
+    return [_as_other(tensor, own, other) for tensor in value]
 
 
-def _of_other(tensor: ShardedTensor, own: int, other: int) -> ShardedTensor:
+def _as_other(tensor: ShardedTensor, own: int, other: int) -> ShardedTensor:
     if tensor.key.startswith(STATE_PREFIX):
         return dataclasses.replace(tensor, key=f"{tensor.key} of {other}")
     *rest, replica = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)

@@ -67,7 +67,7 @@ class Rehearsal:
         self.world_size, self.directory, self.computes = world_size, directory, computes
         self.config = config
         self.stores: defaultdict[str, dist.Store] = defaultdict(dist.HashStore)
-        self.of_rank_0: dict[str, list[Any]] = {}
+        self.rank_0_objects: dict[str, list[Any]] = {}
         for name in ("run", "saved"):
             (directory / name).mkdir()
             mark_start(directory / name)
@@ -105,7 +105,7 @@ class Rehearsal:
     @contextlib.contextmanager
     def _life(self, phase: Phase, record: RankRecord) -> Iterator[tuple[Recorder, SizesOnly]]:
         """A process of the rank: a world of its own, every collective recorded, tensors of sizes alone."""
-        recorder = Recorder(record.rank, self.of_rank_0.get(phase))
+        recorder = Recorder(record.rank, self.rank_0_objects.get(phase))
         recorder.phase = phase
         mode = SizesOnly(StorageLog(), self.computes)
         restart_count()
@@ -120,7 +120,7 @@ class Rehearsal:
         finally:
             gc.collect()
         if record.rank == 0:
-            self.of_rank_0[phase] = recorder.objects
+            self.rank_0_objects[phase] = recorder.objects
         record.collectives += recorder.collectives
 
     def _save(self, run: Run, record: RankRecord) -> None:

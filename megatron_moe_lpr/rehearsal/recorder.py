@@ -61,10 +61,10 @@ class Done:
 class Recorder:
     """The collectives of one rank, in the order of its calls."""
 
-    def __init__(self, rank: int, of_rank_0: list[Any] | None = None) -> None:
-        """`of_rank_0`: the Python objects that rank 0 has handed to the collectives of all ranks, in their order: what
+    def __init__(self, rank: int, rank_0_objects: list[Any] | None = None) -> None:
+        """`rank_0_objects`: the Python objects that rank 0 has handed to the collectives of all ranks, in their order: what
         the other ranks get from it. None: this is rank 0, or it was not rehearsed."""
-        self.rank, self.of_rank_0 = rank, of_rank_0
+        self.rank, self.rank_0_objects = rank, rank_0_objects
         self.phase: Phase = "start"
         self.collectives: list[Collective] = []
         self.objects: list[Any] = []
@@ -129,8 +129,8 @@ class Recorder:
         own = ranks.index(self.rank)
         values = [as_other_rank(value, own, other) for other in range(len(ranks))]
         if group is dist.group.WORLD:
-            if self.of_rank_0 is not None and len(self.objects) < len(self.of_rank_0):
-                values[0] = self.of_rank_0[len(self.objects)]
+            if self.rank_0_objects is not None and len(self.objects) < len(self.rank_0_objects):
+                values[0] = self.rank_0_objects[len(self.objects)]
             self.objects.append(value)
         return values
 

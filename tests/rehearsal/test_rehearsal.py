@@ -34,8 +34,8 @@ WORLD, SEQUENCE, EXPERTS, MICRO_BATCHES = 16, 160, 5, 4
 LAYOUT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
 RUN = LAYOUT | {
     "stage": "1", "load": "nowhere", "save": "nothing", "data_path": ["no/train-el"],
-    "valid_data_path": ["no/valid-en"], "original_languages": ["en"], "train_iters": 1000, "lr_warmup_iters": 10, "global_batch_size": 4 * 16,
-    "seq_length": SEQUENCE, "bf16": True,
+    "valid_data_path": ["no/valid-en"], "original_languages": ["en"], "train_iters": 1000, "lr_warmup_iters": 10,
+    "global_batch_size": 4 * 16, "seq_length": SEQUENCE, "bf16": True,
 }  # fmt: skip
 KINDS = {"tp": "tensor", "ep": "expert", "expt_dp": "expert_data", "dp_cp": "data", "pp": "pipeline"}
 """The plan's kinds of what travels over a group; counts of rows and single numbers are others."""
