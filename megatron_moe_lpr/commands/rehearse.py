@@ -88,23 +88,24 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _rehearse(flags: Flags, directory: Path) -> None:
+    """Rehearse the ranks and print what was recorded."""
     # torch and Megatron take seconds to import, which checking the flags does not need.
     from megatron_moe_lpr.platform.simulated import reserve_without_writing, select_simulated
 
     select_simulated()
     reserve_without_writing()
-    from megatron_moe_lpr.rehearsal.comparison import compare, remarks
+    from megatron_moe_lpr.rehearsal.comparison import compare
     from megatron_moe_lpr.rehearsal.rank import Rehearsal
-    from megatron_moe_lpr.rehearsal.report import as_json, print_collectives, print_memory
+    from megatron_moe_lpr.rehearsal.report import as_json, print_results
     from megatron_moe_lpr.rehearsal.simulated_run import simulate
     from megatron_moe_lpr.rehearsal.world import sample_ranks
 
     simulated = simulate(flags.run, flags.world_size)
+    numbers = sample_ranks(flags.run.layout, flags.world_size) if flags.ranks == SAMPLE else _numbers(flags)
     config, notes = _with_files(flags, simulated.config, directory)
     notes = [*simulated.notes, *notes]
     for note in notes:
         print(f"simulated: {note}", flush=True)
-    numbers = sample_ranks(config.layout, flags.world_size) if flags.ranks == SAMPLE else _numbers(flags)
     # Each rank's tensors are collected before the next: not beside all objects of the libraries.
     gc.freeze()
     rehearsal = Rehearsal(config, flags.world_size, directory, flags.compute_values)
@@ -113,12 +114,7 @@ def _rehearse(flags: Flags, directory: Path) -> None:
         print(f"simulated: rank {number:,} of {flags.world_size:,}", flush=True)
         rehearsed = rehearsal.rehearse(number)
         results.append((rehearsed, compare(config, rehearsed, flags.world_size)))
-    print_memory(results)
-    for rehearsed, parts in results:
-        for line in remarks(rehearsed, parts):
-            print(line)
-    for rehearsed in {rehearsed.coordinates["pp"]: rehearsed for rehearsed, _ in reversed(results)}.values():
-        print_collectives(rehearsed)
+    print_results(results)
     if flags.output:
         write_json(as_json(results, flags.world_size, notes), flags.output)
 
@@ -133,27 +129,32 @@ def _numbers(flags: Flags) -> list[int]:
 
 
 def _with_files(flags: Flags, config: TrainingConfig, directory: Path) -> tuple[TrainingConfig, list[str]]:
-    """Return the run with files of the right sizes in the place of a checkpoint and of datasets that are not there."""
+    """Return the run with files of the right sizes in the place of a checkpoint and of datasets that are not there,
+    and notes that say so."""
     from megatron_moe_lpr.checkpoint.format.directory import resolve_checkpoint
     from megatron_moe_lpr.checkpoint.loading.model import model_shape
-    from megatron_moe_lpr.rehearsal.stand_ins import missing_data, with_datasets, write_checkpoint
+    from megatron_moe_lpr.rehearsal.stand_ins import missing_data, with_datasets
 
     notes = []
-    if flags.model.hf is None:
-        vocab_size = model_shape(resolve_checkpoint(config.checkpoint.load)).total_vocab_size
-    else:
-        options = dataclasses.asdict(flags.model)
-        path = model_config_file(flags.model.hf, flags.model.revision)
-        planned = plan.Flags(gpus=flags.world_size, **options | {"hf": str(path), "revision": None})
-        shape, dtype = plan.read_shape(planned), plan.read_sizes(planned).stored_dtype
-        write_checkpoint(directory / "load", shape, read_json(path), dtype or "bfloat16")
-        config = dataclasses.replace(
-            config, checkpoint=dataclasses.replace(config.checkpoint, load=directory / "load", base_checkpoint=None)
-        )
-        vocab_size = shape.total_vocab_size
+    if flags.model.hf is not None:
+        _write_checkpoint(flags, directory / "load")
+        load = dataclasses.replace(config.checkpoint, load=directory / "load", base_checkpoint=None)
+        config = dataclasses.replace(config, checkpoint=load)
         notes.append(f"the checkpoint that `import` would make of {flags.model.hf}, without weights")
-    if missing := missing_data(config.data):
-        data = with_datasets(config.data, directory, vocab_size, config.batch.seq_length)
-        config = dataclasses.replace(config, data=data)
+    shape = model_shape(resolve_checkpoint(config.checkpoint.load, config.checkpoint.base_checkpoint))
+    data = dataclasses.replace(config.data, data_cache_path=str(directory / "index"))
+    if missing := missing_data(data):
+        data = with_datasets(data, directory, shape.total_vocab_size, config.batch.seq_length)
         notes.append(f"datasets of random tokens, since {missing[0]} is not there")
-    return config, notes
+    return dataclasses.replace(config, data=data), notes
+
+
+def _write_checkpoint(flags: Flags, directory: Path) -> None:
+    """Write a checkpoint without weights of the model that --hf and the flags beside it describe."""
+    from megatron_moe_lpr.rehearsal.stand_ins import write_checkpoint
+
+    path = model_config_file(flags.model.hf or "", flags.model.revision)
+    options = dataclasses.asdict(flags.model) | {"hf": str(path), "revision": None}
+    planned = plan.Flags(gpus=flags.world_size, **options)
+    dtype = plan.read_sizes(planned).stored_dtype or "bfloat16"
+    write_checkpoint(directory, plan.read_shape(planned), read_json(path), dtype)

@@ -23,6 +23,7 @@ from torch.futures import Future
 
 from megatron_moe_lpr.checkpoint.format.chain import open_reader
 from megatron_moe_lpr.checkpoint.format.reader import TensorInfo, is_model_key
+from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
 from megatron_moe_lpr.checkpoint.saving.optimizer_state import STATE_PREFIX
 from megatron_moe_lpr.checkpoint.saving.shard_writer import ShardFile, ShardWriter
 from megatron_moe_lpr.files.checksums import FileChecksum
@@ -113,6 +114,7 @@ def sizes_are_written(run: Run) -> Iterator[list[tuple[str, int]]]:
     with _replaced(
         (ShardWriter, "write_here", write_here),
         (ShardWriter, "finish", finish),
+        (FrozenWeights, "_read", lambda frozen, tensor: torch.empty(tensor.data.shape, dtype=tensor.dtype)),
         # Of all ranks' plans, which here are copies of this one's.
         (MCoreSavePlanner, "create_global_plan", lambda planner, plans: (plans, Metadata({}))),
     ):
@@ -131,13 +133,12 @@ def _all_sizes(run: Run, states: Mapping[str, torch.dtype]) -> dict[str, TensorI
     weights = {key: info for key, info in open_reader(run.model.directory).tensors.items() if is_model_key(key)}
     shape = run.model.shape
     trained = [key for key in weights if kind_of(key, shape.inserted_blocks, len(shape.new_tokens)) in run.stage.trains]
-    saved = {key: weights[key] for key in trained} if run.config.checkpoint.save_trainable_only else weights
     moments = {
         f"{STATE_PREFIX}.{name}.{key}": TensorInfo(weights[key].shape, dtype)
         for name, dtype in states.items()
         for key in trained
     }
-    return saved | moments
+    return weights | moments
 
 
 def _nbytes(data: Any) -> int:

@@ -128,8 +128,7 @@ class Rehearsal:
         run.state.iteration = run.config.batch.train_iters
         with sizes_are_written(run) as files:
             saver = CheckpointSaver(self.directory / "saved", asynchronous=False, frozen=run.state.frozen)
-            trainable_only = run.config.checkpoint.save_trainable_only
-            start_save(saver, run.state, run.model.directory, checkpoint_card(run), trainable_only)
+            start_save(saver, run.state, run.model.directory, checkpoint_card(run))
             saver.close()
         record.files = files
 

@@ -62,8 +62,8 @@ class Recorder:
     """The collectives of one rank, in the order of its calls."""
 
     def __init__(self, rank: int, rank_0_objects: list[Any] | None = None) -> None:
-        """`rank_0_objects`: the Python objects that rank 0 has handed to the collectives of all ranks, in their order: what
-        the other ranks get from it. None: this is rank 0, or it was not rehearsed."""
+        """`rank_0_objects`: the Python objects that rank 0 has handed to the collectives of all ranks, in their order:
+        what the other ranks get from it. None: this is rank 0."""
         self.rank, self.rank_0_objects = rank, rank_0_objects
         self.phase: Phase = "start"
         self.collectives: list[Collective] = []

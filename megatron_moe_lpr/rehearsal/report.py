@@ -10,12 +10,25 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe_lpr.planning.memory import GIB
-from megatron_moe_lpr.rehearsal.comparison import Part
+from megatron_moe_lpr.rehearsal.comparison import Part, remarks
 from megatron_moe_lpr.rehearsal.rank import Rehearsed
 from megatron_moe_lpr.rehearsal.record import Collective
 
 WIDTH = 160
 DIMENSIONS = ("pp", "tp", "ep", "dp")
+
+
+def print_results(results: Sequence[tuple[Rehearsed, list[Part]]]) -> None:
+    """Print the memory of all ranks, what differs from the plan, and collectives of a rank of each pipeline rank."""
+    print_memory(results)
+    for rehearsed, parts in results:
+        for line in remarks(rehearsed, parts):
+            print(line)
+    shown: dict[int, Rehearsed] = {}
+    for rehearsed, _ in results:
+        shown.setdefault(rehearsed.coordinates["pp"], rehearsed)
+    for rehearsed in shown.values():
+        print_collectives(rehearsed)
 
 
 def print_memory(results: Sequence[tuple[Rehearsed, list[Part]]]) -> None:

@@ -48,12 +48,14 @@ def simulate(config: TrainingConfig, world_size: int) -> SimulatedRun:
     if optimizer.states.use_precision_aware_optimizer:
         notes.append("without --use-precision-aware-optimizer: fp32 weights, moments and gradients")
         optimizer = dataclasses.replace(optimizer, states=OptimizerStateOptions())
+    if config.checkpoint.save_trainable_only:
+        notes.append("without --save-trainable-only: a save holds every weight")
     size = shown * batch.micro_batch_size * data_parallel
     opening = config.stage.open_experts_iters and 1
     changed = dataclasses.replace(
         config,
         stage=dataclasses.replace(config.stage, open_experts_iters=opening),
-        checkpoint=dataclasses.replace(config.checkpoint, verify=False, async_save=False),
+        checkpoint=dataclasses.replace(config.checkpoint, verify=False, save_trainable_only=False),
         batch=dataclasses.replace(batch, train_iters=1, global_batch_size=size),
         data=dataclasses.replace(config.data, num_workers=0),
         optimizer=optimizer,

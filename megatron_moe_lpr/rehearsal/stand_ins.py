@@ -116,7 +116,6 @@ def with_datasets(config: DataConfig, directory: Path, vocab_size: int, seq_leng
         config,
         data_path=[replaced(word) for word in config.data_path],
         valid_data_path=[replaced(word) for word in config.valid_data_path],
-        data_cache_path=str(directory / "index"),
     )
 
 

@@ -27,7 +27,7 @@ from megatron_moe_lpr.training.configuration.stages import STAGES
 MODEL = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 256,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
-    "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "float32",
     "hidden_act": "silu",
 }  # fmt: skip
 WORLD, SEQUENCE, EXPERTS, MICRO_BATCHES = 16, 160, 5, 4
