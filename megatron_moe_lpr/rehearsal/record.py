@@ -33,6 +33,10 @@ class Collective:
     """See PHASES."""
     site: str = ""
     """`file.py:line in function` of the innermost frame in this package or in Megatron-Core."""
+    awaited: int | None = None
+    """Of a send or recv that returns before it is done: how many further calls the rank made before it waited for it.
+    None: it was waited for in the call, or together with the sends and receives that follow it from the same site
+    (torch's `batch_isend_irecv`)."""
 
 
 @dataclasses.dataclass
