@@ -50,3 +50,9 @@ def run_on_rank_0(action: Callable[[], object], description: str) -> None:
                 time.sleep(min(LONGEST_PAUSE, max(SHORTEST_PAUSE, 0.1 * (time.monotonic() - began))))
         if reason := store.get(key).decode():
             raise UserError(reason)
+
+
+def restart_count() -> None:
+    """Count the calls from 0 again, for a process that becomes another rank (`rehearsal`)."""
+    global _calls
+    _calls = itertools.count()
