@@ -1,0 +1,1 @@
+"""Parts of benchmarks/world_growth.py: what each grows with."""
