@@ -26,6 +26,7 @@ class Command:
 COMMANDS = (
     Command("download", "commands.download", "fetch the paper's corpora from the Hugging Face hub"),
     Command("plan", "commands.plan", "find parallel layouts that fit into GPU memory, and what they send"),
+    Command("rehearse", "commands.rehearse", "go through a run as single ranks of a cluster, without the cluster"),
     Command("allocate", "commands.allocate", "measure how many experts each layer should get"),
     Command("extend-tokenizer", "commands.extend_tokenizer", "add tokens for new languages to a model's tokenizer"),
     Command("import", "commands.convert", "upcycle a dense Hugging Face model to a MoE checkpoint"),
@@ -75,7 +76,6 @@ def help_page() -> str:
             "Teach a language model new languages without losing the ones it knows (MoE-LPR, arXiv 2408.11396).",
             "",
             *lines,
-            "",
             f"{NAME} COMMAND --help lists the flags of a command, {NAME} --version the version.",
         ]
     )

@@ -21,6 +21,7 @@ SCRIPTS = {
     "benchmarks": "benchmarks.py",
     "report": "report.py",
     "plan": "plan.py",
+    "rehearse": "rehearse.py",
     "allocate": "allocate_experts.py",
     "download": "download_data.py",
     "extend-tokenizer": "extend_tokenizer.py",

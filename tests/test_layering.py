@@ -200,7 +200,7 @@ def test_the_package_imports_nothing_around_it(name, sources):
 
 
 def test_what_imports_training(sources):
-    """By the order alone; said once more, since nothing but a command may."""
+    """By the order alone; said once more, since nothing but a command, or a rehearsal of training, may."""
     importing = {
         room_of(path)
         for path in sources
@@ -208,6 +208,7 @@ def test_what_imports_training(sources):
     }
     assert {room for room in importing if not room.startswith(f"{PACKAGE}/training/")} == {
         f"{PACKAGE}/commands/",
+        f"{PACKAGE}/rehearsal/",
         *(f"{PACKAGE}/{name}.py" for name in ("api", "launch", "pretrain")),
     }
 

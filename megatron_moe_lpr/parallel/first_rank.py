@@ -48,3 +48,9 @@ def run_on_rank_0(action: Callable[[], object], description: str) -> None:
                 time.sleep(POLL_SECONDS)
         if reason := store.get(key).decode():
             raise UserError(reason)
+
+
+def restart_count() -> None:
+    """Count the calls from 0 again, for a process that becomes another rank (`rehearsal`)."""
+    global _calls
+    _calls = itertools.count()

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,25 @@ def parse_training_flags(arguments: Sequence[str] | None = None, description: st
     Raises:
         SystemExit: --help, or a mistake in the flags or in the file, reported in one line.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    return parse_flags(TrainingConfig, training_words(arguments), description)
+
+
+def training_words(arguments: Sequence[str] | None = None, own: Collection[str] = ()) -> list[str]:
+    """Return a command line with the flags of the file that --config names, and those that the stage sets, in front.
+
+    Args:
+        arguments: by default those of this process.
+        own: flags of Megatron's that the command takes beside those of training.
+
+    Raises:
+        SystemExit: a mistake in the file, or a flag of Megatron's that has another name here, reported in one line.
+    """
     try:
-        words = with_stage_defaults(_expand(words))
-        refuse_megatron_flags(words)
+        words = with_stage_defaults(_expand(sys.argv[1:] if arguments is None else arguments))
+        refuse_megatron_flags(words, own)
     except UserError as error:
         fail(str(error), code=2)
-    return parse_flags(TrainingConfig, words, description)
+    return words
 
 
 def training_config(source: TrainingConfig | Mapping[str, Any] | Path | str) -> TrainingConfig:

@@ -1,6 +1,6 @@
 """Megatron's flags that a run does not take, each with the reason that an error line gives."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from megatron_moe_lpr.errors import UserError
 
@@ -166,11 +166,12 @@ REFUSED: dict[str, str] = {f"--{name}": f"--{name} {reason}" for name, reason in
 """Error line by flag. No flag of a run is one of them (tests/training/configuration/test_megatron_flags.py)."""
 
 
-def refuse_megatron_flags(words: Sequence[str]) -> None:
+def refuse_megatron_flags(words: Sequence[str], own: Collection[str] = ()) -> None:
     """Check a command line for flags of Megatron's that a run does not take.
 
     Args:
         words: of a command line, or as `command_line.flag_words` returns those of a file.
+        own: flags that the command takes all the same.
 
     Raises:
         UserError: naming the first such flag and the reason.
@@ -178,5 +179,5 @@ def refuse_megatron_flags(words: Sequence[str]) -> None:
     for word in words:
         name = word.partition("=")[0].replace("_", "-")
         for flag in (name, name.replace("--no-", "--", 1)):
-            if flag in REFUSED:
+            if flag in REFUSED and flag not in own:
                 raise UserError(REFUSED[flag])
