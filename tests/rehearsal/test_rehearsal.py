@@ -148,6 +148,11 @@ def test_data_parallel_ranks_read_other_samples(rehearsed):
     assert len(shares) == 2 and all(len(share) == MICRO_BATCHES for share in shares)
 
 
+def test_ranks_agree(rehearsed):
+    output, _ = rehearsed
+    assert "simulated: all 16 ranks agree, 4 of them rehearsed" in output
+
+
 def test_values_are_computed_where_asked(tmp_path):
     """The loss of random weights is about that of drawing a token by chance."""
     one = dict.fromkeys(LAYOUT, 1)
