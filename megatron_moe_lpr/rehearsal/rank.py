@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_moe_lpr.checkpoint.saving.saver import CheckpointSaver
+from megatron_moe_lpr.data.reading.training_dataset import TrainingDataset
 from megatron_moe_lpr.engine.routing import reset_routing, set_newest_weight
 from megatron_moe_lpr.engine.step import training_step
 from megatron_moe_lpr.evaluation.losses import evaluate_dataset
@@ -142,6 +143,8 @@ def _step(run: Run, record: RankRecord, recorder: Recorder, mode: SizesOnly) -> 
     set_newest_weight(state.chunks, run.newest_weight(0))
     reset_routing(state.chunks)
     recorder.phase = "step"
+    read = _NotedDataset(run.datasets.train)
+    run.datasets = dataclasses.replace(run.datasets, train=read)
     batches = next(global_batches(run))
     before = log.restart()
     with _peak_of_backward(run, log) as peak:
@@ -159,7 +162,7 @@ def _step(run: Run, record: RankRecord, recorder: Recorder, mode: SizesOnly) -> 
         "optimizer": optimizer_bytes(run),
         "activations": peak["bytes"] - before,
     }
-    record.data = _share_of_data(run)
+    record.data = _share_of_data(run, read.numbers)
     loss = result.agreed.sums.mean if mode.computes else float("nan")
     return Rehearsed(
         record=record,
@@ -213,12 +216,29 @@ def coordinates() -> dict[str, int]:
     }
 
 
-def _share_of_data(run: Run) -> dict[str, Any]:
-    """The numbers of the samples that this rank reads in the first step, micro-batch by micro-batch."""
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    count, batch = run.num_microbatches, run.config.batch.micro_batch_size
-    samples = [[index * batch * size + rank * batch + place for place in range(batch)] for index in range(count)]
-    return {"data_parallel_rank": rank, "data_parallel_size": size, "samples": samples}
+class _NotedDataset(torch.utils.data.Dataset):
+    """A dataset that notes which samples are read."""
+
+    def __init__(self, dataset: TrainingDataset) -> None:
+        self.dataset = dataset
+        self.numbers: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> Any:
+        self.numbers.append(int(number))
+        return self.dataset[number]
+
+
+def _share_of_data(run: Run, numbers: list[int]) -> dict[str, Any]:
+    """Which samples this rank has read in the first step, micro-batch by micro-batch."""
+    size = run.config.batch.micro_batch_size
+    return {
+        "data_parallel_rank": parallel_state.get_data_parallel_rank(),
+        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+        "samples": [numbers[first : first + size] for first in range(0, len(numbers), size)],
+    }
 
 
 def _evaluate(run: Run, mode: SizesOnly) -> None:

@@ -5,6 +5,7 @@ there. Above it, so are the functions that exchange Python objects, which would 
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,8 +48,13 @@ NAMES = {
 class Done:
     """Stand-in for torch.distributed.Work: a recorded call is finished when it returns."""
 
+    def __init__(self, on_wait: Callable[[], None] = lambda: None) -> None:
+        """`on_wait` is called when the rank waits for the call."""
+        self.on_wait = on_wait
+
     def wait(self, *arguments: object) -> bool:
         """Return at once."""
+        self.on_wait()
         return True
 
     synchronize = block_current_stream = wait
@@ -116,9 +122,16 @@ class Recorder:
                 for target, source in call.fills:
                     if target.shape == source.shape:
                         target.copy_(source)
-            return Done()
+            number = len(self.collectives) - 1
+            return Done(lambda: self._wait(number)) if call.kind in ("send", "recv") else Done()
 
         return method
+
+    def _wait(self, number: int) -> None:
+        """Note that the rank waits for a send or receive now."""
+        one = self.collectives[number]
+        if one.awaited is None:
+            self.collectives[number] = dataclasses.replace(one, awaited=len(self.collectives) - number - 1)
 
     def gathered(self, kind: str, value: Any, group: dist.ProcessGroup | None) -> list[Any]:
         """Record an exchange of Python objects, and return what each rank of the group has handed in: rank 0 what it

@@ -142,10 +142,19 @@ def test_files_of_a_save(rehearsed):
         assert sum(size for _, size in rank["files"]) >= rank["memory"]["optimizer"]
 
 
-def test_data_parallel_ranks_read_other_samples(rehearsed):
-    shares = {tuple(map(tuple, rank["data"]["samples"])) for rank in rehearsed[1]["ranks"]}
-    # Ranks 0, 1 and 8 are of one data-parallel rank, rank 7 of another.
-    assert len(shares) == 2 and all(len(share) == MICRO_BATCHES for share in shares)
+def test_data_parallel_ranks_read_their_samples(rehearsed):
+    """Of each 4 samples, one for each of the 4 data-parallel ranks, a rank reads the one of its number."""
+    for rank in rehearsed[1]["ranks"]:
+        first = rank["coordinates"]["dp"]
+        assert rank["data"]["samples"] == [[4 * number + first] for number in range(MICRO_BATCHES)]
+    assert {rank["coordinates"]["dp"] for rank in rehearsed[1]["ranks"]} == {0, 3}
+
+
+def test_sends_and_receives_are_waited_for(rehearsed):
+    for rank in rehearsed[1]["ranks"]:
+        exchanges = [one for one in rank["collectives"] if one["kind"] in ("send", "recv")]
+        assert exchanges and all(one["awaited"] is not None and one["awaited"] <= 3 for one in exchanges)
+        assert {one["peer"] for one in exchanges} == {(rank["rank"] + WORLD // 2) % WORLD}
 
 
 def test_ranks_agree(rehearsed):
