@@ -26,6 +26,7 @@ from megatron_moe_lpr.training.configuration.config_file import training_words
 if TYPE_CHECKING:
     from megatron_moe_lpr.rehearsal.comparison import Part
     from megatron_moe_lpr.rehearsal.rank import Rehearsed
+    from megatron_moe_lpr.rehearsal.record import RankRecord
 
 SAMPLE = "sample"
 FLAGS_OF_MODEL = ("--num-experts", "--moe-layer-freq")
@@ -117,6 +118,25 @@ def _rehearse(flags: Flags, directory: Path) -> None:
     print_results(results)
     if flags.output:
         write_json(as_json(results, flags.world_size, notes), flags.output)
+    _check([rehearsed.record for rehearsed, _ in results], config, flags.world_size)
+
+
+def _check(records: "list[RankRecord]", config: TrainingConfig, world_size: int) -> None:
+    """Print whether the ranks agree; raise a UserError where they do not."""
+    from megatron_moe_lpr.rehearsal.checks import check_records
+    from megatron_moe_lpr.rehearsal.data_share import GlobalBatch
+    from megatron_moe_lpr.rehearsal.findings import report
+    from megatron_moe_lpr.rehearsal.symmetry import World
+
+    batch = GlobalBatch(config.batch.global_batch_size, config.batch.micro_batch_size)
+    found = check_records(records, World(config.layout, world_size), batch)
+    print(report(found), end="")
+    if found:
+        raise UserError(f"{len(found):,} faults of this run, listed above: ranks would hang or do different things")
+    print(
+        f"simulated: all {world_size:,} ranks agree, {len(records):,} of them rehearsed: the same collectives in every "
+        "group, no waiting in a ring, every sample once, files of their own"
+    )
 
 
 def _numbers(flags: Flags) -> list[int]:

@@ -157,6 +157,11 @@ def test_sends_and_receives_are_waited_for(rehearsed):
         assert {one["peer"] for one in exchanges} == {(rank["rank"] + WORLD // 2) % WORLD}
 
 
+def test_ranks_agree(rehearsed):
+    output, _ = rehearsed
+    assert "simulated: all 16 ranks agree, 4 of them rehearsed" in output
+
+
 def test_values_are_computed_where_asked(tmp_path):
     """The loss of random weights is about that of drawing a token by chance."""
     one = dict.fromkeys(LAYOUT, 1)
