@@ -48,6 +48,7 @@ def environment(tmp_path: Path, corpus: Path) -> dict[str, str]:
     values = yaml.safe_load(settings.FILE.read_text())
     values |= {"corpus": str(corpus), "characters": 1000, "replay_share": 0.1, "passage_characters": 40}
     values["training"] |= {"seq_length": 8, "global_batch_size": 2}
+    values["stage1"]["lr_warmup_iters"] = 10
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
     base = make_hf_tokenizer(tmp_path / "dense")
     (base / "config.json").write_text('{"num_hidden_layers": 6}')

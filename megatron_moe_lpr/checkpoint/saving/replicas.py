@@ -40,8 +40,8 @@ def divide_copies(state: ShardedStateDict) -> None:
     """
     dense, experts = _holders()
     copies = [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)]
-    for holders, of_experts in ((dense, False), (experts, True)):
-        own = [copy for copy in copies if is_expert_parallel_key(copy.key) == of_experts and _is_copy(copy, holders)]
+    for holders, is_expert in ((dense, False), (experts, True)):
+        own = [copy for copy in copies if is_expert_parallel_key(copy.key) == is_expert and _is_copy(copy, holders)]
         for copy, writer in zip(own, writers(own, holders.count), strict=True):
             copy.replica_id = int(writer != holders.index)
 
