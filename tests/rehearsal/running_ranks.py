@@ -109,7 +109,7 @@ class RunningRank:
                     _set(before, dist.ProcessGroup, name, self._method(kind, describe, original))
             _set(before, batches, "rank_samples", self._samples(batches.rank_samples))
             _set(before, ShardStrategy, "async_save", self._planned(ShardStrategy.async_save))
-            _set(before, ShardWriter, "prepare_write_data", self._files(ShardWriter.prepare_write_data))
+            _set(before, ShardWriter, "plan_files", self._files(ShardWriter.plan_files))
             yield
 
     def _method(self, kind: str, describe: Callable[..., dict[str, Any]], original: Callable) -> Callable:
@@ -143,11 +143,11 @@ class RunningRank:
         return async_save
 
     def _files(self, original: Callable) -> Callable:
-        def prepare_write_data(writer: ShardWriter, *arguments: Any) -> None:
+        def plan_files(writer: ShardWriter, *arguments: Any) -> None:
             original(writer, *arguments)
             self.written = file_shards(self.record.rank, writer.files)
 
-        return prepare_write_data
+        return plan_files
 
 
 def _set(before: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
