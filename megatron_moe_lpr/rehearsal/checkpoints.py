@@ -5,14 +5,12 @@ and that the slices which they write make up whole tensors. For these a rank wou
 """
 
 import contextlib
-import dataclasses
 import pickle
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -52,25 +50,6 @@ def _replaced(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
             before.callback(setattr, owner, name, getattr(owner, name))
             replace(owner, **{name: value})
         yield
-
-
-def as_other_rank(value: Any, own: int, other: int) -> Any:
-    """What another rank of a group describes where this one describes `value`: lists of slices without data.
-
-    Args:
-        own, other: places of the two ranks in the group.
-    """
-    if own == other or not isinstance(value, list) or not all(isinstance(one, ShardedTensor) for one in value):
-        return value
-    return [_as_other(tensor, own, other) for tensor in value]
-
-
-def _as_other(tensor: ShardedTensor, own: int, other: int) -> ShardedTensor:
-    if tensor.key.startswith(STATE_PREFIX):
-        return dataclasses.replace(tensor, key=f"{tensor.key} of {other}")
-    *rest, replica = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)
-    # A weight's copy has the number of its data-parallel rank.
-    return dataclasses.replace(tensor, replica_id=(*rest, other if replica == own else replica))
 
 
 def _read_nothing(*_: Any) -> Future[None]:

@@ -17,6 +17,7 @@ PAIRED = ("send", "recv")
 LAYOUTS = {
     "TP2xEP2, distributed optimizer": ({"tp": 2, "ep": 2}, {"use_distributed_optimizer": True}),
     "EP2xPP2 interleaved": ({"ep": 2, "pp": 2}, {"num_virtual_stages_per_pipeline_rank": 2}),
+    "expert TP2 without TP": ({"etp": 2}, {}),
 }
 
 
@@ -46,6 +47,11 @@ def test_four_ranks_agree(name, inputs, tmp_path):
     assert check_files(records, written) == check_shards(written, held) == []
     tensors = [shard for shard in written if shard.shape]
     assert sum(shard.bytes for shard in tensors) == total_bytes(held) > 0
+    if made.layout.expert_model_parallel_size > 1:
+        kinds = {call.kind for record in records for call in record.collectives}
+        assert {"all_reduce", "all_to_all", "all_gather", "broadcast", "send", "recv"} <= kinds
+    exchanges = [pair for rank in ranks for pair in rank.described]
+    assert exchanges and all(described == expected for described, expected in exchanges)
     _check_that_faults_show(ranks)
 
 
@@ -55,8 +61,6 @@ def _recorded(inputs, save, changes) -> RunningRank:
 
 def _check_that_faults_show(ranks: list[RunningRank]) -> None:
     """The same records with a collective of the middle, or a send or receive, left out on each rank in turn."""
-    kinds = {call.kind for rank in ranks for call in rank.record.collectives}
-    assert {"all_reduce", "all_to_all", "all_gather", "broadcast", "send", "recv"} <= kinds
     for rank in ranks:
         calls = rank.record.collectives
         for is_exchange in (False, True):
