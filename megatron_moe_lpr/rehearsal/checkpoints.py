@@ -1,21 +1,16 @@
-"""Loading and saving in a rehearsal: Megatron plans and exchanges as in a run, and no tensor is read or written.
+"""Loading and saving in a rehearsal: planned and exchanged as in a run, and no tensor is read or written.
 
-What cannot be rehearsed on one rank is left out: the check that the slices of all ranks together make up every tensor,
-for which a rank would need to hear the others. Where ranks describe their slices to each other, every other rank is
-taken to have the same weights, and pieces of the optimizer's state of its own (`as_other_rank`).
+What cannot be rehearsed on one rank is left out: the checks that all ranks together load every tensor of a checkpoint,
+and that the slices which they write make up whole tensors. For these a rank would need to hear the others.
 """
 
 import contextlib
-import dataclasses
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import serialization, state_dict_utils, validation
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import fully_parallel
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -23,12 +18,15 @@ from torch.futures import Future
 
 from megatron_moe_lpr.checkpoint.format.chain import open_reader
 from megatron_moe_lpr.checkpoint.format.reader import TensorInfo, is_model_key
+from megatron_moe_lpr.checkpoint.loading import model_state
+from megatron_moe_lpr.checkpoint.saving.checkpoint_index import CheckpointIndex
 from megatron_moe_lpr.checkpoint.saving.frozen_weights import FrozenWeights
 from megatron_moe_lpr.checkpoint.saving.optimizer_state import STATE_PREFIX
 from megatron_moe_lpr.checkpoint.saving.shard_writer import ShardFile, ShardWriter
 from megatron_moe_lpr.files.checksums import FileChecksum
 from megatron_moe_lpr.megatron.overriding import replace
 from megatron_moe_lpr.model.configuration.parameter_kinds import kind_of
+from megatron_moe_lpr.parallel.every_rank import union_of_ranks
 from megatron_moe_lpr.rehearsal.stand_ins import TENSOR_FILE, write_sizes
 from megatron_moe_lpr.training.setup import Run
 
@@ -37,12 +35,10 @@ NO_CHECKSUM = 32 * "0"
 
 @contextlib.contextmanager
 def nothing_is_read() -> Iterator[None]:
-    """Inside, loading leaves tensors as they are, and slices are not compared over ranks."""
+    """Inside, loading leaves tensors as they are; what this rank does not ask for, others are taken to ask for."""
     with _replaced(
         (FileSystemReader, "read_data", _read_nothing),
-        (serialization, "validate_integrity_and_strict_load", _compare_own),
-        (state_dict_utils, "validate_sharding_integrity", lambda *_, **__: None),
-        (fully_parallel, "validate_sharding_integrity", lambda *_, **__: None),
+        (model_state, "union_of_ranks", _union_with_all),
     ):
         yield
 
@@ -56,34 +52,16 @@ def _replaced(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
         yield
 
 
-def as_other_rank(value: Any, own: int, other: int) -> Any:
-    """What another rank of a group describes where this one describes `value`: lists of slices without data.
-
-    Args:
-        own, other: places of the two ranks in the group.
-    """
-    if own == other or not isinstance(value, list) or not all(isinstance(one, ShardedTensor) for one in value):
-        return value
-    return [_as_other(tensor, own, other) for tensor in value]
-
-
-def _as_other(tensor: ShardedTensor, own: int, other: int) -> ShardedTensor:
-    if tensor.key.startswith(STATE_PREFIX):
-        return dataclasses.replace(tensor, key=f"{tensor.key} of {other}")
-    *rest, replica = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)
-    # A weight's copy has the number of its data-parallel rank.
-    return dataclasses.replace(tensor, replica_id=(*rest, other if replica == own else replica))
-
-
 def _read_nothing(*_: Any) -> Future[None]:
     done: Future[None] = Future()
     done.set_result(None)
     return done
 
 
-def _compare_own(state: Any, strict: Any, validates: bool, own: Any, everyones: Any, stored: Any) -> Any:
-    """`validate_integrity_and_strict_load` of what this rank asks for alone."""
-    return validation.validate_integrity_and_strict_load(state, strict, False, own, None, stored)
+def _union_with_all(names: Sequence[str], own: Collection[str]) -> set[str]:
+    """`union_of_ranks` where every name is another rank's."""
+    union_of_ranks(names, own)
+    return set(names)
 
 
 @contextlib.contextmanager
@@ -104,16 +82,17 @@ def sizes_are_written(run: Run) -> Iterator[list[tuple[str, int]]]:
             states.update(_states(file))
         writer.release()
 
-    def finish(writer: ShardWriter, metadata: Metadata, results: Any) -> None:
-        directory = Path(writer.checkpoint_dir)
+    write_index = CheckpointIndex.write
+
+    def write_index_of_sizes(index: CheckpointIndex, directory: Path) -> dict[str, FileChecksum]:
         tensors, places = write_sizes(directory, _all_sizes(run, states))
-        (directory / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, None, places, StorageMeta(), "1.0.0")))
+        index.content = pickle.dumps(Metadata(tensors, None, places, StorageMeta(), "1.0.0"))
         entry = FileChecksum((directory / TENSOR_FILE).stat().st_size, NO_CHECKSUM)
-        writer.written[TENSOR_FILE] = entry
+        return write_index(index, directory) | {TENSOR_FILE: entry}
 
     with _replaced(
         (ShardWriter, "write_here", write_here),
-        (ShardWriter, "finish", finish),
+        (CheckpointIndex, "write", write_index_of_sizes),
         (FrozenWeights, "_read", lambda frozen, tensor: torch.empty(tensor.data.shape, dtype=tensor.dtype)),
         # Of all ranks' plans, which here are copies of this one's.
         (MCoreSavePlanner, "create_global_plan", lambda planner, plans: (plans, Metadata({}))),

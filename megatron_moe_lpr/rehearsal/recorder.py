@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_lpr.megatron.overriding import replace
-from megatron_moe_lpr.rehearsal.checkpoints import as_other_rank
+from megatron_moe_lpr.rehearsal.other_ranks import as_other_rank
 from megatron_moe_lpr.rehearsal.process_group_calls import METHODS, Call
 from megatron_moe_lpr.rehearsal.record import Collective, Phase
 from megatron_moe_lpr.rehearsal.storages import place
@@ -140,7 +140,7 @@ class Recorder:
         self.record(group, Call(kind))
         ranks = self._ranks_of(group)
         own = ranks.index(self.rank)
-        values = [as_other_rank(value, own, other) for other in range(len(ranks))]
+        values = [as_other_rank(value, ranks, own, other) for other in range(len(ranks))]
         if group is dist.group.WORLD:
             if self.rank_0_objects is not None and len(self.objects) < len(self.rank_0_objects):
                 values[0] = self.rank_0_objects[len(self.objects)]

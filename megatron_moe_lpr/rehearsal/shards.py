@@ -1,13 +1,13 @@
-"""The pieces of tensors that ranks write into a checkpoint, as Megatron's planning distributes them."""
+"""The pieces of tensors that ranks write into a checkpoint, as a save distributes them."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from megatron.core.dist_checkpointing.exchange_utils import _shard_size, distribute_shards_to_ranks
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.utils import _sharded_tensor_shard_id, _ShardId
 
+from megatron_moe_lpr.checkpoint.saving.replicas import Holders, divide_among
 from megatron_moe_lpr.checkpoint.saving.shard_writer import ShardFile
 
 
@@ -63,42 +63,27 @@ def file_shards(rank: int, files: Iterable[ShardFile]) -> list[Shard]:
     return found
 
 
-def written_shards(states: Mapping[int, Sequence[ShardedTensor]], groups: Iterable[Sequence[int]]) -> list[Shard]:
-    """The rectangles that each rank writes, of those that it holds.
-
-    As Megatron's FullyParallelSaveStrategyWrapper decides it in each data-parallel group (fully_parallel.py
-    `apply_saving_parallelization`, exchange_utils.py `determine_main_replica_uniform_distribution`), for all ranks in
-    one process.
+def written_shards(
+    states: Mapping[int, Sequence[ShardedTensor]],
+    dense_groups: Iterable[Sequence[int]],
+    expert_groups: Iterable[Sequence[int]],
+) -> list[Shard]:
+    """The rectangles that each rank writes, of those that it holds: as a save decides it on each rank by itself.
 
     Args:
         states: the tensors of each rank's sharded state by its rank, without values.
-        groups: the data-parallel groups, which together have every rank of `states`.
+        dense_groups: the data-parallel groups, with context parallelism, which together have every rank of `states`.
+        expert_groups: the expert-data-parallel groups, likewise.
     """
+    dense, experts = _holders(dense_groups), _holders(expert_groups)
     written = []
-    for group in groups:
-        if len(group) == 1:
-            kept = [tensor for tensor in states[group[0]] if is_main_replica(tensor.replica_id)]
-            written += state_shards(group[0], kept)
-            continue
-        writers = _writers([states[rank] for rank in group])
-        for place, rank in enumerate(group):
-            kept = [tensor for tensor in states[rank] if writers.get(_sharded_tensor_shard_id(tensor)) == place]
-            written += state_shards(rank, kept)
+    for rank, tensors in states.items():
+        own = [copy.copy(tensor) for tensor in tensors]
+        divide_among(own, dense[rank], experts[rank])
+        written += state_shards(rank, [tensor for tensor in own if is_main_replica(tensor.replica_id)])
     return written
 
 
-def _writers(states: Sequence[Sequence[ShardedTensor]]) -> dict[_ShardId, int]:
-    """By shard the place in a data-parallel group of the rank that writes it; shards of which another group holds the
-    main copy are left out."""
-    holders: dict[_ShardId, list[int]] = {}
-    sizes: dict[_ShardId, int] = {}
-    main: set[_ShardId] = set()
-    for place, tensors in enumerate(states):
-        for tensor in tensors:
-            shard = _sharded_tensor_shard_id(tensor)
-            holders.setdefault(shard, []).append(place)
-            sizes.setdefault(shard, _shard_size(tensor))
-            if is_main_replica(tensor.replica_id):
-                main.add(shard)
-    holders = {shard: places for shard, places in holders.items() if shard in main}
-    return distribute_shards_to_ranks(holders, sizes, len(states), set())
+def _holders(groups: Iterable[Sequence[int]]) -> dict[int, Holders]:
+    """By rank its place in its group."""
+    return {rank: Holders(place, len(group)) for group in groups for place, rank in enumerate(group)}

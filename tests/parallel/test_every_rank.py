@@ -1,12 +1,13 @@
 """Work on every rank: own results, one error for all, and messages that do not grow with the world."""
 
+import ast
 import pickle
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import megatron_moe_lpr
 from megatron_moe_lpr.errors import DamagedFile, UserError
@@ -99,16 +100,20 @@ def test_what_a_rank_receives_does_not_grow_with_the_world(size, monkeypatch):
     )
     lists = []
     monkeypatch.setattr(every_rank.dist, "gather_object", lambda value, values: lists.append(values))
-    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=size)
-    try:
-        assert on_every_rank(lambda: "own") == "own"
-        gather_on_rank_0("own")
-    finally:
-        dist.destroy_process_group()
+    # No group is made: the process may have one of its own already.
+    monkeypatch.setattr(every_rank, "collective_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(every_rank.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(every_rank.dist, "get_world_size", lambda: size)
+    monkeypatch.setattr(every_rank.dist, "get_rank", lambda: 3)
+    assert on_every_rank(lambda: "own") == "own"
+    gather_on_rank_0("own")
     assert received == [8] and lists == [None]
 
 
 def test_nothing_is_gathered_on_all_ranks():
     """The one exchange of Python objects is above: torch's all-to-all of them appears nowhere in the package."""
-    sources = Path(megatron_moe_lpr.__file__).parent.rglob("*.py")
-    assert not [path for path in sources if "all_gather_object" in path.read_text(encoding="utf-8")]
+    for path in Path(megatron_moe_lpr.__file__).parent.rglob("*.py"):
+        # Called or imported: a rehearsal has a stand-in of that name, which sends nothing.
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = (getattr(node, "attr", ""), node.name if isinstance(node, ast.alias) else "")
+            assert "all_gather_object" not in names, path

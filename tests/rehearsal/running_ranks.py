@@ -11,8 +11,10 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from megatron_moe_lpr.checkpoint.saving.optimizer_state import STATE_PREFIX
 from megatron_moe_lpr.checkpoint.saving.shard_writer import ShardStrategy, ShardWriter
 from megatron_moe_lpr.data.reading import batches
+from megatron_moe_lpr.rehearsal.other_ranks import as_other_rank
 from megatron_moe_lpr.rehearsal.record import Collective, RankRecord
 from megatron_moe_lpr.rehearsal.shards import Shard, file_shards, state_shards
 from tests.training.runs import train
@@ -99,6 +101,8 @@ class RunningRank:
         self.record = RankRecord(dist.get_rank())
         self.held: list[Shard] = []
         self.written: list[Shard] = []
+        self.described: list[tuple[set, set]] = []
+        """Slices that another rank has described, and those that it was expected to describe."""
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
@@ -109,8 +113,21 @@ class RunningRank:
                     _set(before, dist.ProcessGroup, name, self._method(kind, describe, original))
             _set(before, batches, "rank_samples", self._samples(batches.rank_samples))
             _set(before, ShardStrategy, "async_save", self._planned(ShardStrategy.async_save))
-            _set(before, ShardWriter, "prepare_write_data", self._files(ShardWriter.prepare_write_data))
+            _set(before, ShardWriter, "plan_files", self._files(ShardWriter.plan_files))
+            _set(before, dist, "all_gather_object", self._exchange(dist.all_gather_object))
             yield
+
+    def _exchange(self, original: Callable) -> Callable:
+        def all_gather_object(object_list: list, obj: Any, group: Any = None) -> None:
+            original(object_list, obj, group=group)
+            if not isinstance(obj, list) or not all(isinstance(one, ShardedTensor) for one in obj):
+                return
+            place, ranks = dist.get_rank(group), dist.get_process_group_ranks(group)
+            for other, described in enumerate(object_list):
+                expected = as_other_rank(obj, ranks, place, other)
+                self.described.append((_slices(described), _slices(expected)))
+
+        return all_gather_object
 
     def _method(self, kind: str, describe: Callable[..., dict[str, Any]], original: Callable) -> Callable:
         def method(group: Any, *arguments: Any, **options: Any) -> Any:
@@ -143,11 +160,16 @@ class RunningRank:
         return async_save
 
     def _files(self, original: Callable) -> Callable:
-        def prepare_write_data(writer: ShardWriter, *arguments: Any) -> None:
+        def plan_files(writer: ShardWriter, *arguments: Any) -> None:
             original(writer, *arguments)
             self.written = file_shards(self.record.rank, writer.files)
 
-        return prepare_write_data
+        return plan_files
+
+
+def _slices(tensors: list[ShardedTensor]) -> set[tuple]:
+    weights = [tensor for tensor in tensors if not tensor.key.startswith(STATE_PREFIX)]
+    return {(one.key, tuple(one.global_offset), tuple(one.local_shape), one.replica_id) for one in weights}
 
 
 def _set(before: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Files and shards of a save: planted faults are named, and Megatron's planning writes every element once."""
+"""Files and shards of a save: planted faults are named, and a save writes every element once."""
 
 import dataclasses
 
@@ -91,15 +91,20 @@ def test_names_and_bytes_of_files():
     assert line == "save: rank 2 writes 31 bytes into __2_0.distcp, whose tensors have 32"
 
 
-def states(tp: int, dp: int) -> dict[int, list[ShardedTensor]]:
-    """Every rank's tensors: weights split over TP with a copy on each DP rank, norms on all ranks, and the optimizer's
-    state of the weights, split again over DP."""
+def states(tp: int, dp: int, ep: int) -> dict[int, list[ShardedTensor]]:
+    """Every rank's tensors: weights split over TP with a copy on each DP rank, norms on all ranks, two experts on each
+    EP rank, and the optimizer's state of the weights, split again over DP."""
     found = {}
     for rank in range(tp * dp):
         part, copy = rank % tp, rank // tp
         weight = ShardedTensor.from_rank_offsets("weight", torch.zeros(6, 4), (0, part, tp), replica_id=(0, 0, copy))
         norm = ShardedTensor.from_rank_offsets("norm", torch.zeros(7), replica_id=(0, part, copy))
         found[rank] = [weight, norm]
+        for number in (2 * (rank % ep), 2 * (rank % ep) + 1):
+            key = f"layer.mlp.experts.experts.{number}.weight"
+            found[rank].append(
+                ShardedTensor.from_rank_offsets(key, torch.zeros(3 + number, 4), replica_id=(0, 0, rank // ep))
+            )
         begin, end = 24 * copy // dp, 24 * (copy + 1) // dp
         for offsets, sizes in rectangles((6, 4), begin, end):
             moment = dataclasses.replace(
@@ -109,23 +114,26 @@ def states(tp: int, dp: int) -> dict[int, list[ShardedTensor]]:
                 local_shape=tuple(sizes),
                 global_offset=(6 * part + offsets[0], offsets[1]),
                 axis_fragmentations=None,
-                replica_id=(0, 0, 0),
+                replica_id=(0, 0),
             )
             found[rank].append(moment)
     return found
 
 
-def test_megatrons_planning_writes_every_element_once():
-    tp, dp = 2, 5
-    made = states(tp, dp)
+@pytest.mark.parametrize(("tp", "dp", "ep"), [(2, 5, 2), (2, 6, 4), (1, 6, 3), (1, 1, 1)])
+def test_a_save_writes_every_element_once(tp, dp, ep):
+    made = states(tp, dp, ep)
     groups = [[part + tp * copy for copy in range(dp)] for part in range(tp)]
+    expert_groups = [list(range(first, tp * dp, ep)) for first in range(ep)]
     held = [shard for rank, tensors in made.items() for shard in state_shards(rank, tensors)]
-    written = written_shards(made, groups)
+    written = written_shards(made, groups, expert_groups)
     assert lines(written, held) == []
-    assert sum(shard.bytes for shard in written) == total_bytes(held) == 4 * (12 * 4 + 7 + 12 * 4)
-    assert written_shards({0: states(1, 1)[0]}, [[0]]) == state_shards(0, states(1, 1)[0])
-    # A copy that says it is the main one, in both groups.
-    for rank in (0, 1):
-        made[rank][1].replica_id = (0, 0, 0)
-    (line,) = lines(written_shards(made, groups), held)
-    assert "tensor norm [7] of 4 bytes each: ranks " in line and "write the same elements, [0:7]" in line
+    experts = sum(3 + number for number in range(2 * ep)) * 4
+    assert sum(shard.bytes for shard in written) == total_bytes(held) == 4 * (6 * tp * 4 + 7 + 6 * tp * 4 + experts)
+    assert [tensor.replica_id for tensor in made[0][:2]] == [(0, 0, 0)] * 2
+    # Copies that say they are the main ones, in both groups.
+    for rank, tensors in made.items():
+        tensors[1].replica_id = (0, 0, rank // tp)
+    found = lines(written_shards(made, groups, expert_groups), held)
+    assert len(found) == tp - 1
+    assert all("tensor norm [7] of 4 bytes each: ranks " in line and "same elements, [0:7]" in line for line in found)

@@ -13,9 +13,11 @@ from tests.rehearsal.running_ranks import RunningRank, record_training
 from tests.training.runs import make_checkpoint, make_data
 
 RANKS = 4
+PAIRED = ("send", "recv")
 LAYOUTS = {
     "TP2xEP2, distributed optimizer": ({"tp": 2, "ep": 2}, {"use_distributed_optimizer": True}),
     "EP2xPP2 interleaved": ({"ep": 2, "pp": 2}, {"num_virtual_stages_per_pipeline_rank": 2}),
+    "expert TP2 without TP": ({"etp": 2}, {}),
 }
 
 
@@ -45,6 +47,11 @@ def test_four_ranks_agree(name, inputs, tmp_path):
     assert check_files(records, written) == check_shards(written, held) == []
     tensors = [shard for shard in written if shard.shape]
     assert sum(shard.bytes for shard in tensors) == total_bytes(held) > 0
+    if made.layout.expert_model_parallel_size > 1:
+        kinds = {call.kind for record in records for call in record.collectives}
+        assert {"all_reduce", "all_to_all", "all_gather", "broadcast", "send", "recv"} <= kinds
+    exchanges = [pair for rank in ranks for pair in rank.described]
+    assert exchanges and all(described == expected for described, expected in exchanges)
     _check_that_faults_show(ranks)
 
 
@@ -53,12 +60,18 @@ def _recorded(inputs, save, changes) -> RunningRank:
 
 
 def _check_that_faults_show(ranks: list[RunningRank]) -> None:
-    """The same records with a call of the middle left out, on each rank in turn."""
-    kinds = {call.kind for rank in ranks for call in rank.record.collectives}
-    assert {"all_reduce", "all_to_all", "all_gather", "broadcast", "send", "recv"} <= kinds
+    """The same records with a collective of the middle, or a send or receive, left out on each rank in turn."""
     for rank in ranks:
         calls = rank.record.collectives
-        place = next(i for i in range(len(calls) // 2, len(calls)) if len(calls[i].ranks) > 1)
-        rank.record.collectives = calls[:place] + calls[place + 1 :]
-        assert any(calls[place].site in str(finding) for finding in check_agreement([r.record for r in ranks]))
-        rank.record.collectives = calls
+        for is_exchange in (False, True):
+            places = range(len(calls) // 2, len(calls))
+            chosen = [i for i in places if (calls[i].kind in PAIRED) == is_exchange]
+            place = next((i for i in chosen if len(calls[i].ranks) > 1), None)
+            if place is None:
+                continue
+            left_out = calls[place]
+            rank.record.collectives = calls[:place] + calls[place + 1 :]
+            # Of a send or receive the other side waits.
+            sign = f"rank {left_out.peer} waits in " if is_exchange else left_out.site
+            assert any(sign in str(finding) for finding in check_agreement([r.record for r in ranks]))
+            rank.record.collectives = calls

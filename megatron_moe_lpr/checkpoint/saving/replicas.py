@@ -38,8 +38,17 @@ def divide_copies(state: ShardedStateDict) -> None:
     Args:
         state: sharded state of this rank, changed in place. Megatron's groups must exist.
     """
-    dense, experts = _holders()
-    copies = [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)]
+    divide_among([entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)], *_holders())
+
+
+def divide_among(copies: Sequence[ShardedTensor], dense: Holders, experts: Holders) -> None:
+    """As `divide_copies` of a rank's tensors, for the rank that `dense` and `experts` describe.
+
+    Args:
+        copies: changed in place.
+        dense: the ranks that hold the rank's tensors apart from experts.
+        experts: the ranks that hold its experts.
+    """
     for holders, is_expert in ((dense, False), (experts, True)):
         own = [copy for copy in copies if is_expert_parallel_key(copy.key) == is_expert and _is_copy(copy, holders)]
         for copy, writer in zip(own, writers(own, holders.count), strict=True):
