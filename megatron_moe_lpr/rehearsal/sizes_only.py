@@ -104,10 +104,13 @@ def _facts(function: Any) -> _Facts:
 
 
 def _is_light(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is computed: small, or of whole numbers. Bytes are what storages are copied as."""
-    if tensor.numel() <= LARGE:
+    """Whether a tensor is computed: small, or of whole numbers. Bytes are what storages are copied as.
+
+    A small view of a large tensor is not: nothing has been written where it lies, and the memory may hold anything.
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.uint8:
         return True
-    return not (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.uint8
+    return tensor.numel() <= LARGE and tensor.untyped_storage().nbytes() <= LARGE * tensor.element_size()
 
 
 def _leave_written(facts: _Facts, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

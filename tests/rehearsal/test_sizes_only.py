@@ -24,6 +24,16 @@ def test_large_tensors_have_sizes_and_small_ones_values():
     assert not ((large == 2) | (large == 6)).all(), "values were computed"
 
 
+def test_nothing_is_read_from_memory_that_nothing_was_written_to():
+    """A small view of a large tensor: what lies there may be left from anything that was freed before."""
+    left = torch.full((ROWS, WIDTH), torch.nan)
+    with SizesOnly(StorageLog()):
+        assert (left[0] * 2).tolist() == [1] * WIDTH and left[0].norm() == 1
+        small = torch.zeros(WIDTH)
+        small.copy_(left[0])
+    assert small.isfinite().all()
+
+
 def test_a_backward_pass_has_gradients_of_the_right_size():
     with SizesOnly(StorageLog()):
         weight = torch.nn.Parameter(torch.empty(WIDTH, 2 * WIDTH))
