@@ -118,8 +118,8 @@ def check_expansion(options: ExpandOptions) -> list[int]:
 
 def _checked_counts(before: CheckpointCard, options: ExpandOptions) -> list[int]:
     """New experts of each layer. Raises UserError where the checkpoint cannot be expanded so."""
-    _check_trained(before, options)
     added, base = added_experts(options.add_experts, before.experts_per_layer), before.base_experts
+    _check_trained(before, options)
     if len(added) != len(before.experts_per_layer) or min(added) < 0 or not any(added):
         raise UserError(
             f"--add-experts: numbers of 0 or more for {len(before.experts_per_layer)} layers are expected, not all 0"

@@ -80,7 +80,7 @@ def test_plan_says_what_an_allocation_saves(tmp_path, monkeypatch, capsys):
     save_model("qwen2", tmp_path / "hf")
     tool = load_tool("plan")
     arguments = ["--hf", str(tmp_path / "hf"), "--gpus", "1", "--experts-per-layer", "5,1,2", "--num-experts", "6"]
-    monkeypatch.setattr("sys.argv", ["plan.py", *arguments])
+    monkeypatch.setattr("sys.argv", ["plan.py", *arguments, "--seq-length", "128"])
     tool.main()
     printed = capsys.readouterr().out
     assert "New experts: 5 instead of 15 (6 experts in every layer): -67%" in printed

@@ -83,7 +83,7 @@ def moe_config(
     config = without_foreign_fields(dense)
     if architecture.mixture:
         # transformers 5 saves a Qwen3-MoE's number as num_local_experts, and transformers 4 reads num_experts alone.
-        config = {**config, "num_experts": num_experts}
+        config = {**config, expert_fields(config).counts[-1]: num_experts}
         return with_expert_count(with_both_rope_spellings(config, architecture), num_experts)
     config |= {"model_type": family.moe_model_type, "architectures": [family.moe_architecture]}
     config[family.norm_epsilon[0]] = architecture.norm_epsilon
