@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.emulation.fused_attention import MASK_OF_LAYOUT, format_of
+from tests.emulation.fused_attention import MASK_OF_LAYOUT, MASKS_OF_PARTS, SEQUENCE_FIRST, format_of
 from tests.emulation.kernels import kernel
 from tests.emulation.names import (
     DType,
@@ -38,19 +38,20 @@ PARAMETERS = {
 
 def _backend(facts: dict[str, Any]) -> NVTE_Fused_Attn_Backend:
     """cuDNN's kernel where it has one: half precision, heads of a multiple of 8 up to 256, causal, no bias;
-    sequences of one length, or packed ones."""
+    sequences of one length, or packed ones; parts of sequences, as context parallelism has them."""
+    in_parts = facts["qkv_layout"] in SEQUENCE_FIRST and facts["attn_mask_type"] in MASKS_OF_PARTS
     fits = (
         facts["q_dtype"] == facts["kv_dtype"]
         and facts["q_dtype"] in HALF
         and facts["qkv_layout"] in MASK_OF_LAYOUT
         and facts["bias_type"] == NVTE_Bias_Type["NVTE_NO_BIAS"]
-        and facts["attn_mask_type"] == MASK_OF_LAYOUT[facts["qkv_layout"]]
+        and (in_parts or facts["attn_mask_type"] == MASK_OF_LAYOUT[facts["qkv_layout"]])
         and facts["softmax_type"] == NVTE_Softmax_Type["NVTE_VANILLA_SOFTMAX"]
         and facts["head_dim_qk"] == facts["head_dim_v"]
         and facts["head_dim_qk"] % 8 == 0
         and facts["head_dim_qk"] <= LARGEST_HEAD
         and facts["num_attn_heads"] % facts["num_gqa_groups"] == 0
-        and facts["max_seqlen_q"] == facts["max_seqlen_kv"]
+        and (in_parts or facts["max_seqlen_q"] == facts["max_seqlen_kv"])
         and not facts["return_max_logit"]
     )
     return NVTE_Fused_Attn_Backend["NVTE_F16_arbitrary_seqlen" if fits else "NVTE_No_Backend"]
