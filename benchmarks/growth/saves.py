@@ -82,7 +82,7 @@ def _save(
     gathered = {id(plan): 0, id(result): 1}
 
     def gather(value: Any) -> list[Any]:
-        return [pickle.loads(parts[gathered[id(value)]]) for parts in sent]
+        return [pickle.loads(parts[gathered[id(value)]]) for parts in sent]  # what this file has pickled
 
     with world_of_one(), mock.patch.object(checkpoint_index, "gather_on_rank_0", gather):
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
